@@ -1,0 +1,76 @@
+"""What the two MoE ops compute, as data: the attributes of `moevlm::MoERouter` and `moevlm::MoEExperts`."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+DOMAIN = "moevlm"
+OPSET_VERSION = 1
+SCORINGS = ("softmax", "sigmoid", "softmax_after_topk")
+GROUP_SCORES = ("max", "top2_sum")
+ACTIVATIONS = ("silu", "gelu_tanh", "swiglu_clamped")
+WEIGHT_SIDES = ("output", "input")
+
+
+def _require(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f'{field} = "{value}" (allowed: {", ".join(allowed)})')
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How router logits become k experts and their weights. Field names are the op's attribute names.
+
+    scoring: softmax over all experts, sigmoid, or softmax over the chosen logits alone.
+    renormalize: divide the k weights by (their sum + epsilon).
+    scale: factor on the final weights (DeepSeek-V3's routed_scaling_factor).
+    n_group, topk_group, group_score: experts stand in n_group equal groups; only the best topk_group groups may be
+    chosen from. A group scores its best expert (max, DeepSeek-V2) or the sum of its best two (top2_sum, DeepSeek-V3).
+    """
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = True
+    epsilon: float = 0.0
+    scale: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    group_score: str = "max"
+
+    def __post_init__(self) -> None:
+        _require("scoring", self.scoring, SCORINGS)
+        _require("group_score", self.group_score, GROUP_SCORES)
+        if self.top_k < 1:
+            raise ValueError(f"top_k = {self.top_k} (allowed: 1 or more)")
+        if not 1 <= self.topk_group <= self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} (allowed: 1 to n_group = {self.n_group})")
+        if self.scale <= 0 or self.epsilon < 0:
+            raise ValueError(f"scale = {self.scale}, epsilon = {self.epsilon} (allowed: scale > 0, epsilon >= 0)")
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """What one expert computes. Field names are the op's attribute names.
+
+    gated: down(act(gate(x)) * up(x)), with gate rows first, then up rows, in one weight; otherwise down(act(up(x))).
+    activation: silu, gelu_tanh, or swiglu_clamped (gpt-oss): gate clamped to at most `limit`, up to +-`limit`, then
+    gate * sigmoid(alpha * gate) * (up + 1).
+    weight_on: the router's weight scales the expert's output, or its input (Llama 4).
+    """
+
+    activation: str = "silu"
+    gated: bool = True
+    weight_on: str = "output"
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __post_init__(self) -> None:
+        _require("activation", self.activation, ACTIVATIONS)
+        _require("weight_on", self.weight_on, WEIGHT_SIDES)
+        if self.activation == "swiglu_clamped" and not self.gated:
+            raise ValueError('activation = "swiglu_clamped" needs gated = true')
+
+
+def attributes(spec: RouterSpec | ExpertsSpec) -> dict[str, Any]:
+    """The spec as ONNX node attributes: booleans become 0 or 1."""
+    values = {f.name: getattr(spec, f.name) for f in fields(spec)}
+    return {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}

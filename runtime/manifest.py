@@ -1,0 +1,90 @@
+"""The bundle's manifest: every fact that the runtime needs, typed, and checked once when it is read."""
+
+from typing import Any
+
+import msgspec
+
+SCHEMA = 1
+
+
+class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    pass
+
+
+class RopeFacts(_Facts):
+    """Rotary embedding of the decoder.
+
+    dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
+    (time, height, width) axes; interleaved: t,h,w,t,h,w,... (Qwen3-VL) instead of one block per axis (GLM-4V).
+    """
+
+    dim: int
+    theta: float
+    sections: tuple[int, int, int]
+    interleaved: bool
+
+
+class VisionFacts(_Facts):
+    """What it takes to turn an image into the vision graph's inputs.
+
+    position_grid: side of the learned position table, [position_grid**2, hidden].
+    position_resampling: bilinear (align_corners, border) or bicubic (half-pixel centres, border).
+    head_dim, rope_theta: of the 2-axis rotary embedding. deepstack: how many extra feature levels.
+    """
+
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    channels: int
+    head_dim: int
+    rope_theta: float
+    position_grid: int
+    position_resampling: str
+    deepstack: int
+
+
+class ModelFacts(_Facts):
+    """Shapes and token ids. dense_layers: layers without experts."""
+
+    model_type: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    experts: int
+    top_k: int
+    dense_layers: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int
+    rope: RopeFacts
+    vision: VisionFacts
+
+
+class FileFacts(_Facts):
+    """sha256 in hexadecimal, size in bytes."""
+
+    sha256: str
+    size: int
+
+
+class EngineFacts(_Facts):
+    """One engine: its graphs as paths inside the bundle, and its arithmetic."""
+
+    vision: str
+    decoder: str
+    dtype: str
+
+
+class Manifest(_Facts):
+    """manifest.json. `files` covers every other file of the bundle, by its path inside it."""
+
+    schema: int
+    model: ModelFacts
+    source: dict[str, FileFacts]
+    files: dict[str, FileFacts]
+    engines: dict[str, EngineFacts]
+    tools: dict[str, str]
+    parity: dict[str, Any] = {}
