@@ -157,37 +157,19 @@ def slices(weight: Weight) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(weight.rows(start, min(start + step, weight.shape[0])))
 
 
-class WeightTensor(ir.TensorBase):
+class WeightTensor(ir.LazyTensor):
     """An ONNX initializer whose bytes come from a `Weight`; nothing is read until it is written or asked for."""
 
-    __slots__ = ("_dtype", "_shape", "weight")
+    __slots__ = ("weight",)
 
     def __init__(self, name: str, weight: Weight) -> None:
-        super().__init__(name=name)
+        super().__init__(
+            self._read, dtype=ir.DataType.from_numpy(weight.dtype), shape=ir.Shape(weight.shape), cache=False, name=name
+        )
         self.weight = weight
-        self._shape = ir.Shape(weight.shape)
-        self._dtype = ir.DataType.from_numpy(weight.dtype)
 
-    @property
-    def shape(self) -> ir.Shape:
-        return self._shape
-
-    @property
-    def dtype(self) -> ir.DataType:
-        return self._dtype
-
-    def numpy(self) -> np.ndarray:
-        return np.concatenate(list(slices(self.weight))).reshape(self.weight.shape)
-
-    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        return self.numpy().astype(dtype) if dtype else self.numpy()
-
-    def tobytes(self) -> bytes:
-        return b"".join(piece.tobytes() for piece in slices(self.weight))
-
-    @property
-    def raw(self) -> Weight:
-        return self.weight
+    def _read(self) -> ir.Tensor:
+        return ir.Tensor(np.concatenate([np.atleast_1d(s) for s in slices(self.weight)]).reshape(self.weight.shape))
 
 
 def initializer(name: str, weight: Weight) -> ir.Value:

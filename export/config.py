@@ -1,0 +1,148 @@
+"""The canonical description of a MoE VLM: what every family's config.json is translated into."""
+
+from dataclasses import dataclass
+
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """A dense feed-forward layer: gated (down(act(gate) * up), no biases) or plain (fc2(act(fc1)), biases)."""
+
+    width: int
+    activation: str
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A sparse feed-forward layer. correction_bias: [experts] added for the choice. shared_width: 0 for none."""
+
+    experts: int
+    width: int
+    router: RouterSpec
+    expert: ExpertsSpec
+    correction_bias: bool = False
+    shared_width: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    qk_norm: bool
+    qkv_bias: bool
+    out_bias: bool
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The language model. feed_forward: one entry per layer. deepstack: visual levels added after the first layers."""
+
+    vocabulary: int
+    hidden: int
+    context: int
+    epsilon: float
+    tied_head: bool
+    attention: AttentionConfig
+    rope: RopeFacts
+    feed_forward: tuple[MLPConfig | MoEConfig, ...]
+    deepstack: int = 0
+
+
+@dataclass(frozen=True)
+class MergerConfig:
+    """Four patches to one visual token: mlp (Qwen3-VL) or gated (GLM-4V, after a strided convolution)."""
+
+    kind: str
+    out: int
+    width: int
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The packed vision transformer.
+
+    norm: layer or rms. outer_norms: RMS norms right after the patch embedding and after the last block (GLM-4V).
+    deepstack_layers: blocks whose output also goes through a merger of its own.
+    position_resampling: bilinear or bicubic, see `runtime.manifest.VisionFacts`.
+    """
+
+    hidden: int
+    depth: int
+    heads: int
+    mlp: MLPConfig
+    norm: str
+    epsilon: float
+    qkv_bias: bool
+    out_bias: bool
+    outer_norms: bool
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    channels: int
+    position_grid: int
+    position_resampling: str
+    rope_theta: float
+    merger: MergerConfig
+    deepstack_layers: tuple[int, ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: both towers, and the token ids that join them."""
+
+    model_type: str
+    decoder: DecoderConfig
+    vision: VisionConfig
+    image_token_id: int
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, ffn in enumerate(self.decoder.feed_forward) if isinstance(ffn, MoEConfig))
+
+    def facts(self) -> ModelFacts:
+        """What the runtime must know, for the manifest."""
+        decoder, vision, attention = self.decoder, self.vision, self.decoder.attention
+        moe = [decoder.feed_forward[i] for i in self.moe_layers]
+        return ModelFacts(
+            model_type=self.model_type,
+            hidden=decoder.hidden,
+            layers=len(decoder.feed_forward),
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            head_dim=attention.head_dim,
+            vocabulary=decoder.vocabulary,
+            context=decoder.context,
+            experts=moe[0].experts if moe else 0,
+            top_k=moe[0].router.top_k if moe else 0,
+            dense_layers=tuple(i for i in range(len(decoder.feed_forward)) if i not in self.moe_layers),
+            eos_token_ids=self.eos_token_ids,
+            image_token_id=self.image_token_id,
+            rope=decoder.rope,
+            vision=VisionFacts(
+                patch_size=vision.patch_size,
+                temporal_patch_size=vision.temporal_patch_size,
+                merge_size=vision.merge_size,
+                channels=vision.channels,
+                head_dim=vision.head_dim,
+                rope_theta=vision.rope_theta,
+                position_grid=vision.position_grid,
+                position_resampling=vision.position_resampling,
+                deepstack=len(vision.deepstack_layers),
+            ),
+        )

@@ -1,0 +1,152 @@
+"""The bodies of `moevlm::MoERouter` and `moevlm::MoEExperts` in standard ONNX, opset 24.
+
+A body is put together from one fragment per attribute value. It is specialised to its node's attributes, yet declares
+their names, so that nodes carry them for whoever replaces the op (a TensorRT plugin, a pass). Optional inputs are left
+out of the signature where the node has none: onnx's reference evaluator wants as many arguments as a function declares.
+"""
+
+from dataclasses import fields
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+
+from moevlm.plugins.spec import DOMAIN, OPSET_VERSION, ExpertsSpec, RouterSpec
+from moevlm.runtime.errors import UnsupportedModelError
+
+ONNX_OPSET = 24
+ROUTER, EXPERTS = "MoERouter", "MoEExperts"
+
+SCORING = {
+    "softmax": "scores = Softmax <axis = -1> (logits)",
+    "sigmoid": "scores = Sigmoid (logits)",
+    "softmax_after_topk": "scores = Identity (logits)",
+}
+GROUP_SCORE = {
+    "max": "group_score = ReduceMax <keepdims = 0> (grouped, axis_2)",
+    "top2_sum": """
+        best_two, _ = TopK <axis = -1> (grouped, two)
+        group_score = ReduceSum <keepdims = 0> (best_two, axis_2)""",
+}
+# The grouped shape is spelled out, and allowzero set, because [0, n_group, -1] cannot be inferred for zero tokens.
+GROUPS = """
+    tokens = Shape <start = 0, end = 1> (logits)
+    experts = Shape <start = 1, end = 2> (logits)
+    group_size = Div (experts, n_group)
+    grouped_shape = Concat <axis = 0> (tokens, n_group, group_size)
+    grouped = Reshape <allowzero = 1> (choice_of_all, grouped_shape)
+    {group_score}
+    _, best_group = TopK <axis = -1> (group_score, topk_group)
+    group_hit = OneHot <axis = -1> (best_group, n_group, off_on)
+    group_kept_f = ReduceMax <keepdims = 0> (group_hit, axis_1)
+    group_kept = Cast <to = 9> (group_kept_f)
+    expert_kept = Unsqueeze (group_kept, axis_2)
+    masked = Where (expert_kept, grouped, minus_inf)
+    logits_shape = Shape (logits)
+    choice = Reshape <allowzero = 1> (masked, logits_shape)
+"""
+RENORMALIZE = """
+    total = ReduceSum <keepdims = 1> (picked, axis_1)
+    divisor = Add (total, epsilon)
+    shares = Div (picked, divisor)
+"""
+
+ACTIVATION = {
+    "silu": """
+        sigmoid = Sigmoid (gate)
+        activated = Mul (gate, sigmoid)
+        factor = Identity (up)""",
+    "gelu_tanh": """
+        activated = Gelu <approximate = "tanh"> (gate)
+        factor = Identity (up)""",
+    "swiglu_clamped": """
+        low_gate = Min (gate, limit)
+        steep = Mul (low_gate, alpha)
+        sigmoid = Sigmoid (steep)
+        activated = Mul (low_gate, sigmoid)
+        near_up = Clip (up, minus_limit, limit)
+        factor = Add (near_up, one)""",
+}
+# The loop runs over the experts that some token chose: the weights of the others are never read.
+LOOP = """
+    index = Cast <to = 7> (expert_index)
+    flat = Reshape (index, minus_one)
+    active = Unique <sorted = 1> (flat)
+    trips = Size (active)
+    x_shape = Shape (x)
+    nothing = Expand (zero, x_shape)
+    y = Loop <body = one_expert (int64 i, bool go, float[?, ?] sum_in) => (bool go_on, float[?, ?] sum_out) {{
+        go_on = Identity (go)
+        expert = Gather (active, i)
+        hit = Equal (index, expert)
+        hit_at = NonZero (hit)
+        token_slot = Transpose <perm = [1, 0]> (hit_at)
+        token = Gather (hit_at, first)
+        weight_1d = GatherND (expert_weight, token_slot)
+        weight = Unsqueeze (weight_1d, axis_1)
+        chosen_rows = Gather (x, token)
+        {weight_rows}
+        gate_up_e = Gather (gate_up, expert)
+        {gate_up_bias}
+        {split}
+        {activation}
+        inner = Mul (activated, factor)
+        down_e = Gather (down, expert)
+        {down_bias}
+        {weight_out}
+        token_2d = Unsqueeze (token, axis_1)
+        sum_out = ScatterND <reduction = "add"> (sum_in, token_2d, weighted_out)
+    }}> (trips, , nothing)
+"""
+
+
+def router_function(spec: RouterSpec, has_bias: bool) -> onnx.FunctionProto:
+    """MoERouter(logits [T, E] f32, bias [E] f32 if has_bias) -> (expert_index [T, k] i32, expert_weight [T, k] f32)."""
+    ints = {"top_k": [spec.top_k], "axis_1": [1]}
+    floats = {}
+    choice_of_all = "choice_of_all = Add (scores, bias)" if has_bias else "choice_of_all = Identity (scores)"
+    body = [SCORING[spec.scoring], choice_of_all]
+    if spec.n_group > 1:
+        ints |= {"two": [2], "axis_2": [2], "n_group": [spec.n_group], "topk_group": [spec.topk_group]}
+        floats |= {"minus_inf": [-np.inf], "off_on": [0.0, 1.0]}
+        body.append(GROUPS.format(group_score=GROUP_SCORE[spec.group_score]))
+    else:
+        body.append("choice = Identity (choice_of_all)")
+    body.append("_, index = TopK <axis = -1> (choice, top_k)")
+    body.append("score = GatherElements <axis = 1> (scores, index)")
+    after = spec.scoring == "softmax_after_topk"
+    body.append("picked = Softmax <axis = -1> (score)" if after else "picked = Identity (score)")
+    if spec.renormalize:
+        floats["epsilon"] = [spec.epsilon]
+    body.append(RENORMALIZE if spec.renormalize else "shares = Identity (picked)")
+    floats["scale"] = [spec.scale]
+    body.append("expert_weight = Mul (shares, scale)")
+    body.append("expert_index = Cast <to = 6> (index)")
+    inputs = ["logits", "bias"] if has_bias else ["logits"]
+    return _function(ROUTER, spec, inputs, ["expert_index", "expert_weight"], ints, floats, body)
+
+
+def experts_function(spec: ExpertsSpec, has_biases: bool) -> onnx.FunctionProto:
+    """MoEExperts(x, expert_index, expert_weight, gate_up, down, gate_up_bias, down_bias if has_biases) -> y [T, H] f32.
+
+    Shapes as in `moevlm.plugins.reference.experts`.
+    """
+    on_input = spec.weight_on == "input"
+    body = LOOP.format(
+        weight_rows=f"rows = {'Mul (chosen_rows, weight)' if on_input else 'Identity (chosen_rows)'}",
+        gate_up_bias=_linear("projected", "rows", "gate_up", has_biases),
+        split="gate, up = Split <axis = 1, num_outputs = 2> (projected)"
+        if spec.gated
+        else "gate = Identity (projected)\n up = Identity (one)",
+        activation=ACTIVATION[spec.activation],
+        down_bias=_linear("out", "inner", "down", has_biases),
+        weight_out=f"weighted_out = {'Identity (out)' if on_input else 'Mul (out, weight)'}",
+    )
+    ints = {"minus_one": [-1], "axis_1": [1], "first": 0}
+    floats = {"zero": 0.0, "one": 1.0}
+    if spec.activation == "swiglu_clamped":
+        floats |= {"alpha": spec.alpha, "limit": spec.limit, "minus_limit": -spec.limit}
+    inputs = ["x", "expert_index", "expert_weight", "gate_up", "down"]
+    inputs += ["gate_up_bias", "down_bias"] if has_biases else []
+    return _function(EXPERTS, spec, inputs, ["y"], ints, floats, [body])

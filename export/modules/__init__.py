@@ -1,0 +1,1 @@
+"""Canonical PyTorch blocks: every family is traced through these, and only these."""

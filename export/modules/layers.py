@@ -1,0 +1,66 @@
+"""Blocks that both towers share: norms, dense feed-forward layers, the sparse one."""
+
+import torch
+from moevlm.export.config import MLPConfig, MoEConfig
+from moevlm.export.modules import ops
+from moevlm.plugins.spec import attributes
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = nn.Parameter(torch.empty(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+class MLP(nn.Module):
+    """gated: down(act(gate(x)) * up(x)); plain: down(act(up(x))), with biases."""
+
+    def __init__(self, size: int, config: MLPConfig, out: int | None = None) -> None:
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(size, config.width, bias=False) if config.gated else None
+        self.up = nn.Linear(size, config.width, bias=not config.gated)
+        self.down = nn.Linear(config.width, out or size, bias=not config.gated)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        hidden = self.activation(hidden) if self.gate is None else self.activation(self.gate(x)) * hidden
+        return self.down(hidden)
+
+
+class MoE(nn.Module):
+    """A router, E experts of which k run for each token, and an optional shared expert that always runs.
+
+    x [T, H] -> [T, H]. gate_up [E, 2I, H]: gate rows first. down [E, H, I].
+    """
+
+    def __init__(self, size: int, config: MoEConfig, name: str) -> None:
+        super().__init__()
+        self.config, self.name = config, name
+        rows = 2 * config.width if config.expert.gated else config.width
+        self.router = nn.Linear(size, config.experts, bias=False)
+        self.correction_bias = nn.Parameter(torch.empty(config.experts)) if config.correction_bias else None
+        self.gate_up = nn.Parameter(torch.empty(config.experts, rows, size))
+        self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
+        self.shared = MLP(size, MLPConfig(config.shared_width, config.expert.activation)) if config.shared_width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = ops.tap(self.router(x), f"{self.name}.router_logits")
+        index, weight = ops.router(logits, self.correction_bias, **attributes(self.config.router))
+        index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
+        y = ops.experts(x, index, weight, self.gate_up, self.down, **attributes(self.config.expert))
+        return y if self.shared is None else y + self.shared(x)

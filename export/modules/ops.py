@@ -1,0 +1,139 @@
+"""The graph ops that torch has no word for, as torch custom ops: traced as one node each, and runnable as they are.
+
+The MoE ops run the numpy spec itself, so comparing the canonical modules with Hugging Face checks the spec too.
+"""
+
+import torch
+from moevlm.plugins import reference
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from torch import Tensor
+
+
+@torch.library.custom_op("moevlm::router", mutates_args=())
+def router(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    renormalize: int,
+    epsilon: float,
+    scale: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+) -> tuple[Tensor, Tensor]:
+    """logits [T, E] -> expert_index [T, k] int32, expert_weight [T, k] float32; see `RouterSpec`."""
+    spec = RouterSpec(top_k, scoring, bool(renormalize), epsilon, scale, n_group, topk_group, group_score)
+    index, weight = reference.route(logits.numpy(), spec, None if bias is None else bias.numpy())
+    return torch.from_numpy(index), torch.from_numpy(weight)
+
+
+@router.register_fake
+def _(logits: Tensor, bias: Tensor | None, top_k: int, *_: object) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty((rows, top_k), dtype=torch.int32), logits.new_empty((rows, top_k))
+
+
+@torch.library.custom_op("moevlm::experts", mutates_args=())
+def experts(
+    x: Tensor,
+    expert_index: Tensor,
+    expert_weight: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    activation: str,
+    gated: int,
+    weight_on: str,
+    alpha: float,
+    limit: float,
+) -> Tensor:
+    """x [T, H] -> y [T, H] through the chosen experts; see `ExpertsSpec`."""
+    spec = ExpertsSpec(activation, bool(gated), weight_on, alpha, limit)
+    arrays = (t.detach().numpy() for t in (x, expert_index, expert_weight, gate_up, down))
+    return torch.from_numpy(reference.experts(*arrays, spec))
+
+
+@experts.register_fake
+def _(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, S, heads, D]; the first R dimensions turn as two halves (RoFormer, in GPT-NeoX's pairing)."""
+    half = cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+@torch.library.custom_op("moevlm::cached_attention", mutates_args=())
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cache_position: Tensor,
+    heads: int,
+    kv_heads: int,
+    rotary_dim: int,  # noqa: ARG001 - cos already says it; the graph op needs it as an attribute
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotate q and k, write k and v into the cache at cache_position, attend causally over the cache.
+
+    q [B * S, heads * D], k, v [B * S, kv_heads * D], cos, sin [B, S, rotary_dim / 2],
+    key_cache, value_cache [B, kv_heads, C, D], cache_position [B] int64.
+    Returns y [B * S, heads * D] and the two caches with S more entries.
+    """
+    (batch, length), capacity = cos.shape[:2], key_cache.shape[2]
+    q, k, v = (t.view(batch, length, n, -1) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    positions = cache_position[:, None] + torch.arange(length)
+    key_cache, value_cache = key_cache.clone(), value_cache.clone()
+    for b in range(batch):
+        key_cache[b, :, positions[b]] = k[b].transpose(0, 1)
+        value_cache[b, :, positions[b]] = v[b].transpose(0, 1)
+    mask = torch.arange(capacity) <= positions[:, None, :, None]
+    y = torch.nn.functional.scaled_dot_product_attention(
+        q.transpose(1, 2), key_cache, value_cache, attn_mask=mask, enable_gqa=True
+    )
+    return y.transpose(1, 2).flatten(2).flatten(0, 1).contiguous(), key_cache, value_cache
+
+
+@cached_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(key_cache), torch.empty_like(value_cache)
+
+
+@torch.library.custom_op("moevlm::segment_attention", mutates_args=())
+def segment_attention(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor, heads: int
+) -> Tensor:
+    """Attention among the patches of one segment (one image) of a packed sequence, with rotary embedding.
+
+    q, k, v [P, heads * D], cos, sin [P, D / 2], segment_id [P] int64 -> [P, heads * D].
+    """
+    q, k, v = (t.unflatten(-1, (heads, -1)).unsqueeze(0) for t in (q, k, v))
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    mask = segment_id[:, None] == segment_id[None, :]
+    y = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    return y.transpose(1, 2).squeeze(0).flatten(1).contiguous()
+
+
+@segment_attention.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("moevlm::tap", mutates_args=())
+def tap(x: Tensor, name: str) -> Tensor:
+    """The identity, so that a value keeps a name in the graph and can be made an output there."""
+    return x.clone()
+
+
+@tap.register_fake
+def _(x: Tensor, name: str) -> Tensor:  # noqa: ARG001 - the name is for the translator
+    return torch.empty_like(x)

@@ -1,0 +1,112 @@
+"""The packed vision transformer: any number of images of any sizes as one sequence of patches."""
+
+import torch
+from moevlm.export.config import MLPConfig, VisionConfig
+from moevlm.export.modules import ops
+from moevlm.export.modules.layers import MLP, RMSNorm
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LAYER_NORM_EPSILON = 1e-6  # of Qwen's mergers; GLM's merger keeps torch's default
+
+
+def _norm(config: VisionConfig) -> nn.Module:
+    kind = {"layer": nn.LayerNorm, "rms": RMSNorm}[config.norm]
+    return kind(config.hidden, config.epsilon)
+
+
+class VisionAttention(nn.Module):
+    """Attention inside each image; q, k and v are packed in one projection."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
+        self.out = nn.Linear(config.hidden, config.hidden, bias=config.out_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(ops.segment_attention(q, k, v, cos, sin, segment_id, self.heads))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = VisionAttention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config.hidden, config.mlp)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, segment_id)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MLPMerger(nn.Module):
+    """merge**2 patches to one token: norm (before or after they are joined), then fc2(gelu(fc1)) (Qwen3-VL)."""
+
+    def __init__(self, config: VisionConfig, norm_joined: bool) -> None:
+        super().__init__()
+        self.width = config.hidden * config.merge_size**2
+        self.norm_joined = norm_joined
+        self.norm = nn.LayerNorm(self.width if norm_joined else config.hidden, LAYER_NORM_EPSILON)
+        self.mlp = MLP(self.width, MLPConfig(config.merger.width, "gelu", gated=False), out=config.merger.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.view(-1, self.width)) if self.norm_joined else self.norm(x).view(-1, self.width)
+        return self.mlp(x)
+
+
+class GatedMerger(nn.Module):
+    """A strided convolution as one projection, then proj, layer norm, gelu and a gated feed-forward (GLM-4V)."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        out = config.merger.out
+        self.width = config.hidden * config.merge_size**2
+        self.downsample = nn.Linear(self.width, out)
+        self.projection = nn.Linear(out, out, bias=False)
+        self.norm = nn.LayerNorm(out)
+        self.mlp = MLP(out, MLPConfig(config.merger.width, config.mlp.activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.projection(self.downsample(x.view(-1, self.width)))
+        return self.mlp(F.gelu(self.norm(x)))
+
+
+class Vision(nn.Module):
+    """Patches to visual tokens."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Linear(config.patch_dim, config.hidden)
+        self.position_embedding = nn.Parameter(torch.empty(config.position_grid**2, config.hidden))
+        self.first_norm = RMSNorm(config.hidden, config.epsilon) if config.outer_norms else nn.Identity()
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.last_norm = RMSNorm(config.hidden, config.epsilon) if config.outer_norms else nn.Identity()
+        self.merger = GatedMerger(config) if config.merger.kind == "gated" else MLPMerger(config, norm_joined=False)
+        self.deepstack_mergers = nn.ModuleList(MLPMerger(config, norm_joined=True) for _ in config.deepstack_layers)
+
+    def forward(
+        self,
+        pixel_patches: Tensor,
+        position_index: Tensor,
+        position_weight: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        segment_id: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Shapes and dtypes as `runtime.engine.VisionInputs`. Returns embeds [V, H] and deepstack [L, V, H] or None."""
+        x = self.first_norm(self.patch_embedding(pixel_patches))
+        x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
+        levels = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope_cos, rope_sin, segment_id)
+            if i in self.config.deepstack_layers:
+                level = self.config.deepstack_layers.index(i)
+                levels[level] = self.deepstack_mergers[level](x)
+        embeds = self.merger(self.last_norm(x))
+        return embeds, torch.stack([levels[i] for i in range(len(levels))]) if levels else None

@@ -1,0 +1,126 @@
+"""The canonical ONNX graphs of a model: both towers built on the meta device, traced once, weights bound by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from moevlm.export.config import ModelConfig
+from moevlm.export.modules.decoder import Decoder
+from moevlm.export.modules.vision import Vision
+from moevlm.export.translate import Translator
+from moevlm.export.weights import Weight
+from torch.export import Dim
+
+# Example sizes: all different and none of them 1, so that no dimension is taken for another or specialised.
+_BATCH, _SEQUENCE, _VISUAL, _LOGITS, _CAPACITY, _PATCHES = 2, 5, 7, 3, 16, 24
+
+Shape = tuple[str | int, ...]
+
+
+def decoder_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name, symbolic shape and dtype of every input of the decoder graph, in order."""
+    decoder, attention = config.decoder, config.decoder.attention
+    sequence: Shape = ("batch", "sequence")
+    rope: Shape = (*sequence, attention.rotary_dim // 2)
+    cache: Shape = ("batch", attention.kv_heads, "capacity", attention.head_dim)
+    inputs: dict[str, tuple[Shape, torch.dtype]] = {
+        "input_ids": (sequence, torch.int64),
+        "visual_embeds": (("visual", decoder.hidden), torch.float32),
+    }
+    if decoder.deepstack:
+        inputs["deepstack_embeds"] = ((decoder.deepstack, "visual", decoder.hidden), torch.float32)
+    inputs |= {
+        "visual_index": (sequence, torch.int64),
+        "rope_cos": (rope, torch.float32),
+        "rope_sin": (rope, torch.float32),
+        "cache_position": (("batch",), torch.int64),
+        "logits_index": (("logits",), torch.int64),
+    }
+    for i in range(len(decoder.feed_forward)):
+        inputs |= {f"key_cache.{i}": (cache, torch.float32), f"value_cache.{i}": (cache, torch.float32)}
+    return inputs
+
+
+def vision_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+    """Name, symbolic shape and dtype of every input of the vision graph, in order."""
+    vision = config.vision
+    taps = {"bilinear": 4, "bicubic": 16}[vision.position_resampling]
+    return {
+        "pixel_patches": (("patches", vision.patch_dim), torch.float32),
+        "position_index": (("patches", taps), torch.int64),
+        "position_weight": (("patches", taps), torch.float32),
+        "rope_cos": (("patches", vision.head_dim // 2), torch.float32),
+        "rope_sin": (("patches", vision.head_dim // 2), torch.float32),
+        "segment_id": (("patches",), torch.int64),
+    }
+
+
+def trace_vision(config: ModelConfig, weights: Mapping[str, Weight]) -> ir.Model:
+    """The vision graph, see `runtime.engine.VisionInputs`. weights: by the module's parameter names."""
+    inputs = vision_inputs(config)
+    sizes = {"patches": Dim("patches", min=config.vision.merge_size**2)}
+    examples = {"patches": _PATCHES}
+    outputs = ("visual_embeds", "deepstack_embeds") if config.vision.deepstack_layers else ("visual_embeds",)
+    arguments = {name: _example(*spec, examples) for name, spec in inputs.items()}
+    dynamic = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}
+    # The merger joins merge**2 patches to a row, so the count is a multiple of it.
+    merged = Dim("merged", min=1)
+    multiple = {0: config.vision.merge_size**2 * merged}
+    dynamic = {name: multiple if 0 in axes else axes for name, axes in dynamic.items()}
+    module = _meta(Vision, config.vision)
+    return _translate("vision", module, arguments, dynamic, inputs, outputs, weights)
+
+
+def trace_decoder(config: ModelConfig, weights: Mapping[str, Weight]) -> ir.Model:
+    """The decoder graph, see `runtime.engine.Step`. weights: by the module's parameter names."""
+    inputs = decoder_inputs(config)
+    layers = len(config.decoder.feed_forward)
+    examples = {
+        "batch": _BATCH,
+        "sequence": _SEQUENCE,
+        "visual": _VISUAL,
+        "logits": _LOGITS,
+        "capacity": _CAPACITY,
+    }
+    sizes = {name: Dim(name, min=1) for name in examples}
+    arguments: dict[str, Any] = {}
+    dynamic: dict[str, Any] = {}
+    for name, (shape, dtype) in inputs.items():
+        if "_cache." not in name:
+            arguments[name] = _example(shape, dtype, examples)
+            dynamic[name] = _dynamic(shape, sizes)
+    arguments.setdefault("deepstack_embeds", None)
+    dynamic.setdefault("deepstack_embeds", None)
+    key = inputs["key_cache.0"]
+    arguments["caches"] = [(_example(*key, examples), _example(*key, examples)) for _ in range(layers)]
+    dynamic["caches"] = [(_dynamic(key[0], sizes),) * 2 for _ in range(layers)]
+    outputs = ("logits", *(f"{kind}_cache_out.{i}" for i in range(layers) for kind in ("key", "value")))
+    return _translate("decoder", _meta(Decoder, config.decoder), arguments, dynamic, inputs, outputs, weights)
+
+
+def _meta(module: type[torch.nn.Module], config: Any) -> torch.nn.Module:
+    with torch.device("meta"):
+        return module(config).eval()
+
+
+def _example(shape: Shape, dtype: torch.dtype, sizes: Mapping[str, int]) -> torch.Tensor:
+    return torch.empty([sizes.get(s, s) if isinstance(s, str) else s for s in shape], dtype=dtype, device="meta")
+
+
+def _dynamic(shape: Shape, sizes: Mapping[str, Any]) -> dict[int, Any]:
+    return {axis: sizes[size] for axis, size in enumerate(shape) if isinstance(size, str)}
+
+
+def _translate(
+    name: str,
+    module: torch.nn.Module,
+    arguments: dict[str, Any],
+    dynamic: dict[str, Any],
+    inputs: Mapping[str, tuple[Shape, torch.dtype]],
+    outputs: tuple[str, ...],
+    weights: Mapping[str, Weight],
+) -> ir.Model:
+    with torch.no_grad():
+        program = torch.export.export(module, (), kwargs=arguments, dynamic_shapes=dynamic, strict=False)
+    return Translator(program, weights).model(name, {n: shape for n, (shape, _) in inputs.items()}, outputs)
