@@ -1,26 +1,23 @@
-"""The canonical ONNX graphs of a model: both towers built on the meta device, traced once, weights bound by name."""
+"""The canonical ONNX graphs of a model: each tower, on the meta device, traced once; weights bound by name."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
 import torch
-from moevlm.export.config import ModelConfig
+from moevlm.export.config import DecoderConfig, VisionConfig
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
 from moevlm.export.translate import Translator
 from moevlm.export.weights import Weight
 from torch.export import Dim
 
-# Example sizes: all different and none of them 1, so that no dimension is taken for another or specialised.
-_BATCH, _SEQUENCE, _VISUAL, _LOGITS, _CAPACITY, _PATCHES = 2, 5, 7, 3, 16, 24
-
 Shape = tuple[str | int, ...]
 
 
-def decoder_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+def decoder_inputs(decoder: DecoderConfig) -> dict[str, tuple[Shape, torch.dtype]]:
     """Name, symbolic shape and dtype of every input of the decoder graph, in order."""
-    decoder, attention = config.decoder, config.decoder.attention
+    attention = decoder.attention
     sequence: Shape = ("batch", "sequence")
     rope: Shape = (*sequence, attention.rotary_dim // 2)
     cache: Shape = ("batch", attention.kv_heads, "capacity", attention.head_dim)
@@ -42,9 +39,8 @@ def decoder_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
     return inputs
 
 
-def vision_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+def vision_inputs(vision: VisionConfig) -> dict[str, tuple[Shape, torch.dtype]]:
     """Name, symbolic shape and dtype of every input of the vision graph, in order."""
-    vision = config.vision
     taps = {"bilinear": 4, "bicubic": 16}[vision.position_resampling]
     return {
         "pixel_patches": (("patches", vision.patch_dim), torch.float32),
@@ -56,33 +52,23 @@ def vision_inputs(config: ModelConfig) -> dict[str, tuple[Shape, torch.dtype]]:
     }
 
 
-def trace_vision(config: ModelConfig, weights: Mapping[str, Weight]) -> ir.Model:
+def trace_vision(module: Vision, weights: Mapping[str, Weight]) -> ir.Model:
     """The vision graph, see `runtime.engine.VisionInputs`. weights: by the module's parameter names."""
-    inputs = vision_inputs(config)
-    sizes = {"patches": Dim("patches", min=config.vision.merge_size**2)}
-    examples = {"patches": _PATCHES}
-    outputs = ("visual_embeds", "deepstack_embeds") if config.vision.deepstack_layers else ("visual_embeds",)
-    arguments = {name: _example(*spec, examples) for name, spec in inputs.items()}
-    dynamic = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}
-    # The merger joins merge**2 patches to a row, so the count is a multiple of it.
-    merged = Dim("merged", min=1)
-    multiple = {0: config.vision.merge_size**2 * merged}
-    dynamic = {name: multiple if 0 in axes else axes for name, axes in dynamic.items()}
-    module = _meta(Vision, config.vision)
+    inputs = vision_inputs(module.config)
+    # The merger joins merge**2 patches to a row, so the number of patches is a multiple of that.
+    patches = module.config.merge_size**2 * Dim("merged", min=1)
+    arguments = {name: _example(*spec, {"patches": 6 * module.config.merge_size**2}) for name, spec in inputs.items()}
+    dynamic = {name: {0: patches} for name in inputs}
+    outputs = ("visual_embeds", "deepstack_embeds")[: 2 if module.config.deepstack_layers else 1]
     return _translate("vision", module, arguments, dynamic, inputs, outputs, weights)
 
 
-def trace_decoder(config: ModelConfig, weights: Mapping[str, Weight]) -> ir.Model:
+def trace_decoder(module: Decoder, weights: Mapping[str, Weight]) -> ir.Model:
     """The decoder graph, see `runtime.engine.Step`. weights: by the module's parameter names."""
-    inputs = decoder_inputs(config)
-    layers = len(config.decoder.feed_forward)
-    examples = {
-        "batch": _BATCH,
-        "sequence": _SEQUENCE,
-        "visual": _VISUAL,
-        "logits": _LOGITS,
-        "capacity": _CAPACITY,
-    }
+    inputs = decoder_inputs(module.config)
+    layers = len(module.layers)
+    # All different and none of them 1, so that no dimension is taken for another or specialised.
+    examples = {"batch": 2, "sequence": 5, "visual": 7, "logits": 3, "capacity": 16}
     sizes = {name: Dim(name, min=1) for name in examples}
     arguments: dict[str, Any] = {}
     dynamic: dict[str, Any] = {}
@@ -96,12 +82,7 @@ def trace_decoder(config: ModelConfig, weights: Mapping[str, Weight]) -> ir.Mode
     arguments["caches"] = [(_example(*key, examples), _example(*key, examples)) for _ in range(layers)]
     dynamic["caches"] = [(_dynamic(key[0], sizes),) * 2 for _ in range(layers)]
     outputs = ("logits", *(f"{kind}_cache_out.{i}" for i in range(layers) for kind in ("key", "value")))
-    return _translate("decoder", _meta(Decoder, config.decoder), arguments, dynamic, inputs, outputs, weights)
-
-
-def _meta(module: type[torch.nn.Module], config: Any) -> torch.nn.Module:
-    with torch.device("meta"):
-        return module(config).eval()
+    return _translate("decoder", module, arguments, dynamic, inputs, outputs, weights)
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -4,15 +4,20 @@ A `Weight` is read in slices along its first axis, so a [128, 1536, 2048] expert
 experts at a time. Every rearrangement is another `Weight` around the first.
 """
 
+import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-SLICE_BYTES = 32 << 20
+# Small enough that a slice stays in the CPU's cache on its way from the file through a cast to the engine file, and
+# that malloc reuses its memory: at 32 MiB every slice is mapped afresh, and bf16 -> fp32 runs at a fifth of the speed.
+SLICE_BYTES = 8 << 20
+# Each slice of a transposed tensor reads its whole source: few and large slices.
+TRANSPOSED_SLICE_BYTES = 128 << 20
 
 
 class Weight(Protocol):
@@ -58,7 +63,7 @@ class PerRow:
 
 @dataclass(frozen=True)
 class Whole:
-    """`function` applied to the whole source: for small tensors and for 2-D transposes."""
+    """`function` applied to the whole source, in memory at once: for small tensors only."""
 
     source: Weight
     shape: tuple[int, ...]
@@ -67,6 +72,32 @@ class Whole:
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return self.function(self.source.rows(0, self.source.shape[0]))[start:stop]
+
+
+@dataclass(frozen=True)
+class Transposed:
+    """[m, n] -> [n, m], in memory bounded by the slice: a vocabulary's [V, H] does not pass through it whole."""
+
+    source: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        m, n = self.source.shape
+        return (n, m)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        n, m = self.shape
+        start, stop, _ = slice(start, stop).indices(n)
+        out = np.empty((stop - start, m), self.dtype)
+        step = max(1, SLICE_BYTES // max(1, n * self.dtype.itemsize))
+        for first in range(0, m, step):
+            block = self.source.rows(first, min(first + step, m))
+            out[:, first : first + len(block)] = _swapped(block[:, start:stop])
+        return out
 
 
 @dataclass(frozen=True)
@@ -116,26 +147,27 @@ def cast(source: Weight, dtype: np.dtype) -> Weight:
     dtype = np.dtype(dtype)
     if source.dtype == dtype:
         return source
-    return PerRow(source, source.shape, dtype, lambda a: _convert(a, dtype))
-
-
-def _convert(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    # bfloat16 is the upper half of a float32; shifting the bits is several times faster than an element-wise cast.
-    if array.dtype == ml_dtypes.bfloat16 and dtype == np.float32:
-        return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return array.astype(dtype)
+    return PerRow(source, source.shape, dtype, lambda a: a.astype(dtype))
 
 
 def transpose(source: Weight) -> Weight:
     """[m, n] -> [n, m]."""
-    m, n = source.shape
-    return Whole(source, (n, m), source.dtype, lambda a: np.ascontiguousarray(a.T))
+    return Transposed(source)
 
 
 def swap_last(source: Weight) -> Weight:
     """[e, m, n] -> [e, n, m], slice by slice."""
     e, m, n = source.shape
-    return PerRow(source, (e, n, m), source.dtype, lambda a: np.ascontiguousarray(a.swapaxes(1, 2)))
+    return PerRow(source, (e, n, m), source.dtype, _swapped)
+
+
+def _swapped(array: np.ndarray) -> np.ndarray:
+    """[..., m, n] -> [..., n, m] as a new array, 16 source rows at a time: twice to seven times numpy's own speed."""
+    *outer, m, n = array.shape
+    out = np.empty((*outer, n, m), array.dtype)
+    for i in range(0, m, 16):
+        out[..., i : i + 16] = array[..., i : i + 16, :].swapaxes(-1, -2)
+    return out
 
 
 def reshape(source: Weight, shape: tuple[int, ...]) -> Weight:
@@ -148,13 +180,22 @@ def slices(weight: Weight) -> Iterator[np.ndarray]:
     if not weight.shape:
         yield np.ascontiguousarray(weight.rows(0, 1))
         return
-    if isinstance(weight, Whole):
-        yield np.ascontiguousarray(weight.rows(0, weight.shape[0]))
-        return
-    row_bytes = max(1, int(np.prod(weight.shape[1:])) * weight.dtype.itemsize)
-    step = max(1, SLICE_BYTES // row_bytes)
+    row_bytes = max(1, math.prod(weight.shape[1:]) * weight.dtype.itemsize)
+    step = max(1, _slice_bytes(weight) // row_bytes)
     for start in range(0, weight.shape[0], step):
         yield np.ascontiguousarray(weight.rows(start, min(start + step, weight.shape[0])))
+
+
+def _slice_bytes(weight: Weight) -> int:
+    if isinstance(weight, Whole):
+        return sys.maxsize
+    if isinstance(weight, Transposed):
+        return max(TRANSPOSED_SLICE_BYTES, _slice_bytes(weight.source))
+    if isinstance(weight, PerRow):
+        return _slice_bytes(weight.source)
+    if isinstance(weight, Concat):
+        return max(_slice_bytes(source) for source in weight.sources)
+    return SLICE_BYTES
 
 
 class WeightTensor(ir.LazyTensor):

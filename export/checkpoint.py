@@ -1,0 +1,187 @@
+"""A Hugging Face checkpoint directory: config.json, safetensors shards, and the tokenizer's and processor's files."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
+from moevlm.export.safetensors_file import Stored, read_header
+from moevlm.runtime.errors import CheckpointError
+from moevlm.runtime.manifest import FileFacts, Manifest
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: config.json as it is. tensors: every tensor, by its name on disk, unread. shards: file names.
+
+    Nothing is held open. `close` (or leaving a `with` block) stops hashing that is still under way.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    shards: tuple[str, ...]
+    _fingerprint: Fingerprint
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Read config.json and every shard's header; raises CheckpointError if anything is missing or inconsistent."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise CheckpointError(f"no checkpoint directory at {directory}")
+        config = read_json(directory / CONFIG)
+        shards, tensors = _tensors(directory)
+        return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop hashing in the background."""
+        self._fingerprint.cancel()
+
+    def weight(self, name: str) -> Stored:
+        """The tensor of that name; the same object each time. Raises CheckpointError if there is none."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory} has no tensor {name}, which its config.json calls for") from None
+
+    def side_file(self, name: str) -> Path | None:
+        """The path of another file of the checkpoint, such as tokenizer.json; None if it has none."""
+        path = self.directory / name
+        return path if path.is_file() else None
+
+    @property
+    def tokenizer(self) -> Path | None:
+        return self.side_file("tokenizer.json")
+
+    @property
+    def preprocessor(self) -> Path | None:
+        return self.side_file("preprocessor_config.json")
+
+    @property
+    def generation(self) -> Path | None:
+        return self.side_file("generation_config.json")
+
+    def chat_template(self) -> str | None:
+        """The chat template's text, from the first place that has one; None if there is none."""
+        if path := self.side_file("chat_template.jinja"):
+            try:
+                return path.read_text(encoding="utf-8")
+            except ValueError:
+                raise CheckpointError(f"{path} is not UTF-8 text") from None
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            path = self.side_file(name)
+            template = read_json(path).get("chat_template") if path else None
+            if isinstance(template, list):  # several named templates: [{"name": ..., "template": ...}]
+                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+                template = named.get("default")
+            if template is not None and not isinstance(template, str):
+                raise CheckpointError(f"{path}: chat_template is not text, nor a list with a template named default")
+            if template is not None:
+                return template
+        return None
+
+    def start_hashing(self) -> None:
+        """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""
+        self._fingerprint.start()
+
+    def fingerprint(self) -> dict[str, FileFacts]:
+        """sha256 and size of config.json and of every shard, by file name. Computed at most once."""
+        return dict(self._fingerprint.result())
+
+    def verify(self) -> tuple[str, ...]:
+        """Compare with the hashes known beforehand (see `known_hashes`); returns the names that were compared.
+
+        Raises CheckpointError on a mismatch, naming the file and both hashes. Computes nothing if none is known.
+        """
+        return require_known_hashes(self._fingerprint)
+
+
+def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
+    names = (CONFIG, *checkpoint.shards)
+    if set(names) != set(manifest.source):
+        raise CheckpointError(
+            f"{checkpoint.directory} is not the checkpoint that the bundle was exported from: "
+            f"it has {_some(sorted(names))}, the bundle says {_some(sorted(manifest.source))}"
+        )
+    for name, expected in manifest.source.items():
+        size = (checkpoint.directory / name).stat().st_size
+        if size != expected.size:  # known at once, while a hash takes a second per gigabyte
+            raise CheckpointError(
+                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"it has {size} bytes, the bundle says {expected.size}"
+            )
+    actual = checkpoint.fingerprint()
+    for name, expected in manifest.source.items():
+        if actual[name].sha256 != expected.sha256:
+            raise CheckpointError(
+                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"its sha256 is {actual[name].sha256}, the bundle says {expected.sha256}"
+            )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises CheckpointError when it is missing or anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def _tensors(directory: Path) -> tuple[tuple[str, ...], dict[str, Stored]]:
+    """(shard names, tensors by name) of a single file or of an index with its shards."""
+    if (directory / SINGLE).is_file():
+        return (SINGLE,), read_header(directory / SINGLE)
+    if not (directory / INDEX).is_file():
+        raise CheckpointError(_nothing_to_read(directory))
+    weight_map = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{directory / INDEX} has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(f"{directory / INDEX}: {name} is in {shard!r}, which is not a shard's file name")
+    shards = tuple(sorted(set(weight_map.values())))
+    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    if missing:
+        raise CheckpointError(f"{directory} lacks {_some(missing)} of its {len(shards)} shards, named in {INDEX}")
+    headers = {shard: read_header(directory / shard) for shard in shards}
+    absent = [f"{name} ({shard})" for name, shard in weight_map.items() if name not in headers[shard]]
+    if absent:
+        raise CheckpointError(f"{directory / INDEX} names tensors that their shard does not hold: {_some(absent)}")
+    return shards, {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def _nothing_to_read(directory: Path) -> str:
+    files = sorted(path.name for path in directory.iterdir() if path.is_file())
+    pickles = [name for name in files if name.endswith(_PICKLES)]
+    others = [name for name in files if name.endswith(".safetensors")]
+    if others:
+        return f"{directory} has neither {SINGLE} nor {INDEX}; it has {_some(others)}"
+    if pickles:
+        return f"{directory} has no safetensors file, only {_some(pickles)}: pickled weights are never read, convert them"
+    return f"{directory} has no weights: neither {SINGLE} nor {INDEX}"
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

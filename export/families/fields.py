@@ -1,0 +1,82 @@
+"""config.json with a memory: what was read is supported, and what is left over must be known to be harmless."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
+
+_REQUIRED = object()
+
+# Training, bookkeeping, and defaults of Hugging Face's base class: none of these changes a forward pass.
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures attention_dropout auto_map base_model_ep_plan base_model_tp_plan bos_token_id
+    chunk_size_feed_forward dtype hidden_dropout id2label initializer_range is_encoder_decoder label2id model_type
+    output_attentions output_hidden_states output_router_logits pad_token_id problem_type return_dict
+    router_aux_loss_coef torch_dtype transformers_version use_cache video_token_id vision_start_token_id
+    vision_end_token_id video_start_token_id video_end_token_id image_start_token_id image_end_token_id
+    """.split()
+)
+
+
+class Fields:
+    """A view of one JSON object of config.json. `path` is its name in error messages."""
+
+    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
+        self._values, self._path = values, path
+        self._read: set[str] = set()
+        self._children: list[Fields] = []
+
+    def get(self, key: str, default: Any = _REQUIRED) -> Any:
+        """The value, or the default if the key is absent or null. Raises CheckpointError for a required key."""
+        self._read.add(key)
+        value = self._values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise CheckpointError(f"config.json lacks {self._name(key)}")
+            return default
+        return value
+
+    def __getitem__(self, key: str) -> Any:
+        return self.get(key)
+
+    def positive(self, key: str, default: Any = _REQUIRED) -> int:
+        """A positive integer."""
+        value = self.get(key, default)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} (a positive integer)")
+        return value
+
+    def choice(self, key: str, allowed: Mapping[Any, Any] | Sequence[Any], default: Any = _REQUIRED) -> Any:
+        """One of `allowed`; with a mapping, what the value maps to. Raises UnsupportedModelError for any other."""
+        value = self.get(key, default)
+        if isinstance(value, dict | list) or value not in allowed:
+            shown = f'"{value}"' if isinstance(value, str) else value
+            names = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed)
+            raise UnsupportedModelError(
+                f"unsupported value in config.json: {self._name(key)} = {shown} (supported: {names})"
+            )
+        return allowed[value] if isinstance(allowed, Mapping) else value
+
+    def sub(self, key: str, default: Mapping[str, Any] | None = None) -> "Fields":
+        """A nested object."""
+        value = self.get(key) if default is None else self.get(key, default)
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} (an object)")
+        child = Fields(value, self._name(key))
+        self._children.append(child)
+        return child
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def refuse_unread(self, harmless: frozenset[str]) -> None:
+        """Raise UnsupportedModelError for the first field that nobody read, has a value, and is not harmless."""
+        for key in sorted(set(self._values) - self._read - harmless):
+            if self._values[key] not in (None, False, [], {}):
+                raise UnsupportedModelError(f"unsupported field in config.json: {self._name(key)} = {self._values[key]!r}")
+        for child in self._children:
+            child.refuse_unread(harmless)
+
+    def _name(self, key: str) -> str:
+        return f"{self._path}.{key}" if self._path else key

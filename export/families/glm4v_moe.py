@@ -1,0 +1,151 @@
+"""GLM-4.5V: sigmoid routing with a correction bias and expert groups, shared experts, dense first layers, partial rope.
+
+Source: transformers 5.23 `models/glm4v_moe`. Checkpoint: zai-org/GLM-4.5V.
+"""
+
+from moevlm.export.config import (
+    AttentionConfig,
+    DecoderConfig,
+    MergerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    VisionConfig,
+)
+from moevlm.export.families.base import Family, register
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope import axial_theta, mrope
+from moevlm.export.families.sources import channels_last, flattened, stacked_experts
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+
+_LAYER = "model.language_model.layers.{i}."
+_EXPERT = _LAYER + "mlp.experts.{e}."
+_BLOCK = "model.visual.blocks.{i}."
+_PARTS = ("gate", "up", "down")
+
+
+@register("glm4v_moe")
+class Glm4vMoe(Family):
+    """See the module's docstring."""
+
+    def translate(self, fields: Fields) -> ModelConfig:
+        text, vision = fields.sub("text_config"), fields.sub("vision_config")
+        tied = fields.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
+        eos = text.get("eos_token_id", ())
+        return ModelConfig(
+            model_type="glm4v_moe",
+            decoder=self._decoder(text, tied),
+            vision=self._vision(vision),
+            image_token_id=fields.get("image_token_id"),
+            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+        )
+
+    def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:
+        hidden, heads = text.positive("hidden_size"), text.positive("num_attention_heads")
+        head_dim = text.positive("head_dim", hidden // heads)
+        rope = mrope(text, head_dim, interleaved=False, default_sections=(8, 12, 12))
+        activation = text.choice("hidden_act", {"silu": "silu"})
+        text.choice("use_qk_norm", (False,), False)
+        width = text.positive("moe_intermediate_size")
+        router = RouterSpec(
+            top_k=text.positive("num_experts_per_tok"),
+            scoring="sigmoid",
+            renormalize=text.get("norm_topk_prob", True),
+            epsilon=1e-20,
+            scale=float(text.get("routed_scaling_factor", 1.0)),
+            n_group=text.positive("n_group", 1),
+            topk_group=text.positive("topk_group", 1),
+            group_score="top2_sum",
+        )
+        moe = MoEConfig(
+            experts=text.positive("n_routed_experts"),
+            width=width,
+            router=router,
+            expert=ExpertsSpec(activation=activation),
+            correction_bias=True,
+            shared_width=width * text.positive("n_shared_experts", 1),
+        )
+        dense = MLPConfig(text.positive("intermediate_size"), activation)
+        dense_layers = text.get("first_k_dense_replace", 1)
+        return DecoderConfig(
+            vocabulary=text.positive("vocab_size"),
+            hidden=hidden,
+            context=text.positive("max_position_embeddings"),
+            epsilon=text.get("rms_norm_eps", 1e-5),
+            tied_head=tied,
+            attention=AttentionConfig(
+                heads=heads,
+                kv_heads=text.positive("num_key_value_heads"),
+                head_dim=head_dim,
+                rotary_dim=rope.dim,
+                qk_norm=False,
+                qkv_bias=text.get("attention_bias", True),
+                out_bias=False,
+            ),
+            rope=rope,
+            feed_forward=tuple(dense if i < dense_layers else moe for i in range(text.positive("num_hidden_layers"))),
+        )
+
+    def _vision(self, vision: Fields) -> VisionConfig:
+        out = vision.positive("out_hidden_size")
+        activation = vision.choice("hidden_act", {"silu": "silu"})
+        return VisionConfig(
+            hidden=vision.positive("hidden_size"),
+            depth=vision.positive("depth"),
+            heads=vision.positive("num_heads"),
+            mlp=MLPConfig(out, activation),  # the blocks' feed-forward is as wide as the tower's output
+            norm="rms",
+            epsilon=vision.get("rms_norm_eps", 1e-5),
+            qkv_bias=vision.get("attention_bias", False),
+            out_bias=False,
+            outer_norms=True,
+            patch_size=vision.positive("patch_size"),
+            temporal_patch_size=vision.positive("temporal_patch_size", 2),
+            merge_size=vision.positive("spatial_merge_size", 2),
+            channels=vision.positive("in_channels", 3),
+            position_grid=vision.positive("image_size") // vision.positive("patch_size"),
+            position_resampling="bicubic",
+            rope_theta=axial_theta(vision),
+            merger=MergerConfig("gated", out=out, width=vision.positive("intermediate_size")),
+        )
+
+    weights = {
+        "decoder.embedding": "model.language_model.embed_tokens.weight",
+        "decoder.head": "lm_head.weight",
+        "decoder.norm.weight": "model.language_model.norm.weight",
+        "decoder.layers.{i}.attention_norm.weight": _LAYER + "input_layernorm.weight",
+        "decoder.layers.{i}.feed_forward_norm.weight": _LAYER + "post_attention_layernorm.weight",
+        **{
+            f"decoder.layers.{{i}}.attention.{ours}.{part}": f"{_LAYER}self_attn.{theirs}_proj.{part}"
+            for ours, theirs in (("q", "q"), ("k", "k"), ("v", "v"), ("out", "o"))
+            for part in ("weight", "bias")
+        },
+        "decoder.layers.{i}.feed_forward.router.weight": _LAYER + "mlp.gate.weight",
+        "decoder.layers.{i}.feed_forward.correction_bias": _LAYER + "mlp.gate.e_score_correction_bias",
+        "decoder.layers.{i}.feed_forward.gate_up": stacked_experts(_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+        "decoder.layers.{i}.feed_forward.down": stacked_experts(_EXPERT + "down_proj.weight"),
+        **{
+            f"decoder.layers.{{i}}.feed_forward.shared.{part}.weight": f"{_LAYER}mlp.shared_experts.{part}_proj.weight"
+            for part in _PARTS
+        },
+        **{f"decoder.layers.{{i}}.feed_forward.{part}.weight": f"{_LAYER}mlp.{part}_proj.weight" for part in _PARTS},
+        "vision.patch_embedding.weight": flattened("model.visual.patch_embed.proj.weight"),
+        "vision.patch_embedding.bias": "model.visual.patch_embed.proj.bias",
+        "vision.position_embedding": "model.visual.embeddings.position_embedding.weight",
+        "vision.first_norm.weight": "model.visual.post_conv_layernorm.weight",
+        "vision.last_norm.weight": "model.visual.post_layernorm.weight",
+        "vision.blocks.{i}.attention_norm.weight": _BLOCK + "norm1.weight",
+        "vision.blocks.{i}.mlp_norm.weight": _BLOCK + "norm2.weight",
+        "vision.blocks.{i}.attention.qkv.weight": _BLOCK + "attn.qkv.weight",
+        "vision.blocks.{i}.attention.qkv.bias": _BLOCK + "attn.qkv.bias",
+        "vision.blocks.{i}.attention.out.weight": _BLOCK + "attn.proj.weight",
+        **{f"vision.blocks.{{i}}.mlp.{part}.weight": f"{_BLOCK}mlp.{part}_proj.weight" for part in _PARTS},
+        "vision.merger.downsample.weight": channels_last("model.visual.downsample.weight"),
+        "vision.merger.downsample.bias": "model.visual.downsample.bias",
+        "vision.merger.projection.weight": "model.visual.merger.proj.weight",
+        "vision.merger.norm.weight": "model.visual.merger.post_projection_norm.weight",
+        "vision.merger.norm.bias": "model.visual.merger.post_projection_norm.bias",
+        **{f"vision.merger.mlp.{part}.weight": f"model.visual.merger.{part}_proj.weight" for part in _PARTS},
+    }
+    # A tied checkpoint may still carry its head. Layer 46 of the release predicts further tokens, which nobody runs here.
+    ignored = (r"lm_head\.weight$", r"model\.language_model\.layers\.46\.")

@@ -1,0 +1,116 @@
+"""Where canonical weights come from: a checkpoint tensor as it is, or several of them rearranged, always lazily."""
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from moevlm.export.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
+from moevlm.runtime.errors import CheckpointError
+
+# The last two axes of fused expert tensors: out_in is [E, 2I, H] and [E, H, I], in_out is [E, H, 2I] and [E, I, H].
+LAYOUTS = ("auto", "out_in", "in_out")
+
+Shape = tuple[int, ...]
+Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
+
+
+def _get(tensors: Mapping[str, Weight], name: str) -> Weight:
+    try:
+        return tensors[name]
+    except KeyError:
+        raise CheckpointError(f"the checkpoint lacks tensor {name}") from None
+
+
+def _expect(name: str, weight: Weight, shape: Shape) -> Weight:
+    if weight.shape != shape:
+        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the config asks for {list(shape)}")
+    return weight
+
+
+def named(pattern: str) -> Source:
+    """The tensor of this name, {i} filled in."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        return _expect(name, _get(tensors, name), shape)
+
+    return source
+
+
+def flattened(pattern: str) -> Source:
+    """A convolution over non-overlapping patches as a matrix: [out, ...] -> [out, prod(...)]."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        weight = _get(tensors, name)
+        return _expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
+
+    return source
+
+
+def channels_last(pattern: str) -> Source:
+    """A strided 2-D convolution on rows [kh, kw, in]: [out, in, kh, kw] -> [out, kh * kw * in]."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        weight = _get(tensors, name)
+        out, channels, height, width = weight.shape
+        rows = PerRow(
+            weight,
+            (out, channels * height * width),
+            weight.dtype,
+            lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).reshape(len(a), -1),
+        )
+        return _expect(name, rows, shape)
+
+    return source
+
+
+def fused_gate_up(gate_up: str, down: str) -> Source:
+    """All experts' gate and up rows in one tensor, canonically [E, 2I, H]."""
+    return _fused(gate_up, down, lambda shape: (shape[0], shape[2], shape[1] // 2))
+
+
+def fused_down(down: str, gate_up: str) -> Source:
+    """All experts' down rows in one tensor, canonically [E, H, I]."""
+    return _fused(down, gate_up, lambda shape: (shape[0], 2 * shape[2], shape[1]))
+
+
+def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) -> Source:
+    """Either of the two layouts on disk, told apart by shape.
+
+    A square tensor says nothing of itself. If its sibling in the layer has the canonical layout, so has it, and every
+    reader agrees; if the sibling has the other one, Hugging Face turns the sibling and leaves the square tensor as it
+    is, so its meaning is open and the option has to say.
+    """
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        name = pattern.format(**indices)
+        weight, swapped = _get(tensors, name), (shape[0], shape[2], shape[1])
+        if layout == "in_out":
+            return swap_last(_expect(name, weight, swapped))
+        if layout == "auto" and shape == swapped:
+            other = sibling.format(**indices)
+            if _get(tensors, other).shape != sibling_shape(shape):
+                raise CheckpointError(
+                    f"tensor {name} is square, {list(weight.shape)}, so its layout is ambiguous "
+                    "(--expert-layout out_in or in_out says which)"
+                )
+        elif layout == "auto" and weight.shape == swapped:
+            return swap_last(weight)
+        return _expect(name, weight, shape)
+
+    return source
+
+
+def stacked_experts(*patterns: str) -> Source:
+    """One tensor per expert, {e}, and per part: the parts joined (gate rows, then up rows), the experts stacked."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        experts = []
+        for e in range(shape[0]):
+            names = [pattern.format(e=e, **indices) for pattern in patterns]
+            rows = Concat([_get(tensors, name) for name in names])
+            experts.append(_expect(" + ".join(names), rows, shape[1:]))
+        return Stack(experts)
+
+    return source

@@ -1,0 +1,67 @@
+"""A checkpoint as canonical modules: both towers on the meta device, every parameter bound to its bytes on disk."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import onnx_ir as ir
+import torch
+from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.config import ModelConfig
+from moevlm.export.families import family_for
+from moevlm.export.modules.decoder import Decoder
+from moevlm.export.modules.vision import Vision
+from moevlm.export.trace import trace_decoder, trace_vision
+from moevlm.export.weights import Weight, slices
+
+
+@dataclass(frozen=True)
+class CanonicalModel:
+    """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name."""
+
+    config: ModelConfig
+    vision: Vision
+    decoder: Decoder
+    vision_weights: Mapping[str, Weight]
+    decoder_weights: Mapping[str, Weight]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, expert_layout: str = "auto") -> "CanonicalModel":
+        """Translate config.json and find every tensor; nothing is read but headers.
+
+        Raises UnsupportedModelError for an architecture or field, CheckpointError for a tensor.
+        """
+        family = family_for(checkpoint.config)
+        config = family.config(checkpoint.config)
+        with torch.device("meta"):
+            vision, decoder = Vision(config.vision).eval(), Decoder(config.decoder).eval()
+        parameters = {
+            f"{tower}.{name}": tuple(parameter.shape)
+            for tower, module in (("vision", vision), ("decoder", decoder))
+            for name, parameter in module.named_parameters()
+        }
+        bound = family.bind(parameters, checkpoint.tensors, expert_layout)
+        vision_weights, decoder_weights = (
+            {name.removeprefix(tower): weight for name, weight in bound.items() if name.startswith(tower)}
+            for tower in ("vision.", "decoder.")
+        )
+        return cls(config, vision, decoder, vision_weights, decoder_weights)
+
+    @cached_property
+    def graphs(self) -> dict[str, ir.Model]:
+        """The canonical ONNX graphs, vision and decoder, with lazy initializers."""
+        return {
+            "vision": trace_vision(self.vision, self.vision_weights),
+            "decoder": trace_decoder(self.decoder, self.decoder_weights),
+        }
+
+    def materialize(self) -> tuple[Vision, Decoder]:
+        """Both towers with their weights in memory, float32: for parity, on models that fit."""
+        for module, weights in ((self.vision, self.vision_weights), (self.decoder, self.decoder_weights)):
+            module.to_empty(device="cpu")
+            for name, parameter in module.named_parameters():
+                offset, flat = 0, parameter.data.view(-1)
+                for piece in slices(weights[name]):
+                    flat[offset : offset + piece.size] = torch.from_numpy(piece.reshape(-1))
+                    offset += piece.size
+        return self.vision, self.decoder

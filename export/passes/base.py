@@ -1,0 +1,27 @@
+"""What a graph rewrite is, and how a target's list of them is run."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+
+class Pass(ABC):
+    """One rewrite of a whole model, in place.
+
+    The docstring of each pass says what it Requires of a model and what it Ensures. A pass reads no weight: where it
+    rearranges one, it wraps the initializer's recipe (`moevlm.export.weights`).
+    """
+
+    @abstractmethod
+    def apply(self, model: ir.Model) -> int:
+        """Rewrite `model` and return how many rewrites that took: 0 means that the model is as it was."""
+
+
+def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:
+    """Apply `passes` in order; returns the number of rewrites by class name."""
+    counts: dict[str, int] = {}
+    for step in passes:
+        name = type(step).__name__
+        counts[name] = counts.get(name, 0) + step.apply(model)
+    return counts
