@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from moevlm.export.attention_functions import cached_attention_function, segment_attention_function
 from moevlm.plugins.spec import DOMAIN, OPSET_VERSION, ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import UnsupportedModelError
 
@@ -216,36 +217,46 @@ def add_functions(model: ir.Model) -> None:
     """
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
-    bodies: dict[str, list[tuple[RouterSpec | ExpertsSpec, bool]]] = {ROUTER: [], EXPERTS: []}
+    bodies: dict[str, list[_Body]] = {}
     for node in model.graph.all_nodes():
         if node.domain != DOMAIN:
             continue
         while node.inputs and node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
+        known = bodies.setdefault(node.op_type, [])
         body = _body(node)
-        known = bodies[node.op_type]
         if body not in known:
             known.append(body)
-        place = known.index(body)
-        node.overload = str(place + 1) if place else ""
-    for op_type, make in ((ROUTER, router_function), (EXPERTS, experts_function)):
-        for place, (spec, has_bias) in enumerate(bodies[op_type]):
-            function = make(spec, has_bias)
-            function.overload = str(place + 1) if place else ""
+        node.overload = _overload(known.index(body))
+    for known in bodies.values():
+        for place, (make, *arguments) in enumerate(known):
+            function = make(*arguments)
+            function.overload = _overload(place)
             loaded = ir.serde.deserialize_function(function)
             model.functions[loaded.identifier()] = loaded
-    if any(bodies.values()):
+    if bodies:
         model.graph.opset_imports[DOMAIN] = OPSET_VERSION
     else:
         model.graph.opset_imports.pop(DOMAIN, None)
 
 
-def _body(node: ir.Node) -> tuple[RouterSpec | ExpertsSpec, bool]:
-    """What a node's body depends on."""
+# What makes a node's body, and the arguments that it depends on.
+_Body = tuple[Any, ...]
+
+
+def _overload(place: int) -> str:
+    return str(place + 1) if place else ""
+
+
+def _body(node: ir.Node) -> _Body:
+    if node.op_type == "CachedAttention":
+        return (cached_attention_function,)
+    if node.op_type == "SegmentAttention":
+        return (segment_attention_function,)
     if node.op_type == ROUTER:
-        return router_spec(node), len(node.inputs) == 2
+        return router_function, router_spec(node), len(node.inputs) == 2
     if node.op_type != EXPERTS:
         raise UnsupportedModelError(f"node {node.name}: no op {DOMAIN}::{node.op_type} (known: {ROUTER}, {EXPERTS})")
     if len(node.inputs) == 6 or None in node.inputs:
         raise UnsupportedModelError(f"node {node.name}: {EXPERTS} takes both biases, or none")
-    return experts_spec(node), len(node.inputs) == 7
+    return experts_function, experts_spec(node), len(node.inputs) == 7

@@ -38,6 +38,7 @@ class Translator:
         self.values: dict[torch.fx.Node, Any] = {}
         self.initializers: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
+        self.symbols: dict[str, str] = {}
 
     def model(self, name: str, inputs: Mapping[str, tuple[str | int, ...]], outputs: tuple[str, ...]) -> ir.Model:
         """The finished model. inputs: name and symbolic shape, in the program's order; outputs: names in order."""
@@ -52,11 +53,9 @@ class Translator:
                     self.values[node] = None
                     continue
                 input_name, shape = remaining.pop(0)
-                value = ir.Value(
-                    name=input_name, shape=ir.Shape(shape), type=ir.TensorType(_DTYPES[node.meta["val"].dtype])
-                )
-                self.values[node] = value
-                graph_inputs.append(value)
+                self.symbols |= {str(d): s for d, s in zip(node.meta["val"].shape, shape, strict=True) if isinstance(s, str)}
+                self.values[node] = self._typed(ir.Value(name=input_name), node.meta["val"])
+                graph_inputs.append(self.values[node])
             elif node.op == "call_function":
                 self.values[node] = self._call(node)
             elif node.op == "output":
@@ -92,14 +91,18 @@ class Translator:
 
     def _call(self, node: torch.fx.Node) -> Any:
         if node.target is operator.getitem:
-            return self.values[node.args[0]][node.args[1]]
+            return self._typed(self.values[node.args[0]][node.args[1]], node.meta["val"])
         rule = _RULES.get(node.target)
         if rule is None:
             raise ExportError(f"no ONNX translation for {node.target} (known: {', '.join(map(str, _RULES))})")
         result = rule(self, *(self._argument(a) for a in node.args), **node.kwargs)
-        if isinstance(result, ir.Value) and isinstance(node.meta.get("val"), torch.Tensor):
-            result.type = ir.TensorType(_DTYPES[node.meta["val"].dtype])
-        return result
+        return self._typed(result, node.meta["val"]) if isinstance(result, ir.Value) else result
+
+    def _typed(self, value: ir.Value, tensor: torch.Tensor) -> ir.Value:
+        """Dtype and shape from the trace; a dimension keeps its name, or stays open if it is computed from others."""
+        value.type = ir.TensorType(_DTYPES[tensor.dtype])
+        value.shape = ir.Shape([d if isinstance(d, int) else self.symbols.get(str(d)) for d in tensor.shape])
+        return value
 
     def _argument(self, argument: Any) -> Any:
         if isinstance(argument, torch.fx.Node):

@@ -45,7 +45,7 @@ class Constant:
         return self.array.dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.array[start:stop]
+        return self.array[start:stop] if self.array.shape else self.array
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,11 @@ def _slice_bytes(weight: Weight) -> int:
     return SLICE_BYTES
 
 
+def read(weight: Weight) -> np.ndarray:
+    """The whole tensor in memory."""
+    return np.concatenate([np.atleast_1d(piece) for piece in slices(weight)]).reshape(weight.shape)
+
+
 class WeightTensor(ir.LazyTensor):
     """An ONNX initializer whose bytes come from a `Weight`; nothing is read until it is written or asked for."""
 
@@ -205,12 +210,13 @@ class WeightTensor(ir.LazyTensor):
 
     def __init__(self, name: str, weight: Weight) -> None:
         super().__init__(
-            self._read, dtype=ir.DataType.from_numpy(weight.dtype), shape=ir.Shape(weight.shape), cache=False, name=name
+            lambda: ir.Tensor(read(weight)),
+            dtype=ir.DataType.from_numpy(weight.dtype),
+            shape=ir.Shape(weight.shape),
+            cache=False,
+            name=name,
         )
         self.weight = weight
-
-    def _read(self) -> ir.Tensor:
-        return ir.Tensor(np.concatenate([np.atleast_1d(s) for s in slices(self.weight)]).reshape(self.weight.shape))
 
 
 def initializer(name: str, weight: Weight) -> ir.Value:

@@ -1,0 +1,108 @@
+"""The engine protocol on ONNX Runtime's CPU provider, with KV caches that the graph updates in place."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.errors import EngineError
+from moevlm.runtime.manifest import ModelFacts
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+@dataclass(frozen=True)
+class OrtCache:
+    """binding: the decoder's, with every layer's key and value buffer bound as both input and output."""
+
+    batch: int
+    capacity: int
+    binding: "ort.IOBinding"
+
+
+class OrtEngine:
+    """Two ONNX Runtime sessions on paths that were verified before.
+
+    threads: for one operator; None takes all physical cores. Raises EngineError if a graph cannot be loaded or run.
+    """
+
+    def __init__(self, vision: Path, decoder: Path, model: ModelFacts, threads: int | None = None) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise EngineError("this engine needs onnxruntime (pip install moevlm[cpu])") from error
+        self._ort = onnxruntime
+        self._model = model
+        self._vision, self._decoder = (self._session(path, threads) for path in (vision, decoder))
+        shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
+        self._deepstack = shapes["deepstack_embeds"][0] if "deepstack_embeds" in shapes else 0
+        # A step without images still feeds one row, which no visual_index points at.
+        self._no_visual = VisualFeatures(
+            np.zeros((1, model.hidden), np.float32), np.zeros((self._deepstack, 1, model.hidden), np.float32)
+        )
+        self._outputs = [v.name for v in self._decoder.get_outputs() if "_cache_out." not in v.name]
+
+    def _session(self, path: Path, threads: int | None) -> "ort.InferenceSession":
+        options = self._ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = 3
+        try:
+            return self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
+
+    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+        """Visual tokens of all images of one packed call."""
+        try:
+            outputs = self._vision.run(None, vars(inputs))
+        except Exception as error:
+            raise EngineError(f"the vision graph failed: {_first_line(error)}") from error
+        embeds = outputs[0]
+        empty = np.zeros((0, *embeds.shape), np.float32)
+        return VisualFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
+
+    def new_cache(self, batch: int, capacity: int) -> OrtCache:
+        """An empty cache of two [batch, kv_heads, capacity, head_dim] float32 buffers per layer."""
+        model = self._model
+        shape = (batch, model.kv_heads, capacity, model.head_dim)
+        binding = self._decoder.io_binding()
+        for name in self._outputs:  # first, so that they lead the list of outputs
+            binding.bind_output(name)
+        for i in range(model.layers):
+            for kind in ("key", "value"):
+                buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+                binding.bind_ortvalue_input(f"{kind}_cache.{i}", buffer)
+                binding.bind_ortvalue_output(f"{kind}_cache_out.{i}", buffer)
+        return OrtCache(batch, capacity, binding)
+
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> np.ndarray:
+        """Logits [N, vocabulary] float32; see the protocol."""
+        return self.run(step, visual, cache)["logits"]
+
+    def run(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> dict[str, np.ndarray]:
+        """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
+        length = step.input_ids.shape[1]
+        if int(step.cache_position.max()) + length > cache.capacity:
+            raise EngineError(
+                f"{length} tokens after position {int(step.cache_position.max())} do not fit into a cache of {cache.capacity}"
+            )
+        visual = visual or self._no_visual
+        feeds = vars(step) | {"visual_embeds": visual.embeds}
+        if self._deepstack:
+            feeds["deepstack_embeds"] = visual.deepstack
+        for name, array in feeds.items():
+            cache.binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self._outputs:  # again each time: a bound output keeps the last step's shape
+            cache.binding.bind_output(name)
+        try:
+            self._decoder.run_with_iobinding(cache.binding)
+        except Exception as error:
+            raise EngineError(f"the decoder graph failed: {_first_line(error)}") from error
+        values = cache.binding.get_outputs()[: len(self._outputs)]
+        return {name: value.numpy() for name, value in zip(self._outputs, values, strict=True)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
