@@ -3,19 +3,17 @@
 import errno
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn, Self
 
 import msgspec
 import onnx_ir as ir
-
 from moevlm.export.atomic_directory import AtomicDirectory
 from moevlm.export.model_file import Progress, data_bytes, graph_bytes, plan, write_data
 from moevlm.export.streamed_file import StreamedFile
-from moevlm.runtime.bundle import MANIFEST, Bundle, is_safe_path
-from moevlm.runtime.errors import BuildError, BundleError
+from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path
+from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import FileFacts, Manifest
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -32,7 +30,6 @@ class BundleWriter:
     def __init__(self, destination: str | Path) -> None:
         self.destination = Path(destination)
         self._files: dict[str, FileFacts] = {}
-        self._open: StreamedFile | None = None
 
     def __enter__(self) -> Self:
         self._refuse_foreign_destination()
@@ -43,14 +40,11 @@ class BundleWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._open is not None:
-            with suppress(OSError):
-                self._open.abort()
         self._directory.discard()
 
     def add_bytes(self, path: str, data: bytes) -> None:
         """Add a small file. path: relative to the bundle."""
-        self._write(path, len(data), lambda file: file.write(data))
+        self._add(path, len(data), lambda file: file.write(data))
 
     def add_model(self, model: ir.Model, path: str, progress: Progress | None = None) -> None:
         """Add an ONNX graph at `path`, and its large initializers in one file, `path`.data, streamed.
@@ -61,9 +55,13 @@ class BundleWriter:
         spans = plan(model)
         if spans:
             needed = data_bytes(spans)
-            self._write(f"{path}.data", needed, lambda file: write_data(spans, file, progress))
+            self._add(f"{path}.data", needed, lambda file: write_data(spans, file, progress))
         graph = graph_bytes(model, spans, f"{Path(path).name}.data")
         self.add_bytes(path, graph)
+
+    def add_structure(self, model: ir.Model, path: str) -> None:
+        """Add an ONNX graph without its large initializers: it refers to the data file that `add_model` would write."""
+        self.add_bytes(path, graph_bytes(model, plan(model), f"{Path(path).name}.data"))
 
     def keep(self, bundle: Bundle, paths: Iterable[str] | None = None) -> None:
         """Take over files of an existing bundle as they are, without rereading them: hard links where possible.
@@ -71,17 +69,14 @@ class BundleWriter:
         paths: which ones; by default all that have not been added to this bundle. Their recorded hashes are taken
         over too, so damage that is in them is still found.
         """
-        chosen = bundle.manifest.files if paths is None else paths
-        for path in chosen:
-            if paths is None and path in self._files:
-                continue
-            target = self._claim(path)
-            source = bundle.path(path).resolve()
+        kept = bundle.manifest.files
+        for path in [path for path in kept if path not in self._files] if paths is None else paths:
+            source, target = bundle.path(path).resolve(), self._claim(path)
             try:
-                self._link(source, target)
+                _link(source, target)
             except OSError as error:
-                self._refuse(path, bundle.manifest.files[path].size, error)
-            self._files[path] = bundle.manifest.files[path]
+                self._refuse(target, kept[path].size, error)
+            self._files[path] = kept[path]
 
     def commit(self, manifest: Manifest) -> Path:
         """Put the finished bundle into place, with `manifest` and the hashes of all files in it; returns its path.
@@ -94,60 +89,65 @@ class BundleWriter:
                     raise BuildError(f"engine {name} names {path}, which was not written")
         manifest = msgspec.structs.replace(manifest, files=dict(sorted(self._files.items())))
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
-        self._write(MANIFEST, len(data), lambda file: file.write(data))
+        self._write(self._directory.path / MANIFEST, len(data), lambda file: file.write(data))
         try:
             self._directory.commit()
         except OSError as error:
-            self._refuse("", 0, error)
+            self._refuse(self._directory.path, 0, error)
         return self.destination
 
-    def _write(self, path: str, needed: int, fill) -> None:
-        target = self._claim(path)
-        try:
-            free = shutil.disk_usage(target.parent).free
-            if free < needed:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._open = StreamedFile(target)
-            fill(self._open)
-            self._files[path] = self._open.close()
-            self._open = None
-        except OSError as error:
-            self._refuse(path, needed, error)
+    def _add(self, path: str, needed: int, fill: Callable[[StreamedFile], None]) -> None:
+        self._files[path] = self._write(self._claim(path), needed, fill)
 
     def _claim(self, path: str) -> Path:
         """The place of a new file in the hidden directory, its folder made."""
-        if not is_safe_path(path) or path in self._files or (path == MANIFEST and self._files.get(path)):
+        if not is_bundle_path(path) or path in self._files:
             raise BuildError(f"cannot add {path!r} to {self.destination}: not a new path inside the bundle")
         target = self._directory.path / path
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self._refuse(path, 0, error)
+            self._refuse(target, 0, error)
         return target
 
-    @staticmethod
-    def _link(source: Path, target: Path) -> None:
+    def _write(self, target: Path, needed: int, fill: Callable[[StreamedFile], None]) -> FileFacts:
+        file = None
         try:
-            os.link(source, target)
+            if shutil.disk_usage(self._directory.path).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            file = StreamedFile(target)
+            fill(file)
+            return file.close()
         except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise
-            shutil.copyfile(source, target)  # another file system, or one without hard links
+            self._refuse(target, needed, error)
+        finally:
+            if file is not None:
+                file.abort()
 
-    def _refuse(self, path: str, needed: int, error: OSError) -> NoReturn:
+    def _refuse(self, target: Path, needed: int, error: OSError) -> NoReturn:
+        """The error in one line, in terms of the destination."""
+        name = self.destination / target.relative_to(self._directory.path)
         if error.errno not in _DISK_FULL:
-            raise BuildError(f"cannot write {self.destination / path}: {error.strerror}") from error
-        written = self._open.size if self._open is not None else 0
+            raise BuildError(f"cannot write {name}: {error.strerror}") from error
         free = shutil.disk_usage(self._directory.path).free
-        raise BuildError(
-            f"cannot write {self.destination / path}: the disk is full "
-            f"({needed} bytes needed, {written} written, {free} free)"
-        ) from error
+        raise BuildError(f"cannot write {name}: the disk is full ({needed} bytes needed, {free} free)") from error
 
     def _refuse_foreign_destination(self) -> None:
-        if not os.path.lexists(self.destination):
+        """A bundle may be replaced, even a damaged one; anything else at the destination is someone's work."""
+        if not (self.destination.exists() or self.destination.is_symlink()):
             return
         try:
-            Bundle.open(self.destination)
-        except BundleError:
-            pass
+            manifest = msgspec.json.decode((self.destination / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            manifest = None
+        if not isinstance(manifest, dict) or not {"schema", "files", "engines"} <= manifest.keys():
+            raise BuildError(f"{self.destination} exists and is not a bundle: choose another place, or remove it")
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
+        shutil.copyfile(source, target)  # another file system, or one without hard links

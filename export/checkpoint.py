@@ -178,7 +178,7 @@ def _nothing_to_read(directory: Path) -> str:
     if others:
         return f"{directory} has neither {SINGLE} nor {INDEX}; it has {_some(others)}"
     if pickles:
-        return f"{directory} has no safetensors file, only {_some(pickles)}: pickled weights are never read, convert them"
+        return f"{directory} has no safetensors file, only {_some(pickles)}: convert it, pickles are never read"
     return f"{directory} has no weights: neither {SINGLE} nor {INDEX}"
 
 

@@ -7,7 +7,7 @@ out of the signature where the node has none: onnx's reference evaluator wants a
 
 import re
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import onnx
@@ -194,14 +194,11 @@ def experts_spec(node: ir.Node) -> ExpertsSpec:
     return ExpertsSpec(**_attributes(node, ExpertsSpec))
 
 
-def _attributes(node: ir.Node, spec: type) -> dict[str, object]:
-    types = {f.name: f.type for f in fields(spec)}
-    return {name: _python(attribute.value, types[name]) for name, attribute in node.attributes.items()}
-
-
-def _python(value: object, kind: type) -> object:
+def _attributes(node: ir.Node, spec: type) -> dict[str, Any]:
     # ONNX keeps floats in 32 bits: through the shortest text that means the same float32, 1e-20 is 1e-20 again.
-    return kind(str(np.float32(value))) if kind is float else kind(value)
+    kinds = get_type_hints(spec)
+    values = {name: attribute.value for name, attribute in node.attributes.items()}
+    return {k: float(str(np.float32(v))) if kinds[k] is float else kinds[k](v) for k, v in values.items()}
 
 
 def is_op(node: ir.Node, op_type: str) -> bool:

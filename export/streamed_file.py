@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from moevlm.runtime.manifest import FileFacts
 
 # The kernel starts to write dirty pages back only at a tenth of the memory: without this the disk is idle while a

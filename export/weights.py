@@ -200,7 +200,12 @@ def _slice_bytes(weight: Weight) -> int:
 
 def read(weight: Weight) -> np.ndarray:
     """The whole tensor in memory."""
-    return np.concatenate([np.atleast_1d(piece) for piece in slices(weight)]).reshape(weight.shape)
+    array = np.empty(weight.shape, weight.dtype)
+    flat, done = array.reshape(-1), 0
+    for piece in slices(weight):
+        flat[done : done + piece.size] = piece.reshape(-1)
+        done += piece.size
+    return array
 
 
 class WeightTensor(ir.LazyTensor):

@@ -28,14 +28,18 @@ class OrtEngine:
     threads: for one operator; None takes all physical cores. Raises EngineError if a graph cannot be loaded or run.
     """
 
-    def __init__(self, vision: Path, decoder: Path, model: ModelFacts, threads: int | None = None) -> None:
+    def __init__(
+        self, vision: Path, decoder: Path, model: ModelFacts, threads: int | None = None, tapped: bytes | None = None
+    ) -> None:
+        """tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares."""
         try:
             import onnxruntime
         except ImportError as error:
             raise EngineError("this engine needs onnxruntime (pip install moevlm[cpu])") from error
         self._ort = onnxruntime
         self._model = model
-        self._vision, self._decoder = (self._session(path, threads) for path in (vision, decoder))
+        self._vision = self._session(vision, threads)
+        self._decoder = self._session(decoder, threads, tapped)
         shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
         self._deepstack = shapes["deepstack_embeds"][0] if "deepstack_embeds" in shapes else 0
         # A step without images still feeds one row, which no visual_index points at.
@@ -44,12 +48,14 @@ class OrtEngine:
         )
         self._outputs = [v.name for v in self._decoder.get_outputs() if "_cache_out." not in v.name]
 
-    def _session(self, path: Path, threads: int | None) -> "ort.InferenceSession":
+    def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> "ort.InferenceSession":
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 3
+        if graph is not None:
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
-            return self._ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            return self._ort.InferenceSession(graph or path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
 

@@ -38,11 +38,12 @@ class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
     ignored: patterns of checkpoint tensors that belong to no supported part of the model.
+    router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
     """
 
     weights: Mapping[str, str | Source]
     ignored: tuple[str, ...] = ()
-    harmless: frozenset[str] = frozenset()
+    router_suffix: str
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:
@@ -55,7 +56,7 @@ class Family(ABC):
             config = self.translate(fields)
         except ValueError as error:  # a spec's own validation names the field and what is allowed
             raise UnsupportedModelError(f"unsupported value in config.json: {error}") from error
-        fields.refuse_unread(HARMLESS | self.harmless)
+        fields.refuse_unread(HARMLESS)
         return config
 
     def bind(

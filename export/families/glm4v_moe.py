@@ -28,6 +28,8 @@ _PARTS = ("gate", "up", "down")
 class Glm4vMoe(Family):
     """See the module's docstring."""
 
+    router_suffix = "mlp.gate"
+
     def translate(self, fields: Fields) -> ModelConfig:
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
         tied = fields.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)

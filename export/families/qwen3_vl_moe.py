@@ -32,6 +32,8 @@ _GATE_UP, _DOWN = _LAYER + "mlp.experts.gate_up_proj", _LAYER + "mlp.experts.dow
 class Qwen3VLMoe(Family):
     """See the module's docstring."""
 
+    router_suffix = "mlp.gate"
+
     def translate(self, fields: Fields) -> ModelConfig:
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
         fields.get("tie_word_embeddings", False)

@@ -42,9 +42,7 @@ class _Rewriter:
         )
         # Every row counts as a full chunk: padding is overwritten by the next step and causality hides it until then.
         int32 = int(ir.DataType.INT32)
-        self.last = self._op(
-            first, "Cast", self._op(first, "Sub", end, self._constant("one", [1])), to=int32
-        )
+        self.last = self._op(first, "Cast", self._op(first, "Sub", end, self._constant("one", [1])), to=int32)
         self.total = self._op(first, "Cast", self._op(first, "ReduceMax", end, keepdims=0), to=int32)
         batch = self._op(first, "Shape", position)
         self.query = self._op(first, "Cast", self._op(first, "Expand", sequence, batch), to=int32)
@@ -66,9 +64,7 @@ class _Rewriter:
         self.graph.insert_before(node, attention)
         width = key_cache.shape[3] * heads
         y = self._op(node, "Reshape", attention.outputs[0], self._constant(f"rows_{width}", [-1, width]))
-        ir.convenience.replace_nodes_and_values(
-            self.graph, node, [node], [], node.outputs, [y, *attention.outputs[1:]]
-        )
+        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [], node.outputs, [y, *attention.outputs[1:]])
 
     def _constant(self, name: str, value: list[int]) -> ir.Value:
         name = f"attention.{name}"

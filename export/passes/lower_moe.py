@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op, router_spec
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import Constant, PerRow, WeightTensor, initializer
+from moevlm.export.weights import Constant, PerRow, Weight, WeightTensor, initializer
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import BuildError
 from onnx_ir import tape
@@ -34,22 +34,24 @@ class LowerMoE(Pass):
 
     The kernel's swiglu (interleaved rows only) is gated silu with alpha 1, beta 0 and no limit, and swiglu_clamped with
     beta 1. Its silu is ungated silu, and its gelu is the tanh form (measured on [-6, 6]: within 4.3e-7 of tanh, 4.7e-4
-    away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies.
+    away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies, a loop over the chosen experts
+    that takes 1.4 times the kernel's time for 1 token, 1.1 times for 256 (H 1024, I 384, 8 of 64 experts, 1 thread).
 
-    Requires: expert weights and biases are initializers; expert_index and expert_weight come from one MoERouter.
+    Requires: the nodes stand in the main graph; expert weights and biases are initializers; expert_index and
+    expert_weight come from one MoERouter.
     Ensures: the only moevlm::MoEExperts left are gated gelu_tanh; routers that nothing uses are gone; functions match.
     """
 
     def apply(self, model: ir.Model) -> int:
         interleaved: dict[ir.Value, ir.Value] = {}
         lowered = 0
-        for node in [n for n in model.graph.all_nodes() if is_op(n, EXPERTS)]:
+        for node in [n for n in model.graph if is_op(n, EXPERTS)]:
             attributes = kernel_attributes(experts_spec(node))
             if attributes is not None:
-                _lower(node, attributes, interleaved)
+                _lower(model.graph, node, attributes, interleaved)
                 lowered += 1
         if lowered:
-            _sweep(model, interleaved)
+            _sweep(model.graph, interleaved)
             model.graph.opset_imports[CONTRIB] = 1
         add_functions(model)
         return lowered
@@ -77,18 +79,21 @@ def is_direct(spec: RouterSpec, experts: int, has_bias: bool) -> bool:
     return not spec.renormalize or spec.epsilon < HALF_ULP * smallest_sum
 
 
-def _lower(node: ir.Node, attributes: Mapping[str, Any], interleaved: dict[ir.Value, ir.Value]) -> None:
+def _lower(
+    graph: ir.Graph, node: ir.Node, attributes: Mapping[str, Any], interleaved: dict[ir.Value, ir.Value]
+) -> None:
     """Put a com.microsoft::MoE node, and what its routing needs around it, in the place of a MoEExperts node."""
     t = tape.Tape()
-    x, index, weight, gate_up, down, *biases = node.inputs
+    x, index, weight, gate_up, down = (_input(node, i) for i in range(5))
+    gate_up_bias, down_bias = [*node.inputs[5:], None, None][:2]
     router = index.producer()
     if router is None or not is_op(router, ROUTER) or weight.producer() is not router:
         raise BuildError(f"node {node.name}: expert_index and expert_weight must come from one {ROUTER}")
     spec, routing = experts_spec(node), router_spec(router)
-    gate_up_bias, down_bias = biases or (None, None)
+    experts = _weight(gate_up).shape[0]
     if spec.gated:
-        gate_up, gate_up_bias = (v and _interleaved(v, interleaved) for v in (gate_up, gate_up_bias))
-    experts = gate_up.shape[0]
+        gate_up = _interleaved(graph, gate_up, interleaved)
+        gate_up_bias = gate_up_bias and _interleaved(graph, gate_up_bias, interleaved)
 
     def kernel(rows: ir.Value, probs: ir.Value, k: int, normalize: bool) -> ir.Value:
         """rows [R, H] f32, probs [R, E] f32 -> [R, H] f32."""
@@ -98,16 +103,23 @@ def _lower(node: ir.Node, attributes: Mapping[str, Any], interleaved: dict[ir.Va
 
     if spec.weight_on == "input":
         y = _one_row_per_choice(t, x, index, weight, experts, kernel)
-    elif is_direct(routing, experts, len(router.inputs) == 2) and _only_user(router, node):
+    elif is_direct(routing, experts, has_bias=any(router.inputs[1:])) and _only_user(router, node):
         renormalize = routing.renormalize or routing.scoring == "softmax_after_topk"
-        y = kernel(x, router.inputs[0], routing.top_k, renormalize)
+        y = kernel(x, _input(router, 0), routing.top_k, renormalize)
         if routing.scale != 1:
             y = t.op("Mul", [y, _constant(t, np.float32(routing.scale))])
     else:
         y = kernel(x, _log_probs(t, index, weight, experts), routing.top_k, normalize=True)
         if not _sums_to_one(routing):
             y = t.op("Mul", [y, t.op("ReduceSum", [weight, _constant(t, [1])], {"keepdims": 1})])
-    ir.convenience.replace_nodes_and_values(node.graph, node, [node], t.nodes, node.outputs, [y])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
+
+
+def _input(node: ir.Node, i: int) -> ir.Value:
+    value = node.inputs[i] if i < len(node.inputs) else None
+    if value is None:
+        raise BuildError(f"node {node.name}: input {i} of {node.op_type} is missing")
+    return value
 
 
 def _only_user(router: ir.Node, node: ir.Node) -> bool:
@@ -149,15 +161,20 @@ def _constant(t: tape.Tape, value: np.float32 | list[int]) -> ir.Value:
     return t.op("Constant", [], {"value": ir.tensor(array)})
 
 
-def _interleaved(value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
+def _weight(value: ir.Value) -> Weight:
+    """The recipe of an initializer."""
+    tensor = value.const_value
+    if tensor is None or not value.is_initializer():
+        raise BuildError(f"{value.name}: expert weights must be initializers")
+    return tensor.weight if isinstance(tensor, WeightTensor) else Constant(tensor.numpy())
+
+
+def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
     """The initializer [E, 2I, ...] with rows g0, u0, g1, u1 in the place of all gate rows, then all up rows."""
     if value not in known:
-        if value.const_value is None or not value.is_initializer():
-            raise BuildError(f"{value.name}: expert weights must be initializers")
-        tensor = value.const_value
-        source = tensor.weight if isinstance(tensor, WeightTensor) else Constant(tensor.numpy())
+        source = _weight(value)
         known[value] = initializer(f"{value.name}.interleaved", PerRow(source, source.shape, source.dtype, _interleave))
-        value.graph.register_initializer(known[value])
+        graph.register_initializer(known[value])
     return known[value]
 
 
@@ -167,11 +184,11 @@ def _interleave(array: np.ndarray) -> np.ndarray:
     return array.reshape(n, 2, rows // 2, *array.shape[2:]).swapaxes(1, 2).reshape(array.shape)
 
 
-def _sweep(model: ir.Model, replaced: Iterable[ir.Value]) -> None:
+def _sweep(graph: ir.Graph, replaced: Iterable[ir.Value]) -> None:
     """Drop the routers and the initializers that nothing uses any more."""
-    for node in [n for n in model.graph.all_nodes() if is_op(n, ROUTER)]:
+    for node in [n for n in graph if is_op(n, ROUTER)]:
         if not any(v.consumers() or v.is_graph_output() for v in node.outputs):
-            node.graph.remove(node, safe=True)
+            graph.remove(node, safe=True)
     for value in replaced:
         if not value.consumers():
-            del value.graph.initializers[value.name]
+            graph.initializers.pop(str(value.name))

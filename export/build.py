@@ -1,0 +1,132 @@
+"""Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+import onnx_ir as ir
+from moevlm.export.bundle_writer import BundleWriter
+from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
+from moevlm.export.functions import add_functions
+from moevlm.export.model import CanonicalModel
+from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BuildError
+from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
+
+Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
+_TOOLS = ("moevlm", "torch", "onnx", "onnx-ir", "onnxruntime")
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+def build(
+    checkpoint: str | Path,
+    destination: str | Path,
+    target_names: Iterable[str] = (),
+    *,
+    expert_layout: str = "auto",
+    progress: Progress = _silent,
+) -> Bundle:
+    """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
+
+    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. Memory stays at a few tensors, whatever the
+    checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing behind then.
+    """
+    chosen = targets(target_names)
+    with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
+        model, graphs = _trace(source, expert_layout, progress)
+        _write_side_files(writer, source)
+        if TARGETS[REFERENCE] not in chosen:
+            for name in GRAPHS:
+                writer.add_structure(graphs[name], TARGETS[REFERENCE].path(name))
+        _write_engines(writer, chosen, graphs, progress)
+        facts = _model_facts(model, source)
+        progress("hashing the checkpoint", 0, 0)
+        manifest = Manifest(
+            schema=SCHEMA,
+            model=facts,
+            source=source.fingerprint(),
+            files={},
+            engines={target.name: target.engine for target in chosen},
+            tools={name: version(name) for name in _TOOLS},
+        )
+        return Bundle.open(writer.commit(manifest))
+
+
+def add_targets(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    target_names: Iterable[str],
+    *,
+    expert_layout: str = "auto",
+    progress: Progress = _silent,
+) -> Bundle:
+    """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
+
+    Raises CheckpointError if the checkpoint is another one, and what `build` raises.
+    """
+    chosen = targets(target_names)
+    if not chosen:
+        raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
+    existing = Bundle.open(bundle)
+    with Checkpoint.open(checkpoint) as source, BundleWriter(bundle) as writer:
+        source.start_hashing()
+        _, graphs = _trace(source, expert_layout, progress)
+        progress("hashing the checkpoint", 0, 0)
+        require_same_source(existing.manifest, source)
+        _write_engines(writer, chosen, graphs, progress)
+        writer.keep(existing)
+        names = {target.name for target in chosen}
+        manifest = msgspec.structs.replace(
+            existing.manifest,
+            engines=existing.manifest.engines | {target.name: target.engine for target in chosen},
+            tools={name: version(name) for name in _TOOLS},
+            parity={name: result for name, result in existing.manifest.parity.items() if name not in names},
+        )
+        return Bundle.open(writer.commit(manifest))
+
+
+def _trace(source: Checkpoint, expert_layout: str, progress: Progress) -> tuple[CanonicalModel, dict[str, ir.Model]]:
+    source.start_hashing()
+    model = CanonicalModel.of(source, expert_layout)
+    progress("tracing the model", 0, 0)
+    graphs = model.graphs
+    for graph in graphs.values():
+        add_functions(graph)
+    return model, graphs
+
+
+def _write_engines(
+    writer: BundleWriter, chosen: Iterable[Target], graphs: Mapping[str, ir.Model], progress: Progress
+) -> None:
+    for target in chosen:
+        for name in GRAPHS:
+            what = f"writing {target.name} {name}"
+            writer.add_model(
+                target.lower(graphs[name]), target.path(name), lambda done, total, what=what: progress(what, done, total)
+            )
+
+
+def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:
+    """What the runtime needs beside graphs; a checkpoint without some of it still exports, and `run` will say so."""
+    if source.tokenizer:
+        writer.add_bytes("tokenizer.json", source.tokenizer.read_bytes())
+    if source.preprocessor:
+        writer.add_bytes("preprocessor.json", source.preprocessor.read_bytes())
+    template = source.chat_template()
+    if template:
+        writer.add_bytes("chat_template.jinja", template.encode())
+
+
+def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:
+    facts = model.config.facts()
+    if source.generation is None:
+        return facts
+    # What generation_config.json says ends a turn is what the model was tuned for; config.json names one token.
+    eos = read_json(source.generation).get("eos_token_id")
+    ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
+    return msgspec.structs.replace(facts, eos_token_ids=ids) if ids else facts

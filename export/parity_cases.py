@@ -1,0 +1,59 @@
+"""Random prompts for parity: text alone, one image, several of different sizes, all in one ragged batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from moevlm.export.tolerances import GREEDY_TOKENS
+from moevlm.runtime.engine import VisionInputs
+from moevlm.runtime.errors import RequestError
+from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.prompt import Prompt
+from moevlm.runtime.vision_inputs import pack_grids
+
+IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
+_SIDE = 5  # the largest side of an image, in visual tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """prompt: ids with images expanded. grids: (h, w) in patches. patches: [P, patch_dim] float32 of all its images."""
+
+    prompt: Prompt
+    grids: list[tuple[int, int]]
+    patches: np.ndarray
+
+
+def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int) -> list[Case]:
+    """One case per entry of IMAGES. config: the checkpoint's, for the token ids that mean something to it."""
+    rng = np.random.default_rng(seed)
+    reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
+    ordinary = np.array([i for i in range(model.vocabulary) if i not in reserved])
+    return [_case(model, config, ordinary, rng, images) for images in IMAGES]
+
+
+def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
+    """All images of all cases in one vision call; None if there are none."""
+    grids = [grid for case in cases for grid in case.grids]
+    if not grids:
+        return None
+    return VisionInputs(np.concatenate([case.patches for case in cases]), *pack_grids(grids, model.vision))
+
+
+def _case(
+    model: ModelFacts, config: Mapping[str, Any], ordinary: np.ndarray, rng: np.random.Generator, images: int
+) -> Case:
+    merge, vision = model.vision.merge_size, model.vision
+    ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
+    for _ in range(images):
+        h, w = rng.integers(1, _SIDE, 2)
+        grids.append((int(h) * merge, int(w) * merge))
+        marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
+        start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
+        ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
+    if len(ids) + GREEDY_TOKENS > model.context:
+        raise RequestError(f"parity needs a context of {len(ids) + GREEDY_TOKENS}, the model has {model.context}")
+    patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
+    patches = rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)
+    return Case(Prompt.from_ids(ids, grids, model), grids, patches)

@@ -1,0 +1,61 @@
+"""A shipped engine with its routing visible: the same graph and weights, and the routers' values as outputs."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from moevlm.export.config import ModelConfig
+from moevlm.plugins import reference
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.engine import Cache, Step, VisionInputs, VisualFeatures
+from moevlm.runtime.ort_engine import OrtEngine
+
+
+class TappedEngine:
+    """An engine of a bundle that also records which experts each token went to, and its hidden states.
+
+    A graph that keeps its routers shows `expert_index` itself; where the kernel routes, the numpy spec says what its
+    logits mean. Both are in the order of the graph's rows, [B * S, k].
+    """
+
+    def __init__(self, bundle: Bundle, target: str, config: ModelConfig) -> None:
+        _, engine = bundle.engine(target)
+        self._config = config
+        decoder = bundle.path(engine.decoder)
+        graph = onnx.load(decoder, load_external_data=False)
+        produced = {name for node in graph.graph.node for name in node.output}
+        for i in range(len(config.decoder.feed_forward)):
+            wanted = [f"layers.{i}.hidden"]
+            if i in config.moe_layers:
+                index, logits = f"layers.{i}.expert_index", f"layers.{i}.router_logits"
+                wanted.append(index if index in produced else logits)
+            for name in wanted:
+                dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
+                graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
+        self._engine = OrtEngine(
+            bundle.path(engine.vision), Path(decoder), bundle.manifest.model, tapped=graph.SerializeToString()
+        )
+        self.last: dict[str, np.ndarray] = {}
+
+    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+        return self._engine.encode(inputs)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self._engine.new_cache(batch, capacity)
+
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: Cache) -> np.ndarray:
+        self.last = self._engine.run(step, visual, cache)
+        return self.last["logits"]
+
+    @property
+    def routing(self) -> list[np.ndarray]:
+        """Expert indices of the last forward, [B * S, k] per sparse layer."""
+        return [self._indices(i) for i in self._config.moe_layers]
+
+    def _indices(self, layer: int) -> np.ndarray:
+        index = self.last.get(f"layers.{layer}.expert_index")
+        if index is not None:
+            return index
+        # A kernel that routes by itself has no correction bias, see `LowerMoE`.
+        moe = self._config.decoder.feed_forward[layer]
+        return reference.route(self.last[f"layers.{layer}.router_logits"], moe.router)[0]

@@ -1,0 +1,63 @@
+"""The engine protocol on the canonical PyTorch modules, so that parity runs them like any other step."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from moevlm.export.config import MoEConfig
+from moevlm.export.model import CanonicalModel
+from moevlm.plugins import reference
+from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
+
+
+@dataclass
+class TorchCache:
+    """Per layer keys and values, [batch, kv_heads, capacity, head_dim] float32."""
+
+    batch: int
+    capacity: int
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class TorchEngine:
+    """All weights in memory, float32. routing: of the last forward, expert indices [B * S, k] per sparse layer."""
+
+    def __init__(self, model: CanonicalModel) -> None:
+        self.config = model.config
+        self.routing: list[np.ndarray] = []
+        self._vision, self._decoder = model.materialize()
+        for i in model.config.moe_layers:
+            moe = self._decoder.layers[i].feed_forward
+            moe.router.register_forward_hook(lambda _m, _i, logits, moe=moe: self._record(moe.config, logits, moe))
+
+    def _record(self, config: MoEConfig, logits: torch.Tensor, moe: torch.nn.Module) -> None:
+        bias = None if moe.correction_bias is None else moe.correction_bias.detach().numpy()
+        self.routing.append(reference.route(logits.numpy(), config.router, bias)[0])
+
+    @torch.no_grad()
+    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+        embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in vars(inputs).items()})
+        empty = np.zeros((0, *embeds.shape), np.float32)
+        return VisualFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
+
+    def new_cache(self, batch: int, capacity: int) -> TorchCache:
+        attention = self.config.decoder.attention
+        shape = (batch, attention.kv_heads, capacity, attention.head_dim)
+        layers = len(self.config.decoder.feed_forward)
+        return TorchCache(batch, capacity, [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)])
+
+    @torch.no_grad()
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: TorchCache) -> np.ndarray:
+        decoder = self.config.decoder
+        self.routing.clear()
+        visual = visual or VisualFeatures(
+            np.zeros((1, decoder.hidden), np.float32), np.zeros((decoder.deepstack, 1, decoder.hidden), np.float32)
+        )
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(step).items()}
+        logits, cache.layers = self._decoder(
+            **tensors,
+            visual_embeds=torch.from_numpy(visual.embeds),
+            deepstack_embeds=torch.from_numpy(visual.deepstack) if decoder.deepstack else None,
+            caches=cache.layers,
+        )
+        return logits.numpy()

@@ -1,0 +1,167 @@
+"""Text from messages and images: one request at a time, streamed, on any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from moevlm.runtime.batch import Batch, cache_capacity
+from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer
+from moevlm.runtime.detokenize import StreamDecoder
+from moevlm.runtime.engine import Engine, VisualFeatures
+from moevlm.runtime.errors import RequestError
+from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.prompt import Prompt, PromptBuilder
+from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from moevlm.runtime.images import ImageProcessor
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request cost. Seconds are the runtime's own work, without the time its reader took between pieces.
+
+    prompt_tokens include image_tokens; new_tokens include the end-of-sequence token. vision_seconds: packing and
+    encoding the images. prefill_seconds: the prompt up to and with the choice of the first token. decode_seconds: all
+    later tokens, so decode_seconds / (new_tokens - 1) is the time between two tokens.
+    """
+
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added. text may be "" while a character or a possible stop string is unfinished.
+
+    token_ids include the end-of-sequence token; sampled has one entry for each of them.
+    finish_reason and usage are None on all pieces but the last.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    sampled: tuple[Sampled, ...]
+    finish_reason: FinishReason | None = None
+    usage: Usage | None = None
+
+
+class Runtime:
+    """A loaded bundle on one engine."""
+
+    def __init__(
+        self,
+        model: ModelFacts,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        engine: Engine,
+        images: ImageProcessor | None = None,
+        *,
+        chunk_tokens: int = 512,
+    ) -> None:
+        """chunk_tokens: the most prompt tokens that go through the decoder in one step."""
+        if chunk_tokens < 1:
+            raise RequestError(f"unsupported value chunk_tokens = {chunk_tokens} (allowed: 1 or more)")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.chunk_tokens = chunk_tokens
+        self._images = images
+        self._prompts = PromptBuilder(model, tokenizer, template, images)
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Messages as the decoder takes them, images opened. Raises RequestError."""
+        return self._prompts.build(messages)
+
+    def encode(self, prompts: Sequence[Prompt]) -> VisualFeatures | None:
+        """Features of all images of all prompts, in order, from one packed call; None without images."""
+        images = [image for prompt in prompts for image in prompt.images]
+        if not images or self._images is None:
+            return None
+        inputs, _ = self._images.pack(images)
+        return self.engine.encode(inputs)
+
+    def batch(self, prompts: Sequence[Prompt], visual: VisualFeatures | None, new_tokens: int) -> Batch:
+        """An empty cache with room for the prompts and `new_tokens` more, or as many as the context leaves."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        capacity = cache_capacity(longest + new_tokens, self.model.context)
+        return Batch(self.engine, self.model, prompts, visual, capacity)
+
+    def generate(
+        self, messages: Sequence[Message] | Prompt, *, params: SamplingParams | None = None, **overrides: Any
+    ) -> Generator[Piece, None, None]:
+        """Stream the assistant's answer. Overrides are fields of SamplingParams, on top of `params`.
+
+        The request is checked here, before the first piece is asked for: RequestError. max_new_tokens is cut to what
+        the context leaves. Closing the generator, or an exception in it, gives the cache back.
+        """
+        chosen = _with_overrides(params or SamplingParams(), overrides)
+        prompt = messages if isinstance(messages, Prompt) else self.prompt(messages)
+        room = self.model.context - len(prompt.ids)
+        if room < 1:
+            raise RequestError(
+                f"the prompt has {len(prompt.ids)} tokens and leaves no room in the model's context "
+                f"of {self.model.context}"
+            )
+        return self._stream(prompt, chosen, min(chosen.max_new_tokens, room))
+
+    def _stream(self, prompt: Prompt, params: SamplingParams, budget: int) -> Generator[Piece, None, None]:
+        sampler = Sampler(params)
+        text = StreamDecoder(self.tokenizer, params.stop)
+        size = len(prompt.ids)
+        history = np.concatenate([prompt.ids, np.empty(budget, np.int64)])
+        seconds = {"vision_seconds": 0.0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
+        started = perf_counter()
+        visual = self.encode([prompt])
+        seconds["vision_seconds"] = perf_counter() - started
+
+        phase, started = "prefill_seconds", perf_counter()
+        batch = self.batch([prompt], visual, budget)
+        try:
+            logits = batch.prefill(self.chunk_tokens)
+            for count in range(1, budget + 1):
+                sampled = sampler.sample(logits[0], history[: size + count - 1])
+                history[size + count - 1] = sampled.token_id
+                fresh, reason = self._advance(text, sampled.token_id, params, count == budget)
+                seconds[phase] += perf_counter() - started
+                if reason is not None:
+                    batch.release()  # before the reader sees the last piece: it may never come back for the end
+                    usage = Usage(size, prompt.image_tokens, count, **seconds)
+                    yield Piece(fresh, (sampled.token_id,), (sampled,), reason, usage)
+                    return
+                yield Piece(fresh, (sampled.token_id,), (sampled,))
+                phase, started = "decode_seconds", perf_counter()
+                logits = batch.decode([sampled.token_id])
+        finally:
+            batch.release()
+
+    def _advance(
+        self, text: StreamDecoder, token: int, params: SamplingParams, last: bool
+    ) -> tuple[str, FinishReason | None]:
+        """Text that one more token makes certain, and why the sequence ends with it, if it does."""
+        ends = token in self.model.eos_token_ids and not params.ignore_eos
+        fresh = "" if ends else text.push(token)
+        if ends or (last and text.stopped is None):
+            fresh += text.flush()
+        if ends or text.stopped is not None:
+            return fresh, "stop"
+        return fresh, "length" if last else None
+
+
+def _with_overrides(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    for name in overrides:
+        if name not in known:
+            raise RequestError(f"unsupported option {name} (supported: {', '.join(sorted(known))})")
+    return dataclasses.replace(params, **overrides)

@@ -1,0 +1,95 @@
+"""How long one request takes on an engine, stage by stage: images, prompt, and each further token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+import numpy as np
+from PIL import Image
+
+from moevlm.runtime.batch import Batch, cache_capacity
+from moevlm.runtime.engine import Engine, VisualFeatures
+from moevlm.runtime.errors import RequestError
+from moevlm.runtime.images import ImageProcessor
+from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.prompt import Prompt
+from moevlm.runtime.reports import LatencyReport, Seconds
+
+CHUNK_TOKENS = 512
+
+
+def random_prompt(
+    model: ModelFacts, images: ImageProcessor | None, text_tokens: int, image_size: int, seed: int = 0
+) -> Prompt:
+    """A random image of image_size x image_size pixels (0: none), then text_tokens random tokens. Raises RequestError."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, model.vocabulary, text_tokens)
+    ids = np.where(ids == model.image_token_id, (ids + 1) % model.vocabulary, ids)
+    if not image_size:
+        return Prompt.from_ids(ids, [], model)
+    if images is None:
+        raise RequestError("the bundle has no preprocessor.json: measure without an image (--image-size 0)")
+    image = Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8))
+    height, width = images.grid(image)
+    visual = np.full(height * width // model.vision.merge_size**2, model.image_token_id)
+    return Prompt.from_ids(np.concatenate([visual, ids]), [(height, width)], model, [image])
+
+
+def measure(
+    target: str,
+    load: Callable[[], Engine],
+    model: ModelFacts,
+    images: ImageProcessor | None,
+    prompt: Prompt,
+    new_tokens: int,
+    repeats: int,
+    threads: int | None,
+    progress: Callable[[int, int], None],
+) -> LatencyReport:
+    """Medians over `repeats` requests after one that does not count. load: makes the engine, and is timed too."""
+    started = perf_counter()
+    engine = load()
+    load_seconds = perf_counter() - started
+    vision, prefill, decode = [], [], []
+    for repeat in range(repeats + 1):
+        seconds = _request(engine, model, images, prompt, new_tokens)
+        for stage, value in zip((vision, prefill, decode), seconds, strict=True):
+            stage.append(value)
+        progress(repeat + 1, repeats + 1)
+    vision, prefill, decode = vision[1:], prefill[1:], decode[1:]
+    return LatencyReport(
+        target=target,
+        threads=threads,
+        load_seconds=load_seconds,
+        vision=_seconds(vision) if prompt.images else None,
+        prefill=_seconds(prefill),
+        decode_token=_seconds(decode),
+        first_token=_seconds([a + b for a, b in zip(vision, prefill, strict=True)]),
+        decode_tokens_per_second=1 / median(decode),
+        prefill_tokens_per_second=len(prompt.ids) / median(prefill),
+    )
+
+
+def _request(
+    engine: Engine, model: ModelFacts, images: ImageProcessor | None, prompt: Prompt, new_tokens: int
+) -> tuple[float, float, float]:
+    """Seconds for the image, for the prompt, and for one further token (the median of new_tokens - 1)."""
+    times = [perf_counter()]
+    visual: VisualFeatures | None = None
+    if prompt.images and images is not None:
+        visual = engine.encode(images.pack(prompt.images)[0])
+    times.append(perf_counter())
+    batch = Batch(engine, model, [prompt], visual, cache_capacity(len(prompt.ids) + new_tokens, model.context))
+    token = int(batch.prefill(CHUNK_TOKENS)[0].argmax())
+    times.append(perf_counter())
+    for _ in range(new_tokens - 1):
+        token = int(batch.decode([token])[0].argmax())
+        times.append(perf_counter())
+    steps = np.diff(times)
+    return steps[0], steps[1], float(np.median(steps[2:]))
+
+
+def _seconds(values: list[float]) -> Seconds:
+    return Seconds(median=median(values), minimum=min(values), maximum=max(values))

@@ -1,0 +1,93 @@
+"""What the commands write as JSON. `schema` names the shape and its version; docs/json.md describes every field."""
+
+from typing import Any
+
+import msgspec
+
+
+class Report(msgspec.Struct, frozen=True, tag_field="schema"):
+    """Base of all reports; a report's tag is its field `schema`."""
+
+
+class TokenReport(msgspec.Struct, frozen=True):
+    """One generated token. top: [[token id, log-probability], ...], the likeliest first."""
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class RunReport(Report, tag="moevlm.run/1"):
+    """`moevlm run --json`."""
+
+    target: str
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_tokens: int
+    image_tokens: int
+    new_tokens: int
+    vision_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    logprobs: list[TokenReport] | None
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """One engine of a bundle; parity: "passed", "failed" or "not checked"."""
+
+    target: str
+    dtype: str
+    bytes: int
+    parity: str
+
+
+class InspectReport(Report, tag="moevlm.inspect/1"):
+    """`moevlm inspect --json`. model: as in manifest.json. verified: whether all hashes were checked now."""
+
+    bundle: str
+    bytes: int
+    verified: bool
+    model: dict[str, Any]
+    engines: list[EngineReport]
+    source: dict[str, str]
+    tools: dict[str, str]
+
+
+class Seconds(msgspec.Struct, frozen=True):
+    """Of one stage over the repeats, in seconds."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+
+class LatencyReport(msgspec.Struct, frozen=True):
+    """`moevlm bench latency --json`, one entry of `results` per target."""
+
+    target: str
+    threads: int | None
+    load_seconds: float
+    vision: Seconds | None
+    prefill: Seconds
+    decode_token: Seconds
+    first_token: Seconds
+    decode_tokens_per_second: float
+    prefill_tokens_per_second: float
+
+
+class BenchReport(Report, tag="moevlm.bench.latency/1"):
+    """`moevlm bench latency --json`. image_tokens are part of prompt_tokens."""
+
+    bundle: str
+    prompt_tokens: int
+    image_tokens: int
+    image_size: int
+    new_tokens: int
+    repeats: int
+    results: list[LatencyReport]
+
+
+def to_json(report: Report) -> str:
+    """The report as indented JSON text."""
+    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
