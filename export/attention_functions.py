@@ -33,8 +33,10 @@ CachedAttention <heads, kv_heads, rotary_dim> (q, k, v, cos, sin, key_cache, val
 
     q_packed = Reshape (q, packed_shape)
     k_packed = Reshape (k, packed_shape)
-    q_rotated = RotaryEmbedding <num_heads: int = @heads, rotary_embedding_dim: int = @rotary_dim> (q_packed, cos, sin)
-    k_rotated = RotaryEmbedding <num_heads: int = @kv_heads, rotary_embedding_dim: int = @rotary_dim> (k_packed, cos, sin)
+    q_rotated = RotaryEmbedding <num_heads: int = @heads, rotary_embedding_dim: int = @rotary_dim>
+        (q_packed, cos, sin)
+    k_rotated = RotaryEmbedding <num_heads: int = @kv_heads, rotary_embedding_dim: int = @rotary_dim>
+        (k_packed, cos, sin)
     q_split = Reshape (q_rotated, q_shape)
     k_split = Reshape (k_rotated, kv_shape)
     v_split = Reshape (v, kv_shape)

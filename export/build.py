@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import onnx_ir as ir
+
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
 from moevlm.export.functions import add_functions
@@ -107,7 +108,9 @@ def _write_engines(
         for name in GRAPHS:
             what = f"writing {target.name} {name}"
             writer.add_model(
-                target.lower(graphs[name]), target.path(name), lambda done, total, what=what: progress(what, done, total)
+                target.lower(graphs[name]),
+                target.path(name),
+                lambda done, total, what=what: progress(what, done, total),
             )
 
 

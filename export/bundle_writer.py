@@ -9,6 +9,7 @@ from typing import NoReturn, Self
 
 import msgspec
 import onnx_ir as ir
+
 from moevlm.export.atomic_directory import AtomicDirectory
 from moevlm.export.model_file import Progress, data_bytes, graph_bytes, plan, write_data
 from moevlm.export.streamed_file import StreamedFile

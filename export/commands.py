@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+
 from moevlm.runtime.cli import require
 from moevlm.runtime.console import bytes_text, console, progress_bar
 
@@ -36,7 +37,9 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Where BUNDLE came from: adds targets to it.")
 @click.option("--target", "targets", multiple=True, help="reference or ort-cpu; repeatable.  [default: ort-cpu]")
 @_LAYOUT
-def build(source: Path, output: Path | None, checkpoint: Path | None, targets: tuple[str, ...], expert_layout: str) -> None:
+def build(
+    source: Path, output: Path | None, checkpoint: Path | None, targets: tuple[str, ...], expert_layout: str
+) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle."""
     require("torch", "export")
     from moevlm.export.build import add_targets

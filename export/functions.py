@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+
 from moevlm.export.attention_functions import cached_attention_function, segment_attention_function
 from moevlm.plugins.spec import DOMAIN, OPSET_VERSION, ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import UnsupportedModelError

@@ -6,6 +6,7 @@ from functools import cached_property
 
 import onnx_ir as ir
 import torch
+
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import family_for

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from moevlm.export.streamed_file import StreamedFile
 from moevlm.export.weights import WeightTensor, slices
 from moevlm.runtime.errors import ExportError

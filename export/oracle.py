@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+
 from moevlm.export.parity_cases import Case
 from moevlm.export.tolerances import GREEDY_TOKENS
 from moevlm.runtime.errors import CheckpointError

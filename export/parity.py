@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import transformers
+
 from moevlm.export.build import Progress
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, require_same_source
@@ -80,9 +81,7 @@ def check_parity(
 class Expected:
     """The prompts, what transformers answers to them, joined over the prompts, and the routers' parameters."""
 
-    def __init__(
-        self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]
-    ) -> None:
+    def __init__(self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]) -> None:
         self.facts, self.config, self.answers = facts, model.config, answers
         self.prompts = [case.prompt for case in cases]
         self.images = pack(cases, facts)
@@ -133,7 +132,7 @@ def _greedy(expected: Expected, step: str, engine: Engine, visual: VisualFeature
     batch = _batch(expected, engine, visual)
     tokens = [batch.prefill().argmax(-1)]
     for _ in range(GREEDY_TOKENS - 1):
-        tokens.append(batch.decode(tokens[-1]).argmax(-1))  # noqa: PERF401 - each token needs the one before
+        tokens.append(batch.decode(tokens[-1]).argmax(-1))
     different = np.argwhere(np.stack(tokens) != expected.tokens)
     note = f"first at token {different[0][0]} of prompt {different[0][1]}" if len(different) else ""
     return Check(step, f"{GREEDY_TOKENS} greedy tokens that differ", float(len(different)), 0, not len(different), note)
@@ -167,7 +166,7 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
 
 
 def relative_error(ours: Array, theirs: Array) -> float:
-    """Largest absolute difference over the largest absolute value; infinite where shapes differ or ours is not finite."""
+    """Largest absolute difference over the largest absolute value; infinite for another shape or a non-finite value."""
     if ours.shape != theirs.shape or not np.isfinite(ours).all():
         return float("inf")
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from moevlm.export.tolerances import GREEDY_TOKENS
 from moevlm.runtime.engine import VisionInputs
 from moevlm.runtime.errors import RequestError

@@ -1,6 +1,7 @@
 """What parity found: as data, as a table, as JSON."""
 
 import msgspec
+
 from moevlm.runtime.console import console, table
 
 
@@ -45,7 +46,8 @@ def show(report: ParityReport) -> None:
         verdict = "ok" if check.passed else "MISMATCH"
         rows.append((check.step if check.step != last else "", check.quantity, value, limit, verdict, check.note))
         last = check.step
-    title = f"against transformers {report.transformers}: {report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
+    amount = f"{report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
+    title = f"against transformers {report.transformers}: {amount}"
     console().print(table(title, ("step", "quantity", "found", "limit", "", ""), rows))
     failed = next((check for check in report.checks if not check.passed), None)
     if failed is None:

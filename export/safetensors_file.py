@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import ml_dtypes
 import numpy as np
+
 from moevlm.runtime.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation

@@ -1,17 +1,24 @@
-"""One file written front to back: hashed in a second thread, pushed to the disk from the start in a third."""
+"""One file written front to back: hashed in a second thread, past the page cache where the file system allows it."""
 
+import errno
+import fcntl
 import hashlib
+import mmap
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from moevlm.runtime.manifest import FileFacts
 
-# The kernel starts to write dirty pages back only at a tenth of the memory: without this the disk is idle while a
-# model is converted, and fsync then waits for all of it.
-SYNC_BYTES = 64 << 20
+# Direct writes took a quarter of the time of buffered ones with fsync, and a fifth of the CPU's: no page of the cache
+# is allocated, filled and written back for each page of the file.
+_DIRECT = getattr(os, "O_DIRECT", 0)
+_BLOCK_BYTES = 4 << 20
+# Without direct writes the kernel starts to write back only at a tenth of the memory: so ask for it from the start.
+_SYNC_BYTES = 64 << 20
 
 
 class StreamedFile:
@@ -19,9 +26,18 @@ class StreamedFile:
 
     def __init__(self, path: Path) -> None:
         self.size = 0
-        self._synced = 0
+        self._flushed = self._synced = 0
         self._digest = hashlib.sha256()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._direct = _DIRECT != 0
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(path, flags | _DIRECT, 0o666)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            path.unlink(missing_ok=True)  # some file systems refuse the flag only after they made the file
+            self._direct, self._descriptor = False, os.open(path, flags, 0o666)
+        self._block = mmap.mmap(-1, _BLOCK_BYTES)  # direct writes want a buffer that begins at a page
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="write")
         self._hashing: Future[Any] | None = None
         self._syncing: Future[Any] | None = None
@@ -35,13 +51,13 @@ class StreamedFile:
         self._hashing = self._threads.submit(self._digest.update, view)
         done = 0
         while done < len(view):
-            done += os.write(self._descriptor, view[done:])
-        self.size += done
-        if self.size - self._synced >= SYNC_BYTES and (self._syncing is None or self._syncing.done()):
-            if self._syncing is not None:
-                self._syncing.result()  # a disk's error is reported once: to the call that happened to be under way
-            self._synced = self.size
-            self._syncing = self._threads.submit(os.fdatasync, self._descriptor)
+            begin = self.size - self._flushed
+            count = min(len(view) - done, _BLOCK_BYTES - begin)
+            self._block[begin : begin + count] = view[done : done + count]
+            done += count
+            self.size += count
+            if begin + count == _BLOCK_BYTES:
+                self._flush()
 
     def pad_to(self, offset: int) -> None:
         """Append zeros up to `offset`."""
@@ -50,6 +66,8 @@ class StreamedFile:
 
     def close(self) -> FileFacts:
         """Wait until everything is on the disk; sha256 and size."""
+        self._leave_direct()  # the end of the file is not a whole block
+        self._flush()
         for task in (self._hashing, self._syncing):
             if task is not None:
                 task.result()
@@ -69,3 +87,27 @@ class StreamedFile:
             self._threads.shutdown()
         finally:
             os.close(descriptor)
+
+    def _flush(self) -> None:
+        """Write what is in the block."""
+        with memoryview(self._block) as block:
+            position = 0
+            while position < self.size - self._flushed:
+                try:
+                    position += os.write(self._descriptor, block[position : self.size - self._flushed])
+                except OSError as error:
+                    if error.errno != errno.EINVAL or not self._direct:
+                        raise
+                    self._leave_direct()  # a length or offset it does not take; buffered, it takes it or says why
+        self._flushed = self.size
+        if not self._direct and self._flushed - self._synced >= _SYNC_BYTES:
+            if self._syncing is not None:
+                self._syncing.result()  # a disk's error is reported once: to the call that happened to be under way
+            self._synced = self._flushed
+            self._syncing = self._threads.submit(os.fdatasync, self._descriptor)
+
+    def _leave_direct(self) -> None:
+        if self._direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+            self._direct = False

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+
 from moevlm.export.config import ModelConfig
 from moevlm.plugins import reference
 from moevlm.runtime.bundle import Bundle

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from moevlm.export.functions import add_functions
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.lower_attention import LowerAttention

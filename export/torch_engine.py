@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from moevlm.export.config import MoEConfig
 from moevlm.export.model import CanonicalModel
 from moevlm.plugins import reference

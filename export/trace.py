@@ -5,12 +5,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.export import Dim
+
 from moevlm.export.config import DecoderConfig, VisionConfig
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
 from moevlm.export.translate import Translator
 from moevlm.export.weights import Weight
-from torch.export import Dim
 
 Shape = tuple[str | int, ...]
 

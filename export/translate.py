@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from moevlm.export.weights import Constant, Weight, initializer
 from moevlm.plugins.spec import DOMAIN, OPSET_VERSION
 from moevlm.runtime.errors import ExportError
@@ -53,7 +54,8 @@ class Translator:
                     self.values[node] = None
                     continue
                 input_name, shape = remaining.pop(0)
-                self.symbols |= {str(d): s for d, s in zip(node.meta["val"].shape, shape, strict=True) if isinstance(s, str)}
+                dimensions = zip(node.meta["val"].shape, shape, strict=True)
+                self.symbols |= {str(dimension): size for dimension, size in dimensions if isinstance(size, str)}
                 self.values[node] = self._typed(ir.Value(name=input_name), node.meta["val"])
                 graph_inputs.append(self.values[node])
             elif node.op == "call_function":

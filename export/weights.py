@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 # Small enough that a slice stays in the CPU's cache on its way from the file through a cast to the engine file, and
 # that malloc reuses its memory: at 32 MiB every slice is mapped afresh, and bf16 -> fp32 runs at a fifth of the speed.
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 4 << 20
 # Each slice of a transposed tensor reads its whole source: few and large slices.
 TRANSPOSED_SLICE_BYTES = 128 << 20
 

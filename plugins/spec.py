@@ -46,6 +46,18 @@ class RouterSpec:
         if self.scale <= 0 or self.epsilon < 0:
             raise ValueError(f"scale = {self.scale}, epsilon = {self.epsilon} (allowed: scale > 0, epsilon >= 0)")
 
+    def check(self, experts: int) -> None:
+        """Raise ValueError if a router of `experts` experts cannot choose as this spec says."""
+        if experts % self.n_group:
+            raise ValueError(f"n_group = {self.n_group} (allowed: a divisor of the {experts} experts)")
+        size = experts // self.n_group
+        if self.n_group > 1 and self.group_score == "top2_sum" and size < 2:
+            raise ValueError(f'group_score = "top2_sum" (allowed: "max", as a group has only {size} expert)')
+        if self.top_k > self.topk_group * size:
+            raise ValueError(
+                f"top_k = {self.top_k} (allowed: 1 to the {self.topk_group * size} experts not masked out)"
+            )
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:

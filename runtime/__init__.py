@@ -1,8 +1,8 @@
 """Loads a bundle and generates text.
 
-    runtime = moevlm.runtime.load("demo.moevlm")
-    for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese: forty-two"}]):
-        print(piece.text, end="")
+runtime = moevlm.runtime.load("demo.moevlm")
+for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese: forty-two"}]):
+    print(piece.text, end="")
 """
 
 from __future__ import annotations

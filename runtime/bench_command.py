@@ -16,7 +16,7 @@ def bench() -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt-tokens", type=click.IntRange(1), default=256, show_default=True, help="Text tokens.")
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--image-size", type=click.IntRange(0), default=448, show_default=True, help="Pixels a side; 0: no image.")
+@click.option("--image-size", type=click.IntRange(0), default=448, show_default=True, help="Pixels; 0: none.")
 @click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: one]")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="After one that does not count.")
 @click.option("--threads", type=int, help="Cores for one operator.  [default: all]")
@@ -46,22 +46,21 @@ def latency(
         raise RequestError(
             f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {model.context}"
         )
-    results = []
     with progress_bar() as progress:
-        for name in names:
-            results.append(
-                measure(
-                    name,
-                    lambda name=name: load_engine(opened, name, threads),
-                    model,
-                    images,
-                    prompt,
-                    new_tokens,
-                    repeats,
-                    threads,
-                    lambda done, total, name=name: progress(f"measuring {name}", done, total),
-                )
+        results = [
+            measure(
+                name,
+                lambda name=name: load_engine(opened, name, threads),
+                model,
+                images,
+                prompt,
+                new_tokens,
+                repeats,
+                threads,
+                lambda done, total, name=name: progress(f"measuring {name}", done, total),
             )
+            for name in names
+        ]
     report = BenchReport(
         bundle=str(bundle),
         prompt_tokens=len(prompt.ids),
@@ -86,7 +85,8 @@ def latency(
         )
         for r in results
     ]
-    title = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image; {new_tokens} new; median of {repeats}"
+    prompt_text = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
+    title = f"{prompt_text}; {new_tokens} new; median of {repeats}"
     console().print(table(title, ("target", "image", "prompt", "first token", "each token", "load"), rows))
     if output is not None:
         output.write_text(to_json(report) + "\n")

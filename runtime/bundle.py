@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Self
 
 import msgspec
+
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest
 

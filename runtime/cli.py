@@ -33,7 +33,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("moevlm"), prog_name="moevlm")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:  # noqa: ARG001 - read by `main`, before click runs
+def cli(debug: bool) -> None:
     """Deploy sparse Mixture-of-Experts vision-language models: checkpoint to verified bundle to answers."""
 
 

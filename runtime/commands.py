@@ -158,5 +158,3 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     console().print(table("engines", ("target", "dtype", "size", "parity"), rows))
     if any(engine.parity == "not checked" for engine in engines):
         console().print(f"next: moevlm parity {bundle} --checkpoint CHECKPOINT")
-
-

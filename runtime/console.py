@@ -35,7 +35,7 @@ def bytes_text(count: int) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that shows one line per `what`; without a terminal, that line once, at its start."""
+    """A function (what, done, total) that shows one bar per `what`; without a terminal, one line when it starts."""
     terminal = console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     tasks: dict[str, int] = {}

@@ -12,10 +12,6 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import numpy as np
-from moevlm.runtime.engine import VisionInputs
-from moevlm.runtime.errors import BundleError, RequestError
-from moevlm.runtime.manifest import VisionFacts
-from moevlm.runtime.vision_inputs import pack_grids
 from PIL import ExifTags, Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -23,6 +19,11 @@ from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
+
+from moevlm.runtime.engine import VisionInputs
+from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.manifest import VisionFacts
+from moevlm.runtime.vision_inputs import pack_grids
 
 ImageSource = Image.Image | bytes | str | os.PathLike[str]
 

@@ -23,7 +23,7 @@ CHUNK_TOKENS = 512
 def random_prompt(
     model: ModelFacts, images: ImageProcessor | None, text_tokens: int, image_size: int, seed: int = 0
 ) -> Prompt:
-    """A random image of image_size x image_size pixels (0: none), then text_tokens random tokens. Raises RequestError."""
+    """A random square image of image_size pixels a side (0: none), then random text. Raises RequestError."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, model.vocabulary, text_tokens)
     ids = np.where(ids == model.image_token_id, (ids + 1) % model.vocabulary, ids)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.manifest import ModelFacts
@@ -92,7 +93,7 @@ class OrtEngine:
         length = step.input_ids.shape[1]
         if int(step.cache_position.max()) + length > cache.capacity:
             raise EngineError(
-                f"{length} tokens after position {int(step.cache_position.max())} do not fit into a cache of {cache.capacity}"
+                f"{length} tokens at position {step.cache_position.max()} do not fit into a cache of {cache.capacity}"
             )
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}

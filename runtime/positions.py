@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.manifest import ModelFacts, RopeFacts
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.manifest import VisionFacts
 from moevlm.runtime.positions import inverse_frequencies

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
+
 from moevlm.export.config import ModelConfig
 from moevlm.export.families.fields import HARMLESS, Fields
 from moevlm.export.families.sources import LAYOUTS, Source, named
@@ -30,7 +31,9 @@ def family_for(config: Mapping[str, Any]) -> "Family":
     model_type = config.get("model_type")
     if model_type not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
-        raise UnsupportedModelError(f'unsupported value in config.json: model_type = "{model_type}" (supported: {known})')
+        raise UnsupportedModelError(
+            f'unsupported value in config.json: model_type = "{model_type}" (supported: {known})'
+        )
     return _REGISTRY[model_type]()
 
 

@@ -9,13 +9,40 @@ _REQUIRED = object()
 
 # Training, bookkeeping, and defaults of Hugging Face's base class: none of these changes a forward pass.
 HARMLESS = frozenset(
-    """
-    _name_or_path architectures attention_dropout auto_map base_model_ep_plan base_model_tp_plan bos_token_id
-    chunk_size_feed_forward dtype hidden_dropout id2label initializer_range is_encoder_decoder label2id model_type
-    output_attentions output_hidden_states output_router_logits pad_token_id problem_type return_dict
-    router_aux_loss_coef torch_dtype transformers_version use_cache video_token_id vision_start_token_id
-    vision_end_token_id video_start_token_id video_end_token_id image_start_token_id image_end_token_id
-    """.split()
+    [
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "base_model_ep_plan",
+        "base_model_tp_plan",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dtype",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "problem_type",
+        "return_dict",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "video_start_token_id",
+        "video_end_token_id",
+        "image_start_token_id",
+        "image_end_token_id",
+    ]
 )
 
 
@@ -74,7 +101,8 @@ class Fields:
         """Raise UnsupportedModelError for the first field that nobody read, has a value, and is not harmless."""
         for key in sorted(set(self._values) - self._read - harmless):
             if self._values[key] not in (None, False, [], {}):
-                raise UnsupportedModelError(f"unsupported field in config.json: {self._name(key)} = {self._values[key]!r}")
+                value = self._values[key]
+                raise UnsupportedModelError(f"unsupported field in config.json: {self._name(key)} = {value!r}")
         for child in self._children:
             child.refuse_unread(harmless)
 

@@ -3,6 +3,8 @@
 Source: transformers 5.23 `models/glm4v_moe`. Checkpoint: zai-org/GLM-4.5V.
 """
 
+from typing import ClassVar
+
 from moevlm.export.config import (
     AttentionConfig,
     DecoderConfig,
@@ -20,6 +22,7 @@ from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
 _EXPERT = _LAYER + "mlp.experts.{e}."
+_GATE, _UP = _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"
 _BLOCK = "model.visual.blocks.{i}."
 _PARTS = ("gate", "up", "down")
 
@@ -111,7 +114,7 @@ class Glm4vMoe(Family):
             merger=MergerConfig("gated", out=out, width=vision.positive("intermediate_size")),
         )
 
-    weights = {
+    weights: ClassVar = {
         "decoder.embedding": "model.language_model.embed_tokens.weight",
         "decoder.head": "lm_head.weight",
         "decoder.norm.weight": "model.language_model.norm.weight",
@@ -124,7 +127,7 @@ class Glm4vMoe(Family):
         },
         "decoder.layers.{i}.feed_forward.router.weight": _LAYER + "mlp.gate.weight",
         "decoder.layers.{i}.feed_forward.correction_bias": _LAYER + "mlp.gate.e_score_correction_bias",
-        "decoder.layers.{i}.feed_forward.gate_up": stacked_experts(_EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"),
+        "decoder.layers.{i}.feed_forward.gate_up": stacked_experts(_GATE, _UP),
         "decoder.layers.{i}.feed_forward.down": stacked_experts(_EXPERT + "down_proj.weight"),
         **{
             f"decoder.layers.{{i}}.feed_forward.shared.{part}.weight": f"{_LAYER}mlp.shared_experts.{part}_proj.weight"
@@ -149,5 +152,5 @@ class Glm4vMoe(Family):
         "vision.merger.norm.bias": "model.visual.merger.post_projection_norm.bias",
         **{f"vision.merger.mlp.{part}.weight": f"model.visual.merger.{part}_proj.weight" for part in _PARTS},
     }
-    # A tied checkpoint may still carry its head. Layer 46 of the release predicts further tokens, which nobody runs here.
+    # A tied checkpoint may still carry its head. Layer 46 of the release predicts further tokens; nobody runs it here.
     ignored = (r"lm_head\.weight$", r"model\.language_model\.layers\.46\.")

@@ -4,6 +4,7 @@ Source: transformers 5.23 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-
 """
 
 import math
+from typing import ClassVar
 
 from moevlm.export.config import (
     AttentionConfig,
@@ -116,7 +117,7 @@ class Qwen3VLMoe(Family):
             deepstack_layers=tuple(vision.get("deepstack_visual_indexes")),
         )
 
-    weights = {
+    weights: ClassVar = {
         "decoder.embedding": "model.language_model.embed_tokens.weight",
         "decoder.head": "lm_head.weight",
         "decoder.norm.weight": "model.language_model.norm.weight",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 import numpy as np
+
 from moevlm.export.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
 from moevlm.runtime.errors import CheckpointError
 

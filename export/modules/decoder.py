@@ -5,11 +5,12 @@ weight as the checkpoint stores it, and the MoE ops need no reshaping.
 """
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from moevlm.export.config import AttentionConfig, DecoderConfig, MoEConfig
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, MoE, RMSNorm
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Attention(nn.Module):
@@ -95,7 +96,7 @@ class Decoder(nn.Module):
         x = torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids.flatten(), self.embedding))
         updated = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, cache = layer(x, rope_cos, rope_sin, cache, cache_position)  # noqa: PLW2901
+            x, cache = layer(x, rope_cos, rope_sin, cache, cache_position)
             if deepstack_embeds is not None and i < self.config.deepstack:
                 x = x + torch.where(is_visual, F.embedding(row, deepstack_embeds[i]), 0.0)
             x = ops.tap(x, f"layers.{i}.hidden")

@@ -1,11 +1,12 @@
 """Blocks that both towers share: norms, dense feed-forward layers, the sparse one."""
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from moevlm.export.config import MLPConfig, MoEConfig
 from moevlm.export.modules import ops
 from moevlm.plugins.spec import attributes
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -56,7 +57,8 @@ class MoE(nn.Module):
         self.correction_bias = nn.Parameter(torch.empty(config.experts)) if config.correction_bias else None
         self.gate_up = nn.Parameter(torch.empty(config.experts, rows, size))
         self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
-        self.shared = MLP(size, MLPConfig(config.shared_width, config.expert.activation)) if config.shared_width else None
+        shared = MLPConfig(config.shared_width, config.expert.activation)
+        self.shared = MLP(size, shared) if config.shared_width else None
 
     def forward(self, x: Tensor) -> Tensor:
         logits = ops.tap(self.router(x), f"{self.name}.router_logits")

@@ -4,9 +4,10 @@ The MoE ops run the numpy spec itself, so comparing the canonical modules with H
 """
 
 import torch
+from torch import Tensor
+
 from moevlm.plugins import reference
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
-from torch import Tensor
 
 
 @torch.library.custom_op("moevlm::router", mutates_args=())
@@ -78,7 +79,7 @@ def cached_attention(
     cache_position: Tensor,
     heads: int,
     kv_heads: int,
-    rotary_dim: int,  # noqa: ARG001 - cos already says it; the graph op needs it as an attribute
+    rotary_dim: int,  # cos says it already; the graph op has it as an attribute
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate q and k, write k and v into the cache at cache_position, attend causally over the cache.
 
@@ -135,5 +136,5 @@ def tap(x: Tensor, name: str) -> Tensor:
 
 
 @tap.register_fake
-def _(x: Tensor, name: str) -> Tensor:  # noqa: ARG001 - the name is for the translator
+def _(x: Tensor, name: str) -> Tensor:
     return torch.empty_like(x)

@@ -1,11 +1,12 @@
 """The packed vision transformer: any number of images of any sizes as one sequence of patches."""
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from moevlm.export.config import MLPConfig, VisionConfig
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, RMSNorm
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 LAYER_NORM_EPSILON = 1e-6  # of Qwen's mergers; GLM's merger keeps torch's default
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from moevlm.export.passes.base import Pass
 from moevlm.export.weights import Constant, initializer
 from moevlm.plugins.spec import DOMAIN
@@ -30,7 +31,7 @@ class LowerAttention(Pass):
 
 
 class _Rewriter:
-    """What all layers share, computed once in front of the first: packed shapes and lengths as the kernel wants them."""
+    """What all layers share is computed once, in front of the first: packed shapes and the kernel's lengths."""
 
     def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
         self.graph = graph

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir import tape
+
 from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op, router_spec
 from moevlm.export.passes.base import Pass
 from moevlm.export.weights import Constant, PerRow, Weight, WeightTensor, initializer
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import BuildError
-from onnx_ir import tape
 
 CONTRIB = "com.microsoft"
 # Softmax takes this to exactly 0 beside any log(weight), and it is finite, so that no NaN can arise.
