@@ -26,6 +26,9 @@ class MoEConfig:
     correction_bias: bool = False
     shared_width: int = 0
 
+    def __post_init__(self) -> None:
+        self.router.check(self.experts)
+
 
 @dataclass(frozen=True)
 class AttentionConfig:

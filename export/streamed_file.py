@@ -13,8 +13,8 @@ import numpy as np
 
 from moevlm.runtime.manifest import FileFacts
 
-# Direct writes took a quarter of the time of buffered ones with fsync, and a fifth of the CPU's: no page of the cache
-# is allocated, filled and written back for each page of the file.
+# Direct writes took half the time of buffered ones with fsync, and a sixth of the kernel's CPU time: no page of the
+# cache is allocated, filled and written back for each page of the file.
 _DIRECT = getattr(os, "O_DIRECT", 0)
 _BLOCK_BYTES = 4 << 20
 # Without direct writes the kernel starts to write back only at a tenth of the memory: so ask for it from the start.

@@ -61,8 +61,6 @@ class Qwen3VLMoe(Family):
             router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
             expert=ExpertsSpec(activation=activation),
         )
-        if moe.router.top_k > experts:
-            raise CheckpointError(f"text_config.num_experts_per_tok = {moe.router.top_k} (allowed: 1 to {experts})")
         dense = MLPConfig(text.positive("intermediate_size", 4 * hidden), activation)
         dense_layers, step = text.get("mlp_only_layers", []), text.positive("decoder_sparse_step", 1)
         return DecoderConfig(

@@ -1,6 +1,7 @@
 """Writing a bundle: streamed weights, equal results, bounded memory, and nothing left behind after a failure."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from safetensors.numpy import save_file
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.model_file import INLINE_BYTES, PAGE
+from moevlm.export.streamed_file import StreamedFile
 from moevlm.export.weights import Constant, PerRow, WeightTensor, cast, initializer
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError, ExportError
@@ -151,6 +153,24 @@ def test_shared_weight_is_written_once(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "g.onnx.data").stat().st_size == 40_000
     for tensor in onnx.load(tmp_path / "b" / "g.onnx").graph.initializer:
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), weight.array)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_file_written_in_odd_pieces_has_their_bytes_and_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
+) -> None:
+    monkeypatch.setattr("moevlm.export.streamed_file._BLOCK_BYTES", 4 * PAGE)
+    monkeypatch.setattr("moevlm.export.streamed_file._SYNC_BYTES", 8 * PAGE)
+    if not direct:
+        monkeypatch.setattr("moevlm.export.streamed_file._DIRECT", 0)
+    pieces = [RNG.integers(0, 256, size, dtype=np.uint8) for size in (1, 5 * PAGE, 4 * PAGE - 1, 0, 31, 50 * PAGE + 7)]
+    file = StreamedFile(tmp_path / "f")
+    for piece in pieces:
+        file.write(piece)
+    facts = file.close()
+    expected = b"".join(piece.tobytes() for piece in pieces)
+    assert (tmp_path / "f").read_bytes() == expected
+    assert (facts.sha256, facts.size) == (hashlib.sha256(expected).hexdigest(), len(expected))
 
 
 def test_new_bundle_replaces_the_old_one_whole(old: Path) -> None:
