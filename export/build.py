@@ -1,6 +1,7 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -106,11 +107,8 @@ def _write_engines(
 ) -> None:
     for target in chosen:
         for name in GRAPHS:
-            what = f"writing {target.name} {name}"
             writer.add_model(
-                target.lower(graphs[name]),
-                target.path(name),
-                lambda done, total, what=what: progress(what, done, total),
+                target.lower(graphs[name]), target.path(name), partial(progress, f"writing {target.name} {name}")
             )
 
 

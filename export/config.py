@@ -115,13 +115,18 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
 
     @property
+    def moe(self) -> dict[int, MoEConfig]:
+        """The sparse layers, by their place among all."""
+        return {i: ffn for i, ffn in enumerate(self.decoder.feed_forward) if isinstance(ffn, MoEConfig)}
+
+    @property
     def moe_layers(self) -> tuple[int, ...]:
-        return tuple(i for i, ffn in enumerate(self.decoder.feed_forward) if isinstance(ffn, MoEConfig))
+        return tuple(self.moe)
 
     def facts(self) -> ModelFacts:
         """What the runtime must know, for the manifest."""
         decoder, vision, attention = self.decoder, self.vision, self.decoder.attention
-        moe = [decoder.feed_forward[i] for i in self.moe_layers]
+        moe = list(self.moe.values())
         return ModelFacts(
             model_type=self.model_type,
             hidden=decoder.hidden,
@@ -133,7 +138,7 @@ class ModelConfig:
             context=decoder.context,
             experts=moe[0].experts if moe else 0,
             top_k=moe[0].router.top_k if moe else 0,
-            dense_layers=tuple(i for i in range(len(decoder.feed_forward)) if i not in self.moe_layers),
+            dense_layers=tuple(i for i in range(len(decoder.feed_forward)) if i not in self.moe),
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
             rope=decoder.rope,

@@ -98,16 +98,16 @@ def graph_bytes(model: ir.Model, spans: Mapping[ir.Value, Span], location: str) 
 @contextmanager
 def _external(spans: Mapping[ir.Value, Span], location: str) -> Iterator[None]:
     """While it lasts, the initializers are references into `location`; the model is as it was afterwards."""
-    originals = {value: value.const_value for value in spans}
+    originals = {value: value.const_value for value in spans if value.const_value is not None}
     try:
-        for value, span in spans.items():
-            original = originals[value]
+        for value, original in originals.items():
+            span = spans[value]
             value.const_value = ir.ExternalTensor(
                 location,
                 span.offset,
                 span.length,
                 original.dtype,
-                shape=ir.Shape(original.shape),
+                shape=ir.Shape(original.shape.numpy()),
                 name=value.name or "",
                 doc_string=original.doc_string,
                 metadata_props=dict(original.metadata_props),

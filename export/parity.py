@@ -108,6 +108,7 @@ def _check(expected: Expected, step: str, engine: Engine, tapped: Any, tolerance
         value = relative_error(ours, theirs)
         return Check(step, quantity, value, limit, value <= limit)
 
+    assert expected.images is not None  # some of the cases have images
     visual = engine.encode(expected.images)
     yield error("image features", visual.embeds, expected.embeds, tolerance.features)
     if expected.deepstack.size:
@@ -149,7 +150,7 @@ def _routing(expected: Expected, step: str, tapped: Any, visual: VisualFeatures,
     for layer, (mine, theirs) in enumerate(zip(ours, expected.routing, strict=True)):
         rows = np.flatnonzero((mine != np.sort(theirs, -1)).any(-1))
         flips += len(rows)
-        margins += [_margin(expected, layer, row, mine[row], theirs[row]) for row in rows]
+        margins += [_margin(expected, layer, int(row), mine[row], theirs[row]) for row in rows]
     note = f"of {sum(map(len, ours))}, widest margin {max(margins):.1e}" if flips else f"of {sum(map(len, ours))}"
     return Check(step, "routings that differ", float(flips), 0, max(margins) <= tolerance.near_tie, note)
 

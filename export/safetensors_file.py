@@ -80,7 +80,7 @@ class Stored:
         return array
 
     def _read_into(self, array: np.ndarray, offset: int) -> None:
-        target = memoryview(array.reshape(-1).view(np.uint8))
+        target = array.reshape(-1).view(np.uint8).data
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:

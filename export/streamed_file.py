@@ -45,7 +45,7 @@ class StreamedFile:
     def write(self, data: np.ndarray | bytes) -> None:
         """Append an array's bytes in C order; the array must not change afterwards."""
         flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else np.ascontiguousarray(data)
-        view = memoryview(flat.reshape(-1).view(np.uint8))
+        view = flat.reshape(-1).view(np.uint8).data
         if self._hashing is not None:
             self._hashing.result()  # so that two pieces at most are in memory
         self._hashing = self._threads.submit(self._digest.update, view)

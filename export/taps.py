@@ -1,6 +1,7 @@
 """A shipped engine with its routing visible: the same graph and weights, and the routers' values as outputs."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -44,7 +45,7 @@ class TappedEngine:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._engine.new_cache(batch, capacity)
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: Cache) -> np.ndarray:
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
         self.last = self._engine.run(step, visual, cache)
         return self.last["logits"]
 
@@ -58,5 +59,4 @@ class TappedEngine:
         if index is not None:
             return index
         # A kernel that routes by itself has no correction bias, see `LowerMoE`.
-        moe = self._config.decoder.feed_forward[layer]
-        return reference.route(self.last[f"layers.{layer}.router_logits"], moe.router)[0]
+        return reference.route(self.last[f"layers.{layer}.router_logits"], self._config.moe[layer].router)[0]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from moevlm.export.config import MoEConfig
 from moevlm.export.model import CanonicalModel
+from moevlm.export.modules.layers import MoE
 from moevlm.plugins import reference
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 
@@ -27,13 +27,13 @@ class TorchEngine:
         self.config = model.config
         self.routing: list[np.ndarray] = []
         self._vision, self._decoder = model.materialize()
-        for i in model.config.moe_layers:
-            moe = self._decoder.layers[i].feed_forward
-            moe.router.register_forward_hook(lambda _m, _i, logits, moe=moe: self._record(moe.config, logits, moe))
+        for moe in self._decoder.modules():
+            if isinstance(moe, MoE):
+                moe.router.register_forward_hook(lambda _module, _inputs, logits, moe=moe: self._record(moe, logits))
 
-    def _record(self, config: MoEConfig, logits: torch.Tensor, moe: torch.nn.Module) -> None:
+    def _record(self, moe: MoE, logits: torch.Tensor) -> None:
         bias = None if moe.correction_bias is None else moe.correction_bias.detach().numpy()
-        self.routing.append(reference.route(logits.numpy(), config.router, bias)[0])
+        self.routing.append(reference.route(logits.numpy(), moe.config.router, bias)[0])
 
     @torch.no_grad()
     def encode(self, inputs: VisionInputs) -> VisualFeatures:

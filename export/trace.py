@@ -87,7 +87,7 @@ def trace_decoder(module: Decoder, weights: Mapping[str, Weight]) -> ir.Model:
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: Mapping[str, int]) -> torch.Tensor:
-    return torch.empty([sizes.get(s, s) if isinstance(s, str) else s for s in shape], dtype=dtype, device="meta")
+    return torch.empty([sizes[s] if isinstance(s, str) else s for s in shape], dtype=dtype, device="meta")
 
 
 def _dynamic(shape: Shape, sizes: Mapping[str, Any]) -> dict[int, Any]:

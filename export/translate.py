@@ -82,7 +82,7 @@ class Translator:
 
     def constant(self, value: Any, dtype: type = np.int64) -> ir.Value:
         """A small initializer, one for all uses of the same value."""
-        array = np.asarray(value, dtype)
+        array: np.ndarray = np.asarray(value, dtype)
         name = f"const.{array.dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(map(str, array.flatten()))}"
         return self._initializer(name, Constant(array))
 
@@ -93,7 +93,8 @@ class Translator:
 
     def _call(self, node: torch.fx.Node) -> Any:
         if node.target is operator.getitem:
-            return self._typed(self.values[node.args[0]][node.args[1]], node.meta["val"])
+            source, index = node.args
+            return self._typed(self._argument(source)[index], node.meta["val"])
         rule = _RULES.get(node.target)
         if rule is None:
             raise ExportError(f"no ONNX translation for {node.target} (known: {', '.join(map(str, _RULES))})")

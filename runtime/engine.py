@@ -1,7 +1,7 @@
 """What an engine is: encode images, hold a KV cache, run the decoder over a piece of sequence."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -65,6 +65,6 @@ class Engine(Protocol):
 
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: Cache) -> np.ndarray:
-        """Logits [N, vocabulary] float32. Raises EngineError if the step does not fit into the cache."""
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
+        """Logits [N, vocabulary] float32. cache: one that this engine made. Raises EngineError if it is too small."""
         ...

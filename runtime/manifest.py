@@ -11,7 +11,7 @@ class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     pass
 
 
-class RopeFacts(_Facts):
+class RopeFacts(_Facts, frozen=True):
     """Rotary embedding of the decoder.
 
     dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
@@ -24,7 +24,7 @@ class RopeFacts(_Facts):
     interleaved: bool
 
 
-class VisionFacts(_Facts):
+class VisionFacts(_Facts, frozen=True):
     """What it takes to turn an image into the vision graph's inputs.
 
     position_grid: side of the learned position table, [position_grid**2, hidden].
@@ -43,7 +43,7 @@ class VisionFacts(_Facts):
     deepstack: int
 
 
-class ModelFacts(_Facts):
+class ModelFacts(_Facts, frozen=True):
     """Shapes and token ids. dense_layers: layers without experts."""
 
     model_type: str
@@ -63,14 +63,14 @@ class ModelFacts(_Facts):
     vision: VisionFacts
 
 
-class FileFacts(_Facts):
+class FileFacts(_Facts, frozen=True):
     """sha256 in hexadecimal, size in bytes."""
 
     sha256: str
     size: int
 
 
-class EngineFacts(_Facts):
+class EngineFacts(_Facts, frozen=True):
     """One engine: its graphs as paths inside the bundle, and its arithmetic."""
 
     vision: str
@@ -78,7 +78,7 @@ class EngineFacts(_Facts):
     dtype: str
 
 
-class Manifest(_Facts):
+class Manifest(_Facts, frozen=True):
     """manifest.json. `files` covers every other file of the bundle, by its path inside it."""
 
     schema: int

@@ -3,7 +3,7 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -44,9 +44,9 @@ class Family(ABC):
     router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
     """
 
-    weights: Mapping[str, str | Source]
-    ignored: tuple[str, ...] = ()
-    router_suffix: str
+    weights: ClassVar[Mapping[str, str | Source]]
+    ignored: ClassVar[tuple[str, ...]] = ()
+    router_suffix: ClassVar[str]
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:

@@ -3,6 +3,7 @@
 Source: transformers 5.23 `models/glm4v_moe`. Checkpoint: zai-org/GLM-4.5V.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import (
@@ -17,7 +18,7 @@ from moevlm.export.config import (
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
-from moevlm.export.families.sources import channels_last, flattened, stacked_experts
+from moevlm.export.families.sources import Source, channels_last, flattened, stacked_experts
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
@@ -114,7 +115,7 @@ class Glm4vMoe(Family):
             merger=MergerConfig("gated", out=out, width=vision.positive("intermediate_size")),
         )
 
-    weights: ClassVar = {
+    weights: ClassVar[Mapping[str, str | Source]] = {
         "decoder.embedding": "model.language_model.embed_tokens.weight",
         "decoder.head": "lm_head.weight",
         "decoder.norm.weight": "model.language_model.norm.weight",

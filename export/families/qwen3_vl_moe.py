@@ -4,6 +4,7 @@ Source: transformers 5.23 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-
 """
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import (
@@ -18,7 +19,7 @@ from moevlm.export.config import (
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
-from moevlm.export.families.sources import flattened, fused_down, fused_gate_up
+from moevlm.export.families.sources import Source, flattened, fused_down, fused_gate_up
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import CheckpointError
 
@@ -115,7 +116,7 @@ class Qwen3VLMoe(Family):
             deepstack_layers=tuple(vision.get("deepstack_visual_indexes")),
         )
 
-    weights: ClassVar = {
+    weights: ClassVar[Mapping[str, str | Source]] = {
         "decoder.embedding": "model.language_model.embed_tokens.weight",
         "decoder.head": "lm_head.weight",
         "decoder.norm.weight": "model.language_model.norm.weight",

@@ -1,5 +1,7 @@
 """Blocks that both towers share: norms, dense feed-forward layers, the sparse one."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,7 +10,7 @@ from moevlm.export.config import MLPConfig, MoEConfig
 from moevlm.export.modules import ops
 from moevlm.plugins.spec import attributes
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),

@@ -50,8 +50,10 @@ def experts(
 ) -> Tensor:
     """x [T, H] -> y [T, H] through the chosen experts; see `ExpertsSpec`."""
     spec = ExpertsSpec(activation, bool(gated), weight_on, alpha, limit)
-    arrays = (t.detach().numpy() for t in (x, expert_index, expert_weight, gate_up, down))
-    return torch.from_numpy(reference.experts(*arrays, spec))
+    routing = expert_index.numpy(), expert_weight.numpy()
+    return torch.from_numpy(
+        reference.experts(x.numpy(), *routing, gate_up.detach().numpy(), down.detach().numpy(), spec)
+    )
 
 
 @experts.register_fake
@@ -120,7 +122,8 @@ def segment_attention(
     q, k, v = (t.unflatten(-1, (heads, -1)).unsqueeze(0) for t in (q, k, v))
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
     mask = segment_id[:, None] == segment_id[None, :]
-    y = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return y.transpose(1, 2).squeeze(0).flatten(1).contiguous()
 
 

@@ -63,7 +63,11 @@ class _Rewriter:
             num_outputs=3,
         )
         self.graph.insert_before(node, attention)
-        width = key_cache.shape[3] * heads
+        assert key_cache is not None
+        assert key_cache.shape is not None
+        head_dim = key_cache.shape[3]
+        assert isinstance(head_dim, int)  # batch and capacity are open, head_dim is not
+        width = head_dim * heads
         y = self._op(node, "Reshape", attention.outputs[0], self._constant(f"rows_{width}", [-1, width]))
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [], node.outputs, [y, *attention.outputs[1:]])
 
@@ -73,7 +77,7 @@ class _Rewriter:
             self.graph.register_initializer(initializer(name, Constant(np.array(value, np.int64))))
         return self.graph.initializers[name]
 
-    def _op(self, before: ir.Node, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+    def _op(self, before: ir.Node, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)
         self.graph.insert_before(before, node)
         return node.outputs[0]

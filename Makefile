@@ -1,0 +1,45 @@
+# Every target sets up what it needs in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := build/demo.moevlm
+SAMPLES := demo/samples
+
+.PHONY: setup demo test lint type bench train clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	@echo "installing into .venv (a minute or two)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	@mkdir -p build
+	$(BIN)/moevlm build demo/checkpoint -o $(DEMO) --target reference --target ort-cpu
+	$(BIN)/moevlm parity $(DEMO) --checkpoint demo/checkpoint
+	$(BIN)/python -m demo.ask $(DEMO)
+	$(BIN)/moevlm bench latency $(DEMO) --target reference --target ort-cpu --image-size 96
+
+test: setup
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy finds a namespace package only by its folder, so the three packages are linked into one.
+type: setup
+	@mkdir -p build/types/moevlm
+	@for package in export plugins runtime; do ln -sfn ../../../$$package build/types/moevlm/$$package; done
+	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p moevlm
+
+bench: setup
+	$(BIN)/python -m bench.export_bench
+
+train: setup
+	$(BIN)/python -m demo.train
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
