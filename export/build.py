@@ -14,7 +14,7 @@ from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.errors import BuildError
+from moevlm.runtime.errors import BuildError, CheckpointError
 from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
@@ -41,13 +41,14 @@ def build(
     chosen = targets(target_names)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
         model, graphs = _trace(source, expert_layout, progress)
+        facts = _model_facts(model, source)
         _write_side_files(writer, source)
         if TARGETS[REFERENCE] not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], TARGETS[REFERENCE].path(name))
         _write_engines(writer, chosen, graphs, progress)
-        facts = _model_facts(model, source)
         progress("hashing the checkpoint", 0, 0)
+        source.verify()
         manifest = Manifest(
             schema=SCHEMA,
             model=facts,
@@ -79,6 +80,7 @@ def add_targets(
         source.start_hashing()
         _, graphs = _trace(source, expert_layout, progress)
         progress("hashing the checkpoint", 0, 0)
+        source.verify()
         require_same_source(existing.manifest, source)
         _write_engines(writer, chosen, graphs, progress)
         writer.keep(existing)
@@ -129,5 +131,7 @@ def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:
         return facts
     # What generation_config.json says ends a turn is what the model was tuned for; config.json names one token.
     eos = read_json(source.generation).get("eos_token_id")
-    ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    return msgspec.structs.replace(facts, eos_token_ids=ids) if ids else facts
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in ids):
+        raise CheckpointError(f"invalid value in {source.generation}: eos_token_id = {eos!r} (a token id, or a list)")
+    return msgspec.structs.replace(facts, eos_token_ids=tuple(ids)) if ids else facts

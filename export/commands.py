@@ -4,15 +4,15 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.cli import require
-from moevlm.runtime.console import bytes_text, console, progress_bar
+from moevlm.runtime.cli import OutputFile, require
+from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
 _LAYOUT = click.option(
     "--expert-layout",
     type=click.Choice(["auto", "out_in", "in_out"]),
     default="auto",
     show_default=True,
-    help="How fused expert tensors lie on disk, where their shape does not tell.",
+    help="How fused expert tensors lie on disk, if their shape does not tell.",
 )
 
 
@@ -31,7 +31,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target ort-cpu")
 
 
-@click.command()
+@click.command(short_help="Build engines from a checkpoint, or add them to a bundle.")
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write, from a checkpoint.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Where BUNDLE came from: adds targets to it.")
@@ -40,48 +40,53 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
 def build(
     source: Path, output: Path | None, checkpoint: Path | None, targets: tuple[str, ...], expert_layout: str
 ) -> None:
-    """Trace a checkpoint and build one engine per target, or add targets to a bundle."""
+    """Trace a checkpoint and build one engine per target, or add targets to a bundle.
+
+    \b
+    moevlm build CHECKPOINT -o BUNDLE [--target ...]
+    moevlm build BUNDLE --checkpoint CHECKPOINT [--target ...]
+    """
     require("torch", "export")
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
 
-    if (output is None) == (checkpoint is None):
-        raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     names = targets or ("ort-cpu",)
     with progress_bar() as progress:
-        if checkpoint is None:
-            build_bundle(source, output, names, expert_layout=expert_layout, progress=progress)
+        if checkpoint is None and output is not None:
+            bundle, origin = output, source
+            build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress)
+        elif checkpoint is not None and output is None:
+            bundle, origin = source, checkpoint
+            add_targets(bundle, origin, names, expert_layout=expert_layout, progress=progress)
         else:
-            add_targets(source, checkpoint, names, expert_layout=expert_layout, progress=progress)
-    bundle, origin = (output, source) if checkpoint is None else (source, checkpoint)
+            raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)
     console().print(f"next: moevlm parity {bundle} --checkpoint {origin}")
 
 
-@click.command()
+@click.command(short_help="Check every engine of a bundle against Hugging Face.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Where the bundle came from.")
 @click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the results here.")
+@click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 @_LAYOUT
 def parity(
     bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None, expert_layout: str
 ) -> None:
-    """Hold every step to the one before: Hugging Face, canonical PyTorch, and each engine. Status 1 on a mismatch."""
+    """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch."""
     require("transformers", "export")
     from moevlm.export.parity import check_parity
-    from moevlm.export.parity_report import show, to_json
+    from moevlm.export.parity_report import table_of
+    from moevlm.runtime.reports import to_json
 
     with progress_bar() as progress:
         report = check_parity(bundle, checkpoint, targets, seed=seed, expert_layout=expert_layout, progress=progress)
-    show(report)
-    if output is not None:
-        output.write_text(to_json(report) + "\n")
-        console().print(f"written: {output}")
+    publish(table_of(report), to_json(report), output)
     if not report.passed:
         click.get_current_context().exit(1)
-    console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
+    if str(output) != "-":
+        console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
 
 
 def _report(bundle: Path) -> None:

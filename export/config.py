@@ -42,6 +42,12 @@ class AttentionConfig:
     qkv_bias: bool
     out_bias: bool
 
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} (allowed: a divisor of the {self.heads} heads)")
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(f"rotary_dim = {self.rotary_dim} (allowed: even, up to head_dim = {self.head_dim})")
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -95,6 +101,15 @@ class VisionConfig:
     merger: MergerConfig
     deepstack_layers: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.hidden % self.heads or self.head_dim % 4:  # two axes, and pairs on each
+            raise ValueError(f"vision heads = {self.heads} (allowed: width {self.hidden} / heads is a multiple of 4)")
+        allowed = range(self.depth)
+        if len(set(self.deepstack_layers)) < len(self.deepstack_layers) or not set(self.deepstack_layers) <= {*allowed}:
+            raise ValueError(
+                f"deepstack layers = {list(self.deepstack_layers)} (allowed: some of 0 to {self.depth - 1})"
+            )
+
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
@@ -113,6 +128,14 @@ class ModelConfig:
     vision: VisionConfig
     image_token_id: int
     eos_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.vision.merger.out != self.decoder.hidden:
+            raise ValueError(f"width of visual tokens = {self.vision.merger.out} (allowed: {self.decoder.hidden})")
+        if self.decoder.deepstack > len(self.decoder.feed_forward):
+            raise ValueError(f"deepstack levels = {self.decoder.deepstack} (allowed: one per layer at most)")
+        if self.image_token_id >= self.decoder.vocabulary:
+            raise ValueError(f"image_token_id = {self.image_token_id} (allowed: up to {self.decoder.vocabulary - 1})")
 
     @property
     def moe(self) -> dict[int, MoEConfig]:

@@ -1,14 +1,16 @@
-"""What parity found: as data, as a table, as JSON."""
+"""What parity found: as data, and as a table."""
 
 import msgspec
 
-from moevlm.runtime.console import console, table
+from moevlm.runtime.console import table
+from moevlm.runtime.reports import Report
 
 
 class Check(msgspec.Struct, frozen=True):
     """One quantity of one step against transformers.
 
-    value, limit: relative error, or a count of tokens that differ. note: what is worth knowing, or "".
+    value, limit: relative error, or a count of what differs. note: what is worth knowing, or "".
+    An infinite value (another shape, NaN) is null in JSON.
     """
 
     step: str
@@ -19,7 +21,7 @@ class Check(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-class ParityReport(msgspec.Struct, frozen=True, tag_field="schema", tag="moevlm.parity/1"):
+class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     """All checks in the order of the pipeline; the first that failed is where to look."""
 
     bundle: str
@@ -32,25 +34,19 @@ class ParityReport(msgspec.Struct, frozen=True, tag_field="schema", tag="moevlm.
     checks: list[Check]
 
 
-def to_json(report: ParityReport) -> str:
-    """Indented JSON text."""
-    return msgspec.json.format(msgspec.json.encode(report), indent=2).decode()
-
-
-def show(report: ParityReport) -> None:
-    """Print the table and the verdict."""
-    rows, last = [], None
+def table_of(report: ParityReport) -> str:
+    """The checks, step by step, and the verdict."""
+    rows: list[tuple[str, ...]] = []
+    last = ""
     for check in report.checks:
-        value = f"{check.value:.1e}" if isinstance(check.limit, float) else f"{check.value:.0f}"
-        limit = f"{check.limit:.0e}" if isinstance(check.limit, float) else f"{check.limit}"
-        verdict = "ok" if check.passed else "MISMATCH"
-        rows.append((check.step if check.step != last else "", check.quantity, value, limit, verdict, check.note))
-        last = check.step
+        if check.step != last:
+            rows.append((check.step, "", "", "", ""))
+            last = check.step
+        exact = isinstance(check.limit, int)
+        found, limit = f"{check.value:{'.0f' if exact else '.1e'}}", f"{check.limit:{'.0f' if exact else '.0e'}}"
+        rows.append((f"  {check.quantity}", found, limit, "ok" if check.passed else "MISMATCH", check.note))
     amount = f"{report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
     title = f"against transformers {report.transformers}: {amount}"
-    console().print(table(title, ("step", "quantity", "found", "limit", "", ""), rows))
     failed = next((check for check in report.checks if not check.passed), None)
-    if failed is None:
-        console().print("parity: passed")
-    else:
-        console().print(f"parity: failed, first at {failed.step}: {failed.quantity}")
+    verdict = "passed" if failed is None else f"failed, first at {failed.step}: {failed.quantity}"
+    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\nparity: {verdict}"

@@ -1,4 +1,4 @@
-"""A shipped engine with its routing visible: the same graph and weights, and the routers' values as outputs."""
+"""A shipped engine with its inside visible: the same graph and weights, with routing and hidden states as outputs."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from moevlm.runtime.ort_engine import OrtEngine
 class TappedEngine:
     """An engine of a bundle that also records which experts each token went to, and its hidden states.
 
-    A graph that keeps its routers shows `expert_index` itself; where the kernel routes, the numpy spec says what its
-    logits mean. Both are in the order of the graph's rows, [B * S, k].
+    taps: of the last forward, by name as in the graph, rows [B * S, ...]. A graph that keeps its routers shows
+    `expert_index` itself; where the kernel routes, the numpy spec says what its logits mean.
     """
 
     def __init__(self, bundle: Bundle, target: str, config: ModelConfig) -> None:
@@ -37,7 +37,7 @@ class TappedEngine:
         self._engine = OrtEngine(
             bundle.path(engine.vision), Path(decoder), bundle.manifest.model, tapped=graph.SerializeToString()
         )
-        self.last: dict[str, np.ndarray] = {}
+        self.taps: dict[str, np.ndarray] = {}
 
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
         return self._engine.encode(inputs)
@@ -46,17 +46,9 @@ class TappedEngine:
         return self._engine.new_cache(batch, capacity)
 
     def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
-        self.last = self._engine.run(step, visual, cache)
-        return self.last["logits"]
-
-    @property
-    def routing(self) -> list[np.ndarray]:
-        """Expert indices of the last forward, [B * S, k] per sparse layer."""
-        return [self._indices(i) for i in self._config.moe_layers]
-
-    def _indices(self, layer: int) -> np.ndarray:
-        index = self.last.get(f"layers.{layer}.expert_index")
-        if index is not None:
-            return index
-        # A kernel that routes by itself has no correction bias, see `LowerMoE`.
-        return reference.route(self.last[f"layers.{layer}.router_logits"], self._config.moe[layer].router)[0]
+        self.taps = self._engine.run(step, visual, cache)
+        for i in self._config.moe_layers:
+            logits = self.taps.get(f"layers.{i}.router_logits")
+            if logits is not None:  # a kernel that routes by itself has no correction bias, see `LowerMoE`
+                self.taps[f"layers.{i}.expert_index"] = reference.route(logits, self._config.moe[i].router)[0]
+        return self.taps["logits"]

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from moevlm.export.model import CanonicalModel
-from moevlm.export.modules.layers import MoE
-from moevlm.plugins import reference
+from moevlm.export.modules.ops import recorded_taps
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 
 
@@ -21,19 +20,12 @@ class TorchCache:
 
 
 class TorchEngine:
-    """All weights in memory, float32. routing: of the last forward, expert indices [B * S, k] per sparse layer."""
+    """All weights in memory, float32. taps: of the last forward, by name as in the graph, rows [B * S, ...]."""
 
     def __init__(self, model: CanonicalModel) -> None:
         self.config = model.config
-        self.routing: list[np.ndarray] = []
+        self.taps: dict[str, np.ndarray] = {}
         self._vision, self._decoder = model.materialize()
-        for moe in self._decoder.modules():
-            if isinstance(moe, MoE):
-                moe.router.register_forward_hook(lambda _module, _inputs, logits, moe=moe: self._record(moe, logits))
-
-    def _record(self, moe: MoE, logits: torch.Tensor) -> None:
-        bias = None if moe.correction_bias is None else moe.correction_bias.detach().numpy()
-        self.routing.append(reference.route(logits.numpy(), moe.config.router, bias)[0])
 
     @torch.no_grad()
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
@@ -50,15 +42,16 @@ class TorchEngine:
     @torch.no_grad()
     def forward(self, step: Step, visual: VisualFeatures | None, cache: TorchCache) -> np.ndarray:
         decoder = self.config.decoder
-        self.routing.clear()
         visual = visual or VisualFeatures(
             np.zeros((1, decoder.hidden), np.float32), np.zeros((decoder.deepstack, 1, decoder.hidden), np.float32)
         )
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(step).items()}
-        logits, cache.layers = self._decoder(
-            **tensors,
-            visual_embeds=torch.from_numpy(visual.embeds),
-            deepstack_embeds=torch.from_numpy(visual.deepstack) if decoder.deepstack else None,
-            caches=cache.layers,
-        )
+        with recorded_taps() as taps:
+            logits, cache.layers = self._decoder(
+                **tensors,
+                visual_embeds=torch.from_numpy(visual.embeds),
+                deepstack_embeds=torch.from_numpy(visual.deepstack) if decoder.deepstack else None,
+                caches=cache.layers,
+            )
+        self.taps = {name: tensor.numpy() for name, tensor in taps.items()}
         return logits.numpy()

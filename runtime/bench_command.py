@@ -1,10 +1,15 @@
 """`moevlm bench`."""
 
+from functools import partial
 from pathlib import Path
 
 import click
 
+from moevlm.runtime.cli import OutputFile
 from moevlm.runtime.errors import RequestError
+from moevlm.runtime.reports import BenchReport
+
+_SIZE = "Side of a square image, in pixels; 0 for none."
 
 
 @click.group()
@@ -14,13 +19,15 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", type=click.IntRange(1), default=256, show_default=True, help="Text tokens.")
-@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
-@click.option("--image-size", type=click.IntRange(0), default=448, show_default=True, help="Pixels; 0: none.")
-@click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: one]")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="After one that does not count.")
-@click.option("--threads", type=int, help="Cores for one operator.  [default: all]")
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the results here.")
+@click.option("--prompt-tokens", metavar="N", type=click.IntRange(1), default=256, show_default=True, help="Text.")
+@click.option("--new-tokens", metavar="N", type=click.IntRange(2), default=64, show_default=True, help="Answer.")
+@click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), default=448, show_default=True, help=_SIZE)
+@click.option(
+    "--target", "targets", multiple=True, help="Which engines; repeatable.  [default: the one that run takes]"
+)
+@click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="After a first one.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
+@click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def latency(
     bundle: Path,
     prompt_tokens: int,
@@ -33,10 +40,10 @@ def latency(
 ) -> None:
     """Time one request, stage by stage: medians of several."""
     from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import console, progress_bar, table
+    from moevlm.runtime.console import progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
     from moevlm.runtime.loading import load_engine, load_images
-    from moevlm.runtime.reports import BenchReport, to_json
+    from moevlm.runtime.reports import to_json
 
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
@@ -50,14 +57,14 @@ def latency(
         results = [
             measure(
                 name,
-                lambda name=name: load_engine(opened, name, threads),
+                partial(load_engine, opened, name, threads),
                 model,
                 images,
                 prompt,
                 new_tokens,
                 repeats,
                 threads,
-                lambda done, total, name=name: progress(f"measuring {name}", done, total),
+                partial(progress, f"measuring {name}"),
             )
             for name in names
         ]
@@ -71,23 +78,25 @@ def latency(
         results=results,
     )
 
-    def milliseconds(seconds: float) -> str:
-        return f"{seconds * 1e3:.2f} ms"
+    publish(_table(report), to_json(report), output)
+
+
+def _table(report: BenchReport) -> str:
+    from moevlm.runtime.console import table
 
     rows = [
         (
             r.target,
-            milliseconds(r.vision.median) if r.vision else "-",
-            f"{milliseconds(r.prefill.median)} ({r.prefill_tokens_per_second:.0f} tok/s)",
-            milliseconds(r.first_token.median),
-            f"{milliseconds(r.decode_token.median)} ({r.decode_tokens_per_second:.0f} tok/s)",
+            f"{r.vision.median * 1e3:.2f}" if r.vision else "-",
+            f"{r.prefill.median * 1e3:.2f}",
+            f"{r.prefill_tokens_per_second:.0f}",
+            f"{r.first_token.median * 1e3:.2f}",
+            f"{r.decode_token.median * 1e3:.2f}",
+            f"{r.decode_tokens_per_second:.0f}",
             f"{r.load_seconds:.2f} s",
         )
-        for r in results
+        for r in report.results
     ]
-    prompt_text = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
-    title = f"{prompt_text}; {new_tokens} new; median of {repeats}"
-    console().print(table(title, ("target", "image", "prompt", "first token", "each token", "load"), rows))
-    if output is not None:
-        output.write_text(to_json(report) + "\n")
-        console().print(f"written: {output}")
+    prompt = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
+    title = f"{prompt}; {report.new_tokens} new; ms, medians of {report.repeats}"
+    return table(title, ("target", "image", "prompt", "tok/s", "first", "token", "tok/s", "load"), rows)

@@ -1,10 +1,16 @@
 """The `moevlm` command: a group whose commands are found by name and imported when they are called."""
 
+import logging
 import os
 import signal
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
 
@@ -32,32 +38,35 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("moevlm"), prog_name="moevlm")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.option("--debug", is_flag=True, help="Show tracebacks and warnings; accepted anywhere.")
+def cli(debug: bool) -> None:  # `main` has taken --debug out of the arguments: here it only makes the help complete
     """Deploy sparse Mixture-of-Experts vision-language models: checkpoint to verified bundle to answers."""
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line. A mistake of the user's is one line on standard error and exit status 2."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # A service manager's stop is an exception like Ctrl-C's, so that half-written output is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        return cli.main(arguments, prog_name="moevlm", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing was left half-written", err=True)
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except MoevlmError as error:
-        if "--debug" in arguments:
-            raise
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    debug = "--debug" in arguments
+    with _stoppable(), _quiet(debug):
+        try:
+            return cli.main([a for a in arguments if a != "--debug"], prog_name="moevlm", standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(2)
+        except click.ClickException as error:
+            _fail(_click_message(error), debug)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted: nothing was left half-written", err=True)
+            sys.exit(130)
+        except MoevlmError as error:
+            _fail(str(error), debug)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            if error.strerror is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, debug)
 
 
 def require(package: str, extra: str) -> None:
@@ -66,3 +75,61 @@ def require(package: str, extra: str) -> None:
 
     if find_spec(package) is None:
         raise click.ClickException(f"this command needs {package} (pip install 'moevlm[{extra}]')")
+
+
+class OutputFile(click.Path):
+    """A file to be written at the end; whether that is possible is found out at the start."""
+
+    name = "file"
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, writable=True, allow_dash=True, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not os.access(path.parent, os.W_OK):
+            self.fail(f"{str(path.parent)!r} is not a directory that can be written to", param, ctx)
+        return path
+
+
+def _fail(message: str, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    click.echo("error: " + " ".join(message.splitlines()), err=True)
+    sys.exit(2)
+
+
+def _click_message(error: click.ClickException) -> str:
+    """Click's message in our form: one line, and where to read more."""
+    message = " ".join(error.format_message().split()).removesuffix(".")
+    if message[1:2].islower():
+        message = message[0].lower() + message[1:]
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        message += f" (see {error.ctx.command_path} --help)"
+    return message
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """A service manager's stop is an exception like Ctrl-C's, so that half-written output is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _quiet(debug: bool) -> Iterator[None]:
+    """Keep what libraries warn about off the screen: what matters to a user is an error, or part of the results."""
+    if debug or sys.warnoptions:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,33 +1,41 @@
 """`moevlm run` and `moevlm inspect`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moevlm.runtime.errors import RequestError
+from moevlm.runtime.reports import InspectReport
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The user's text; - reads it from standard input.")
-@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file; repeatable.")
+@click.option("--image", "images", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Repeatable.")
 @click.option("--system", help="A system message.")
-@click.option("--messages", type=click.File(), help="A whole conversation as JSON: [{role, content}, ...].")
-@click.option("--target", help="Which engine of the bundle.")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", type=float, help="Sample among the likeliest tokens that hold this share.")
-@click.option("--min-p", type=float, help="Drop tokens below this share of the likeliest one.")
-@click.option("--repetition-penalty", type=float, help="Above 1 makes tokens that occurred less likely.")
-@click.option("--seed", type=int, help="The same seed gives the same text.")
-@click.option("--stop", multiple=True, help="Text that ends the answer, left out of it; repeatable.")
-@click.option("--logprobs", type=int, help="With --json: this many alternatives for each token.")
-@click.option("--threads", type=int, help="Cores for one operator.  [default: all]")
-@click.option("--chunk-tokens", type=int, default=512, show_default=True, help="Prompt tokens in one step.")
-@click.option("--max-image-megapixels", type=float, help="Larger images are refused.  [default: 50]")
+@click.option(
+    "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
+)
+@click.option("--target", help="Which engine of the bundle.  [default: the only one, or ort-cpu]")
+@click.option(
+    "--max-new-tokens", metavar="N", type=int, default=256, show_default=True, help="The most for the answer."
+)
+@click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
+@click.option("--top-p", metavar="X", type=float, help="Sample among the likeliest that hold this share.")
+@click.option("--min-p", metavar="X", type=float, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", metavar="X", type=float, help="Above 1: tokens that occurred are less likely.")
+@click.option("--seed", metavar="N", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="Text that ends the answer, left out; repeatable.")
+@click.option("--logprobs", metavar="N", type=int, help="With --json: alternatives for each token.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
+@click.option(
+    "--chunk-tokens", metavar="N", type=int, default=512, show_default=True, help="Prompt tokens in one step."
+)
+@click.option("--max-image-megapixels", metavar="X", type=float, help="Larger images are refused.  [default: 50]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(
     bundle: Path,
@@ -43,24 +51,41 @@ def run(
     **sampling: Any,
 ) -> None:
     """Answer one prompt, the text streaming as it is made."""
-    from moevlm.runtime import load
     from moevlm.runtime.bundle import Bundle
+    from moevlm.runtime.console import notice
+    from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.sampling import SamplingParams
 
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
+    pixels = None if max_image_megapixels is None else _pixels(max_image_megapixels)
     params = SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
     conversation = _conversation(prompt, images, system, messages)
     name, _ = Bundle.open(bundle).engine(target)
-    pixels = None if max_image_megapixels is None else int(max_image_megapixels * 1e6)
-    runtime = load(bundle, name, threads=threads, chunk_tokens=chunk_tokens, max_image_pixels=pixels)
+    with notice() as show:
+        runtime = load_runtime(
+            bundle,
+            name,
+            threads,
+            chunk_tokens,
+            pixels,
+            lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
+        )
     pieces = []
     for piece in runtime.generate(conversation, params=params):
         pieces.append(piece)
         if not as_json:
-            click.echo(piece.text, nl=False)
+            click.echo(piece.text, nl=False)  # and flushed
     if as_json:
         click.echo(_run_report(name, pieces, params.logprobs is not None))
     else:
         click.echo()
+
+
+def _pixels(megapixels: float) -> int:
+    if not 0 < megapixels <= 10_000:  # NaN fails, too
+        raise click.BadParameter(f"{megapixels} (allowed: above 0, up to 10000)", param_hint="--max-image-megapixels")
+    return max(1, int(megapixels * 1e6))
 
 
 def _conversation(
@@ -71,15 +96,22 @@ def _conversation(
             raise click.UsageError("--messages stands alone: it holds the prompt, the images and the system message")
         try:
             return json.load(messages)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"--messages is not valid JSON: {error}") from None
     if prompt is None:
         raise click.UsageError('say what to ask: --prompt "..." (and --image FILE), or --messages FILE')
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise RequestError("the prompt is empty")
     content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": text}]
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": content}]
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")  # the newline is echo's, not the user's
+    except UnicodeDecodeError as error:
+        raise RequestError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:
@@ -101,60 +133,75 @@ def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:
     )
 
 
-@click.command()
+@click.command(short_help="Show a bundle: model, engines, sizes, parity.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every file and check its hash.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle is: the model, its engines, sizes, and parity results."""
-    import msgspec
-
     from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import bytes_text, console, progress_bar, table
-    from moevlm.runtime.reports import EngineReport, InspectReport, to_json
+    from moevlm.runtime.console import console, progress_bar
+    from moevlm.runtime.reports import to_json
 
     opened = Bundle.open(bundle)
-    manifest = opened.manifest
     if verify:
         with progress_bar() as progress:
             opened.verify(progress=lambda done, total: progress("verifying", done, total))
-    engines = [
-        EngineReport(
-            target=name,
-            dtype=engine.dtype,
-            bytes=sum(manifest.files[path].size for path in opened.engine_files(name)),
-            parity=manifest.parity.get(name, {}).get("result", "not checked"),
-        )
-        for name, engine in sorted(manifest.engines.items())
-    ]
-    report = InspectReport(
-        bundle=str(bundle),
-        bytes=sum(facts.size for facts in manifest.files.values()),
-        verified=verify,
-        model=msgspec.to_builtins(manifest.model),
-        engines=engines,
-        source={name: facts.sha256 for name, facts in manifest.source.items()},
-        tools=manifest.tools,
-    )
+    report = _inspect_report(opened, verify)
     if as_json:
         click.echo(to_json(report))
         return
+    console().print(_facts(opened.manifest, report))
+    if not report.engines:
+        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target ort-cpu")
+    elif any(engine.parity == "not checked" for engine in report.engines):
+        console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
+
+
+def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
+    from moevlm.runtime.reports import EngineReport
+
+    manifest = bundle.manifest
+    return InspectReport(
+        bundle=str(bundle.directory),
+        bytes=sum(facts.size for facts in manifest.files.values()),
+        verified=verified,
+        model=manifest.model,
+        engines=[
+            EngineReport(
+                target=name,
+                dtype=engine.dtype,
+                bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
+                parity=_verdict(manifest.parity.get(name)),
+            )
+            for name, engine in sorted(manifest.engines.items())
+        ],
+        source={name: facts.sha256 for name, facts in manifest.source.items()},
+        tools=manifest.tools,
+    )
+
+
+def _verdict(parity: Any) -> str:
+    result = parity.get("result") if isinstance(parity, dict) else None
+    return result if result in ("passed", "failed") else "not checked"
+
+
+def _facts(manifest: Any, report: InspectReport) -> str:
+    from moevlm.runtime.console import bytes_text, table
+
     model = manifest.model
-    sparse = f"{model.layers - len(model.dense_layers)} sparse layers, top {model.top_k} of {model.experts} experts"
+    sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
     rows = [
         ("model", model.model_type),
-        ("decoder", f"{model.layers} layers, width {model.hidden}; {sparse}"),
+        ("decoder", f"{model.layers} layers of width {model.hidden}, {sparse}"),
         ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
         ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
-        ("size", bytes_text(report.bytes) + (", every hash checked" if verify else "")),
-        ("tools", ", ".join(f"{name} {number}" for name, number in manifest.tools.items())),
+        ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
+        *((name, number) for name, number in report.tools.items()),
     ]
-    console().print(table(str(bundle), ("", ""), rows, header=False))
-    if not engines:
-        console().print("no engine yet: moevlm build", f"{bundle} --checkpoint CHECKPOINT --target ort-cpu")
-        return
-    rows = [(e.target, e.dtype, bytes_text(e.bytes), e.parity) for e in engines]
-    console().print(table("engines", ("target", "dtype", "size", "parity"), rows))
-    if any(engine.parity == "not checked" for engine in engines):
-        console().print(f"next: moevlm parity {bundle} --checkpoint CHECKPOINT")
+    text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
+    if not report.engines:
+        return text + "no engine yet"
+    engines = [(e.target, e.dtype, bytes_text(e.bytes), e.parity) for e in report.engines]
+    return text + table("engines", ("target", "dtype", "size", "parity"), engines)

@@ -1,26 +1,48 @@
-"""How the commands talk to people: tables, sizes, and progress on standard error."""
+"""How the commands talk to people: tables, sizes, files of results, and progress on standard error."""
 
+import re
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from unicodedata import combining, east_asian_width
 
+import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from moevlm.runtime.errors import RequestError
+
+_NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # with a unit, if any; or none
+_NOTICE_SECONDS = 1.0
+
+Show = Callable[[str, int, int], None]  # (what is being done, done, total; 0 and 0: no measure)
 
 
 def console(stderr: bool = False) -> Console:
     """A console; progress and notes go to standard error, results to standard output."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+    # Text is printed as it is: a path may well hold [brackets].
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
-    """A plain table; columns after the first that hold numbers read best right-aligned, so they are where they fit."""
-    result = Table(title=title, title_justify="left", show_header=header, box=None, pad_edge=False, padding=(0, 2))
-    for column in columns:
-        result.add_column(column)
-    for row in rows:
-        result.add_row(*row)
-    return result
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> str:
+    """A plain table under its title, as wide as it needs to be; columns of numbers are aligned on the right."""
+    body = [list(row) for row in rows]
+    lines = [list(columns), *body] if header else body
+    widths = [max((_width(line[i]) for line in lines), default=0) for i in range(len(columns))]
+    numeric = [bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(columns))]
+
+    def pad(cell: str, width: int, right: bool) -> str:
+        space = " " * (width - _width(cell))
+        return space + cell if right else cell + space
+
+    texts = ["  ".join(map(pad, line, widths, numeric)).rstrip() for line in lines]
+    return "\n".join([title, *texts])
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that the text takes."""
+    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def bytes_text(count: int) -> str:
@@ -34,22 +56,77 @@ def bytes_text(count: int) -> str:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Show]:
     """A function (what, done, total) that shows one bar per `what`; without a terminal, one line when it starts."""
     terminal = console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    tasks: dict[str, int] = {}
-    with Progress(*columns, console=terminal, disable=not terminal.is_terminal) as bars:
+    if not terminal.is_terminal:
+        seen: set[str] = set()
+
+        def tell(what: str, done: int = 0, total: int = 0) -> None:  # noqa: ARG001 - as on a terminal
+            if what not in seen:
+                seen.add(what)
+                terminal.print(what)
+
+        yield tell
+        return
+    tasks: dict[str, TaskID] = {}
+    with _bars(terminal) as bars:
 
         def show(what: str, done: int = 0, total: int = 0) -> None:
             if what not in tasks:
                 for earlier in tasks.values():
                     bars.update(earlier, total=1, completed=1)
                 tasks[what] = bars.add_task(what, total=total or None)
-                if not terminal.is_terminal:
-                    terminal.print(what)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield show
         for task in tasks.values():
             bars.update(task, total=1, completed=1)
+
+
+@contextmanager
+def notice() -> Iterator[Show]:
+    """Like `progress_bar`, for what is mostly quick: seen on a terminal only, after a second, and wiped at the end."""
+    terminal = console(stderr=True)
+    bars = _bars(terminal, transient=True)
+    task = bars.add_task("", total=None)
+
+    def show(what: str, done: int = 0, total: int = 0) -> None:
+        bars.update(task, description=what, completed=done, total=total or None)
+
+    appear = threading.Timer(_NOTICE_SECONDS, bars.start)
+    appear.daemon = True
+    if not terminal.is_terminal:
+        yield show
+        return
+    appear.start()
+    try:
+        yield show
+    finally:
+        appear.cancel()
+        appear.join()
+        if bars.live.is_started:
+            bars.stop()
+
+
+def publish(shown: str, json_text: str, output: Path | None) -> None:
+    """Print the results for people, and write them as JSON to `output`; with "-", print the JSON and nothing else.
+
+    Raises RequestError if the file cannot be written.
+    """
+    if str(output) == "-":
+        click.echo(json_text)
+        return
+    console().print(shown)
+    if output is None:
+        return
+    try:
+        output.write_text(json_text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot write {output}: {error.strerror}") from error
+    console().print(f"written: {output}")
+
+
+def _bars(terminal: Console, transient: bool = False) -> Progress:
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=terminal, transient=transient)

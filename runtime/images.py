@@ -86,6 +86,8 @@ class ImageProcessor:
             return self._decode(image, "image")
         if isinstance(image, bytes):
             return self._decode(_read_header(io.BytesIO(image), "image"), "image")
+        if not isinstance(image, (str, os.PathLike)):
+            raise RequestError(f"an image is {image!r:.60} (allowed: a path, encoded bytes, or a Pillow image)")
         path = Path(image)
         name = f"image {str(path)!r}"
         # Only regular files: opening a pipe would block.

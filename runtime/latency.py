@@ -52,13 +52,11 @@ def measure(
     started = perf_counter()
     engine = load()
     load_seconds = perf_counter() - started
-    vision, prefill, decode = [], [], []
+    requests = []
     for repeat in range(repeats + 1):
-        seconds = _request(engine, model, images, prompt, new_tokens)
-        for stage, value in zip((vision, prefill, decode), seconds, strict=True):
-            stage.append(value)
+        requests.append(_request(engine, model, images, prompt, new_tokens))
         progress(repeat + 1, repeats + 1)
-    vision, prefill, decode = vision[1:], prefill[1:], decode[1:]
+    vision, prefill, decode = (list(stage) for stage in zip(*requests[1:], strict=True))
     return LatencyReport(
         target=target,
         threads=threads,
@@ -88,7 +86,7 @@ def _request(
         token = int(batch.decode([token])[0].argmax())
         times.append(perf_counter())
     steps = np.diff(times)
-    return steps[0], steps[1], float(np.median(steps[2:]))
+    return float(steps[0]), float(steps[1]), float(np.median(steps[2:]))
 
 
 def _seconds(values: list[float]) -> Seconds:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
-from moevlm.runtime.errors import BundleError
+from moevlm.runtime.errors import BundleError, EngineError
 from moevlm.runtime.generate import Runtime
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.ort_engine import OrtEngine
@@ -37,6 +37,8 @@ def load_engine(
     bundle: Bundle, target: str | None = None, threads: int | None = None, progress: Progress | None = None
 ) -> OrtEngine:
     """One engine of the bundle, its files verified. Raises BundleError or EngineError."""
+    if threads is not None and threads < 1:
+        raise EngineError(f"unsupported value threads = {threads} (allowed: 1 or more)")
     name, engine = bundle.engine(target)
     bundle.verify(bundle.engine_files(name), progress)
     return OrtEngine(bundle.path(engine.vision), bundle.path(engine.decoder), bundle.manifest.model, threads)

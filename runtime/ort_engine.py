@@ -90,11 +90,16 @@ class OrtEngine:
 
     def run(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> dict[str, np.ndarray]:
         """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
-        length = step.input_ids.shape[1]
+        batch, length = step.input_ids.shape
+        if batch != cache.batch:
+            raise EngineError(f"a step of {batch} sequences does not fit into a cache of {cache.batch}")
         if int(step.cache_position.max()) + length > cache.capacity:
             raise EngineError(
                 f"{length} tokens at position {step.cache_position.max()} do not fit into a cache of {cache.capacity}"
             )
+        rows = 0 if visual is None else len(visual.embeds)
+        if int(step.visual_index.max()) >= rows:
+            raise EngineError(f"visual_index = {step.visual_index.max()}, but the step has {rows} visual features")
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}
         if self._deepstack:

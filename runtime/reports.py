@@ -1,8 +1,8 @@
 """What the commands write as JSON. `schema` names the shape and its version; docs/json.md describes every field."""
 
-from typing import Any
-
 import msgspec
+
+from moevlm.runtime.manifest import ModelFacts
 
 
 class Report(msgspec.Struct, frozen=True, tag_field="schema"):
@@ -17,7 +17,7 @@ class TokenReport(msgspec.Struct, frozen=True):
     top: list[tuple[int, float]]
 
 
-class RunReport(Report, tag="moevlm.run/1"):
+class RunReport(Report, frozen=True, tag="moevlm.run/1"):
     """`moevlm run --json`."""
 
     target: str
@@ -42,13 +42,13 @@ class EngineReport(msgspec.Struct, frozen=True):
     parity: str
 
 
-class InspectReport(Report, tag="moevlm.inspect/1"):
+class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
     """`moevlm inspect --json`. model: as in manifest.json. verified: whether all hashes were checked now."""
 
     bundle: str
     bytes: int
     verified: bool
-    model: dict[str, Any]
+    model: ModelFacts
     engines: list[EngineReport]
     source: dict[str, str]
     tools: dict[str, str]
@@ -76,7 +76,7 @@ class LatencyReport(msgspec.Struct, frozen=True):
     prefill_tokens_per_second: float
 
 
-class BenchReport(Report, tag="moevlm.bench.latency/1"):
+class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):
     """`moevlm bench latency --json`. image_tokens are part of prompt_tokens."""
 
     bundle: str

@@ -1,5 +1,6 @@
 """config.json with a memory: what was read is supported, and what is left over must be known to be harmless."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ HARMLESS = frozenset(
         "video_start_token_id",
         "video_end_token_id",
         "image_start_token_id",
+        "image_token_id",
         "image_end_token_id",
     ]
 )
@@ -70,9 +72,46 @@ class Fields:
     def positive(self, key: str, default: Any = _REQUIRED) -> int:
         """A positive integer."""
         value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} (a positive integer)")
+        if not _is_count(value) or value < 1:
+            raise self.invalid(key, "a positive integer")
+        return int(value)
+
+    def count(self, key: str, default: Any = _REQUIRED) -> int:
+        """An integer, 0 or more."""
+        value = self.get(key, default)
+        if not _is_count(value):
+            raise self.invalid(key, "an integer, 0 or more")
+        return int(value)
+
+    def counts(self, key: str, default: Any = _REQUIRED) -> tuple[int, ...]:
+        """A list of integers, 0 or more each."""
+        value = self.get(key, default)
+        if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
+            raise self.invalid(key, "a list of integers")
+        return tuple(value)
+
+    def ids(self, key: str) -> tuple[int, ...]:
+        """One token id, a list of them, or nothing."""
+        value = self.get(key, ())
+        return (value,) if _is_count(value) else self.counts(key, ())
+
+    def number(self, key: str, default: Any = _REQUIRED) -> float:
+        """A positive number."""
+        value = self.get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.invalid(key, "a positive number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise self.invalid(key, "true or false")
         return value
+
+    def invalid(self, key: str, allowed: str) -> CheckpointError:
+        """The error for the value of `key`."""
+        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {self._values[key]!r} ({allowed})")
 
     def choice(self, key: str, allowed: Mapping[Any, Any] | Sequence[Any], default: Any = _REQUIRED) -> Any:
         """One of `allowed`; with a mapping, what the value maps to. Raises UnsupportedModelError for any other."""
@@ -89,7 +128,7 @@ class Fields:
         """A nested object."""
         value = self.get(key) if default is None else self.get(key, default)
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} (an object)")
+            raise self.invalid(key, "an object")
         child = Fields(value, self._name(key))
         self._children.append(child)
         return child
@@ -108,3 +147,7 @@ class Fields:
 
     def _name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -36,14 +36,13 @@ class Glm4vMoe(Family):
 
     def translate(self, fields: Fields) -> ModelConfig:
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
-        tied = fields.get("tie_word_embeddings", False) or text.get("tie_word_embeddings", False)
-        eos = text.get("eos_token_id", ())
+        tied = [part.flag("tie_word_embeddings", False) for part in (fields, text)]  # either will do
         return ModelConfig(
             model_type="glm4v_moe",
-            decoder=self._decoder(text, tied),
+            decoder=self._decoder(text, any(tied)),
             vision=self._vision(vision),
-            image_token_id=fields.get("image_token_id"),
-            eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+            image_token_id=fields.count("image_token_id"),
+            eos_token_ids=text.ids("eos_token_id"),
         )
 
     def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:
@@ -56,9 +55,9 @@ class Glm4vMoe(Family):
         router = RouterSpec(
             top_k=text.positive("num_experts_per_tok"),
             scoring="sigmoid",
-            renormalize=text.get("norm_topk_prob", True),
+            renormalize=text.flag("norm_topk_prob", True),
             epsilon=1e-20,
-            scale=float(text.get("routed_scaling_factor", 1.0)),
+            scale=text.number("routed_scaling_factor", 1.0),
             n_group=text.positive("n_group", 1),
             topk_group=text.positive("topk_group", 1),
             group_score="top2_sum",
@@ -72,12 +71,12 @@ class Glm4vMoe(Family):
             shared_width=width * text.positive("n_shared_experts", 1),
         )
         dense = MLPConfig(text.positive("intermediate_size"), activation)
-        dense_layers = text.get("first_k_dense_replace", 1)
+        dense_layers = text.count("first_k_dense_replace", 1)
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
             hidden=hidden,
             context=text.positive("max_position_embeddings"),
-            epsilon=text.get("rms_norm_eps", 1e-5),
+            epsilon=text.number("rms_norm_eps", 1e-5),
             tied_head=tied,
             attention=AttentionConfig(
                 heads=heads,
@@ -85,7 +84,7 @@ class Glm4vMoe(Family):
                 head_dim=head_dim,
                 rotary_dim=rope.dim,
                 qk_norm=False,
-                qkv_bias=text.get("attention_bias", True),
+                qkv_bias=text.flag("attention_bias", True),
                 out_bias=False,
             ),
             rope=rope,
@@ -101,8 +100,8 @@ class Glm4vMoe(Family):
             heads=vision.positive("num_heads"),
             mlp=MLPConfig(out, activation),  # the blocks' feed-forward is as wide as the tower's output
             norm="rms",
-            epsilon=vision.get("rms_norm_eps", 1e-5),
-            qkv_bias=vision.get("attention_bias", False),
+            epsilon=vision.number("rms_norm_eps", 1e-5),
+            qkv_bias=vision.flag("attention_bias", False),
             out_bias=False,
             outer_norms=True,
             patch_size=vision.positive("patch_size"),

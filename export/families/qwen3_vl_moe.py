@@ -21,7 +21,6 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
 from moevlm.export.families.sources import Source, flattened, fused_down, fused_gate_up
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
-from moevlm.runtime.errors import CheckpointError
 
 _LAYER = "model.language_model.layers.{i}."
 _BLOCK = "model.visual.blocks.{i}."
@@ -38,14 +37,13 @@ class Qwen3VLMoe(Family):
 
     def translate(self, fields: Fields) -> ModelConfig:
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
-        fields.get("tie_word_embeddings", False)
         text.get("tie_word_embeddings", False)  # the outer field decides
         return ModelConfig(
             model_type="qwen3_vl_moe",
-            decoder=self._decoder(text, tied=fields.get("tie_word_embeddings", False), vision=vision),
+            decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False), vision=vision),
             vision=self._vision(vision),
-            image_token_id=fields.get("image_token_id"),
-            eos_token_ids=_ids(text.get("eos_token_id", ())),
+            image_token_id=fields.count("image_token_id"),
+            eos_token_ids=text.ids("eos_token_id"),
         )
 
     def _decoder(self, text: Fields, tied: bool, vision: Fields) -> DecoderConfig:
@@ -54,7 +52,7 @@ class Qwen3VLMoe(Family):
         activation = text.choice("hidden_act", {"silu": "silu"})
         text.choice("norm_topk_prob", (True,), True)
         text.choice("use_sliding_window", (False,), False)
-        bias = text.get("attention_bias", False)
+        bias = text.flag("attention_bias", False)
         experts = text.positive("num_experts" if "num_experts" in text else "num_local_experts")
         moe = MoEConfig(
             experts=experts,
@@ -63,12 +61,12 @@ class Qwen3VLMoe(Family):
             expert=ExpertsSpec(activation=activation),
         )
         dense = MLPConfig(text.positive("intermediate_size", 4 * hidden), activation)
-        dense_layers, step = text.get("mlp_only_layers", []), text.positive("decoder_sparse_step", 1)
+        dense_layers, step = text.counts("mlp_only_layers", ()), text.positive("decoder_sparse_step", 1)
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
             hidden=hidden,
             context=text.positive("max_position_embeddings"),
-            epsilon=text.get("rms_norm_eps", 1e-6),
+            epsilon=text.number("rms_norm_eps", 1e-6),
             tied_head=tied,
             attention=AttentionConfig(
                 heads=heads,
@@ -83,14 +81,14 @@ class Qwen3VLMoe(Family):
             feed_forward=tuple(
                 dense if i in dense_layers or (i + 1) % step else moe for i in range(text.positive("num_hidden_layers"))
             ),
-            deepstack=len(vision.get("deepstack_visual_indexes")),
+            deepstack=len(vision.counts("deepstack_visual_indexes")),
         )
 
     def _vision(self, vision: Fields) -> VisionConfig:
         hidden, merge = vision.positive("hidden_size"), vision.positive("spatial_merge_size", 2)
         positions = vision.positive("num_position_embeddings")
         if math.isqrt(positions) ** 2 != positions:
-            raise CheckpointError(f"vision_config.num_position_embeddings = {positions} (allowed: a square number)")
+            raise vision.invalid("num_position_embeddings", "a square number")
         return VisionConfig(
             hidden=hidden,
             depth=vision.positive("depth"),
@@ -113,7 +111,7 @@ class Qwen3VLMoe(Family):
             position_resampling="bilinear",
             rope_theta=axial_theta(vision),
             merger=MergerConfig("mlp", out=vision.positive("out_hidden_size"), width=hidden * merge**2),
-            deepstack_layers=tuple(vision.get("deepstack_visual_indexes")),
+            deepstack_layers=vision.counts("deepstack_visual_indexes"),
         )
 
     weights: ClassVar[Mapping[str, str | Source]] = {
@@ -160,7 +158,3 @@ class Qwen3VLMoe(Family):
     }
     # A tied checkpoint may still carry its head; it is the embedding again.
     ignored = (r"lm_head\.weight$",)
-
-
-def _ids(value: int | list[int] | tuple[int, ...]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)

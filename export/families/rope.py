@@ -9,20 +9,21 @@ def mrope(text: Fields, head_dim: int, *, interleaved: bool, default_sections: t
     """Multimodal rope with (time, height, width) sections. Raises UnsupportedModelError for a scaled variant."""
     if "rope_parameters" in text:
         rope = text.sub("rope_parameters")
-        theta = rope.get("rope_theta")
+        theta = rope.number("rope_theta")
     else:
         rope = text.sub("rope_scaling", {})
-        theta = text.get("rope_theta")
+        theta = text.number("rope_theta")
     # Older files say "mrope" or "default" under "type"; both are unscaled.
     rope.choice("type", ("default", "mrope"), "default")
     rope.choice("rope_type", ("default", "mrope"), "default")
     rope.choice("mrope_interleaved", (interleaved,), interleaved)
-    partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", 1.0))
     dim = int(head_dim * partial)
-    sections = tuple(rope.get("mrope_section", default_sections))
+    sections = rope.counts("mrope_section", default_sections)
     if len(sections) != 3 or sum(sections) != dim // 2:
-        raise CheckpointError(f"mrope_section = {list(sections)} (allowed: three numbers that add up to {dim // 2})")
-    return RopeFacts(dim=dim, theta=float(theta), sections=sections, interleaved=interleaved)
+        given = f"invalid value in config.json: mrope_section = {list(sections)}"
+        raise CheckpointError(f"{given} (three numbers that add up to {dim // 2})")
+    return RopeFacts(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
 
 
 def axial_theta(vision: Fields) -> float:
@@ -31,4 +32,4 @@ def axial_theta(vision: Fields) -> float:
         return 10000.0
     rope = vision.sub("rope_parameters")
     rope.choice("rope_type", ("axial",), "axial")
-    return float(rope.get("rope_theta", 10000.0))
+    return rope.number("rope_theta", 10000.0)

@@ -3,6 +3,9 @@
 The MoE ops run the numpy spec itself, so comparing the canonical modules with Hugging Face checks the spec too.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -132,10 +135,27 @@ def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q)
 
 
+_recording: list[dict[str, Tensor]] = []
+
+
+@contextmanager
+def recorded_taps() -> Iterator[dict[str, Tensor]]:
+    """Every tapped value by its name, while modules run in the block."""
+    values: dict[str, Tensor] = {}
+    _recording.append(values)
+    try:
+        yield values
+    finally:
+        _recording.remove(values)
+
+
 @torch.library.custom_op("moevlm::tap", mutates_args=())
 def tap(x: Tensor, name: str) -> Tensor:
     """The identity, so that a value keeps a name in the graph and can be made an output there."""
-    return x.clone()
+    x = x.clone()
+    for values in _recording:
+        values[name] = x
+    return x
 
 
 @tap.register_fake

@@ -103,11 +103,10 @@ class Vision(nn.Module):
         """Shapes and dtypes as `runtime.engine.VisionInputs`. Returns embeds [V, H] and deepstack [L, V, H] or None."""
         x = self.first_norm(self.patch_embedding(pixel_patches))
         x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
-        levels = {}
+        levels = []
         for i, block in enumerate(self.blocks):
             x = block(x, rope_cos, rope_sin, segment_id)
-            if i in self.config.deepstack_layers:
-                level = self.config.deepstack_layers.index(i)
-                levels[level] = self.deepstack_mergers[level](x)
+            if i in self.config.deepstack_layers:  # levels follow the blocks, mergers the list
+                levels.append(self.deepstack_mergers[self.config.deepstack_layers.index(i)](x))
         embeds = self.merger(self.last_norm(x))
-        return embeds, torch.stack([levels[i] for i in range(len(levels))]) if levels else None
+        return embeds, torch.stack(levels) if levels else None

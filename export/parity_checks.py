@@ -1,0 +1,147 @@
+"""What is compared in one step of the pipeline, in the order in which values arise."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from moevlm.export.model import CanonicalModel
+from moevlm.export.oracle import Answer
+from moevlm.export.parity_cases import Case, pack
+from moevlm.export.parity_report import Check
+from moevlm.export.tolerances import CHUNK_TOKENS, GREEDY_TOKENS, Tolerance
+from moevlm.plugins import reference
+from moevlm.runtime.batch import Batch, cache_capacity
+from moevlm.runtime.engine import Engine, VisualFeatures
+from moevlm.runtime.manifest import ModelFacts
+
+Array = np.ndarray
+
+
+class Tapped(Engine, Protocol):
+    """An engine that shows values from the inside of its last forward, by name, rows [B * S, ...]."""
+
+    taps: dict[str, Array]
+
+
+class Expected:
+    """The prompts, what transformers answers to them, joined over the prompts, and the routers' parameters.
+
+    hidden: per layer [tokens, H], of canonical PyTorch; empty until that step itself has been checked.
+    """
+
+    def __init__(self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]) -> None:
+        self.facts, self.config, self.answers = facts, model.config, answers
+        self.prompts = [case.prompt for case in cases]
+        images = pack(cases, facts)
+        assert images is not None  # some of the cases have images
+        self.images = images
+        seen = [answer for answer in answers if len(answer.embeds)]
+        self.embeds = np.concatenate([answer.embeds for answer in seen])
+        self.deepstack = np.concatenate([answer.deepstack for answer in seen], axis=1)
+        self.prefill = np.concatenate([answer.prefill for answer in answers])
+        self.decode = np.stack([answer.decode for answer in answers], axis=1)  # [steps, B, vocabulary]
+        self.tokens = np.stack([answer.tokens for answer in answers], axis=1)  # [steps, B]
+        layers = range(len(answers[0].routing))
+        self.routing = [np.concatenate([answer.routing[i] for answer in answers]) for i in layers]
+        self.router_logits = [np.concatenate([answer.router_logits[i] for answer in answers]) for i in layers]
+        biases = {name: weight for name, weight in model.decoder_weights.items() if name.endswith("correction_bias")}
+        self.biases = [
+            weight.rows(0, weight.shape[0]) if weight is not None else None
+            for weight in (biases.get(f"layers.{i}.feed_forward.correction_bias") for i in model.config.moe_layers)
+        ]
+        self.hidden: list[Array] = []
+
+    def batch(self, engine: Engine, visual: VisualFeatures) -> Batch:
+        """All prompts together in a new cache, with room for the greedy tokens."""
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        capacity = cache_capacity(longest + GREEDY_TOKENS, self.facts.context)
+        return Batch(engine, self.facts, self.prompts, visual, capacity)
+
+
+def checks(expected: Expected, step: str, engine: Engine, tapped: Tapped, tolerance: Tolerance) -> Iterator[Check]:
+    """All checks of one step. tapped: the same engine, or a copy."""
+
+    def error(quantity: str, ours: Array, theirs: Array, limit: float) -> Check:
+        value = relative_error(ours, theirs)
+        return Check(step, quantity, value, limit, value <= limit)
+
+    visual = engine.encode(expected.images)
+    yield error("image features", visual.embeds, expected.embeds, tolerance.features)
+    if expected.deepstack.size:
+        yield error("deepstack features", visual.deepstack, expected.deepstack, tolerance.features)
+    taps = taps_of_prompts(expected, tapped, visual)
+    yield _routing(expected, step, taps, tolerance)
+    if expected.hidden:
+        yield _hidden(expected, step, taps, tolerance)
+    batch = expected.batch(engine, visual)
+    yield error("prefill logits", batch.prefill(every_position=True), expected.prefill, tolerance.logits)
+    batch = expected.batch(engine, visual)
+    yield error("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill, tolerance.logits)
+    steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[:-1]])
+    yield error("decode logits", steps, expected.decode[1:], tolerance.logits)
+    yield _greedy(expected, step, engine, visual)
+
+
+def taps_of_prompts(expected: Expected, tapped: Tapped, visual: VisualFeatures) -> dict[str, Array]:
+    """Every tap of one prefill in one pass, prompt after prompt, without the rows of padding."""
+    batch = expected.batch(tapped, visual)
+    batch.prefill()
+    valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
+    return {name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)}
+
+
+def hidden_states(expected: Expected, taps: dict[str, Array]) -> list[Array]:
+    """Per layer [tokens, H]: the residual stream behind it."""
+    return [taps[f"layers.{i}.hidden"] for i in range(expected.facts.layers)]
+
+
+def _hidden(expected: Expected, step: str, taps: dict[str, Array], tolerance: Tolerance) -> Check:
+    """Every layer's against canonical PyTorch's, so that the first that diverges has a name."""
+    pairs = zip(hidden_states(expected, taps), expected.hidden, strict=True)
+    errors = [relative_error(ours, theirs) for ours, theirs in pairs]
+    over = [i for i, error in enumerate(errors) if not error <= tolerance.features]
+    note = f"first over the limit: layer {over[0]}" if over else ""
+    return Check(step, "hidden states", max(errors), tolerance.features, not over, note)
+
+
+def _routing(expected: Expected, step: str, taps: dict[str, Array], tolerance: Tolerance) -> Check:
+    """Counts tokens sent to another set of experts; such a flip passes only at a near tie, and its margin is named."""
+    ours = [np.sort(taps[f"layers.{i}.expert_index"], -1) for i in expected.config.moe_layers]
+    flips, margins, first = 0, [0.0], None
+    for layer, (mine, theirs) in enumerate(zip(ours, expected.routing, strict=True)):
+        rows = np.flatnonzero((mine != np.sort(theirs, -1)).any(-1))
+        flips += len(rows)
+        first = expected.config.moe_layers[layer] if first is None and len(rows) else first
+        margins += [_margin(expected, layer, int(row), mine[row], theirs[row]) for row in rows]
+    note = f"of {sum(map(len, ours))}"
+    if flips:
+        note += f", first in layer {first}, widest margin {max(margins):.1e}"
+    return Check(step, "routings that differ", float(flips), 0, max(margins) <= tolerance.near_tie, note)
+
+
+def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array) -> float:
+    """How far apart, in choice score, the experts are that only one side chose."""
+    router = expected.config.moe[expected.config.moe_layers[layer]].router
+    logits, bias = expected.router_logits[layer][row], expected.biases[layer]
+    score = reference.SCORING.get(router.scoring, lambda x: x)(logits) + (0 if bias is None else bias)
+    lost, gained = np.setdiff1d(theirs, mine), np.setdiff1d(mine, theirs)
+    # Groups and biases leave no order between the two; as many must have come as have gone, or one was chosen twice.
+    return float(np.ptp(score[[*lost, *gained]])) if len(lost) == len(gained) else float("inf")
+
+
+def _greedy(expected: Expected, step: str, engine: Engine, visual: VisualFeatures) -> Check:
+    batch = expected.batch(engine, visual)
+    tokens = [batch.prefill().argmax(-1)]
+    for _ in range(GREEDY_TOKENS - 1):
+        tokens.append(batch.decode(tokens[-1]).argmax(-1))
+    different = np.argwhere(np.stack(tokens) != expected.tokens)
+    note = f"first at token {different[0][0]} of prompt {different[0][1]}" if len(different) else ""
+    return Check(step, f"{GREEDY_TOKENS} greedy tokens that differ", float(len(different)), 0, not len(different), note)
+
+
+def relative_error(ours: Array, theirs: Array) -> float:
+    """Largest absolute difference over the largest absolute value; infinite for another shape or a non-finite value."""
+    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))

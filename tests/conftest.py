@@ -1,0 +1,34 @@
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import TinyCheckpoint
+
+# Read when torch is first imported. At these sizes threads only wait for each other: twenty times the time, where the
+# cores are shared.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.export's thousands of debug records would be formatted for the report of every test that fails.
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A qwen3_vl_moe checkpoint with tokenizer, chat template and preprocessor. To be left as it is."""
+    return TinyCheckpoint(side_files=True).save(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The targets reference and ort-cpu of `tiny_checkpoint`. To be left as it is: copy before changing it."""
+    from moevlm.export.build import build
+
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "demo.moevlm", ["reference", "ort-cpu"]).directory
+
+
+@pytest.fixture
+def save_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """Saves TinyCheckpoint(**options) under `tmp_path`, each time to a new directory."""
+    return lambda **options: TinyCheckpoint(**options).save(tmp_path / f"checkpoint{len(list(tmp_path.iterdir()))}")

@@ -1,0 +1,267 @@
+"""Checkpoint to bundle: what is written, what stays, and what is left after a failure."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from moevlm.export.build import add_targets, build
+from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity import check_parity
+from moevlm.export.passes.lower_moe import CONTRIB
+from moevlm.export.weights import read
+from moevlm.plugins.spec import DOMAIN
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
+from tests.tiny import END, STOP, edit_json
+
+SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
+GRAPHS = {"graphs/vision.onnx", "graphs/decoder.onnx"}
+REFERENCE = GRAPHS | {f"{path}.data" for path in GRAPHS}
+ORT_CPU = {path.replace("graphs/", "engines/ort-cpu/") for path in REFERENCE}
+
+
+@pytest.fixture
+def copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one's own with both engines."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "copy.moevlm"))
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def assert_nothing_left(directory: Path, *expected: str) -> None:
+    assert sorted(path.name for path in directory.iterdir()) == sorted(expected)
+
+
+def test_export_writes_the_graphs_without_weights(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(tiny_checkpoint, tmp_path / "b")
+    bundle.verify()
+    assert bundle.directory == tmp_path / "b"
+    assert set(contents(tmp_path / "b")) == GRAPHS | SIDE_FILES | {"manifest.json"}
+    assert bundle.manifest.engines == {}
+    weights = (tiny_checkpoint / "model.safetensors").stat().st_size
+    for path in GRAPHS:
+        assert (tmp_path / "b" / path).stat().st_size < weights / 4
+        graph = onnx.load(tmp_path / "b" / path, load_external_data=False)
+        assert {f.domain for f in graph.functions} == {DOMAIN}
+        assert all(t.external_data for t in graph.graph.initializer if np.prod(t.dims) > 2000)
+    assert_nothing_left(tmp_path, "b")
+
+
+@pytest.mark.parametrize(
+    ("target", "files"), [("reference", REFERENCE), ("ort-cpu", GRAPHS | ORT_CPU)], ids=["reference", "ort-cpu"]
+)
+def test_each_target_writes_its_engine_and_the_canonical_graphs(
+    target: str, files: set[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = build(tiny_checkpoint, tmp_path / "b", [target, target])
+    bundle.verify()
+    assert set(contents(tmp_path / "b")) == files | SIDE_FILES | {"manifest.json"}
+    assert set(bundle.manifest.engines) == {target}
+    assert bundle.manifest.parity == {}
+
+
+def test_manifest_says_what_the_runtime_needs(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    manifest = Bundle.open(tiny_bundle).manifest
+    model = manifest.model
+    assert (model.model_type, model.layers, model.heads, model.kv_heads) == ("qwen3_vl_moe", 2, 4, 2)
+    assert (model.experts, model.top_k, model.dense_layers, model.context) == (8, 2, (), 512)
+    assert (model.vision.position_grid, model.vision.deepstack, model.vision.merge_size) == (5, 2, 2)
+    assert model.eos_token_ids == (STOP, END)
+    assert set(manifest.source) == {"config.json", "model.safetensors"}
+    for name, facts in manifest.source.items():
+        assert facts.size == (tiny_checkpoint / name).stat().st_size
+    assert {"moevlm", "torch", "onnx", "onnxruntime"} <= set(manifest.tools)
+
+
+def test_side_files_are_those_of_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
+    theirs = {"preprocessor.json": "preprocessor_config.json"}
+    for name in SIDE_FILES:
+        assert (tiny_bundle / name).read_bytes() == (tiny_checkpoint / theirs.get(name, name)).read_bytes()
+
+
+def test_checkpoint_without_side_files_still_builds(save_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(text={"eos_token_id": 9})
+    (checkpoint / "generation_config.json").unlink()
+    bundle = build(checkpoint, tmp_path / "b")
+    assert set(bundle.manifest.files) == GRAPHS
+    assert bundle.manifest.model.eos_token_ids == (9,)
+
+
+def test_generation_config_says_what_ends_a_turn(save_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(text={"eos_token_id": 9})
+    for given, expected in (([4, 5], (4, 5)), (6, (6,)), (None, (9,))):
+        (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
+        assert build(checkpoint, tmp_path / "b").manifest.model.eos_token_ids == expected
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("options", [{}, {"model_type": "glm4v_moe", "dtype": "bfloat16"}], ids=["qwen", "glm, bf16"])
+def test_engines_hold_the_values_of_the_checkpoint(
+    options: dict[str, str], save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(**options)
+    bundle = build(checkpoint, tmp_path / "b", ["reference", "ort-cpu"]).directory
+    with Checkpoint.open(checkpoint) as source:
+        model = CanonicalModel.of(source)
+    for graph, weights in (("vision", model.vision_weights), ("decoder", model.decoder_weights)):
+        reference = initializers(bundle / f"graphs/{graph}.onnx")
+        lowered = initializers(bundle / f"engines/ort-cpu/{graph}.onnx")
+        for name, weight in weights.items():
+            expected = read(weight)
+            np.testing.assert_array_equal(reference[name], expected, err_msg=name)
+            if name.endswith("gate_up"):  # the kernel wants gate and up rows in turn
+                gate, up = np.split(expected, 2, axis=1)
+                np.testing.assert_array_equal(lowered[f"{name}.interleaved"][:, 0::2], gate)
+                np.testing.assert_array_equal(lowered[f"{name}.interleaved"][:, 1::2], up)
+                assert name not in lowered
+            else:
+                np.testing.assert_array_equal(lowered[name], expected, err_msg=name)
+
+
+def test_lowered_engine_runs_the_kernels_that_it_is_for(tiny_bundle: Path) -> None:
+    graph = onnx.load(tiny_bundle / "engines/ort-cpu/decoder.onnx", load_external_data=False)
+    ops = [node.op_type for node in graph.graph.node if node.domain == CONTRIB]
+    assert sorted(ops) == ["GroupQueryAttention"] * 2 + ["MoE"] * 2
+    assert not [node for node in graph.graph.node if node.domain == DOMAIN]
+    assert not graph.functions
+
+
+def test_target_added_to_exported_graphs_equals_a_build_at_once(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    build(tiny_checkpoint, tmp_path / "b")
+    before = contents(tmp_path / "b")
+    bundle = add_targets(tmp_path / "b", tiny_checkpoint, ["ort-cpu"])
+    bundle.verify()
+    after, at_once = contents(tmp_path / "b"), contents(tiny_bundle)
+    assert set(after) == set(before) | ORT_CPU
+    assert {name: after[name] for name in ORT_CPU} == {name: at_once[name] for name in ORT_CPU}
+    assert {name: after[name] for name in before if name != "manifest.json"} == {
+        name: content for name, content in before.items() if name != "manifest.json"
+    }
+    add_targets(tmp_path / "b", tiny_checkpoint, ["reference"]).verify()
+    complete = contents(tmp_path / "b")
+    assert complete.pop("manifest.json")
+    assert complete == {name: content for name, content in at_once.items() if name != "manifest.json"}
+    assert_nothing_left(tmp_path, "b")
+
+
+def test_target_built_again_loses_its_parity_and_the_others_keep_theirs(copy: Path, tiny_checkpoint: Path) -> None:
+    check_parity(copy, tiny_checkpoint)
+    before, noted = contents(copy), Bundle.open(copy).manifest.parity
+    assert set(noted) == {"reference", "ort-cpu"}
+    bundle = add_targets(copy, tiny_checkpoint, ["ort-cpu"])
+    bundle.verify()
+    assert bundle.manifest.parity == {"reference": noted["reference"]}
+    assert set(bundle.manifest.engines) == {"reference", "ort-cpu"}
+    after = contents(copy)
+    del before["manifest.json"], after["manifest.json"]
+    assert after == before  # the same checkpoint gives the same bytes
+
+
+def test_another_checkpoint_is_refused_and_the_bundle_stays(copy: Path, save_checkpoint: Callable[..., Path]) -> None:
+    before = contents(copy)
+    with pytest.raises(CheckpointError, match="not the file that the bundle was exported from"):
+        add_targets(copy, save_checkpoint(seed=99), ["ort-cpu"])
+    with pytest.raises(CheckpointError, match="not the checkpoint that the bundle was exported from"):
+        add_targets(copy, save_checkpoint(shard_size="20KB"), ["ort-cpu"])
+    assert contents(copy) == before
+
+
+@pytest.mark.parametrize("names", [["ort-cuda"], ["ort-cpu", "trt"], ["ort-cpu:int3"]])
+def test_unknown_target_lists_the_allowed_before_anything_is_done(
+    names: list[str], copy: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    before = contents(copy)
+    message = rf'unknown target "{names[-1]}" \(allowed: reference, ort-cpu'
+    with pytest.raises(BuildError, match=message):
+        build(tiny_checkpoint, tmp_path / "b", names)
+    with pytest.raises(BuildError, match=message):
+        add_targets(copy, tiny_checkpoint, names)
+    with pytest.raises(BuildError, match=r"name a target to add \(allowed: reference, ort-cpu"):
+        add_targets(copy, tiny_checkpoint, [])
+    assert contents(copy) == before
+    assert_nothing_left(tmp_path, copy.name)
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "empty directory"])
+def test_destination_that_is_no_bundle_is_refused_and_kept(kind: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    place = tmp_path / "work"
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        place.mkdir()
+    if kind == "directory":
+        (place / "thesis.txt").write_text("mine")
+    with pytest.raises(BuildError, match="exists and is not a bundle"):
+        build(tiny_checkpoint, place, ["ort-cpu"])
+    assert_nothing_left(tmp_path, "work")
+    assert kind != "file" or place.read_text() == "mine"
+    assert kind != "directory" or (place / "thesis.txt").read_text() == "mine"
+
+
+PHASES = ["tracing the model", "writing ort-cpu vision", "writing ort-cpu decoder", "hashing the checkpoint"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_interrupt_leaves_nothing_new_and_everything_old(
+    phase: str, copy: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def progress(what: str, _done: int, _total: int) -> None:
+        if what == phase:
+            raise KeyboardInterrupt
+
+    before = contents(copy)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_checkpoint, tmp_path / "b", ["ort-cpu"], progress=progress)
+    with pytest.raises(KeyboardInterrupt):
+        build(tiny_checkpoint, copy, ["ort-cpu"], progress=progress)
+    with pytest.raises(KeyboardInterrupt):
+        add_targets(copy, tiny_checkpoint, ["ort-cpu"], progress=progress)
+    assert contents(copy) == before
+    assert_nothing_left(tmp_path, copy.name)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda d: edit_json(d / "config.json", lambda c: c.update(model_type="llama")), UnsupportedModelError),
+        (lambda d: (d / "model.safetensors").unlink(), CheckpointError),
+        (lambda d: (d / "generation_config.json").write_text("["), CheckpointError),
+        (lambda d: (d / "generation_config.json").write_text('{"eos_token_id": "x"}'), CheckpointError),
+        (lambda d: (d / "chat_template.jinja").write_bytes(b"\xff"), CheckpointError),
+    ],
+    ids=["model_type", "no weights", "generation_config", "eos_token_id", "chat template"],
+)
+def test_checkpoint_that_cannot_be_read_leaves_nothing(
+    change: Callable[[Path], object], error: type[MoevlmError], save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint()
+    change(checkpoint)
+    with pytest.raises(error) as raised:
+        build(checkpoint, tmp_path / "b")
+    assert "\n" not in str(raised.value)
+    assert_nothing_left(tmp_path, checkpoint.name)
+
+
+def test_progress_counts_the_bytes_of_every_file_to_the_end(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    build(tiny_checkpoint, tmp_path / "b", ["ort-cpu"], progress=lambda what, *at: seen.setdefault(what, []).append(at))
+    assert set(PHASES) <= set(seen)
+    for graph in ("vision", "decoder"):
+        counts = seen[f"writing ort-cpu {graph}"]
+        size = (tmp_path / "b" / f"engines/ort-cpu/{graph}.onnx.data").stat().st_size
+        assert counts == sorted(counts)
+        assert counts[-1] == (size, size)

@@ -1,0 +1,161 @@
+"""Which part may know which, what importing the runtime costs, and that it works where nothing heavy is installed."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("export", "plugins", "runtime")
+MAY_IMPORT = {"runtime": {"runtime"}, "plugins": {"plugins"}, "export": {"export", "plugins", "runtime"}}
+HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors")
+MAX_LINES = 400
+# Assembled, so that this file does not find itself.
+MACHINE_PATHS = re.compile(
+    "|".join(f"(?<![\\w.~])/{place}/" for place in ("tmp", "root", r"home/\w+", "work", "Users"))
+)
+
+
+def sources(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every absolute module name that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(path.read_text(), path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_imports_point_one_way(part: str) -> None:
+    paths = sources(part)
+    assert paths
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in paths
+        for name in imported(path)
+        if name.startswith("moevlm.") and name.split(".")[1] not in MAY_IMPORT[part]
+    ]
+    assert not wrong
+
+
+def test_heavy_packages_are_imported_by_export_only() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources("runtime", "plugins")
+        for name in imported(path)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong
+
+
+def test_parts_are_never_imported_by_their_folder_s_name() -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in sources(*PARTS, "tests", "bench", "demo")
+        for name in imported(path)
+        if name.split(".")[0] in PARTS
+    ]
+    assert not wrong
+
+
+def run_python(code: str) -> tuple[str, float]:
+    """(standard output, seconds of processor time) of a fresh interpreter."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Not in the checkout, where the folders' names would be importable too.
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_importing_the_runtime_takes_less_than_300_ms() -> None:
+    # Processor time, which other processes on the machine do not stretch as they do the wall's.
+    importing, bare = (
+        statistics.median(run_python(code)[1] for _ in range(5)) for code in ("import moevlm.runtime", "pass")
+    )
+    assert importing - bare < 0.3
+
+
+@pytest.mark.parametrize(
+    "module", ["moevlm.runtime", "moevlm.runtime.loading", "moevlm.runtime.cli", "moevlm.export.commands"]
+)
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    out, _ = run_python(f"import sys, {module}; print(*sys.modules)")
+    loaded = {name.split(".")[0] for name in out.split()}
+    assert not loaded & {*HEAVY, "onnxruntime"}
+    assert "moevlm" in loaded
+
+
+def test_a_bundle_runs_where_only_the_runtime_s_dependencies_are_installed(tiny_bundle: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (24, 16), "red").save(picture)
+    out, _ = run_python(f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+import moevlm.runtime
+runtime = moevlm.runtime.load({str(tiny_bundle)!r})
+parts = [{{"type": "image", "image": {str(picture)!r}}}, {{"type": "text", "text": "Hi"}}]
+pieces = list(runtime.generate([{{"role": "user", "content": parts}}], max_new_tokens=5))
+print(pieces[-1].usage.new_tokens, pieces[-1].usage.image_tokens > 0)
+try:
+    import torch
+except ModuleNotFoundError:
+    print("blocked")
+""")
+    assert out.split() == ["5", "True", "blocked"]
+
+
+def test_no_source_file_is_longer_than_400_lines() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in sources(*PARTS, "bench", "demo")}
+    assert not {path: length for path, length in lengths.items() if length > MAX_LINES}
+
+
+def tracked() -> list[Path]:
+    """Files under version control, and new ones that git would not ignore."""
+    command = ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split("\0")
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout: what is tracked is unknown")
+def test_no_path_of_one_machine_is_in_the_repository() -> None:
+    found = []
+    paths = tracked()
+    assert Path(__file__) in paths
+    for path in paths:
+        data = path.read_bytes()
+        if b"\0" in data[:8192]:
+            continue
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+            if MACHINE_PATHS.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found, os.linesep.join(found)
+
+
+def test_machine_paths_are_told_from_others() -> None:
+    assert MACHINE_PATHS.search("open('/" + "tmp/x')")
+    assert MACHINE_PATHS.search("/" + "home/someone/x")
+    assert not MACHINE_PATHS.search("https://example.org/home/page src/work/x ./tmp/x model.tmp/x")

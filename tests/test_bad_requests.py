@@ -1,0 +1,181 @@
+"""Bad images, prompts, options and usage: status 2, and one line that says what is wrong and what is allowed."""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+
+from moevlm.runtime.bundle import Bundle
+from tests.command_line import assert_refused, call, refused_run, spawn
+
+
+def png(width: int, height: int) -> bytes:
+    """A white 1-bit PNG: a gigapixel takes a few hundred kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([1, 0, 0, 0, 0])
+    row = b"\0" + b"\xff" * (-(-width // 8))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(row * height))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"GIF87 is what I would like to be", ("is not a PNG, JPEG, WebP, BMP or GIF image",)),
+        (b"", ("is not a PNG, JPEG, WebP, BMP or GIF image",)),
+        (png(64, 64)[:50], ("damaged or incomplete",)),
+        (png(4000, 8), ("4000 x 8", "more than 200 times")),
+    ],
+    ids=["text", "empty", "cut", "elongated"],
+)
+def test_file_that_is_no_usable_image(
+    content: bytes, words: tuple[str, ...], tiny_bundle: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "picture.png"
+    path.write_bytes(content)
+    refused_run(tiny_bundle, "--prompt", "Hi", "--image", path, words=words)
+
+
+def test_image_that_does_not_exist(tiny_bundle: Path, tmp_path: Path) -> None:
+    refused_run(tiny_bundle, "--prompt", "Hi", "--image", tmp_path / "no.png", words=("no.png", "does not exist"))
+    refused_run(tiny_bundle, "--prompt", "Hi", "--image", tmp_path, words=(str(tmp_path), "is not a file"))
+
+
+def test_image_of_100_megapixels_needs_a_higher_limit(tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    path.write_bytes(png(10_000, 10_000))
+    assert path.stat().st_size < 100_000
+    arguments = (tiny_bundle, "--prompt", "Hi", "--max-new-tokens", "1", "--image", path)
+    refused_run(*arguments, words=("huge.png", "10000 x 10000 pixels", "at most 50000000 pixels"))
+    assert call("run", *arguments, "--max-image-megapixels", "100").status == 0
+    path.write_bytes(png(100, 100))
+    refused_run(*arguments, "--max-image-megapixels", "0.009", words=("100 x 100 pixels", "at most 9000 pixels"))
+
+
+# Requests.
+
+
+def test_empty_prompt(tiny_bundle: Path) -> None:
+    for prompt in ("", " \n"):
+        refused_run(tiny_bundle, "--prompt", prompt, words=("the prompt is empty",))
+    refused_run(tiny_bundle, "--prompt", "-", words=("the prompt is empty",))
+
+
+def test_prompt_longer_than_the_context(tiny_bundle: Path) -> None:
+    context = Bundle.open(tiny_bundle).manifest.model.context
+    refused_run(tiny_bundle, "--prompt", "7" * context, words=("tokens", f"the model's context {context}"))
+
+
+def test_bench_longer_than_the_context(tiny_bundle: Path) -> None:
+    context = Bundle.open(tiny_bundle).manifest.model.context
+    result = call("bench", "latency", tiny_bundle, "--prompt-tokens", str(context - 10), "--image-size", "0")
+    assert_refused(result, f"{context - 10} prompt tokens and 64 new ones", f"context of {context}")
+
+
+def test_prompt_that_is_not_unicode(tiny_bundle: Path) -> None:
+    refused_run(tiny_bundle, "--prompt", "-", stdin=b"ok \xff", words=("standard input is not UTF-8", "byte 3"))
+    assert_refused(spawn("run", tiny_bundle, "--prompt", os.fsdecode(b"ok \xff")), "not Unicode text")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "allowed"),
+    [
+        ("--temperature", "-1", "a number from 0 to 100"),
+        ("--temperature", "nan", "a number from 0 to 100"),
+        ("--top-p", "0", "a number above 0, up to 1"),
+        ("--max-new-tokens", "0", "a whole number from 1"),
+        ("--seed", "-1", "a whole number from 0"),
+        ("--chunk-tokens", "0", "1 or more"),
+        ("--stop", "", "strings of 1 to"),
+        ("--threads", "0", "x>=1"),
+        ("--max-image-megapixels", "nan", "above 0"),
+    ],
+)
+def test_option_out_of_range(option: str, value: str, allowed: str, tiny_bundle: Path) -> None:
+    name = option.removeprefix("--").replace("-", "_")
+    result = call("run", tiny_bundle, "--prompt", "Hi", option, value)
+    assert_refused(result, allowed)
+    assert name in result.err.replace("-", "_")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", ("--messages is not valid JSON",)),
+        (b"\xff\xff", ("--messages is not valid JSON",)),
+        (b"{}", ("messages must be a non-empty list",)),
+        (b'[{"role": "king", "content": "Hi"}]', ("messages[0].role = 'king'", "supported: assistant, system, user")),
+        (b'[{"role": "user", "content": [{"type": "image", "image": 5}]}]', ("image is 5", "a path")),
+        (b'[{"role": "user", "content": [{"type": "film"}]}]', ("messages[0].content[0].type = 'film'", "supported:")),
+    ],
+)
+def test_bad_messages(content: bytes, words: tuple[str, ...], tiny_bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_bytes(content)
+    refused_run(tiny_bundle, "--messages", path, words=words)
+
+
+# Usage.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bogus"], ("no such command 'bogus'", "moevlm --help")),
+        (["run"], ("missing argument 'BUNDLE'", "moevlm run --help")),
+        (["run", "x"], ("--prompt",)),
+        (["run", "x", "--promt", "Hi"], ("--promt", "--prompt")),
+        (["run", "x", "--prompt", "Hi", "--temperature", "hot"], ("--temperature", "'hot'")),
+        (["run", "x", "--prompt", "Hi", "--logprobs", "2"], ("--logprobs needs --json",)),
+        (["run", "x", "--prompt", "Hi", "--messages", "-"], ("--messages stands alone",)),
+        (["run", "x", "--messages", "nowhere.json"], ("--messages", "'nowhere.json'")),
+        (["build", "x"], ("CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT",)),
+        (["build", "x", "-o", "y", "--checkpoint", "z"], ("either CHECKPOINT -o BUNDLE",)),
+        (["export", "x"], ("missing option '-o' / '--output'",)),
+        (["export", "x", "-o", "y", "--expert-layout", "odd"], ("'odd'", "auto", "out_in", "in_out")),
+        (["parity", "x"], ("missing option '--checkpoint'",)),
+        (["parity", "x", "--checkpoint", "y", "--json", "nowhere/out.json"], ("--json", "'nowhere'")),
+        (["bench", "latency", "x", "--new-tokens", "1"], ("--new-tokens", "x>=2")),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors_are_one_line_too(
+    arguments: list[str], words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(call(*arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else pytest.fail(name))
+    assert_refused(call("build", tmp_path, "-o", tmp_path / "x"), "needs torch", "pip install 'moevlm[export]'")
+
+
+def test_results_that_cannot_be_written(tiny_bundle: Path) -> None:
+    sizes = ("--prompt-tokens", "2", "--new-tokens", "2", "--repeats", "1", "--image-size", "0")
+    result = call("bench", "latency", tiny_bundle, *sizes, "--json", "/dev/full")
+    assert (result.status, len(result.errors)) == (2, 1)
+    assert result.errors[0] == "error: cannot write /dev/full: No space left on device"
+
+
+@pytest.mark.parametrize("position", [0, 3], ids=["first", "last"])
+def test_debug_shows_the_traceback_and_the_line(position: int, tmp_path: Path) -> None:
+    arguments = ["run", str(tmp_path), "--prompt=Hi"]
+    result = call(*arguments[:position], "--debug", *arguments[position:])
+    assert result.status == 2
+    assert result.err.startswith("Traceback (most recent call last):")
+    assert result.err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in call(*arguments).err

@@ -1,0 +1,357 @@
+"""The command line as users meet it: help, text, JSON, exit statuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import logging
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.export.parity_report import ParityReport
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
+from tests.bundles import copy_bundle, rehash
+from tests.command_line import COMMAND, call, environment, spawn
+
+COMMANDS = ("export", "build", "inspect", "parity", "run", "bench", "bench latency")
+TOKENS = ("--max-new-tokens", "12")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two PNG files of different sizes."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    paths = [folder / f"{name}.png" for name in ("wide", "tall")]
+    for path, shape in zip(paths, ((16, 40, 3), (32, 24, 3)), strict=True):
+        Image.fromarray(rng.integers(0, 256, shape, np.uint8)).save(path)
+    return paths
+
+
+def run(bundle: Path, *arguments: str | Path, stdin: bytes = b"") -> RunReport:
+    """`moevlm run --json`, which must succeed and print nothing but the report."""
+    result = call("run", bundle, *TOKENS, *arguments, "--json", stdin=stdin)
+    assert (result.status, result.err) == (0, "")
+    return decode(result.out, RunReport)
+
+
+def decode(text: str, report: type[Report]) -> Any:
+    """A report from JSON, with neither more nor fewer fields than its struct has."""
+    decoded = msgspec.json.decode(text, type=report)
+    assert json.loads(text) == json.loads(msgspec.json.encode(decoded))
+    return decoded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_argument_and_explains_every_option(command: str) -> None:
+    result = call(*command.split(), "--help")
+    assert (result.status, result.err) == (0, "")
+    assert f"Usage: moevlm {command} " in result.out
+    options = re.findall(r"^  (-.+?)(?:  +(\S.*))?\n(?: {20,}(\S.*))?", result.out, flags=re.M)
+    assert options
+    assert all(here or below for _, here, below in options), options
+    assert max(map(len, result.out.splitlines())) <= 80
+
+
+def test_help_lists_the_commands_in_the_order_of_use_with_whole_sentences() -> None:
+    lines = call("--help").out.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines] == ["export", "build", "inspect", "parity", "run", "bench"]
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_version_is_the_package_s() -> None:
+    from importlib.metadata import version
+
+    assert call("--version").out == f"moevlm, version {version('moevlm')}\n"
+
+
+def test_streamed_text_and_json_agree(tiny_bundle: Path, images: list[Path]) -> None:
+    arguments = ("--prompt", "What is this?", "--image", images[0])
+    streamed = call("run", tiny_bundle, *arguments, *TOKENS)
+    report = run(tiny_bundle, *arguments)
+    assert (streamed.status, streamed.err) == (0, "")
+    assert streamed.out == report.text + "\n"
+    assert report.target == "ort-cpu"
+    assert report.new_tokens == len(report.token_ids) == 12
+    assert report.finish_reason == "length"
+    assert report.logprobs is None
+    assert 0 < report.image_tokens < report.prompt_tokens
+    assert min(report.vision_seconds, report.prefill_seconds, report.decode_seconds) > 0
+
+
+def test_text_is_written_as_it_is_made(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moevlm.runtime.cli import main
+    from moevlm.runtime.generate import Runtime
+
+    events, generate = [], Runtime.generate
+
+    class Screen(io.StringIO):
+        def flush(self) -> None:
+            if events[-1] != self.getvalue():
+                events.append(self.getvalue())
+
+    def recorded(self: Runtime, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for piece in generate(self, *arguments, **options):
+            events.append("piece")
+            yield dataclasses.replace(piece, text="a")
+
+    monkeypatch.setattr(Runtime, "generate", recorded)
+    monkeypatch.setattr(sys, "stdout", Screen())
+    main(["run", str(tiny_bundle), "--prompt", "Hi", "--max-new-tokens", "3"])
+    assert events == ["piece", "a", "piece", "aa", "piece", "aaa", "aaa\n"]
+
+
+def test_default_target_and_both_engines_answer_alike(tiny_bundle: Path) -> None:
+    reports = [run(tiny_bundle, "--prompt", "Hello", "--target", target) for target in ("reference", "ort-cpu")]
+    assert [report.target for report in reports] == ["reference", "ort-cpu"]
+    assert reports[0].token_ids == reports[1].token_ids
+
+
+def test_messages_hold_a_conversation_of_two_turns(tiny_bundle: Path, images: list[Path], tmp_path: Path) -> None:
+    first = [{"role": "user", "content": [{"type": "image", "image": str(images[0])}, {"type": "text", "text": "A?"}]}]
+    second = [*first, {"role": "assistant", "content": "B"}, {"role": "user", "content": "C?"}]
+    reports = []
+    for messages in (first, second):
+        file = tmp_path / "messages.json"
+        file.write_text(json.dumps(messages))
+        reports.append(run(tiny_bundle, "--messages", file))
+    one, two = reports
+    assert one.token_ids == run(tiny_bundle, "--prompt", "A?", "--image", images[0]).token_ids
+    assert two.image_tokens == one.image_tokens
+    assert two.prompt_tokens > one.prompt_tokens
+
+
+def test_messages_from_standard_input(tiny_bundle: Path) -> None:
+    messages = json.dumps([{"role": "user", "content": "A?"}]).encode()
+    assert run(tiny_bundle, "--messages", "-", stdin=messages).token_ids == run(tiny_bundle, "--prompt", "A?").token_ids
+
+
+def test_prompt_from_standard_input_is_without_the_last_newline(tiny_bundle: Path) -> None:
+    piped, given = run(tiny_bundle, "--prompt", "-", stdin="天 ok\n".encode()), run(tiny_bundle, "--prompt", "天 ok")
+    assert (piped.prompt_tokens, piped.token_ids) == (given.prompt_tokens, given.token_ids)
+
+
+def test_two_images_count_twice_and_their_order_matters(tiny_bundle: Path, images: list[Path]) -> None:
+    wide, tall = (run(tiny_bundle, "--prompt", "?", "--image", image, "--logprobs", "0") for image in images)
+    both, swapped = (
+        run(tiny_bundle, "--prompt", "?", "--image", a, "--image", b, "--logprobs", "0")
+        for a, b in (images, reversed(images))
+    )
+    assert both.image_tokens == wide.image_tokens + tall.image_tokens == swapped.image_tokens
+    assert both.logprobs != swapped.logprobs
+
+
+def test_system_message_is_part_of_the_prompt(tiny_bundle: Path) -> None:
+    plain, told = run(tiny_bundle, "--prompt", "Hi"), run(tiny_bundle, "--prompt", "Hi", "--system", "Be brief.")
+    assert told.prompt_tokens > plain.prompt_tokens
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(tiny_bundle: Path) -> None:
+    texts = [
+        run(tiny_bundle, "--prompt", "Hi", "--temperature", "1.5", "--seed", seed).token_ids for seed in ("7", "7", "8")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_filters_leave_only_the_likeliest_token(tiny_bundle: Path) -> None:
+    greedy = run(tiny_bundle, "--prompt", "Hi").token_ids
+    for option, value in (("--top-k", "1"), ("--top-p", "1e-6"), ("--min-p", "1")):
+        assert run(tiny_bundle, "--prompt", "Hi", "--temperature", "2", option, value).token_ids == greedy
+
+
+def test_stop_string_ends_the_answer_and_is_left_out(tiny_bundle: Path) -> None:
+    options = ("--prompt", "Hi", "--temperature", "1", "--seed", "3", "--max-new-tokens", "64")
+    whole = run(tiny_bundle, *options)
+    ascii_at = next(i for i, char in enumerate(whole.text) if i > 2 and char.isascii() and char.isprintable())
+    stop = whole.text[ascii_at]
+    stopped = run(tiny_bundle, *options, "--stop", stop, "--stop", "never in there")
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    assert stopped.token_ids == whole.token_ids[: stopped.new_tokens]
+
+
+def test_logprobs_come_with_the_alternatives_asked_for(tiny_bundle: Path) -> None:
+    report = run(tiny_bundle, "--prompt", "Hi", "--logprobs", "3")
+    assert report.logprobs is not None
+    assert [token.id for token in report.logprobs] == report.token_ids
+    for token in report.logprobs:
+        assert token.logprob == max(value for _, value in token.top) < 0  # greedy
+        assert token.top[0] == (token.id, token.logprob)
+        assert [value for _, value in token.top] == sorted((value for _, value in token.top), reverse=True)
+        assert len({token_id for token_id, _ in token.top}) == 3
+
+
+def test_chunks_and_threads_change_nothing_in_the_answer(tiny_bundle: Path, images: list[Path]) -> None:
+    arguments = ("--prompt", "What is this?", "--image", images[1])
+    expected = run(tiny_bundle, *arguments)
+    assert run(tiny_bundle, *arguments, "--chunk-tokens", "5", "--threads", "1").token_ids == expected.token_ids
+
+
+def test_inspect_json_agrees_with_the_manifest(tiny_bundle: Path) -> None:
+    result = call("inspect", tiny_bundle, "--json")
+    report, manifest = decode(result.out, InspectReport), Bundle.open(tiny_bundle).manifest
+    assert (result.status, result.err) == (0, "")
+    assert report.bundle == str(tiny_bundle)
+    assert report.model == manifest.model
+    assert report.source == {name: facts.sha256 for name, facts in manifest.source.items()}
+    assert report.bytes == sum(
+        p.stat().st_size for p in tiny_bundle.rglob("*") if p.is_file() and "manifest" not in p.name
+    )
+    assert [engine.target for engine in report.engines] == ["ort-cpu", "reference"]
+    for engine, folder in zip(report.engines, ("engines/ort-cpu", "graphs"), strict=True):
+        assert engine.bytes == sum(path.stat().st_size for path in (tiny_bundle / folder).iterdir())
+        assert engine.parity == "not checked"
+    assert not report.verified
+
+
+def test_inspect_verifies_on_request(tiny_bundle: Path) -> None:
+    result = call("inspect", tiny_bundle, "--verify", "--json")
+    assert (result.status, result.err) == (0, "verifying\n")
+    assert decode(result.out, InspectReport).verified
+
+
+def test_inspect_shows_model_engines_and_what_to_do_next(tiny_bundle: Path) -> None:
+    out = call("inspect", tiny_bundle).out
+    assert "qwen3_vl_moe" in out
+    assert re.search(r"^ort-cpu +float32 +[\d.]+ [kM]B  not checked$", out, flags=re.M)
+    assert f"next: moevlm parity {tiny_bundle} --checkpoint CHECKPOINT" in out
+
+
+def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "latency.json"
+    sizes = ("--prompt-tokens", "20", "--new-tokens", "3", "--image-size", "32", "--repeats", "2")
+    options = (*sizes, "--target", "reference", "--target", "ort-cpu")
+    result = call("bench", "latency", tiny_bundle, *options, "--json", output)
+    assert (result.status, result.err) == (0, "measuring reference\nmeasuring ort-cpu\n")
+    report = decode(output.read_text(), BenchReport)
+    assert (report.new_tokens, report.repeats, report.image_size) == (3, 2, 32)
+    assert report.prompt_tokens == 20 + report.image_tokens
+    assert [r.target for r in report.results] == ["reference", "ort-cpu"]
+    rows = {line.split()[0]: line.split() for line in result.out.splitlines()}
+    for r in report.results:
+        assert rows[r.target][1:5] == [
+            f"{r.vision.median * 1e3:.2f}",
+            f"{r.prefill.median * 1e3:.2f}",
+            f"{r.prefill_tokens_per_second:.0f}",
+            f"{r.first_token.median * 1e3:.2f}",
+        ]
+        for stage in (r.vision, r.prefill, r.decode_token, r.first_token):
+            assert 0 < stage.minimum <= stage.median <= stage.maximum
+        assert r.decode_tokens_per_second == pytest.approx(1 / r.decode_token.median)
+        assert r.prefill_tokens_per_second == pytest.approx(report.prompt_tokens / r.prefill.median)
+    assert max(map(len, result.out.splitlines()[:4])) <= 80
+
+
+def test_bench_without_an_image_prints_json_alone_on_request(tiny_bundle: Path) -> None:
+    sizes = ("--prompt-tokens", "4", "--new-tokens", "2", "--image-size", "0", "--repeats", "1")
+    report = decode(call("bench", "latency", tiny_bundle, *sizes, "--threads", "1", "--json", "-").out, BenchReport)
+    assert report.results[0].vision is None
+    assert (report.image_tokens, report.results[0].threads) == (0, 1)
+
+
+def test_export_then_build_then_parity_passes_and_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle, output = tmp_path / "a [bold] name.moevlm", tmp_path / "parity.json"
+    exported = call("export", tiny_checkpoint, "-o", bundle)
+    assert exported.status == 0
+    assert f"next: moevlm build {bundle} --checkpoint {tiny_checkpoint} --target ort-cpu" in exported.out
+    assert "no engine yet" in call("inspect", bundle).out
+    built = call("build", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu")
+    assert built.status == 0
+    assert f"next: moevlm parity {bundle} --checkpoint {tiny_checkpoint}" in built.out
+    proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--json", output)
+    assert proved.status == 0
+    assert "parity: passed" in proved.out
+    assert "running transformers" in proved.err
+    report = decode(output.read_text(), ParityReport)
+    assert report.passed
+    assert {check.step for check in report.checks} == {"canonical PyTorch", "ort-cpu"}
+    assert decode(call("inspect", bundle, "--json").out, InspectReport).engines[0].parity == "passed"
+
+
+def test_parity_exits_with_1_and_names_the_engine_that_differs(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    data = bundle / "engines/ort-cpu/decoder.onnx.data"
+    weights = np.frombuffer(data.read_bytes(), np.float32).copy()
+    weights *= np.float32(1.01)
+    data.write_bytes(weights.tobytes())
+    rehash(bundle, "engines/ort-cpu/decoder.onnx.data")
+    result = spawn("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu", "--json", "-")
+    report = decode(result.out, ParityReport)
+    assert (result.status, report.passed) == (1, False)
+    assert {check.step for check in report.checks if not check.passed} == {"ort-cpu"}
+    assert decode(call("inspect", bundle, "--json").out, InspectReport).engines[0].parity == "failed"
+    # Nothing of the libraries' own is among what people see.
+    assert result.err.splitlines() == [
+        "comparing the checkpoint with the bundle's",
+        "running transformers",
+        "running canonical PyTorch",
+        "running ort-cpu",
+    ]
+
+
+def test_build_prints_progress_and_nothing_of_the_libraries(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    result = spawn("build", tiny_checkpoint, "-o", tmp_path / "b.moevlm", "--target", "ort-cpu")
+    assert (result.status, len(result.out.splitlines())) == (0, 2)
+    assert all(re.match("(tracing|writing|hashing) ", line) for line in result.err.splitlines()), result.err
+
+
+def test_warnings_are_silent_unless_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tiny_bundle: Path
+) -> None:
+    open_bundle = Bundle.open
+
+    def noisy(path: Path) -> Bundle:
+        warnings.warn("of a library", stacklevel=1)
+        logging.getLogger("a.library").warning("of a library, too")
+        return open_bundle(path)
+
+    monkeypatch.setattr(Bundle, "open", noisy)
+    monkeypatch.setattr(sys, "warnoptions", [])
+    for options, count in (((), 0), (("--debug",), 1)):
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert call("inspect", tiny_bundle, *options).status == 0
+        assert (len(warned), len(caplog.records)) == (count, count)
+
+
+def on_a_terminal(*arguments: str | Path) -> str:
+    """What both outputs show on a terminal of 80 columns."""
+    keyboard, screen = pty.openpty()
+    with subprocess.Popen(
+        [COMMAND, *arguments], stdin=screen, stdout=screen, stderr=screen, env=environment() | {"TERM": "xterm"}
+    ) as process:
+        os.close(screen)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(keyboard, 65536)
+            except OSError:  # Linux's way to say that the other side has closed
+                break
+            if not piece:
+                break
+            shown += piece
+    os.close(keyboard)
+    assert process.returncode == 0
+    return shown.decode()
+
+
+def test_a_quick_run_on_a_terminal_shows_the_text_alone(tiny_bundle: Path) -> None:
+    shown = on_a_terminal("run", tiny_bundle, "--prompt", "Hi", *TOKENS)
+    expected = run(tiny_bundle, "--prompt", "Hi").text + "\n"
+    # A machine under load may take the second after which a notice appears: it is wiped before the text.
+    assert shown.replace("\r\n", "\n").endswith(expected.replace("\r\n", "\n"))

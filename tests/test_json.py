@@ -1,0 +1,192 @@
+"""docs/json.md, the structs behind every report, and the fields that users rely on say the same."""
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from moevlm.export.parity_report import ParityReport
+from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
+
+DOCS = Path(__file__).parents[1] / "docs/json.md"
+REPORTS = {report.__struct_config__.tag: report for report in (RunReport, InspectReport, ParityReport, BenchReport)}
+_NAMES = {
+    str: "string",
+    int: "integer",
+    float: "number",
+    bool: "boolean",
+    list: "array",
+    tuple: "array",
+    dict: "object",
+}
+# JSON has no infinity: msgspec writes null.
+_NULL_IF_INFINITE = {("moevlm.parity/1", "checks[].value")}
+
+# What version 1 of each schema promises. Add to it; a change or a removal needs a new number.
+GOLDEN = {
+    "moevlm.run/1": {
+        "schema": "string",
+        "target": "string",
+        "text": "string",
+        "token_ids": "array of integer",
+        "finish_reason": "string",
+        "prompt_tokens": "integer",
+        "image_tokens": "integer",
+        "new_tokens": "integer",
+        "vision_seconds": "number",
+        "prefill_seconds": "number",
+        "decode_seconds": "number",
+        "logprobs": "array of object or null",
+        "logprobs[].id": "integer",
+        "logprobs[].logprob": "number",
+        "logprobs[].top": "array of array",
+    },
+    "moevlm.inspect/1": {
+        "schema": "string",
+        "bundle": "string",
+        "bytes": "integer",
+        "verified": "boolean",
+        "model": "object",
+        "model.model_type": "string",
+        "model.hidden": "integer",
+        "model.layers": "integer",
+        "model.heads": "integer",
+        "model.kv_heads": "integer",
+        "model.head_dim": "integer",
+        "model.vocabulary": "integer",
+        "model.context": "integer",
+        "model.experts": "integer",
+        "model.top_k": "integer",
+        "model.dense_layers": "array of integer",
+        "model.eos_token_ids": "array of integer",
+        "model.image_token_id": "integer",
+        "model.rope": "object",
+        "model.rope.dim": "integer",
+        "model.rope.theta": "number",
+        "model.rope.sections": "array of integer",
+        "model.rope.interleaved": "boolean",
+        "model.vision": "object",
+        "model.vision.patch_size": "integer",
+        "model.vision.temporal_patch_size": "integer",
+        "model.vision.merge_size": "integer",
+        "model.vision.channels": "integer",
+        "model.vision.head_dim": "integer",
+        "model.vision.rope_theta": "number",
+        "model.vision.position_grid": "integer",
+        "model.vision.position_resampling": "string",
+        "model.vision.deepstack": "integer",
+        "engines": "array of object",
+        "engines[].target": "string",
+        "engines[].dtype": "string",
+        "engines[].bytes": "integer",
+        "engines[].parity": "string",
+        "source": "object",
+        "tools": "object",
+    },
+    "moevlm.parity/1": {
+        "schema": "string",
+        "bundle": "string",
+        "checkpoint": "string",
+        "transformers": "string",
+        "seed": "integer",
+        "prompts": "integer",
+        "tokens": "integer",
+        "passed": "boolean",
+        "checks": "array of object",
+        "checks[].step": "string",
+        "checks[].quantity": "string",
+        "checks[].value": "number or null",
+        "checks[].limit": "number",
+        "checks[].passed": "boolean",
+        "checks[].note": "string",
+    },
+    "moevlm.bench.latency/1": {
+        "schema": "string",
+        "bundle": "string",
+        "prompt_tokens": "integer",
+        "image_tokens": "integer",
+        "image_size": "integer",
+        "new_tokens": "integer",
+        "repeats": "integer",
+        "results": "array of object",
+        "results[].target": "string",
+        "results[].threads": "integer or null",
+        "results[].load_seconds": "number",
+        "results[].decode_tokens_per_second": "number",
+        "results[].prefill_tokens_per_second": "number",
+        "results[].vision": "object or null",
+        **{f"results[].{stage}": "object" for stage in ("prefill", "decode_token", "first_token")},
+        **{
+            f"results[].{stage}.{statistic}": "number"
+            for stage in ("vision", "prefill", "decode_token", "first_token")
+            for statistic in ("median", "minimum", "maximum")
+        },
+    },
+}
+
+
+def in_structs(report: type[Report]) -> dict[str, str]:
+    """Every field of a report and of what is in it: path to type."""
+    schema = report.__struct_config__.tag
+    fields = {"schema": "string"} | dict(_fields(report, ""))
+    return {path: kind + " or null" if (schema, path) in _NULL_IF_INFINITE else kind for path, kind in fields.items()}
+
+
+def _fields(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, hint in typing.get_type_hints(struct).items():
+        if name in struct.__struct_fields__:
+            kind, inner, suffix = _kind(hint)
+            yield prefix + name, kind
+            if inner is not None:
+                yield from _fields(inner, f"{prefix}{name}{suffix}.")
+
+
+def _kind(hint: Any) -> tuple[str, type[msgspec.Struct] | None, str]:
+    """(type in JSON's words, the struct in it, "[]" if it is in an array)."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        (other,) = (argument for argument in arguments if argument is not type(None))
+        kind, inner, suffix = _kind(other)
+        return kind + " or null", inner, suffix
+    if isinstance(origin, type) and issubclass(origin, msgspec.Struct):
+        return "object", origin, ""
+    if origin in (list, tuple):
+        kind, inner, _ = _kind(arguments[0])
+        return f"array of {kind.split()[0]}", inner, "[]"
+    return _NAMES[origin], None, ""
+
+
+def in_docs(text: str) -> dict[str, dict[str, str]]:
+    """Schema to (path to type), from the tables under each heading."""
+    found: dict[str, dict[str, str]] = {}
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        schema, *parts = re.split(r"^### ", section, flags=re.M)
+        name = re.findall(r"`(.+?)`", schema.splitlines()[0])[0]
+        found[name] = {}
+        for part, prefixes in [(schema, [""])] + [
+            (part, [path + "." for path in re.findall(r"`(.+?)`", part.splitlines()[0])]) for part in parts
+        ]:
+            rows = re.findall(r"^\| `(\w+)` \| ([\w ]+?) \| (.+?) \|$", part, flags=re.M)
+            found[name] |= {prefix + field: kind for prefix in prefixes for field, kind, _ in rows}
+    return found
+
+
+@pytest.mark.parametrize("schema", REPORTS)
+def test_docs_describe_every_field_of_the_structs_and_no_other(schema: str) -> None:
+    assert in_docs(DOCS.read_text())[schema] == in_structs(REPORTS[schema])
+
+
+@pytest.mark.parametrize("schema", REPORTS)
+def test_no_field_of_version_1_changed_or_went(schema: str) -> None:
+    fields = in_structs(REPORTS[schema])
+    assert {path: fields.get(path) for path in GOLDEN[schema]} == GOLDEN[schema]
+
+
+def test_docs_have_a_section_for_every_report_and_for_nothing_else() -> None:
+    assert set(in_docs(DOCS.read_text())) == set(REPORTS) == set(GOLDEN)
+    assert set(Report.__subclasses__()) == set(REPORTS.values())
