@@ -5,9 +5,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from unicodedata import combining, east_asian_width
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
@@ -29,20 +29,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
     """A plain table under its title, as wide as it needs to be; columns of numbers are aligned on the right."""
     body = [list(row) for row in rows]
     lines = [list(columns), *body] if header else body
-    widths = [max((_width(line[i]) for line in lines), default=0) for i in range(len(columns))]
+    widths = [max((cell_len(line[i]) for line in lines), default=0) for i in range(len(columns))]
     numeric = [bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(columns))]
 
     def pad(cell: str, width: int, right: bool) -> str:
-        space = " " * (width - _width(cell))
+        space = " " * (width - cell_len(cell))
         return space + cell if right else cell + space
 
     texts = ["  ".join(map(pad, line, widths, numeric)).rstrip() for line in lines]
     return "\n".join([title, *texts])
-
-
-def _width(text: str) -> int:
-    """Columns of a terminal that the text takes."""
-    return sum(0 if combining(char) else 2 if east_asian_width(char) in "WF" else 1 for char in text)
 
 
 def bytes_text(count: int) -> str:
