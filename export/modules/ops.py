@@ -5,6 +5,7 @@ The MoE ops run the numpy spec itself, so comparing the canonical modules with H
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -135,25 +136,26 @@ def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q)
 
 
-_recording: list[dict[str, Tensor]] = []
+_taps: ContextVar[dict[str, Tensor] | None] = ContextVar("taps", default=None)
 
 
 @contextmanager
 def recorded_taps() -> Iterator[dict[str, Tensor]]:
     """Every tapped value by its name, while modules run in the block."""
     values: dict[str, Tensor] = {}
-    _recording.append(values)
+    token = _taps.set(values)
     try:
         yield values
     finally:
-        _recording.remove(values)
+        _taps.reset(token)
 
 
 @torch.library.custom_op("moevlm::tap", mutates_args=())
 def tap(x: Tensor, name: str) -> Tensor:
     """The identity, so that a value keeps a name in the graph and can be made an output there."""
     x = x.clone()
-    for values in _recording:
+    values = _taps.get()
+    if values is not None:
         values[name] = x
     return x
 
