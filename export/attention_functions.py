@@ -91,3 +91,51 @@ SegmentAttention <heads> (q, k, v, cos, sin, segment_id) => (y)
 }
 """
     )
+
+
+def segment_flash_attention_function() -> FunctionProto:
+    """SegmentAttention on ONNX Runtime's MultiHeadAttention, one segment at a time, so that no mask is needed.
+
+    Without one its CPU kernel works in tiles: memory grows with the patches, not with their square, and images do not
+    pay for each other. Segments are contiguous, with rising ids.
+    """
+    return parser.parse_function(
+        """<domain: "moevlm", opset_import: ["" : 24, "com.microsoft" : 1]>
+SegmentFlashAttention <heads> (q, k, v, cos, sin, segment_id) => (y)
+{
+    axis_0 = Constant <value_ints: ints = [0]> ()
+    axis_1 = Constant <value_ints: ints = [1]> ()
+    zero_1 = Constant <value_ints: ints = [0]> ()
+    zero = Constant <value_int: int = 0> ()
+    go = Cast <to: int = 9> (axis_1)
+    always = Squeeze (go)
+    q_packed = Unsqueeze (q, axis_0)
+    k_packed = Unsqueeze (k, axis_0)
+    v_packed = Unsqueeze (v, axis_0)
+    cos_packed = Unsqueeze (cos, axis_0)
+    sin_packed = Unsqueeze (sin, axis_0)
+    q_rotated = RotaryEmbedding <num_heads: int = @heads> (q_packed, cos_packed, sin_packed)
+    k_rotated = RotaryEmbedding <num_heads: int = @heads> (k_packed, cos_packed, sin_packed)
+    ids, first_at, where_to, lengths = Unique <sorted: int = 1> (segment_id)
+    ends = CumSum (lengths, zero)
+    segments = Size (ids)
+    nothing = Slice (q_rotated, zero_1, zero_1, axis_1)
+    y_packed = Loop (segments, always, nothing) <body: graph = one_segment
+        (int64 i, bool go_in, float[one, done, width] y_in) => (bool go_out, float[one, more, width] y_out)
+    {
+        go_out = Identity (go_in)
+        length_0 = Gather (lengths, i)
+        end_0 = Gather (ends, i)
+        start_0 = Sub (end_0, length_0)
+        end = Unsqueeze (end_0, axis_0)
+        start = Unsqueeze (start_0, axis_0)
+        q_part = Slice (q_rotated, start, end, axis_1)
+        k_part = Slice (k_rotated, start, end, axis_1)
+        v_part = Slice (v_packed, start, end, axis_1)
+        y_part = com.microsoft.MultiHeadAttention <num_heads: int = @heads> (q_part, k_part, v_part)
+        y_out = Concat <axis: int = 1> (y_in, y_part)
+    }>
+    y = Squeeze (y_packed, axis_0)
+}
+"""
+    )

@@ -14,7 +14,11 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from moevlm.export.attention_functions import cached_attention_function, segment_attention_function
+from moevlm.export.attention_functions import (
+    cached_attention_function,
+    segment_attention_function,
+    segment_flash_attention_function,
+)
 from moevlm.plugins.spec import DOMAIN, OPSET_VERSION, ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import UnsupportedModelError
 
@@ -242,15 +246,20 @@ def add_functions(model: ir.Model) -> None:
 _Body = tuple[Any, ...]
 
 
+_ATTENTION = {
+    "CachedAttention": cached_attention_function,
+    "SegmentAttention": segment_attention_function,
+    "SegmentFlashAttention": segment_flash_attention_function,
+}
+
+
 def _overload(place: int) -> str:
     return str(place + 1) if place else ""
 
 
 def _body(node: ir.Node) -> _Body:
-    if node.op_type == "CachedAttention":
-        return (cached_attention_function,)
-    if node.op_type == "SegmentAttention":
-        return (segment_attention_function,)
+    if node.op_type in _ATTENTION:
+        return (_ATTENTION[node.op_type],)
     if node.op_type == ROUTER:
         return router_function, router_spec(node), len(node.inputs) == 2
     if node.op_type != EXPERTS:

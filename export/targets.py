@@ -9,6 +9,7 @@ from moevlm.export.functions import add_functions
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.lower_attention import LowerAttention
 from moevlm.export.passes.lower_moe import LowerMoE
+from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import EngineFacts
 
@@ -47,7 +48,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target(REFERENCE, "graphs", "float32", ()),
-        Target("ort-cpu", "engines/ort-cpu", "float32", (LowerAttention(), LowerMoE())),
+        Target("ort-cpu", "engines/ort-cpu", "float32", (LowerAttention(), LowerSegmentAttention(), LowerMoE())),
     )
 }
 
