@@ -12,7 +12,7 @@ setup: .venv/installed
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel
-	$(BIN)/pip install --disable-pip-version-check --progress-bar on --editable '.[dev]'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 demo: setup

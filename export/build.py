@@ -1,5 +1,6 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from moevlm.runtime.errors import BuildError, CheckpointError
 from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
-_TOOLS = ("moevlm", "torch", "onnx", "onnx-ir", "onnxruntime")
+_TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
 
 
 def _silent(*_: object) -> None:
@@ -56,6 +57,7 @@ def build(
             files={},
             engines={target.name: target.engine for target in chosen},
             tools={name: version(name) for name in _TOOLS},
+            expert_layout=expert_layout,
         )
         return Bundle.open(writer.commit(manifest))
 
@@ -65,7 +67,6 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
-    expert_layout: str = "auto",
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
@@ -78,7 +79,7 @@ def add_targets(
     existing = Bundle.open(bundle)
     with Checkpoint.open(checkpoint) as source, BundleWriter(bundle) as writer:
         source.start_hashing()
-        _, graphs = _trace(source, expert_layout, progress)
+        _, graphs = _trace(source, existing.manifest.expert_layout, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
@@ -118,8 +119,9 @@ def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:
     """What the runtime needs beside graphs; a checkpoint without some of it still exports, and `run` will say so."""
     if source.tokenizer:
         writer.add_bytes("tokenizer.json", source.tokenizer.read_bytes())
-    if source.preprocessor:
-        writer.add_bytes("preprocessor.json", source.preprocessor.read_bytes())
+    preprocessor = source.preprocessor()
+    if preprocessor:
+        writer.add_bytes("preprocessor.json", json.dumps(preprocessor, indent=1).encode())
     template = source.chat_template()
     if template:
         writer.add_bytes("chat_template.jinja", template.encode())

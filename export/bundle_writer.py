@@ -15,7 +15,7 @@ from moevlm.export.model_file import Progress, data_bytes, graph_bytes, plan, wr
 from moevlm.export.streamed_file import StreamedFile
 from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path
 from moevlm.runtime.errors import BuildError
-from moevlm.runtime.manifest import FileFacts, Manifest
+from moevlm.runtime.manifest import FileFacts, Manifest, digest_of
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -82,13 +82,14 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Path:
         """Put the finished bundle into place, with `manifest` and the hashes of all files in it; returns its path.
 
-        manifest.files is ignored. Raises BuildError if an engine names a graph that has not been added.
+        files and digest of `manifest` are ignored. Raises BuildError if an engine names a graph that was not added.
         """
         for name, engine in manifest.engines.items():
             for path in (engine.vision, engine.decoder):
                 if path not in self._files:
                     raise BuildError(f"engine {name} names {path}, which was not written")
         manifest = msgspec.structs.replace(manifest, files=dict(sorted(self._files.items())))
+        manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
         self._write(self._directory.path / MANIFEST, len(data), lambda file: file.write(data))
         try:

@@ -66,9 +66,13 @@ class Checkpoint:
     def tokenizer(self) -> Path | None:
         return self.side_file("tokenizer.json")
 
-    @property
-    def preprocessor(self) -> Path | None:
-        return self.side_file("preprocessor_config.json")
+    def preprocessor(self) -> dict[str, Any] | None:
+        """The image processor's settings: from a file of its own, or out of transformers 5's processor_config.json."""
+        if path := self.side_file("preprocessor_config.json"):
+            return read_json(path)
+        if path := self.side_file("processor_config.json"):
+            return read_json(path).get("image_processor")
+        return None
 
     @property
     def generation(self) -> Path | None:

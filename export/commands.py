@@ -56,8 +56,10 @@ def build(
             bundle, origin = output, source
             build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress)
         elif checkpoint is not None and output is None:
+            if expert_layout != "auto":
+                raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
-            add_targets(bundle, origin, names, expert_layout=expert_layout, progress=progress)
+            add_targets(bundle, origin, names, progress=progress)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)
@@ -70,10 +72,7 @@ def build(
 @click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: all]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
-@_LAYOUT
-def parity(
-    bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None, expert_layout: str
-) -> None:
+def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None) -> None:
     """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch."""
     require("transformers", "export")
     from moevlm.export.parity import check_parity
@@ -81,7 +80,7 @@ def parity(
     from moevlm.runtime.reports import to_json
 
     with progress_bar() as progress:
-        report = check_parity(bundle, checkpoint, targets, seed=seed, expert_layout=expert_layout, progress=progress)
+        report = check_parity(bundle, checkpoint, targets, seed=seed, progress=progress)
     publish(table_of(report), to_json(report), output)
     if not report.passed:
         click.get_current_context().exit(1)
@@ -92,3 +91,8 @@ def parity(
 def _report(bundle: Path) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     console().print(f"bundle: {bundle} ({bytes_text(size)})")
+    absent = [name for name in ("tokenizer.json", "chat_template.jinja") if not (bundle / name).exists()]
+    if absent:
+        console().print(f"note: the checkpoint has no {' and no '.join(absent)}: moevlm run needs it")
+    if not (bundle / "preprocessor.json").exists():
+        console().print("note: the checkpoint has no preprocessor_config.json: this bundle takes no images")

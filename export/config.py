@@ -63,6 +63,10 @@ class DecoderConfig:
     feed_forward: tuple[MLPConfig | MoEConfig, ...]
     deepstack: int = 0
 
+    def __post_init__(self) -> None:
+        if self.rope.dim != self.attention.rotary_dim:
+            raise ValueError(f"rotary_dim = {self.attention.rotary_dim} (allowed: rope.dim = {self.rope.dim})")
+
 
 @dataclass(frozen=True)
 class MergerConfig:
@@ -133,7 +137,8 @@ class ModelConfig:
         if self.vision.merger.out != self.decoder.hidden:
             raise ValueError(f"width of visual tokens = {self.vision.merger.out} (allowed: {self.decoder.hidden})")
         if self.decoder.deepstack > len(self.decoder.feed_forward):
-            raise ValueError(f"deepstack levels = {self.decoder.deepstack} (allowed: one per layer at most)")
+            levels, layers = list(self.vision.deepstack_layers), len(self.decoder.feed_forward)
+            raise ValueError(f"deepstack layers = {levels} (allowed: at most {layers}, one per decoder layer)")
         if self.image_token_id >= self.decoder.vocabulary:
             raise ValueError(f"image_token_id = {self.image_token_id} (allowed: up to {self.decoder.vocabulary - 1})")
 

@@ -28,14 +28,13 @@ class CanonicalModel:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, expert_layout: str = "auto") -> "CanonicalModel":
-        """Translate config.json and find every tensor; nothing is read but headers.
+        """Translate config.json and find every tensor; only headers are read, and a tied head that is stored again.
 
         Raises UnsupportedModelError for an architecture or field, CheckpointError for a tensor.
         """
         family = family_for(checkpoint.config)
         config = family.config(checkpoint.config)
-        with torch.device("meta"):
-            vision, decoder = Vision(config.vision).eval(), Decoder(config.decoder).eval()
+        vision, decoder = _towers(config)
         parameters = {
             f"{tower}.{name}": tuple(parameter.shape)
             for tower, module in (("vision", vision), ("decoder", decoder))
@@ -58,11 +57,17 @@ class CanonicalModel:
 
     def materialize(self) -> tuple[Vision, Decoder]:
         """Both towers with their weights in memory, float32: for parity, on models that fit."""
-        for module, weights in ((self.vision, self.vision_weights), (self.decoder, self.decoder_weights)):
+        vision, decoder = _towers(self.config)
+        for module, weights in ((vision, self.vision_weights), (decoder, self.decoder_weights)):
             module.to_empty(device="cpu")
             for name, parameter in module.named_parameters():
                 offset, flat = 0, parameter.data.view(-1)
                 for piece in slices(weights[name]):
                     flat[offset : offset + piece.size] = torch.from_numpy(piece.reshape(-1))
                     offset += piece.size
-        return self.vision, self.decoder
+        return vision, decoder
+
+
+def _towers(config: ModelConfig) -> tuple[Vision, Decoder]:
+    with torch.device("meta"):
+        return Vision(config.vision).eval(), Decoder(config.decoder).eval()

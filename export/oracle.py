@@ -40,8 +40,11 @@ class Oracle:
             self.model = transformers.AutoModelForImageTextToText.from_pretrained(
                 checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
             ).eval()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"transformers cannot load {checkpoint}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
+        # Greedy means greedy: the checkpoint's own penalties and bans would change the tokens.
+        self.model.generation_config = transformers.GenerationConfig()
         self._routers = [m for name, m in self.model.named_modules() if name.endswith(router_suffix)]
 
     @torch.no_grad()

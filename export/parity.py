@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import transformers
@@ -19,6 +20,7 @@ from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine
 
 
@@ -28,19 +30,23 @@ def check_parity(
     target_names: Iterable[str] = (),
     *,
     seed: int = 0,
-    expert_layout: str = "auto",
     progress: Progress = lambda *_: None,
 ) -> ParityReport:
     """Compare canonical PyTorch and the engines named (all by default) with transformers; note it in the manifest.
 
-    Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent.
+    Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent or damaged,
+    BuildError, before any work, if the manifest cannot be written.
     """
     opened = Bundle.open(bundle)
     names = [opened.engine(name)[0] for name in target_names] or sorted(opened.manifest.engines, reverse=True)
-    with Checkpoint.open(checkpoint) as source:
+    if not names:
+        raise BundleError(f"{bundle} has no engine to check (moevlm build {bundle} --checkpoint {checkpoint} adds one)")
+    for name in names:
+        opened.verify(opened.engine_files(name))
+    with BundleWriter(bundle) as writer, Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
         require_same_source(opened.manifest, source)
-        model, facts = CanonicalModel.of(source, expert_layout), opened.manifest.model
+        model, facts = CanonicalModel.of(source, opened.manifest.expert_layout), opened.manifest.model
         cases = random_cases(facts, source.config, seed)
         progress("running transformers", 0, 0)
         oracle = Oracle(Path(checkpoint), family_for(source.config).router_suffix)
@@ -57,22 +63,23 @@ def check_parity(
             tolerance = TOLERANCES[opened.engine(name)[1].dtype]
             tapped = TappedEngine(opened, name, model.config)
             found += checks(expected, name, load_engine(opened, name), tapped, tolerance)
-    report = ParityReport(
-        bundle=str(bundle),
-        checkpoint=str(checkpoint),
-        transformers=transformers.__version__,
-        seed=seed,
-        prompts=len(cases),
-        tokens=sum(len(case.prompt.ids) + GREEDY_TOKENS for case in cases),
-        passed=all(check.passed for check in found),
-        checks=found,
-    )
-    _note(opened, names, report)
+        report = ParityReport(
+            bundle=str(bundle),
+            checkpoint=str(checkpoint),
+            transformers=transformers.__version__,
+            seed=seed,
+            prompts=len(cases),
+            tokens=sum(len(case.prompt.ids) + GREEDY_TOKENS for case in cases),
+            passed=all(check.passed for check in found),
+            checks=found,
+        )
+        writer.keep(opened)
+        writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
     return report
 
 
-def _note(bundle: Bundle, names: list[str], report: ParityReport) -> None:
-    """Put the verdict on each engine into the manifest; all other files stay as they are."""
+def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:
+    """The manifest's parity entries, those of the engines checked now made anew."""
     pytorch = all(check.passed for check in report.checks if check.step not in names)
     results = {}
     for name in names:
@@ -84,7 +91,4 @@ def _note(bundle: Bundle, names: list[str], report: ParityReport) -> None:
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
         }
-    manifest = msgspec.structs.replace(bundle.manifest, parity=bundle.manifest.parity | results)
-    with BundleWriter(bundle.directory) as writer:
-        writer.keep(bundle)
-        writer.commit(manifest)
+    return bundle.manifest.parity | results

@@ -9,7 +9,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
 from moevlm.export.parity_cases import Case, pack
 from moevlm.export.parity_report import Check
-from moevlm.export.tolerances import CHUNK_TOKENS, GREEDY_TOKENS, Tolerance
+from moevlm.export.tolerances import ALONE_STEPS, CHUNK_TOKENS, GREEDY_TOKENS, Tolerance
 from moevlm.plugins import reference
 from moevlm.runtime.batch import Batch, cache_capacity
 from moevlm.runtime.engine import Engine, VisualFeatures
@@ -19,9 +19,13 @@ Array = np.ndarray
 
 
 class Tapped(Engine, Protocol):
-    """An engine that shows values from the inside of its last forward, by name, rows [B * S, ...]."""
+    """An engine that shows values from the inside of its last forward, by name, rows [B * S, ...].
+
+    kernel_routes: it does not show its choice of experts, only the logits that it chose from.
+    """
 
     taps: dict[str, Array]
+    kernel_routes: bool
 
 
 class Expected:
@@ -31,7 +35,7 @@ class Expected:
     """
 
     def __init__(self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]) -> None:
-        self.facts, self.config, self.answers = facts, model.config, answers
+        self.facts, self.config, self.cases, self.answers = facts, model.config, cases, answers
         self.prompts = [case.prompt for case in cases]
         images = pack(cases, facts)
         assert images is not None  # some of the cases have images
@@ -53,10 +57,14 @@ class Expected:
         self.hidden: list[Array] = []
 
     def batch(self, engine: Engine, visual: VisualFeatures) -> Batch:
-        """All prompts together in a new cache, with room for the greedy tokens."""
+        """All prompts together in a new cache."""
+        return Batch(engine, self.facts, self.prompts, visual, self.capacity)
+
+    @property
+    def capacity(self) -> int:
+        """Room for the longest prompt and the greedy tokens."""
         longest = max(len(prompt.ids) for prompt in self.prompts)
-        capacity = cache_capacity(longest + GREEDY_TOKENS, self.facts.context)
-        return Batch(engine, self.facts, self.prompts, visual, capacity)
+        return cache_capacity(longest + GREEDY_TOKENS, self.facts.context)
 
 
 def checks(expected: Expected, step: str, engine: Engine, tapped: Tapped, tolerance: Tolerance) -> Iterator[Check]:
@@ -71,7 +79,7 @@ def checks(expected: Expected, step: str, engine: Engine, tapped: Tapped, tolera
     if expected.deepstack.size:
         yield error("deepstack features", visual.deepstack, expected.deepstack, tolerance.features)
     taps = taps_of_prompts(expected, tapped, visual)
-    yield _routing(expected, step, taps, tolerance)
+    yield _routing(expected, step, taps, tolerance, tapped.kernel_routes)
     if expected.hidden:
         yield _hidden(expected, step, taps, tolerance)
     batch = expected.batch(engine, visual)
@@ -80,6 +88,7 @@ def checks(expected: Expected, step: str, engine: Engine, tapped: Tapped, tolera
     yield error("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill, tolerance.logits)
     steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[:-1]])
     yield error("decode logits", steps, expected.decode[1:], tolerance.logits)
+    yield error("each prompt alone", *_alone(expected, engine), tolerance.logits)
     yield _greedy(expected, step, engine, visual)
 
 
@@ -105,7 +114,7 @@ def _hidden(expected: Expected, step: str, taps: dict[str, Array], tolerance: To
     return Check(step, "hidden states", max(errors), tolerance.features, not over, note)
 
 
-def _routing(expected: Expected, step: str, taps: dict[str, Array], tolerance: Tolerance) -> Check:
+def _routing(expected: Expected, step: str, taps: dict[str, Array], tolerance: Tolerance, kernel_routes: bool) -> Check:
     """Counts tokens sent to another set of experts; such a flip passes only at a near tie, and its margin is named."""
     ours = [np.sort(taps[f"layers.{i}.expert_index"], -1) for i in expected.config.moe_layers]
     flips, margins, first = 0, [0.0], None
@@ -114,7 +123,7 @@ def _routing(expected: Expected, step: str, taps: dict[str, Array], tolerance: T
         flips += len(rows)
         first = expected.config.moe_layers[layer] if first is None and len(rows) else first
         margins += [_margin(expected, layer, int(row), mine[row], theirs[row]) for row in rows]
-    note = f"of {sum(map(len, ours))}"
+    note = f"of {sum(map(len, ours))}" + (", from its logits" if kernel_routes else "")
     if flips:
         note += f", first in layer {first}, widest margin {max(margins):.1e}"
     return Check(step, "routings that differ", float(flips), 0, max(margins) <= tolerance.near_tie, note)
@@ -128,6 +137,21 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
     lost, gained = np.setdiff1d(theirs, mine), np.setdiff1d(mine, theirs)
     # Groups and biases leave no order between the two; as many must have come as have gone, or one was chosen twice.
     return float(np.ptp(score[[*lost, *gained]])) if len(lost) == len(gained) else float("inf")
+
+
+def _alone(expected: Expected, engine: Engine) -> tuple[Array, Array]:
+    """Logits of every prompt by itself, its images in a vision call of their own, and of a few decode steps.
+
+    Kernels take other paths for one sequence than for several, and one sequence is what `moevlm run` has.
+    """
+    ours, theirs = [], []
+    for case, answer in zip(expected.cases, expected.answers, strict=True):
+        images = pack([case], expected.facts)
+        visual = None if images is None else engine.encode(images)
+        batch = Batch(engine, expected.facts, [case.prompt], visual, expected.capacity)
+        ours += [batch.prefill(every_position=True), *(batch.decode([t]) for t in answer.tokens[:ALONE_STEPS])]
+        theirs += [answer.prefill, answer.decode[1 : ALONE_STEPS + 1]]
+    return np.concatenate(ours), np.concatenate(theirs)
 
 
 def _greedy(expected: Expected, step: str, engine: Engine, visual: VisualFeatures) -> Check:

@@ -17,7 +17,7 @@ class TappedEngine:
     """An engine of a bundle that also records which experts each token went to, and its hidden states.
 
     taps: of the last forward, by name as in the graph, rows [B * S, ...]. A graph that keeps its routers shows
-    `expert_index` itself; where the kernel routes, the numpy spec says what its logits mean.
+    `expert_index` itself; where the kernel routes (kernel_routes), the numpy spec says what its logits mean.
     """
 
     def __init__(self, bundle: Bundle, target: str, config: ModelConfig) -> None:
@@ -38,6 +38,7 @@ class TappedEngine:
             bundle.path(engine.vision), Path(decoder), bundle.manifest.model, tapped=graph.SerializeToString()
         )
         self.taps: dict[str, np.ndarray] = {}
+        self.kernel_routes = not any(f"layers.{i}.expert_index" in produced for i in config.moe_layers)
 
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
         return self._engine.encode(inputs)

@@ -55,6 +55,7 @@ TARGETS = {
 
 def targets(names: Iterable[str]) -> tuple[Target, ...]:
     """The targets of these names, each once. Raises BuildError for an unknown one."""
+    names = tuple(names)
     unknown = [name for name in names if name not in TARGETS]
     if unknown:
         raise BuildError(f'unknown target "{unknown[0]}" (allowed: {", ".join(TARGETS)})')

@@ -17,4 +17,5 @@ class Tolerance:
 
 TOLERANCES = {"float32": Tolerance(features=1e-4, logits=1e-4, near_tie=1e-6)}
 GREEDY_TOKENS = 64
+ALONE_STEPS = 4  # decode steps of a prompt by itself
 CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images

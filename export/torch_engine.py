@@ -25,6 +25,7 @@ class TorchEngine:
     def __init__(self, model: CanonicalModel) -> None:
         self.config = model.config
         self.taps: dict[str, np.ndarray] = {}
+        self.kernel_routes = False
         self._vision, self._decoder = model.materialize()
 
     @torch.no_grad()

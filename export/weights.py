@@ -5,7 +5,6 @@ experts at a time. Every rearrangement is another `Weight` around the first.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +15,6 @@ import onnx_ir as ir
 # Small enough that a slice stays in the CPU's cache on its way from the file through a cast to the engine file, and
 # that malloc reuses its memory: at 32 MiB every slice is mapped afresh, and bf16 -> fp32 runs at a fifth of the speed.
 SLICE_BYTES = 4 << 20
-# Each slice of a transposed tensor reads its whole source: few and large slices.
-TRANSPOSED_SLICE_BYTES = 128 << 20
 
 
 class Weight(Protocol):
@@ -62,45 +59,6 @@ class PerRow:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """`function` applied to the whole source, in memory at once: for small tensors only."""
-
-    source: Weight
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    function: Callable[[np.ndarray], np.ndarray]
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.function(self.source.rows(0, self.source.shape[0]))[start:stop]
-
-
-@dataclass(frozen=True)
-class Transposed:
-    """[m, n] -> [n, m], in memory bounded by the slice: a vocabulary's [V, H] does not pass through it whole."""
-
-    source: Weight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        m, n = self.source.shape
-        return (n, m)
-
-    @property
-    def dtype(self) -> np.dtype:
-        return self.source.dtype
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        n, m = self.shape
-        start, stop, _ = slice(start, stop).indices(n)
-        out = np.empty((stop - start, m), self.dtype)
-        step = max(1, SLICE_BYTES // max(1, n * self.dtype.itemsize))
-        for first in range(0, m, step):
-            block = self.source.rows(first, min(first + step, m))
-            out[:, first : first + len(block)] = _swapped(block[:, start:stop])
-        return out
-
-
-@dataclass(frozen=True)
 class Concat:
     """Sources one after the other along the first axis."""
 
@@ -112,7 +70,7 @@ class Concat:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.sources[0].dtype
+        return np.result_type(*(source.dtype for source in self.sources))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         parts, offset = [], 0
@@ -136,7 +94,7 @@ class Stack:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.sources[0].dtype
+        return np.result_type(*(source.dtype for source in self.sources))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         return np.stack([s.rows(0, s.shape[0]) for s in self.sources[start:stop]])
@@ -148,11 +106,6 @@ def cast(source: Weight, dtype: np.dtype) -> Weight:
     if source.dtype == dtype:
         return source
     return PerRow(source, source.shape, dtype, lambda a: a.astype(dtype))
-
-
-def transpose(source: Weight) -> Weight:
-    """[m, n] -> [n, m]."""
-    return Transposed(source)
 
 
 def swap_last(source: Weight) -> Weight:
@@ -181,21 +134,9 @@ def slices(weight: Weight) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(weight.rows(0, 1))
         return
     row_bytes = max(1, math.prod(weight.shape[1:]) * weight.dtype.itemsize)
-    step = max(1, _slice_bytes(weight) // row_bytes)
+    step = max(1, SLICE_BYTES // row_bytes)
     for start in range(0, weight.shape[0], step):
         yield np.ascontiguousarray(weight.rows(start, min(start + step, weight.shape[0])))
-
-
-def _slice_bytes(weight: Weight) -> int:
-    if isinstance(weight, Whole):
-        return sys.maxsize
-    if isinstance(weight, Transposed):
-        return max(TRANSPOSED_SLICE_BYTES, _slice_bytes(weight.source))
-    if isinstance(weight, PerRow):
-        return _slice_bytes(weight.source)
-    if isinstance(weight, Concat):
-        return max(_slice_bytes(source) for source in weight.sources)
-    return SLICE_BYTES
 
 
 def read(weight: Weight) -> np.ndarray:

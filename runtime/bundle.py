@@ -12,7 +12,7 @@ from typing import Self
 import msgspec
 
 from moevlm.runtime.errors import BundleError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, digest_of
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -165,10 +165,12 @@ class Bundle:
 
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
-        for path in (self.directory / ENGINES).rglob("*"):
-            name = path.relative_to(self.directory).as_posix()
-            if (path.is_symlink() or not path.is_dir()) and name not in self.manifest.files:
-                raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
+        graphs = [graph for engine in self.manifest.engines.values() for graph in (engine.vision, engine.decoder)]
+        for folder in {ENGINES, *(PurePosixPath(graph).parent.as_posix() for graph in graphs)}:
+            for path in (self.directory / folder).rglob("*"):
+                name = path.relative_to(self.directory).as_posix()
+                if (path.is_symlink() or not path.is_dir()) and name not in {*self.manifest.files, MANIFEST}:
+                    raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
 
 
 def _default_engines(names: Iterable[str]) -> list[str]:
@@ -202,6 +204,9 @@ def _read_manifest(directory: Path) -> Manifest:
         version = msgspec.json.decode(data, type=_Version).schema
         if version != SCHEMA:
             raise BundleError(f"{path}: schema = {version} (supported: {SCHEMA}); export the bundle again")
-        return msgspec.json.decode(data, type=Manifest)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}") from None
+    if manifest.digest != digest_of(manifest):
+        raise BundleError(f"{path} is damaged or was changed: its fields do not have the digest that it names")
+    return manifest

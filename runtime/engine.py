@@ -12,7 +12,8 @@ class VisionInputs:
 
     pixel_patches: [P, channels * temporal_patch * patch**2] float32, normalised.
     position_index, position_weight: [P, taps] int64, float32: rows of the position table and their weights.
-    rope_cos, rope_sin: [P, head_dim / 2] float32. segment_id: [P] int64, equal for patches that see each other.
+    rope_cos, rope_sin: [P, head_dim / 2] float32.
+    segment_id: [P] int64, never falling; patches that see each other have the same.
     """
 
     pixel_patches: np.ndarray

@@ -1,5 +1,6 @@
 """The bundle's manifest: every fact that the runtime needs, typed, and checked once when it is read."""
 
+import hashlib
 from typing import Any
 
 import msgspec
@@ -79,7 +80,11 @@ class EngineFacts(_Facts, frozen=True):
 
 
 class Manifest(_Facts, frozen=True):
-    """manifest.json. `files` covers every other file of the bundle, by its path inside it."""
+    """manifest.json. `files` covers every other file of the bundle, by its path inside it.
+
+    expert_layout: how the checkpoint's fused experts were read; every engine of the bundle has to read them so.
+    digest: of all the other fields, see `digest_of`; it finds damage, not forgery.
+    """
 
     schema: int
     model: ModelFacts
@@ -87,4 +92,11 @@ class Manifest(_Facts, frozen=True):
     files: dict[str, FileFacts]
     engines: dict[str, EngineFacts]
     tools: dict[str, str]
+    expert_layout: str = "auto"
     parity: dict[str, Any] = {}
+    digest: str = ""
+
+
+def digest_of(manifest: Manifest) -> str:
+    """sha256, in hexadecimal, of the manifest as compact JSON with an empty digest."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()

@@ -36,12 +36,13 @@ class OrtEngine:
         try:
             import onnxruntime
         except ImportError as error:
-            raise EngineError("this engine needs onnxruntime (pip install moevlm[cpu])") from error
+            raise EngineError("this engine needs onnxruntime (pip install 'moevlm[cpu]')") from error
         self._ort = onnxruntime
         self._model = model
         self._vision = self._session(vision, threads)
         self._decoder = self._session(decoder, threads, tapped)
         shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
+        self._require_same_model(shapes)
         self._deepstack = shapes["deepstack_embeds"][0] if "deepstack_embeds" in shapes else 0
         # A step without images still feeds one row, which no visual_index points at.
         self._no_visual = VisualFeatures(
@@ -49,10 +50,22 @@ class OrtEngine:
         )
         self._outputs = [v.name for v in self._decoder.get_outputs() if "_cache_out." not in v.name]
 
+    def _require_same_model(self, shapes: dict[str, list[int | str]]) -> None:
+        model, cache = self._model, shapes["key_cache.0"]
+        graph = {
+            "layers": sum(name.startswith("key_cache.") for name in shapes),
+            "kv_heads": cache[1],
+            "head_dim": cache[3],
+            "hidden": shapes["visual_embeds"][1],
+        }
+        for name, value in graph.items():
+            if getattr(model, name) != value:
+                raise EngineError(f"the decoder graph has {name} = {value}, manifest.json says {getattr(model, name)}")
+
     def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> "ort.InferenceSession":
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it says on failure is in the exception
         if graph is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
@@ -61,7 +74,9 @@ class OrtEngine:
             raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
 
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
-        """Visual tokens of all images of one packed call."""
+        """Visual tokens of all images of one packed call. Raises EngineError for segment ids that are not in order."""
+        if (np.diff(inputs.segment_id) < 0).any():
+            raise EngineError("segment_id falls: the patches of one image must follow each other")
         try:
             outputs = self._vision.run(None, vars(inputs))
         except Exception as error:

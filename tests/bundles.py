@@ -3,7 +3,14 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from moevlm.runtime.manifest import Manifest, digest_of
 
 
 def copy_bundle(bundle: Path, folder: Path) -> Path:
@@ -11,9 +18,18 @@ def copy_bundle(bundle: Path, folder: Path) -> Path:
     return Path(shutil.copytree(bundle, folder / "copy.moevlm"))
 
 
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Rewrite manifest.json by a function that edits it in place, with the digest that its new fields have."""
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    change(content)
+    with suppress(msgspec.DecodeError):  # fields that make no manifest have no digest either
+        content["digest"] = digest_of(msgspec.json.decode(json.dumps(content), type=Manifest))
+    path.write_text(json.dumps(content))
+
+
 def rehash(bundle: Path, name: str) -> None:
     """Make manifest.json agree with a file that was changed."""
-    manifest, data = bundle / "manifest.json", (bundle / name).read_bytes()
-    content = json.loads(manifest.read_text())
-    content["files"][name] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    manifest.write_text(json.dumps(content))
+    data = (bundle / name).read_bytes()
+    facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({name: facts}))

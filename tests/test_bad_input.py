@@ -18,7 +18,7 @@ import pytest
 
 from bench.random_checkpoint import config, write
 from moevlm.runtime.bundle import Bundle
-from tests.bundles import copy_bundle, rehash
+from tests.bundles import copy_bundle, edit_manifest, rehash
 from tests.command_line import COMMAND, assert_refused, call, environment, refused_run, spawn
 from tests.tiny import TinyCheckpoint, edit_json
 
@@ -267,6 +267,8 @@ def test_changed_byte_in_a_bundle(name: str, bundle: Path) -> None:
     digest = Bundle.open(bundle).manifest.files[name].sha256
     flip(bundle / name, (bundle / name).stat().st_size // 2)
     refused_run(bundle, "--prompt", "Hi", words=(name, "damaged or was changed", digest))
+    if name.startswith("engines"):
+        assert_refused(call("parity", bundle, "--checkpoint", "."), name, "damaged or was changed")
 
 
 def test_every_file_of_a_bundle_is_one_that_was_changed_above(bundle: Path) -> None:
@@ -295,7 +297,7 @@ def test_unlisted_file_beside_an_engine(bundle: Path) -> None:
     ],
 )
 def test_changed_manifest(change: Callable[[dict[str, Any]], object], words: tuple[str, ...], bundle: Path) -> None:
-    edit_json(bundle / "manifest.json", change)
+    edit_manifest(bundle, change)
     refused_run(bundle, "--prompt", "Hi", words=("manifest.json", *words))
 
 
@@ -312,11 +314,11 @@ def test_absent_target_lists_those_there(command: tuple[str, ...], tiny_bundle: 
 
 
 def test_bundle_without_an_engine(bundle: Path) -> None:
-    edit_json(bundle / "manifest.json", lambda m: m.update(engines={}))
+    edit_manifest(bundle, lambda m: m.update(engines={}))
     refused_run(bundle, "--prompt", "Hi", words=("available: none",))
 
 
 def test_manifest_with_a_damaged_verdict_is_still_shown(bundle: Path) -> None:
-    edit_json(bundle / "manifest.json", lambda m: m.update(parity={"ort-cpu": 5}))
+    edit_manifest(bundle, lambda m: m.update(parity={"ort-cpu": 5}))
     report = json.loads(call("inspect", bundle, "--json").out)
     assert [engine["parity"] for engine in report["engines"]] == ["not checked", "not checked"]

@@ -10,8 +10,18 @@ import numpy as np
 from moevlm.export.config import ModelConfig
 from moevlm.export.families.fields import HARMLESS, Fields
 from moevlm.export.families.sources import LAYOUTS, Source, named
-from moevlm.export.weights import Weight, cast
+from moevlm.export.weights import Weight, cast, slices
 from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
+
+# How the canonical config's own checks call a field -> its name in config.json, which is the same in every family.
+_CONFIG_NAMES = {
+    "deepstack layers": "vision_config.deepstack_visual_indexes",
+    "kv_heads": "text_config.num_key_value_heads",
+    "top_k": "text_config.num_experts_per_tok",
+    "topk_group": "text_config.topk_group",
+    "vision heads": "vision_config.num_heads",
+    "width of visual tokens": "vision_config.out_hidden_size",
+}
 
 _REGISTRY: dict[str, type["Family"]] = {}
 
@@ -40,12 +50,10 @@ def family_for(config: Mapping[str, Any]) -> "Family":
 class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
-    ignored: patterns of checkpoint tensors that belong to no supported part of the model.
     router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
     """
 
     weights: ClassVar[Mapping[str, str | Source]]
-    ignored: ClassVar[tuple[str, ...]] = ()
     router_suffix: ClassVar[str]
 
     @abstractmethod
@@ -57,8 +65,10 @@ class Family(ABC):
         fields = Fields(values)
         try:
             config = self.translate(fields)
-        except ValueError as error:  # a spec's own validation names the field and what is allowed
-            raise UnsupportedModelError(f"unsupported value in config.json: {error}") from error
+        except ValueError as error:  # "name = value (allowed: ...)", from the canonical config or a spec
+            name, *rest = str(error).partition(" = ")
+            field = _CONFIG_NAMES.get(name, name) + "".join(rest)
+            raise UnsupportedModelError(f"unsupported value in config.json: {field}") from error
         fields.refuse_unread(HARMLESS)
         return config
 
@@ -67,7 +77,7 @@ class Family(ABC):
     ) -> dict[str, Weight]:
         """A float32 recipe for every canonical parameter (name -> shape).
 
-        Raises CheckpointError for a tensor that is absent, has another shape, or is left over.
+        Raises CheckpointError for a tensor that is absent, has another shape or no float dtype, or is left over.
         """
         if expert_layout not in LAYOUTS:
             raise CheckpointError(f'expert_layout = "{expert_layout}" (allowed: {", ".join(LAYOUTS)})')
@@ -76,11 +86,24 @@ class Family(ABC):
         for name, shape in parameters.items():
             source, indices = self._source(name)
             bound[name] = cast(source(used, indices, shape, expert_layout), np.dtype(np.float32))
-        ignored = re.compile("|".join(self.ignored) or r"(?!)")
-        left = [name for name in tensors if name not in used.names and not ignored.match(name)]
+        if "decoder.head" not in parameters:
+            self._check_tied_head(used, bound["decoder.embedding"])
+        left = [name for name in tensors if name not in used.names]
         if left:
             raise CheckpointError(f"{len(left)} tensors of the checkpoint have no place in the model, first: {left[0]}")
         return bound
+
+    def _check_tied_head(self, tensors: Mapping[str, Weight], embedding: Weight) -> None:
+        """A tied checkpoint may still carry its head, but transformers ties only a head that equals the embedding."""
+        name = str(self.weights["decoder.head"])
+        if name not in tensors:
+            return
+        source, indices = self._source("decoder.head")
+        head = cast(source(tensors, indices, embedding.shape, "auto"), embedding.dtype)
+        if not all(map(np.array_equal, slices(head), slices(embedding))):
+            raise CheckpointError(
+                f"tensor {name} differs from the embedding, though config.json says tie_word_embeddings = true"
+            )
 
     def _source(self, name: str) -> tuple[Source, dict[str, str]]:
         for pattern, source in self.weights.items():

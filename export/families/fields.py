@@ -73,45 +73,52 @@ class Fields:
         """A positive integer."""
         value = self.get(key, default)
         if not _is_count(value) or value < 1:
-            raise self.invalid(key, "a positive integer")
+            raise self.invalid(key, value, "a positive integer")
         return int(value)
+
+    def aliased(self, key: str, alias: str) -> int:
+        """A positive integer under either name, or under both with one value."""
+        value = self.positive(key if key in self or alias not in self else alias)
+        if alias in self and self[alias] != value:
+            raise self.invalid(alias, self[alias], f"{self._name(key)} = {value}")
+        return value
 
     def count(self, key: str, default: Any = _REQUIRED) -> int:
         """An integer, 0 or more."""
         value = self.get(key, default)
         if not _is_count(value):
-            raise self.invalid(key, "an integer, 0 or more")
+            raise self.invalid(key, value, "an integer, 0 or more")
         return int(value)
 
     def counts(self, key: str, default: Any = _REQUIRED) -> tuple[int, ...]:
         """A list of integers, 0 or more each."""
         value = self.get(key, default)
         if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
-            raise self.invalid(key, "a list of integers")
+            raise self.invalid(key, value, "a list of integers")
         return tuple(value)
 
-    def ids(self, key: str) -> tuple[int, ...]:
+    def ids(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """One token id, a list of them, or nothing."""
-        value = self.get(key, ())
-        return (value,) if _is_count(value) else self.counts(key, ())
+        value = self.get(key, default)
+        return (value,) if _is_count(value) else self.counts(key, default)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A positive number."""
         value = self.get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.invalid(key, "a positive number")
+            raise self.invalid(key, value, "a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise self.invalid(key, "true or false")
+            raise self.invalid(key, value, "true or false")
         return value
 
-    def invalid(self, key: str, allowed: str) -> CheckpointError:
-        """The error for the value of `key`."""
-        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {self._values[key]!r} ({allowed})")
+    def invalid(self, key: str, value: Any, allowed: str) -> CheckpointError:
+        """The error for the value of `key`, which may be its default."""
+        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} ({allowed})")
 
     def choice(self, key: str, allowed: Mapping[Any, Any] | Sequence[Any], default: Any = _REQUIRED) -> Any:
         """One of `allowed`; with a mapping, what the value maps to. Raises UnsupportedModelError for any other."""
@@ -124,11 +131,19 @@ class Fields:
             )
         return allowed[value] if isinstance(allowed, Mapping) else value
 
+    def every(self, key: str, allowed: str, length: int) -> None:
+        """A list of `length` times `allowed`, or nothing. Raises UnsupportedModelError for any other."""
+        value = self.get(key, None)
+        if value is not None and value != [allowed] * length:
+            raise UnsupportedModelError(
+                f"unsupported value in config.json: {self._name(key)} = {value!r} (supported: {length} times {allowed})"
+            )
+
     def sub(self, key: str, default: Mapping[str, Any] | None = None) -> "Fields":
         """A nested object."""
         value = self.get(key) if default is None else self.get(key, default)
         if not isinstance(value, Mapping):
-            raise self.invalid(key, "an object")
+            raise self.invalid(key, value, "an object")
         child = Fields(value, self._name(key))
         self._children.append(child)
         return child

@@ -42,28 +42,32 @@ class Glm4vMoe(Family):
             decoder=self._decoder(text, any(tied)),
             vision=self._vision(vision),
             image_token_id=fields.count("image_token_id"),
-            eos_token_ids=text.ids("eos_token_id"),
+            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),  # the outer one goes first
         )
 
     def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         hidden, heads = text.positive("hidden_size"), text.positive("num_attention_heads")
         head_dim = text.positive("head_dim", hidden // heads)
-        rope = mrope(text, head_dim, interleaved=False, default_sections=(8, 12, 12))
+        rope = mrope(text, head_dim, interleaved=False, default_sections=(8, 12, 12), default_partial=0.5)
         activation = text.choice("hidden_act", {"silu": "silu"})
         text.choice("use_qk_norm", (False,), False)
-        width = text.positive("moe_intermediate_size")
+        layers, width = text.positive("num_hidden_layers"), text.positive("moe_intermediate_size")
+        text.every("layer_types", "full_attention", layers)
+        experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group", 1)
+        if experts % groups or (groups > 1 and experts < 2 * groups):  # a group scores by its best two
+            raise text.invalid("n_group", groups, f"1, or a divisor of the {experts} experts up to {experts // 2}")
         router = RouterSpec(
             top_k=text.positive("num_experts_per_tok"),
             scoring="sigmoid",
             renormalize=text.flag("norm_topk_prob", True),
             epsilon=1e-20,
             scale=text.number("routed_scaling_factor", 1.0),
-            n_group=text.positive("n_group", 1),
+            n_group=groups,
             topk_group=text.positive("topk_group", 1),
             group_score="top2_sum",
         )
         moe = MoEConfig(
-            experts=text.positive("n_routed_experts"),
+            experts=experts,
             width=width,
             router=router,
             expert=ExpertsSpec(activation=activation),
@@ -88,7 +92,7 @@ class Glm4vMoe(Family):
                 out_bias=False,
             ),
             rope=rope,
-            feed_forward=tuple(dense if i < dense_layers else moe for i in range(text.positive("num_hidden_layers"))),
+            feed_forward=tuple(dense if i < dense_layers else moe for i in range(layers)),
         )
 
     def _vision(self, vision: Fields) -> VisionConfig:
@@ -152,5 +156,3 @@ class Glm4vMoe(Family):
         "vision.merger.norm.bias": "model.visual.merger.post_projection_norm.bias",
         **{f"vision.merger.mlp.{part}.weight": f"model.visual.merger.{part}_proj.weight" for part in _PARTS},
     }
-    # A tied checkpoint may still carry its head. Layer 46 of the release predicts further tokens; nobody runs it here.
-    ignored = (r"lm_head\.weight$", r"model\.language_model\.layers\.46\.")

@@ -43,19 +43,21 @@ class Qwen3VLMoe(Family):
             decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False), vision=vision),
             vision=self._vision(vision),
             image_token_id=fields.count("image_token_id"),
-            eos_token_ids=text.ids("eos_token_id"),
+            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),  # the outer one goes first
         )
 
     def _decoder(self, text: Fields, tied: bool, vision: Fields) -> DecoderConfig:
         hidden, heads = text.positive("hidden_size"), text.positive("num_attention_heads")
         head_dim = text.positive("head_dim", hidden // heads)
+        rope = mrope(text, head_dim, interleaved=True, default_sections=(24, 20, 20))
         activation = text.choice("hidden_act", {"silu": "silu"})
         text.choice("norm_topk_prob", (True,), True)
         text.choice("use_sliding_window", (False,), False)
         bias = text.flag("attention_bias", False)
-        experts = text.positive("num_experts" if "num_experts" in text else "num_local_experts")
+        layers = text.positive("num_hidden_layers")
+        text.every("layer_types", "full_attention", layers)
         moe = MoEConfig(
-            experts=experts,
+            experts=text.aliased("num_experts", "num_local_experts"),
             width=text.positive("moe_intermediate_size"),
             router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
             expert=ExpertsSpec(activation=activation),
@@ -72,15 +74,13 @@ class Qwen3VLMoe(Family):
                 heads=heads,
                 kv_heads=text.positive("num_key_value_heads", heads),
                 head_dim=head_dim,
-                rotary_dim=head_dim,
+                rotary_dim=rope.dim,
                 qk_norm=True,
                 qkv_bias=bias,
                 out_bias=bias,
             ),
-            rope=mrope(text, head_dim, interleaved=True, default_sections=(24, 20, 20)),
-            feed_forward=tuple(
-                dense if i in dense_layers or (i + 1) % step else moe for i in range(text.positive("num_hidden_layers"))
-            ),
+            rope=rope,
+            feed_forward=tuple(dense if i in dense_layers or (i + 1) % step else moe for i in range(layers)),
             deepstack=len(vision.counts("deepstack_visual_indexes")),
         )
 
@@ -88,7 +88,7 @@ class Qwen3VLMoe(Family):
         hidden, merge = vision.positive("hidden_size"), vision.positive("spatial_merge_size", 2)
         positions = vision.positive("num_position_embeddings")
         if math.isqrt(positions) ** 2 != positions:
-            raise vision.invalid("num_position_embeddings", "a square number")
+            raise vision.invalid("num_position_embeddings", positions, "a square number")
         return VisionConfig(
             hidden=hidden,
             depth=vision.positive("depth"),
@@ -156,5 +156,3 @@ class Qwen3VLMoe(Family):
             )
         },
     }
-    # A tied checkpoint may still carry its head; it is the embedding again.
-    ignored = (r"lm_head\.weight$",)

@@ -1,28 +1,42 @@
 """Rotary embedding fields of config.json: the new `rope_parameters` and the older `rope_scaling` with `rope_theta`."""
 
 from moevlm.export.families.fields import Fields
-from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import RopeFacts
 
 
-def mrope(text: Fields, head_dim: int, *, interleaved: bool, default_sections: tuple[int, int, int]) -> RopeFacts:
-    """Multimodal rope with (time, height, width) sections. Raises UnsupportedModelError for a scaled variant."""
-    if "rope_parameters" in text:
-        rope = text.sub("rope_parameters")
+def mrope(
+    text: Fields,
+    head_dim: int,
+    *,
+    interleaved: bool,
+    default_sections: tuple[int, int, int],
+    default_partial: float | None = None,
+) -> RopeFacts:
+    """Multimodal rope with (time, height, width) sections. Raises UnsupportedModelError for a scaled variant.
+
+    default_partial: `partial_rotary_factor` where config.json has none; None for a family that rotates whole heads.
+    """
+    rope = text.sub("rope_parameters") if "rope_parameters" in text else text.sub("rope_scaling", {})
+    if "rope_theta" in rope:
         theta = rope.number("rope_theta")
+        text.choice("rope_theta", (theta,), theta)  # the older place, beside the new one
     else:
-        rope = text.sub("rope_scaling", {})
         theta = text.number("rope_theta")
-    # Older files say "mrope" or "default" under "type"; both are unscaled.
-    rope.choice("type", ("default", "mrope"), "default")
-    rope.choice("rope_type", ("default", "mrope"), "default")
+    _check_type(rope, ("default",))
     rope.choice("mrope_interleaved", (interleaved,), interleaved)
-    partial = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", 1.0))
+    if default_partial is None:
+        partial = 1.0
+        for part in (rope, text):
+            part.choice("partial_rotary_factor", (partial,), partial)
+    else:
+        partial = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", default_partial))
     dim = int(head_dim * partial)
+    if dim % 2 or not 0 < dim <= head_dim:
+        rotated = f"{dim} of its dimensions rotate, allowed: an even number from 2 to {head_dim}"
+        raise text.invalid("head_dim", head_dim, rotated)
     sections = rope.counts("mrope_section", default_sections)
     if len(sections) != 3 or sum(sections) != dim // 2:
-        given = f"invalid value in config.json: mrope_section = {list(sections)}"
-        raise CheckpointError(f"{given} (three numbers that add up to {dim // 2})")
+        raise rope.invalid("mrope_section", list(sections), f"three numbers that add up to {dim // 2}")
     return RopeFacts(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
 
 
@@ -31,5 +45,11 @@ def axial_theta(vision: Fields) -> float:
     if "rope_parameters" not in vision:
         return 10000.0
     rope = vision.sub("rope_parameters")
-    rope.choice("rope_type", ("axial",), "axial")
+    _check_type(rope, ("axial", "default"))  # transformers reads "default" as axial here
     return rope.number("rope_theta", 10000.0)
+
+
+def _check_type(rope: Fields, allowed: tuple[str, ...]) -> None:
+    """`type` is the older name of rope_type; beside a rope_type, transformers does not read it."""
+    rope.choice("rope_type" if "rope_type" in rope else "type", allowed, "default")
+    rope.get("type", None)

@@ -4,11 +4,15 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from moevlm.export.safetensors_file import DTYPES
 from moevlm.export.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
 from moevlm.runtime.errors import CheckpointError
 
 # The last two axes of fused expert tensors: out_in is [E, 2I, H] and [E, H, I], in_out is [E, H, 2I] and [E, I, H].
 LAYOUTS = ("auto", "out_in", "in_out")
+
+# What can be widened to float32 as it is; integers and fp8 mean something only together with their scales.
+_FLOATS = tuple(DTYPES[name] for name in ("BF16", "F16", "F32", "F64"))
 
 Shape = tuple[int, ...]
 Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
@@ -16,14 +20,24 @@ Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
 
 def _get(tensors: Mapping[str, Weight], name: str) -> Weight:
     try:
-        return tensors[name]
+        weight = tensors[name]
     except KeyError:
         raise CheckpointError(f"the checkpoint lacks tensor {name}") from None
+    if weight.dtype not in _FLOATS:
+        supported = ", ".join(map(str, _FLOATS))
+        raise CheckpointError(f"tensor {name} has dtype {weight.dtype} (supported: {supported})")
+    return weight
 
 
 def _expect(name: str, weight: Weight, shape: Shape) -> Weight:
     if weight.shape != shape:
         raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the config asks for {list(shape)}")
+    return weight
+
+
+def _expect_rank(name: str, weight: Weight, rank: int) -> Weight:
+    if len(weight.shape) != rank:
+        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the model asks for {rank} dimensions")
     return weight
 
 
@@ -38,11 +52,11 @@ def named(pattern: str) -> Source:
 
 
 def flattened(pattern: str) -> Source:
-    """A convolution over non-overlapping patches as a matrix: [out, ...] -> [out, prod(...)]."""
+    """A 3-D convolution over non-overlapping patches as a matrix: [out, in, t, h, w] -> [out, in * t * h * w]."""
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        weight = _get(tensors, name)
+        weight = _expect_rank(name, _get(tensors, name), 5)
         return _expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
 
     return source
@@ -53,7 +67,7 @@ def channels_last(pattern: str) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        weight = _get(tensors, name)
+        weight = _expect_rank(name, _get(tensors, name), 4)
         out, channels, height, width = weight.shape
         rows = PerRow(
             weight,
@@ -104,14 +118,13 @@ def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) 
 
 
 def stacked_experts(*patterns: str) -> Source:
-    """One tensor per expert, {e}, and per part: the parts joined (gate rows, then up rows), the experts stacked."""
+    """One tensor per expert, {e}, and per part: equal parts joined (gate rows, then up rows), the experts stacked."""
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        experts = []
+        part, experts = (shape[1] // len(patterns), *shape[2:]), []
         for e in range(shape[0]):
             names = [pattern.format(e=e, **indices) for pattern in patterns]
-            rows = Concat([_get(tensors, name) for name in names])
-            experts.append(_expect(" + ".join(names), rows, shape[1:]))
+            experts.append(Concat([_expect(name, _get(tensors, name), part) for name in names]))
         return Stack(experts)
 
     return source

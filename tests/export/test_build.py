@@ -79,13 +79,42 @@ def test_manifest_says_what_the_runtime_needs(tiny_bundle: Path, tiny_checkpoint
     assert set(manifest.source) == {"config.json", "model.safetensors"}
     for name, facts in manifest.source.items():
         assert facts.size == (tiny_checkpoint / name).stat().st_size
-    assert {"moevlm", "torch", "onnx", "onnxruntime"} <= set(manifest.tools)
+    assert {"moevlm", "torch", "onnx", "onnx-ir"} <= set(manifest.tools)
 
 
 def test_side_files_are_those_of_the_checkpoint(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
-    theirs = {"preprocessor.json": "preprocessor_config.json"}
-    for name in SIDE_FILES:
-        assert (tiny_bundle / name).read_bytes() == (tiny_checkpoint / theirs.get(name, name)).read_bytes()
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        assert (tiny_bundle / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    theirs = json.loads((tiny_checkpoint / "preprocessor_config.json").read_text())
+    assert json.loads((tiny_bundle / "preprocessor.json").read_text()) == theirs
+
+
+def test_image_processor_is_found_in_the_file_of_a_whole_processor(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "c"))
+    alone = json.loads((checkpoint / "preprocessor_config.json").read_text())
+    (checkpoint / "preprocessor_config.json").unlink()
+    (checkpoint / "processor_config.json").write_text(json.dumps({"image_processor": alone, "processor_class": "P"}))
+    build(checkpoint, tmp_path / "b")
+    ours, theirs = (json.loads((b / "preprocessor.json").read_text()) for b in (tmp_path / "b", tiny_bundle))
+    assert ours == theirs
+
+
+def test_targets_may_come_from_any_iterable(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = build(tiny_checkpoint, tmp_path / "b", (name for name in ["ort-cpu"]))
+    assert set(bundle.manifest.engines) == {"ort-cpu"}
+
+
+def test_expert_layout_of_a_bundle_holds_for_targets_added_later(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(hub=True)
+    build(checkpoint, tmp_path / "b", ["reference"], expert_layout="in_out")
+    bundle = add_targets(tmp_path / "b", checkpoint, ["ort-cpu"])
+    assert bundle.manifest.expert_layout == "in_out"
+    with pytest.raises(CheckpointError, match="shape"):
+        build(checkpoint, tmp_path / "other", ["reference"], expert_layout="out_in")
 
 
 def test_checkpoint_without_side_files_still_builds(save_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

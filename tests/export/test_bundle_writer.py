@@ -332,13 +332,12 @@ from pathlib import Path
 import numpy as np, onnx_ir as ir
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint
-from moevlm.export.weights import cast, initializer, transpose
+from moevlm.export.weights import cast, initializer
 from moevlm.runtime.errors import MoevlmError
 
 def stream(checkpoint, destination, progress=None):
     weights = Checkpoint.open(checkpoint).tensors
-    make = lambda w: transpose(w) if "head" in w.name else cast(w, np.dtype(np.float32))
-    values = [initializer(name, make(weight)) for name, weight in weights.items()]
+    values = [initializer(name, cast(weight, np.dtype(np.float32))) for name, weight in weights.items()]
     graph = ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 23}, name="weights")
     with BundleWriter(destination) as writer:
         writer.add_model(ir.Model(graph, ir_version=11), "weights.onnx", progress)
@@ -352,14 +351,14 @@ def python(body: str, *arguments: object) -> list[str]:
 
 
 def save_checkpoint(directory: Path, megabytes: int) -> Path:
-    """bf16 tensors of 16 MB each, one after the other, so that making it needs little memory; one of them [V, H]."""
+    """bf16 tensors of 16 MB each, one after the other, so that making it needs little memory."""
     directory.mkdir()
     (directory / "config.json").write_text("{}")
     shards = {}
     block = RNG.standard_normal((8, 1 << 20), dtype=np.float32).astype(ml_dtypes.bfloat16)
     for number in range(megabytes // 16):
-        name = f"t{number}" if number else "head"
-        save_file({name: block if number else block.reshape(-1, 1024)}, directory / f"{name}.safetensors")
+        name = f"t{number}"
+        save_file({name: block}, directory / f"{name}.safetensors")
         shards[name] = f"{name}.safetensors"
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     return directory

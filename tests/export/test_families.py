@@ -1,7 +1,9 @@
 """config.json and tensor names to the canonical model: every layout on disk, one line for what is not understood."""
 
 import copy
+import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,11 +106,14 @@ def test_half_precision_is_widened_value_by_value(
 ) -> None:
     wide = canonical(saved[model_type])
     rounded = {name: torch.from_numpy(a).to(getattr(torch, dtype)).float().numpy() for name, a in wide.items()}
-    got = canonical(save_checkpoint(model_type=model_type, dtype=dtype))
-    bias = "decoder.layers.1.feed_forward.correction_bias"  # transformers keeps this one in float32 while it computes
-    if bias in got and not np.array_equal(got[bias], rounded[bias]):
-        rounded[bias] = wide[bias]
-    assert_same(got, rounded)
+    directory = save_checkpoint(model_type=model_type, dtype=dtype)
+    if model_type == "glm4v_moe":  # on the hub this one is float32 among half precision
+        ours, theirs = "decoder.layers.1.feed_forward.correction_bias", "layers.1.mlp.gate.e_score_correction_bias"
+        assert not np.array_equal(rounded[ours], wide[ours])
+        rounded[ours] = wide[ours]
+        bias = {f"model.language_model.{theirs}": torch.from_numpy(wide[ours])}
+        edit_tensors(directory, lambda tensors: tensors.update(bias))
+    assert_same(canonical(directory), rounded)
 
 
 def test_gate_rows_come_before_up_rows(saved: dict[str, Path]) -> None:
@@ -205,9 +210,103 @@ def test_tensor_of_another_shape_is_named_with_both_shapes(
 
     edit_tensors(directory, shorten)
     ((name, shape),) = changed
-    # Experts that are stored one by one are checked once they are joined: gate and up rows.
-    size = shape[0] + (24 if "up_proj" in name and "experts.7" in name else 0)
-    refused(CheckpointError, name, f"has shape [{size}", "the config asks for", act=lambda: canonical(directory))
+    refused(
+        CheckpointError,
+        f"tensor {name} has shape {list(shape)}, the config asks for",
+        act=lambda: canonical(directory),
+    )
+
+
+def test_gate_and_up_rows_of_one_expert_are_of_equal_number(save_checkpoint: Callable[..., Path]) -> None:
+    directory = save_checkpoint(model_type="glm4v_moe")
+    expert = "model.language_model.layers.1.mlp.experts.3."
+
+    def move_two_rows(tensors: dict[str, torch.Tensor]) -> None:
+        rows = torch.cat([tensors[f"{expert}gate_proj.weight"], tensors[f"{expert}up_proj.weight"]])
+        tensors[f"{expert}gate_proj.weight"], tensors[f"{expert}up_proj.weight"] = rows[:22], rows[22:]
+
+    edit_tensors(directory, move_two_rows)
+    refused(
+        CheckpointError,
+        f"tensor {expert}gate_proj.weight has shape [22, 32], the config asks for [24, 32]",
+        act=lambda: canonical(directory),
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("qwen3_vl_moe", "model.visual.patch_embed.proj.weight"),
+        ("qwen3_vl_moe", "model.language_model.layers.0.mlp.experts.gate_up_proj"),
+        ("glm4v_moe", "model.visual.downsample.weight"),
+        ("glm4v_moe", "model.language_model.layers.1.mlp.experts.0.gate_proj.weight"),
+    ],
+)
+def test_tensor_of_another_rank_is_refused_by_name(
+    model_type: str, name: str, rank: int, save_checkpoint: Callable[..., Path]
+) -> None:
+    directory = save_checkpoint(model_type=model_type)
+    flat = torch.zeros(()) if rank == 0 else torch.zeros(7, 5)
+    edit_tensors(directory, lambda tensors: tensors.update({name: flat}))
+    refused(CheckpointError, f"tensor {name} has shape {list(flat.shape)}", act=lambda: canonical(directory))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "float8_e4m3fn", "bool"])
+@pytest.mark.parametrize(("model_type", "part"), CASES)
+def test_quantized_tensor_is_refused_by_name_and_dtype(
+    model_type: str, part: str, dtype: str, save_checkpoint: Callable[..., Path]
+) -> None:
+    directory = save_checkpoint(model_type=model_type)
+    changed = []
+
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        changed.extend(name for name in tensors if part in name)
+        for name in changed:
+            tensors[name] = tensors[name].to(getattr(torch, dtype))
+
+    edit_tensors(directory, quantize)
+    refused(
+        CheckpointError,
+        f"tensor {changed[0]} has dtype {dtype}",
+        "supported: bfloat16, float16, float32, float64",
+        act=lambda: canonical(directory),
+    )
+
+
+@families
+@pytest.mark.parametrize("stored", ["bfloat16", "float32"])
+def test_tied_head_that_is_stored_again_equals_the_embedding_or_is_refused(
+    stored: str, model_type: str, save_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moevlm.export.weights.SLICE_BYTES", 1000)  # several slices
+    directory = save_checkpoint(model_type=model_type, top={"tie_word_embeddings": True}, dtype="bfloat16")
+    alone = canonical(directory)
+
+    def add(change: float) -> Callable[[dict[str, torch.Tensor]], None]:
+        def edit(tensors: dict[str, torch.Tensor]) -> None:
+            head = tensors["model.language_model.embed_tokens.weight"].to(getattr(torch, stored), copy=True)
+            head[-1, -1] += change
+            tensors["lm_head.weight"] = head
+
+        return edit
+
+    edit_tensors(directory, add(0))
+    assert_same(canonical(directory), alone)
+    edit_tensors(directory, add(1))
+    refused(
+        CheckpointError,
+        "tensor lm_head.weight differs from the embedding",
+        "tie_word_embeddings",
+        act=lambda: canonical(directory),
+    )
+
+
+def test_layers_beyond_the_models_are_not_hidden(save_checkpoint: Callable[..., Path]) -> None:
+    directory = save_checkpoint(model_type="glm4v_moe")
+    extra = "model.language_model.layers.46.input_layernorm.weight"
+    edit_tensors(directory, lambda tensors: tensors.update({extra: torch.zeros(32)}))
+    refused(CheckpointError, "have no place", extra, act=lambda: canonical(directory))
 
 
 @families
@@ -253,17 +352,20 @@ CHOICES = [
     ("qwen3_vl_moe", "text_config.hidden_act", "gelu", "silu"),
     ("qwen3_vl_moe", "text_config.norm_topk_prob", False, "true"),
     ("qwen3_vl_moe", "text_config.use_sliding_window", True, "false"),
-    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "yarn", "default, mrope"),
-    ("qwen3_vl_moe", "text_config.rope_parameters.type", "linear", "default, mrope"),
+    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "yarn", "default"),
+    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "mrope", "default"),
+    ("qwen3_vl_moe", "text_config.rope_parameters.partial_rotary_factor", 0.5, "1.0"),
+    ("qwen3_vl_moe", "text_config.partial_rotary_factor", 0.5, "1.0"),
+    ("qwen3_vl_moe", "text_config.rope_theta", 5000000, "10000.0"),
     ("qwen3_vl_moe", "text_config.rope_parameters.mrope_interleaved", False, "true"),
     ("qwen3_vl_moe", "vision_config.hidden_act", "relu2", "gelu_pytorch_tanh, gelu, silu"),
-    ("qwen3_vl_moe", "vision_config.rope_parameters.rope_type", "default", "axial"),
+    ("qwen3_vl_moe", "vision_config.rope_parameters.rope_type", "linear", "axial, default"),
     ("glm4v_moe", "text_config.hidden_act", ["silu"], "silu"),
     ("glm4v_moe", "text_config.use_qk_norm", True, "false"),
-    ("glm4v_moe", "text_config.rope_parameters.rope_type", "dynamic", "default, mrope"),
+    ("glm4v_moe", "text_config.rope_parameters.rope_type", "dynamic", "default"),
     ("glm4v_moe", "text_config.rope_parameters.mrope_interleaved", True, "false"),
     ("glm4v_moe", "vision_config.hidden_act", "gelu", "silu"),
-    ("glm4v_moe", "vision_config.rope_parameters.rope_type", "yarn", "axial"),
+    ("glm4v_moe", "vision_config.rope_parameters.rope_type", "yarn", "axial, default"),
 ]
 
 
@@ -289,9 +391,22 @@ def test_every_choice_is_listed_here() -> None:
     """A new `choice` without its line above fails this test."""
     folder = Path(__file__).parents[2] / "export" / "families"
     made = sum(path.read_text().count(".choice(") for path in folder.glob("*.py"))
-    in_rope = {path.removeprefix("text_config.") for _, path, _, _ in CHOICES if "rope" in path}
-    elsewhere = [path for _, path, _, _ in CHOICES if "rope" not in path]
+    listed = [path for _, path, _, _ in CHOICES]
+    in_rope = {path.split(".")[-1] for path in listed if re.search("rope|rotary", path)}  # one file for all families
+    elsewhere = [path for path in listed if not re.search("rope|rotary", path)]
     assert made == len(in_rope) + len(elsewhere)
+
+
+@families
+@pytest.mark.parametrize("types", [["sliding_attention", "full_attention"], ["full_attention"], "full_attention"])
+def test_layer_types_other_than_full_attention_everywhere_are_refused(
+    types: Any, model_type: str, saved: dict[str, Path]
+) -> None:
+    refused(
+        UnsupportedModelError,
+        f"text_config.layer_types = {types!r} (supported: 2 times full_attention)",
+        act=lambda: parse(saved[model_type], text_config={"layer_types": types}),
+    )
 
 
 UNKNOWN = [
@@ -328,6 +443,66 @@ def test_harmless_fields_change_nothing(model_type: str, saved: dict[str, Path])
     harmless = {"torch_dtype": "bfloat16", "transformers_version": "4.57.0", "use_cache": False, "dtype": "float16"}
     changed = parse(saved[model_type], **harmless, text_config=harmless, vision_config={"initializer_range": 0.5})
     assert changed == parse(saved[model_type])
+
+
+EQUIVALENT = [
+    ("qwen3_vl_moe", {"text_config": {"num_experts": 8, "num_local_experts": 8}}),
+    ("qwen3_vl_moe", {"text_config": {"num_experts": 8, "num_local_experts": REMOVED}}),
+    ("qwen3_vl_moe", {"text_config": {"partial_rotary_factor": 1, "rope_parameters": {"partial_rotary_factor": None}}}),
+    ("qwen3_vl_moe", {"text_config": {"layer_types": ["full_attention"] * 2}}),
+    ("qwen3_vl_moe", {"text_config": {"rope_theta": 10000}}),
+    ("qwen3_vl_moe", {"text_config": {"rope_theta": 1e4, "rope_parameters": {"rope_theta": REMOVED}}}),
+    ("qwen3_vl_moe", {"text_config": {"rope_parameters": {"rope_type": REMOVED, "type": "default"}}}),
+    ("qwen3_vl_moe", {"text_config": {"rope_parameters": {"type": "mrope"}}}),
+    ("qwen3_vl_moe", {"vision_config": {"rope_parameters": {"rope_type": "default"}}}),
+    ("qwen3_vl_moe", {"eos_token_id": [2, 0]}),
+    ("glm4v_moe", {"text_config": {"num_local_experts": 8}}),
+    ("glm4v_moe", {"text_config": {"num_local_experts": 8, "n_routed_experts": REMOVED}}),
+    ("glm4v_moe", {"text_config": {"rope_parameters": {"partial_rotary_factor": REMOVED}}}),
+    ("glm4v_moe", {"text_config": {"layer_types": ["full_attention"] * 2}}),
+    ("glm4v_moe", {"text_config": {"rope_theta": 10000.0}}),
+    ("glm4v_moe", {"vision_config": {"rope_parameters": {"rope_type": REMOVED, "type": "default"}}}),
+    ("glm4v_moe", {"eos_token_id": [2, 0]}),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes"), EQUIVALENT)
+def test_other_spellings_of_one_model_are_read_as_transformers_reads_them(
+    model_type: str, changes: dict[str, Any], saved: dict[str, Path]
+) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    given = json.loads((saved[model_type] / "config.json").read_text())
+    assert parse(saved[model_type], **changes) == parse(saved[model_type])
+    models = []
+    for values in (given, merge(given, changes)):
+        with torch.device("meta"):
+            models.append(AutoModelForImageTextToText.from_config(AutoConfig.for_model(**values)))
+    shapes = [{name: tensor.shape for name, tensor in model.state_dict().items()} for model in models]
+    rotated = [model.model.language_model.rotary_emb.inv_freq.shape for model in models]
+    assert (shapes[0], rotated[0]) == (shapes[1], rotated[1])
+
+
+@families
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("name", ["rope_type", "type"])
+def test_mrope_is_no_rope_type_here_or_in_transformers(
+    name: str, place: str, model_type: str, saved: dict[str, Path]
+) -> None:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = json.loads((saved[model_type] / "config.json").read_text())
+    text = config["text_config"]
+    rope = text.pop("rope_parameters")
+    del rope["rope_type"]
+    text |= {place: rope | {name: "mrope"}, "rope_theta": rope["rope_theta"]}
+    refused(
+        UnsupportedModelError,
+        f'text_config.{place}.{name} = "mrope" (supported: default)',
+        act=lambda: family_for(config).config(config),
+    )
+    with torch.device("meta"), pytest.raises(KeyError, match="mrope"):
+        AutoModelForImageTextToText.from_config(AutoConfig.for_model(**config))
 
 
 HUB_ROPE = {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"}
@@ -370,16 +545,35 @@ def test_glm_rope_scaling_as_on_the_hub_equals_rope_parameters(saved: dict[str, 
     assert old.decoder.rope.dim == old.decoder.attention.rotary_dim == 8
 
 
+def test_decoder_rotates_as_many_dimensions_as_its_rope_has(saved: dict[str, Path]) -> None:
+    decoder = parse(saved["glm4v_moe"]).decoder
+    with pytest.raises(ValueError, match=r"rotary_dim = 8 \(allowed: rope.dim = 16\)"):
+        dataclasses.replace(decoder, rope=parse(saved["qwen3_vl_moe"]).decoder.rope)
+
+
 WRONG = [
-    ("qwen3_vl_moe", "text_config.rope_parameters.mrope_section", [4, 4, 4], "mrope_section = [4, 4, 4]"),
+    (
+        "qwen3_vl_moe",
+        "text_config.rope_parameters.mrope_section",
+        [4, 4, 4],
+        "rope_parameters.mrope_section = [4, 4, 4]",
+    ),
     ("qwen3_vl_moe", "text_config.rope_parameters.mrope_section", [8], "add up to 8"),
     ("qwen3_vl_moe", "text_config.rope_parameters.mrope_section", 8, "mrope_section = 8 (a list of integers)"),
     ("qwen3_vl_moe", "text_config.rope_parameters.rope_theta", "big", "rope_theta = 'big' (a positive number)"),
-    ("qwen3_vl_moe", "text_config.num_experts_per_tok", 9, "top_k = 9"),
+    ("qwen3_vl_moe", "text_config.num_experts_per_tok", 9, "text_config.num_experts_per_tok = 9"),
     ("qwen3_vl_moe", "text_config.num_experts_per_tok", 0, "num_experts_per_tok = 0 (a positive integer)"),
     ("qwen3_vl_moe", "text_config.hidden_size", "32", "hidden_size = '32' (a positive integer)"),
     ("qwen3_vl_moe", "text_config.vocab_size", None, "lacks text_config.vocab_size"),
-    ("qwen3_vl_moe", "text_config.num_key_value_heads", 3, "kv_heads = 3 (allowed: a divisor of the 4 heads)"),
+    (
+        "qwen3_vl_moe",
+        "text_config.num_key_value_heads",
+        3,
+        "num_key_value_heads = 3 (allowed: a divisor of the 4 heads)",
+    ),
+    ("qwen3_vl_moe", "text_config", {"hidden_size": 3, "head_dim": None}, "text_config.head_dim = 0 (a positive"),
+    ("qwen3_vl_moe", "text_config.head_dim", 7, "text_config.head_dim = 7 (7 of its dimensions rotate"),
+    ("qwen3_vl_moe", "text_config.num_experts", 4, "text_config.num_local_experts = 8 (text_config.num_experts = 4)"),
     ("qwen3_vl_moe", "text_config.mlp_only_layers", 1, "mlp_only_layers = 1 (a list of integers)"),
     ("qwen3_vl_moe", "text_config.rms_norm_eps", "tiny", "rms_norm_eps = 'tiny'"),
     ("qwen3_vl_moe", "text_config.attention_bias", "yes", "attention_bias = 'yes' (true or false)"),
@@ -390,20 +584,27 @@ WRONG = [
     ("qwen3_vl_moe", "image_token_id", 263, "image_token_id = 263 (allowed: up to 262)"),
     ("qwen3_vl_moe", "vision_config", 7, "vision_config = 7 (an object)"),
     ("qwen3_vl_moe", "vision_config.num_position_embeddings", 26, "= 26 (a square number)"),
-    ("qwen3_vl_moe", "vision_config.num_heads", 3, "vision heads = 3"),
-    ("qwen3_vl_moe", "vision_config.num_heads", 8, "vision heads = 8"),
-    ("qwen3_vl_moe", "vision_config.deepstack_visual_indexes", [0, 5], "[0, 5] (allowed: some of 0 to 1)"),
-    ("qwen3_vl_moe", "vision_config.deepstack_visual_indexes", [0, 1, 0], "deepstack layers = [0, 1, 0]"),
-    ("qwen3_vl_moe", "text_config.num_hidden_layers", 1, "deepstack levels = 2"),
-    ("qwen3_vl_moe", "vision_config.out_hidden_size", 48, "width of visual tokens = 48 (allowed: 32)"),
-    ("glm4v_moe", "text_config.n_group", 3, "n_group = 3 (allowed: a divisor of the 8 experts)"),
-    ("glm4v_moe", "text_config.n_group", 8, "a group has only 1 expert"),
-    ("glm4v_moe", "text_config.topk_group", 3, "topk_group = 3 (allowed: 1 to n_group = 2)"),
-    ("glm4v_moe", "text_config.num_experts_per_tok", 5, "top_k = 5"),
+    ("qwen3_vl_moe", "vision_config.num_heads", 3, "vision_config.num_heads = 3"),
+    ("qwen3_vl_moe", "vision_config.num_heads", 8, "vision_config.num_heads = 8"),
+    ("qwen3_vl_moe", "vision_config.deepstack_visual_indexes", [0, 5], "indexes = [0, 5] (allowed: some of 0 to 1)"),
+    ("qwen3_vl_moe", "vision_config.deepstack_visual_indexes", [0, 1, 0], "_visual_indexes = [0, 1, 0]"),
+    (
+        "qwen3_vl_moe",
+        "text_config.num_hidden_layers",
+        1,
+        "vision_config.deepstack_visual_indexes = [0, 1] (allowed: at most 1",
+    ),
+    ("qwen3_vl_moe", "vision_config.out_hidden_size", 48, "vision_config.out_hidden_size = 48 (allowed: 32)"),
+    ("glm4v_moe", "text_config.n_group", 3, "text_config.n_group = 3 (1, or a divisor of the 8 experts up to 4)"),
+    ("glm4v_moe", "text_config.n_group", 8, "text_config.n_group = 8 (1, or a divisor of the 8 experts up to 4)"),
+    ("glm4v_moe", "text_config.num_local_experts", 4, "num_local_experts = 4 (text_config.n_routed_experts = 8)"),
+    ("glm4v_moe", "text_config.topk_group", 3, "text_config.topk_group = 3 (allowed: 1 to n_group = 2)"),
+    ("glm4v_moe", "text_config.num_experts_per_tok", 5, "text_config.num_experts_per_tok = 5"),
     ("glm4v_moe", "text_config.routed_scaling_factor", -1.0, "routed_scaling_factor = -1.0 (a positive number)"),
     ("glm4v_moe", "text_config.first_k_dense_replace", "one", "first_k_dense_replace = 'one'"),
     ("glm4v_moe", "text_config.rope_parameters.partial_rotary_factor", 0.25, "add up to 2"),
-    ("glm4v_moe", "vision_config.num_heads", 5, "vision heads = 5"),
+    ("glm4v_moe", "text_config.rope_parameters.partial_rotary_factor", 1.5, "head_dim = 16 (24 of its dimensions"),
+    ("glm4v_moe", "vision_config.num_heads", 5, "vision_config.num_heads = 5"),
 ]
 
 
@@ -457,6 +658,15 @@ def test_eos_token_may_be_one_several_or_none(saved: dict[str, Path]) -> None:
     for given, expected in ((7, (7,)), ([7, 8], (7, 8)), (None, ())):
         for directory in saved.values():
             assert parse(directory, text_config={"eos_token_id": given}).eos_token_ids == expected
+
+
+@families
+def test_outer_eos_token_goes_before_the_inner_one(model_type: str, saved: dict[str, Path]) -> None:
+    from transformers import GenerationConfig
+
+    config = json.loads((saved[model_type] / "config.json").read_text()) | {"eos_token_id": 5}
+    assert GenerationConfig.from_model_config(copy.deepcopy(config)).eos_token_id == 5
+    assert family_for(config).config(config).eos_token_ids == (5,)
 
 
 def test_hub_helpers_really_change_the_files(save_checkpoint: Callable[..., Path]) -> None:

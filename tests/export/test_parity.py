@@ -1,6 +1,5 @@
 """Parity on random checkpoints of every shape, and what it says when something is wrong."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, CheckpointError
 from moevlm.runtime.reports import to_json
+from tests.bundles import rehash
 from tests.tiny import GLM, IMAGE, QWEN, TinyCheckpoint, edit_tensors
 
 FEATURES = ["image features", "deepstack features"]
@@ -29,6 +29,7 @@ OUTPUTS = [
     "prefill logits",
     "chunked prefill logits",
     "decode logits",
+    "each prompt alone",
     f"{GREEDY_TOKENS} greedy tokens that differ",
 ]
 
@@ -145,10 +146,7 @@ def change_weight(bundle: Path, graph: str, name: str, change: Callable[[np.ndar
         content = proto.SerializeToString()
     path.unlink()
     path.write_bytes(content)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    facts = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    manifest["files"][str(path.relative_to(bundle))] = facts
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    rehash(bundle, str(path.relative_to(bundle)))
 
 
 def add(amount: float) -> Callable[[np.ndarray], None]:
@@ -283,6 +281,22 @@ REPORT = ParityReport(
         Check("ort-cpu", "routings that differ", 2.0, 0, False, "of 9, widest margin 1.0e-01"),
     ],
 )
+
+
+def test_bundle_without_an_engine_is_not_called_good(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    build(tiny_checkpoint, tmp_path / "b")
+    with pytest.raises(BundleError, match="has no engine to check"):
+        check_parity(tmp_path / "b", tiny_checkpoint)
+
+
+def test_penalties_of_the_checkpoint_do_not_bend_what_greedy_means(
+    save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint(seed=40)
+    penalties = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    (checkpoint / "generation_config.json").write_text(json.dumps(penalties))
+    build(checkpoint, tmp_path / "b", ["ort-cpu"])
+    assert check_parity(tmp_path / "b", checkpoint).passed
 
 
 def test_json_has_the_documented_fields_and_reads_back() -> None:

@@ -245,6 +245,15 @@ def test_graphs_give_the_modules_numbers_in_onnxruntime_and_in_the_reference_eva
                 assert relative_error(ours, theirs) < 1e-5, (graph, runtime, value.name)
 
 
+def test_materialized_towers_leave_the_traced_ones_without_weights() -> None:
+    model = canonical(TinyCheckpoint(), random_weights(4))
+    for tower in model.materialize():
+        assert all(parameter.device.type == "cpu" for parameter in tower.parameters())
+    for tower in (model.vision, model.decoder):
+        assert all(parameter.is_meta for parameter in tower.parameters())
+    assert set(model.graphs) == {"vision", "decoder"}
+
+
 def test_glm_variants_differ_from_qwen_where_they_should() -> None:
     """The comparison above covers what it says: groups, biases and shared experts are in the graphs."""
     names = {name: set(canonical(MODELS[name]).decoder_weights) for name in ("qwen", "glm")}

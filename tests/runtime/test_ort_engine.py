@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -214,6 +215,25 @@ def test_visual_index_past_the_features_is_refused(engine, model, rng) -> None:
     step = replace(text_step(model, [[9, 20]], [0]), visual_index=np.array([[-1, 5]]))
     with pytest.raises(EngineError, match="visual_index = 5, but the step has 5 visual features"):
         engine.forward(step, features(model, 5, rng), engine.new_cache(1, 8))
+
+
+def test_patches_of_an_image_that_do_not_follow_each_other_are_refused(engine, model, rng) -> None:
+    vision = model.vision
+    width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
+    tables = pack_grids([(2, 2), (2, 2)], vision)
+    patches = rng.standard_normal((8, width), np.float32)
+    engine.encode(VisionInputs(patches, *tables))
+    with pytest.raises(EngineError, match="segment_id falls"):
+        engine.encode(VisionInputs(patches, *tables[:-1], tables.segment_id[::-1].copy()))
+
+
+def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: Path, model) -> None:
+    opened = Bundle.open(tiny_bundle)
+    _, facts = opened.engine("ort-cpu")
+    for field in ("layers", "kv_heads", "head_dim", "hidden"):
+        wrong = msgspec.structs.replace(model, **{field: getattr(model, field) + 1})
+        with pytest.raises(EngineError, match=rf"^the decoder graph has {field} = [^\n]+$"):
+            OrtEngine(opened.path(facts.vision), opened.path(facts.decoder), wrong, threads=1)
 
 
 def test_vision_inputs_of_another_model_are_refused_in_one_line(engine, model) -> None:
