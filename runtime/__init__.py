@@ -3,15 +3,35 @@
 runtime = moevlm.runtime.load("demo.moevlm")
 for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese: forty-two"}]):
     print(piece.text, end="")
+
+An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Images are
+pathlib.Path objects, encoded bytes or Pillow images: text never names a file. Threads may share one Runtime. Who
+leaves the generator before its last piece calls its close(), which frees the request's cache.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from moevlm.runtime import defaults
 
 if TYPE_CHECKING:
-    from moevlm.runtime.generate import Runtime
+    from moevlm.runtime.errors import MoevlmError, RequestError
+    from moevlm.runtime.generate import Piece, Runtime, Usage
+    from moevlm.runtime.sampling import SamplingParams
+
+# Imported when they are first asked for, so that importing this package stays quick.
+_HOMES = {
+    "MoevlmError": "errors",
+    "Piece": "generate",
+    "RequestError": "errors",
+    "Runtime": "generate",
+    "SamplingParams": "sampling",
+    "Usage": "generate",
+}
+__all__ = ["MoevlmError", "Piece", "RequestError", "Runtime", "SamplingParams", "Usage", "load"]
 
 
 def load(
@@ -19,18 +39,22 @@ def load(
     target: str | None = None,
     *,
     threads: int | None = None,
-    chunk_tokens: int = 512,
-    max_image_pixels: int | None = None,
+    chunk_tokens: int = defaults.CHUNK_TOKENS,
+    max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
     target: the engine's name; by default the only one, or ort-cpu. threads: for one operator, by default all cores.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
-    Raises BundleError or EngineError.
+    Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
+    without that engine, and EngineError for an engine that does not load here.
     """
-    from moevlm.runtime.loading import load_runtime  # here, so that importing this package stays quick
+    from moevlm.runtime.loading import load_runtime
 
     return load_runtime(path, target, threads, chunk_tokens, max_image_pixels)
 
 
-__all__ = ["load"]
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"moevlm.runtime.{_HOMES[name]}"), name)

@@ -42,7 +42,7 @@ def latency(
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
-    from moevlm.runtime.loading import load_engine, load_images
+    from moevlm.runtime.loading import load_images, load_runtime
     from moevlm.runtime.reports import to_json
 
     opened = Bundle.open(bundle)
@@ -57,9 +57,7 @@ def latency(
         results = [
             measure(
                 name,
-                partial(load_engine, opened, name, threads),
-                model,
-                images,
+                partial(load_runtime, bundle, name, threads),
                 prompt,
                 new_tokens,
                 repeats,

@@ -66,7 +66,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt text, up to where the assistant's turn starts; one placeholder for each image.
 
-        Raises RequestError for messages that are malformed, too long, or refused by the template itself.
+        Raises RequestError for messages that are malformed, too long, or refused by the template itself, and
+        BundleError for a template that uses a variable that there is not, or leaves its sandbox.
         """
         import jinja2.exceptions
 
@@ -81,6 +82,9 @@ class ChatTemplate:
                 size += len(piece)
                 if size > self._max:
                     break
+        except BundleError as error:
+            supported = "messages of role and content, add_generation_prompt"
+            raise BundleError(f"chat_template.jinja: {error} (supported: {supported})") from error
         except jinja2.exceptions.SecurityError as error:
             raise BundleError(f"chat_template.jinja leaves its sandbox: {_line(error)}") from error
         except Exception as error:  # a template is code: it can fail in any way on messages that it did not expect
@@ -195,6 +199,22 @@ def _environment() -> ImmutableSandboxedEnvironment:
                 raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
             super().__setitem__(name, value)
 
+    class Undefined(jinja2.Undefined):
+        """May be tested, as templates do, but not printed: "" in its place would be a prompt nobody was trained on."""
+
+        def __init__(
+            self,
+            hint: str | None = None,
+            obj: Any = jinja2.utils.missing,
+            name: str | None = None,
+            exc: type[Exception] = jinja2.UndefinedError,
+        ) -> None:
+            # A variable is the template's own mistake; a missing element may be the messages'.
+            super().__init__(hint, obj, name, BundleError if obj is jinja2.utils.missing else exc)  # type: ignore[arg-type]
+
+        def __str__(self) -> str:
+            raise BundleError(self._undefined_message)
+
     def namespace(*pairs: Any, **values: object) -> Namespace:
         filled = Namespace()
         for name, value in dict(*pairs, **values).items():
@@ -215,7 +235,10 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=Undefined,
+        extensions=[Generation, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = tojson
     environment.globals.update(

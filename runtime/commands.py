@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from moevlm.runtime import defaults
 from moevlm.runtime.errors import RequestError
 from moevlm.runtime.reports import InspectReport
 
@@ -21,7 +22,12 @@ from moevlm.runtime.reports import InspectReport
 )
 @click.option("--target", help="Which engine of the bundle.  [default: the only one, or ort-cpu]")
 @click.option(
-    "--max-new-tokens", metavar="N", type=int, default=256, show_default=True, help="The most for the answer."
+    "--max-new-tokens",
+    metavar="N",
+    type=int,
+    default=defaults.MAX_NEW_TOKENS,
+    show_default=True,
+    help="The most for the answer.",
 )
 @click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
@@ -33,9 +39,21 @@ from moevlm.runtime.reports import InspectReport
 @click.option("--logprobs", metavar="N", type=int, help="With --json: alternatives for each token.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
 @click.option(
-    "--chunk-tokens", metavar="N", type=int, default=512, show_default=True, help="Prompt tokens in one step."
+    "--chunk-tokens",
+    metavar="N",
+    type=int,
+    default=defaults.CHUNK_TOKENS,
+    show_default=True,
+    help="Prompt tokens in one step.",
 )
-@click.option("--max-image-megapixels", metavar="X", type=float, help="Larger images are refused.  [default: 50]")
+@click.option(
+    "--max-image-megapixels",
+    metavar="X",
+    type=float,
+    default=defaults.MAX_IMAGE_PIXELS / 1e6,
+    show_default=True,
+    help="Larger images are refused.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(
     bundle: Path,
@@ -46,7 +64,7 @@ def run(
     target: str | None,
     threads: int | None,
     chunk_tokens: int,
-    max_image_megapixels: float | None,
+    max_image_megapixels: float,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -58,8 +76,12 @@ def run(
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
-    pixels = None if max_image_megapixels is None else _pixels(max_image_megapixels)
+    pixels = _pixels(max_image_megapixels)
     params = SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
+    if params.temperature == 0:
+        for name in ("top_k", "top_p", "min_p", "seed"):
+            if sampling[name] is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     conversation = _conversation(prompt, images, system, messages)
     name, _ = Bundle.open(bundle).engine(target)
     with notice() as show:
@@ -95,7 +117,7 @@ def _conversation(
         if prompt is not None or images or system is not None:
             raise click.UsageError("--messages stands alone: it holds the prompt, the images and the system message")
         try:
-            return json.load(messages)
+            return json.load(messages, object_hook=_with_path)
         except (ValueError, RecursionError) as error:
             raise RequestError(f"--messages is not valid JSON: {error}") from None
     if prompt is None:
@@ -103,8 +125,15 @@ def _conversation(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise RequestError("the prompt is empty")
-    content = [{"type": "image", "image": str(image)} for image in images] + [{"type": "text", "text": text}]
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": content}]
+
+
+def _with_path(part: dict[str, Any]) -> dict[str, Any]:
+    """An image part of the user's own file may name an image file."""
+    if part.get("type") == "image" and isinstance(part.get("image"), str):
+        return {**part, "image": Path(part["image"])}
+    return part
 
 
 def _standard_input() -> str:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from moevlm.runtime import defaults
 from moevlm.runtime.batch import Batch, cache_capacity
 from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer
 from moevlm.runtime.detokenize import StreamDecoder
 from moevlm.runtime.engine import Engine, VisualFeatures
-from moevlm.runtime.errors import RequestError
+from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.prompt import Prompt, PromptBuilder
 from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams
@@ -29,9 +30,9 @@ FinishReason = Literal["stop", "length"]
 class Usage:
     """What a request cost. Seconds are the runtime's own work, without the time its reader took between pieces.
 
-    prompt_tokens include image_tokens; new_tokens include the end-of-sequence token. vision_seconds: packing and
-    encoding the images. prefill_seconds: the prompt up to and with the choice of the first token. decode_seconds: all
-    later tokens, so decode_seconds / (new_tokens - 1) is the time between two tokens.
+    prompt_tokens include image_tokens; new_tokens include the end-of-sequence token. vision_seconds: cutting the
+    images into patches and encoding them. prefill_seconds: the prompt up to and with the choice of the first token.
+    decode_seconds: all later tokens, so decode_seconds / (new_tokens - 1) is the time between two tokens.
     """
 
     prompt_tokens: int
@@ -58,30 +59,38 @@ class Piece:
 
 
 class Runtime:
-    """A loaded bundle on one engine."""
+    """A loaded bundle on one engine. Threads may share it: every request has a cache and a random stream of its own.
+
+    Without a tokenizer it takes prompts of token ids, and pieces have no text; without a template no messages.
+    """
 
     def __init__(
         self,
         model: ModelFacts,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
+        tokenizer: Tokenizer | None,
+        template: ChatTemplate | None,
         engine: Engine,
         images: ImageProcessor | None = None,
         *,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = defaults.CHUNK_TOKENS,
     ) -> None:
         """chunk_tokens: the most prompt tokens that go through the decoder in one step."""
-        if chunk_tokens < 1:
-            raise RequestError(f"unsupported value chunk_tokens = {chunk_tokens} (allowed: 1 or more)")
+        require_positive("chunk_tokens", chunk_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
         self.chunk_tokens = chunk_tokens
         self._images = images
-        self._prompts = PromptBuilder(model, tokenizer, template, images)
+        self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Messages as the decoder takes them, images opened. Raises RequestError."""
+        """Messages as the decoder takes them, images decoded and resized. Raises RequestError.
+
+        BundleError if there is no tokenizer or no template.
+        """
+        if self._prompts is None:
+            missing = "chat_template.jinja" if self.tokenizer else "tokenizer.json"
+            raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
         return self._prompts.build(messages)
 
     def encode(self, prompts: Sequence[Prompt]) -> VisualFeatures | None:
@@ -117,27 +126,26 @@ class Runtime:
         return self._stream(prompt, chosen, min(chosen.max_new_tokens, room))
 
     def _stream(self, prompt: Prompt, params: SamplingParams, budget: int) -> Generator[Piece, None, None]:
-        sampler = Sampler(params)
-        text = StreamDecoder(self.tokenizer, params.stop)
-        size = len(prompt.ids)
-        history = np.concatenate([prompt.ids, np.empty(budget, np.int64)])
+        sampler = Sampler(params, prompt.ids)
+        text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, params.stop)
         seconds = {"vision_seconds": 0.0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
         started = perf_counter()
         visual = self.encode([prompt])
+        prompt = dataclasses.replace(prompt, images=())  # not needed any more
         seconds["vision_seconds"] = perf_counter() - started
 
         phase, started = "prefill_seconds", perf_counter()
         batch = self.batch([prompt], visual, budget)
+        del visual  # the batch lets go of it after the prefill
         try:
             logits = batch.prefill(self.chunk_tokens)
             for count in range(1, budget + 1):
-                sampled = sampler.sample(logits[0], history[: size + count - 1])
-                history[size + count - 1] = sampled.token_id
+                sampled = sampler.sample(logits[0])
                 fresh, reason = self._advance(text, sampled.token_id, params, count == budget)
                 seconds[phase] += perf_counter() - started
                 if reason is not None:
                     batch.release()  # before the reader sees the last piece: it may never come back for the end
-                    usage = Usage(size, prompt.image_tokens, count, **seconds)
+                    usage = Usage(len(prompt.ids), prompt.image_tokens, count, **seconds)
                     yield Piece(fresh, (sampled.token_id,), (sampled,), reason, usage)
                     return
                 yield Piece(fresh, (sampled.token_id,), (sampled,))
@@ -147,16 +155,24 @@ class Runtime:
             batch.release()
 
     def _advance(
-        self, text: StreamDecoder, token: int, params: SamplingParams, last: bool
+        self, text: StreamDecoder | None, token: int, params: SamplingParams, last: bool
     ) -> tuple[str, FinishReason | None]:
         """Text that one more token makes certain, and why the sequence ends with it, if it does."""
         ends = token in self.model.eos_token_ids and not params.ignore_eos
+        if text is None:
+            return "", "stop" if ends else "length" if last else None
         fresh = "" if ends else text.push(token)
         if ends or (last and text.stopped is None):
             fresh += text.flush()
         if ends or text.stopped is not None:
             return fresh, "stop"
         return fresh, "length" if last else None
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raises RequestError unless value is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise RequestError(f"unsupported value {name} = {value!r} (allowed: a whole number, 1 or more)")
 
 
 def _with_overrides(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:

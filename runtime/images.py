@@ -7,7 +7,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -20,12 +21,13 @@ from PIL.JpegImagePlugin import jpeg_factory
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from moevlm.runtime import defaults
 from moevlm.runtime.engine import VisionInputs
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.manifest import VisionFacts
 from moevlm.runtime.vision_inputs import pack_grids
 
-ImageSource = Image.Image | bytes | str | os.PathLike[str]
+ImageSource = Image.Image | bytes | os.PathLike[str]
 
 _FORMATS = "PNG, JPEG, WebP, BMP or GIF"
 _MAX_ASPECT = 200
@@ -60,11 +62,13 @@ _UPRIGHT = {
 class ImageProcessor:
     """Opens images and packs them for one vision call.
 
-    preprocessor: the bundle's preprocessor.json. max_pixels: the largest image, as its header states it, that `open`
-    decodes. Raises BundleError naming the field that it cannot reproduce or that contradicts the manifest.
+    preprocessor: the bundle's preprocessor.json. max_pixels: the largest image, as its header states it, that is
+    decoded. Raises BundleError naming the field that it cannot reproduce or that contradicts the manifest.
     """
 
-    def __init__(self, preprocessor: Mapping[str, Any], vision: VisionFacts, max_pixels: int = 50_000_000) -> None:
+    def __init__(
+        self, preprocessor: Mapping[str, Any], vision: VisionFacts, max_pixels: int = defaults.MAX_IMAGE_PIXELS
+    ) -> None:
         # A null is as good as absent, but not where the reference takes it for false or fails on it.
         fields = {n: v for n, v in preprocessor.items() if v is not None or (n in _KNOWN and n != "size")}
         kind = _kind(fields)
@@ -79,41 +83,35 @@ class ImageProcessor:
     def open(self, image: ImageSource) -> Image.Image:
         """Decode an image and turn it upright (EXIF); transparency is laid on white. The result is plain RGB.
 
-        image: encoded bytes, a path, or a Pillow image. Of several frames the first counts.
+        image: encoded bytes, a pathlib.Path, or a Pillow image. Of several frames the first counts.
         Raises RequestError if it is missing, is not an image of the supported formats, is damaged or too large.
         """
-        if isinstance(image, Image.Image):
-            return self._decode(image, "image")
-        if isinstance(image, bytes):
-            return self._decode(_read_header(io.BytesIO(image), "image"), "image")
-        if not isinstance(image, (str, os.PathLike)):
-            raise RequestError(f"an image is {image!r:.60} (allowed: a path, encoded bytes, or a Pillow image)")
-        path = Path(image)
-        name = f"image {str(path)!r}"
-        # Only regular files: opening a pipe would block.
-        if not path.is_file():
-            raise RequestError(f"{name} {'is not a file' if path.exists() else 'does not exist'}")
-        try:
-            file = path.open("rb")
-        except OSError as error:
-            raise RequestError(f"{name} cannot be read") from error
-        with file:
-            return self._decode(_read_header(file, name), name)
+        with self._header(image) as (opened, name):
+            return _decode(opened, name)
+
+    def tokens(self, image: ImageSource) -> int:
+        """How many tokens an image takes, by its header alone: nothing is decoded. RequestError as `open` and `fit`."""
+        with self._header(image) as (opened, _):
+            height, width = self._resized(opened.height, opened.width)  # upright or not: the area is the same
+        return height * width // (self._vision.patch_size * self._vision.merge_size) ** 2
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """Resize an image from `open` to whole patches. RequestError if it is too elongated."""
+        height, width = self._resized(image.height, image.width)
+        return image.resize((width, height), self._resample)
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
-        """Rows and columns of patches that an image from `open` is cut into. RequestError if it is too elongated."""
-        height, width = self._resized(image.height, image.width)
-        return height // self._vision.patch_size, width // self._vision.patch_size
+        """Rows and columns of patches that an image from `fit` is cut into."""
+        return image.height // self._vision.patch_size, image.width // self._vision.patch_size
 
     def pack(self, images: Sequence[Image.Image]) -> tuple[VisionInputs, list[tuple[int, int]]]:
-        """Inputs of one vision call for images from `open`, and the (h, w) grid of each. RequestError as `grid`."""
+        """Inputs of one vision call for images from `fit`, and the (h, w) grid of each."""
         grids = [self.grid(image) for image in images]
         size, merge, copies = self._vision.patch_size, self._vision.merge_size, self._vision.temporal_patch_size
         patches = np.empty((sum(h * w for h, w in grids), 3, copies, size, size), np.float32)
         begin = 0
         for image, (h, w) in zip(images, grids, strict=True):
-            pixels = np.asarray(image.resize((w * size, h * size), self._resample))
-            blocks = pixels.reshape(h // merge, merge, size, w // merge, merge, size, 3)
+            blocks = np.asarray(image).reshape(h // merge, merge, size, w // merge, merge, size, 3)
             blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, h * w, 1, size, size)
             for channel in range(3):
                 patches[begin : begin + h * w, channel] = self._values[channel][blocks[channel]]
@@ -146,22 +144,56 @@ class ImageProcessor:
             rows, columns = (math.ceil(side * grow / block) for side in (height, width))
         return rows * block, columns * block
 
-    def _decode(self, image: Image.Image, name: str) -> Image.Image:
-        """Check the size before any pixel is decoded, then decode."""
+    @contextmanager
+    def _header(self, image: ImageSource) -> Iterator[tuple[Image.Image, str]]:
+        """An image of allowed size, no pixel decoded yet, and what to call it in messages."""
+        if isinstance(image, Image.Image):
+            yield self._checked(image, "image"), "image"
+        elif isinstance(image, bytes):
+            yield self._checked(_read_header(io.BytesIO(image), "image"), "image"), "image"
+        elif isinstance(image, os.PathLike):
+            path = Path(os.fsdecode(image))
+            name = f"image {str(path)!r}"
+            with _open_file(path, name) as file:
+                yield self._checked(_read_header(file, name), name), name
+        elif isinstance(image, str):
+            # Text may come from a client of the program that calls this: it must not name the program's files.
+            raise RequestError(
+                f"an image is the text {image!r:.60} (allowed: a pathlib.Path, encoded bytes, or a Pillow image; "
+                "URLs are not fetched)"
+            )
+        else:
+            raise RequestError(f"an image is {image!r:.60} (allowed: a pathlib.Path, encoded bytes, or a Pillow image)")
+
+    def _checked(self, image: Image.Image, name: str) -> Image.Image:
         if not image.width or not image.height:
             raise RequestError(f"{name} has no pixels")
         if image.width * image.height > self._max_pixels:
             raise RequestError(
                 f"{name} is {image.width} x {image.height} pixels; at most {self._max_pixels} pixels are allowed"
             )
-        try:
-            image.load()
-            turn = _UPRIGHT.get(_orientation(image))
-            image = _to_rgb(image if turn is None else image.transpose(turn))
-        except Exception as error:  # Decoders of untrusted bytes: Pillow does not say what they may raise.
-            raise RequestError(f"{name} is damaged or incomplete") from error
-        image.info.clear()  # Upright and opaque now: nothing may turn or blend it again.
         return image
+
+
+def _open_file(path: Path, name: str) -> IO[bytes]:
+    # Only regular files: opening a pipe would block.
+    if not path.is_file():
+        raise RequestError(f"{name} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise RequestError(f"{name} cannot be read") from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    try:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image if turn is None else image.transpose(turn))
+    except Exception as error:  # Decoders of untrusted bytes: Pillow does not say what they may raise.
+        raise RequestError(f"{name} is damaged or incomplete") from error
+    image.info.clear()  # Upright and opaque now: nothing may turn or blend it again.
+    return image
 
 
 def _read_header(file: IO[bytes], name: str) -> ImageFile:

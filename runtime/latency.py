@@ -9,15 +9,12 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
-from moevlm.runtime.batch import Batch, cache_capacity
-from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.errors import RequestError
+from moevlm.runtime.generate import Runtime
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.reports import LatencyReport, Seconds
-
-CHUNK_TOKENS = 512
 
 
 def random_prompt(
@@ -31,7 +28,7 @@ def random_prompt(
         return Prompt.from_ids(ids, [], model)
     if images is None:
         raise RequestError("the bundle has no preprocessor.json: measure without an image (--image-size 0)")
-    image = Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8))
+    image = images.fit(Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8)))
     height, width = images.grid(image)
     visual = np.full(height * width // model.vision.merge_size**2, model.image_token_id)
     return Prompt.from_ids(np.concatenate([visual, ids]), [(height, width)], model, [image])
@@ -39,22 +36,20 @@ def random_prompt(
 
 def measure(
     target: str,
-    load: Callable[[], Engine],
-    model: ModelFacts,
-    images: ImageProcessor | None,
+    load: Callable[[], Runtime],
     prompt: Prompt,
     new_tokens: int,
     repeats: int,
     threads: int | None,
     progress: Callable[[int, int], None],
 ) -> LatencyReport:
-    """Medians over `repeats` requests after one that does not count. load: makes the engine, and is timed too."""
+    """Medians over `repeats` requests after one that does not count. load: makes the runtime, and is timed too."""
     started = perf_counter()
-    engine = load()
+    runtime = load()
     load_seconds = perf_counter() - started
     requests = []
     for repeat in range(repeats + 1):
-        requests.append(_request(engine, model, images, prompt, new_tokens))
+        requests.append(_request(runtime, prompt, new_tokens))
         progress(repeat + 1, repeats + 1)
     vision, prefill, decode = (list(stage) for stage in zip(*requests[1:], strict=True))
     return LatencyReport(
@@ -70,23 +65,15 @@ def measure(
     )
 
 
-def _request(
-    engine: Engine, model: ModelFacts, images: ImageProcessor | None, prompt: Prompt, new_tokens: int
-) -> tuple[float, float, float]:
+def _request(runtime: Runtime, prompt: Prompt, new_tokens: int) -> tuple[float, float, float]:
     """Seconds for the image, for the prompt, and for one further token (the median of new_tokens - 1)."""
-    times = [perf_counter()]
-    visual: VisualFeatures | None = None
-    if prompt.images and images is not None:
-        visual = engine.encode(images.pack(prompt.images)[0])
-    times.append(perf_counter())
-    batch = Batch(engine, model, [prompt], visual, cache_capacity(len(prompt.ids) + new_tokens, model.context))
-    token = int(batch.prefill(CHUNK_TOKENS)[0].argmax())
-    times.append(perf_counter())
-    for _ in range(new_tokens - 1):
-        token = int(batch.decode([token])[0].argmax())
+    stream = runtime.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
+    times, usage = [], None
+    for piece in stream:
         times.append(perf_counter())
-    steps = np.diff(times)
-    return float(steps[0]), float(steps[1]), float(np.median(steps[2:]))
+        usage = piece.usage
+    assert usage is not None  # the last piece has it
+    return usage.vision_seconds, usage.prefill_seconds, float(np.median(np.diff(times)))
 
 
 def _seconds(values: list[float]) -> Seconds:

@@ -1,4 +1,4 @@
-"""From a bundle on disk to a runtime: files verified first, then read."""
+"""From a bundle on disk to a runtime: arguments checked first, small files read next, the engine verified last."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import os
 from collections.abc import Callable
 
+from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
-from moevlm.runtime.errors import BundleError, EngineError
-from moevlm.runtime.generate import Runtime
+from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.ort_engine import OrtEngine
 
@@ -20,31 +21,35 @@ def load_runtime(
     path: str | os.PathLike[str],
     target: str | None = None,
     threads: int | None = None,
-    chunk_tokens: int = 512,
-    max_image_pixels: int | None = None,
+    chunk_tokens: int = defaults.CHUNK_TOKENS,
+    max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     progress: Progress | None = None,
 ) -> Runtime:
     """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
+    _require_cores(threads)
+    require_positive("chunk_tokens", chunk_tokens)
+    require_positive("max_image_pixels", max_image_pixels)
     bundle = Bundle.open(os.fspath(path))
-    tokenizer = Tokenizer(bundle.read_text("tokenizer.json"))
-    template = ChatTemplate(bundle.read_text("chat_template.jinja"))
-    engine = load_engine(bundle, target, threads, progress)
+    name, _ = bundle.engine(target)
+    files = bundle.manifest.files
+    tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
+    template = ChatTemplate(bundle.read_text("chat_template.jinja")) if "chat_template.jinja" in files else None
     images = load_images(bundle, max_image_pixels)
+    engine = load_engine(bundle, name, threads, progress)
     return Runtime(bundle.manifest.model, tokenizer, template, engine, images, chunk_tokens=chunk_tokens)
 
 
 def load_engine(
     bundle: Bundle, target: str | None = None, threads: int | None = None, progress: Progress | None = None
 ) -> OrtEngine:
-    """One engine of the bundle, its files verified. Raises BundleError or EngineError."""
-    if threads is not None and threads < 1:
-        raise EngineError(f"unsupported value threads = {threads} (allowed: 1 or more)")
+    """One engine of the bundle, its files verified. Raises RequestError, BundleError or EngineError."""
+    _require_cores(threads)
     name, engine = bundle.engine(target)
     bundle.verify(bundle.engine_files(name), progress)
     return OrtEngine(bundle.path(engine.vision), bundle.path(engine.decoder), bundle.manifest.model, threads)
 
 
-def load_images(bundle: Bundle, max_pixels: int | None = None) -> ImageProcessor | None:
+def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> ImageProcessor | None:
     """The bundle's image preprocessing; None if its checkpoint came without. Raises BundleError."""
     if "preprocessor.json" not in bundle.manifest.files:
         return None
@@ -52,5 +57,12 @@ def load_images(bundle: Bundle, max_pixels: int | None = None) -> ImageProcessor
         preprocessor = json.loads(bundle.read_text("preprocessor.json"))
     except ValueError as error:
         raise BundleError(f"preprocessor.json is not valid JSON: {error}") from None
-    limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-    return ImageProcessor(preprocessor, bundle.manifest.model.vision, **limit)
+    return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels)
+
+
+def _require_cores(threads: int | None) -> None:
+    # What this process may use, which a container or taskset makes less than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= cores
+    if threads is not None and not good:
+        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {cores}, this process's cores)")

@@ -1,6 +1,7 @@
 """Where each token of a prompt stands on the (time, height, width) axes, and the decoder's rotary tables from it."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -66,21 +67,30 @@ def rope_tables(positions: np.ndarray, rope: RopeFacts) -> tuple[np.ndarray, np.
     positions: [3, ...] integer, any shape behind the axes. Returns (cos, sin), each [..., rope.dim / 2] float32.
     Raises BundleError if the sections do not cover the frequencies.
     """
-    frequencies = inverse_frequencies(rope.dim, rope.theta)
-    # One column per frequency with a single non-zero row, its axis: the product picks and scales in one go, and is
-    # exact, because the other two terms are zero.
-    spread = np.zeros((3, len(frequencies)), np.float32)
-    spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
+    spread = _spread(rope)
     tokens = positions.reshape(3, -1).T.astype(np.float32)
-    cos = np.empty((len(tokens), len(frequencies)), np.float32)
+    cos = np.empty((len(tokens), spread.shape[1]), np.float32)
     sin = np.empty_like(cos)
     for begin in range(0, len(tokens), _CHUNK):
         piece = slice(begin, begin + _CHUNK)
         angle = tokens[piece] @ spread
         np.cos(angle, out=cos[piece])
         np.sin(angle, out=sin[piece])
-    shape = (*positions.shape[1:], len(frequencies))
+    shape = (*positions.shape[1:], spread.shape[1])
     return cos.reshape(shape), sin.reshape(shape)
+
+
+@lru_cache(maxsize=16)  # decoding asks for it at every token
+def _spread(rope: RopeFacts) -> np.ndarray:
+    """[3, dim / 2] float32: one column per frequency with a single non-zero row, its axis.
+
+    The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
+    """
+    frequencies = inverse_frequencies(rope.dim, rope.theta)
+    spread = np.zeros((3, len(frequencies)), np.float32)
+    spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
+    spread.setflags(write=False)
+    return spread
 
 
 def _frequency_axis(rope: RopeFacts) -> np.ndarray:

@@ -28,7 +28,7 @@ class Prompt:
 
     ids: [S] int64. visual_index: [S] int64, running row of this prompt's visual features, -1 for text.
     positions: [3, S] int64, on the time, height and width axes. next_position: of the first generated token.
-    images: opened, in the order of their tokens.
+    images: resized to whole patches, in the order of their tokens.
     """
 
     ids: np.ndarray
@@ -52,8 +52,7 @@ class Prompt:
         unknown = tokens[(tokens < 0) | (tokens >= model.vocabulary)]
         if unknown.size:
             raise BundleError(f"token id {unknown[0]} is outside the model's vocabulary of {model.vocabulary}")
-        if len(tokens) > model.context:
-            raise RequestError(f"the prompt has {len(tokens)} tokens, the model's context {model.context}")
+        _require_room(len(tokens), model)
         is_image = tokens == model.image_token_id
         visual_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
         positions, next_position = rope_positions(tokens, list(grids), model)
@@ -82,11 +81,30 @@ class PromptBuilder:
         given = images_of(messages)
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
-        images: list[Image] = [self._images.open(image) for image in given] if self._images else []
-        grids: list[Grid] = [self._images.grid(image) for image in images] if self._images else []
-        merged = self._model.vision.merge_size**2
-        ids = self.prompt_ids(messages, [h * w // merged for h, w in grids])
+        # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
+        ids = self.prompt_ids(messages, self._image_token_counts(given))
+        _require_room(len(ids), self._model)
+        images: list[Image] = []
+        grids: list[Grid] = []
+        if self._images is not None:
+            for source in given:
+                images.append(self._images.fit(self._images.open(source)))
+                grids.append(self._images.grid(images[-1]))
         return Prompt.from_ids(ids, grids, self._model, images)
+
+    def _image_token_counts(self, images: Sequence[Any]) -> list[int]:
+        counts: list[int] = []
+        total = 0
+        if self._images is not None:
+            for image in images:
+                counts.append(self._images.tokens(image))
+                total += counts[-1]
+                if total > self._model.context:
+                    raise RequestError(
+                        f"the first {len(counts)} of the prompt's {len(images)} images have {total} tokens, "
+                        f"the model's context {self._model.context}"
+                    )
+        return counts
 
     def prompt_ids(self, messages: Sequence[Message], image_token_counts: Sequence[int]) -> list[int]:
         """Token ids, with the n-th image placeholder repeated image_token_counts[n] times.
@@ -118,6 +136,11 @@ class PromptBuilder:
                 raise RequestError(
                     f"messages[{i}].content has {self._placeholder} as text (give images as parts of type image)"
                 )
+
+
+def _require_room(tokens: int, model: ModelFacts) -> None:
+    if tokens > model.context:
+        raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}")
 
 
 def _has_content(content: str | list[dict[str, str]]) -> bool:

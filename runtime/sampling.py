@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moevlm.runtime import defaults
 from moevlm.runtime.errors import EngineError, RequestError
 
 MAX_TOKENS = 2**31 - 1
@@ -21,14 +22,15 @@ _FIRST_NUCLEUS = 256  # candidates looked at first for top_p
 class SamplingParams:
     """How to continue one prompt. Raises RequestError that names the field, its value and what is allowed.
 
-    temperature: 0 is greedy, and then top_k, top_p, min_p and seed have no effect. top_k: 0 is off. top_p: 1 is off.
+    max_new_tokens: 256 by default. temperature: 0 is greedy, and then top_k, top_p, min_p and seed are accepted but
+    have no effect. top_k: 0 is off. top_p: 1 is off.
     min_p: 0 is off. repetition_penalty: 1 is off; it counts the prompt's tokens too, as Hugging Face does.
     seed: None draws a fresh one. stop: the text ends before whichever of these strings is complete first.
     logprobs: None for none at all, else how many alternatives to report beside each chosen token.
     ignore_eos: go on until max_new_tokens, for benchmarks.
     """
 
-    max_new_tokens: int = 512
+    max_new_tokens: int = defaults.MAX_NEW_TOKENS
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -94,86 +96,98 @@ class Sampled:
 class Sampler:
     """Chooses the tokens of one request. The same seed and the same logits give the same tokens."""
 
-    def __init__(self, params: SamplingParams) -> None:
+    def __init__(self, params: SamplingParams, prompt: np.ndarray | Sequence[int] = ()) -> None:
+        """prompt: token ids [S], which the repetition penalty counts as seen."""
         self.params = params
         self._random = np.random.default_rng(params.seed)
+        self._seen = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1 else None
 
-    def sample(self, logits: np.ndarray, history: np.ndarray | Sequence[int] = ()) -> Sampled:
+    def sample(self, logits: np.ndarray) -> Sampled:
         """Choose the next token.
 
-        logits: [vocabulary] float32. history: [S] integer, the prompt and what was generated (for the penalty only).
+        logits: [vocabulary] float32.
         Raises EngineError for logits that have no largest finite value: they can only come from a broken engine.
         """
         params = self.params
-        scores = _penalize(logits, history, params.repetition_penalty)
+        scores = logits if self._seen is None else penalize(logits, self._seen, params.repetition_penalty)
         best = int(scores.argmax())  # a NaN counts as the largest
         if not math.isfinite(scores[best]):
             raise EngineError(f"the decoder's logits are not usable: logit of token {best} is {scores[best]}")
         token = best if params.temperature == 0 else self._draw(scores)
+        if self._seen is not None and token not in self._seen:
+            self._seen = np.append(self._seen, token)
         if params.logprobs is None:
             return Sampled(token)
         return _with_logprobs(token, logits, params.logprobs)
 
     def _draw(self, scores: np.ndarray) -> int:
-        candidates, probability = distribution(scores, self.params)
-        total = np.cumsum(probability)
+        candidates, weight = weights(scores, self.params)
+        total = np.cumsum(weight, dtype=np.float64)
         at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-        return int(candidates[min(at, len(candidates) - 1)])
+        at = min(at, len(weight) - 1)
+        return at if candidates is None else int(candidates[at])
 
 
-def distribution(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+def weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
     """What is left after temperature, top_k, top_p and min_p, in the order of Hugging Face's logits warpers.
 
     scores: [vocabulary] float32, after the repetition penalty; temperature must not be 0.
-    Returns (token ids [n] int64, ascending; probabilities [n] float64, which sum to 1).
+    Returns (token ids [n] int64, ascending, or None for all; probabilities [n] float32, of which the largest is 1).
     """
-    # Temperature keeps the order, so top_k can come first: then only its survivors need float64 and a softmax.
-    k = params.top_k
-    if 0 < k < len(scores):
+    # Below float32's range a temperature leaves the largest alone, as 1e-30 does.
+    temperature = max(params.temperature, 1e-30)
+    # Temperature keeps the order, so top_k can come first; min_p is relative to the likeliest, which top_k keeps.
+    limit = -np.inf
+    if 0 < params.top_k < len(scores):
         # Ties with the k-th largest stay, as in Hugging Face.
-        candidates = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
-    else:
-        candidates = np.arange(len(scores))
-    kept = scores[candidates].astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature: -inf is the right limit
-        probability = np.exp((kept - kept.max()) / params.temperature)
-    probability /= probability.sum()
+        limit = np.partition(scores, -params.top_k)[-params.top_k]
+    best = scores.max()
+    if params.min_p > 0 and params.top_p == 1:
+        limit = max(limit, best + temperature * math.log(params.min_p))
+    candidates = None
+    if limit > -np.inf:
+        candidates = np.flatnonzero(scores >= limit)
+        scores = scores[candidates]
+    weight = scores - best
+    with np.errstate(over="ignore"):  # -inf is the right limit
+        weight /= temperature
+    np.exp(weight, out=weight)
     if params.top_p < 1:
-        nucleus = _nucleus(probability, params.top_p)
-        candidates, probability = candidates[nucleus], probability[nucleus]
-    if params.min_p > 0:
-        likely = probability >= params.min_p * probability.max()
-        candidates, probability = candidates[likely], probability[likely]
-    return candidates, probability / probability.sum()
+        kept = _nucleus(weight, params.top_p)
+        if params.min_p > 0:
+            kept = kept[weight[kept] >= params.min_p]
+        candidates = kept if candidates is None else candidates[kept]
+        weight = weight[kept]
+    return candidates, weight
 
 
-def _nucleus(probability: np.ndarray, top_p: float) -> np.ndarray:
+def _nucleus(weight: np.ndarray, top_p: float) -> np.ndarray:
     """Indices, ascending, of the fewest likeliest entries that hold top_p of the mass; at least one.
 
     An entry stays while the likelier ones hold less than top_p. Entries outside the n likeliest need no look once
     these n hold top_p, so a peaked distribution over a large vocabulary is never sorted as a whole.
     """
+    needed = top_p * float(weight.sum(dtype=np.float64))
     count = _FIRST_NUCLEUS
     while True:
-        if count >= len(probability):
-            front = np.arange(len(probability))
-        else:
-            front = np.argpartition(probability, -count)[-count:]
-        front = front[np.argsort(-probability[front], kind="stable")]
-        cumulative = np.cumsum(probability[front])
-        if count >= len(probability) or cumulative[-1] >= top_p:
-            keep = 1 + int(np.count_nonzero(cumulative[:-1] < top_p))
-            return np.sort(front[:keep])
+        # Values alone: sorting indices costs ten times as much.
+        front = weight if count >= len(weight) else np.partition(weight, -count)[-count:]
+        front = np.sort(front)[::-1]
+        cumulative = np.cumsum(front, dtype=np.float64)
+        if count >= len(weight) or cumulative[-1] >= needed:
+            break
         count *= 16
+    keep = 1 + int(np.count_nonzero(cumulative[:-1] < needed))
+    least = front[keep - 1]
+    kept = weight >= least
+    if surplus := int(np.count_nonzero(kept)) - keep:
+        kept[np.flatnonzero(weight == least)[-surplus:]] = False  # of equal entries the lower ids stay
+    return np.flatnonzero(kept)
 
 
-def _penalize(logits: np.ndarray, history: np.ndarray | Sequence[int], penalty: float) -> np.ndarray:
+def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
     """Divide positive logits of seen tokens by `penalty` and multiply negative ones (CTRL, section 4.1)."""
-    if penalty == 1 or len(history) == 0:
-        return logits
-    seen = np.asarray(history, dtype=np.int64)
     scores = logits.copy()
-    # Read from the untouched logits: a token that was seen twice is penalized once.
     scores[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
     return scores
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+import moevlm.runtime
+
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
 MAY_IMPORT = {"runtime": {"runtime"}, "plugins": {"plugins"}, "export": {"export", "plugins", "runtime"}}
@@ -91,6 +93,17 @@ def test_importing_the_runtime_takes_less_than_300_ms() -> None:
     assert importing - bare < 0.3
 
 
+def test_public_names_are_imported_when_asked_for() -> None:
+    out, _ = run_python("""
+import sys
+import moevlm.runtime as runtime
+print("numpy" in sys.modules, all(getattr(runtime, name).__name__ == name for name in runtime.__all__))
+""")
+    assert out.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match="has no attribute 'Bogus'"):
+        moevlm.runtime.Bogus  # noqa: B018
+
+
 @pytest.mark.parametrize(
     "module", ["moevlm.runtime", "moevlm.runtime.loading", "moevlm.runtime.cli", "moevlm.export.commands"]
 )
@@ -108,6 +121,7 @@ def test_a_bundle_runs_where_only_the_runtime_s_dependencies_are_installed(tiny_
     Image.new("RGB", (24, 16), "red").save(picture)
     out, _ = run_python(f"""
 import sys
+from pathlib import Path
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -117,7 +131,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import moevlm.runtime
 runtime = moevlm.runtime.load({str(tiny_bundle)!r})
-parts = [{{"type": "image", "image": {str(picture)!r}}}, {{"type": "text", "text": "Hi"}}]
+parts = [{{"type": "image", "image": Path({str(picture)!r})}}, {{"type": "text", "text": "Hi"}}]
 pieces = list(runtime.generate([{{"role": "user", "content": parts}}], max_new_tokens=5))
 print(pieces[-1].usage.new_tokens, pieces[-1].usage.image_tokens > 0)
 try:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from moevlm.runtime import load
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BundleError, RequestError
+from tests.bundles import copy_bundle
 from tests.command_line import assert_refused, call, refused_run, spawn
 
 
@@ -64,6 +69,32 @@ def test_image_of_100_megapixels_needs_a_higher_limit(tiny_bundle: Path, tmp_pat
 
 
 # Requests.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("chunk_tokens", value) for value in (0, True, "8")),
+        *(("max_image_pixels", value) for value in (0, 1e6, None)),
+        *(("threads", value) for value in (0, True, 1.0, len(os.sched_getaffinity(0)) + 1)),
+    ],
+)
+def test_bad_argument_of_load_is_refused_before_anything_is_read(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=rf"^unsupported value {name} = {re.escape(repr(value))} \(allowed: "):
+        load(tmp_path / "nowhere", **{name: value})
+
+
+def test_small_files_are_read_before_the_engine_is_verified(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    monkeypatch.setattr(Bundle, "verify", lambda *_: pytest.fail("verified"))
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor.json"):
+        content = (bundle / name).read_bytes()
+        (bundle / name).write_bytes(content + b" ")
+        with pytest.raises(BundleError, match=rf"{name} is damaged"):
+            load(bundle)
+        (bundle / name).write_bytes(content)
 
 
 def test_empty_prompt(tiny_bundle: Path) -> None:
@@ -138,6 +169,10 @@ def test_bad_messages(content: bytes, words: tuple[str, ...], tiny_bundle: Path,
         (["run", "x", "--promt", "Hi"], ("--promt", "--prompt")),
         (["run", "x", "--prompt", "Hi", "--temperature", "hot"], ("--temperature", "'hot'")),
         (["run", "x", "--prompt", "Hi", "--logprobs", "2"], ("--logprobs needs --json",)),
+        (["run", "x", "--prompt", "Hi", "--top-k", "5"], ("--top-k needs --temperature above 0",)),
+        (["run", "x", "--prompt", "Hi", "--top-p", "1"], ("--top-p needs --temperature above 0",)),
+        (["run", "x", "--prompt", "Hi", "--temperature", "0", "--min-p", "0.1"], ("--min-p needs --temperature",)),
+        (["run", "x", "--prompt", "Hi", "--seed", "0"], ("--seed needs --temperature above 0",)),
         (["run", "x", "--prompt", "Hi", "--messages", "-"], ("--messages stands alone",)),
         (["run", "x", "--messages", "nowhere.json"], ("--messages", "'nowhere.json'")),
         (["build", "x"], ("CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT",)),

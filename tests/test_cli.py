@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import json
 import logging
@@ -22,10 +23,11 @@ import pytest
 from PIL import Image
 
 from moevlm.export.parity_report import ParityReport
+from moevlm.runtime import load
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
-from tests.bundles import copy_bundle, rehash
-from tests.command_line import COMMAND, call, environment, spawn
+from tests.bundles import copy_bundle, edit_manifest, rehash
+from tests.command_line import COMMAND, assert_refused, call, environment, spawn
 
 COMMANDS = ("export", "build", "inspect", "parity", "run", "bench", "bench latency")
 TOKENS = ("--max-new-tokens", "12")
@@ -172,6 +174,16 @@ def test_filters_leave_only_the_likeliest_token(tiny_bundle: Path) -> None:
         assert run(tiny_bundle, "--prompt", "Hi", "--temperature", "2", option, value).token_ids == greedy
 
 
+def test_command_line_and_python_have_the_same_defaults() -> None:
+    from moevlm.runtime import SamplingParams
+    from moevlm.runtime.commands import run as command
+
+    defaults = {option.name: option.default for option in command.params}
+    assert defaults["max_new_tokens"] == SamplingParams().max_new_tokens == 256
+    assert defaults["temperature"] == SamplingParams().temperature
+    assert defaults["chunk_tokens"] == inspect.signature(load).parameters["chunk_tokens"].default
+
+
 def test_stop_string_ends_the_answer_and_is_left_out(tiny_bundle: Path) -> None:
     options = ("--prompt", "Hi", "--temperature", "1", "--seed", "3", "--max-new-tokens", "64")
     whole = run(tiny_bundle, *options)
@@ -253,6 +265,17 @@ def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> 
         assert r.decode_tokens_per_second == pytest.approx(1 / r.decode_token.median)
         assert r.prefill_tokens_per_second == pytest.approx(report.prompt_tokens / r.prefill.median)
     assert max(map(len, result.out.splitlines()[:4])) <= 80
+
+
+def test_bench_of_a_bundle_without_tokenizer_and_template(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        edit_manifest(bundle, lambda manifest, name=name: manifest["files"].pop(name))
+        (bundle / name).unlink()
+    sizes = ("--prompt-tokens", "4", "--new-tokens", "3", "--image-size", "32", "--repeats", "1")
+    report = decode(call("bench", "latency", bundle, *sizes, "--json", "-").out, BenchReport)
+    assert report.results[0].decode_token.median > 0
+    assert_refused(call("run", bundle, "--prompt", "Hi"), "the bundle has no tokenizer.json")
 
 
 def test_bench_without_an_image_prints_json_alone_on_request(tiny_bundle: Path) -> None:

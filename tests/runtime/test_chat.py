@@ -1,6 +1,7 @@
 import base64
 import datetime
 import sys
+from pathlib import Path
 from subprocess import run
 
 import pytest
@@ -238,11 +239,11 @@ def test_malformed_messages_are_refused_by_field(messages, expected):
 def test_images_come_in_order_from_all_turns_and_both_spellings():
     url = "data:image/png;base64," + base64.b64encode(b"PNG...").decode()
     messages = [
-        *_user({"type": "image", "image": "cat.png"}, "and", {"type": "image_url", "image_url": {"url": url}}),
+        *_user({"type": "image", "image": Path("cat.png")}, "and", {"type": "image_url", "image_url": {"url": url}}),
         {"role": "assistant", "content": "yes"},
         *_user({"type": "image", "image": b"JPEG"}),
     ]
-    assert images_of(messages) == ["cat.png", b"PNG...", b"JPEG"]
+    assert images_of(messages) == [Path("cat.png"), b"PNG...", b"JPEG"]
     assert ChatTemplate(PLAIN).render(messages).count("<|image_pad|>") == 3
 
 
@@ -295,6 +296,34 @@ def test_own_refusal_of_a_template_is_a_request_error():
 def test_template_that_leaves_the_sandbox_is_a_bundle_error(template):
     with pytest.raises(BundleError, match="sandbox"):
         ChatTemplate(template).render(_user("a"))
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [
+        ("{{ bos_token }}", "'bos_token' is undefined"),
+        ("{{ bos_token + messages[0].content }}", "'bos_token' is undefined"),
+        ("{{ messages[0].content ~ eos_token }}", "'eos_token' is undefined"),
+        ("{{ eos_token | trim }}", "'eos_token' is undefined"),
+        ("{{ messages[0].name }}", "'dict object' has no attribute 'name'"),
+    ],
+)
+def test_template_that_prints_what_is_not_defined_is_a_bundle_error(template, name):
+    with pytest.raises(BundleError, match=rf"^chat_template\.jinja: {name} \(supported: messages"):
+        ChatTemplate(template).render(_user("a"))
+
+
+def test_element_that_the_messages_lack_is_a_request_error():
+    with pytest.raises(RequestError, match="refuses these messages"):
+        ChatTemplate("{{ messages[1].content }}").render(_user("a"))
+
+
+def test_template_may_test_for_what_is_not_defined():
+    source = (
+        "{% if bos_token %}x{% endif %}{{ bos_token is defined }} {{ eos_token | default('none') }}"
+        "{% for tool in missing %}x{% endfor %} {{ messages[0].name is none }}"
+    )
+    assert ChatTemplate(source).render(_user("a")) == "False none False"
 
 
 def test_bad_template_is_refused_with_its_line():

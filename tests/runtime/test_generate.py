@@ -354,9 +354,9 @@ def test_same_seed_same_text_and_the_penalty_sees_the_prompt():
     batch = runtime.batch([prompt], None, 20)
     logits = batch.prefill()
     history = prompt.ids.tolist()
-    sampler = Sampler(SamplingParams(repetition_penalty=50.0))
+    sampler = Sampler(SamplingParams(repetition_penalty=50.0), history)
     for _ in range(20):
-        history.append(sampler.sample(logits[0], history).token_id)
+        history.append(sampler.sample(logits[0]).token_id)
         logits = batch.decode(history[-1:])
     assert text(repetition_penalty=50.0) == history[len(prompt.ids) :] != text()
 
@@ -407,6 +407,50 @@ def test_too_long_or_empty_prompt_is_refused_before_any_work():
     with pytest.raises(RequestError, match="empty"):
         runtime.generate(_text(""))
     assert engine.steps == []
+
+
+def test_too_many_images_are_refused_before_any_is_decoded(monkeypatch):
+    monkeypatch.setattr(ImageProcessor, "open", lambda *_: pytest.fail("decoded"))
+    picture = {"type": "image", "image": _picture(64, 64, 1)}  # 64 tokens
+    with pytest.raises(RequestError, match=rf"the first 4 of the prompt's 5 images have 256 tokens, .* {CONTEXT}$"):
+        _runtime().generate([{"role": "user", "content": [picture] * 5}])
+    text = {"type": "text", "text": "x" * 100}
+    with pytest.raises(RequestError, match=rf"^the prompt has 3\d\d tokens, the model's context {CONTEXT}$"):
+        _runtime().generate([{"role": "user", "content": [*[picture] * 3, text]}])
+
+
+def test_prompt_keeps_resized_images_only_and_generation_none():
+    class Watching(ToyEngine):
+        alive = None
+
+        def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache) -> np.ndarray:
+            gc.collect()
+            self.alive = image()
+            return super().forward(step, visual, cache)
+
+    engine = Watching()
+    runtime = _runtime(engine)
+    prompt = runtime.prompt([{"role": "user", "content": [{"type": "image", "image": _picture(2000, 1000, 1)}]}])
+    assert [(image.width, image.height) for image in prompt.images] == [(88, 40)]
+    image = weakref.ref(prompt.images[0])
+    stream = runtime.generate(prompt)
+    del prompt
+    next(stream)
+    assert engine.encoded
+    assert engine.alive is None
+
+
+def test_runtime_without_a_tokenizer_continues_prompts_of_ids():
+    runtime = Runtime(MODEL, None, None, ToyEngine())
+    prompt = _runtime().prompt(_text("hi"))
+    pieces = list(runtime.generate(prompt, max_new_tokens=6))
+    assert _ids(pieces) == _ids(list(_runtime().generate(_text("hi"), max_new_tokens=6)))
+    assert {piece.text for piece in pieces} == {""}
+    assert pieces[-1].finish_reason == "length"
+    with pytest.raises(BundleError, match=r"no tokenizer\.json"):
+        runtime.generate(_text("hi"))
+    with pytest.raises(BundleError, match=r"no chat_template\.jinja"):
+        Runtime(MODEL, TOKENIZER, None, ToyEngine()).generate(_text("hi"))
 
 
 def test_ids_outside_the_vocabulary_and_unmatched_images_are_refused():
@@ -483,9 +527,10 @@ def test_two_streams_on_one_runtime_do_not_mix():
     assert alone[0] != alone[1]
 
 
-def test_chunk_size_is_checked():
-    with pytest.raises(RequestError, match="chunk_tokens = 0"):
-        _runtime(chunk_tokens=0)
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "8", None])
+def test_chunk_size_is_checked(value):
+    with pytest.raises(RequestError, match=rf"chunk_tokens = {value!r} \(allowed: a whole number, 1 or more\)"):
+        _runtime(chunk_tokens=value)
 
 
 def test_a_released_batch_says_so():

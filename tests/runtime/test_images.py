@@ -71,7 +71,7 @@ def assert_same_as_hugging_face(
     config = {name: value for name, value in (CONFIGS[kind] | fields).items() if not name.endswith(("_type", "_class"))}
     wanted = ORACLES[kind](**config)(sources if expected is None else expected, return_tensors="np")
     ours = processor(kind, **fields)
-    inputs, grids = ours.pack([ours.open(source) for source in sources])
+    inputs, grids = ours.pack([ours.fit(ours.open(source)) for source in sources])
     assert grids == [(h, w) for _, h, w in wanted["image_grid_thw"].tolist()]
     assert inputs.pixel_patches.dtype == np.float32
     np.testing.assert_array_equal(inputs.pixel_patches, wanted["pixel_values"])
@@ -118,8 +118,9 @@ def test_images_of_different_sizes_in_one_call_equal_hugging_face_and_single_cal
     images = [CHINA, crop(FLOWER, 31, 300), crop(CHINA, 222, 97), crop(FLOWER, 5, 5)]
     assert_same_as_hugging_face(kind, images)
     ours = processor(kind)
-    packed, grids = ours.pack(images)
-    singles = [ours.pack([image])[0] for image in images]
+    fitted = [ours.fit(image) for image in images]
+    packed, grids = ours.pack(fitted)
+    singles = [ours.pack([image])[0] for image in fitted]
     for name in ("pixel_patches", "position_index", "position_weight", "rope_cos", "rope_sin"):
         parts = [getattr(single, name) for single in singles]
         np.testing.assert_array_equal(getattr(packed, name), np.concatenate(parts), err_msg=name)
@@ -190,7 +191,7 @@ def test_exif_orientation_equals_hugging_face(tmp_path: Path, orientation: int) 
     SMALL.save(path, exif=exif)
     upright = load_image(str(path))
     assert upright.size == (SMALL.size if orientation < 5 else SMALL.size[::-1])
-    assert_same_as_hugging_face("qwen", [path, str(path), path.read_bytes(), Image.open(path)], [upright] * 4)
+    assert_same_as_hugging_face("qwen", [path, path.read_bytes(), Image.open(path)], [upright] * 3)
 
 
 def test_exif_orientation_and_alpha_together() -> None:
@@ -339,6 +340,32 @@ def test_paths_that_are_not_image_files_are_refused_by_name(tmp_path: Path) -> N
         assert str(caught.value) == f"image {str(tmp_path / name)!r} {reason}"
 
 
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("size", [(5, 5), (31, 300), (222, 97), (640, 427)])
+def test_tokens_of_an_image_are_counted_as_it_is_cut(kind: str, size: tuple[int, int]) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ours, content = processor(kind), encode(CHINA.resize(size), "JPEG", exif=exif)
+    (height, width), block = ours.grid(ours.fit(ours.open(content))), VISION.merge_size**2
+    assert ours.tokens(content) == height * width // block > 0
+
+
+def test_counting_tokens_decodes_nothing() -> None:
+    image = Image.open(io.BytesIO(PNG))
+    assert processor().tokens(image) == processor().tokens(PNG[: len(PNG) // 2])
+    assert image._im is None  # type: ignore[attr-defined]
+
+
+def test_text_never_names_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    SMALL.save(path)
+    for act in (processor().open, processor().tokens):
+        with pytest.raises(RequestError, match=r"^an image is the text '.*pathlib\.Path.*URLs are not fetched\)$"):
+            act(str(path))  # type: ignore[operator]
+        with pytest.raises(RequestError, match=r"^an image is 5 \(allowed: a pathlib\.Path, "):
+            act(5)  # type: ignore[operator]
+
+
 def test_100_megapixels_are_refused_from_the_header_without_a_warning() -> None:
     with warnings.catch_warnings(), pytest.raises(RequestError) as caught:
         warnings.simplefilter("error")
@@ -381,8 +408,8 @@ def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_an_image_200_times_as_long_as_wide_is_the_longest_allowed(kind: str) -> None:
-    assert processor(kind).grid(Image.new("RGB", (6400, 32)))[0] == 2
+    assert processor(kind).fit(Image.new("RGB", (6400, 32))).height == 2 * CONFIGS[kind]["patch_size"]
     with pytest.raises(RequestError, match=r"^image is 6401 x 32 pixels: one side is more than 200 times the other$"):
-        processor(kind).grid(Image.new("RGB", (6401, 32)))
+        processor(kind).fit(Image.new("RGB", (6401, 32)))
     with pytest.raises(RequestError, match="more than 200"):
-        processor(kind).pack([SMALL, Image.new("RGB", (32, 6401))])
+        processor(kind).tokens(Image.new("RGB", (32, 6401)))

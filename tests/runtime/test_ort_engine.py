@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,12 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
+from PIL import Image
 
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.positions import rope_tables
 from moevlm.runtime.vision_inputs import pack_grids
@@ -263,3 +266,18 @@ def test_missing_or_short_weights_are_refused(size: int | None, tiny_bundle: Pat
         data.write_bytes(content[:size])
     with pytest.raises(EngineError, match=r"ONNX Runtime refused decoder\.onnx: "):
         load(copy, "ort-cpu")
+
+
+def test_threads_share_one_runtime(tiny_bundle: Path) -> None:
+    runtime = load_runtime(tiny_bundle, threads=1)
+    rng = np.random.default_rng(6)
+    pictures = [Image.fromarray(rng.integers(0, 256, (32, 8 * n, 3), np.uint8)) for n in range(2, 6)]
+
+    def answer(picture: Image.Image) -> list[int]:
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+        pieces = runtime.generate([{"role": "user", "content": content}], max_new_tokens=12, temperature=1.0, seed=1)
+        return [token for piece in pieces for token in piece.token_ids]
+
+    alone = [answer(picture) for picture in pictures]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(answer, pictures * 3)) == alone * 3

@@ -11,7 +11,15 @@ from transformers.generation.logits_process import (
 )
 
 from moevlm.runtime.errors import EngineError, RequestError
-from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams, _penalize, distribution
+from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams, penalize, weights
+
+
+def distribution(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids that may be drawn, and their probabilities."""
+    ids, weight = weights(scores, params)
+    assert weight.dtype == np.float32
+    assert weight.max() == 1
+    return np.arange(len(scores)) if ids is None else ids, weight / weight.sum(dtype=np.float64)
 
 
 def _huggingface(logits: np.ndarray, history: list[int], params: SamplingParams) -> np.ndarray:
@@ -42,6 +50,8 @@ def _huggingface(logits: np.ndarray, history: list[int], params: SamplingParams)
         {"top_p": 0.9999},
         {"min_p": 0.2},
         {"min_p": 1.0},
+        {"min_p": 0.1, "top_p": 0.7},
+        {"min_p": 0.3, "top_k": 40, "temperature": 2.0},
         {"repetition_penalty": 1.3},
         {"repetition_penalty": 0.7},
         {"temperature": 1.7, "top_k": 50, "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.1},
@@ -55,7 +65,7 @@ def test_distribution_equals_huggingface_warpers(options, scale):
         logits = (rng.standard_normal(3000) * scale).astype(np.float32)
         history = rng.integers(0, 3000, 400).tolist() + [int(logits.argmax())] * 2
         params = SamplingParams(**{"temperature": 1.0, **options})
-        ids, probability = distribution(_penalize(logits, history, params.repetition_penalty), params)
+        ids, probability = distribution(penalize(logits, np.array(history), params.repetition_penalty), params)
         dense = np.zeros(3000)
         dense[ids] = probability
         expected = _huggingface(logits, history, params)
@@ -117,11 +127,23 @@ def test_requests_do_not_share_a_random_stream():
 
 def test_greedy_takes_the_largest_and_the_penalty_counts_once_for_repeated_tokens():
     logits = np.array([1.0, 4.0, 3.5, -1.0], np.float32)
-    assert Sampler(SamplingParams()).sample(logits, [1, 1, 1]) == Sampled(1)
+    assert Sampler(SamplingParams(), [1, 1, 1]).sample(logits) == Sampled(1)
     # 4 / 1.1 = 3.64 is still the largest; 4 / 1.1**2 would not be.
-    assert Sampler(SamplingParams(repetition_penalty=1.1)).sample(logits, [1, 1]).token_id == 1
-    assert Sampler(SamplingParams(repetition_penalty=1.2)).sample(logits, [1, 1]).token_id == 2
+    assert Sampler(SamplingParams(repetition_penalty=1.1), [1, 1]).sample(logits).token_id == 1
+    assert Sampler(SamplingParams(repetition_penalty=1.2), [1, 1]).sample(logits).token_id == 2
     assert logits.tolist() == [1.0, 4.0, 3.5, -1.0]
+
+
+def test_penalty_sees_what_was_generated_too():
+    logits = np.array([1.0, 4.0, 3.9, 3.8], np.float32)
+    sampler = Sampler(SamplingParams(repetition_penalty=1.5), [0])
+    assert [sampler.sample(logits).token_id for _ in range(6)] == [1, 2, 3, 1, 1, 1]
+
+
+def test_equal_entries_at_the_edge_of_the_nucleus_stay_by_the_lower_id():
+    ids, probability = distribution(np.zeros(1000, np.float32), SamplingParams(temperature=1.0, top_p=0.5))
+    assert ids.tolist() == list(range(500))
+    np.testing.assert_allclose(probability, 1 / 500)
 
 
 def test_logprobs_are_of_the_raw_distribution():
@@ -129,7 +151,7 @@ def test_logprobs_are_of_the_raw_distribution():
     logits = (rng.standard_normal(400) * 5).astype(np.float32)
     expected = torch.tensor(logits).double().log_softmax(-1)
     params = SamplingParams(temperature=0.2, top_k=3, repetition_penalty=1.5, seed=0, logprobs=6)
-    sampled = Sampler(params).sample(logits, [int(logits.argmax())])
+    sampled = Sampler(params, [int(logits.argmax())]).sample(logits)
     assert sampled.logprob == pytest.approx(float(expected[sampled.token_id]), abs=1e-5)
     values, ids = expected.topk(6)
     assert [i for i, _ in sampled.top] == ids.tolist()
