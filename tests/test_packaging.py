@@ -65,7 +65,7 @@ def test_extras_are_those_that_the_readme_installs(wheel: Path) -> None:
         metadata = message_from_bytes(archive.read(name))
     assert set(metadata.get_all("Provides-Extra", [])) == EXTRAS
     readme = (ROOT / "README.md").read_text()
-    named = {extra for extras in re.findall(r"moevlm\[([\w, ]+)\]", readme) for extra in re.split(", *", extras)}
+    named = {extra for extras in re.findall(r"(?:moevlm|\.)\[([\w, ]+)\]", readme) for extra in re.split(", *", extras)}
     assert named <= EXTRAS
     assert "cpu" in named
 
