@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo.moevlm
-SAMPLES := demo/samples
 
 .PHONY: setup demo test lint type bench train clean
 

@@ -79,7 +79,8 @@ class Concat:
             if a < b:
                 parts.append(source.rows(a, b))
             offset += source.shape[0]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return joined.astype(self.dtype, copy=False)  # sources may differ in dtype
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Stack:
         return np.result_type(*(source.dtype for source in self.sources))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return np.stack([s.rows(0, s.shape[0]) for s in self.sources[start:stop]])
+        stacked = np.stack([s.rows(0, s.shape[0]) for s in self.sources[start:stop]])
+        return stacked.astype(self.dtype, copy=False)
 
 
 def cast(source: Weight, dtype: np.dtype) -> Weight:

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moevlm.export.checkpoint import Checkpoint, require_same_source
-from moevlm.export.weights import SLICE_BYTES, Concat, Constant, PerRow, read, slices, swap_last
+from moevlm.export.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import Manifest, ModelFacts, RopeFacts, VisionFacts
 
@@ -377,3 +377,12 @@ def test_slices_stay_small_through_a_chain() -> None:
     source = Constant(np.zeros((4096, 4096), np.float32))
     sizes = {piece.nbytes for piece in slices(PerRow(source, source.shape, source.dtype, lambda a: a + 1))}
     assert sizes == {SLICE_BYTES}
+
+
+def test_experts_of_mixed_dtypes_are_read_in_the_dtype_that_holds_all() -> None:
+    parts = [np.full((2, 3), 1.0, np.float16), np.full((2, 3), 1 + 2**-20, np.float32)]
+    for stacked in (Stack([Constant(p) for p in parts]), Stack([Concat([Constant(p)]) for p in parts])):
+        for row, part in enumerate(parts):
+            read = stacked.rows(row, row + 1)
+            assert (read.dtype, stacked.dtype) == (np.float32, np.float32)
+            assert np.array_equal(read[0], part)
