@@ -13,7 +13,7 @@ from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
-from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.export.targets import BLOCK, GRAPHS, REFERENCE, TARGETS, Target, targets
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError
 from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
@@ -32,21 +32,24 @@ def build(
     target_names: Iterable[str] = (),
     *,
     expert_layout: str = "auto",
+    block_size: int = BLOCK,
     progress: Progress = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
-    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. Memory stays at a few tensors, whatever the
+    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. block_size: weights that share a scale
+    in the int8 and int4 targets. Memory stays at a few tensors, whatever the
     checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing behind then.
     """
-    chosen = targets(target_names)
+    chosen = targets(target_names, block_size)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
         model, graphs = _trace(source, expert_layout, progress)
         facts = _model_facts(model, source)
         _write_side_files(writer, source)
-        if TARGETS[REFERENCE] not in chosen:
+        reference = targets([REFERENCE])[0]
+        if reference not in chosen:
             for name in GRAPHS:
-                writer.add_structure(graphs[name], TARGETS[REFERENCE].path(name))
+                writer.add_structure(graphs[name], reference.path(name))
         _write_engines(writer, chosen, graphs, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
@@ -67,13 +70,14 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
+    block_size: int = BLOCK,
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
     Raises CheckpointError if the checkpoint is another one, and what `build` raises.
     """
-    chosen = targets(target_names)
+    chosen = targets(target_names, block_size)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
     existing = Bundle.open(bundle)
@@ -111,7 +115,7 @@ def _write_engines(
     for target in chosen:
         for name in GRAPHS:
             writer.add_model(
-                target.lower(graphs[name]), target.path(name), partial(progress, f"writing {target.name} {name}")
+                target.lower(graphs[name], name), target.path(name), partial(progress, f"writing {target.name} {name}")
             )
 
 

@@ -15,6 +15,10 @@ _LAYOUT = click.option(
     help="How fused expert tensors lie on disk, if their shape does not tell.",
 )
 
+_BLOCK = click.option(
+    "--block-size", type=int, default=32, show_default=True, help="Weights per scale in int8 and int4: 32 or 128."
+)
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -35,10 +39,21 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
 @click.argument("source", metavar="CHECKPOINT|BUNDLE", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write, from a checkpoint.")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Where BUNDLE came from: adds targets to it.")
-@click.option("--target", "targets", multiple=True, help="reference or ort-cpu; repeatable.  [default: ort-cpu]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    help="reference, ort-cpu, ort-cpu:int8 or ort-cpu:int4; repeatable.  [default: ort-cpu]",
+)
+@_BLOCK
 @_LAYOUT
 def build(
-    source: Path, output: Path | None, checkpoint: Path | None, targets: tuple[str, ...], expert_layout: str
+    source: Path,
+    output: Path | None,
+    checkpoint: Path | None,
+    targets: tuple[str, ...],
+    block_size: int,
+    expert_layout: str,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
 
@@ -54,12 +69,12 @@ def build(
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress)
+            build_bundle(origin, bundle, names, expert_layout=expert_layout, block_size=block_size, progress=progress)
         elif checkpoint is not None and output is None:
             if expert_layout != "auto":
                 raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
-            add_targets(bundle, origin, names, progress=progress)
+            add_targets(bundle, origin, names, block_size=block_size, progress=progress)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)

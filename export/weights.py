@@ -5,12 +5,14 @@ experts at a time. Every rearrangement is another `Weight` around the first.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
+
+from moevlm.runtime.errors import BuildError
 
 # Small enough that a slice stays in the CPU's cache on its way from the file through a cast to the engine file, and
 # that malloc reuses its memory: at 32 MiB every slice is mapped afresh, and bf16 -> fp32 runs at a fifth of the speed.
@@ -171,3 +173,18 @@ def initializer(name: str, weight: Weight) -> ir.Value:
     """A graph initializer that holds `weight`."""
     tensor = WeightTensor(name, weight)
     return ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+
+
+def weight_of(value: ir.Value) -> Weight:
+    """The recipe of an initializer. Raises BuildError for any other value."""
+    tensor = value.const_value
+    if tensor is None or not value.is_initializer():
+        raise BuildError(f"{value.name}: must be an initializer")
+    return tensor.weight if isinstance(tensor, WeightTensor) else Constant(tensor.numpy())
+
+
+def drop_unused(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
+    """Remove those initializers among `values` that no node uses any more."""
+    for value in values:
+        if not value.uses() and not value.is_graph_output() and graph.initializers.get(str(value.name)) is value:
+            del graph.initializers[str(value.name)]

@@ -72,11 +72,15 @@ class FileFacts(_Facts, frozen=True):
 
 
 class EngineFacts(_Facts, frozen=True):
-    """One engine: its graphs as paths inside the bundle, and its arithmetic."""
+    """One engine: its graphs as paths inside the bundle, the dtype of its weights.
+
+    block_size: weights that share a scale, 0 if they are not quantized.
+    """
 
     vision: str
     decoder: str
     dtype: str
+    block_size: int = 0
 
 
 class Manifest(_Facts, frozen=True):

@@ -9,7 +9,7 @@ from onnx_ir import tape
 
 from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op, router_spec
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import Constant, PerRow, Weight, WeightTensor, initializer
+from moevlm.export.weights import PerRow, drop_unused, initializer, weight_of
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import BuildError
 
@@ -91,7 +91,7 @@ def _lower(
     if router is None or not is_op(router, ROUTER) or weight.producer() is not router:
         raise BuildError(f"node {node.name}: expert_index and expert_weight must come from one {ROUTER}")
     spec, routing = experts_spec(node), router_spec(router)
-    experts = _weight(gate_up).shape[0]
+    experts = weight_of(gate_up).shape[0]
     if spec.gated:
         gate_up = _interleaved(graph, gate_up, interleaved)
         gate_up_bias = gate_up_bias and _interleaved(graph, gate_up_bias, interleaved)
@@ -162,18 +162,10 @@ def _constant(t: tape.Tape, value: np.float32 | list[int]) -> ir.Value:
     return t.op("Constant", [], {"value": ir.tensor(array)})
 
 
-def _weight(value: ir.Value) -> Weight:
-    """The recipe of an initializer."""
-    tensor = value.const_value
-    if tensor is None or not value.is_initializer():
-        raise BuildError(f"{value.name}: expert weights must be initializers")
-    return tensor.weight if isinstance(tensor, WeightTensor) else Constant(tensor.numpy())
-
-
 def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
     """The initializer [E, 2I, ...] with rows g0, u0, g1, u1 in the place of all gate rows, then all up rows."""
     if value not in known:
-        source = _weight(value)
+        source = weight_of(value)
         known[value] = initializer(f"{value.name}.interleaved", PerRow(source, source.shape, source.dtype, _interleave))
         graph.register_initializer(known[value])
     return known[value]
@@ -190,6 +182,4 @@ def _sweep(graph: ir.Graph, replaced: Iterable[ir.Value]) -> None:
     for node in [n for n in graph if is_op(n, ROUTER)]:
         if not any(v.consumers() or v.is_graph_output() for v in node.outputs):
             graph.remove(node, safe=True)
-    for value in replaced:
-        if not value.consumers():
-            graph.initializers.pop(str(value.name))
+    drop_unused(graph, replaced)

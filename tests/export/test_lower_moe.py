@@ -1,123 +1,30 @@
 """com.microsoft::MoE in the place of the moevlm ops, in ONNX Runtime, against the numpy spec."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from moevlm.export import functions
 from moevlm.export.passes.base import run
 from moevlm.export.passes.lower_moe import LowerMoE
-from moevlm.export.weights import Constant, initializer
+from moevlm.export.weights import initializer
 from moevlm.plugins import reference, variants
-from moevlm.plugins.spec import DOMAIN, SCORINGS, ExpertsSpec, RouterSpec, attributes
+from moevlm.plugins.spec import DOMAIN, SCORINGS, RouterSpec
 from moevlm.runtime.errors import BuildError
+from tests.moe_cases import SILU, Case, assert_close, ops, session, value
 
-TOKENS = (0, 1, 33)
-# float32 on both sides, relative to the largest value of the output; the routed form takes a log and an exp more.
-TOLERANCE = 2e-6
-
-SILU = ExpertsSpec()
 QWEN, DEEPSEEK_V3, LLAMA4 = (variants.MODELS[name] for name in ("qwen3_vl_moe", "deepseek_v3", "llama4"))
 biases = pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 
 
-def value(name: str, shape: list[int | str | None], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def moe_block(
-    router: RouterSpec,
-    block: ExpertsSpec,
-    weights: dict[str, np.ndarray],
-    bias: np.ndarray | None = None,
-    tap: bool = False,
-) -> ir.Model:
-    """logits, x -> y, and with `tap` also the router's index and weight; everything else is an initializer."""
-    logits, x = value("logits", ["T", "E"]), value("x", ["T", "H"])
-    held = {name: initializer(name, Constant(array)) for name, array in weights.items()}
-    if bias is not None:
-        held["bias"] = initializer("bias", Constant(bias))
-    routing = [logits] if bias is None else [logits, held["bias"]]
-    index, weight, y = (
-        value("index", ["T", "k"], ir.DataType.INT32),
-        value("weight", ["T", "k"]),
-        value("y", ["T", "H"]),
-    )
-    nodes = [
-        ir.node(functions.ROUTER, routing, attributes(router), domain=DOMAIN, outputs=[index, weight]),
-        ir.node(
-            functions.EXPERTS,
-            [x, index, weight, *(held[name] for name in weights)],
-            attributes(block),
-            domain=DOMAIN,
-            outputs=[y],
-            name="layers.0.moe",
-        ),
-    ]
-    graph = ir.Graph(
-        [logits, x],
-        [y, index, weight] if tap else [y],
-        nodes=nodes,
-        initializers=list(held.values()),
-        opset_imports={"": functions.ONNX_OPSET},
-        name="moe_block",
-    )
-    return ir.Model(graph, ir_version=10)
-
-
-def ops(model: ir.Model) -> list[str]:
-    return [node.op_type for node in model.graph]
-
-
-def session(model: ir.Model) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
-
-
-def assert_close(got: np.ndarray, want: np.ndarray) -> None:
-    assert (got.shape, got.dtype) == (want.shape, want.dtype)
-    np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE * np.abs(want).max(initial=0))
-
-
-@dataclass
-class Case:
-    """A block of one router and one kind of experts, with seeded weights and, if asked, biases everywhere."""
-
-    router: RouterSpec
-    block: ExpertsSpec = SILU
-    router_bias: bool = False
-    expert_biases: bool = False
-    experts: int = variants.EXPERTS
-
-    def __post_init__(self) -> None:
-        self.weights = variants.expert_weights(self.block, self.expert_biases, experts=self.experts)
-        self.bias = variants.router_inputs(1, experts=self.experts)["bias"] if self.router_bias else None
-
-    def model(self, tap: bool = False) -> ir.Model:
-        return moe_block(self.router, self.block, self.weights, self.bias, tap)
-
-    def lowered(self, tap: bool = False) -> ir.Model:
-        model = self.model(tap)
-        assert LowerMoE().apply(model) == 1
-        onnx.checker.check_model(ir.to_proto(model))
-        return model
-
-    def inputs(self, tokens: int) -> dict[str, np.ndarray]:
-        logits = variants.router_inputs(tokens, False, self.experts, seed=tokens)["logits"]
-        return {"logits": logits, "x": variants.hidden_states(tokens, seed=tokens)}
-
-    def want(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        index, weight = reference.route(inputs["logits"], self.router, self.bias)
-        return reference.experts(inputs["x"], index, weight, spec=self.block, **self.weights)
-
-    def check(self, model: ir.Model) -> None:
-        running = session(model)
-        for tokens in TOKENS:
-            inputs = self.inputs(tokens)
-            assert_close(running.run(None, inputs)[0], self.want(inputs))
+def lowered(case: Case, tap: bool = False) -> ir.Model:
+    model = case.model(tap)
+    assert LowerMoE().apply(model) == 1
+    onnx.checker.check_model(ir.to_proto(model))
+    return model
 
 
 ROUTERS = variants.ROUTERS | variants.MODELS
@@ -137,7 +44,7 @@ DIRECT = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_every_router_is_lowered(name, has_bias):
     case = Case(ROUTERS[name], router_bias=has_bias)
-    model = case.lowered()
+    model = lowered(case)
     direct = name in DIRECT and not has_bias
     assert "MoE" in ops(model)
     assert functions.EXPERTS not in ops(model)
@@ -153,7 +60,7 @@ KEPT = [name for name in variants.BLOCKS if name.startswith("gelu_tanh-gated")]
 @pytest.mark.parametrize("name", [name for name in variants.BLOCKS if name not in KEPT])
 def test_every_block_that_the_kernel_knows_is_lowered(name, router, has_bias):
     case = Case(router, variants.BLOCKS[name], expert_biases=has_bias)
-    model = case.lowered()
+    model = lowered(case)
     assert functions.EXPERTS not in ops(model)
     case.check(model)
 
@@ -171,19 +78,19 @@ def test_gated_gelu_keeps_its_body(name, has_bias):
 @pytest.mark.parametrize("name", [name for name in variants.ROUTERS if name.endswith("x2.5-top2_sum")])
 def test_weight_on_the_input_of_several_experts(name):
     case = Case(ROUTERS[name], replace(SILU, weight_on="input"), router_bias=True, expert_biases=True)
-    case.check(case.lowered())
+    case.check(lowered(case))
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
 def test_sixty_four_experts(scoring):
     case = Case(RouterSpec(8, scoring), experts=64)
-    case.check(case.lowered())
+    case.check(lowered(case))
 
 
 @pytest.mark.parametrize(("epsilon", "direct"), [(1e-20, True), (1e-9, True), (1e-6, False), (0.5, False)])
 def test_an_epsilon_that_shows_in_float32_is_not_dropped(epsilon, direct):
     case = Case(RouterSpec(2, epsilon=epsilon))
-    model = case.lowered()
+    model = lowered(case)
     assert (functions.ROUTER not in ops(model)) == direct
     case.check(model)
 
@@ -191,7 +98,7 @@ def test_an_epsilon_that_shows_in_float32_is_not_dropped(epsilon, direct):
 @pytest.mark.parametrize("name", ["qwen3_vl_moe", "deepseek_v3"])
 def test_a_tapped_router_stays_and_shows_the_routing_that_was_used(name):
     case = Case(variants.MODELS[name], router_bias=name == "deepseek_v3")
-    model = case.lowered(tap=True)
+    model = lowered(case, tap=True)
     # Equal logits everywhere: a tap beside a kernel that routes for itself would show the other end of the tie.
     inputs = case.inputs(33)
     inputs["logits"][7] = 0
@@ -220,14 +127,14 @@ def test_a_weight_of_zero_counts_nothing(router, logits):
     # The chosen experts are still the chosen ones: no other's weights are read in their place.
     for array in case.weights.values():
         array[np.setdiff1d(np.arange(8), index)] = np.nan
-    assert_close(session(case.lowered()).run(None, inputs)[0], case.want(inputs))
+    assert_close(session(lowered(case)).run(None, inputs)[0], case.want(inputs))
 
 
 def test_equal_logits_go_to_the_higher_index_in_the_direct_form():
     case = Case(RouterSpec(1), experts=4)
     inputs = {"logits": np.zeros((1, 4), np.float32), "x": variants.hidden_states(1)}
     last = reference.experts(inputs["x"], np.array([[3]]), np.ones((1, 1)), spec=SILU, **case.weights)
-    assert_close(session(case.lowered()).run(None, inputs)[0], last)
+    assert_close(session(lowered(case)).run(None, inputs)[0], last)
 
 
 @pytest.mark.parametrize("router", [QWEN, DEEPSEEK_V3], ids=["direct", "routed"])
@@ -237,7 +144,7 @@ def test_weights_of_experts_that_no_token_chose_are_never_read(router):
     index, _ = reference.route(inputs["logits"], router)
     for array in case.weights.values():
         array[np.setdiff1d(np.arange(8), index)] = np.nan
-    assert np.isfinite(session(case.lowered()).run(None, inputs)[0]).all()
+    assert np.isfinite(session(lowered(case)).run(None, inputs)[0]).all()
 
 
 class Unread:

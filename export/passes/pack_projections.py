@@ -1,0 +1,56 @@
+"""Several projections of one input as one."""
+
+from collections import defaultdict
+
+import onnx_ir as ir
+from onnx_ir import tape
+
+from moevlm.export.functions import ROUTER, is_op
+from moevlm.export.passes.base import Pass
+from moevlm.export.weights import Concat, drop_unused, initializer, weight_of
+
+
+class PackProjections(Pass):
+    """Gemms on the same rows (q, k and v; gate and up) -> one Gemm on their joined weights, and a Split.
+
+    The input is read once and the work handed to the threads once. Router logits stay apart: they are never quantized.
+    Requires: moevlm routers are still there. Ensures: Gemms that share an input differ in having a bias, or one routes.
+    """
+
+    def apply(self, model: ir.Model) -> int:
+        groups: dict[tuple[ir.Value | None, bool], list[ir.Node]] = defaultdict(list)
+        for node in model.graph:
+            if is_projection(node):
+                groups[node.inputs[0], len(node.inputs) > 2].append(node)
+        packed = [nodes for nodes in groups.values() if len(nodes) > 1]
+        for nodes in packed:
+            _pack(model.graph, nodes)
+        return len(packed)
+
+
+def is_projection(node: ir.Node) -> bool:
+    """A Gemm with a stored weight [out, in] whose output is not a router's logits."""
+    if node.op_type != "Gemm" or node.domain or node.attributes.get_int("transB", 0) != 1:
+        return False
+    weight = node.inputs[1]
+    routes = any(is_op(user, ROUTER) for user in node.outputs[0].consumers())
+    return weight is not None and weight.is_initializer() and not routes
+
+
+def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    first, t = nodes[0], tape.Tape()
+    joined = []
+    for i in range(1, len(first.inputs)):
+        values = [node.inputs[i] for node in nodes]
+        sources = [weight_of(value) for value in values if value is not None]
+        name = "+".join(str(value.name) for value in values if value is not None)
+        joined.append(initializer(name, Concat(sources)))
+        graph.register_initializer(joined[-1])
+    rows = t.op("Gemm", [first.inputs[0], *joined], {"transB": 1})
+    sizes = [weight_of(node.inputs[1]).shape[0] for node in nodes]  # type: ignore[arg-type]
+    split = t.op("Constant", [], {"value_ints": sizes})
+    outputs = t.op_multi_out("Split", [rows, split], {"axis": 1}, num_outputs=len(nodes))
+    weights = [value for node in nodes for value in node.inputs[1:] if value is not None]
+    old = [node.outputs[0] for node in nodes]
+    ir.convenience.replace_nodes_and_values(graph, first, nodes, t.nodes, old, outputs)
+    drop_unused(graph, weights)

@@ -1,0 +1,59 @@
+"""Experts on ONNX Runtime's sparse kernel for block-quantized weights."""
+
+import onnx_ir as ir
+
+from moevlm.export.passes.base import Pass
+from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, CONTRIB, quantized
+from moevlm.export.quantization import SMALLEST_BLOCK, Scheme
+from moevlm.export.weights import drop_unused, weight_of
+from moevlm.runtime.errors import BuildError
+
+
+class QuantizeExperts(Pass):
+    """com.microsoft::MoE -> com.microsoft::QMoE.
+
+    QMoE always normalizes the weights of the chosen experts, whatever its attribute says, unless they are an input of
+    their own: where the softmax over all experts is the weight, that is what it gets.
+    Both matrices of an expert share one block size: the scheme's, or the largest power of two below it that divides the
+    inner sizes of both. Raises BuildError if 16 does not.
+    Requires: LowerMoE. Ensures: no com.microsoft::MoE is left.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def apply(self, model: ir.Model) -> int:
+        found = [node for node in model.graph if (node.domain, node.op_type) == (CONTRIB, "MoE")]
+        for node in found:
+            self._replace(model.graph, node)
+        return len(found)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        x, logits, gate_up, gate_up_bias, down, down_bias = node.inputs
+        assert logits is not None
+        assert gate_up is not None
+        assert down is not None
+        hidden, width = (weight_of(value).shape[-1] for value in (gate_up, down))
+        scheme = self.scheme.fit(hidden)
+        scheme = scheme and scheme.fit(width)
+        if scheme is None:
+            raise BuildError(
+                f"cannot quantize the experts of {down.name}: their sizes are {hidden} and {width} "
+                f"(allowed: multiples of {SMALLEST_BLOCK})"
+            )
+        inputs = [x, logits, *quantized(graph, gate_up, scheme, flat=True), gate_up_bias]
+        inputs += [*quantized(graph, down, scheme, flat=True), down_bias]
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        if not attributes["normalize_routing_weights"]:
+            weights = ir.node("Softmax", [logits], attributes={"axis": -1})
+            graph.insert_before(node, weights)
+            inputs += [None] * 6 + [weights.outputs[0]]
+        attributes |= {
+            "expert_weight_bits": scheme.bits,
+            "block_size": scheme.block,
+            "accuracy_level": ACCURACY_LEVEL,
+            "swiglu_limit": attributes.get("swiglu_limit", float("inf")),
+        }
+        new = ir.node("QMoE", inputs, attributes=attributes, domain=CONTRIB)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        drop_unused(graph, (gate_up, down))
