@@ -6,10 +6,23 @@ from moevlm.runtime.console import table
 from moevlm.runtime.reports import Report
 
 
+class Flip(msgspec.Struct, frozen=True):
+    """A token that went to another set of experts than in transformers.
+
+    layer: of the decoder. token: its place among all tokens of all prompts. margin: gap in choice score between the
+    experts that were exchanged.
+    """
+
+    layer: int
+    token: int
+    margin: float
+
+
 class Check(msgspec.Struct, frozen=True):
     """One quantity of one step against transformers.
 
-    value, limit: relative error, or a count of what differs. note: what is worth knowing, or "".
+    value, limit: relative error, KL divergence in nats, or a share or a count of what differs.
+    note: what is worth knowing, or "". flips: of the check of routings, every one.
     An infinite value (another shape, NaN) is null in JSON.
     """
 
@@ -19,6 +32,7 @@ class Check(msgspec.Struct, frozen=True):
     limit: float
     passed: bool
     note: str = ""
+    flips: list[Flip] = []
 
 
 class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):

@@ -5,7 +5,7 @@ experts at a time. Every rearrangement is another `Weight` around the first.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -181,10 +181,3 @@ def weight_of(value: ir.Value) -> Weight:
     if tensor is None or not value.is_initializer():
         raise BuildError(f"{value.name}: must be an initializer")
     return tensor.weight if isinstance(tensor, WeightTensor) else Constant(tensor.numpy())
-
-
-def drop_unused(graph: ir.Graph, values: Iterable[ir.Value]) -> None:
-    """Remove those initializers among `values` that no node uses any more."""
-    for value in values:
-        if not value.uses() and not value.is_graph_output() and graph.initializers.get(str(value.name)) is value:
-            del graph.initializers[str(value.name)]

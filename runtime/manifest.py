@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 SCHEMA = 1
+SCALE_BYTES = 4  # an int8 cache keeps a float32 scale behind the values of each token and head
 
 
 class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,15 +73,18 @@ class FileFacts(_Facts, frozen=True):
 
 
 class EngineFacts(_Facts, frozen=True):
-    """One engine: its graphs as paths inside the bundle, the dtype of its weights.
+    """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
 
     block_size: weights that share a scale, 0 if they are not quantized.
+    operators: domain of the operators that the engine library must be given, "" if its own are enough.
     """
 
     vision: str
     decoder: str
     dtype: str
     block_size: int = 0
+    kv_cache: str = "float32"
+    operators: str = ""
 
 
 class Manifest(_Facts, frozen=True):

@@ -4,13 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 
 class Pass(ABC):
     """One rewrite of a whole model, in place.
 
     The docstring of each pass says what it Requires of a model and what it Ensures. A pass reads no weight: where it
-    rearranges one, it wraps the initializer's recipe (`moevlm.export.weights`).
+    rearranges one, it wraps the initializer's recipe (`moevlm.export.weights`). What it leaves without a user stays
+    in the graph until `run` ends.
     """
 
     @abstractmethod
@@ -19,9 +21,13 @@ class Pass(ABC):
 
 
 def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:
-    """Apply `passes` in order; returns the number of rewrites by class name."""
+    """Apply `passes` in order, then drop nodes and initializers that nothing uses any more.
+
+    Returns the number of rewrites by class name.
+    """
     counts: dict[str, int] = {}
     for step in passes:
         name = type(step).__name__
         counts[name] = counts.get(name, 0) + step.apply(model)
+    RemoveUnusedNodesPass()(model)
     return counts

@@ -1,6 +1,6 @@
 """moevlm::MoERouter + moevlm::MoEExperts -> com.microsoft::MoE on ONNX Runtime's CPU."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ from onnx_ir import tape
 
 from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op, router_spec
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import PerRow, drop_unused, initializer, weight_of
+from moevlm.export.weights import PerRow, initializer, weight_of
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import BuildError
 
@@ -40,7 +40,7 @@ class LowerMoE(Pass):
 
     Requires: the nodes stand in the main graph; expert weights and biases are initializers; expert_index and
     expert_weight come from one MoERouter.
-    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh; routers that nothing uses are gone; functions match.
+    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh; functions match.
     """
 
     def apply(self, model: ir.Model) -> int:
@@ -52,7 +52,6 @@ class LowerMoE(Pass):
                 _lower(model.graph, node, attributes, interleaved)
                 lowered += 1
         if lowered:
-            _sweep(model.graph, interleaved)
             model.graph.opset_imports[CONTRIB] = 1
         add_functions(model)
         return lowered
@@ -175,11 +174,3 @@ def _interleave(array: np.ndarray) -> np.ndarray:
     """[n, 2I, ...]: gate rows then up rows -> gate and up rows in turn."""
     n, rows = array.shape[:2]
     return array.reshape(n, 2, rows // 2, *array.shape[2:]).swapaxes(1, 2).reshape(array.shape)
-
-
-def _sweep(graph: ir.Graph, replaced: Iterable[ir.Value]) -> None:
-    """Drop the routers and the initializers that nothing uses any more."""
-    for node in [n for n in graph if is_op(n, ROUTER)]:
-        if not any(v.consumers() or v.is_graph_output() for v in node.outputs):
-            graph.remove(node, safe=True)
-    drop_unused(graph, replaced)

@@ -7,7 +7,7 @@ from onnx_ir import tape
 
 from moevlm.export.functions import ROUTER, is_op
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import Concat, drop_unused, initializer, weight_of
+from moevlm.export.weights import Concat, initializer, weight_of
 
 
 class PackProjections(Pass):
@@ -50,7 +50,5 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     sizes = [weight_of(node.inputs[1]).shape[0] for node in nodes]  # type: ignore[arg-type]
     split = t.op("Constant", [], {"value_ints": sizes})
     outputs = t.op_multi_out("Split", [rows, split], {"axis": 1}, num_outputs=len(nodes))
-    weights = [value for node in nodes for value in node.inputs[1:] if value is not None]
     old = [node.outputs[0] for node in nodes]
     ir.convenience.replace_nodes_and_values(graph, first, nodes, t.nodes, old, outputs)
-    drop_unused(graph, weights)

@@ -5,7 +5,7 @@ import onnx_ir as ir
 from moevlm.export.passes.base import Pass
 from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, CONTRIB, quantized
 from moevlm.export.quantization import SMALLEST_BLOCK, Scheme
-from moevlm.export.weights import drop_unused, weight_of
+from moevlm.export.weights import weight_of
 from moevlm.runtime.errors import BuildError
 
 
@@ -56,4 +56,3 @@ class QuantizeExperts(Pass):
         }
         new = ir.node("QMoE", inputs, attributes=attributes, domain=CONTRIB)
         ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
-        drop_unused(graph, (gate_up, down))

@@ -9,6 +9,7 @@ from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.lower_moe import LowerMoE
 from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.export.quantization import Scheme, dequantize, quantize
@@ -117,7 +118,7 @@ def test_embedding_is_quantized(scheme):
     table = matrix(20, 64)
     node = ir.node("Gather", [ir.Value(name="table"), ids], {"axis": 0}, outputs=[y])
     model = graph([node], [ids], [y], table=table)
-    assert QuantizeLinear(Scheme(4, 128), scheme).apply(model) == 1
+    assert QuantizeEmbedding(scheme).apply(model) == 1
     assert ops(model) == ["GatherBlockQuantized"]
     chosen = np.array([3, 0, 19, 3])
     assert_close(session(model).run(None, {"ids": chosen})[0], rounded(table, scheme)[chosen])
@@ -132,9 +133,10 @@ def test_router_and_small_lookups_stay_float32():
     model = graph(
         [gemm(x, "w", logits), router, lookup], [x, ids], [index, weight, picked], w=matrix(8, 64), vector=matrix(512)
     )
-    assert run([PackProjections(), QuantizeLinear(Scheme(4, 32), Scheme(4, 32))], model) == {
+    assert run([PackProjections(), QuantizeLinear(Scheme(4, 32)), QuantizeEmbedding(Scheme(4, 32))], model) == {
         "PackProjections": 0,
         "QuantizeLinear": 0,
+        "QuantizeEmbedding": 0,
     }
 
 

@@ -1,0 +1,49 @@
+"""Router and experts on moevlm's own CPU kernels."""
+
+import onnx_ir as ir
+
+from moevlm.export.cpu_packing import PackedExperts
+from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op
+from moevlm.export.passes.base import Pass
+from moevlm.export.passes.cpu_linear import CPU
+from moevlm.export.quantization import Scheme
+from moevlm.export.weights import initializer, weight_of
+
+
+class CpuMoE(Pass):
+    """moevlm::MoERouter -> moevlm.cpu::MoERouter, moevlm::MoEExperts -> moevlm.cpu::MoEExperts, one for one.
+
+    Every variant of both ops has a kernel, and the routing stays a value of the graph.
+    Requires: expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
+    """
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def apply(self, model: ir.Model) -> int:
+        found = [node for node in model.graph if is_op(node, ROUTER) or is_op(node, EXPERTS)]
+        for node in found:
+            if node.op_type == ROUTER:
+                node.domain = CPU
+            else:
+                self._replace(model.graph, node)
+        if found:
+            model.graph.opset_imports[CPU] = 1
+            add_functions(model)
+        return len(found)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        x, index, weight, gate_up, down, *biases = node.inputs
+        assert gate_up is not None
+        assert down is not None
+        gated = experts_spec(node).gated
+        _, hidden, width = weight_of(down).shape
+        packed = []
+        for value, interleaved in ((gate_up, gated), (down, False)):
+            recipe = PackedExperts(weight_of(value), self.scheme, interleaved)
+            packed.append(initializer(f"{value.name}.int{self.scheme.bits}", recipe))
+            graph.register_initializer(packed[-1])
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        attributes |= {"hidden": hidden, "width": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        new = ir.node(EXPERTS, [x, index, weight, *packed, *biases], attributes=attributes, domain=CPU)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
