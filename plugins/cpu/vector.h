@@ -1,0 +1,137 @@
+// Vectors of MOEVLM_LANES floats in the compilers' portable notation, within a namespace per instruction set.
+
+#include <cstdint>
+#include <cstring>
+
+#define MOEVLM_INLINE inline __attribute__((always_inline))
+
+namespace moevlm::MOEVLM_ISA {
+
+constexpr int kLanes = MOEVLM_LANES;
+typedef float Vec __attribute__((vector_size(MOEVLM_LANES * 4)));
+typedef int32_t Ints __attribute__((vector_size(MOEVLM_LANES * 4)));
+typedef uint32_t Bits __attribute__((vector_size(MOEVLM_LANES * 4)));
+typedef int8_t Bytes __attribute__((vector_size(MOEVLM_LANES)));
+
+MOEVLM_INLINE Vec load(const float* p) {
+    Vec v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+MOEVLM_INLINE Vec load(const int8_t* p) {
+    Bytes bytes;
+    std::memcpy(&bytes, p, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
+}
+
+MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+
+// From each pair of lanes that differ in bit H of their number: the lower lane takes its own element of a and the
+// other's too, the upper lane likewise of b.
+template <int H>
+MOEVLM_INLINE Vec own(Vec a, Vec b) {
+    Ints mask;
+    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & H ? kLanes + lane : lane;
+    return __builtin_shuffle(a, b, mask);
+}
+
+template <int H>
+MOEVLM_INLINE Vec other(Vec a, Vec b) {
+    Ints mask;
+    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & H ? kLanes + (lane ^ H) : lane ^ H;
+    return __builtin_shuffle(a, b, mask);
+}
+
+// v[i] summed over its lanes, in lane i. v is overwritten.
+template <int H = kLanes / 2>
+MOEVLM_INLINE Vec lane_sums(Vec* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < H; ++i) v[i] = own<H>(v[i], v[i + H]) + other<H>(v[i], v[i + H]);
+    if constexpr (H > 1) {
+        return lane_sums<H / 2>(v);
+    } else {
+        return v[0];
+    }
+}
+
+// v as the rows of a square matrix, transposed in place.
+template <int H = kLanes / 2>
+MOEVLM_INLINE void transpose(Vec* v) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if (i & H) continue;
+        Ints low, high;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            low[lane] = lane & H ? kLanes + (lane ^ H) : lane;
+            high[lane] = lane & H ? kLanes + lane : lane ^ H;
+        }
+        Vec a = v[i], b = v[i + H];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i + H] = __builtin_shuffle(a, b, high);
+    }
+    if constexpr (H > 1) transpose<H / 2>(v);
+}
+
+MOEVLM_INLINE float largest(Vec v) {
+    float x = v[0];
+    for (int lane = 1; lane < kLanes; ++lane) x = v[lane] > x ? v[lane] : x;
+    return x;
+}
+
+MOEVLM_INLINE float sum(Vec v) {
+    float x = 0;
+    for (int lane = 0; lane < kLanes; ++lane) x += v[lane];
+    return x;
+}
+
+// 2^x for x <= 0, and 0 below 2^-126. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
+// [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
+MOEVLM_INLINE Vec exp2(Vec x) {
+    const Vec magic = Vec{} + 12582912.0f;
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);
+    Vec p = f * 0.000153458095f + 0.00133999312f;
+    p = p * f + 0.00961848897f;
+    p = p * f + 0.0555032878f;
+    p = p * f + 0.240226469f;
+    p = p * f + 0.693147206f;
+    p = p * f + 1.0f;
+    p = (Vec)((Bits)p + ((Bits)shifted << 23));
+    return x > Vec{} - 126.0f ? p : Vec{};
+}
+
+// result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
+template <int M, int N, bool Accumulate, class T>
+MOEVLM_INLINE void multiply(
+    const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result, int64_t result_stride,
+    int64_t depth) {
+    Vec sums[M][N];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) {
+            sums[m][n] = Accumulate ? load(result + m * result_stride + n * kLanes) : Vec{};
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        Vec row[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const float factor = a[m * a_stride + k];
+#pragma GCC unroll 16
+            for (int n = 0; n < N; ++n) sums[m][n] += row[n] * factor;
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) store(result + m * result_stride + n * kLanes, sums[m][n]);
+    }
+}
+
+}  // namespace moevlm::MOEVLM_ISA
