@@ -11,12 +11,13 @@ import onnx_ir as ir
 
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
+from moevlm.export.cost import cost
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
-from moevlm.export.targets import BLOCK, GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.export.targets import BLOCK, GRAPHS, KV_CACHE, REFERENCE, TARGETS, Target, targets
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError
-from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -33,15 +34,17 @@ def build(
     *,
     expert_layout: str = "auto",
     block_size: int = BLOCK,
+    kv_cache: str = KV_CACHE,
     progress: Progress = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. block_size: weights that share a scale
-    in the int8 and int4 targets. Memory stays at a few tensors, whatever the
-    checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing behind then.
+    in the int8 and int4 targets. kv_cache: "float32" or "int8", of the cpu targets. Memory stays at a few tensors,
+    whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing
+    behind then.
     """
-    chosen = targets(target_names, block_size)
+    chosen = targets(target_names, block_size, kv_cache)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
         model, graphs = _trace(source, expert_layout, progress)
         facts = _model_facts(model, source)
@@ -50,7 +53,7 @@ def build(
         if reference not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], reference.path(name))
-        _write_engines(writer, chosen, graphs, progress)
+        engines = _write_engines(writer, chosen, graphs, facts, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -58,7 +61,7 @@ def build(
             model=facts,
             source=source.fingerprint(),
             files={},
-            engines={target.name: target.engine for target in chosen},
+            engines=engines,
             tools={name: version(name) for name in _TOOLS},
             expert_layout=expert_layout,
         )
@@ -71,13 +74,14 @@ def add_targets(
     target_names: Iterable[str],
     *,
     block_size: int = BLOCK,
+    kv_cache: str = KV_CACHE,
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
     Raises CheckpointError if the checkpoint is another one, and what `build` raises.
     """
-    chosen = targets(target_names, block_size)
+    chosen = targets(target_names, block_size, kv_cache)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
     existing = Bundle.open(bundle)
@@ -87,12 +91,12 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        _write_engines(writer, chosen, graphs, progress)
+        engines = _write_engines(writer, chosen, graphs, existing.manifest.model, progress)
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
             existing.manifest,
-            engines=existing.manifest.engines | {target.name: target.engine for target in chosen},
+            engines=existing.manifest.engines | engines,
             tools={name: version(name) for name in _TOOLS},
             parity={name: result for name, result in existing.manifest.parity.items() if name not in names},
         )
@@ -110,13 +114,19 @@ def _trace(source: Checkpoint, expert_layout: str, progress: Progress) -> tuple[
 
 
 def _write_engines(
-    writer: BundleWriter, chosen: Iterable[Target], graphs: Mapping[str, ir.Model], progress: Progress
-) -> None:
+    writer: BundleWriter,
+    chosen: Iterable[Target],
+    graphs: Mapping[str, ir.Model],
+    model: ModelFacts,
+    progress: Progress,
+) -> dict[str, EngineFacts]:
+    engines = {}
     for target in chosen:
-        for name in GRAPHS:
-            writer.add_model(
-                target.lower(graphs[name], name), target.path(name), partial(progress, f"writing {target.name} {name}")
-            )
+        lowered = {name: target.lower(graphs[name], name) for name in GRAPHS}
+        engines[target.name] = target.facts(cost(graphs, lowered, model.vision.merge_size))
+        for name, graph in lowered.items():
+            writer.add_model(graph, target.path(name), partial(progress, f"writing {target.name} {name}"))
+    return engines
 
 
 def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:

@@ -19,6 +19,14 @@ _BLOCK = click.option(
     "--block-size", type=int, default=32, show_default=True, help="Weights per scale in int8 and int4: 32 or 128."
 )
 
+_CACHE = click.option(
+    "--kv-cache",
+    type=click.Choice(["float32", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Dtype of the KV cache in the cpu targets.",
+)
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -43,9 +51,10 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     "--target",
     "targets",
     multiple=True,
-    help="reference, ort-cpu, ort-cpu:int8 or ort-cpu:int4; repeatable.  [default: ort-cpu]",
+    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  [default: ort-cpu]",
 )
 @_BLOCK
+@_CACHE
 @_LAYOUT
 def build(
     source: Path,
@@ -53,6 +62,7 @@ def build(
     checkpoint: Path | None,
     targets: tuple[str, ...],
     block_size: int,
+    kv_cache: str,
     expert_layout: str,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
@@ -69,12 +79,20 @@ def build(
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            build_bundle(origin, bundle, names, expert_layout=expert_layout, block_size=block_size, progress=progress)
+            build_bundle(
+                origin,
+                bundle,
+                names,
+                expert_layout=expert_layout,
+                block_size=block_size,
+                kv_cache=kv_cache,
+                progress=progress,
+            )
         elif checkpoint is not None and output is None:
             if expert_layout != "auto":
                 raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
-            add_targets(bundle, origin, names, block_size=block_size, progress=progress)
+            add_targets(bundle, origin, names, block_size=block_size, kv_cache=kv_cache, progress=progress)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)

@@ -4,7 +4,12 @@ Panels of 32 rows; in a panel, blocks along K; in a block, 32 fp16 scales, then 
 depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from moevlm.export.quantization import Scheme, quantize
+from moevlm.export.weights import Weight
 
 Array = np.ndarray
 PANEL = 32
@@ -87,3 +92,53 @@ def _check(bits: int, block: int) -> None:
         raise ValueError(f"bits = {bits} (allowed: 4, 8)")
     if block % 16 or not 16 <= block <= 256:
         raise ValueError(f"block = {block} (allowed: a multiple of 16 up to 256)")
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A weight [N, K] as [panels, panel bytes], quantized and packed as it is read."""
+
+    source: Weight
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.block)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def rows(self, start: int, stop: int) -> Array:
+        rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        q, scales = quantize(rows.astype(np.float32, copy=False), self.scheme)
+        return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.block)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """A weight [E, N, K] as [E, bytes], one expert after the other. interleaved: N is gate rows, then up rows."""
+
+    source: Weight
+    scheme: Scheme
+    interleaved: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, rows, columns = self.source.shape
+        if self.interleaved:
+            rows = -(-rows // PANEL) * PANEL
+        return experts, packed_bytes(rows, columns, self.scheme.bits, self.scheme.block)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def rows(self, start: int, stop: int) -> Array:
+        make = pack_gate_up if self.interleaved else pack
+        out = np.empty((stop - start, self.shape[1]), np.uint8)
+        for i, expert in enumerate(self.source.rows(start, stop)):
+            q, scales = quantize(expert.astype(np.float32, copy=False), self.scheme)
+            out[i] = make(q.reshape(len(expert), -1), scales, self.scheme.bits, self.scheme.block).reshape(-1)
+        return out

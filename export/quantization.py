@@ -11,6 +11,13 @@ import numpy as np
 from moevlm.export.weights import Weight
 
 SMALLEST_BLOCK = 16
+# Where the value of largest magnitude may land, in steps from zero towards the longer end. Beyond 2**(bits - 1) it is
+# clipped and the others get finer steps; short of that, values of the other sign are clipped less. Against rounding to
+# the nearest with 2**(bits - 1) alone: squared error -12 % at 4 bits, -17 % at 8, in blocks of 32; twice to 10 times
+# as many candidates gain less than 1 % at 4 bits.
+CANDIDATES = {4: (7.0, 7.4, 7.7, 8.0, 8.3, 8.6, 9.1, 9.6), 8: (122.0, 124.0, 126.0, 127.0, 128.0)}
+CHUNK = 1 << 17  # values at a time: large enough to hide numpy's calls, small enough for the L2 cache
+TINY = 1e-30  # blocks below this are zeros: their inverse would overflow
 
 
 @dataclass(frozen=True)
@@ -31,19 +38,52 @@ class Scheme:
 def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     """rows [n, K] -> q [n, K / block, block] uint8, not packed, and scales [n, K / block] float32.
 
-    K is padded with zeros to whole blocks. The scale maps the value of largest magnitude to the longer end, -zero, so
-    all 2**bits values are of use.
+    K is padded with zeros to whole blocks. Each block's scale is searched for the least squared error, see `_search`;
+    it may be negative: the value of largest magnitude is mapped to the longer end, -zero.
     """
     n, width = rows.shape
-    blocks, zero = -(-width // scheme.block), 1 << (scheme.bits - 1)
-    padded = np.zeros((n, blocks * scheme.block), np.float32)
-    padded[:, :width] = rows
-    padded = padded.reshape(n, blocks, scheme.block)
-    low, high = padded.min(-1), padded.max(-1)
-    scales = np.where(-low > high, low, high) / -zero
-    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales != 0)
-    q = np.rint(padded * inverse[..., None]) + zero
-    return np.clip(q, 0, 2 * zero - 1).astype(np.uint8), scales
+    blocks = -(-width // scheme.block)
+    if width % scheme.block:
+        rows = np.pad(rows, ((0, 0), (0, blocks * scheme.block - width)))
+    flat = np.ascontiguousarray(rows, np.float32).reshape(n * blocks, scheme.block)
+    q, scales = np.empty(flat.shape, np.uint8), np.empty(len(flat), np.float32)
+    step = max(1, CHUNK // scheme.block)
+    for i in range(0, len(flat), step):
+        q[i : i + step], scales[i : i + step] = _search(flat[i : i + step], scheme.bits)
+    return q.reshape(n, blocks, scheme.block), scales.reshape(n, blocks)
+
+
+def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """x [B, block] float32 -> q [B, block] uint8, scales [B] float32, the best of CANDIDATES for each block.
+
+    For given integers q the best scale is <x, q> / <q, q>, and the squared error is then |x|^2 - <x, q>^2 / <q, q>
+    (least squares). So each candidate gives integers, and those with the largest <x, q>^2 / <q, q> are kept.
+    """
+    zero = 1 << (bits - 1)
+    low, high = x.min(1), x.max(1)
+    peak = np.where(-low >= high, low, high)
+    inverse = np.divide(-1, peak, out=np.zeros_like(peak), where=np.abs(peak) > TINY)
+    unit = x * inverse[:, None]  # in [-1, 1], the peak at -1
+    q = np.empty_like(unit)
+    best = np.full(len(x), -1, np.float32)
+    chosen, scales = np.zeros_like(peak), np.zeros_like(peak)
+    for reach in CANDIDATES[bits]:
+        _round(unit, np.float32(reach), zero, q)
+        dot, square = np.vecdot(unit, q), np.vecdot(q, q)
+        scale = dot / np.maximum(square, 1)
+        gain = dot * scale
+        better = gain > best
+        for kept, found in ((best, gain), (chosen, np.float32(reach)), (scales, scale)):
+            np.copyto(kept, found, where=better)
+    _round(unit, chosen[:, None], zero, q)
+    return (q + zero).astype(np.uint8), scales * -peak
+
+
+def _round(unit: np.ndarray, reach: np.ndarray, zero: int, out: np.ndarray) -> None:
+    """out = unit * reach to the nearest integer in -zero .. zero - 1."""
+    np.multiply(unit, reach, out=out)
+    np.rint(out, out=out)
+    np.clip(out, -zero, zero - 1, out=out)
 
 
 def dequantize(q: np.ndarray, scales: np.ndarray, scheme: Scheme) -> np.ndarray:

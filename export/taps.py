@@ -10,6 +10,7 @@ from moevlm.export.config import ModelConfig
 from moevlm.plugins import reference
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.engine import Cache, Step, VisionInputs, VisualFeatures
+from moevlm.runtime.loading import operators_for
 from moevlm.runtime.ort_engine import OrtEngine
 
 
@@ -35,7 +36,11 @@ class TappedEngine:
                 dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
         self._engine = OrtEngine(
-            bundle.path(engine.vision), Path(decoder), bundle.manifest.model, tapped=graph.SerializeToString()
+            bundle.path(engine.vision),
+            Path(decoder),
+            bundle.manifest.model,
+            operators=operators_for(engine),
+            tapped=graph.SerializeToString(),
         )
         self.taps: dict[str, np.ndarray] = {}
         self.kernel_routes = not any(f"layers.{i}.expert_index" in produced for i in config.moe_layers)

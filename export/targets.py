@@ -1,28 +1,34 @@
 """What each target makes of the canonical graphs."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from moevlm.export.functions import add_functions
 from moevlm.export.passes.base import Pass, run
+from moevlm.export.passes.cpu_attention import CpuAttention
+from moevlm.export.passes.cpu_linear import CPU, CpuLinear
+from moevlm.export.passes.cpu_moe import CpuMoE
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.lower_attention import LowerAttention
 from moevlm.export.passes.lower_moe import LowerMoE
 from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.export.quantization import Scheme
 from moevlm.runtime.errors import BuildError
-from moevlm.runtime.manifest import EngineFacts
+from moevlm.runtime.manifest import CostFacts, EngineFacts
 
 REFERENCE = "reference"
 GRAPHS = ("vision", "decoder")
-PRECISIONS = {"float32": 0, "int8": 8, "int4": 4}  # bits of a quantized weight
+BITS = {"int8": 8, "int4": 4}
 BLOCKS = (32, 128)
 BLOCK = 32
+KV_CACHES = ("float32", "int8")
+KV_CACHE = "float32"
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
 EMBEDDING = Scheme(8, 32)
 VISION = Scheme(8, 32)
@@ -32,19 +38,29 @@ VISION = Scheme(8, 32)
 class Target:
     """name: as given to --target. folder: where its graphs lie in the bundle. dtype: of most weights.
 
-    block: weights that share a scale, 0 if they are not quantized. passes: what lowers each of the canonical graphs.
+    block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
+    passes: what lowers each of the canonical graphs.
     """
 
     name: str
     folder: str
     dtype: str
     block: int
+    kv_cache: str
     passes: Mapping[str, tuple[Pass, ...]]
 
-    @property
-    def engine(self) -> EngineFacts:
+    def facts(self, cost: CostFacts) -> EngineFacts:
+        """What the manifest says of this engine."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
-        return EngineFacts(vision=vision, decoder=decoder, dtype=self.dtype, block_size=self.block)
+        return EngineFacts(
+            vision=vision,
+            decoder=decoder,
+            dtype=self.dtype,
+            block_size=self.block,
+            kv_cache=self.kv_cache,
+            operators=CPU if self.name.startswith("cpu") else "",
+            cost=cost,
+        )
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""
@@ -59,37 +75,48 @@ class Target:
 
 
 def _ort_cpu(scheme: Scheme | None) -> dict[str, tuple[Pass, ...]]:
-    """The passes to ONNX Runtime's CPU kernels; scheme: of the decoder's weights, None for float32."""
-    projections = (PackProjections(), *((QuantizeLinear(scheme, EMBEDDING),) if scheme else ()))
-    experts = (LowerMoE(), *((QuantizeExperts(scheme),) if scheme else ()))
+    """To ONNX Runtime's CPU kernels. scheme: of the decoder's weights, None for float32."""
     vision = (QuantizeLinear(VISION),) if scheme else ()
+    linear = (QuantizeLinear(scheme), QuantizeEmbedding(EMBEDDING)) if scheme else ()
+    experts = (QuantizeExperts(scheme),) if scheme else ()
     return {
         "vision": (*vision, LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (*projections, LowerAttention(), FuseSkipNorm(), *experts),
+        "decoder": (PackProjections(), *linear, LowerAttention(), FuseSkipNorm(), LowerMoE(), *experts),
     }
 
 
-def _named(block: int) -> dict[str, Target]:
+def _cpu(scheme: Scheme, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
+    """To moevlm's own CPU kernels, in ONNX Runtime."""
+    linear = (PackProjections(), CpuLinear(scheme), QuantizeEmbedding(EMBEDDING))
+    return {
+        "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
+        "decoder": (*linear, CpuAttention(kv_cache == "int8"), CpuMoE(scheme), FuseSkipNorm()),
+    }
+
+
+def _all(block: int, kv_cache: str) -> Iterator[Target]:
     # The reference engine is the canonical graphs themselves, with their weights.
-    named = {REFERENCE: Target(REFERENCE, "graphs", "float32", 0, {name: () for name in GRAPHS})}
-    for dtype, bits in PRECISIONS.items():
-        scheme = Scheme(bits, block) if bits else None
-        name, folder = ("ort-cpu", "engines/ort-cpu") if not bits else (f"ort-cpu:{dtype}", f"engines/ort-cpu-{dtype}")
-        named[name] = Target(name, folder, dtype, block if bits else 0, _ort_cpu(scheme))
-    return named
+    yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS})
+    yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None))
+    for dtype, bits in BITS.items():
+        scheme = Scheme(bits, block)
+        yield Target(f"ort-cpu:{dtype}", f"engines/ort-cpu-{dtype}", dtype, block, "float32", _ort_cpu(scheme))
+        yield Target(f"cpu:{dtype}", f"engines/cpu-{dtype}", dtype, block, kv_cache, _cpu(scheme, kv_cache))
 
 
-TARGETS = tuple(_named(BLOCK))
+TARGETS = tuple(target.name for target in _all(BLOCK, KV_CACHE))
 
 
-def targets(names: Iterable[str], block: int = BLOCK) -> tuple[Target, ...]:
-    """The targets of these names, each once. block: weights per scale where they are quantized.
+def targets(names: Iterable[str], block: int = BLOCK, kv_cache: str = KV_CACHE) -> tuple[Target, ...]:
+    """The targets of these names, each once; ort-cpu:fp32 is ort-cpu.
 
-    Raises BuildError for an unknown name or an unsupported block.
+    block: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.
+    Raises BuildError for an unknown name or another block or dtype.
     """
-    if block not in BLOCKS:
-        raise BuildError(f"unsupported block size {block} (supported: {', '.join(map(str, BLOCKS))})")
-    known = _named(block)
+    for name, value, allowed in (("block size", block, BLOCKS), ("KV cache", kv_cache, KV_CACHES)):
+        if value not in allowed:
+            raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
+    known = {target.name: target for target in _all(block, kv_cache)}
     names = tuple(name.removesuffix(":fp32") for name in names)
     unknown = [name for name in names if name not in known]
     if unknown:

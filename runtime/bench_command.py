@@ -28,6 +28,7 @@ def bench() -> None:
 @click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="After a first one.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
+@click.option("--plot", type=OutputFile(), help="Write a roofline of the stages here, as PNG.")
 def latency(
     bundle: Path,
     prompt_tokens: int,
@@ -37,34 +38,40 @@ def latency(
     repeats: int,
     threads: int | None,
     output: Path | None,
+    plot: Path | None,
 ) -> None:
-    """Time one request, stage by stage: medians of several."""
+    """Time one request, stage by stage: medians of several, beside the least that this machine would need."""
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
     from moevlm.runtime.loading import load_images, load_runtime
+    from moevlm.runtime.machine import measure_machine
     from moevlm.runtime.reports import to_json
 
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
-    names = [opened.engine(target)[0] for target in targets or (None,)]
+    engines = [opened.engine(target) for target in targets or (None,)]
     prompt = random_prompt(model, images, prompt_tokens, image_size)
     if len(prompt.ids) + new_tokens > model.context:
         raise RequestError(
             f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {model.context}"
         )
     with progress_bar() as progress:
+        progress("measuring this machine", 0, 0)
+        machine = measure_machine(threads)
         results = [
             measure(
                 name,
+                engine,
                 partial(load_runtime, bundle, name, threads),
                 prompt,
                 new_tokens,
                 repeats,
+                machine,
                 threads,
                 partial(progress, f"measuring {name}"),
             )
-            for name in names
+            for name, engine in engines
         ]
     report = BenchReport(
         bundle=str(bundle),
@@ -74,8 +81,12 @@ def latency(
         new_tokens=new_tokens,
         repeats=repeats,
         results=results,
+        machine=machine,
     )
+    if plot is not None:
+        from moevlm.runtime.roofline import plot as plot_roofline
 
+        plot_roofline(report, plot)
     publish(_table(report), to_json(report), output)
 
 
@@ -97,4 +108,41 @@ def _table(report: BenchReport) -> str:
     ]
     prompt = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
     title = f"{prompt}; {report.new_tokens} new; ms, medians of {report.repeats}"
-    return table(title, ("target", "image", "prompt", "tok/s", "first", "token", "tok/s", "load"), rows)
+    text = table(title, ("target", "image", "prompt", "tok/s", "first", "token", "tok/s", "load"), rows)
+    return text + _limits_table(report)
+
+
+def _limits_table(report: BenchReport) -> str:
+    """How near each stage came to what this machine can do."""
+    from moevlm.runtime.console import table
+
+    machine = report.machine
+    if machine is None:
+        return ""
+    rows = []
+    for result in report.results:
+        stages = {
+            "image": (result.vision_limit, result.vision),
+            "prompt": (result.prefill_limit, result.prefill),
+            "token": (result.decode_limit, result.decode_token),
+        }
+        for stage, (found, seconds) in stages.items():
+            if found is not None and seconds is not None:
+                rows.append(
+                    (
+                        f"{result.target} {stage}",
+                        f"{found.bytes / 1e6:.1f}",
+                        f"{found.flops / 1e9:.2f}",
+                        f"{found.bytes / seconds.median / 1e9:.1f}",
+                        f"{found.flops / seconds.median / 1e9:.0f}",
+                        f"{found.seconds * 1e3:.2f}",
+                        f"{found.fraction:.0%}",
+                        found.bound,
+                    )
+                )
+    title = (
+        f"this machine, {machine.threads} threads: {machine.read / 1e9:.1f} GB/s from memory; "
+        f"{2 * machine.int8 / 1e9:.0f} GOP/s in bytes, {2 * machine.float32 / 1e9:.0f} GFLOP/s in float32"
+    )
+    heads = ("stage", "MB", "GFLOP", "GB/s", "GFLOP/s", "least ms", "of limit", "bound by")
+    return "\n\n" + table(title, heads, rows) if rows else ""

@@ -12,9 +12,11 @@ from PIL import Image
 from moevlm.runtime.errors import RequestError
 from moevlm.runtime.generate import Runtime
 from moevlm.runtime.images import ImageProcessor
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.limits import decode_work, limit, prefill_work, vision_work
+from moevlm.runtime.machine import Machine
+from moevlm.runtime.manifest import EngineFacts, ModelFacts
 from moevlm.runtime.prompt import Prompt
-from moevlm.runtime.reports import LatencyReport, Seconds
+from moevlm.runtime.reports import LatencyReport, Limit, Seconds
 
 
 def random_prompt(
@@ -36,14 +38,19 @@ def random_prompt(
 
 def measure(
     target: str,
+    engine: EngineFacts,
     load: Callable[[], Runtime],
     prompt: Prompt,
     new_tokens: int,
     repeats: int,
+    machine: Machine | None,
     threads: int | None,
     progress: Callable[[int, int], None],
 ) -> LatencyReport:
-    """Medians over `repeats` requests after one that does not count. load: makes the runtime, and is timed too."""
+    """Medians over `repeats` requests after one that does not count.
+
+    load: makes the runtime, and is timed too. machine: for the limits; None to leave them out.
+    """
     started = perf_counter()
     runtime = load()
     load_seconds = perf_counter() - started
@@ -52,6 +59,7 @@ def measure(
         requests.append(_request(runtime, prompt, new_tokens))
         progress(repeat + 1, repeats + 1)
     vision, prefill, decode = (list(stage) for stage in zip(*requests[1:], strict=True))
+    limits = _limits(runtime.model, engine, machine, prompt, new_tokens, *map(median, (vision, prefill, decode)))
     return LatencyReport(
         target=target,
         threads=threads,
@@ -62,7 +70,32 @@ def measure(
         first_token=_seconds([a + b for a, b in zip(vision, prefill, strict=True)]),
         decode_tokens_per_second=1 / median(decode),
         prefill_tokens_per_second=len(prompt.ids) / median(prefill),
+        **limits,
     )
+
+
+def _limits(
+    model: ModelFacts,
+    engine: EngineFacts,
+    machine: Machine | None,
+    prompt: Prompt,
+    new_tokens: int,
+    vision: float,
+    prefill: float,
+    decode: float,
+) -> dict[str, Limit]:
+    """Of the stages that there are, by their names in the report; none without a machine or in an older bundle."""
+    cost = engine.cost
+    if machine is None or cost is None:
+        return {}
+    patches = [prompt.image_tokens * model.vision.merge_size**2]  # random_prompt has one image
+    works = {
+        "prefill_limit": (prefill_work(model, cost, len(prompt.ids)), prefill),
+        "decode_limit": (decode_work(model, engine, cost, len(prompt.ids) + new_tokens // 2), decode),
+    }
+    if prompt.images:
+        works["vision_limit"] = vision_work(cost, patches), vision
+    return {name: limit(work, machine, engine, seconds) for name, (work, seconds) in works.items()}
 
 
 def _request(runtime: Runtime, prompt: Prompt, new_tokens: int) -> tuple[float, float, float]:

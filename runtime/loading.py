@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
-from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.images import ImageProcessor
+from moevlm.runtime.manifest import EngineFacts
+from moevlm.runtime.native import CPU_OPERATORS, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
 
 Progress = Callable[[int, int], None]  # (bytes verified, bytes in total)
@@ -46,7 +49,20 @@ def load_engine(
     _require_cores(threads)
     name, engine = bundle.engine(target)
     bundle.verify(bundle.engine_files(name), progress)
-    return OrtEngine(bundle.path(engine.vision), bundle.path(engine.decoder), bundle.manifest.model, threads)
+    return OrtEngine(
+        bundle.path(engine.vision),
+        bundle.path(engine.decoder),
+        bundle.manifest.model,
+        threads,
+        operators=operators_for(engine),
+    )
+
+
+def operators_for(engine: EngineFacts) -> Path | None:
+    """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
+    if engine.operators not in ("", CPU_OPERATORS):
+        raise EngineError(f"the engine needs operators of {engine.operators} (there are: {CPU_OPERATORS})")
+    return operators_path() if engine.operators else None
 
 
 def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> ImageProcessor | None:

@@ -72,11 +72,32 @@ class FileFacts(_Facts, frozen=True):
     size: int
 
 
+class CostFacts(_Facts, frozen=True):
+    """What a token or a patch costs an engine.
+
+    Bytes of weights as they are stored, and multiplications by a weight: dense for every token, expert for one expert
+    in each sparse layer, head for every position whose logits are wanted.
+    vision_bytes: all weights of the vision graph. patch_products: multiplications by a weight for a patch.
+    patch_pair_products: multiplications in attention for a patch and another of its image.
+    """
+
+    dense_bytes: int
+    expert_bytes: int
+    head_bytes: int
+    dense_products: int
+    expert_products: int
+    head_products: int
+    vision_bytes: int
+    patch_products: int
+    patch_pair_products: int
+
+
 class EngineFacts(_Facts, frozen=True):
     """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
 
     block_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
+    cost: None in bundles older than this field.
     """
 
     vision: str
@@ -85,6 +106,7 @@ class EngineFacts(_Facts, frozen=True):
     block_size: int = 0
     kv_cache: str = "float32"
     operators: str = ""
+    cost: CostFacts | None = None
 
 
 class Manifest(_Facts, frozen=True):

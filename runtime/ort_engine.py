@@ -8,7 +8,7 @@ import numpy as np
 
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.errors import EngineError
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -30,18 +30,32 @@ class OrtEngine:
     """
 
     def __init__(
-        self, vision: Path, decoder: Path, model: ModelFacts, threads: int | None = None, tapped: bytes | None = None
+        self,
+        vision: Path,
+        decoder: Path,
+        model: ModelFacts,
+        threads: int | None = None,
+        *,
+        operators: Path | None = None,
+        tapped: bytes | None = None,
     ) -> None:
-        """tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares."""
+        """operators: a library of operators that the graphs need beside ONNX Runtime's own.
+
+        tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares.
+        """
         try:
             import onnxruntime
         except ImportError as error:
             raise EngineError("this engine needs onnxruntime (pip install 'moevlm[cpu]')") from error
         self._ort = onnxruntime
         self._model = model
+        self._operators = operators
         self._vision = self._session(vision, threads)
         self._decoder = self._session(decoder, threads, tapped)
-        shapes = {value.name: value.shape for value in self._decoder.get_inputs()}
+        inputs = self._decoder.get_inputs()
+        shapes = {value.name: value.shape for value in inputs}
+        cache_types = {value.type for value in inputs if "_cache." in value.name}
+        self._cache_dtype = np.dtype(np.int8 if cache_types == {"tensor(int8)"} else np.float32)
         self._require_same_model(shapes)
         self._deepstack = shapes["deepstack_embeds"][0] if "deepstack_embeds" in shapes else 0
         # A step without images still feeds one row, which no visual_index points at.
@@ -55,17 +69,24 @@ class OrtEngine:
         graph = {
             "layers": sum(name.startswith("key_cache.") for name in shapes),
             "kv_heads": cache[1],
-            "head_dim": cache[3],
+            "head_dim": int(cache[3]) - self._cache_scale,
             "hidden": shapes["visual_embeds"][1],
         }
         for name, value in graph.items():
             if getattr(model, name) != value:
                 raise EngineError(f"the decoder graph has {name} = {value}, manifest.json says {getattr(model, name)}")
 
+    @property
+    def _cache_scale(self) -> int:
+        """Bytes behind the values of a token and head."""
+        return SCALE_BYTES if self._cache_dtype == np.int8 else 0
+
     def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> "ort.InferenceSession":
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = 4  # what it says on failure is in the exception
+        if self._operators is not None:
+            options.register_custom_ops_library(str(self._operators))
         if graph is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
@@ -86,15 +107,15 @@ class OrtEngine:
         return VisualFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
-        """An empty cache of two [batch, kv_heads, capacity, head_dim] float32 buffers per layer."""
+        """An empty cache of two buffers per layer: float32 [batch, kv_heads, capacity, head_dim], or int8 and wider."""
         model = self._model
-        shape = (batch, model.kv_heads, capacity, model.head_dim)
+        shape = (batch, model.kv_heads, capacity, model.head_dim + self._cache_scale)
         binding = self._decoder.io_binding()
         for name in self._outputs:  # first, so that they lead the list of outputs
             binding.bind_output(name)
         for i in range(model.layers):
             for kind in ("key", "value"):
-                buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+                buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_dtype))
                 binding.bind_ortvalue_input(f"{kind}_cache.{i}", buffer)
                 binding.bind_ortvalue_output(f"{kind}_cache_out.{i}", buffer)
         return OrtCache(batch, capacity, binding)

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from moevlm.runtime.machine import Machine
 from moevlm.runtime.manifest import ModelFacts
 
 
@@ -62,6 +63,20 @@ class Seconds(msgspec.Struct, frozen=True):
     maximum: float
 
 
+class Limit(msgspec.Struct, frozen=True):
+    """What bounds a stage on this machine.
+
+    bytes: that must be read. flops: operations that must be done. seconds: that this takes at least. bound: "memory" or
+    "arithmetic". fraction: seconds over the measured median, 1 at the limit.
+    """
+
+    bytes: int
+    flops: int
+    seconds: float
+    bound: str
+    fraction: float
+
+
 class LatencyReport(msgspec.Struct, frozen=True):
     """`moevlm bench latency --json`, one entry of `results` per target."""
 
@@ -74,6 +89,9 @@ class LatencyReport(msgspec.Struct, frozen=True):
     first_token: Seconds
     decode_tokens_per_second: float
     prefill_tokens_per_second: float
+    vision_limit: Limit | None = None
+    prefill_limit: Limit | None = None
+    decode_limit: Limit | None = None
 
 
 class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):
@@ -86,6 +104,7 @@ class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):
     new_tokens: int
     repeats: int
     results: list[LatencyReport]
+    machine: Machine | None = None
 
 
 def to_json(report: Report) -> str:

@@ -14,32 +14,58 @@ def weights(*shape: int) -> np.ndarray:
     return np.random.default_rng().standard_normal(shape).astype(np.float32)
 
 
+def nearest(rows: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """rows rounded to the grid whose longer end is the value of largest magnitude."""
+    blocks, zero = rows.reshape(len(rows), -1, scheme.block), 1 << (scheme.bits - 1)
+    peak = np.take_along_axis(blocks, np.abs(blocks).argmax(-1, keepdims=True), -1)
+    scale = peak / -zero
+    return (np.clip(np.rint(blocks / scale), -zero, zero - 1) * scale).reshape(rows.shape)
+
+
 @schemes
-def test_every_value_is_within_a_step_of_its_weight(scheme):
-    rows = weights(5, 256)
-    q, scales = quantize(rows, scheme)
-    assert (q.shape, q.dtype, scales.shape) == ((5, 256 // scheme.block, scheme.block), np.uint8, q.shape[:2])
+def test_shapes_and_dtypes(scheme):
+    q, scales = quantize(weights(5, 256), scheme)
+    assert (q.shape, q.dtype) == ((5, 256 // scheme.block, scheme.block), np.uint8)
+    assert (scales.shape, scales.dtype) == (q.shape[:2], np.float32)
     assert q.max() < 2**scheme.bits
-    step = np.abs(scales).repeat(scheme.block, -1)
-    assert (np.abs(dequantize(q, scales, scheme) - rows) <= 1.0001 * step).all()
+
+
+@schemes
+def test_no_block_is_worse_than_rounded_to_the_nearest_and_all_together_better(scheme):
+    rows = weights(64, 256)
+    found, plain = (
+        ((back - rows) ** 2).reshape(64, -1, scheme.block).sum(-1)
+        for back in (dequantize(*quantize(rows, scheme), scheme), nearest(rows, scheme))
+    )
+    assert (found <= plain * 1.05).all()  # float32 cannot tell candidates apart that are this close at 8 bits
+    assert found.sum() < 0.97 * plain.sum()
 
 
 @schemes
 def test_error_is_that_of_the_bits(scheme):
     rows = weights(64, 256)
     error = dequantize(*quantize(rows, scheme), scheme) - rows
-    # Uniform rounding of a normal block over 2**bits steps: some 8 % at 4 bits, a sixteenth of that at 8.
+    # Rounding a normal block over 2**bits steps: some 10 % at 4 bits, a sixteenth of that at 8.
     assert np.sqrt((error**2).mean()) < {4: 0.13, 8: 0.009}[scheme.bits]
 
 
 @schemes
-def test_values_on_the_grid_are_kept_exactly(scheme):
+def test_values_on_the_grid_are_kept(scheme):
     zero = 1 << (scheme.bits - 1)
     whole = np.random.default_rng().integers(-zero + 1, zero, (3, 4, scheme.block)).astype(np.float32)
     whole[..., 7] = -zero  # the end of the grid that there is only one of
     step = np.float32(2.0) ** np.random.default_rng().integers(-8, 8, (3, 4, 1))
     rows = (whole * step).reshape(3, -1)
-    np.testing.assert_array_equal(dequantize(*quantize(rows, scheme), scheme), rows)
+    np.testing.assert_allclose(dequantize(*quantize(rows, scheme), scheme), rows, rtol=1e-6)
+
+
+def test_rows_are_quantized_each_alone():
+    rows, scheme = weights(2000, 96), Scheme(4, 32)
+    q, scales = quantize(rows, scheme)
+    for part in (slice(0, 7), slice(7, 1999), slice(1999, 2000)):
+        again = quantize(rows[part], scheme)
+        np.testing.assert_array_equal(again[0], q[part])
+        np.testing.assert_array_equal(again[1], scales[part])
 
 
 def test_a_block_of_zeros_has_a_finite_scale():

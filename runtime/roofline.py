@@ -1,0 +1,63 @@
+"""A roofline plot: each measured stage under what memory and arithmetic allow (Williams et al. 2009)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moevlm.runtime.errors import EngineError
+from moevlm.runtime.machine import Machine
+from moevlm.runtime.reports import BenchReport, Limit
+
+MARKERS = {"image": "^", "prompt": "s", "token": "o"}
+
+
+def plot(report: BenchReport, path: Path) -> None:
+    """Write a PNG. Raises EngineError without matplotlib, or if the report has no limits."""
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise EngineError("plots need matplotlib (pip install 'moevlm[plot]')") from error
+    if report.machine is None:
+        raise EngineError("nothing to plot: this machine's limits were not measured")
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    points = [
+        (result.target, stage, found, measured)
+        for result in report.results
+        for stage, found, measured in (
+            ("image", result.vision_limit, result.vision and result.vision.median),
+            ("prompt", result.prefill_limit, result.prefill.median),
+            ("token", result.decode_limit, result.decode_token.median),
+        )
+        if found is not None and measured
+    ]
+    intensities = [found.flops / found.bytes for _, _, found, _ in points]
+    _roofs(axes, report.machine, min(intensities, default=1) / 3, max(intensities, default=100) * 3)
+    colours = {target: f"C{i}" for i, target in enumerate(dict.fromkeys(target for target, *_ in points))}
+    for target, stage, found, seconds in points:
+        _point(axes, found, seconds, f"{target}, {stage}", MARKERS[stage], colours[target])
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="operations per byte that must be read",
+        ylabel="operations per second (1e9)",
+        title=f"{Path(report.bundle).name}, {report.machine.threads} threads: how far from the limit",
+    )
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _roofs(axes, machine: Machine, low: float, high: float) -> None:  # type: ignore[no-untyped-def]
+    for rate, name, style in ((machine.int8, "bytes", "-"), (machine.float32, "float32", "--")):
+        peak = 2 * rate
+        corner = peak / machine.read
+        xs = [low, corner, max(high, 2 * corner)]
+        axes.plot(xs, [min(x * machine.read, peak) / 1e9 for x in xs], f"k{style}", linewidth=1)
+        axes.annotate(f"{name}: {peak / 1e9:.0f}e9 / s", (xs[-1], peak / 1e9), ha="right", va="bottom", fontsize=8)
+    axes.annotate(f"memory: {machine.read / 1e9:.1f} GB/s", (low, low * machine.read / 1e9), fontsize=8, va="bottom")
+
+
+def _point(axes, found: Limit, seconds: float, label: str, marker: str, colour: str) -> None:  # type: ignore[no-untyped-def]
+    x, y = found.flops / found.bytes, found.flops / seconds / 1e9
+    axes.plot([x], [y], marker, color=colour, label=f"{label}: {found.fraction:.0%} of the limit")
