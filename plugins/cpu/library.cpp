@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "matmul_ops.h"
 #include "ort_abi.h"
 
 namespace moevlm {
@@ -287,6 +288,7 @@ ort::OpDomain* operator_domain(const ort::Api* api) {
         check(api->create_op_domain("moevlm.cpu", &domain));
         check(api->op_domain_add(domain, &float_operator));
         check(api->op_domain_add(domain, &int8_operator));
+        for (auto op = quantized::matmul_operators(); *op; ++op) check(api->op_domain_add(domain, *op));
         return domain;
     }();
     return shared;
