@@ -15,6 +15,9 @@ namespace moevlm::MOEVLM_ISA {
 
 constexpr float kNothing = -1e30f;  // the score of an entry that a row does not see: its weight is exactly 0
 constexpr int64_t kFewRows = 16, kFewRowsBlock = 256;
+// Rows of float fill whole lines and processors foresee them, read in order. Rows of int8 end within a line, and are
+// short enough that several are read side by side: those are asked for so many bytes ahead.
+constexpr int64_t kAhead = 4096;
 constexpr int64_t kPanel = 2 * kLanes;  // keys in a panel of the transposed block
 constexpr int64_t kBlock = 64, kBlockFloats = 64 * 128;
 
@@ -180,15 +183,30 @@ void dot(const float* q, const T* keys, int64_t stride, int64_t count, int64_t s
         Vec sums[kLanes] = {};
 #pragma GCC unroll 16
         for (int k = 0; k < K; ++k) key[k] = keys + (j + k < count ? j + k : count - 1) * stride;
-        for (int64_t d = 0; d < size; d += kLanes) {
-            Vec x[K];
+        if constexpr (sizeof(T) == 1) {
+            for (int64_t d = 0; d < size; d += kLanes) {
+                Vec x[K];
 #pragma GCC unroll 16
-            for (int k = 0; k < K; ++k) x[k] = load(key[k] + d);
+                for (int k = 0; k < K; ++k) x[k] = load(key[k] + d);
 #pragma GCC unroll 16
-            for (int m = 0; m < M; ++m) {
-                const Vec row = load(q + m * size + d);
+                for (int m = 0; m < M; ++m) {
+                    const Vec row = load(q + m * size + d);
 #pragma GCC unroll 16
-                for (int k = 0; k < K; ++k) sums[m * K + k] += row * x[k];
+                    for (int k = 0; k < K; ++k) sums[m * K + k] += row * x[k];
+                }
+            }
+#pragma GCC unroll 16
+            for (int k = 0; k < K; ++k) {
+                for (int64_t d = 0; d < size; d += 64) prefetch(key[k] + d, kAhead);
+            }
+        } else {
+#pragma GCC unroll 16
+            for (int k = 0; k < K; ++k) {
+                for (int64_t d = 0; d < size; d += kLanes) {
+                    const Vec x = load(key[k] + d);
+#pragma GCC unroll 16
+                    for (int m = 0; m < M; ++m) sums[m * K + k] += load(q + m * size + d) * x;
+                }
             }
         }
         alignas(64) float result[kLanes];
@@ -199,15 +217,15 @@ void dot(const float* q, const T* keys, int64_t stride, int64_t count, int64_t s
 }
 
 // sums[M][size] += weights[M][count] times values[count][size], in strips of as many vectors as registers hold.
-template <int M, int N, class T>
+template <int M, int N, int64_t Ahead, class T>
 void add_values(const float* weights, int64_t weights_stride, const T* values, int64_t stride, int64_t count,
                 int64_t size, float* sums) {
     int64_t d = 0;
     for (; d + N * kLanes <= size; d += N * kLanes) {
-        multiply<M, N, true>(weights, weights_stride, values + d, stride, sums + d, size, count);
+        multiply<M, N, true, Ahead>(weights, weights_stride, values + d, stride, sums + d, size, count);
     }
     for (; d < size; d += kLanes) {
-        multiply<M, 1, true>(weights, weights_stride, values + d, stride, sums + d, size, count);
+        multiply<M, 1, true, Ahead>(weights, weights_stride, values + d, stride, sums + d, size, count);
     }
 }
 
@@ -243,18 +261,26 @@ void attend_few_rows(const Attention& call, const Task& task) {
         }
         // Few enough values at a time that all rows find them in the first-level cache.
         constexpr int64_t some = 32;
+        constexpr int sums = kLanes == 16 ? 16 : 8;  // vectors of the result in registers
         for (int64_t j = 0; j < count; j += some) {
             const int64_t part = count - j < some ? count - j : some;
             const T* first = values.row(begin + j);
             r = 0;
-            const auto add = [&](auto m) {
-                constexpr int M = decltype(m)::value;
+            const auto add = [&](auto m, auto n) {
+                constexpr int M = decltype(m)::value, N = decltype(n)::value;
                 for (; r + M <= tile.rows; r += M) {
-                    add_values<M, kLanes == 16 ? 16 / M : 8 / M>(
-                        scores + r * ahead + j, ahead, first, values.stride, part, size, tile.sums + r * size);
+                    const float* weights = scores + r * ahead + j;
+                    float* result = tile.sums + r * size;
+                    if (Rows<T>::quantized && r == 0) {
+                        add_values<M, N, kAhead>(weights, ahead, first, values.stride, part, size, result);
+                    } else {
+                        add_values<M, N, 0>(weights, ahead, first, values.stride, part, size, result);
+                    }
                 }
             };
-            add(Constant<4>()), add(Constant<2>()), add(Constant<1>());
+            // Two rows rather than four where that takes a value of floats from end to end, in order.
+            if (Rows<T>::quantized || size < sums / 2 * kLanes) add(Constant<4>(), Constant<sums / 4>());
+            add(Constant<2>(), Constant<sums / 2>()), add(Constant<1>(), Constant<sums>());
         }
     }
     tile.finish(call, task);
@@ -299,9 +325,16 @@ void attend_many_rows(const Attention& call, const Task& task) {
         const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
         // Tokens before the block's first entry see nothing of it.
         const int64_t from = begin > position ? (begin - position) * call.group() / M * M : 0;
+        // How many of the block's entries the last of the M rows from r on sees.
+        const auto seen_from = [&](int64_t r) {
+            const int64_t row = r + M < tile.rows ? r + M - 1 : tile.rows - 1;
+            const int64_t seen = position + row / call.group() + 1 - begin;
+            return seen < count ? seen : count;
+        };
         pack_keys(keys, begin, count, size, panels);
         for (int64_t j = 0; j < padded; j += kPanel) {
             for (int64_t r = from; r < tile.rows; r += M) {
+                if (j >= seen_from(r)) continue;
                 multiply<M, 2, false>(tile.q + r * size, size, panels + j * size, kPanel, scores + r * ahead + j, ahead, size);
             }
         }
@@ -325,7 +358,7 @@ void attend_many_rows(const Attention& call, const Task& task) {
             constexpr int N = decltype(n)::value;
             for (; d + N * kLanes <= size; d += N * kLanes) {
                 for (int64_t r = from; r < tile.rows; r += M) {
-                    multiply<M, N, true>(scores + r * ahead, ahead, first + d, size, tile.sums + r * size + d, size, count);
+                    multiply<M, N, true>(scores + r * ahead, ahead, first + d, size, tile.sums + r * size + d, size, seen_from(r));
                 }
             }
         };

@@ -2,6 +2,9 @@
 
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define MOEVLM_INLINE inline __attribute__((always_inline))
 
@@ -20,9 +23,20 @@ MOEVLM_INLINE Vec load(const float* p) {
 }
 
 MOEVLM_INLINE Vec load(const int8_t* p) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)  // GCC 12 would widen the bytes one by one
+    return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), Vec);
+#elif MOEVLM_LANES == 8 && defined(__x86_64__)
+    return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), Vec);
+#else
     Bytes bytes;
     std::memcpy(&bytes, p, sizeof bytes);
     return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
+#endif
+}
+
+// Asks for the vector at p, some time before it is loaded. p may be anywhere.
+MOEVLM_INLINE void prefetch(const void* p, int64_t bytes) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 3);
 }
 
 MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -104,7 +118,8 @@ MOEVLM_INLINE Vec exp2(Vec x) {
 }
 
 // result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
-template <int M, int N, bool Accumulate, class T>
+// Ahead: how many bytes from each element of b that is loaded to ask for another, or 0.
+template <int M, int N, bool Accumulate, int64_t Ahead = 0, class T>
 MOEVLM_INLINE void multiply(
     const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result, int64_t result_stride,
     int64_t depth) {
@@ -120,6 +135,9 @@ MOEVLM_INLINE void multiply(
         Vec row[N];
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes);
+        if constexpr (Ahead > 0) {
+            for (int n = 0; n < N * kLanes; n += 64 / sizeof(T)) prefetch(b + k * b_stride + n, Ahead);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const float factor = a[m * a_stride + k];
