@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moevlm.export.functions import add_functions
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.cpu_attention import CpuAttention
 from moevlm.export.passes.cpu_linear import CPU, CpuLinear
@@ -70,7 +69,6 @@ class Target:
         """The vision or the decoder graph that this target runs; the canonical one stays, the weights are shared."""
         model = canonical.clone()
         run(self.passes[graph], model)
-        add_functions(model)
         return model
 
 

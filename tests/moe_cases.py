@@ -10,6 +10,7 @@ from moevlm.export import functions
 from moevlm.export.weights import Constant, initializer
 from moevlm.plugins import reference, variants
 from moevlm.plugins.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
+from moevlm.runtime.native import operators_path
 
 SILU = ExpertsSpec()
 TOKENS = (0, 1, 33)
@@ -66,7 +67,12 @@ def ops(model: ir.Model) -> list[str]:
 
 
 def session(model: ir.Model) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    """On ONNX Runtime's CPU kernels and moevlm's own."""
+    options = onnxruntime.SessionOptions()
+    options.register_custom_ops_library(str(operators_path()))
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def assert_close(got: np.ndarray, want: np.ndarray, tolerance: float = TOLERANCE) -> None:

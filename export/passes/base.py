@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from moevlm.export.functions import add_functions
+
 
 class Pass(ABC):
     """One rewrite of a whole model, in place.
@@ -21,7 +23,7 @@ class Pass(ABC):
 
 
 def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:
-    """Apply `passes` in order, then drop nodes and initializers that nothing uses any more.
+    """Apply `passes` in order, drop nodes and initializers that nothing uses any more, give moevlm nodes their bodies.
 
     Returns the number of rewrites by class name.
     """
@@ -30,4 +32,5 @@ def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:
         name = type(step).__name__
         counts[name] = counts.get(name, 0) + step.apply(model)
     RemoveUnusedNodesPass()(model)
+    add_functions(model)
     return counts

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from moevlm.export.cpu_packing import PackedExperts
-from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op
+from moevlm.export.functions import EXPERTS, ROUTER, experts_spec, is_op
 from moevlm.export.passes.base import Pass
 from moevlm.export.passes.cpu_linear import CPU
 from moevlm.export.quantization import Scheme
@@ -29,7 +29,6 @@ class CpuMoE(Pass):
                 self._replace(model.graph, node)
         if found:
             model.graph.opset_imports[CPU] = 1
-            add_functions(model)
         return len(found)
 
     def _replace(self, graph: ir.Graph, node: ir.Node) -> None:

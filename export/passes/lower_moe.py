@@ -7,7 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.functions import EXPERTS, ROUTER, add_functions, experts_spec, is_op, router_spec
+from moevlm.export.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
 from moevlm.export.passes.base import Pass
 from moevlm.export.weights import PerRow, initializer, weight_of
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
@@ -40,7 +40,7 @@ class LowerMoE(Pass):
 
     Requires: the nodes stand in the main graph; expert weights and biases are initializers; expert_index and
     expert_weight come from one MoERouter.
-    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh; functions match.
+    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh.
     """
 
     def apply(self, model: ir.Model) -> int:
@@ -53,7 +53,6 @@ class LowerMoE(Pass):
                 lowered += 1
         if lowered:
             model.graph.opset_imports[CONTRIB] = 1
-        add_functions(model)
         return lowered
 
 

@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from moevlm.export.functions import add_functions, is_op
+from moevlm.export.functions import is_op
 from moevlm.export.passes.base import Pass
 
 
@@ -17,6 +17,4 @@ class LowerSegmentAttention(Pass):
         found = [node for node in model.graph if is_op(node, "SegmentAttention")]
         for node in found:
             node.op_type = "SegmentFlashAttention"
-        if found:
-            add_functions(model)
         return len(found)

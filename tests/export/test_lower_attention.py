@@ -203,5 +203,5 @@ def test_lengths_are_computed_once_for_all_layers() -> None:
 
 def test_model_without_attention_stays_as_it_is() -> None:
     model = layers(SHAPES[0], 0)
-    assert LowerAttention().apply(model) == 0
+    assert run([LowerAttention()], model) == {"LowerAttention": 0}
     assert "com.microsoft" not in model.graph.opset_imports

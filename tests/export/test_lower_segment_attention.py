@@ -7,6 +7,7 @@ import pytest
 
 from moevlm.export.functions import ONNX_OPSET, add_functions
 from moevlm.export.parity_checks import relative_error
+from moevlm.export.passes.base import run
 from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.plugins.spec import DOMAIN
 
@@ -41,30 +42,30 @@ def feeds(sizes: list[int], seed: int) -> dict[str, np.ndarray]:
     return arrays | {"segment_id": np.repeat(np.arange(len(sizes)), sizes)}
 
 
-def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def outputs_of(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
     data = ir.serde.serialize_model(model).SerializeToString()
     return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
 def lowered() -> ir.Model:
     model = graph()
-    assert LowerSegmentAttention().apply(model) == 1
+    assert run([LowerSegmentAttention()], model) == {"LowerSegmentAttention": 1}
     return model
 
 
 @pytest.mark.parametrize("sizes", [[4], [4, 4], [16, 4, 40], [200, 1, 3], [1]], ids=str)
 def test_images_of_any_sizes_agree_with_the_masked_form(sizes):
     inputs = feeds(sizes, seed=sum(sizes))
-    assert relative_error(run(lowered(), inputs), run(graph(), inputs)) <= TOLERANCE
+    assert relative_error(outputs_of(lowered(), inputs), outputs_of(graph(), inputs)) <= TOLERANCE
 
 
 def test_an_image_sees_nothing_of_its_neighbours():
     inputs = feeds([12, 20, 8], seed=3)
-    together = run(lowered(), inputs)
-    alone = run(lowered(), {name: array[12:32] for name, array in inputs.items()})
+    together = outputs_of(lowered(), inputs)
+    alone = outputs_of(lowered(), {name: array[12:32] for name, array in inputs.items()})
     assert relative_error(together[12:32], alone) <= TOLERANCE
 
 
 def test_a_graph_without_images_is_left_as_it_is():
     model = lowered()
-    assert LowerSegmentAttention().apply(model) == 0
+    assert run([LowerSegmentAttention()], model) == {"LowerSegmentAttention": 0}

@@ -4,7 +4,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from moevlm.export.functions import ONNX_OPSET
 from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.lower_moe import LowerMoE
@@ -12,11 +11,11 @@ from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
-from moevlm.export.quantization import Scheme, dequantize, quantize
-from moevlm.export.weights import Constant, initializer
+from moevlm.export.quantization import Scheme
 from moevlm.plugins import variants
 from moevlm.plugins.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.errors import BuildError
+from tests.graphs import gemm, graph, matrix, rounded
 from tests.moe_cases import Case, assert_close, ops, session, value
 
 # The kernels round activations to int8 per block, in both of an expert's matrices.
@@ -24,13 +23,6 @@ ACTIVATIONS = 0.04
 SCHEMES = [Scheme(4, 32), Scheme(8, 32), Scheme(4, 128)]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.block}")
 rng = np.random.default_rng
-
-
-def rounded(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
-    """What a kernel sees of a weight [..., K]."""
-    width = weight.shape[-1]
-    flat = dequantize(*quantize(weight.reshape(-1, width), scheme), scheme)[:, :width]
-    return flat.reshape(weight.shape)
 
 
 def quantized_block(case: Case, scheme: Scheme) -> ir.Model:
@@ -77,26 +69,6 @@ def test_experts_that_no_block_fits_are_refused_by_name():
         QuantizeExperts(Scheme(4, 32)).apply(model)
 
 
-def graph(nodes: list[ir.Node], inputs: list[ir.Value], outputs: list[ir.Value], **weights: np.ndarray) -> ir.Model:
-    held = {name: initializer(name, Constant(array)) for name, array in weights.items()}
-    for node in nodes:
-        for i, given in enumerate(node.inputs):
-            if given is not None and given.name in held:
-                node.replace_input_with(i, held[given.name])
-    imports = {"": ONNX_OPSET, DOMAIN: 1}
-    made = ir.Graph(inputs, outputs, nodes=nodes, initializers=list(held.values()), opset_imports=imports, name="g")
-    return ir.Model(made, ir_version=11)
-
-
-def gemm(x: ir.Value, weight: str, out: ir.Value, bias: str | None = None) -> ir.Node:
-    inputs = [x, ir.Value(name=weight), *([ir.Value(name=bias)] if bias else [])]
-    return ir.node("Gemm", inputs, {"transB": 1}, outputs=[out])
-
-
-def matrix(*shape: int) -> np.ndarray:
-    return rng().standard_normal(shape).astype(np.float32)
-
-
 @schemes
 @pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 @pytest.mark.parametrize("width", [128, 80])
@@ -104,7 +76,7 @@ def test_projection_is_quantized(scheme, has_bias, width):
     x, y = value("x", ["T", width]), value("y", ["T", 48])
     arrays = {"w": matrix(48, width)} | ({"b": matrix(48)} if has_bias else {})
     model = graph([gemm(x, "w", y, "b" if has_bias else None)], [x], [y], **arrays)
-    assert QuantizeLinear(scheme).apply(model) == 1
+    assert run([QuantizeLinear(scheme)], model) == {"QuantizeLinear": 1}
     assert ops(model) == ["MatMulNBits"]
     assert "w" not in model.graph.initializers
     rows = matrix(9, width)
@@ -118,7 +90,7 @@ def test_embedding_is_quantized(scheme):
     table = matrix(20, 64)
     node = ir.node("Gather", [ir.Value(name="table"), ids], {"axis": 0}, outputs=[y])
     model = graph([node], [ids], [y], table=table)
-    assert QuantizeEmbedding(scheme).apply(model) == 1
+    assert run([QuantizeEmbedding(scheme)], model) == {"QuantizeEmbedding": 1}
     assert ops(model) == ["GatherBlockQuantized"]
     chosen = np.array([3, 0, 19, 3])
     assert_close(session(model).run(None, {"ids": chosen})[0], rounded(table, scheme)[chosen])
@@ -148,7 +120,7 @@ def test_projections_of_one_input_are_packed(has_bias):
     biases = {f"b{name}": matrix(int(out.shape[1])) for name, out in outs.items()} if has_bias else {}
     nodes = [gemm(x, f"w{name}", out, f"b{name}" if has_bias else None) for name, out in outs.items()]
     model = graph(nodes, [x], list(outs.values()), **arrays, **biases)
-    assert PackProjections().apply(model) == 1
+    assert run([PackProjections()], model) == {"PackProjections": 1}
     assert sorted(op for op in ops(model) if op != "Constant") == ["Gemm", "Split"]
     rows = matrix(5, 32)
     for got, name in zip(session(model).run(None, {"x": rows}), outs, strict=True):
@@ -160,7 +132,7 @@ def test_projections_with_and_without_a_bias_are_not_packed_together():
     model = graph(
         [gemm(x, "w", y, "b"), gemm(x, "v", z)], [x], [y, z], w=matrix(16, 16), v=matrix(16, 16), b=matrix(16)
     )
-    assert PackProjections().apply(model) == 0
+    assert run([PackProjections()], model) == {"PackProjections": 0}
 
 
 def test_residual_sum_and_norm_are_fused_and_the_sum_keeps_its_name():
@@ -169,7 +141,7 @@ def test_residual_sum_and_norm_are_fused_and_the_sum_keeps_its_name():
     norm = ir.node("RMSNormalization", [total, ir.Value(name="g")], {"axis": -1, "epsilon": 1e-5}, outputs=[y])
     gain = matrix(32)
     model = graph([add, norm], [a, b], [y, total], g=gain)
-    assert FuseSkipNorm().apply(model) == 1
+    assert run([FuseSkipNorm()], model) == {"FuseSkipNorm": 1}
     assert ops(model) == ["SkipSimplifiedLayerNormalization"]
     left, right = matrix(6, 32), matrix(6, 32)
     got, kept = session(model).run(["y", "total"], {"a": left, "b": right})
