@@ -1,6 +1,6 @@
 """The engine protocol on ONNX Runtime's CPU provider, with KV caches that the graph updates in place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OrtCache:
-    """binding: the decoder's, with every layer's key and value buffer bound as both input and output."""
+    """binding: the decoder's, with every layer's key and value buffer bound as both input and output.
+
+    held: the arrays bound to a step's other inputs and to the logits. A step of the same shapes as the last, as in
+    decoding, writes into them and binds nothing anew.
+    """
 
     batch: int
     capacity: int
     binding: "ort.IOBinding"
+    held: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class OrtEngine:
@@ -62,7 +67,8 @@ class OrtEngine:
         self._no_visual = VisualFeatures(
             np.zeros((1, model.hidden), np.float32), np.zeros((self._deepstack, 1, model.hidden), np.float32)
         )
-        self._outputs = [v.name for v in self._decoder.get_outputs() if "_cache_out." not in v.name]
+        outputs = [value.name for value in self._decoder.get_outputs()]
+        self._taps = [name for name in outputs if name != "logits" and "_cache_out." not in name]
 
     def _require_same_model(self, shapes: dict[str, list[int | str]]) -> None:
         model, cache = self._model, shapes["key_cache.0"]
@@ -71,6 +77,7 @@ class OrtEngine:
             "kv_heads": cache[1],
             "head_dim": int(cache[3]) - self._cache_scale,
             "hidden": shapes["visual_embeds"][1],
+            "vocabulary": self._decoder.get_outputs()[0].shape[1],
         }
         for name, value in graph.items():
             if getattr(model, name) != value:
@@ -111,7 +118,7 @@ class OrtEngine:
         model = self._model
         shape = (batch, model.kv_heads, capacity, model.head_dim + self._cache_scale)
         binding = self._decoder.io_binding()
-        for name in self._outputs:  # first, so that they lead the list of outputs
+        for name in ("logits", *self._taps):  # first, so that they lead the list of outputs
             binding.bind_output(name)
         for i in range(model.layers):
             for kind in ("key", "value"):
@@ -136,20 +143,42 @@ class OrtEngine:
         rows = 0 if visual is None else len(visual.embeds)
         if int(step.visual_index.max()) >= rows:
             raise EngineError(f"visual_index = {step.visual_index.max()}, but the step has {rows} visual features")
+        if not 0 <= int(step.input_ids.min()) <= int(step.input_ids.max()) < self._model.vocabulary:
+            wrong = step.input_ids[(step.input_ids < 0) | (step.input_ids >= self._model.vocabulary)].flat[0]
+            raise EngineError(f"input_ids has {wrong} (allowed: 0 to {self._model.vocabulary - 1})")
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}
         if self._deepstack:
             feeds["deepstack_embeds"] = visual.deepstack
-        for name, array in feeds.items():
-            cache.binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name in self._outputs:  # again each time: a bound output keeps the last step's shape
+        self._feed(cache, feeds)
+        for name in self._taps:  # again each time: a bound output keeps the last step's shape
             cache.binding.bind_output(name)
         try:
             self._decoder.run_with_iobinding(cache.binding)
         except Exception as error:
             raise EngineError(f"the decoder graph failed: {_first_line(error)}") from error
-        values = cache.binding.get_outputs()[: len(self._outputs)]
-        return {name: value.numpy() for name, value in zip(self._outputs, values, strict=True)}
+        outputs = {"logits": cache.held["logits"].copy()}
+        if self._taps:
+            values = cache.binding.get_outputs()[1 : 1 + len(self._taps)]
+            outputs |= {name: value.numpy() for name, value in zip(self._taps, values, strict=True)}
+        return outputs
+
+    def _feed(self, cache: OrtCache, feeds: dict[str, np.ndarray]) -> None:
+        """Put a step's arrays where the graph reads them, and have room for its logits."""
+        held = cache.held
+        if all(name in held and _alike(held[name], array) for name, array in feeds.items()):
+            for name, array in feeds.items():
+                held[name][...] = array
+            return
+        held["logits"] = np.empty((len(feeds["logits_index"]), self._model.vocabulary), np.float32)
+        cache.binding.bind_ortvalue_output("logits", self._ort.OrtValue.ortvalue_from_numpy(held["logits"]))
+        for name, array in feeds.items():
+            held[name] = np.array(array, order="C")  # a copy: the next step writes into it
+            cache.binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(held[name]))
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype
 
 
 def _first_line(error: Exception) -> str:
