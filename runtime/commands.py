@@ -202,6 +202,8 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 dtype=engine.dtype,
                 bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
                 parity=_verdict(manifest.parity.get(name)),
+                block_size=engine.block_size,
+                kv_cache=engine.kv_cache,
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -232,5 +234,8 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
     if not report.engines:
         return text + "no engine yet"
-    engines = [(e.target, e.dtype, bytes_text(e.bytes), e.parity) for e in report.engines]
-    return text + table("engines", ("target", "dtype", "size", "parity"), engines)
+    engines = [
+        (e.target, f"{e.dtype}/{e.block_size}" if e.block_size else e.dtype, e.kv_cache, bytes_text(e.bytes), e.parity)
+        for e in report.engines
+    ]
+    return text + table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)

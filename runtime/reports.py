@@ -35,12 +35,14 @@ class RunReport(Report, frozen=True, tag="moevlm.run/1"):
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a bundle; parity: "passed", "failed" or "not checked"."""
+    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`."""
 
     target: str
     dtype: str
     bytes: int
     parity: str
+    block_size: int = 0
+    kv_cache: str = "float32"
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):

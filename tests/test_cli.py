@@ -238,7 +238,7 @@ def test_inspect_verifies_on_request(tiny_bundle: Path) -> None:
 def test_inspect_shows_model_engines_and_what_to_do_next(tiny_bundle: Path) -> None:
     out = call("inspect", tiny_bundle).out
     assert "qwen3_vl_moe" in out
-    assert re.search(r"^ort-cpu +float32 +[\d.]+ [kM]B  not checked$", out, flags=re.M)
+    assert re.search(r"^ort-cpu +float32 +float32 +[\d.]+ [kM]B  not checked$", out, flags=re.M)
     assert f"next: moevlm parity {tiny_bundle} --checkpoint CHECKPOINT" in out
 
 
@@ -247,12 +247,12 @@ def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> 
     sizes = ("--prompt-tokens", "20", "--new-tokens", "3", "--image-size", "32", "--repeats", "2")
     options = (*sizes, "--target", "reference", "--target", "ort-cpu")
     result = call("bench", "latency", tiny_bundle, *options, "--json", output)
-    assert (result.status, result.err) == (0, "measuring reference\nmeasuring ort-cpu\n")
+    assert (result.status, result.err) == (0, "measuring this machine\nmeasuring reference\nmeasuring ort-cpu\n")
     report = decode(output.read_text(), BenchReport)
     assert (report.new_tokens, report.repeats, report.image_size) == (3, 2, 32)
     assert report.prompt_tokens == 20 + report.image_tokens
     assert [r.target for r in report.results] == ["reference", "ort-cpu"]
-    rows = {line.split()[0]: line.split() for line in result.out.splitlines()}
+    rows = {line.split()[0]: line.split() for line in result.out.split("\n\n")[0].splitlines()}
     for r in report.results:
         assert rows[r.target][1:5] == [
             f"{r.vision.median * 1e3:.2f}",
@@ -264,7 +264,9 @@ def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> 
             assert 0 < stage.minimum <= stage.median <= stage.maximum
         assert r.decode_tokens_per_second == pytest.approx(1 / r.decode_token.median)
         assert r.prefill_tokens_per_second == pytest.approx(report.prompt_tokens / r.prefill.median)
-    assert max(map(len, result.out.splitlines()[:4])) <= 80
+    assert max(map(len, result.out.splitlines())) <= 100
+    for stage in ("image", "prompt", "token"):
+        assert re.search(rf"^ort-cpu {stage} .* \d+% +(memory|arithmetic)$", result.out, re.MULTILINE)
 
 
 def test_bench_of_a_bundle_without_tokenizer_and_template(tiny_bundle: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ GOLDEN = {
         "engines[].dtype": "string",
         "engines[].bytes": "integer",
         "engines[].parity": "string",
+        "engines[].block_size": "integer",
+        "engines[].kv_cache": "string",
         "source": "object",
         "tools": "object",
     },
@@ -104,6 +106,10 @@ GOLDEN = {
         "checks[].limit": "number",
         "checks[].passed": "boolean",
         "checks[].note": "string",
+        "checks[].flips": "array of object",
+        "checks[].flips[].layer": "integer",
+        "checks[].flips[].token": "integer",
+        "checks[].flips[].margin": "number",
     },
     "moevlm.bench.latency/1": {
         "schema": "string",
@@ -114,6 +120,21 @@ GOLDEN = {
         "new_tokens": "integer",
         "repeats": "integer",
         "results": "array of object",
+        "machine": "object or null",
+        "machine.threads": "integer",
+        **{f"machine.{rate}": "number" for rate in ("read", "float32", "int8")},
+        **{f"results[].{stage}_limit": "object or null" for stage in ("vision", "prefill", "decode")},
+        **{
+            f"results[].{stage}_limit.{field}": kind
+            for stage in ("vision", "prefill", "decode")
+            for field, kind in (
+                ("bytes", "integer"),
+                ("flops", "integer"),
+                ("seconds", "number"),
+                ("bound", "string"),
+                ("fraction", "number"),
+            )
+        },
         "results[].target": "string",
         "results[].threads": "integer or null",
         "results[].load_seconds": "number",
