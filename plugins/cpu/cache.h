@@ -58,7 +58,7 @@ inline void write_row(const float* x, int64_t size, float* row) { std::memcpy(ro
 
 inline void write_row(const float* x, int64_t size, int8_t* row) {
     Vec top = {};
-    for (int64_t d = 0; d < size; d += kLanes) top = larger(top, larger(load(x + d), -load(x + d)));
+    for (int64_t d = 0; d < size; d += kLanes) top = larger(larger(load(x + d), -load(x + d)), top);
     const float most = largest(top), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
     for (int64_t d = 0; d < size; ++d) row[d] = static_cast<int8_t>(std::nearbyint(x[d] * inverse));
     std::memcpy(row + size, &scale, sizeof scale);

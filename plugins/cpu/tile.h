@@ -44,13 +44,12 @@ struct Tile {
     template <bool Quantized>
     void weigh(int64_t row, float* scores, int64_t seen, int64_t padded, const float* key_scale,
                const float* value_scale) {
+        if (Quantized) {
+            for (int64_t j = 0; j < seen; j += kLanes) store(scores + j, load(scores + j) * load(key_scale + j));
+        }
         for (int64_t j = seen > 0 ? seen : 0; j < padded; ++j) scores[j] = kNothing;
         Vec maximum = Vec{} + top[row];
-        for (int64_t j = 0; j < padded; j += kLanes) {
-            Vec x = load(scores + j);
-            if (Quantized) store(scores + j, x = x * load(key_scale + j));
-            maximum = larger(maximum, x);
-        }
+        for (int64_t j = 0; j < padded; j += kLanes) maximum = larger(maximum, load(scores + j));
         const float before = top[row], now = largest(maximum);
         if (now <= kNothing) {  // the row sees none of the block
             for (int64_t j = 0; j < padded; j += kLanes) store(scores + j, Vec{});
