@@ -15,4 +15,4 @@ def operators_path() -> Path:
         path = folder / f"{OPERATORS}{suffix}"
         if path.is_file():
             return path
-    raise EngineError(f"{OPERATORS} was not built in {folder} (with g++ installed: pip install --force-reinstall moevlm)")
+    raise EngineError(f"{OPERATORS} was not built in {folder} (install g++, then pip install --force-reinstall moevlm)")

@@ -34,8 +34,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so")
     for name in (*PARTS, "tests", "bench", "demo"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so"))
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for part in PARTS:  # what must not come along
         (source / part / "test_stray.txt").write_text("")
     command = [sys.executable, "-m", "pip", "wheel", source, "-w", folder]
