@@ -7,7 +7,7 @@ DEMO := build/demo.moevlm
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml $(wildcard plugins/cpu/*)
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel

@@ -14,7 +14,7 @@ from moevlm.runtime.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.manifest import EngineFacts
-from moevlm.runtime.native import CPU_OPERATORS, operators_path
+from moevlm.runtime.native import DOMAIN, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
 
 Progress = Callable[[int, int], None]  # (bytes verified, bytes in total)
@@ -60,8 +60,8 @@ def load_engine(
 
 def operators_for(engine: EngineFacts) -> Path | None:
     """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
-    if engine.operators not in ("", CPU_OPERATORS):
-        raise EngineError(f"the engine needs operators of {engine.operators} (there are: {CPU_OPERATORS})")
+    if engine.operators not in ("", DOMAIN):
+        raise EngineError(f"the engine needs operators of {engine.operators} (there are: {DOMAIN})")
     return operators_path() if engine.operators else None
 
 

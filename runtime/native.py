@@ -1,18 +1,19 @@
-"""Where the library of moevlm's own CPU operators lies."""
+"""Where the compiled operators are. They are loaded by path, into ONNX Runtime, and are no Python module."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from moevlm.runtime.errors import EngineError
 
-CPU_OPERATORS = "moevlm.cpu"
+OPERATORS = "cpu_operators"
+DOMAIN = "moevlm.cpu"
 
 
 def operators_path() -> Path:
-    """The operator library of the domain moevlm.cpu, built when moevlm is installed. Raises EngineError."""
+    """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library."""
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"cpu_operators{suffix}"
+        path = folder / f"{OPERATORS}{suffix}"
         if path.is_file():
             return path
-    raise EngineError(f"{folder} has no cpu_operators library: install moevlm again where there is a C++ compiler")
+    raise EngineError(f"{OPERATORS} was not built in {folder} (install g++, then pip install --force-reinstall moevlm)")

@@ -12,10 +12,13 @@ import zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
 from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+
+from moevlm.runtime.native import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
@@ -31,8 +34,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source.mkdir()
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so")
     for name in (*PARTS, "tests", "bench", "demo"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
     for part in PARTS:  # what must not come along
         (source / part / "test_stray.txt").write_text("")
     command = [sys.executable, "-m", "pip", "wheel", source, "-w", folder]
@@ -50,12 +54,11 @@ def _run(*command: str | Path) -> str:
 def test_wheel_has_every_module_and_the_type_marker_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"moevlm/{path.relative_to(ROOT).as_posix()}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
-    assert names == modules | {"moevlm/runtime/py.typed"}
+    assert names == modules | {"moevlm/runtime/py.typed", f"moevlm/runtime/{OPERATORS}{EXTENSION_SUFFIXES[0]}"}
     assert "moevlm/__init__.py" not in names  # a namespace: other wheels may add parts
 
 
-def test_wheel_is_pure_and_small(wheel: Path) -> None:
-    assert wheel.name.endswith("-py3-none-any.whl")
+def test_wheel_is_small(wheel: Path) -> None:
     assert wheel.stat().st_size < 1_000_000
 
 

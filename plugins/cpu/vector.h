@@ -1,5 +1,7 @@
 // Vectors of MOEVLM_LANES floats in the compilers' portable notation, within a namespace per instruction set.
 
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 #if defined(__x86_64__)
@@ -89,16 +91,18 @@ MOEVLM_INLINE void transpose(Vec* v) {
     if constexpr (H > 1) transpose<H / 2>(v);
 }
 
-MOEVLM_INLINE float largest(Vec v) {
-    float x = v[0];
-    for (int lane = 1; lane < kLanes; ++lane) x = v[lane] > x ? v[lane] : x;
-    return x;
+MOEVLM_INLINE float sum(Vec v) {
+    if constexpr (kLanes > 8) v += other<8>(v, v);
+    if constexpr (kLanes > 4) v += other<4>(v, v);
+    v += other<2>(v, v);
+    return v[0] + v[1];
 }
 
-MOEVLM_INLINE float sum(Vec v) {
-    float x = 0;
-    for (int lane = 0; lane < kLanes; ++lane) x += v[lane];
-    return x;
+MOEVLM_INLINE float largest(Vec v) {
+    if constexpr (kLanes > 8) v = larger(v, other<8>(v, v));
+    if constexpr (kLanes > 4) v = larger(v, other<4>(v, v));
+    v = larger(v, other<2>(v, v));
+    return v[0] > v[1] ? v[0] : v[1];
 }
 
 // 2^x for x <= 0, and 0 below 2^-126. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
@@ -128,7 +132,7 @@ MOEVLM_INLINE void multiply(
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) {
-            sums[m][n] = Accumulate ? load(result + m * result_stride + n * kLanes) : Vec{};
+            sums[m][n] = Vec{};
         }
     }
     for (int64_t k = 0; k < depth; ++k) {
@@ -148,7 +152,10 @@ MOEVLM_INLINE void multiply(
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) store(result + m * result_stride + n * kLanes, sums[m][n]);
+        for (int n = 0; n < N; ++n) {
+            float* to = result + m * result_stride + n * kLanes;
+            store(to, Accumulate ? load(to) + sums[m][n] : sums[m][n]);
+        }
     }
 }
 
