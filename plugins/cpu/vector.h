@@ -45,27 +45,41 @@ MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
-// From each pair of lanes that differ in bit H of their number: the lower lane takes its own element of a and the
-// other's too, the upper lane likewise of b.
-template <int H>
-MOEVLM_INLINE Vec own(Vec a, Vec b) {
-    Ints mask;
-    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & H ? kLanes + lane : lane;
-    return __builtin_shuffle(a, b, mask);
-}
+template <int... Lane>
+struct Shuffles {
+    // Lanes come in pairs that differ in bit H of their number. `own`: the lower of a pair from a, the upper from b;
+    // `other`: the same after both vectors have their pairs swapped; `low`, `high`: both lower lanes, both upper ones.
+    template <int H>
+    static MOEVLM_INLINE Vec own(Vec a, Vec b) {
+        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane)...);
+    }
+    template <int H>
+    static MOEVLM_INLINE Vec other(Vec a, Vec b) {
+        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane ^ H)...);
+    }
+    template <int H>
+    static MOEVLM_INLINE Vec low(Vec a, Vec b) {
+        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane)...);
+    }
+    template <int H>
+    static MOEVLM_INLINE Vec high(Vec a, Vec b) {
+        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane ^ H)...);
+    }
+};
 
-template <int H>
-MOEVLM_INLINE Vec other(Vec a, Vec b) {
-    Ints mask;
-    for (int lane = 0; lane < kLanes; ++lane) mask[lane] = lane & H ? kLanes + (lane ^ H) : lane ^ H;
-    return __builtin_shuffle(a, b, mask);
-}
+#if MOEVLM_LANES == 16
+using Shuffle = Shuffles<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#elif MOEVLM_LANES == 8
+using Shuffle = Shuffles<0, 1, 2, 3, 4, 5, 6, 7>;
+#else
+using Shuffle = Shuffles<0, 1, 2, 3>;
+#endif
 
 // v[i] summed over its lanes, in lane i. v is overwritten.
 template <int H = kLanes / 2>
 MOEVLM_INLINE Vec lane_sums(Vec* v) {
 #pragma GCC unroll 16
-    for (int i = 0; i < H; ++i) v[i] = own<H>(v[i], v[i + H]) + other<H>(v[i], v[i + H]);
+    for (int i = 0; i < H; ++i) v[i] = Shuffle::own<H>(v[i], v[i + H]) + Shuffle::other<H>(v[i], v[i + H]);
     if constexpr (H > 1) {
         return lane_sums<H / 2>(v);
     } else {
@@ -79,29 +93,24 @@ MOEVLM_INLINE void transpose(Vec* v) {
 #pragma GCC unroll 16
     for (int i = 0; i < kLanes; ++i) {
         if (i & H) continue;
-        Ints low, high;
-        for (int lane = 0; lane < kLanes; ++lane) {
-            low[lane] = lane & H ? kLanes + (lane ^ H) : lane;
-            high[lane] = lane & H ? kLanes + lane : lane ^ H;
-        }
-        Vec a = v[i], b = v[i + H];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i + H] = __builtin_shuffle(a, b, high);
+        const Vec a = v[i], b = v[i + H];
+        v[i] = Shuffle::low<H>(a, b);
+        v[i + H] = Shuffle::high<H>(a, b);
     }
     if constexpr (H > 1) transpose<H / 2>(v);
 }
 
 MOEVLM_INLINE float sum(Vec v) {
-    if constexpr (kLanes > 8) v += other<8>(v, v);
-    if constexpr (kLanes > 4) v += other<4>(v, v);
-    v += other<2>(v, v);
+    if constexpr (kLanes > 8) v += Shuffle::other<8>(v, v);
+    if constexpr (kLanes > 4) v += Shuffle::other<4>(v, v);
+    v += Shuffle::other<2>(v, v);
     return v[0] + v[1];
 }
 
 MOEVLM_INLINE float largest(Vec v) {
-    if constexpr (kLanes > 8) v = larger(v, other<8>(v, v));
-    if constexpr (kLanes > 4) v = larger(v, other<4>(v, v));
-    v = larger(v, other<2>(v, v));
+    if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v, v));
+    if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
+    v = larger(v, Shuffle::other<2>(v, v));
     return v[0] > v[1] ? v[0] : v[1];
 }
 
