@@ -1,0 +1,110 @@
+"""The CPU kernels as numpy functions: what the tests and the benchmark call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from moevlm.plugins.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
+
+ROOT = Path(__file__).parents[2]
+SOURCES = ("matmul_avx512", "matmul_avx2", "matmul_generic", "linear", "experts", "router")
+PATHS = ("generic", "avx2", "avx512")
+Array = np.ndarray
+
+
+def compile_kernels(library: Path) -> Path:
+    """Build the kernels and their C interface; CXX and CXXFLAGS as usual."""
+    sources = [ROOT / "plugins" / "cpu" / f"{name}.cpp" for name in SOURCES]
+    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", *os.environ.get("CXXFLAGS", "").split()]
+    command = [os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'plugins' / 'cpu'}", *sources]
+    subprocess.run([*command, Path(__file__).with_name("matmul_interface.cpp"), "-o", library], check=True)
+    return library
+
+
+def _pointer(array: Array | None) -> ctypes.c_void_p | None:
+    assert array is None or array.flags.c_contiguous
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+def _sizes(*values: int) -> list[ctypes.c_size_t]:
+    return [ctypes.c_size_t(value) for value in values]
+
+
+class Kernels:
+    """One instruction set's kernels. Arrays are contiguous, of the dtypes that the C functions take."""
+
+    def __init__(self, library: ctypes.CDLL, path: str, threads: int = 1) -> None:
+        self.library, self.path, self.threads = library, PATHS.index(path) if path else -1, threads
+        library.path_name.restype = ctypes.c_char_p
+        library.run_experts.restype = ctypes.c_size_t
+
+    def available(self) -> bool:
+        return self.library.path_name(self.path) is not None
+
+    def quantize(self, x: Array, bits: int, block: int) -> Array:
+        """[T, blocks, 8 + block] uint8: scale, start, values."""
+        tokens, columns = x.shape
+        rows = np.empty((tokens, -(-columns // block), 8 + block), np.uint8)
+        self.library.run_quantize(self.path, bits, block, *_sizes(tokens, columns), _pointer(x), _pointer(rows))
+        return rows
+
+    def linear(self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int) -> Array:
+        y = np.full((len(x), n), np.nan, np.float32)
+        sizes = _sizes(n, x.shape[1], len(x))
+        arrays = map(_pointer, (x, packed, bias, y))
+        self.library.run_linear(self.path, *_sizes(self.threads), bits, block, *sizes, *arrays)
+        return y
+
+    def experts(
+        self,
+        x: Array,
+        index: Array,
+        weight: Array,
+        gate_up: Array,
+        down: Array,
+        spec: ExpertsSpec,
+        width: int,
+        bits: int,
+        block: int,
+        gate_up_bias: Array | None = None,
+        down_bias: Array | None = None,
+    ) -> tuple[Array, int]:
+        """y, and where the first index stands that is no expert (or how many indices there are)."""
+        y = np.full(x.shape, np.nan, np.float32)
+        settings = (ACTIVATIONS.index(spec.activation), int(spec.gated), int(spec.weight_on == "input"))
+        checked = self.library.run_experts(
+            self.path,
+            *_sizes(self.threads),
+            bits,
+            block,
+            *_sizes(len(gate_up), x.shape[1], width),
+            *settings,
+            ctypes.c_float(spec.alpha),
+            ctypes.c_float(spec.limit),
+            *_sizes(*index.shape),
+            *map(_pointer, (x, index, weight, gate_up, down, gate_up_bias, down_bias, y)),
+        )
+        return y, checked
+
+    def route(self, logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[Array, Array] | None:
+        """None: refused."""
+        shape = (len(logits), spec.top_k)
+        index, weight = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+        refused = self.library.run_router(
+            self.path,
+            *_sizes(self.threads, spec.top_k),
+            SCORINGS.index(spec.scoring),
+            int(spec.renormalize),
+            ctypes.c_float(spec.epsilon),
+            ctypes.c_float(spec.scale),
+            *_sizes(spec.n_group, spec.topk_group),
+            int(spec.group_score == "top2_sum"),
+            *_sizes(*logits.shape),
+            *map(_pointer, (logits, bias, index, weight)),
+        )
+        return None if refused else (index, weight)
