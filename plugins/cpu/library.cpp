@@ -1,5 +1,7 @@
-// The operator library that ONNX Runtime loads: domain moevlm.cpu, operator CachedAttention, version 1.
+// The operator library that ONNX Runtime loads: domain moevlm.cpu, version 1, operators CachedAttention, Linear,
+// MoEExperts and MoERouter.
 
+#include "matmul_ops.h"
 #include "operator.h"
 #include "ort_abi.h"
 
@@ -43,6 +45,7 @@ ort::OpDomain* operator_domain(const ort::Api* api) {
         check(api->create_op_domain("moevlm.cpu", &domain));
         check(api->op_domain_add(domain, &float_operator));
         check(api->op_domain_add(domain, &int8_operator));
+        for (auto op = quantized::matmul_operators(); *op; ++op) check(api->op_domain_add(domain, *op));
         return domain;
     }();
     return shared;

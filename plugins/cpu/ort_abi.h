@@ -24,7 +24,7 @@ struct ShapeInferContext;
 struct CustomOp;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kFloat = 1, kInt8 = 3, kInt64 = 7 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7 };
 enum Characteristic : int { kRequired = 0, kOptional = 1 };
 enum MemoryType : int { kDefaultMemory = 0 };
 
@@ -47,7 +47,8 @@ struct Api {
     Unused unused_66[19];
     Status* (*attribute_float)(const KernelInfo*, const char* name, float*);
     Status* (*attribute_int)(const KernelInfo*, const char* name, int64_t*);
-    Unused unused_87[1];
+    // size: of the buffer; becomes that of the value, with its final zero.
+    Status* (*attribute_string)(const KernelInfo*, const char* name, char*, size_t* size);
     Status* (*input_count)(const KernelContext*, size_t*);
     Unused unused_89[1];
     Status* (*input)(const KernelContext*, size_t index, const Value**);
@@ -73,6 +74,7 @@ MOEVLM_CHECK_SLOT(element_type, 60);
 MOEVLM_CHECK_SLOT(dimensions, 62);
 MOEVLM_CHECK_SLOT(type_and_shape, 65);
 MOEVLM_CHECK_SLOT(attribute_int, 86);
+MOEVLM_CHECK_SLOT(attribute_string, 87);
 MOEVLM_CHECK_SLOT(input_count, 88);
 MOEVLM_CHECK_SLOT(output, 91);
 MOEVLM_CHECK_SLOT(release_status, 93);

@@ -1,0 +1,153 @@
+#include "matmul_ops.h"
+
+#include <climits>
+
+#include "experts.h"
+#include "linear.h"
+#include "custom_op.h"
+#include "router.h"
+
+namespace moevlm::quantized {
+namespace {
+
+constexpr int64_t kMost = INT_MAX;
+
+Packing read_packing(const Attributes& attributes) {
+  const Packing packing{static_cast<int>(attributes.integer("bits", 4, 8)),
+                        static_cast<int>(attributes.integer("block_size", 16, kMaxBlock))};
+  if (!packing.valid()) {
+    invalid("bits = ", packing.bits, ", block_size = ", packing.block,
+            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxBlock, ")");
+  }
+  return packing;
+}
+
+void require_bytes(const char* name, const Tensor& tensor, size_t bytes) {
+  if (tensor.elements() != bytes) {
+    invalid(name, " has shape ", text(tensor.shape), ", ", tensor.elements(), " bytes (allowed: ", bytes,
+            " bytes for these attributes)");
+  }
+}
+
+void require_rows(const char* name, const Tensor& tensor, size_t columns, const char* meaning) {
+  if (tensor.shape.size() != 2 || tensor.shape[1] != static_cast<int64_t>(columns))
+    invalid(name, " has shape ", text(tensor.shape), " (allowed: ", meaning, " with ", columns, " columns)");
+}
+
+std::unique_ptr<uint8_t[]> scratch(size_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[bytes]); }
+
+struct LinearOp {
+  static constexpr const char* name = "Linear";
+  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kUint8}, {ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{ort::kFloat}};
+  LinearShape shape;
+
+  explicit LinearOp(const Attributes& a)
+      : shape{static_cast<size_t>(a.integer("N", 1, kMost)), static_cast<size_t>(a.integer("K", 1, kMost)),
+              read_packing(a)} {}
+
+  void compute(Call& call) const {
+    const Tensor x = call.input(0), weight = call.input(1), bias = call.input(2);
+    require_rows("x", x, shape.k, "[T, K]");
+    require_bytes("weight", weight, shape.weight_bytes());
+    require_shape("bias", bias, {static_cast<int64_t>(shape.n)}, "[N]");
+    const size_t tokens = x.shape[0];
+    float* y = call.output<float>(0, {x.shape[0], static_cast<int64_t>(shape.n)});
+    const auto memory = scratch(shape.scratch_bytes(tokens));
+    linear(shape, kernels(), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
+           memory.get());
+  }
+};
+
+struct ExpertsOp {
+  static constexpr const char* name = "MoEExperts";
+  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kInt32}, {ort::kFloat}, {ort::kUint8}, {ort::kUint8},
+                                    {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{ort::kFloat}};
+  ExpertsShape shape;  // but for the number of experts, which is the weights'
+
+  explicit ExpertsOp(const Attributes& a)
+      : shape{0,
+              static_cast<size_t>(a.integer("hidden", 1, kMost)),
+              static_cast<size_t>(a.integer("width", 1, kMost)),
+              read_packing(a),
+              {static_cast<Activation>(a.choice("activation", {"silu", "gelu_tanh", "swiglu_clamped"})),
+               a.integer_or("gated", 1) != 0, a.number_or("alpha", 1.702f), a.number_or("limit", 7.0f)},
+              a.choice("weight_on", {"output", "input"}) == 1} {
+    if (shape.activation.kind == Activation::swiglu_clamped && !shape.activation.gated)
+      invalid("activation = \"swiglu_clamped\" needs gated = 1");
+  }
+
+  void compute(Call& call) const {
+    const Tensor x = call.input(0), index = call.input(1), weight = call.input(2), gate_up = call.input(3),
+                 down = call.input(4), up_bias = call.input(5), down_bias = call.input(6);
+    require_rows("x", x, shape.hidden, "[T, H]");
+    if (index.shape.size() != 2 || index.shape[0] != x.shape[0] || index.shape[1] < 1)
+      invalid("expert_index has shape ", text(index.shape), " (allowed: [", x.shape[0], ", top_k])");
+    require_shape("expert_weight", weight, index.shape, "that of expert_index");
+    if (gate_up.shape.empty() || gate_up.shape[0] < 1)
+      invalid("gate_up has shape ", text(gate_up.shape), " (allowed: [E, bytes])");
+    ExpertsShape bank = shape;
+    const int64_t count = gate_up.shape[0];
+    bank.experts = count;
+    require_bytes("gate_up", gate_up, bank.experts * bank.up_bytes());
+    require_bytes("down", down, bank.experts * bank.down_bytes());
+    require_shape("gate_up_bias", up_bias, {count, static_cast<int64_t>(bank.up_rows())}, "a number per row of gate_up");
+    require_shape("down_bias", down_bias, {count, static_cast<int64_t>(bank.hidden)}, "[E, H]");
+
+    const ExpertsInputs in{x.as<float>(),          index.as<int32_t>(),          weight.as<float>(),
+                           gate_up.as<uint8_t>(),  down.as<uint8_t>(),           up_bias.as<float>(),
+                           down_bias.as<float>(),  static_cast<size_t>(x.shape[0]), static_cast<size_t>(index.shape[1])};
+    float* y = call.output<float>(0, x.shape);
+    const auto memory = scratch(bank.scratch_bytes(in.tokens, in.top_k));
+    const size_t checked = quantized::experts(bank, kernels(), call.pool(), in, y, memory.get());
+    if (checked < in.tokens * in.top_k) {
+      invalid("expert_index[", checked / in.top_k, ", ", checked % in.top_k, "] = ", in.index[checked],
+              " (allowed: 0 to ", count - 1, ")");
+    }
+  }
+};
+
+struct RouterOp {
+  static constexpr const char* name = "MoERouter";
+  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{ort::kInt32}, {ort::kFloat}};
+  RouterShape shape;
+
+  explicit RouterOp(const Attributes& a)
+      : shape{static_cast<size_t>(a.integer("top_k", 1, kMaxTopK)),
+              static_cast<Scoring>(a.choice("scoring", {"softmax", "sigmoid", "softmax_after_topk"})),
+              a.integer_or("renormalize", 1) != 0,
+              a.number_or("epsilon", 0.0f),
+              a.number_or("scale", 1.0f),
+              static_cast<size_t>(a.integer_or("n_group", 1)),
+              static_cast<size_t>(a.integer_or("topk_group", 1)),
+              a.choice("group_score", {"max", "top2_sum"}) == 1} {}
+
+  void compute(Call& call) const {
+    const Tensor logits = call.input(0), bias = call.input(1);
+    if (logits.shape.size() != 2) invalid("logits has shape ", text(logits.shape), " (allowed: [T, E])");
+    const size_t tokens = logits.shape[0], experts = logits.shape[1];
+    require_shape("bias", bias, {logits.shape[1]}, "[E]");
+    if (!shape.valid(experts)) {
+      invalid("no choice of top_k = ", shape.top_k, " from ", experts, " experts in n_group = ", shape.n_group,
+              " groups, topk_group = ", shape.topk_group, " of them (allowed: up to ", kMaxExperts,
+              " experts, groups of equal size, top_k experts in those chosen)");
+    }
+    const Shape out = {logits.shape[0], static_cast<int64_t>(shape.top_k)};
+    int32_t* index = call.output<int32_t>(0, out);
+    float* weight = call.output<float>(1, out);
+    route(shape, kernels(), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index, weight);
+  }
+};
+
+const Operator<LinearOp> linear_operator;
+const Operator<ExpertsOp> experts_operator;
+const Operator<RouterOp> router_operator;
+const ort::CustomOp* const all[] = {&linear_operator, &experts_operator, &router_operator, nullptr};
+
+}  // namespace
+
+const ort::CustomOp* const* matmul_operators() { return all; }
+
+}  // namespace moevlm::quantized
