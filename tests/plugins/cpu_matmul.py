@@ -11,18 +11,34 @@ import numpy as np
 
 from moevlm.plugins.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
 
-ROOT = Path(__file__).parents[2]
+CPU = Path(__file__).parents[2] / "plugins" / "cpu"
 SOURCES = ("matmul_avx512", "matmul_avx2", "matmul_generic", "linear", "experts", "router")
 PATHS = ("generic", "avx2", "avx512")
 Array = np.ndarray
 
 
 def compile_kernels(library: Path) -> Path:
-    """Build the kernels and their C interface; CXX and CXXFLAGS as usual."""
-    sources = [ROOT / "plugins" / "cpu" / f"{name}.cpp" for name in SOURCES]
-    flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-pthread", *os.environ.get("CXXFLAGS", "").split()]
-    command = [os.environ.get("CXX", "g++"), *flags, f"-I{ROOT / 'plugins' / 'cpu'}", *sources]
-    subprocess.run([*command, Path(__file__).with_name("matmul_interface.cpp"), "-o", library], check=True)
+    """The kernels and their C interface as a shared library."""
+    sources = [CPU / f"{name}.cpp" for name in SOURCES]
+    return _compile([*sources, Path(__file__).with_name("matmul_interface.cpp")], library)
+
+
+def compile_library(library: Path) -> Path:
+    """The whole operator library."""
+    return _compile(sorted(CPU.glob("*.cpp")), library)
+
+
+def _compile(sources: list[Path], library: Path) -> Path:
+    """One compiler per source, side by side. CXX and CXXFLAGS as usual."""
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-std=c++17", "-O2", "-fPIC", f"-I{CPU}", *os.environ.get("CXXFLAGS", "").split()]
+    objects = [library.parent / f"{source.stem}.o" for source in sources]
+    running = [
+        subprocess.Popen([compiler, *flags, "-c", source, "-o", out])
+        for source, out in zip(sources, objects, strict=True)
+    ]
+    assert not any([process.wait() for process in running]), "the compiler failed"
+    subprocess.run([compiler, *flags, "-shared", "-pthread", *objects, "-o", library], check=True)
     return library
 
 
