@@ -33,10 +33,8 @@ def _compile(sources: list[Path], library: Path) -> Path:
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++17", "-O2", "-fPIC", f"-I{CPU}", *os.environ.get("CXXFLAGS", "").split()]
     objects = [library.parent / f"{source.stem}.o" for source in sources]
-    running = [
-        subprocess.Popen([compiler, *flags, "-c", source, "-o", out])
-        for source, out in zip(sources, objects, strict=True)
-    ]
+    pairs = zip(sources, objects, strict=True)
+    running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", out]) for source, out in pairs]
     assert not any([process.wait() for process in running]), "the compiler failed"
     subprocess.run([compiler, *flags, "-shared", "-pthread", *objects, "-o", library], check=True)
     return library
