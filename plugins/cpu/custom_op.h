@@ -1,11 +1,13 @@
 // What every operator of the library needs around its computation: tensors in and out, attributes, errors as statuses.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "ort_abi.h"
@@ -169,7 +171,8 @@ class Call {
 
   // The session's threads; valid as long as this call.
   Pool pool() {
-    return {this, [](void* self, size_t total, void (*task)(void*, size_t), void* argument) {
+    static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
+    return {this, processors, [](void* self, size_t total, void (*task)(void*, size_t), void* argument) {
               const Call& call = *static_cast<Call*>(self);
               check(call.api_->parallel_for(call.context_, task, total, 0, argument));
             }};

@@ -53,18 +53,23 @@ class Bank {
     routing_.sort(in_.index, slots, shape_.experts);
     quantize_rows(kernels_, pool_, shape_.packing, in_.x, in_.tokens, shape_.hidden, x_rows_);
 
-    const size_t count = routing_.active_count, block = shape_.packing.block;
+    const size_t count = routing_.active_count;
     // A multiple of the block and of a panel's channels, so that a task quantizes whole blocks.
-    size_t chunk = std::lcm(block, shape_.channels_of_panel());
-    if (count * ceil_div(shape_.width, 64) > 48) chunk *= std::max<size_t>(1, 128 / chunk);
-    else chunk *= std::max<size_t>(1, 64 / chunk);
+    const size_t unit = std::lcm<size_t>(shape_.packing.block, shape_.channels_of_panel());
+    const bool many = count * ceil_div(shape_.width, 128) >= 4 * pool_.threads;
+    const size_t chunk = unit * std::max<size_t>(1, (many ? 128 : 64) / unit);
     const size_t chunks = ceil_div(shape_.width, chunk);
     parallel_for(pool_, count * chunks, [&](size_t task) {
       hidden(routing_.active[task / chunks], task % chunks * chunk, chunk);
     });
 
     const size_t panels = ceil_div(shape_.hidden, kPanel);
-    const size_t ranges = parts(count * shape_.down_bytes(), slots * shape_.hidden * shape_.width, panels);
+    // Every range reads a piece of every expert. Pieces of tens of KB cost a quarter less than pieces of ten: each
+    // begins with address translations that no cache has.
+    const size_t pieces = std::max(shape_.down_bytes() / (48 << 10), 2 * pool_.threads);
+    const size_t products = slots * shape_.hidden * shape_.width;
+    const size_t ranges = std::max(std::min(parts(count * shape_.down_bytes(), 0, panels), pieces),
+                                   parts(0, products / 4, panels));
     parallel_for(pool_, ranges, [&](size_t range) {
       output(panels * range / ranges, panels * (range + 1) / ranges);
     });
@@ -122,6 +127,9 @@ class Bank {
     for (size_t i = 0; i < routing_.active_count; ++i) {
       const size_t expert = routing_.active[i], next = routing_.active[i + 1 < routing_.active_count ? i + 1 : i];
       const size_t begin = routing_.first[expert], rows = routing_.rows(expert), batches = ceil_div(rows, kMaxRows);
+      // Address translations of the next expert's piece, a page each.
+      const uint8_t* const later = in_.down + next * shape_.down_bytes() + from * panel_bytes;
+      for (size_t at = 0; at < (to - from) * panel_bytes; at += 4096) __builtin_prefetch(later + at);
       for (size_t p = from; p < to; ++p) {
         alignas(64) float bias[kPanel] = {};
         const int count = static_cast<int>(std::min<size_t>(kPanel, shape_.hidden - p * kPanel));

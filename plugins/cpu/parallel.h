@@ -7,6 +7,7 @@ namespace moevlm::quantized {
 
 struct Pool {
   void* self;
+  size_t threads;  // no more than these run at once
   // Calls task(argument, i) once for every i < total, in any order, on any threads; returns when all are done.
   void (*run)(void* self, size_t total, void (*task)(void* argument, size_t i), void* argument);
 };

@@ -40,14 +40,14 @@ const char* path_name(int path) { return chosen(path) ? chosen(path)->name : nul
 
 void run_quantize(int path, int bits, int block, size_t tokens, size_t k, const float* x, uint8_t* rows) {
   size_t threads = 1;
-  quantize_rows(*chosen(path), {&threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
+  quantize_rows(*chosen(path), {&threads, threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
 }
 
 void run_linear(int path, size_t threads, int bits, int block, size_t n, size_t k, size_t tokens, const float* x,
                 const uint8_t* weight, const float* bias, float* y) {
   const LinearShape shape{n, k, {bits, block}};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
-  linear(shape, *chosen(path), {&threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
+  linear(shape, *chosen(path), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
 }
 
 size_t run_experts(int path, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,
@@ -58,7 +58,7 @@ size_t run_experts(int path, size_t threads, int bits, int block, size_t experts
                            {static_cast<Activation>(activation), gated != 0, alpha, limit}, weight_on_input != 0};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens, top_k));
   const ExpertsInputs in{x, index, weight, gate_up, down, up_bias, down_bias, tokens, top_k};
-  return experts(shape, *chosen(path), {&threads, run_on_threads}, in, y, scratch.data());
+  return experts(shape, *chosen(path), {&threads, threads, run_on_threads}, in, y, scratch.data());
 }
 
 int run_router(int path, size_t threads, size_t top_k, int scoring, int renormalize, float epsilon, float scale,
@@ -67,7 +67,7 @@ int run_router(int path, size_t threads, size_t top_k, int scoring, int renormal
   const RouterShape shape{top_k, static_cast<Scoring>(scoring), renormalize != 0, epsilon, scale,
                           n_group, topk_group, top2_sum != 0};
   if (!shape.valid(experts_count)) return 1;
-  route(shape, *chosen(path), {&threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
+  route(shape, *chosen(path), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
   return 0;
 }
 }
