@@ -21,8 +21,8 @@ void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, 
 void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, size_t tokens, size_t k,
                    uint8_t* rows);
 
-// Into how many parts to cut a product that reads `bytes` of weights and does `products` multiplications, so that a part
-// takes a few microseconds: less would be all overhead, more would leave threads without work.
+// Into how many parts to cut a product that reads `bytes` of weights and does `products` multiplications, so that a
+// part takes a few microseconds: less would be all overhead, more would leave threads without work.
 size_t parts(size_t bytes, size_t products, size_t limit);
 
 }  // namespace moevlm::quantized

@@ -92,17 +92,18 @@ struct ExpertsOp {
     bank.experts = count;
     require_bytes("gate_up", gate_up, bank.experts * bank.up_bytes());
     require_bytes("down", down, bank.experts * bank.down_bytes());
-    require_shape("gate_up_bias", up_bias, {count, static_cast<int64_t>(bank.up_rows())}, "a number per row of gate_up");
+    require_shape("gate_up_bias", up_bias, {count, static_cast<int64_t>(bank.up_rows())}, "[E, rows of gate_up]");
     require_shape("down_bias", down_bias, {count, static_cast<int64_t>(bank.hidden)}, "[E, H]");
 
-    const ExpertsInputs in{x.as<float>(),          index.as<int32_t>(),          weight.as<float>(),
-                           gate_up.as<uint8_t>(),  down.as<uint8_t>(),           up_bias.as<float>(),
-                           down_bias.as<float>(),  static_cast<size_t>(x.shape[0]), static_cast<size_t>(index.shape[1])};
+    const size_t tokens = x.shape[0], top_k = index.shape[1];
+    const ExpertsInputs in{x.as<float>(),        index.as<int32_t>(), weight.as<float>(),
+                           gate_up.as<uint8_t>(), down.as<uint8_t>(),  up_bias.as<float>(),
+                           down_bias.as<float>(), tokens,              top_k};
     float* y = call.output<float>(0, x.shape);
-    const auto memory = scratch(bank.scratch_bytes(in.tokens, in.top_k));
+    const auto memory = scratch(bank.scratch_bytes(tokens, top_k));
     const size_t checked = quantized::experts(bank, kernels(), call.pool(), in, y, memory.get());
-    if (checked < in.tokens * in.top_k) {
-      invalid("expert_index[", checked / in.top_k, ", ", checked % in.top_k, "] = ", in.index[checked],
+    if (checked < tokens * top_k) {
+      invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked],
               " (allowed: 0 to ", count - 1, ")");
     }
   }

@@ -2,7 +2,7 @@
 //
 // A weight W [N, K] is cut into blocks of `block` values along K. Each (row, block) has one fp16 scale; a value is
 // scale * (q - zero_point), with q unsigned: 4 bits and zero point 8, or 8 bits and zero point 128. The bytes are laid
-// out for dot products of 4 unsigned by 4 signed bytes, so that a kernel reads them once, in order, in whole cache lines:
+// out for dot products of 4 unsigned by 4 signed bytes: a kernel reads them once, in order, in whole cache lines.
 //
 //   panel (32 rows)  x  ceil(N / 32)
 //     block          x  ceil(K / block)
