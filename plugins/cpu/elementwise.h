@@ -8,10 +8,8 @@ struct Elementwise {
   // numpy's float32 exp (rational approximation over Cody-Waite reduction), operation by operation, so that router
   // scores have the bits that the spec's have wherever numpy has its vector loops.
   static inline V exp(V x) {
-    const V magic = V::set(0x1.8p+23f);
     const V inside = V::max(V::min(x, V::set(88.72283935546875f)), V::set(-103.97208404541015625f));
-    V n = V::mul(inside, V::set(1.442695040888963407359924681001892137f));
-    n = V::sub(V::add(n, magic), magic);
+    const V n = V::round(V::mul(inside, V::set(1.442695040888963407359924681001892137f)));
     V r = V::fma(n, V::set(-6.93145752e-1f), inside);
     r = V::fma(n, V::set(-1.42860677e-6f), r);
     V p = V::fma(V::set(5.082762527590693718096e-04f), r, V::set(6.757896990527504603057e-03f));

@@ -18,20 +18,13 @@ Array = np.ndarray
 
 
 def compile_kernels(library: Path) -> Path:
-    """The kernels and their C interface as a shared library."""
-    sources = [CPU / f"{name}.cpp" for name in SOURCES]
-    return _compile([*sources, Path(__file__).with_name("matmul_interface.cpp")], library)
+    """The kernels and their C interface as a shared library: one compiler per source, side by side.
 
-
-def compile_library(library: Path) -> Path:
-    """The whole operator library."""
-    return _compile(sorted(CPU.glob("*.cpp")), library)
-
-
-def _compile(sources: list[Path], library: Path) -> Path:
-    """One compiler per source, side by side. CXX and CXXFLAGS as usual."""
+    CXX and CXXFLAGS as usual: -fsanitize=address,undefined works, with both libraries in LD_PRELOAD.
+    """
     compiler = os.environ.get("CXX", "g++")
-    flags = ["-std=c++17", "-O2", "-fPIC", f"-I{CPU}", *os.environ.get("CXXFLAGS", "").split()]
+    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", f"-I{CPU}", *os.environ.get("CXXFLAGS", "").split()]
+    sources = [*(CPU / f"{name}.cpp" for name in SOURCES), Path(__file__).with_name("matmul_interface.cpp")]
     objects = [library.parent / f"{source.stem}.o" for source in sources]
     pairs = zip(sources, objects, strict=True)
     running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", out]) for source, out in pairs]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +12,7 @@ from onnx import TensorProto, helper
 from moevlm.export import cpu_packing
 from moevlm.plugins import reference, variants
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec, attributes
-from tests.plugins.cpu_matmul import compile_library
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the operators with")
+from moevlm.runtime import native
 
 DOMAIN = "moevlm.cpu"
 TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8}
@@ -24,12 +20,7 @@ LINEAR = {"N": 50, "K": 72, "bits": 4, "block_size": 32}
 BANK = {"hidden": 72, "width": 40, "bits": 8, "block_size": 32}
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_library(tmp_path_factory.mktemp("operators") / "operators.so")
-
-
-def run(library: Path, op: str, inputs: dict[str, np.ndarray | None], values: dict[str, Any], outputs: int = 1) -> Any:
+def run(op: str, inputs: dict[str, np.ndarray | None], values: dict[str, Any], outputs: int = 1) -> Any:
     """One node in a session of two threads; an input that is None is left out."""
     given = {name: array for name, array in inputs.items() if array is not None}
     names = [name if name in given else "" for name in inputs]
@@ -48,7 +39,7 @@ def run(library: Path, op: str, inputs: dict[str, np.ndarray | None], values: di
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     options.log_severity_level = 4
-    options.register_custom_ops_library(str(library))
+    options.register_custom_ops_library(str(native.operators_path()))
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(None, given)
 
@@ -59,7 +50,8 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def packed_weight(rng, rows, columns, bits, block, pack=cpu_packing.pack):
     q = rng.integers(0, 1 << bits, (rows, columns), np.uint8)
-    scales = rng.uniform(0.5, 2.0, (rows, -(-columns // block))).astype(np.float16) / columns
+    size = (2 << bits) * columns**0.5  # products of the size of what they multiply, so that rounding stays small
+    scales = (rng.uniform(0.5, 2.0, (rows, -(-columns // block))) / size).astype(np.float16)
     values = (q.astype(np.float32) - (1 << (bits - 1))) * np.repeat(scales, block, axis=1)[:, :columns]
     return pack(q, scales, bits, block), values
 
@@ -71,17 +63,17 @@ def rng() -> np.random.Generator:
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear_in_a_session(library, rng, tokens, has_bias):
+def test_linear_in_a_session(rng, tokens, has_bias):
     packed, weight = packed_weight(rng, 50, 72, 4, 32)
     x, bias = normal(rng, tokens, 72), normal(rng, 50) if has_bias else None
-    (y,) = run(library, "Linear", {"x": x, "weight": packed, "bias": bias}, LINEAR)
+    (y,) = run("Linear", {"x": x, "weight": packed, "bias": bias}, LINEAR)
     # Activations are rounded to 1/254 of the largest of their block.
     np.testing.assert_allclose(y, reference.linear(x, weight, bias), atol=0.03 * np.abs(weight).sum(axis=1).max())
 
 
 @pytest.mark.parametrize("has_biases", [False, True])
 @pytest.mark.parametrize("name", ["silu-gated-output", "gelu_tanh-plain-input", "swiglu_clamped-gated-input"])
-def test_experts_in_a_session(library, rng, name, has_biases):
+def test_experts_in_a_session(rng, name, has_biases):
     spec = variants.BLOCKS[name]
     rows = 80 if spec.gated else 40
     pack = cpu_packing.pack_gate_up if spec.gated else cpu_packing.pack
@@ -92,24 +84,24 @@ def test_experts_in_a_session(library, rng, name, has_biases):
     index = rng.integers(0, 8, (5, 2), dtype=np.int32)
     arrays = [x, index, weight, np.stack([p for p, _ in up]), np.stack([p for p, _ in down]), *biases]
     names = ("x", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias")
-    (y,) = run(library, "MoEExperts", dict(zip(names, arrays, strict=True)), {**BANK, **attributes(spec)})
+    (y,) = run("MoEExperts", dict(zip(names, arrays, strict=True)), {**BANK, **attributes(spec)})
     plain = np.stack([w for _, w in up]), np.stack([w for _, w in down])
     expected = reference.experts(x, index, weight, *plain, spec, *biases)
-    np.testing.assert_allclose(y, expected, atol=0.03 * np.abs(expected).max())
+    np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("spec", variants.MODELS.values(), ids=variants.MODELS.keys())
-def test_router_in_a_session(library, spec):
+def test_router_in_a_session(spec):
     inputs = variants.router_inputs(7, has_bias=True)
-    index, weight = run(library, "MoERouter", {"logits": inputs["logits"], "bias": inputs["bias"]}, attributes(spec), 2)
+    index, weight = run("MoERouter", {"logits": inputs["logits"], "bias": inputs["bias"]}, attributes(spec), 2)
     expected_index, expected_weight = reference.route(inputs["logits"], spec, inputs["bias"])
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
 
 
-def test_router_s_attributes_default_to_the_spec_s(library):
+def test_router_s_attributes_default_to_the_spec_s():
     logits = variants.router_inputs(3)["logits"]
-    index, weight = run(library, "MoERouter", {"logits": logits}, {"top_k": 2}, 2)
+    index, weight = run("MoERouter", {"logits": logits}, {"top_k": 2}, 2)
     expected_index, expected_weight = reference.route(logits, RouterSpec(2))
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
@@ -125,11 +117,11 @@ def test_router_s_attributes_default_to_the_spec_s(library):
         ({}, 72, 7, r"Linear: weight has shape \[7\], 7 bytes \(allowed: 3456 bytes for these attributes\)"),
     ],
 )
-def test_linear_refuses_what_does_not_fit(library, rng, changes, columns, size, message):
+def test_linear_refuses_what_does_not_fit(rng, changes, columns, size, message):
     packed, _ = packed_weight(rng, 50, 72, 4, 32)
     weight = packed.reshape(-1)[:size]
     with pytest.raises(Exception, match=message):
-        run(library, "Linear", {"x": normal(rng, 2, columns), "weight": weight}, {**LINEAR, **changes})
+        run("Linear", {"x": normal(rng, 2, columns), "weight": weight}, {**LINEAR, **changes})
 
 
 @pytest.mark.parametrize(
@@ -144,7 +136,7 @@ def test_linear_refuses_what_does_not_fit(library, rng, changes, columns, size, 
         ({"width": 41}, [[0, 1]], r"MoEExperts: down has shape \[8, \d+\], \d+ bytes \(allowed: \d+ bytes"),
     ],
 )
-def test_experts_refuse_what_does_not_fit(library, rng, changes, index, message):
+def test_experts_refuse_what_does_not_fit(rng, changes, index, message):
     bank = {**BANK, "width": 64}
     up, down = cpu_packing.packed_bytes(128, 72, 8, 32), cpu_packing.packed_bytes(72, 64, 8, 32)
     if "width" in changes:
@@ -159,10 +151,10 @@ def test_experts_refuse_what_does_not_fit(library, rng, changes, index, message)
     }
     values = {**bank, **attributes(ExpertsSpec()), **{k: v for k, v in changes.items() if k != "width"}}
     with pytest.raises(Exception, match=message):
-        run(library, "MoEExperts", inputs, values)
+        run("MoEExperts", inputs, values)
 
 
-def test_router_refuses_more_experts_than_there_are(library):
+def test_router_refuses_more_experts_than_there_are():
     message = r"MoERouter: no choice of top_k = 9 from 8 experts in n_group = 1 groups"
     with pytest.raises(Exception, match=message):
-        run(library, "MoERouter", {"logits": np.zeros((1, 8), np.float32)}, {"top_k": 9}, 2)
+        run("MoERouter", {"logits": np.zeros((1, 8), np.float32)}, {"top_k": 9}, 2)
