@@ -90,5 +90,6 @@ def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[st
             "transformers": report.transformers,
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
+            "flip_margins": sorted(flip.margin for check in ours for flip in check.flips),
         }
     return bundle.manifest.parity | results

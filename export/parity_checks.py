@@ -93,7 +93,8 @@ def checks(
     taps = taps_of_prompts(expected, tapped, visual)
     yield _routing(expected, step, taps, tolerance, tapped.kernel_routes)
     if expected.hidden:
-        yield _hidden(expected, step, taps, tolerance.features, measure)
+        limit = tolerance.features if isinstance(tolerance, Tolerance) else tolerance.hidden
+        yield _hidden(expected, step, taps, limit, measure)
     batch = expected.batch(engine, visual)
     yield logits("prefill", batch.prefill(every_position=True), expected.prefill)
     batch = expected.batch(engine, visual)

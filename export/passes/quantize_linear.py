@@ -48,7 +48,7 @@ class QuantizeLinear(Pass):
 def quantized(graph: ir.Graph, weight: ir.Value, scheme: Scheme, flat: bool = False) -> tuple[ir.Value, ir.Value]:
     """New initializers with the integers and the scales of `weight`; flat: blocks are not an axis of their own."""
     parts = Quantized(weight_of(weight), scheme, flat)
-    name = f"{weight.name}.int{scheme.bits}"
+    name = f"{weight.name}.{'rows.' if flat else ''}int{scheme.bits}"  # a tied embedding is also the head
     values, scales = initializer(name, parts.values), initializer(f"{name}.scales", parts.scales)
     graph.register_initializer(values)  # next to each other, so that they are written one after the other
     graph.register_initializer(scales)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -102,6 +103,50 @@ CHECKPOINTS = {
         seed=10,
     ),
 }
+
+
+QUANTIZED = ("ort-cpu:int8", "ort-cpu:int4", "cpu:int8", "cpu:int4")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen, tied head, bf16, one expert of four",
+        "qwen, every other layer sparse, attention bias, one key-value head",
+        "glm, groups, shared expert",
+    ],
+)
+def test_quantized_engines_cost_what_their_bits_do(name: str, tmp_path: Path) -> None:
+    tiny = CHECKPOINTS[name]
+    tiny = replace(tiny, text=dict(tiny.text) | {"moe_intermediate_size": 48})  # whole blocks of 16
+    checkpoint = tiny.save(tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "b", QUANTIZED).directory
+    report = check_parity(bundle, checkpoint, seed=tiny.seed)
+    assert [check for check in report.checks if not check.passed] == []
+    found = {(check.step, check.quantity): check.value for check in report.checks}
+    for bits in ("int8", "int4"):
+        # Two lowerings of the same integers, on kernels that share no code.
+        ours, theirs = (found[f"{family}:{bits}", "decode KL"] for family in ("cpu", "ort-cpu"))
+        assert ours < 3 * theirs + 0.002
+    assert found["cpu:int8", "decode KL"] < found["cpu:int4", "decode KL"]
+
+
+def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
+    tiny = replace(CHECKPOINTS["glm, groups, shared expert"], text=SMALL | {"moe_intermediate_size": 48})
+    checkpoint = tiny.save(tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "b", ["cpu:int4"]).directory
+    report = check_parity(bundle, checkpoint)
+    routing = next(c for c in report.checks if (c.step, c.quantity) == ("cpu:int4", "share of routings that differ"))
+    assert routing.flips
+    tokens = int(routing.note.split(",")[0].removeprefix("of "))
+    assert routing.value == pytest.approx(len(routing.flips) / tokens)
+    assert {flip.layer for flip in routing.flips} <= {0, 1}
+    assert all(0 <= flip.margin <= TOLERANCES["int4"].near_tie for flip in routing.flips)
+    noted = Bundle.open(bundle).manifest.parity["cpu:int4"]["checks"]
+    assert noted["share of routings that differ"] == routing.value
+    assert 0 < noted["prefill KL"] < TOLERANCES["int4"].kl
+    margins = Bundle.open(bundle).manifest.parity["cpu:int4"]["flip_margins"]
+    assert margins == sorted(flip.margin for flip in routing.flips)
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
