@@ -81,10 +81,10 @@ def checks(
     def logits(quantity: str, ours: Array, theirs: Array) -> Check:
         if isinstance(tolerance, Tolerance):
             value = relative_error(ours, theirs)
-            return Check(step, f"{quantity} logits", value, tolerance.logits, value <= tolerance.logits)
+            return Check(step, quantity, value, tolerance.logits, value <= tolerance.logits)
         value, same = kl_divergence(ours, theirs), ours.argmax(-1) == theirs.argmax(-1)
         note = f"first choice differs in {1 - same.mean():.1%}"
-        return Check(step, f"{quantity} KL", value, tolerance.kl, value <= tolerance.kl, note)
+        return Check(step, f"{quantity.removesuffix(' logits')} KL", value, tolerance.kl, value <= tolerance.kl, note)
 
     visual = engine.encode(expected.images)
     yield error("image features", visual.embeds, expected.embeds)
@@ -96,11 +96,11 @@ def checks(
         limit = tolerance.features if isinstance(tolerance, Tolerance) else tolerance.hidden
         yield _hidden(expected, step, taps, limit, measure)
     batch = expected.batch(engine, visual)
-    yield logits("prefill", batch.prefill(every_position=True), expected.prefill)
+    yield logits("prefill logits", batch.prefill(every_position=True), expected.prefill)
     batch = expected.batch(engine, visual)
-    yield logits("chunked prefill", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
+    yield logits("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
     steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[:-1]])
-    yield logits("decode", steps, expected.decode[1:])
+    yield logits("decode logits", steps, expected.decode[1:])
     yield logits("each prompt alone", *_alone(expected, engine))
     if exact:
         yield _greedy(expected, step, engine, visual)
@@ -151,7 +151,7 @@ def _routing(
     note = f"of {total}" + (", from its logits" if kernel_routes else "")
     if flips:
         median = np.median([flip.margin for flip in flips])
-        note += f", first in layer {flips[0].layer}, margins {median:.1e} (median) to {widest:.1e}"
+        note += f", first in layer {flips[0].layer}, widest margin {widest:.1e}, median {median:.1e}"
     if isinstance(tolerance, Tolerance):
         return Check(step, "routings that differ", float(len(flips)), 0, widest <= tolerance.near_tie, note, flips)
     share = len(flips) / total

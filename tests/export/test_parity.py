@@ -283,6 +283,7 @@ def test_verdict_lands_in_the_manifest_and_every_other_file_stays(copy: Path, ti
         "transformers": report.transformers,
         "seed": 5,
         "checks": {check.quantity: check.value for check in report.checks if check.step == "ort-cpu"},
+        "flip_margins": [],
     }
     assert {path: path.read_bytes() for path in before} == before
     assert sorted(copy.rglob("*")) == names
@@ -357,6 +358,7 @@ def test_json_has_the_documented_fields_and_reads_back() -> None:
         "limit": 0,
         "passed": False,
         "note": "of 9, widest margin 1.0e-01",
+        "flips": [],
     }
 
 
