@@ -1,0 +1,40 @@
+"""A checkpoint without a tokenizer through llama.cpp's own converter, in an environment with torch and transformers.
+
+python bench/peers/llama_cpp_convert.py SOURCES CHECKPOINT OUTPUT
+"""
+
+import sys
+
+
+def byte_vocabulary(model) -> None:
+    """In the place of its set_vocab: a token for every byte, the image's three, and numbered ones up to the size."""
+    from gguf import TokenType
+
+    size = model.hparams["vocab_size"]
+    names = [f"<0x{i:02X}>" for i in range(256)] + [f"[{i}]" for i in range(256, size)]
+    kinds = [TokenType.NORMAL] * size
+    top = model.hparams | model.hparams.get("text_config", {})
+    for token in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
+        names[top[token]] = f"<|{token.removesuffix('_token_id').replace('image', 'image_pad')}|>"
+        kinds[top[token]] = TokenType.CONTROL
+    model.gguf_writer.add_tokenizer_model("gpt2")
+    model.gguf_writer.add_tokenizer_pre("qwen2")
+    model.gguf_writer.add_token_list(names)
+    model.gguf_writer.add_token_types(kinds)
+    model.gguf_writer.add_token_merges([])
+
+
+def main() -> None:
+    """Convert the text part, with fused projections, to a 16-bit file."""
+    sources, checkpoint, output = sys.argv[1:]
+    sys.path.insert(0, sources)
+    sys.argv = ["", checkpoint, "--outfile", output, "--outtype", "bf16", "--fuse-qkv"]
+    import convert_hf_to_gguf
+    from conversion.base import TextModel
+
+    TextModel.set_vocab = byte_vocabulary
+    convert_hf_to_gguf.main()
+
+
+if __name__ == "__main__":
+    main()
