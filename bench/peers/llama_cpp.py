@@ -1,4 +1,4 @@
-"""llama.cpp through its Python binding: Q4_0 or Q8_0 weights, 16-bit cache. Runs in the environment of llama_cpp_setup."""
+"""llama.cpp through its Python binding, Q4_0 or Q8_0 weights and a 16-bit cache; run by llama_cpp_setup.PYTHON."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A checkpoint without a tokenizer through llama.cpp's own converter, in an environment with torch and transformers.
 
-python bench/peers/llama_cpp_convert.py SOURCES CHECKPOINT OUTPUT
+python -m bench.peers.llama_cpp_convert SOURCES CHECKPOINT OUTPUT
 """
 
 import sys
@@ -9,9 +9,10 @@ import sys
 def byte_vocabulary(model) -> None:
     """In the place of its set_vocab: a token for every byte, the image's three, and numbered ones up to the size."""
     from gguf import TokenType
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     size = model.hparams["vocab_size"]
-    names = [f"<0x{i:02X}>" for i in range(256)] + [f"[{i}]" for i in range(256, size)]
+    names = [*bytes_to_unicode().values(), *(f"[{i}]" for i in range(256, size))]
     kinds = [TokenType.NORMAL] * size
     top = model.hparams | model.hparams.get("text_config", {})
     for token in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
@@ -21,7 +22,7 @@ def byte_vocabulary(model) -> None:
     model.gguf_writer.add_tokenizer_pre("qwen2")
     model.gguf_writer.add_token_list(names)
     model.gguf_writer.add_token_types(kinds)
-    model.gguf_writer.add_token_merges([])
+    model.gguf_writer.add_token_merges([f"{names[0]} {names[0]}"])  # it asks for one at least
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """A 16-bit file of llama.cpp to Q4_0 or Q8_0, all matrices alike.
 
-python bench/peers/llama_cpp_quantize.py SOURCE DESTINATION BITS
+python -m bench.peers.llama_cpp_quantize SOURCE DESTINATION BITS
 """
 
 import ctypes

@@ -41,10 +41,10 @@ def prepare(checkpoint: Path, bits: Sequence[int]) -> None:
             continue
         full, log = checkpoint.with_suffix(".bf16.gguf"), FOLDER / "convert.log"
         if not full.exists():
-            convert = Path(__file__).with_name("llama_cpp_convert.py")
-            _run([sys.executable, str(convert), str(SOURCES), str(checkpoint), str(full)], log)
-        quantize = Path(__file__).with_name("llama_cpp_quantize.py")
-        _run([str(PYTHON), str(quantize), str(full), str(model_of(checkpoint, width)), str(width)], log)
+            convert = [sys.executable, "-m", "bench.peers.llama_cpp_convert"]
+            _run([*convert, str(SOURCES), str(checkpoint), str(full)], log)
+        quantize = [str(PYTHON), "-m", "bench.peers.llama_cpp_quantize"]
+        _run([*quantize, str(full), str(model_of(checkpoint, width)), str(width)], log)
 
 
 def model_of(checkpoint: Path, bits: int) -> Path:
@@ -54,6 +54,6 @@ def model_of(checkpoint: Path, bits: int) -> Path:
 
 def _run(command: Sequence[str], log: Path) -> None:
     with log.open("a") as file:
-        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if status:
         raise PeerError(f"{Path(command[0]).name} ended with status {status} while setting up llama.cpp (see {log})")
