@@ -1,4 +1,4 @@
-"""Our CPU engines against llama.cpp and Hugging Face transformers, on one random checkpoint, in one run.
+"""Our CPU engines against llama.cpp, OpenVINO and transformers, on one random checkpoint, in one run.
 
     python -m bench.cpu_bench [--repeats 5] [--threads 2] [--only llama] [--json bench/results/cpu.json]
 

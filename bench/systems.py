@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.peers import llama_cpp_setup
+from bench.peers import llama_cpp_setup, openvino_setup
 from bench.peers.moevlm_bundle import bundle_of, target_of
 from bench.peers.protocol import Request
 
@@ -39,17 +39,18 @@ class Metric:
         return seconds if self.unit == "s" else tokens / seconds
 
 
-OURS, LLAMA = "moevlm ort-cpu:int{}", "llama.cpp Q{}_0"
+OURS, LLAMA, OPENVINO = "moevlm ort-cpu:int{}", "llama.cpp Q{}_0", "OpenVINO int{}"
 HUGGING_FACE = "transformers bf16"
 SYSTEMS = (
     *(System(OURS.format(bits), "moevlm_bundle", bits) for bits in (4, 8)),
     *(System(LLAMA.format(bits), "llama_cpp", bits, llama_cpp_setup.PYTHON) for bits in (4, 8)),
+    *(System(OPENVINO.format(bits), "openvino_text", bits, openvino_setup.PYTHON) for bits in (4, 8)),
     System(HUGGING_FACE, "transformers_bf16", 16),
 )
 
 
 def _of(bits: int) -> tuple[str, ...]:
-    return OURS.format(bits), LLAMA.format(bits), HUGGING_FACE
+    return *(name.format(bits) for name in (OURS, LLAMA, OPENVINO)), HUGGING_FACE
 
 
 METRICS = (
@@ -69,7 +70,7 @@ METRICS = (
 
 
 def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
-    """What the systems need before they start: our bundle, llama.cpp and its files. Does what is not done yet."""
+    """What the systems need before they start: our bundle, the peers and their files. Does what is not done yet."""
     from moevlm.export.build import add_targets, build
     from moevlm.runtime.bundle import Bundle
 
@@ -80,7 +81,8 @@ def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
     missing = [target for target in ours if target not in Bundle.open(bundle).manifest.engines]
     if missing:
         add_targets(bundle, checkpoint, missing)
-    bits = [system.bits for system in systems if system.module == "llama_cpp"]
-    if bits:
-        llama_cpp_setup.set_up()
-        llama_cpp_setup.prepare(checkpoint, bits)
+    for module, peer in {"llama_cpp": llama_cpp_setup, "openvino_text": openvino_setup}.items():
+        bits = [system.bits for system in systems if system.module == module]
+        if bits:
+            peer.set_up()
+            peer.prepare(checkpoint, bits)

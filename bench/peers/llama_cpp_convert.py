@@ -4,6 +4,7 @@ python -m bench.peers.llama_cpp_convert SOURCES CHECKPOINT OUTPUT
 """
 
 import sys
+from pathlib import Path
 
 
 def byte_vocabulary(model) -> None:
@@ -26,15 +27,17 @@ def byte_vocabulary(model) -> None:
 
 
 def main() -> None:
-    """Convert the text part, with fused projections, to a 16-bit file."""
+    """Convert the text part, with query, key and value in one matrix, to a 16-bit file."""
     sources, checkpoint, output = sys.argv[1:]
     sys.path.insert(0, sources)
-    sys.argv = ["", checkpoint, "--outfile", output, "--outtype", "bf16", "--fuse-qkv"]
+    partial = Path(output).with_suffix(".partial")
+    sys.argv = ["", checkpoint, "--outfile", str(partial), "--outtype", "bf16", "--fuse-qkv"]
     import convert_hf_to_gguf
     from conversion.base import TextModel
 
     TextModel.set_vocab = byte_vocabulary
     convert_hf_to_gguf.main()
+    partial.rename(output)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,15 @@
 """llama.cpp compiled for this machine from the source distribution of its Python binding, and checkpoints for it."""
 
-import shutil
-import subprocess
 import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.peers.client import PeerError
+from bench.peers.environment import PEERS, new_environment, run
 
 VERSION = "0.3.36"
-SDIST = f"llama-cpp-python=={VERSION}"
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build/peers/llama_cpp"
+PACKAGE = f"llama-cpp-python=={VERSION}"
+FOLDER = PEERS / "llama_cpp"
 PYTHON = FOLDER / "venv/bin/python"
 SOURCES = FOLDER / f"llama_cpp_python-{VERSION}/vendor/llama.cpp"
 
@@ -22,14 +19,13 @@ def set_up() -> None:
     done = FOLDER / f"{VERSION}.done"
     if done.exists():
         return
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     log = FOLDER / "setup.log"
-    _run([sys.executable, "-m", "venv", str(PYTHON.parents[1])], log)
-    pip, binary = [str(PYTHON), "-m", "pip"], ["--no-binary", "llama-cpp-python"]
-    _run([*pip, "install", *binary, SDIST, "--config-settings=cmake.args=-DGGML_NATIVE=ON"], log)
-    _run([*pip, "download", *binary, "--no-deps", "--dest", str(FOLDER), SDIST], log)
-    with tarfile.open(next(FOLDER.glob("*.tar.gz"))) as archive:
+    new_environment(PYTHON, log)
+    pip, source = [PYTHON, "-m", "pip"], ["--no-binary", "llama-cpp-python"]
+    run([*pip, "install", *source, PACKAGE, "--config-settings=cmake.args=-DGGML_NATIVE=ON"], log)
+    run([*pip, "download", *source, "--no-deps", "--dest", FOLDER, PACKAGE], log)
+    with tarfile.open(FOLDER / f"llama_cpp_python-{VERSION}.tar.gz") as archive:
         archive.extractall(FOLDER, filter="data")
     done.touch()
 
@@ -41,19 +37,10 @@ def prepare(checkpoint: Path, bits: Sequence[int]) -> None:
             continue
         full, log = checkpoint.with_suffix(".bf16.gguf"), FOLDER / "convert.log"
         if not full.exists():
-            convert = [sys.executable, "-m", "bench.peers.llama_cpp_convert"]
-            _run([*convert, str(SOURCES), str(checkpoint), str(full)], log)
-        quantize = [str(PYTHON), "-m", "bench.peers.llama_cpp_quantize"]
-        _run([*quantize, str(full), str(model_of(checkpoint, width)), str(width)], log)
+            run([sys.executable, "-m", "bench.peers.llama_cpp_convert", SOURCES, checkpoint, full], log)
+        run([PYTHON, "-m", "bench.peers.llama_cpp_quantize", full, model_of(checkpoint, width), width], log)
 
 
 def model_of(checkpoint: Path, bits: int) -> Path:
     """Where the checkpoint lies with weights of so many bits."""
     return checkpoint.with_suffix(f".q{bits}_0.gguf")
-
-
-def _run(command: Sequence[str], log: Path) -> None:
-    with log.open("a") as file:
-        status = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-    if status:
-        raise PeerError(f"{Path(command[0]).name} ended with status {status} while setting up llama.cpp (see {log})")
