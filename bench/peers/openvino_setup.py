@@ -11,7 +11,7 @@ from bench.peers.environment import PEERS, new_environment, run
 PACKAGES = ("openvino==2026.4.1", "optimum-intel[openvino]==2.2.0", "torch==2.13.0")
 FOLDER = PEERS / "openvino"
 PYTHON = FOLDER / "venv/bin/python"
-FORMATS = {4: ["int4", "--group-size", "128", "--ratio", "1.0", "--sym"], 8: ["int8"]}
+FORMATS = {4: ["int4", "--group-size", "128", "--ratio", "1.0", "--sym", "--all-layers"], 8: ["int8"]}
 
 
 def set_up() -> None:
