@@ -55,7 +55,22 @@ def config(layers: int, hidden: int, experts: int, top_k: int, width: int, vocab
     }
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     tokens = {name: vocabulary - 1 - i for i, name in enumerate(names)}
-    return {"model_type": "qwen3_vl_moe", "text_config": text, "vision_config": vision, **tokens}
+    names = {"model_type": "qwen3_vl_moe", "architectures": ["Qwen3VLMoeForConditionalGeneration"]}
+    return {**names, "text_config": text, "vision_config": vision, **tokens}
+
+
+def preprocessor(config: dict[str, dict[str, int]]) -> dict[str, object]:
+    """A preprocessor_config.json with the published models' limits: images of 256 x 256 to 4096 x 4096 pixels."""
+    vision = config["vision_config"]
+    return {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "size": {"shortest_edge": 256**2, "longest_edge": 4096**2},
+        "patch_size": vision["patch_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
 
 
 def shapes(config: dict[str, dict[str, int]]) -> dict[str, tuple[int, ...]]:
@@ -99,9 +114,10 @@ def shapes(config: dict[str, dict[str, int]]) -> dict[str, tuple[int, ...]]:
 
 
 def write(directory: Path, config: dict[str, dict[str, int]], seed: int = 0) -> int:
-    """Write config.json and bf16 shards; returns the number of bytes. Matrices ~ N(0, 1 / fan-in), norms around 1."""
+    """Write both configurations and bf16 shards; returns the bytes of these. Matrices have a variance of 1 / fan-in."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocessor(config), indent=1))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
     for name, shape in shapes(config).items():
@@ -131,13 +147,23 @@ def _write_shard(path: Path, shard: dict[str, tuple[int, ...]], rng: np.random.G
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for shape in track(shard.values(), description=path.name):
-            scale = 0.02 if len(shape) == 1 else float(np.prod(shape[-2:-1] if len(shape) == 3 else shape[1:])) ** -0.5
+        for name, shape in track(shard.items(), description=path.name):
+            scale = _scale(name, shape)
             count = int(np.prod(shape))
             for start in range(0, count, PIECE):
                 piece = rng.standard_normal(min(PIECE, count - start), np.float32) * scale
                 file.write((piece + (len(shape) == 1)).astype(ml_dtypes.bfloat16).tobytes())
     return offset
+
+
+def _scale(name: str, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a tensor's elements."""
+    if name.endswith("embed_tokens.weight"):
+        # Larger than what the layers add: else tokens grow alike, and most of them choose the same few experts.
+        return 4.0
+    if len(shape) == 1:
+        return 0.02
+    return float(np.prod(shape[-2:-1] if len(shape) == 3 else shape[1:])) ** -0.5
 
 
 @click.command()

@@ -1,0 +1,73 @@
+"""Our engines: the target ort-cpu:int<bits> of a bundle that lies beside the checkpoint."""
+
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from PIL import Image
+
+from bench.peers.protocol import System, Timed, arguments, serve
+from moevlm.runtime.batch import Batch
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.generate import Runtime
+from moevlm.runtime.loading import load_images, load_runtime
+from moevlm.runtime.prompt import Prompt
+
+
+def bundle_of(checkpoint: Path) -> Path:
+    """Where the benchmark builds the checkpoint's bundle."""
+    return checkpoint.with_suffix(".moevlm")
+
+
+def target_of(bits: int) -> str:
+    """The target with weights of so many bits."""
+    return {32: "ort-cpu"}.get(bits, f"ort-cpu:int{bits}")
+
+
+class MoevlmBundle(System):
+    """Through the public runtime: what `moevlm run` does between tokenizer and detokenizer."""
+
+    def __init__(self, bundle: Path, target: str, threads: int) -> None:
+        from importlib.metadata import version
+
+        self._runtime: Runtime = load_runtime(bundle, target, threads)
+        self._model = self._runtime.model
+        self._images = load_images(Bundle.open(bundle))
+        self.vocabulary = self._model.vocabulary
+        self.versions = {name: version(name) for name in ("moevlm", "onnxruntime")}
+
+    def prefill(self, ids: np.ndarray) -> Timed:
+        started = perf_counter()
+        return self._first(Prompt.from_ids(ids, [], self._model), started)
+
+    def first_token(self, pixels: np.ndarray, ids: np.ndarray) -> Timed:
+        if self._images is None:
+            raise ValueError("the bundle has no preprocessor.json")
+        source = Image.fromarray(pixels)
+        started = perf_counter()
+        image = self._images.fit(source)
+        height, width = self._images.grid(image)
+        visual = np.full(height * width // self._model.vision.merge_size**2, self._model.image_token_id)
+        prompt = Prompt.from_ids(np.concatenate([visual, ids]), [(height, width)], self._model, [image])
+        return self._first(prompt, started)
+
+    def decode(self, history: np.ndarray, steps: np.ndarray) -> Timed:
+        batch = self._batch([Prompt.from_ids(row, [], self._model) for row in history], steps.shape[1])
+        batch.prefill(self._runtime.chunk_tokens)
+        started = perf_counter()
+        for column in steps.T:
+            chosen = batch.decode(column).argmax(-1)
+        return perf_counter() - started, int(chosen[0])
+
+    def _first(self, prompt: Prompt, started: float) -> Timed:
+        batch = self._batch([prompt], 1)
+        chosen = int(batch.prefill(self._runtime.chunk_tokens)[0].argmax())
+        return perf_counter() - started, chosen
+
+    def _batch(self, prompts: list[Prompt], new_tokens: int) -> Batch:
+        return self._runtime.batch(prompts, self._runtime.encode(prompts), new_tokens)
+
+
+if __name__ == "__main__":
+    given = arguments(__doc__)
+    serve(lambda: MoevlmBundle(bundle_of(given.checkpoint), target_of(given.bits), given.threads))

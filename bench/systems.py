@@ -1,0 +1,88 @@
+"""What the CPU benchmark measures, and on which systems."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.peers import llama_cpp_setup, openvino_setup
+from bench.peers.moevlm_bundle import bundle_of, target_of
+from bench.peers.protocol import Request
+
+
+@dataclass(frozen=True)
+class System:
+    """name: in tables and in the results. module: of bench.peers, run by python with weights of so many bits."""
+
+    name: str
+    module: str
+    bits: int
+    python: Path = Path(sys.executable)
+
+    def command(self, checkpoint: Path, threads: int) -> list[str]:
+        options = {"--checkpoint": checkpoint, "--bits": self.bits, "--threads": threads}
+        module = f"bench.peers.{self.module}"
+        return [str(self.python), "-m", module, *(str(part) for pair in options.items() for part in pair)]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of results. unit: "tok/s", of all sequences together, or "s". systems: names, ours first."""
+
+    name: str
+    request: Request
+    unit: str
+    systems: tuple[str, ...]
+
+    def value(self, seconds: float, tokens: int) -> float:
+        """In the metric's unit."""
+        return seconds if self.unit == "s" else tokens / seconds
+
+
+OURS, LLAMA, OPENVINO = "moevlm ort-cpu:int{}", "llama.cpp Q{}_0", "OpenVINO int{}"
+HUGGING_FACE = "transformers bf16"
+SYSTEMS = (
+    *(System(OURS.format(bits), "moevlm_bundle", bits) for bits in (4, 8)),
+    *(System(LLAMA.format(bits), "llama_cpp", bits, llama_cpp_setup.PYTHON) for bits in (4, 8)),
+    *(System(OPENVINO.format(bits), "openvino_text", bits, openvino_setup.PYTHON) for bits in (4, 8)),
+    System(HUGGING_FACE, "transformers_bf16", 16),
+)
+
+
+def _of(bits: int) -> tuple[str, ...]:
+    return *(name.format(bits) for name in (OURS, LLAMA, OPENVINO)), HUGGING_FACE
+
+
+METRICS = (
+    Metric("decode, 4-bit, 256 past", Request("decode", 64, 256), "tok/s", _of(4)),
+    Metric("decode, 8-bit, 256 past", Request("decode", 64, 256), "tok/s", _of(8)),
+    Metric("decode, 4-bit, 4096 past", Request("decode", 32, 4096), "tok/s", _of(4)),
+    Metric("prefill of 256, 4-bit", Request("prefill", 256), "tok/s", _of(4)),
+    Metric("prefill of 256, 8-bit", Request("prefill", 256), "tok/s", _of(8)),
+    Metric("8 sequences, 4-bit, 256 past", Request("decode", 32, 256, batch=8), "tok/s", _of(4)),
+    Metric(
+        "first token, 448 x 448 image and 256 text, 4-bit",
+        Request("first_token", 256, image_size=448),
+        "s",
+        (OURS.format(4), HUGGING_FACE),
+    ),
+)
+
+
+def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
+    """What the systems need before they start: our bundle, the peers and their files. Does what is not done yet."""
+    from moevlm.export.build import add_targets, build
+    from moevlm.runtime.bundle import Bundle
+
+    ours = [target_of(system.bits) for system in systems if system.module == "moevlm_bundle"]
+    bundle = bundle_of(checkpoint)
+    if ours and not bundle.exists():
+        build(checkpoint, bundle, ours)
+    missing = [target for target in ours if target not in Bundle.open(bundle).manifest.engines]
+    if missing:
+        add_targets(bundle, checkpoint, missing)
+    for module, peer in {"llama_cpp": llama_cpp_setup, "openvino_text": openvino_setup}.items():
+        bits = [system.bits for system in systems if system.module == module]
+        if bits:
+            peer.set_up()
+            peer.prepare(checkpoint, bits)
