@@ -8,7 +8,7 @@
 namespace moevlm::MOEVLM_ISA {
 
 constexpr int64_t kPanel = 2 * kLanes;  // keys in a panel of the transposed block
-constexpr int64_t kDepth = 128;  // of head_dim in one sum: the rounding of longer ones shows
+constexpr int64_t kDepth = 64;  // of head_dim in one sum: the rounding of longer ones shows
 constexpr int64_t kBlock = 128, kBlockFloats = 128 * 128;
 
 // panels[count / kPanel][size][kPanel] = keys[count][size] transposed, with zeros for the keys that fill the last one.
