@@ -35,7 +35,7 @@ type: setup
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p moevlm
 
 bench: setup
-	$(BIN)/python -m bench.export_bench
+	$(BIN)/python -m bench.cpu_bench --json bench/results/cpu.json
 
 train: setup
 	$(BIN)/python -m demo.train

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 
 import click
+import msgspec
 
 from bench import machine
 from bench.export_bench import ONE_BILLION
@@ -24,6 +25,7 @@ from bench.random_checkpoint import config, write
 from bench.systems import METRICS, SYSTEMS, Metric, System, prepare
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish, table
 from moevlm.runtime.errors import MoevlmError
+from moevlm.runtime.machine import measure_machine
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/bench"
@@ -127,7 +129,7 @@ def main(
     try:
         click.echo("preparing systems (the first time: minutes)", err=True)
         prepare(path, systems)
-        limits = machine.limits(threads)
+        limits = measure_machine(threads)
         with ExitStack() as stack, progress_bar() as progress:
             peers = []
             for system in systems:
@@ -138,7 +140,7 @@ def main(
     except (PeerError, MoevlmError) as error:
         raise click.ClickException(str(error)) from None
     report = {
-        "machine": machine.facts() | limits | {"threads": threads},
+        "machine": machine.facts() | msgspec.structs.asdict(limits),
         "checkpoint": ONE_BILLION if checkpoint is None else str(checkpoint),
         "repeats": repeats,
         "systems": facts,
@@ -148,7 +150,7 @@ def main(
         output.parent.mkdir(parents=True, exist_ok=True)
     publish(table_of(entries, metrics, repeats), json.dumps(report, indent=2), output)
     memory = ", ".join(f"{name} {bytes_text(int(fact['resident_bytes']))}" for name, fact in facts.items())
-    console(stderr=True).print(f"memory read at {limits['read_bytes_per_second'] / 1e9:.1f} GB/s; resident: {memory}")
+    console(stderr=True).print(f"memory read at {limits.read / 1e9:.1f} GB/s; resident: {memory}")
 
 
 if __name__ == "__main__":

@@ -6,21 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.peers import llama_cpp_setup, openvino_setup
-from bench.peers.moevlm_bundle import bundle_of, target_of
+from bench.peers.moevlm_bundle import bundle_of
 from bench.peers.protocol import Request
 
 
 @dataclass(frozen=True)
 class System:
-    """name: in tables and in the results. module: of bench.peers, run by python with weights of so many bits."""
+    """name: in tables and in the results. module: of bench.peers, run by python with weights of so many bits.
+
+    target: of our own bundle.
+    """
 
     name: str
     module: str
     bits: int
     python: Path = Path(sys.executable)
+    target: str = ""
 
     def command(self, checkpoint: Path, threads: int) -> list[str]:
-        options = {"--checkpoint": checkpoint, "--bits": self.bits, "--threads": threads}
+        options: dict[str, object] = {"--checkpoint": checkpoint, "--bits": self.bits, "--threads": threads}
+        if self.target:
+            options["--target"] = self.target
         module = f"bench.peers.{self.module}"
         return [str(self.python), "-m", module, *(str(part) for pair in options.items() for part in pair)]
 
@@ -39,10 +45,15 @@ class Metric:
         return seconds if self.unit == "s" else tokens / seconds
 
 
-OURS, LLAMA, OPENVINO = "moevlm ort-cpu:int{}", "llama.cpp Q{}_0", "OpenVINO int{}"
+OURS, STOCK = "moevlm cpu:int{}", "moevlm ort-cpu:int{}"
+LLAMA, OPENVINO = "llama.cpp Q{}_0", "OpenVINO int{}"
 HUGGING_FACE = "transformers bf16"
 SYSTEMS = (
-    *(System(OURS.format(bits), "moevlm_bundle", bits) for bits in (4, 8)),
+    *(
+        System(name.format(bits), "moevlm_bundle", bits, target=name.format(bits).split()[1])
+        for bits in (4, 8)
+        for name in (OURS, STOCK)
+    ),
     *(System(LLAMA.format(bits), "llama_cpp", bits, llama_cpp_setup.PYTHON) for bits in (4, 8)),
     *(System(OPENVINO.format(bits), "openvino_text", bits, openvino_setup.PYTHON) for bits in (4, 8)),
     System(HUGGING_FACE, "transformers_bf16", 16),
@@ -50,21 +61,21 @@ SYSTEMS = (
 
 
 def _of(bits: int) -> tuple[str, ...]:
-    return *(name.format(bits) for name in (OURS, LLAMA, OPENVINO)), HUGGING_FACE
+    return tuple(name.format(bits) for name in (OURS, STOCK, LLAMA, OPENVINO))
 
 
 METRICS = (
     Metric("decode, 4-bit, 256 past", Request("decode", 64, 256), "tok/s", _of(4)),
-    Metric("decode, 8-bit, 256 past", Request("decode", 64, 256), "tok/s", _of(8)),
+    Metric("decode, 8-bit, 256 past", Request("decode", 64, 256), "tok/s", (*_of(8), HUGGING_FACE)),
     Metric("decode, 4-bit, 4096 past", Request("decode", 32, 4096), "tok/s", _of(4)),
-    Metric("prefill of 256, 4-bit", Request("prefill", 256), "tok/s", _of(4)),
-    Metric("prefill of 256, 8-bit", Request("prefill", 256), "tok/s", _of(8)),
+    Metric("prefill of 256, 4-bit", Request("prefill", 256), "tok/s", (*_of(4), HUGGING_FACE)),
+    Metric("prefill of 256, 8-bit", Request("prefill", 256), "tok/s", (*_of(8), HUGGING_FACE)),
     Metric("8 sequences, 4-bit, 256 past", Request("decode", 32, 256, batch=8), "tok/s", _of(4)),
     Metric(
-        "first token, 448 x 448 image and 256 text, 4-bit",
+        "first token, 448 x 448 image and 256 text",
         Request("first_token", 256, image_size=448),
         "s",
-        (OURS.format(4), HUGGING_FACE),
+        (OURS.format(4), STOCK.format(4), HUGGING_FACE),
     ),
 )
 
@@ -74,7 +85,7 @@ def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
     from moevlm.export.build import add_targets, build
     from moevlm.runtime.bundle import Bundle
 
-    ours = [target_of(system.bits) for system in systems if system.module == "moevlm_bundle"]
+    ours = [system.target for system in systems if system.target]
     bundle = bundle_of(checkpoint)
     if ours and not bundle.exists():
         build(checkpoint, bundle, ours)

@@ -22,7 +22,7 @@ _BLOCK = click.option(
 _CACHE = click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    default="float32",
+    default="int8",
     show_default=True,
     help="Dtype of the KV cache in the cpu targets.",
 )

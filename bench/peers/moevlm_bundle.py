@@ -1,4 +1,4 @@
-"""Our engines: the target ort-cpu:int<bits> of a bundle that lies beside the checkpoint."""
+"""Our engines: a target of a bundle that lies beside the checkpoint."""
 
 from pathlib import Path
 from time import perf_counter
@@ -17,11 +17,6 @@ from moevlm.runtime.prompt import Prompt
 def bundle_of(checkpoint: Path) -> Path:
     """Where the benchmark builds the checkpoint's bundle."""
     return checkpoint.with_suffix(".moevlm")
-
-
-def target_of(bits: int) -> str:
-    """The target with weights of so many bits."""
-    return {32: "ort-cpu"}.get(bits, f"ort-cpu:int{bits}")
 
 
 class MoevlmBundle(System):
@@ -70,4 +65,4 @@ class MoevlmBundle(System):
 
 if __name__ == "__main__":
     given = arguments(__doc__)
-    serve(lambda: MoevlmBundle(bundle_of(given.checkpoint), target_of(given.bits), given.threads))
+    serve(lambda: MoevlmBundle(bundle_of(given.checkpoint), given.target, given.threads))
