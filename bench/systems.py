@@ -14,7 +14,7 @@ from bench.peers.protocol import Request
 class System:
     """name: in tables and in the results. module: of bench.peers, run by python with weights of so many bits.
 
-    target: of our own bundle.
+    target, block: an engine of our own, and how many of its weights share a scale.
     """
 
     name: str
@@ -22,11 +22,12 @@ class System:
     bits: int
     python: Path = Path(sys.executable)
     target: str = ""
+    block: int = 32
 
     def command(self, checkpoint: Path, threads: int) -> list[str]:
         options: dict[str, object] = {"--checkpoint": checkpoint, "--bits": self.bits, "--threads": threads}
         if self.target:
-            options["--target"] = self.target
+            options |= {"--target": self.target, "--block": self.block}
         module = f"bench.peers.{self.module}"
         return [str(self.python), "-m", module, *(str(part) for pair in options.items() for part in pair)]
 
@@ -46,6 +47,7 @@ class Metric:
 
 
 OURS, STOCK = "moevlm cpu:int{}", "moevlm ort-cpu:int{}"
+WIDE = "moevlm cpu:int4, block 128"
 LLAMA, OPENVINO = "llama.cpp Q{}_0", "OpenVINO int{}"
 HUGGING_FACE = "transformers bf16"
 SYSTEMS = (
@@ -54,6 +56,7 @@ SYSTEMS = (
         for bits in (4, 8)
         for name in (OURS, STOCK)
     ),
+    System(WIDE, "moevlm_bundle", 4, target="cpu:int4", block=128),
     *(System(LLAMA.format(bits), "llama_cpp", bits, llama_cpp_setup.PYTHON) for bits in (4, 8)),
     *(System(OPENVINO.format(bits), "openvino_text", bits, openvino_setup.PYTHON) for bits in (4, 8)),
     System(HUGGING_FACE, "transformers_bf16", 16),
@@ -61,7 +64,8 @@ SYSTEMS = (
 
 
 def _of(bits: int) -> tuple[str, ...]:
-    return tuple(name.format(bits) for name in (OURS, STOCK, LLAMA, OPENVINO))
+    wide = (WIDE,) if bits == 4 else ()
+    return OURS.format(bits), *wide, *(name.format(bits) for name in (STOCK, LLAMA, OPENVINO))
 
 
 METRICS = (
@@ -75,7 +79,7 @@ METRICS = (
         "first token, 448 x 448 image and 256 text",
         Request("first_token", 256, image_size=448),
         "s",
-        (OURS.format(4), STOCK.format(4), HUGGING_FACE),
+        (OURS.format(4), WIDE, STOCK.format(4), HUGGING_FACE),
     ),
 )
 
@@ -85,13 +89,14 @@ def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
     from moevlm.export.build import add_targets, build
     from moevlm.runtime.bundle import Bundle
 
-    ours = [system.target for system in systems if system.target]
-    bundle = bundle_of(checkpoint)
-    if ours and not bundle.exists():
-        build(checkpoint, bundle, ours)
-    missing = [target for target in ours if target not in Bundle.open(bundle).manifest.engines]
-    if missing:
-        add_targets(bundle, checkpoint, missing)
+    for block in sorted({system.block for system in systems if system.target}):
+        ours = [system.target for system in systems if system.target and system.block == block]
+        bundle = bundle_of(checkpoint, block)
+        if not bundle.exists():
+            build(checkpoint, bundle, ours, block_size=block)
+        missing = [target for target in ours if target not in Bundle.open(bundle).manifest.engines]
+        if missing:
+            add_targets(bundle, checkpoint, missing, block_size=block)
     for module, peer in {"llama_cpp": llama_cpp_setup, "openvino_text": openvino_setup}.items():
         bits = [system.bits for system in systems if system.module == module]
         if bits:

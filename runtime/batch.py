@@ -8,11 +8,12 @@ import numpy as np
 
 from moevlm.runtime.engine import Cache, Engine, Step, VisualFeatures
 from moevlm.runtime.errors import EngineError, RequestError
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.manifest import ModelFacts, RopeFacts
 from moevlm.runtime.positions import rope_tables
 from moevlm.runtime.prompt import Prompt
 
 CAPACITY_STEP = 64
+TABLE_STEP = 64  # decoding makes its rotary tables for so many tokens at a time
 
 
 def cache_capacity(tokens: int, context: int) -> int:
@@ -53,6 +54,7 @@ class Batch:
         self._prompt_lengths = np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
         self._next_positions = np.array([prompt.next_position for prompt in prompts], dtype=np.int64)
         self._lengths = np.zeros(len(prompts), dtype=np.int64)
+        self._steps = _DecodeSteps(model.rope, self._next_positions)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -105,16 +107,7 @@ class Batch:
     def decode(self, tokens: Sequence[int]) -> np.ndarray:
         """Append one token to each sequence. Returns logits [B, vocabulary] float32 of what follows it."""
         ids = np.asarray(tokens, dtype=np.int64)[:, None]
-        position = self._next_positions + self._lengths - self._prompt_lengths
-        cos, sin = rope_tables(np.broadcast_to(position[:, None], (3, *ids.shape)), self._rope)
-        step = Step(
-            input_ids=ids,
-            visual_index=np.full_like(ids, -1),
-            rope_cos=cos,
-            rope_sin=sin,
-            cache_position=self._lengths,
-            logits_index=np.arange(len(ids)),
-        )
+        step = self._steps.next(ids, int(self._lengths[0] - self._prompt_lengths[0]), self._lengths)
         logits = self._forward(step, None)
         self._lengths = self._lengths + 1
         return logits
@@ -142,3 +135,26 @@ class Batch:
             positions[:, b, :size] = prompt.positions
             seen += prompt.image_tokens
         return ids, visual_index, *rope_tables(positions, self._rope)
+
+
+class _DecodeSteps:
+    """Steps of one token, with what does not depend on it made for many at once: between two tokens the weights have
+    pushed everything else out of the CPU's caches, and every call of numpy costs many times what it costs alone.
+    """
+
+    def __init__(self, rope: RopeFacts, first: np.ndarray) -> None:
+        """first: [B] int64, the position on every axis of the first token after the prompt."""
+        self._rope, self._first = rope, first
+        self._text = np.full((len(first), 1), -1, np.int64)
+        self._rows = np.arange(len(first))
+        self._begin = 0
+        self._cos = self._sin = np.empty((len(first), 0, 0), np.float32)
+
+    def next(self, ids: np.ndarray, token: int, lengths: np.ndarray) -> Step:
+        """ids [B, 1]; token: how many were decoded before; lengths [B]: of the sequences in the cache."""
+        if not self._begin <= token < self._begin + self._cos.shape[1]:
+            positions = self._first[:, None] + np.arange(token, token + TABLE_STEP)
+            self._begin = token
+            self._cos, self._sin = rope_tables(np.broadcast_to(positions, (3, *positions.shape)), self._rope)
+        column = slice(token - self._begin, token - self._begin + 1)
+        return Step(ids, self._text, self._cos[:, column], self._sin[:, column], lengths, self._rows)
