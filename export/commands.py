@@ -40,7 +40,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     with progress_bar() as progress:
         build_bundle(checkpoint, output, expert_layout=expert_layout, progress=progress)
     _report(output)
-    console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target ort-cpu")
+    console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target cpu:int8")
 
 
 @click.command(short_help="Build engines from a checkpoint, or add them to a bundle.")
@@ -51,7 +51,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     "--target",
     "targets",
     multiple=True,
-    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  [default: ort-cpu]",
+    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  [default: cpu:int8]",
 )
 @_BLOCK
 @_CACHE
@@ -75,7 +75,7 @@ def build(
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
 
-    names = targets or ("ort-cpu",)
+    names = targets or ("cpu:int8",)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source

@@ -39,19 +39,21 @@ def load(
     target: str | None = None,
     *,
     threads: int | None = None,
+    spinning: bool = True,
     chunk_tokens: int = defaults.CHUNK_TOKENS,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
-    target: the engine's name; by default the only one, or ort-cpu. threads: for one operator, by default all cores.
+    target: the engine's name; by default the only one, or that of cpu. threads: for one operator, by default all cores.
+    spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
     without that engine, and EngineError for an engine that does not load here.
     """
     from moevlm.runtime.loading import load_runtime
 
-    return load_runtime(path, target, threads, chunk_tokens, max_image_pixels)
+    return load_runtime(path, target, threads, spinning, chunk_tokens, max_image_pixels)
 
 
 def __getattr__(name: str) -> Any:

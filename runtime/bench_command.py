@@ -27,6 +27,7 @@ def bench() -> None:
 )
 @click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="After a first one.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 @click.option("--plot", type=OutputFile(), help="Write a roofline of the stages here, as PNG.")
 def latency(
@@ -37,6 +38,7 @@ def latency(
     targets: tuple[str, ...],
     repeats: int,
     threads: int | None,
+    spinning: bool,
     output: Path | None,
     plot: Path | None,
 ) -> None:
@@ -63,7 +65,7 @@ def latency(
             measure(
                 name,
                 engine,
-                partial(load_runtime, bundle, name, threads),
+                partial(load_runtime, bundle, name, threads, spinning),
                 prompt,
                 new_tokens,
                 repeats,

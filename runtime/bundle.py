@@ -47,7 +47,7 @@ class Bundle:
         return bundle
 
     def engine(self, target: str | None = None) -> tuple[str, EngineFacts]:
-        """The engine named `target`; without a name the only one, or one of ort-cpu rather than of reference.
+        """The engine named `target`; without a name the only one, or the only one of cpu, else of ort-cpu.
 
         Raises BundleError, listing the engines that there are, if none fits or several do.
         """
@@ -174,9 +174,9 @@ class Bundle:
 
 
 def _default_engines(names: Iterable[str]) -> list[str]:
-    """What is meant without a name: CPU engines first, since they run on every machine."""
+    """What is meant without a name: CPU engines first, since they run on every machine, and of these the fastest."""
     names = list(names)
-    for family in ("ort-cpu", "reference"):
+    for family in ("cpu", "ort-cpu", "reference"):
         if family in names:
             return [family]
         if variants := [name for name in names if name.partition(":")[0] == family]:

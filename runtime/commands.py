@@ -20,7 +20,7 @@ from moevlm.runtime.reports import InspectReport
 @click.option(
     "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
 )
-@click.option("--target", help="Which engine of the bundle.  [default: the only one, or ort-cpu]")
+@click.option("--target", help="Which engine of the bundle.  [default: the only one, or that of cpu]")
 @click.option(
     "--max-new-tokens",
     metavar="N",
@@ -38,6 +38,7 @@ from moevlm.runtime.reports import InspectReport
 @click.option("--stop", multiple=True, help="Text that ends the answer, left out; repeatable.")
 @click.option("--logprobs", metavar="N", type=int, help="With --json: alternatives for each token.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
 @click.option(
     "--chunk-tokens",
     metavar="N",
@@ -63,6 +64,7 @@ def run(
     messages: Any,
     target: str | None,
     threads: int | None,
+    spinning: bool,
     chunk_tokens: int,
     max_image_megapixels: float,
     as_json: bool,
@@ -89,6 +91,7 @@ def run(
             bundle,
             name,
             threads,
+            spinning,
             chunk_tokens,
             pixels,
             lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
@@ -182,7 +185,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         return
     console().print(_facts(opened.manifest, report))
     if not report.engines:
-        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target ort-cpu")
+        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target cpu:int8")
     elif any(engine.parity == "not checked" for engine in report.engines):
         console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
 

@@ -24,6 +24,7 @@ def load_runtime(
     path: str | os.PathLike[str],
     target: str | None = None,
     threads: int | None = None,
+    spinning: bool = True,
     chunk_tokens: int = defaults.CHUNK_TOKENS,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     progress: Progress | None = None,
@@ -38,12 +39,16 @@ def load_runtime(
     tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
     template = ChatTemplate(bundle.read_text("chat_template.jinja")) if "chat_template.jinja" in files else None
     images = load_images(bundle, max_image_pixels)
-    engine = load_engine(bundle, name, threads, progress)
+    engine = load_engine(bundle, name, threads, spinning, progress)
     return Runtime(bundle.manifest.model, tokenizer, template, engine, images, chunk_tokens=chunk_tokens)
 
 
 def load_engine(
-    bundle: Bundle, target: str | None = None, threads: int | None = None, progress: Progress | None = None
+    bundle: Bundle,
+    target: str | None = None,
+    threads: int | None = None,
+    spinning: bool = True,
+    progress: Progress | None = None,
 ) -> OrtEngine:
     """One engine of the bundle, its files verified. Raises RequestError, BundleError or EngineError."""
     _require_cores(threads)
@@ -54,6 +59,7 @@ def load_engine(
         bundle.path(engine.decoder),
         bundle.manifest.model,
         threads,
+        spinning=spinning,
         operators=operators_for(engine),
     )
 

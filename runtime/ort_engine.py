@@ -41,10 +41,11 @@ class OrtEngine:
         model: ModelFacts,
         threads: int | None = None,
         *,
+        spinning: bool = True,
         operators: Path | None = None,
         tapped: bytes | None = None,
     ) -> None:
-        """operators: a library of operators that the graphs need beside ONNX Runtime's own.
+        """spinning: see `moevlm.runtime.load`. operators: a library that the graphs need beside ONNX Runtime's own.
 
         tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares.
         """
@@ -55,6 +56,7 @@ class OrtEngine:
         self._ort = onnxruntime
         self._model = model
         self._operators = operators
+        self._spinning = spinning
         self._vision = self._session(vision, threads)
         self._decoder = self._session(decoder, threads, tapped)
         inputs = self._decoder.get_inputs()
@@ -91,6 +93,7 @@ class OrtEngine:
     def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> "ort.InferenceSession":
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
         options.log_severity_level = 4  # what it says on failure is in the exception
         if self._operators is not None:
             options.register_custom_ops_library(str(self._operators))

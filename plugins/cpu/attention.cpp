@@ -97,17 +97,14 @@ struct Plan {
 
 }  // namespace
 
-void attend(const Attention& call, ParallelFor& parallel_for) {
+void attend(const Attention& call, const Pool& pool) {
     if (call.batch == 0 || call.length == 0) return;
     Plan plan(call);
     if (plan.tiles > 1) {
-        parallel_for(
-            call.batch * call.kv_heads * divide_up(call.length, kAppended),
-            [](void* data, size_t i) { static_cast<Plan*>(data)->run_append(static_cast<int64_t>(i)); }, &plan);
+        parallel_for(pool, call.batch * call.kv_heads * divide_up(call.length, kAppended),
+                     [&](size_t i) { plan.run_append(static_cast<int64_t>(i)); });
     }
-    parallel_for(
-        plan.units() * plan.pieces,
-        [](void* data, size_t i) { static_cast<Plan*>(data)->run_task(static_cast<int64_t>(i)); }, &plan);
+    parallel_for(pool, plan.units() * plan.pieces, [&](size_t i) { plan.run_task(static_cast<int64_t>(i)); });
 }
 
 }  // namespace moevlm

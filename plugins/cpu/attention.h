@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace moevlm {
 
 constexpr int64_t kMaxHeadDim = 512;
@@ -62,15 +64,7 @@ inline int64_t tile_tokens(const Attention& call) {
     return rows / call.group();
 }
 
-class ParallelFor {
-  public:
-    virtual void operator()(int64_t total, void (*task)(void* data, size_t i), void* data) = 0;
-
-  protected:
-    ~ParallelFor() = default;
-};
-
 // Throws std::bad_alloc.
-void attend(const Attention&, ParallelFor&);
+void attend(const Attention&, const Pool&);
 
 }  // namespace moevlm

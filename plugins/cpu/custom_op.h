@@ -13,7 +13,7 @@
 #include "ort_abi.h"
 #include "parallel.h"
 
-namespace moevlm::quantized {
+namespace moevlm {
 
 // A status that ONNX Runtime made, on its way back to it.
 struct Refused {
@@ -227,4 +227,4 @@ struct Operator : ort::CustomOp {
   };
 };
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <type_traits>
 
-namespace moevlm::quantized {
+namespace moevlm {
 
 struct Pool {
   void* self;
@@ -22,4 +22,4 @@ void parallel_for(const Pool& pool, size_t total, Body&& body) {
   }
 }
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm
