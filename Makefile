@@ -16,10 +16,10 @@ setup: .venv/installed
 
 demo: setup
 	@mkdir -p build
-	$(BIN)/moevlm build demo/checkpoint -o $(DEMO) --target reference --target ort-cpu
+	$(BIN)/moevlm build demo/checkpoint -o $(DEMO) --target reference --target ort-cpu --target cpu:int8
 	$(BIN)/moevlm parity $(DEMO) --checkpoint demo/checkpoint
 	$(BIN)/python -m demo.ask $(DEMO)
-	$(BIN)/moevlm bench latency $(DEMO) --target reference --target ort-cpu --image-size 96
+	$(BIN)/moevlm bench latency $(DEMO) --target reference --target ort-cpu --target cpu:int8 --image-size 96
 
 test: setup
 	$(BIN)/pytest

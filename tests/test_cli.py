@@ -291,7 +291,7 @@ def test_export_then_build_then_parity_passes_and_is_noted(tiny_checkpoint: Path
     bundle, output = tmp_path / "a [bold] name.moevlm", tmp_path / "parity.json"
     exported = call("export", tiny_checkpoint, "-o", bundle)
     assert exported.status == 0
-    assert f"next: moevlm build {bundle} --checkpoint {tiny_checkpoint} --target ort-cpu" in exported.out
+    assert f"next: moevlm build {bundle} --checkpoint {tiny_checkpoint} --target cpu:int8" in exported.out
     assert "no engine yet" in call("inspect", bundle).out
     built = call("build", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu")
     assert built.status == 0

@@ -1,4 +1,4 @@
-"""The committed checkpoint as a bundle: the held-out questions, on every fp32 engine."""
+"""The committed checkpoint as a bundle: the held-out questions, on every fp32 engine and on moevlm's own kernels."""
 
 import pytest
 
@@ -8,11 +8,12 @@ from demo.checkpoint import CHECKPOINT
 from moevlm.export.build import build
 
 TARGETS = ("reference", "ort-cpu")
+POINTS = {"cpu:int8": 0.5, "cpu:int4": 1.5}  # of a hundred answers, that rounding the weights may cost
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    return build(CHECKPOINT, tmp_path_factory.mktemp("demo") / "demo.moevlm", TARGETS).directory
+    return build(CHECKPOINT, tmp_path_factory.mktemp("demo") / "demo.moevlm", [*TARGETS, *POINTS]).directory
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -21,6 +22,15 @@ def test_every_held_out_question_gets_the_answer_that_transformers_gave(bundle, 
     found = evaluate_bundle.answers(moevlm.runtime.load(bundle, target), questions)
     expected = evaluate_bundle.recorded_answers(questions)
     assert {name: found[name] for name in found if found[name] != expected[name]} == {}
+
+
+@pytest.mark.parametrize("target", POINTS)
+def test_quantized_engines_answer_as_well(bundle, target):
+    questions = evaluate_bundle.read_questions()
+    found = evaluate_bundle.answers(moevlm.runtime.load(bundle, target), questions)
+    expected = evaluate_bundle.recorded_answers(questions)
+    lost = sum((expected[q["id"]] == q["answer"]) - (found[q["id"]] == q["answer"]) for q in questions)
+    assert 100 * lost / len(questions) <= POINTS[target]
 
 
 def test_the_recorded_answers_are_good_enough_to_ship():

@@ -199,6 +199,8 @@ def test_absent_target_lists_those_that_are_there(demo: Path) -> None:
         (["reference", "ort-cpu"], "ort-cpu"),
         (["ort-cpu:int4", "ort-cpu"], "ort-cpu"),
         (["reference", "ort-cpu:int4"], "ort-cpu:int4"),
+        (["reference", "ort-cpu", "cpu:int8"], "cpu:int8"),
+        (["cpu:int4", "cpu:int8", "ort-cpu"], None),
         (["rtx:sm89", "reference"], "reference"),
         (["ort-cpu:int8", "ort-cpu:int4", "reference"], None),
         (["rtx:sm89", "rtx:sm75"], None),
