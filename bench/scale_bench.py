@@ -28,7 +28,7 @@ from moevlm.runtime.prompt import Prompt
 
 QWEN = {"hidden": 2048, "experts": 128, "top_k": 8, "width": 768, "vocabulary": 151936}  # Qwen3-VL-30B-A3B
 LAYERS = 48
-CUTS = (2, 6)
+CUTS = (3, 6)  # three are as few as its deepstack takes
 BANKS = (16, 64, 128)
 PAST, TOKENS, ROUNDS = 256, 32, 5
 BUILD = """

@@ -76,5 +76,11 @@ def _patch_products(vision: ir.Model, patches_per_token: int) -> int:
 
 def _patch_pair_products(vision: ir.Model) -> int:
     """Attention: a query and a key, and a weight and a value, for every patch with every other of its image."""
-    widths = [node.inputs[0].shape[1] for node in vision.graph if is_op(node, "SegmentAttention")]  # type: ignore
-    return 2 * sum(widths)
+    total = 0
+    for node in vision.graph:
+        queries = node.inputs[0] if is_op(node, "SegmentAttention") else None
+        if queries is not None and queries.shape is not None:
+            width = queries.shape[1]
+            assert isinstance(width, int)
+            total += 2 * width
+    return total

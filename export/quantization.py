@@ -79,7 +79,7 @@ def _search(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     return (q + zero).astype(np.uint8), scales * -peak
 
 
-def _round(unit: np.ndarray, reach: np.ndarray, zero: int, out: np.ndarray) -> None:
+def _round(unit: np.ndarray, reach: np.ndarray | np.float32, zero: int, out: np.ndarray) -> None:
     """out = unit * reach to the nearest integer in -zero .. zero - 1."""
     np.multiply(unit, reach, out=out)
     np.rint(out, out=out)

@@ -34,7 +34,7 @@ class QuantizedTolerance:
     near_tie: float
 
 
-TOLERANCES = {
+TOLERANCES: dict[str, Tolerance | QuantizedTolerance] = {
     "float32": Tolerance(features=1e-4, logits=1e-4, near_tie=1e-6),
     "int8": QuantizedTolerance(features=0.06, hidden=0.4, kl=0.4, flips=0.2, near_tie=0.6),
     "int4": QuantizedTolerance(features=0.06, hidden=0.9, kl=3.0, flips=0.6, near_tie=1.0),
