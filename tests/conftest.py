@@ -1,5 +1,6 @@
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from tests.tiny import TinyCheckpoint
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch.export's thousands of debug records would be formatted for the report of every test that fails.
 logging.getLogger("torch.__trace").propagate = False
+# A shell ignores interrupts for what it runs in the background, and children inherit that; some tests interrupt theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,7 @@ def test_disk_that_is_full_half_way(checkpoint: Path, tmp_path: Path) -> None:
     assert limit < (checkpoint / WEIGHTS).stat().st_size
     before = set(tmp_path.iterdir())
     result = spawn(
-        *("build", checkpoint, "-o", tmp_path / "out.moevlm"),
+        *("build", checkpoint, "-o", tmp_path / "out.moevlm", "--target", "ort-cpu"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
     assert_refused(result, "cannot write", "out.moevlm/engines/ort-cpu/", "File too large")
@@ -213,7 +213,7 @@ def test_stopped_half_way(
     destination = tmp_path / "copy.moevlm"
     before = snapshot(tmp_path)
     process = subprocess.Popen(
-        [COMMAND, "build", larger_checkpoint, "-o", destination],
+        [COMMAND, "build", larger_checkpoint, "-o", destination, "--target", "ort-cpu"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
