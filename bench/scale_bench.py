@@ -95,7 +95,7 @@ def main(target: str, output: Path | None) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     machine = measure_machine()
     cuts = [scale(f"30B-{layers}", target, layers, **QWEN) for layers in CUTS]
-    banks = [scale(f"bank-{n}", target, 4, **QWEN | {"experts": n, "vocabulary": 32000}) for n in BANKS]
+    banks = [scale(f"bank-{n}", target, 3, **QWEN | {"experts": n, "vocabulary": 32000}) for n in BANKS]
     whole = extrapolated(*cuts, LAYERS)
     rows = [
         (
