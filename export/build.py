@@ -14,7 +14,8 @@ from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
 from moevlm.export.cost import cost
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
-from moevlm.export.targets import BLOCK, GRAPHS, KV_CACHE, REFERENCE, TARGETS, Target, targets
+from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError
 from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
@@ -33,8 +34,8 @@ def build(
     target_names: Iterable[str] = (),
     *,
     expert_layout: str = "auto",
-    block_size: int = BLOCK,
-    kv_cache: str = KV_CACHE,
+    block_size: int = defaults.BLOCK_SIZE,
+    kv_cache: str = defaults.KV_CACHE,
     progress: Progress = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
@@ -73,8 +74,8 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
-    block_size: int = BLOCK,
-    kv_cache: str = KV_CACHE,
+    block_size: int = defaults.BLOCK_SIZE,
+    kv_cache: str = defaults.KV_CACHE,
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from moevlm.runtime import defaults
 from moevlm.runtime.cli import OutputFile, require
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
@@ -16,13 +17,17 @@ _LAYOUT = click.option(
 )
 
 _BLOCK = click.option(
-    "--block-size", type=int, default=32, show_default=True, help="Weights per scale in int8 and int4: 32 or 128."
+    "--block-size",
+    type=int,
+    default=defaults.BLOCK_SIZE,
+    show_default=True,
+    help="Weights per scale in int8 and int4: 32 or 128.",
 )
 
 _CACHE = click.option(
     "--kv-cache",
     type=click.Choice(["float32", "int8"]),
-    default="int8",
+    default=defaults.KV_CACHE,
     show_default=True,
     help="Dtype of the KV cache in the cpu targets.",
 )
@@ -40,7 +45,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     with progress_bar() as progress:
         build_bundle(checkpoint, output, expert_layout=expert_layout, progress=progress)
     _report(output)
-    console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target cpu:int8")
+    console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
 
 @click.command(short_help="Build engines from a checkpoint, or add them to a bundle.")
@@ -51,7 +56,8 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     "--target",
     "targets",
     multiple=True,
-    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  [default: cpu:int8]",
+    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  "
+    f"[default: {defaults.TARGET}]",
 )
 @_BLOCK
 @_CACHE
@@ -75,7 +81,7 @@ def build(
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
 
-    names = targets or ("cpu:int8",)
+    names = targets or (defaults.TARGET,)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source

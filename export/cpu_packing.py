@@ -43,6 +43,8 @@ def pack(q: Array, scales: Array, bits: int, block: int) -> Array:
         q = padded
         scales = np.concatenate([scales, np.zeros((panels * PANEL - rows, blocks), scales.dtype)])
     out = np.empty((panels, blocks, PANEL * (2 + block * bits // 8)), np.uint8)
+    if np.abs(scales).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(f"a scale is {np.abs(scales).max():.3g} (allowed: up to {np.finfo(np.float16).max}, for fp16)")
     out[..., : 2 * PANEL].view(np.float16)[:] = scales.reshape(panels, PANEL, blocks).transpose(0, 2, 1)
     if bits == 4:
         # Eight values of k are a 64-bit word: its low half gives the low nibbles, its high half the high ones.

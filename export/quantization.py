@@ -40,6 +40,7 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
 
     K is padded with zeros to whole blocks. Each block's scale is searched for the least squared error, see `_search`;
     it may be negative: the value of largest magnitude is mapped to the longer end, -zero.
+    Raises ValueError where a weight is infinite or not a number.
     """
     n, width = rows.shape
     blocks = -(-width // scheme.block)
@@ -50,6 +51,8 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     step = max(1, CHUNK // scheme.block)
     for i in range(0, len(flat), step):
         q[i : i + step], scales[i : i + step] = _search(flat[i : i + step], scheme.bits)
+    if not np.isfinite(scales).all():
+        raise ValueError("it has values that are infinite or not a number, which cannot be quantized")
     return q.reshape(n, blocks, scheme.block), scales.reshape(n, blocks)
 
 

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.cpu_attention import CpuAttention
-from moevlm.export.passes.cpu_linear import CPU, CpuLinear
+from moevlm.export.passes.cpu_linear import CpuLinear
 from moevlm.export.passes.cpu_moe import CpuMoE
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.lower_attention import LowerAttention
@@ -18,16 +18,16 @@ from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.export.quantization import Scheme
+from moevlm.runtime import defaults
 from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import CostFacts, EngineFacts
+from moevlm.runtime.native import DOMAIN as CPU
 
 REFERENCE = "reference"
 GRAPHS = ("vision", "decoder")
 BITS = {"int8": 8, "int4": 4}
 BLOCKS = (32, 128)
-BLOCK = 32
 KV_CACHES = ("float32", "int8")
-KV_CACHE = "int8"  # no answer of the demo changes, and half or less of the bytes that a long context reads
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
 EMBEDDING = Scheme(8, 32)
 VISION = Scheme(8, 32)
@@ -38,7 +38,7 @@ class Target:
     """name: as given to --target. folder: where its graphs lie in the bundle. dtype: of most weights.
 
     block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
-    passes: what lowers each of the canonical graphs.
+    passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Target:
     block: int
     kv_cache: str
     passes: Mapping[str, tuple[Pass, ...]]
+    operators: str = ""
 
     def facts(self, cost: CostFacts) -> EngineFacts:
         """What the manifest says of this engine."""
@@ -57,7 +58,7 @@ class Target:
             dtype=self.dtype,
             block_size=self.block,
             kv_cache=self.kv_cache,
-            operators=CPU if self.name.startswith("cpu") else "",
+            operators=self.operators,
             cost=cost,
         )
 
@@ -99,13 +100,15 @@ def _all(block: int, kv_cache: str) -> Iterator[Target]:
     for dtype, bits in BITS.items():
         scheme = Scheme(bits, block)
         yield Target(f"ort-cpu:{dtype}", f"engines/ort-cpu-{dtype}", dtype, block, "float32", _ort_cpu(scheme))
-        yield Target(f"cpu:{dtype}", f"engines/cpu-{dtype}", dtype, block, kv_cache, _cpu(scheme, kv_cache))
+        yield Target(f"cpu:{dtype}", f"engines/cpu-{dtype}", dtype, block, kv_cache, _cpu(scheme, kv_cache), CPU)
 
 
-TARGETS = tuple(target.name for target in _all(BLOCK, KV_CACHE))
+TARGETS = tuple(target.name for target in _all(defaults.BLOCK_SIZE, defaults.KV_CACHE))
 
 
-def targets(names: Iterable[str], block: int = BLOCK, kv_cache: str = KV_CACHE) -> tuple[Target, ...]:
+def targets(
+    names: Iterable[str], block: int = defaults.BLOCK_SIZE, kv_cache: str = defaults.KV_CACHE
+) -> tuple[Target, ...]:
     """The targets of these names, each once; ort-cpu:fp32 is ort-cpu.
 
     block: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.

@@ -185,7 +185,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         return
     console().print(_facts(opened.manifest, report))
     if not report.engines:
-        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target cpu:int8")
+        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
     elif any(engine.parity == "not checked" for engine in report.engines):
         console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
 

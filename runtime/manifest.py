@@ -92,12 +92,36 @@ class CostFacts(_Facts, frozen=True):
     patch_pair_products: int
 
 
+class TensorRTFacts(_Facts, frozen=True):
+    """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
+
+    product: "tensorrt" or "tensorrt_rtx", whose version has to match. sms: kinds of GPUs, 86 for compute capability
+    8.6. activations: dtype of activations and KV cache, "bfloat16" or "float16".
+    experts: a safetensors file inside the bundle; its tensors are inputs of the decoder under their names.
+    Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in
+    logits_index; profile 1 takes one token of each. capacity: tokens in a sequence's cache, fixed. max_visual: rows of
+    visual_embeds in a step. max_patches: of the vision plan in one call.
+    """
+
+    product: str
+    version: str
+    sms: tuple[int, ...]
+    activations: str
+    experts: str
+    max_batch: int
+    chunk_tokens: int
+    max_logits: int
+    capacity: int
+    max_visual: int
+    max_patches: int
+
+
 class EngineFacts(_Facts, frozen=True):
     """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
 
     block_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
-    cost: None in bundles older than this field.
+    cost: None in bundles older than this field. tensorrt: None for an engine on ONNX Runtime.
     """
 
     vision: str
@@ -107,6 +131,7 @@ class EngineFacts(_Facts, frozen=True):
     kv_cache: str = "float32"
     operators: str = ""
     cost: CostFacts | None = None
+    tensorrt: TensorRTFacts | None = None
 
 
 class Manifest(_Facts, frozen=True):

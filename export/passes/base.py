@@ -8,6 +8,8 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moevlm.export.functions import add_functions
 
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+
 
 class Pass(ABC):
     """One rewrite of a whole model, in place.
@@ -20,6 +22,33 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, model: ir.Model) -> int:
         """Rewrite `model` and return how many rewrites that took: 0 means that the model is as it was."""
+
+
+class NodePass(Pass):
+    """Replaces every node of the main graph that `matches`, each alone, by nodes of the operator set `domain`."""
+
+    domain: str
+
+    @abstractmethod
+    def matches(self, node: ir.Node) -> bool:
+        """Whether `replace` is for this node."""
+
+    @abstractmethod
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        """Put others in its place."""
+
+    def apply(self, model: ir.Model) -> int:
+        found = [node for node in model.graph if self.matches(node)]
+        for node in found:
+            self.replace(model.graph, node)
+        if found:
+            model.graph.opset_imports[self.domain] = 1
+        return len(found)
+
+
+def substitute(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """`new` in the place of `old`, its outputs under the same names."""
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
 
 
 def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:

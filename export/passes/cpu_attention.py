@@ -3,13 +3,13 @@
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.passes.base import Pass
-from moevlm.export.passes.cpu_linear import CPU
-from moevlm.plugins.spec import DOMAIN
+from moevlm.export.functions import is_op
+from moevlm.export.passes.base import NodePass
 from moevlm.runtime.manifest import SCALE_BYTES
+from moevlm.runtime.native import DOMAIN as CPU
 
 
-class CpuAttention(Pass):
+class CpuAttention(NodePass):
     """Norms of q and k + moevlm::CachedAttention -> moevlm.cpu::CachedAttention on rows of q, k and v side by side.
 
     The kernel norms, rotates and stores in one pass, and reads each cached key once for all heads that share it. A
@@ -19,18 +19,15 @@ class CpuAttention(Pass):
     Ensures: no moevlm::CachedAttention is left.
     """
 
+    domain = CPU
+
     def __init__(self, int8_cache: bool = False) -> None:
         self.int8_cache = int8_cache
 
-    def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "CachedAttention"]
-        for node in found:
-            self._replace(model.graph, node)
-        if found:
-            model.graph.opset_imports[CPU] = 1
-        return len(found)
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, "CachedAttention")
 
-    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         q, k, v, cos, sin, key_cache, value_cache, position = node.inputs
         assert q is not None
         assert k is not None

@@ -3,32 +3,28 @@
 import onnx_ir as ir
 
 from moevlm.export.cpu_packing import PackedRows
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import NodePass, substitute
 from moevlm.export.passes.pack_projections import is_projection
 from moevlm.export.quantization import Scheme
 from moevlm.export.weights import initializer, weight_of
+from moevlm.runtime.native import DOMAIN as CPU
 
-CPU = "moevlm.cpu"
 
-
-class CpuLinear(Pass):
+class CpuLinear(NodePass):
     """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it.
 
     Requires: moevlm routers are still there. Ensures: of the Gemms with stored weights, only routers' are left.
     """
 
+    domain = CPU
+
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if is_projection(node)]
-        for node in found:
-            self._replace(model.graph, node)
-        if found:
-            model.graph.opset_imports[CPU] = 1
-        return len(found)
+    def matches(self, node: ir.Node) -> bool:
+        return is_projection(node)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, weight, *bias = node.inputs
         assert weight is not None
         rows, width = weight_of(weight).shape
@@ -36,4 +32,4 @@ class CpuLinear(Pass):
         graph.register_initializer(packed)
         attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        substitute(graph, node, new)

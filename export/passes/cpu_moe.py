@@ -4,34 +4,31 @@ import onnx_ir as ir
 
 from moevlm.export.cpu_packing import PackedExperts
 from moevlm.export.functions import EXPERTS, ROUTER, experts_spec, is_op
-from moevlm.export.passes.base import Pass
-from moevlm.export.passes.cpu_linear import CPU
+from moevlm.export.passes.base import NodePass, substitute
 from moevlm.export.quantization import Scheme
 from moevlm.export.weights import initializer, weight_of
+from moevlm.runtime.native import DOMAIN as CPU
 
 
-class CpuMoE(Pass):
+class CpuMoE(NodePass):
     """moevlm::MoERouter -> moevlm.cpu::MoERouter, moevlm::MoEExperts -> moevlm.cpu::MoEExperts, one for one.
 
     Every variant of both ops has a kernel, and the routing stays a value of the graph.
     Requires: expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
     """
 
+    domain = CPU
+
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if is_op(node, ROUTER) or is_op(node, EXPERTS)]
-        for node in found:
-            if node.op_type == ROUTER:
-                node.domain = CPU
-            else:
-                self._replace(model.graph, node)
-        if found:
-            model.graph.opset_imports[CPU] = 1
-        return len(found)
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, ROUTER) or is_op(node, EXPERTS)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        if is_op(node, ROUTER):
+            node.domain = CPU
+            return
         x, index, weight, gate_up, down, *biases = node.inputs
         assert gate_up is not None
         assert down is not None
@@ -45,4 +42,4 @@ class CpuMoE(Pass):
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         attributes |= {"hidden": hidden, "width": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
         new = ir.node(EXPERTS, [x, index, weight, *packed, *biases], attributes=attributes, domain=CPU)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        substitute(graph, node, new)

@@ -2,15 +2,13 @@
 
 import onnx_ir as ir
 
-from moevlm.export.passes.base import Pass
-
-CONTRIB = "com.microsoft"
+from moevlm.export.passes.base import CONTRIB, Pass
 
 
 class FuseSkipNorm(Pass):
     """Add + RMSNormalization -> com.microsoft::SkipSimplifiedLayerNormalization, which also yields the sum.
 
-    Requires: nothing. Ensures: no RMSNormalization with a weight reads a sum of two tensors of its own shape.
+    Requires: sums that are normed are of two tensors of one shape. Ensures: no RMSNormalization reads a sum.
     """
 
     def apply(self, model: ir.Model) -> int:

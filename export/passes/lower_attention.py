@@ -5,11 +5,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import CONTRIB, Pass
 from moevlm.export.weights import Constant, initializer
 from moevlm.plugins.spec import DOMAIN
-
-CONTRIB = "com.microsoft"
 
 
 class LowerAttention(Pass):

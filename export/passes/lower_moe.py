@@ -8,12 +8,11 @@ import onnx_ir as ir
 from onnx_ir import tape
 
 from moevlm.export.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import CONTRIB, Pass
 from moevlm.export.weights import PerRow, initializer, weight_of
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.errors import BuildError
 
-CONTRIB = "com.microsoft"
 # Softmax takes this to exactly 0 beside any log(weight), and it is finite, so that no NaN can arise.
 NOT_CHOSEN = -1e30
 # A weight of 0 has no logarithm; this one, the smallest normal float32, is 0 beside any other.

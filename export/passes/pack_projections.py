@@ -41,13 +41,12 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
     first, t = nodes[0], tape.Tape()
     joined = []
     for i in range(1, len(first.inputs)):
-        values = [node.inputs[i] for node in nodes]
-        sources = [weight_of(value) for value in values if value is not None]
-        name = "+".join(str(value.name) for value in values if value is not None)
-        joined.append(initializer(name, Concat(sources)))
+        values = [value for node in nodes if (value := node.inputs[i]) is not None]
+        name = "+".join(str(value.name) for value in values)
+        joined.append(initializer(name, Concat([weight_of(value) for value in values])))
         graph.register_initializer(joined[-1])
+    sizes = [weight_of(value).shape[0] for node in nodes if (value := node.inputs[1]) is not None]
     rows = t.op("Gemm", [first.inputs[0], *joined], {"transB": 1})
-    sizes = [weight_of(node.inputs[1]).shape[0] for node in nodes]  # type: ignore[arg-type]
     split = t.op("Constant", [], {"value_ints": sizes})
     outputs = t.op_multi_out("Split", [rows, split], {"axis": 1}, num_outputs=len(nodes))
     old = [node.outputs[0] for node in nodes]

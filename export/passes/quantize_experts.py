@@ -2,14 +2,14 @@
 
 import onnx_ir as ir
 
-from moevlm.export.passes.base import Pass
-from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, CONTRIB, quantized
+from moevlm.export.passes.base import CONTRIB, NodePass, substitute
+from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, quantized
 from moevlm.export.quantization import SMALLEST_BLOCK, Scheme
 from moevlm.export.weights import weight_of
 from moevlm.runtime.errors import BuildError
 
 
-class QuantizeExperts(Pass):
+class QuantizeExperts(NodePass):
     """com.microsoft::MoE -> com.microsoft::QMoE.
 
     QMoE always normalizes the weights of the chosen experts, whatever its attribute says, unless they are an input of
@@ -19,16 +19,15 @@ class QuantizeExperts(Pass):
     Requires: LowerMoE. Ensures: no com.microsoft::MoE is left.
     """
 
+    domain = CONTRIB
+
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if (node.domain, node.op_type) == (CONTRIB, "MoE")]
-        for node in found:
-            self._replace(model.graph, node)
-        return len(found)
+    def matches(self, node: ir.Node) -> bool:
+        return (node.domain, node.op_type) == (CONTRIB, "MoE")
 
-    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, logits, gate_up, gate_up_bias, down, down_bias = node.inputs
         assert logits is not None
         assert gate_up is not None
@@ -55,4 +54,4 @@ class QuantizeExperts(Pass):
             "swiglu_limit": attributes.get("swiglu_limit", float("inf")),
         }
         new = ir.node("QMoE", inputs, attributes=attributes, domain=CONTRIB)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        substitute(graph, node, new)

@@ -2,34 +2,30 @@
 
 import onnx_ir as ir
 
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import CONTRIB, NodePass, substitute
 from moevlm.export.passes.pack_projections import is_projection
 from moevlm.export.quantization import Quantized, Scheme
 from moevlm.export.weights import initializer, weight_of
 
-CONTRIB = "com.microsoft"
 # The kernel may round activations to int8 per block: twice the speed of level 0 and an error below the weights' own.
 ACCURACY_LEVEL = 4
 
 
-class QuantizeLinear(Pass):
+class QuantizeLinear(NodePass):
     """Gemm -> com.microsoft::MatMulNBits.
 
     Requires: moevlm routers are still there. Ensures: of the Gemms with stored weights, only routers' are left.
     """
 
+    domain = CONTRIB
+
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if is_projection(node)]
-        for node in found:
-            self._replace(model.graph, node)
-        if found:
-            model.graph.opset_imports[CONTRIB] = 1
-        return len(found)
+    def matches(self, node: ir.Node) -> bool:
+        return is_projection(node)
 
-    def _replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, weight, *bias = node.inputs
         assert weight is not None
         rows, width = weight_of(weight).shape
@@ -42,7 +38,7 @@ class QuantizeLinear(Pass):
         }
         inputs = [x, *quantized(graph, weight, self.scheme), *((None, None, *bias) if bias else ())]
         new = ir.node("MatMulNBits", inputs, attributes=attributes, domain=CONTRIB)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        substitute(graph, node, new)
 
 
 def quantized(graph: ir.Graph, weight: ir.Value, scheme: Scheme, flat: bool = False) -> tuple[ir.Value, ir.Value]:

@@ -13,7 +13,7 @@ from moevlm.export.build import add_targets, build
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity import check_parity
-from moevlm.export.passes.lower_moe import CONTRIB
+from moevlm.export.passes.base import CONTRIB
 from moevlm.export.weights import read
 from moevlm.plugins.spec import DOMAIN
 from moevlm.runtime.bundle import Bundle

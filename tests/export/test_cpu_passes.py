@@ -7,13 +7,14 @@ import pytest
 from moevlm.export.functions import EXPERTS, add_functions
 from moevlm.export.passes.base import run
 from moevlm.export.passes.cpu_attention import CpuAttention
-from moevlm.export.passes.cpu_linear import CPU, CpuLinear
+from moevlm.export.passes.cpu_linear import CpuLinear
 from moevlm.export.passes.cpu_moe import CpuMoE
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.quantization import Scheme
 from moevlm.export.weights import Weight, weight_of
 from moevlm.plugins import variants
 from moevlm.plugins.spec import DOMAIN, RouterSpec
+from moevlm.runtime.native import DOMAIN as CPU
 from tests.graphs import gemm, graph, matrix, rounded
 from tests.moe_cases import Case, assert_close, ops, session, value
 

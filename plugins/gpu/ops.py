@@ -1,0 +1,97 @@
+"""Both MoE ops as a GPU program has them: attributes, shapes and dtypes, all known when the kernels are compiled."""
+
+from dataclasses import dataclass
+
+from moevlm.plugins.gpu.program import TOKENS, Tensor
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+
+ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
+BLOCKS = (32, 128)
+# Stored dtype and values to a stored element; "" stands for the dtype of the activations.
+FORMATS = {"": ("", 1), "int8": ("int8", 1), "int4": ("int8", 2), "fp8": ("int8", 1)}
+
+
+@dataclass(frozen=True)
+class RouterOp:
+    """logits [T, E], bias [E] if has_bias -> expert_index [T, k] int32, expert_weight [T, k]; else float32."""
+
+    spec: RouterSpec
+    experts: int
+    has_bias: bool = False
+
+    name = "MoERouter"
+
+    def __post_init__(self) -> None:
+        self.spec.check(self.experts)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        logits = Tensor("logits", "float32", (TOKENS, self.experts))
+        return (logits, Tensor("bias", "float32", (self.experts,))) if self.has_bias else (logits,)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        shape = (TOKENS, self.spec.top_k)
+        return Tensor("expert_index", "int32", shape), Tensor("expert_weight", "float32", shape)
+
+
+@dataclass(frozen=True)
+class ExpertsOp:
+    """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.reference.experts`.
+
+    weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in blocks of `block` values along the input axis, the last
+    one short where `block` does not divide it; a block's scale is in `dtype` (float32 activations: float32).
+    How they are stored: see `moevlm.plugins.gpu.packing`.
+    """
+
+    spec: ExpertsSpec
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+    dtype: str = "bfloat16"
+    weights: str = ""
+    block: int = 32
+    has_biases: bool = False
+
+    name = "MoEExperts"
+
+    def __post_init__(self) -> None:
+        for field, value, allowed in (
+            ("dtype", self.dtype, ACTIVATION_DTYPES),
+            ("weights", self.weights, tuple(FORMATS)),
+            ("block", self.block, BLOCKS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{field} = {value!r} (allowed: {', '.join(map(repr, allowed))})")
+
+    @property
+    def rows(self) -> int:
+        """Rows of gate_up: 2I, or I if the experts are not gated."""
+        return self.inner * (2 if self.spec.gated else 1)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        tokens = (TOKENS, self.top_k)
+        projections = (("gate_up", self.rows, self.hidden), ("down", self.hidden, self.inner))
+        stored, per_element = FORMATS[self.weights]
+        tensors = [
+            Tensor("x", self.dtype, (TOKENS, self.hidden)),
+            Tensor("expert_index", "int32", tokens),
+            Tensor("expert_weight", "float32", tokens),
+        ]
+        blocks = {name: -(-width // self.block) for name, _, width in projections}
+        for name, rows, width in projections:
+            stored_width = blocks[name] * self.block // per_element if self.weights else width
+            tensors.append(Tensor(name, stored or self.dtype, (self.experts, rows, stored_width)))
+        if self.weights:
+            tensors += [
+                Tensor(f"{name}_scale", self.dtype, (self.experts, rows, blocks[name])) for name, rows, _ in projections
+            ]
+        if self.has_biases:
+            tensors += [Tensor(f"{name}_bias", self.dtype, (self.experts, rows)) for name, rows, _ in projections]
+        return tuple(tensors)
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return (Tensor("y", self.dtype, (TOKENS, self.hidden)),)

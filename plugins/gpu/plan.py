@@ -1,0 +1,32 @@
+"""A program before it is compiled: which kernels an op needs on a GPU, and how they are launched."""
+
+from dataclasses import dataclass
+
+from moevlm.plugins.gpu.program import Tensor, Variant
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A Triton function and all that it is specialised to.
+
+    function: its name in `moevlm.plugins.gpu.kernels`. types: Triton's names of its run-time parameters, which come
+    first ("*bf16", "*i32", "i32"); pointers are aligned to 16 bytes. constants: its constexpr parameters by name.
+    """
+
+    function: str
+    types: tuple[str, ...]
+    constants: tuple[tuple[str, int | float | bool | str], ...]
+    warps: int = 4
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches name kernels by their place in `kernels`, and one argument for each of their `types`."""
+
+    op: str
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    sm: int
+    kernels: tuple[KernelSpec, ...]
+    variants: tuple[Variant, ...]
