@@ -128,6 +128,7 @@ def test_scales_asked_for_first_are_right_too():
 
 @pytest.mark.parametrize("rows", [3, 4000], ids=["inline", "streamed"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_weight_that_is_not_finite_is_refused_under_its_initializer_s_name(rows, value):
     array = weights(rows, 64)
     array[rows - 1, 40] = value
