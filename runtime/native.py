@@ -10,7 +10,7 @@ DOMAIN = "moevlm.cpu"
 
 
 def operators_path() -> Path:
-    """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library."""
+    """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library. Raises EngineError."""
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
         path = folder / f"{OPERATORS}{suffix}"
