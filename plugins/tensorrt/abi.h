@@ -3,19 +3,43 @@
 //
 // Calls go through vtables, so what counts is the order of virtual functions and the layout of structs, which are the
 // same in TensorRT 10 and 11, TensorRT-RTX 1 and the lean runtimes; names are ours. What differs there: loggers, see
-// `is_versioned`, and the build interface's second version, whose additions nothing here uses.
+// `Logger11`, and the build interface's second version, whose additions nothing here uses.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 namespace moevlm::abi {
 
+enum class Language : int32_t { kCpp = 0, kPython = 1 };
+
+struct InterfaceInfo {
+  const char* kind;
+  int32_t major;
+  int32_t minor;
+};
+
+}  // namespace moevlm::abi
+
+namespace nvinfer1 {
+
+// The root of most interfaces. It has TensorRT's own name, by which its objects are recognized.
+struct IVersionedInterface {
+  virtual moevlm::abi::Language getAPILanguage() const noexcept { return moevlm::abi::Language::kCpp; }
+  virtual moevlm::abi::InterfaceInfo getInterfaceInfo() const noexcept = 0;
+  virtual ~IVersionedInterface() noexcept = default;
+};
+
+}  // namespace nvinfer1
+
+namespace moevlm::abi {
+
+using Versioned = nvinfer1::IVersionedInterface;
+
 enum class DataType : int32_t { kFloat32 = 0, kFloat16 = 1, kInt8 = 2, kInt32 = 3, kFloat8 = 6, kBfloat16 = 7 };
 enum class TensorFormat : int32_t { kLinear = 0 };
 enum class FieldType : int32_t { kInt8 = 3, kInt32 = 5, kChar = 6, kUnknown = 8 };
 enum class Phase : int32_t { kBuild = 0, kRuntime = 1 };
 enum class Capability : int32_t { kCore = 0, kBuild = 1, kRuntime = 2 };
-enum class Language : int32_t { kCpp = 0, kPython = 1 };
 enum class Severity : int32_t { kInternalError = 0, kError = 1, kWarning = 2, kInfo = 3, kVerbose = 4 };
 
 constexpr int32_t kMaxDims = 8;
@@ -53,12 +77,6 @@ struct Fields {
   const Field* fields;
 };
 
-struct InterfaceInfo {
-  const char* kind;
-  int32_t major;
-  int32_t minor;
-};
-
 struct CudaStream;
 struct PluginResourceContext;
 
@@ -79,12 +97,6 @@ struct ExprBuilderImpl {
 struct ExprBuilder {
   virtual ~ExprBuilder() = default;
   ExprBuilderImpl* impl;
-};
-
-struct Versioned {
-  virtual Language getAPILanguage() const noexcept { return Language::kCpp; }
-  virtual InterfaceInfo getInterfaceInfo() const noexcept = 0;
-  virtual ~Versioned() noexcept = default;
 };
 
 struct PluginCapability : Versioned {};

@@ -27,7 +27,7 @@ bool is_versioned(const void* object) {
   const auto* const* const* table = static_cast<const std::type_info* const* const*>(object);
   const std::type_info* type = (*table)[-1];
   while (type) {
-    if (!std::strcmp(type->name(), "N8nvinfer119IVersionedInterfaceE")) return true;
+    if (!std::strcmp(type->name(), typeid(moevlm::abi::Versioned).name())) return true;
     const auto* derived = dynamic_cast<const __cxxabiv1::__si_class_type_info*>(type);
     type = derived ? derived->__base_type : nullptr;
   }
