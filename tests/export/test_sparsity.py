@@ -1,5 +1,6 @@
 """2:4 pruning: the rule by definition, in slices, and in engines read back from disk."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from moevlm.export import weights
-from moevlm.export.build import build
+from moevlm.export.build import add_targets, build
+from moevlm.export.parity import check_parity
+from moevlm.export.parity_report import table_of
 from moevlm.export.quantization import Scheme, dequantize, quantize
 from moevlm.export.sparsity import prune, pruned
 from moevlm.export.weights import Constant, read
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BuildError
+from tests.bundles import edit_manifest
+from tests.command_line import assert_refused, call
+from tests.tiny import TinyCheckpoint
 
 # Small whole numbers: ties, zeros and both signs are common.
 matrices = st.tuples(st.integers(1, 6), st.integers(1, 9)).flatmap(
@@ -88,3 +96,49 @@ def test_engine_is_two_of_four_where_layers_are_dense_and_as_given_elsewhere(
     assert zeros > 5000
     facts = dense.manifest.engines["ort-cpu"]
     assert (facts.sparsity, facts.pruned_weights) == ("", 0)
+
+
+def test_pruned_engines_are_held_to_the_pruned_model_and_dense_ones_to_transformers(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("glm4v_moe", text={"vocab_size": 96}).save(tmp_path / "checkpoint")
+    build(checkpoint, tmp_path / "b", ["reference"])
+    bundle = add_targets(tmp_path / "b", checkpoint, ["ort-cpu", "cpu:int8"], sparsity="2:4")
+    report = check_parity(bundle.directory, checkpoint)
+    assert report.passed, table_of(report)
+    assert report.pruned == ("ort-cpu", "cpu:int8")
+    table = table_of(report).splitlines()
+    notes = {line.split()[0]: "on the same weights" in line for line in table if line[:1].strip()}
+    assert (notes["reference"], notes["ort-cpu"], notes["cpu:int8"]) == (False, True, True)
+
+
+def test_engine_that_is_not_what_pruning_makes_fails(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint(text={"vocab_size": 96}).save(tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "b", ["ort-cpu"])
+    edit_manifest(bundle.directory, lambda m: m["engines"]["ort-cpu"].update(sparsity="2:4"))
+    report = check_parity(bundle.directory, checkpoint)
+    assert not report.passed
+    failed = [check.quantity for check in report.checks if not check.passed and check.step == "ort-cpu"]
+    assert {"image features", "hidden states", "prefill logits"} <= set(failed)
+
+
+@pytest.mark.parametrize("names", [["reference"], ["ort-cpu", "reference"]])
+def test_reference_stays_dense(names: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^reference is the checkpoint itself and stays dense"):
+        build(tiny_checkpoint, tmp_path / "b", names, sparsity="2:4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_patterns_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=r"^unsupported sparsity 1:4 \(supported: 2:4\)$"):
+        build(tiny_checkpoint, tmp_path / "b", ["ort-cpu"], sparsity="1:4")
+
+
+def test_command_line_says_what_was_pruned_and_inspect_shows_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "b"
+    result = call("build", tiny_checkpoint, "-o", bundle, "--target", "cpu:int4", "--sparsity", "2:4")
+    zeros = Bundle.open(bundle).manifest.engines["cpu:int4"].pruned_weights
+    assert f"pruned 2:4: {zeros:,} weights of dense layers are zero: check the accuracy" in result.out
+    assert re.search(r"^cpu:int4 +int4/32, 2:4 ", call("inspect", bundle).out, flags=re.M)
+    result = call("build", bundle, "--checkpoint", tiny_checkpoint, "--target", "cpu:int4")
+    assert "pruned" not in result.out
+    assert Bundle.open(bundle).manifest.engines["cpu:int4"].sparsity == ""
+    assert_refused(call("build", tiny_checkpoint, "-o", bundle, "--target", "reference", "--sparsity", "2:4"), "dense")
