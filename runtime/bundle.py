@@ -63,10 +63,16 @@ class Bundle:
         return names[0], engines[names[0]]
 
     def engine_files(self, name: str) -> tuple[str, ...]:
-        """Every file of the engine `name`: all that lie in the folders of its graphs, external data included."""
+        """Every file of the engine `name`: all that lie in the folders of its graphs, external data included.
+
+        Of a TensorRT engine also the experts' weights, which it may share with others.
+        """
         _, engine = self.engine(name)
+        named = named_files(engine)
         folders = {PurePosixPath(graph).parent for graph in (engine.vision, engine.decoder)}
-        return tuple(path for path in self.manifest.files if not folders.isdisjoint(PurePosixPath(path).parents))
+        return tuple(
+            path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
+        )
 
     def path(self, name: str) -> Path:
         """Where a listed file lies. Raises BundleError if it is not listed, missing, or a link out of the bundle.
@@ -159,9 +165,9 @@ class Bundle:
             if not _SHA256.fullmatch(facts.sha256) or facts.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():
-            for graph in (engine.vision, engine.decoder):
-                if graph not in self.manifest.files:
-                    raise BundleError(f"{where}: engines.{target} names {graph}, which files does not list")
+            for path in named_files(engine):
+                if path not in self.manifest.files:
+                    raise BundleError(f"{where}: engines.{target} names {path}, which files does not list")
 
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
@@ -171,6 +177,12 @@ class Bundle:
                 name = path.relative_to(self.directory).as_posix()
                 if (path.is_symlink() or not path.is_dir()) and name not in {*self.manifest.files, MANIFEST}:
                     raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
+
+
+def named_files(engine: EngineFacts) -> tuple[str, ...]:
+    """The files that an engine's facts name, as paths inside the bundle."""
+    experts = engine.tensorrt.experts if engine.tensorrt is not None else ""
+    return (engine.vision, engine.decoder, *((experts,) if experts else ()))
 
 
 def _default_engines(names: Iterable[str]) -> list[str]:

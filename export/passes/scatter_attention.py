@@ -34,7 +34,9 @@ class ScatterAttention(Pass):
             "Unsqueeze", o.op("Add", o.op("Unsqueeze", position, o.integers(-1)), step), o.integers(1, 3)
         )
         assert key_cache is not None and key_cache.shape is not None
-        key_position = o.array("key_position", np.arange(key_cache.shape[2], dtype=np.int64))
+        capacity = key_cache.shape[2]
+        assert isinstance(capacity, int)
+        key_position = o.array("key_position", np.arange(capacity, dtype=np.int64))
         mask = o.op("LessOrEqual", key_position, query_position)
         for node in found:
             o.before = node
@@ -54,7 +56,7 @@ class ScatterAttention(Pass):
             k = o.rotated(k, cos, sin, rotary_dim)
             keys = o.op("TensorScatter", key_cache, k, position, axis=-2)
             values = o.op("TensorScatter", value_cache, v, position, axis=-2)
-            y = o.op("Transpose", o.op("Attention", q, keys, values, mask, scale=1.0), perm=HEADS_FIRST)
+            y = o.op("Transpose", o.attention(q, keys, values, mask), perm=HEADS_FIRST)
             o.replace(node, [o.op("Reshape", y, o.integers(-1, width)), keys, values])
         return len(found)
 
@@ -80,7 +82,7 @@ class SegmentMaskAttention(Pass):
             q, k, v = (o.op("Transpose", o.op("Reshape", x, shape), perm=HEADS_FIRST) for x in node.inputs[:3])
             q = o.rotated(q, cos, sin, width // heads, (width // heads) ** -0.5)
             k = o.rotated(k, cos, sin, width // heads)
-            y = o.op("Transpose", o.op("Attention", q, k, v, mask, scale=1.0), perm=HEADS_FIRST)
+            y = o.op("Transpose", o.attention(q, k, v, mask), perm=HEADS_FIRST)
             o.replace(node, [o.op("Reshape", y, o.integers(-1, width))])
         return len(found)
 
@@ -121,6 +123,10 @@ class _Ops:
         if scale != 1:
             turned = self.op("Mul", turned, self.array(f"scale.{scale:.9g}", np.array(scale, np.float32)))
         return self.op("Cast", turned, to=int(x.type.dtype))
+
+    def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
+        # Where no kernel of its own has the head size, TensorRT may compute it in steps instead of refusing.
+        return self.op("Attention", q, k, v, mask, scale=1.0, TRT_decomposable=1)
 
     def width(self, x: ir.Value | None) -> int:
         """The fixed last dimension of rows."""

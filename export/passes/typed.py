@@ -28,9 +28,9 @@ class Typed(Pass):
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
-        for value in graph.inputs:
-            if "_cache." in str(value.name):
-                value.type = ir.TensorType(self.dtype)
+        for given in graph.inputs:
+            if "_cache." in str(given.name):
+                given.type = ir.TensorType(self.dtype)
         nodes = list(graph)
         for node in nodes:
             own = self._dtype_of(node)
@@ -42,12 +42,12 @@ class Typed(Pass):
                     if (value, wanted) not in known:
                         known[value, wanted] = _converted(graph, node, value, wanted)
                     node.replace_input_with(i, known[value, wanted])
-            for value in node.outputs:
-                if value.dtype is FLOAT:
-                    value.type = ir.TensorType(own)
-        for i, value in enumerate(graph.outputs):
-            if value.dtype is self.dtype and "_cache_out." not in str(value.name):
-                graph.outputs[i] = _widened(graph, value)
+            for made in node.outputs:
+                if made.dtype is FLOAT:
+                    made.type = ir.TensorType(own)
+        for i, out in enumerate(graph.outputs):
+            if out.dtype is self.dtype and "_cache_out." not in str(out.name):
+                graph.outputs[i] = _widened(graph, out)
         return len(nodes)
 
     def _dtype_of(self, node: ir.Node) -> ir.DataType:

@@ -74,7 +74,7 @@ def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Progre
 
 
 def _plans(op: RouterOp | ExpertsOp, sms: Iterable[int]) -> list[Plan]:
-    from moevlm.plugins.gpu.plan import plan  # type: ignore[attr-defined]
+    from moevlm.plugins.gpu.planning import plan
 
     return [plan(op, device(sm).sm) for sm in sms]
 
