@@ -53,8 +53,9 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     first = t.op("Constant", [], {"value_ints": [0]})
     scores = t.op("Cast", [weight], {"to": int(x.dtype)})
     batched = [t.op("Unsqueeze", [value, first]) for value in (x, index, scores)]
-    y = t.op("TRT_MoE", [*batched, *stored], {"activation_type": SILU})
-    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [t.op("Squeeze", [y, first])])
+    batched_y = t.op("TRT_MoE", [*batched, *stored], {"activation_type": SILU})
+    y = t.op("Squeeze", [batched_y, first])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
 
 
 def _rows(source: Weight, start: int, stop: int) -> Weight:

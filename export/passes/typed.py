@@ -88,11 +88,12 @@ def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
 
 
 def _narrowed(weight: Weight, dtype: np.dtype) -> Weight:
-    narrowed = cast(weight, dtype)
-    return narrowed if dtype != np.float16 else PerRow(narrowed, narrowed.shape, narrowed.dtype, _finite)
+    return PerRow(weight, weight.shape, dtype, _float16) if dtype == np.float16 else cast(weight, dtype)
 
 
-def _finite(array: np.ndarray) -> np.ndarray:
+def _float16(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float16)
     if not np.isfinite(array).all():
         raise ValueError(f"float16 has no numbers beyond {np.finfo(np.float16).max:.0f} (use --dtype bf16)")
     return array
