@@ -131,22 +131,22 @@ def single_down(
     acc = tl.zeros([BM, BN], tl.float32)
     for step in range(0, TOP_K * STEPS):
         j = step // STEPS
-        k0 = (step % STEPS) * BK
+        part = step % STEPS
         e = tl.load(index + j).to(tl.int64)
-        low = load_rows(inner + j * INNER, offset, line == 0, k0, INNER, BK, WEIGHTS, BLOCK, 0)
+        low = load_rows(inner + j * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK, 0)
         if not SCALES_INPUT:
             factor = tl.load(weight + j)
             low = (low.to(tl.float32) * factor).to(inner.dtype.element_ty)
         high = low
         if WEIGHTS == "int4":
-            high = load_rows(inner + j * INNER, offset, line == 0, k0, INNER, BK, WEIGHTS, BLOCK, 1)
+            high = load_rows(inner + j * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK, 1)
             if not SCALES_INPUT:
                 high = (high.to(tl.float32) * factor).to(inner.dtype.element_ty)
         expert = w + e * (HIDDEN * STORED)
         expert_scale = scale
         if WEIGHTS != "":
             expert_scale = scale + e * (HIDDEN * BLOCKS)
-        acc = add_product(acc, low, high, expert, expert_scale, n, k0, INNER, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
+        acc = add_product(acc, low, high, expert, expert_scale, n, part, INNER, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
     total = tl.sum(acc, 0)  # all but the first row are zeros
     if HAS_BIASES:
         for j in tl.static_range(TOP_K):

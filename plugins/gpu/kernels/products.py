@@ -14,7 +14,7 @@ def load_rows(
     x,
     offset,
     mask,
-    k0,
+    step,
     WIDTH: tl.constexpr,
     BK: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -26,11 +26,12 @@ def load_rows(
         HALF: tl.constexpr = BLOCK // 2
         j = tl.arange(0, BK // 2)
         if BK >= BLOCK:
-            column = k0 + (j // HALF) * BLOCK + j % HALF + HIGH * HALF
+            column = step * BK + (j // HALF) * BLOCK + j % HALF + HIGH * HALF
         else:
-            column = (k0 // BLOCK) * BLOCK + (k0 % BLOCK) // 2 + j + HIGH * HALF
+            PARTS: tl.constexpr = BLOCK // BK
+            column = (step // PARTS) * BLOCK + (step % PARTS) * (BK // 2) + j + HIGH * HALF
     else:
-        column = k0 + tl.arange(0, BK)
+        column = step * BK + tl.arange(0, BK)
     pointer = x + offset[:, None] + column[None, :]
     if WIDTH % BK == 0:
         return tl.load(pointer, mask=mask[:, None], other=0.0)
@@ -64,7 +65,7 @@ def add_product(
     w,  # one expert's weights [.., stored width]
     scale,  # its scales [.., blocks]
     n,  # [BN]: which of its rows
-    k0,
+    step,
     WIDTH: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -75,7 +76,7 @@ def add_product(
     """acc + the step's rows times weights."""
     dtype: tl.constexpr = tl.float32 if INTERPRETED else low.dtype
     if WEIGHTS == "":
-        column = k0 + tl.arange(0, BK)
+        column = step * BK + tl.arange(0, BK)
         pointer = w + n[:, None] * WIDTH + column[None, :]
         if WIDTH % BK == 0:
             value = tl.load(pointer)
@@ -87,9 +88,9 @@ def add_product(
     PER_BYTE: tl.constexpr = 2 if WEIGHTS == "int4" else 1
     STORED: tl.constexpr = ALL_BLOCKS * BLOCK // PER_BYTE
     COLUMNS: tl.constexpr = BK // PER_BYTE
-    column = k0 // PER_BYTE + tl.arange(0, COLUMNS)
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
     pointer = w + n[:, None] * STORED + column[None, :]
-    block = k0 // BLOCK + tl.arange(0, BLOCKS)
+    block = (step * BLOCKS if BK >= BLOCK else step // (BLOCK // BK)) + tl.arange(0, BLOCKS)
     scale_pointer = scale + n[:, None] * ALL_BLOCKS + block[None, :]
     if STORED % COLUMNS == 0:
         code = tl.load(pointer)
@@ -159,14 +160,14 @@ def gate_up_tile(
     n = tl.minimum(n, INNER - 1)
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, HIDDEN, BK):
-        low = load_rows(x, offset, mask, k0, HIDDEN, BK, WEIGHTS, BLOCK, 0)
+    for step in range((HIDDEN + BK - 1) // BK):
+        low = load_rows(x, offset, mask, step, HIDDEN, BK, WEIGHTS, BLOCK, 0)
         high = low
         if WEIGHTS == "int4":
-            high = load_rows(x, offset, mask, k0, HIDDEN, BK, WEIGHTS, BLOCK, 1)
-        gate = add_product(gate, low, high, w, scale, n, k0, HIDDEN, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
+            high = load_rows(x, offset, mask, step, HIDDEN, BK, WEIGHTS, BLOCK, 1)
+        gate = add_product(gate, low, high, w, scale, n, step, HIDDEN, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
         if GATED:
-            up = add_product(up, low, high, w, scale, n + INNER, k0, HIDDEN, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
+            up = add_product(up, low, high, w, scale, n + INNER, step, HIDDEN, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
     if SCALES_INPUT:  # the products are linear, so here instead of in the loop
         gate *= factor[:, None]
         up *= factor[:, None]
@@ -205,12 +206,12 @@ def down_tile(
         scale += e * (HIDDEN * BLOCKS)
     n = tl.minimum(n, HIDDEN - 1)
     acc = tl.zeros([BM, BN], tl.float32)
-    for k0 in range(0, INNER, BK):
-        low = load_rows(x, offset, mask, k0, INNER, BK, WEIGHTS, BLOCK, 0)
+    for step in range((INNER + BK - 1) // BK):
+        low = load_rows(x, offset, mask, step, INNER, BK, WEIGHTS, BLOCK, 0)
         high = low
         if WEIGHTS == "int4":
-            high = load_rows(x, offset, mask, k0, INNER, BK, WEIGHTS, BLOCK, 1)
-        acc = add_product(acc, low, high, w, scale, n, k0, INNER, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
+            high = load_rows(x, offset, mask, step, INNER, BK, WEIGHTS, BLOCK, 1)
+        acc = add_product(acc, low, high, w, scale, n, step, INNER, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
     if HAS_BIASES:
         acc += tl.load(bias + e * HIDDEN + n).to(tl.float32)[None, :]
     return acc
