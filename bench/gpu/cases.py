@@ -93,8 +93,9 @@ def _quantized(rows: np.ndarray, op: ExpertsOp) -> tuple[np.ndarray, np.ndarray]
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:
-    """Relative Frobenius norm of found - expected; not a number if any of found is not one."""
-    return float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
+    """Relative Frobenius norm of found - expected; infinite if any of found is not a number."""
+    value = float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
+    return value if np.isfinite(value) else float("inf")
 
 
 def near_ties(inputs: dict[str, np.ndarray], spec: RouterSpec, seed: int, draws: int = 8) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Machine code compiled ahead of time, through the CUDA driver, against the same kernels compiled by Triton's launcher."""
+"""Machine code compiled ahead of time, run through the CUDA driver, against the same kernels run by Triton."""
 
 import secrets
 from collections.abc import Iterator

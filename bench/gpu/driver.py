@@ -8,7 +8,7 @@ import torch
 
 from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Fill, Image, Kernel, Program, Variant
 
-POISON = 0xA5  # in every byte that a kernel has yet to write
+POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
 _DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -45,6 +45,16 @@ class Call:
     kernel: int
     grid: tuple[int, ...]
     arguments: tuple[ctypes.c_void_p | ctypes.c_int32, ...]
+
+
+def empty_outputs(program: Program, tokens: int) -> list[torch.Tensor]:
+    """A program's outputs on the device, holding poison."""
+    outputs = []
+    for tensor in program.outputs:
+        shape = [tokens if length == TOKENS else length for length in tensor.shape]
+        outputs.append(torch.empty(shape, dtype=_DTYPES[tensor.dtype], device="cuda"))
+        outputs[-1].view(torch.uint8).fill_(POISON)
+    return outputs
 
 
 def resolve(variant: Variant, tokens: int, pointers: Pointers) -> list[Set | Call]:
@@ -116,14 +126,9 @@ class CubinRunner:
     def prepare(self, inputs: Sequence[torch.Tensor], tokens: int) -> "Prepared":
         """What runs the op on these inputs, as often as it is called, on the stream current then."""
         variant = self._image.variant(tokens)
-        shapes = [
-            (_DTYPES[tensor.dtype], [tokens if length == TOKENS else length for length in tensor.shape])
-            for tensor in self._program.outputs
-        ]
-        outputs = [torch.empty(shape, dtype=dtype, device="cuda") for dtype, shape in shapes]
-        workspace = torch.empty(max(variant.workspace(tokens), 1), dtype=torch.uint8, device="cuda")
-        for tensor in (*outputs, workspace):
-            tensor.view(torch.uint8).fill_(POISON)
+        outputs = empty_outputs(self._program, tokens)
+        size = max(variant.workspace(tokens), 1)
+        workspace = torch.full((size,), POISON, dtype=torch.uint8, device="cuda")
         pointers = Pointers([t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs], workspace.data_ptr())
         return Prepared(self, resolve(variant, tokens, pointers), outputs, (*inputs, workspace))
 
