@@ -47,12 +47,12 @@ class Call:
     arguments: tuple[ctypes.c_void_p | ctypes.c_int32, ...]
 
 
-def empty_outputs(program: Program, tokens: int) -> list[torch.Tensor]:
-    """A program's outputs on the device, holding poison."""
+def empty_outputs(program: Program, tokens: int, device: str = "cuda") -> list[torch.Tensor]:
+    """A program's outputs, holding poison."""
     outputs = []
     for tensor in program.outputs:
         shape = [tokens if length == TOKENS else length for length in tensor.shape]
-        outputs.append(torch.empty(shape, dtype=_DTYPES[tensor.dtype], device="cuda"))
+        outputs.append(torch.empty(shape, dtype=_DTYPES[tensor.dtype], device=device))
         outputs[-1].view(torch.uint8).fill_(POISON)
     return outputs
 
@@ -98,12 +98,13 @@ class Prepared:
 class CubinRunner:
     """One image of a program, loaded into the current context. `close` unloads it."""
 
-    def __init__(self, program: Program, sm: int) -> None:
-        self._program = program
+    def __init__(self, program: Program, sm: int, device: str = "cuda", driver: str = "libcuda.so.1") -> None:
+        """device: where outputs and workspaces are made. driver: the CUDA driver, a shared library."""
+        self._program, self._device = program, device
         self._image: Image = next(image for image in program.images if image.sm == sm)
-        self._cuda = ctypes.CDLL("libcuda.so.1")
+        self._cuda = ctypes.CDLL(driver)
         self._modules: list[ctypes.c_void_p] = []
-        torch.zeros(1, device="cuda")  # makes the context
+        torch.zeros(1, device=device)  # makes the context
         self._functions = [self._load(kernel) for kernel in self._image.kernels]
 
     def _check(self, what: str, code: int) -> None:
@@ -126,9 +127,9 @@ class CubinRunner:
     def prepare(self, inputs: Sequence[torch.Tensor], tokens: int) -> "Prepared":
         """What runs the op on these inputs, as often as it is called, on the stream current then."""
         variant = self._image.variant(tokens)
-        outputs = empty_outputs(self._program, tokens)
+        outputs = empty_outputs(self._program, tokens, self._device)
         size = max(variant.workspace(tokens), 1)
-        workspace = torch.full((size,), POISON, dtype=torch.uint8, device="cuda")
+        workspace = torch.full((size,), POISON, dtype=torch.uint8, device=self._device)
         pointers = Pointers([t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs], workspace.data_ptr())
         return Prepared(self, resolve(variant, tokens, pointers), outputs, (*inputs, workspace))
 
@@ -136,12 +137,13 @@ class CubinRunner:
         """The op's outputs; they and the workspace hold poison before."""
         prepared = self.prepare(inputs, tokens)
         prepared()
-        torch.cuda.synchronize()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
         return prepared.outputs
 
     def launch(self, step: "Set | Call") -> None:
         """One step, on the current stream."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None)
         if isinstance(step, Set):
             address, value = ctypes.c_uint64(step.address), ctypes.c_uint32(step.value)
             code = self._cuda.cuMemsetD32Async(address, value, ctypes.c_size_t(step.words), stream)

@@ -4,14 +4,16 @@ Ours is the machine code that an engine carries. Each time is of one call among 
 weights come from memory and not from the cache.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import torch
 
 from bench.gpu import grouped_mm
-from bench.gpu.driver import CubinRunner
+from bench.gpu.driver import CubinRunner, Prepared
 from bench.gpu.limits import measure_limits
 from bench.gpu.shapes import LAYERS, TOKEN_COUNTS, Layer, Limits, operations, tensor_bytes, weight_bytes
 from bench.gpu.timing import median_seconds
@@ -76,6 +78,36 @@ def random_weights(op: ExpertsOp) -> list[torch.Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Fresh inputs of a layer: logits [T, E] and bias [E], x [T, H], and where the router sends it."""
+
+    logits: torch.Tensor
+    bias: torch.Tensor | None
+    x: torch.Tensor
+    index: torch.Tensor
+    weight: torch.Tensor
+
+    def experts(self, stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Inputs of the experts op."""
+        return [self.x, self.index.int(), self.weight, *stored]
+
+    def router(self) -> list[torch.Tensor]:
+        """Inputs of the router op."""
+        return [self.logits] if self.bias is None else [self.logits, self.bias]
+
+
+def draw(layer: Layer, dtype: str, tokens: int) -> list[Routed]:
+    """Inputs to take turns with."""
+    found = []
+    for _ in range(routings(tokens)):
+        logits = torch.randn(tokens, layer.experts, device="cuda")
+        bias = 0.1 * torch.randn(layer.experts, device="cuda") if layer.has_bias else None
+        x = torch.randn(tokens, layer.hidden, device="cuda", dtype=getattr(torch, dtype))
+        found.append(Routed(logits, bias, x, *grouped_mm.route(logits, layer.router, bias)))
+    return found
+
+
 def _times(
     layer: Layer,
     op: ExpertsOp,
@@ -85,43 +117,41 @@ def _times(
     tokens: int,
     limits: Limits,
 ) -> dict[str, Any]:
-    dtype = getattr(torch, op.dtype)
-    bias = 0.1 * torch.randn(op.experts, device="cuda") if layer.has_bias else None
-    active: list[int] = []
-    calls: dict[str, list[Callable[[], object]]] = {"experts": [], "router": [], "peer_experts": [], "peer_router": []}
-    results: tuple[torch.Tensor, torch.Tensor] | None = None
-    for _ in range(routings(tokens)):
-        logits = torch.randn(tokens, op.experts, device="cuda")
-        x = torch.randn(tokens, op.hidden, device="cuda", dtype=dtype)
-        index, weight = grouped_mm.route(logits, layer.router, bias)
-        active.append(index.unique().numel())
-        ours = experts.prepare([x, index.int(), weight, *stored], tokens)
-        calls["experts"].append(ours)
-        calls["router"].append(router.prepare([logits] if bias is None else [logits, bias], tokens))
-        if op.weights:
-            continue
-        arguments = (x, index, weight.to(dtype), *stored, op.spec.activation)
-        calls["peer_experts"].append(lambda arguments=arguments: grouped_mm.experts(*arguments))
-        calls["peer_router"].append(lambda logits=logits: grouped_mm.route(logits, layer.router, bias))
-        if results is None:
-            ours()
-            results = ours.outputs[0], grouped_mm.experts(*arguments)
-    seconds = {f"{name}_seconds": median_seconds(timed) for name, timed in calls.items() if timed}
-    least = mean(limits.seconds(op, tokens, count) for count in active)
-    entry = seconds | {
-        "active": mean(active),
-        "bytes": mean(weight_bytes(op, count) for count in active),
+    routed = draw(layer, op.dtype, tokens)
+    ours = [experts.prepare(inputs.experts(stored), tokens) for inputs in routed]
+    seconds = median_seconds(ours)
+    active = mean(inputs.index.unique().numel() for inputs in routed)
+    entry = {
+        "experts_seconds": seconds,
+        "router_seconds": median_seconds([router.prepare(inputs.router(), tokens) for inputs in routed]),
+        "active": active,
+        "bytes": weight_bytes(op, 1) * active,
         "operations": operations(op, tokens),
-        "bound": limits.bound(op, tokens, round(mean(active))),
-        "fraction": least / seconds["experts_seconds"],
     }
-    if results is not None:
-        entry["peer_fraction"] = least / seconds["peer_experts_seconds"]
-        difference = relative_norm(*results)
-        if not difference <= TOLERANCE:
-            raise ValueError(f"ours and grouped_mm differ by {difference:.2g} (allowed: up to {TOLERANCE:g})")
-        entry["difference"] = difference
-    return entry
+    entry["of_bandwidth"] = limits.of_bandwidth(entry["bytes"], seconds)
+    entry["of_peak"] = limits.of_peak(entry["operations"], seconds)
+    return entry if op.weights else entry | _peer(layer, op, stored, routed, ours[0])
+
+
+def _peer(
+    layer: Layer, op: ExpertsOp, stored: list[torch.Tensor], routed: Sequence[Routed], ours: Prepared
+) -> dict[str, Any]:
+    """The peer's times. Raises ValueError if its result is another than ours."""
+
+    def experts(inputs: Routed) -> torch.Tensor:
+        return grouped_mm.experts(inputs.x, inputs.index, inputs.weight.to(inputs.x.dtype), *stored, op.spec.activation)
+
+    def router(inputs: Routed) -> tuple[torch.Tensor, torch.Tensor]:
+        return grouped_mm.route(inputs.logits, layer.router, inputs.bias)
+
+    difference = relative_norm(ours.outputs[0], experts(routed[0]))
+    if not difference <= TOLERANCE:
+        raise ValueError(f"ours and grouped_mm differ by {difference:.2g} (allowed: up to {TOLERANCE:g})")
+    return {
+        "peer_experts_seconds": median_seconds([partial(experts, inputs) for inputs in routed]),
+        "peer_router_seconds": median_seconds([partial(router, inputs) for inputs in routed]),
+        "difference": difference,
+    }
 
 
 def relative_norm(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -21,7 +21,8 @@ def main(name: str, output: str, *options: str) -> int:
             run = importlib.import_module(f"bench.gpu.{name}").run
             for entry in run(**{key: int(value) for key, value in (option.split("=") for option in options)}):
                 write(entry)
-                print(f"{name}: {summary(entry)}", file=sys.stderr, flush=True)
+                if name != "facts":
+                    print(f"{name}: {summary(entry)}", file=sys.stderr, flush=True)
         except Exception as error:
             text = " ".join(str(error).split())[:500]
             write({"kind": name, "error": f"{type(error).__name__}: {text}", "trace": traceback.format_exc()})

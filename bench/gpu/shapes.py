@@ -83,11 +83,10 @@ class Limits:
     bandwidth: float
     peak: float
 
-    def seconds(self, op: ExpertsOp, tokens: int, active: int) -> float:
-        """The least time for the experts: the longer of reading their weights once and multiplying."""
-        return max(weight_bytes(op, active) / self.bandwidth, operations(op, tokens) / self.peak)
+    def of_bandwidth(self, bytes_read: float, seconds: float) -> float:
+        """Which part of the bandwidth reading so much in so long is."""
+        return bytes_read / seconds / self.bandwidth
 
-    def bound(self, op: ExpertsOp, tokens: int, active: int) -> str:
-        """What limits: "memory" or "compute"."""
-        memory = weight_bytes(op, active) / self.bandwidth
-        return "memory" if memory >= operations(op, tokens) / self.peak else "compute"
+    def of_peak(self, operations: float, seconds: float) -> float:
+        """Which part of the peak so many operations in so long are."""
+        return operations / seconds / self.peak

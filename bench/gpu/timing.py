@@ -1,6 +1,6 @@
 """Times on a GPU: replays of a captured graph between two events, so that no launch is waited for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -10,13 +10,14 @@ REPLAYS = 20
 LEAST_SECONDS = 0.02  # of one timed stretch; a shorter graph is replayed several times in it
 
 
-def median_seconds(calls: list[Callable[[], object]], replays: int = REPLAYS) -> float:
+def median_seconds(calls: Sequence[Callable[[], object]], replays: int = REPLAYS) -> float:
     """The median time of one of the calls, which run one after the other in each replay.
 
     Calls that differ in the weights they read keep those from being read out of the cache.
     """
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()  # the calls' inputs were made on another stream
     with torch.cuda.stream(stream):
         for call in calls:  # compiles, and makes what a capture may not
             call()
