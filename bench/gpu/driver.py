@@ -145,6 +145,8 @@ class CubinRunner:
         """One step, on the current stream."""
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None)
         if isinstance(step, Set):
+            if not step.words:
+                return
             address, value = ctypes.c_uint64(step.address), ctypes.c_uint32(step.value)
             code = self._cuda.cuMemsetD32Async(address, value, ctypes.c_size_t(step.words), stream)
             self._check("filling memory", code)
