@@ -55,48 +55,77 @@ def load_rows(
             load_part(x, offset, mask, step, 2, WIDTH, BK, WEIGHTS, BLOCK),
             load_part(x, offset, mask, step, 3, WIDTH, BK, WEIGHTS, BLOCK),
         )
-    return load_part(x, offset, mask, step, 0, WIDTH, BK, WEIGHTS, BLOCK)
+    else:
+        return load_part(x, offset, mask, step, 0, WIDTH, BK, WEIGHTS, BLOCK)
 
 
 @triton.jit
 def decode_int4(units, PART: tl.constexpr, dtype: tl.constexpr):
     """Four bits of each 16-bit unit, less 8."""
     code = (units >> (4 * PART)) & 15
-    if dtype == tl.float32:
-        return code.to(tl.float32) - 8
     # As the lowest bits of a number whose last place is worth 1: no conversion is needed, and the difference is exact.
-    if dtype == tl.bfloat16:
-        return (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136
-    return (code | 0x6400).to(tl.float16, bitcast=True) - 1032
+    if dtype == tl.float16:
+        value = (code | 0x6400).to(tl.float16, bitcast=True) - 1032
+    elif dtype == tl.bfloat16:
+        value = (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136
+    else:
+        value = code.to(tl.float32) - 8
+    return value
 
 
 @triton.jit
 def decode_fp8(code, dtype: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """e4m3 codes as numbers; without hardware for them, divided by 256."""
     if NATIVE_FP8:
-        return code.to(tl.float8e4nv, bitcast=True).to(tl.float16).to(dtype)
-    bits = code.to(tl.int16)
-    bits = (bits & 0x7F) << 7 | (bits & 0x80) << 8
-    return bits.to(tl.float16, bitcast=True).to(dtype)
+        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        bits = code.to(tl.int16)
+        value = ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True)
+    return value.to(dtype)
 
 
 @triton.jit
 def scaled(value, factor, BN: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
     """value [BN, COLUMNS], in BLOCKS equal parts, each times its factor [BN, BLOCKS]."""
-    if BLOCKS == 1:
-        return value * factor
-    parts = tl.reshape(value, (BN, BLOCKS, COLUMNS // BLOCKS)) * factor[:, :, None]
-    return tl.reshape(parts, (BN, COLUMNS))
+    if BLOCKS > 1:
+        value = tl.reshape(value, (BN, BLOCKS, COLUMNS // BLOCKS)) * factor[:, :, None]
+        value = tl.reshape(value, (BN, COLUMNS))
+    else:
+        value *= factor
+    return value
 
 
 @triton.jit
 def load_factor(scale, n, step, WIDTH: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
     """The scales of one step: [BN, blocks of the step], at least one."""
     ALL: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
-    if BK <= BLOCK:
-        return tl.load(scale + n * ALL + step * BK // BLOCK)[:, None]
-    block = step * (BK // BLOCK) + tl.arange(0, BK // BLOCK)
-    return tl.load(scale + n[:, None] * ALL + block[None, :], mask=block[None, :] < ALL, other=0.0)
+    if BK > BLOCK:
+        block = step * (BK // BLOCK) + tl.arange(0, BK // BLOCK)
+        factor = tl.load(scale + n[:, None] * ALL + block[None, :], mask=block[None, :] < ALL, other=0.0)
+    else:
+        factor = tl.load(scale + n * ALL + step * BK // BLOCK)[:, None]
+    return factor
+
+
+@triton.jit
+def load_codes(w, n, step, STORED: tl.constexpr, COLUMNS: tl.constexpr):
+    """One step of rows n of w [.., STORED]: [rows, COLUMNS]."""
+    column = step * COLUMNS + tl.arange(0, COLUMNS)
+    pointer = w + n[:, None] * STORED + column[None, :]
+    if STORED % COLUMNS == 0:
+        code = tl.load(pointer)
+    else:
+        code = tl.load(pointer, mask=column[None, :] < STORED, other=0)
+    return code
+
+
+@triton.jit
+def multiply(rows, value, acc, INTERPRETED: tl.constexpr):
+    """acc [BM, BN] float32 + rows [BM, n] times value [BN, n]."""
+    if INTERPRETED:
+        rows = rows.to(tl.float32)
+        value = value.to(tl.float32)
+    return tl.dot(rows, tl.trans(value), acc, input_precision="ieee")
 
 
 @triton.jit
@@ -116,49 +145,29 @@ def add_product(
     INTERPRETED: tl.constexpr,
 ):
     """acc + the step's rows times weights."""
-    if WEIGHTS == "":
-        column = step * BK + tl.arange(0, BK)
-        pointer = w + n[:, None] * WIDTH + column[None, :]
-        if WIDTH % BK == 0:
-            value = tl.load(pointer)
-        else:
-            value = tl.load(pointer, mask=column[None, :] < WIDTH, other=0.0)
-        return multiply(rows, value, acc, INTERPRETED)
-    dtype: tl.constexpr = (
-        tl.float32 if INTERPRETED and scale.dtype.element_ty == tl.bfloat16 else scale.dtype.element_ty
-    )
+    STORED: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK * BLOCK
     BLOCKS: tl.constexpr = BK // BLOCK if BK > BLOCK else 1
-    PER_UNIT: tl.constexpr = 4 if WEIGHTS == "int4" else 1
-    STORED: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK * BLOCK // PER_UNIT
-    COLUMNS: tl.constexpr = BK // PER_UNIT
-    factor = load_factor(scale, n, step, WIDTH, BK, BLOCK).to(dtype)
-    column = step * COLUMNS + tl.arange(0, COLUMNS)
-    if WEIGHTS == "int4":
-        w = w.to(tl.pointer_type(tl.int16))
-    pointer = w + n[:, None] * STORED + column[None, :]
-    if STORED % COLUMNS == 0:
-        code = tl.load(pointer)
+    if WEIGHTS == "":
+        acc = multiply(rows, load_codes(w, n, step, WIDTH, BK), acc, INTERPRETED)
     else:
-        code = tl.load(pointer, mask=column[None, :] < STORED, other=0)
-    if WEIGHTS == "int4":
-        for part in tl.static_range(4):
-            value = scaled(decode_int4(code, part, dtype), factor, BN, BLOCKS, COLUMNS)
-            acc = multiply(rows[part], value, acc, INTERPRETED)
-        return acc
-    if WEIGHTS == "fp8":
-        value = decode_fp8(code, dtype, NATIVE_FP8)
-        if not NATIVE_FP8:
-            factor *= 256
-    else:
-        value = code.to(dtype)
-    return multiply(rows, scaled(value, factor, BN, BLOCKS, COLUMNS), acc, INTERPRETED)
-
-
-@triton.jit
-def multiply(rows, value, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        return tl.dot(rows.to(tl.float32), tl.trans(value.to(tl.float32)), acc, input_precision="ieee")
-    return tl.dot(rows, tl.trans(value), acc, input_precision="ieee")
+        factor = load_factor(scale, n, step, WIDTH, BK, BLOCK)
+        if INTERPRETED and factor.dtype == tl.bfloat16:
+            factor = factor.to(tl.float32)
+        if WEIGHTS == "int4":
+            units = load_codes(w.to(tl.pointer_type(tl.int16)), n, step, STORED // 4, BK // 4)
+            for part in tl.static_range(4):
+                value = scaled(decode_int4(units, part, factor.dtype), factor, BN, BLOCKS, BK // 4)
+                acc = multiply(rows[part], value, acc, INTERPRETED)
+        else:
+            code = load_codes(w, n, step, STORED, BK)
+            if WEIGHTS == "fp8":
+                value = decode_fp8(code, factor.dtype, NATIVE_FP8)
+                if not NATIVE_FP8:
+                    factor *= 256
+            else:
+                value = code.to(factor.dtype)
+            acc = multiply(rows, scaled(value, factor, BN, BLOCKS, BK), acc, INTERPRETED)
+    return acc
 
 
 @triton.jit
