@@ -1,15 +1,17 @@
 """Triton's interpreter in a process of its own: what Triton is decides itself when it is first imported."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from moevlm.plugins.gpu.plan import Plan
+
+Result = TypeVar("Result")
 
 
 class Interpreter:
@@ -20,7 +22,11 @@ class Interpreter:
 
     def run(self, plan: Plan, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs of plan, those in floating point as float32. inputs are rounded to the dtypes it states."""
-        return self._pool.submit(_run, plan, dict(inputs)).result()
+        return self.call(_run, plan, dict(inputs))
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run a function of a module there."""
+        return self._pool.submit(function, *arguments).result()
 
 
 @contextmanager

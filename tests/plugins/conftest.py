@@ -1,4 +1,4 @@
-"""Fixtures of the GPU tests."""
+"""Fixtures of the GPU tests: one interpreter for all."""
 
 from collections.abc import Iterator
 
