@@ -17,6 +17,7 @@ from typing import Any
 from moevlm.plugins.gpu.devices import device
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import KernelSpec, Plan
+from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, Variant
 from moevlm.plugins.gpu.resources import Resources
 
@@ -74,8 +75,6 @@ def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Progre
 
 
 def _plans(op: RouterOp | ExpertsOp, sms: Iterable[int]) -> list[Plan]:
-    from moevlm.plugins.gpu.planning import plan
-
     return [plan(op, device(sm).sm) for sm in sms]
 
 

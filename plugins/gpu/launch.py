@@ -30,12 +30,14 @@ def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) ->
 def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The op's outputs. inputs: as plan.inputs states them, all on one device.
 
-    The workspace is what the plan asks for, and starts as garbage: every word is all ones. Raises ValueError where an
-    input is not of the stated dtype or shape.
+    The workspace is what the plan asks for; it and the outputs start as garbage: every word is all ones. Raises
+    ValueError where an input is not of the stated dtype or shape.
     """
     tokens = _check(plan.inputs, inputs)
     device = inputs[0].device
     outputs = [torch.empty(_shape(t, tokens), dtype=getattr(torch, t.dtype), device=device) for t in plan.outputs]
+    for output in outputs:
+        output.view(torch.uint8).fill_(0xFF)
     variant = variant_for(plan, tokens)
     workspace = torch.full((variant.workspace(tokens),), 0xFF, dtype=torch.uint8, device=device)
     buffers, offset = [], 0

@@ -2,9 +2,9 @@
 
 K is cut into blocks, the last padded with zeros; each block has one scale. A block of B values is
 - int8: B bytes, the values;
-- int4: B / 2 bytes: byte j has value j in its low half and value j + B / 2 in its high half, both signed;
-- fp8: B bytes, e4m3 codes. Their scales are stored times 256, as the kernels take a code's bits for a float16's, which
-  comes out divided by 256. The two codes that are not numbers are never written, and would be read as +-480.
+- int4: B / 4 units of 16 bits, little-endian: unit j has the values j, j + B / 4, j + B / 2 and j + 3 B / 4, the first
+  in its lowest 4 bits, each plus 8;
+- fp8: B bytes, e4m3 codes. The two that are not numbers are never written; what they are read as depends on the GPU.
 """
 
 import numpy as np
@@ -12,7 +12,6 @@ import numpy as np
 Array = np.ndarray
 ZERO = {"int8": 128, "int4": 8}
 FP8_MAX = 448.0
-FP8_BIAS = 256.0
 
 
 def _fp8_values() -> Array:
@@ -37,11 +36,11 @@ def rounded(values: Array, dtype: str) -> Array:
 
 def pack_codes(q: Array, weights: str) -> Array:
     """q [n, blocks, B] uint8 -> int8 [n, stored width]; a value is q - 128 for "int8", q - 8 for "int4"."""
-    values = (q.astype(np.int16) - ZERO[weights]).astype(np.int8)
     if weights == "int4":
-        half = q.shape[-1] // 2
-        values = values[..., :half] & 15 | values[..., half:] << 4
-    return values.reshape(len(q), -1)
+        quarters = q.reshape(*q.shape[:-1], 4, -1).astype("<u2")
+        units = quarters[..., 0, :] | quarters[..., 1, :] << 4 | quarters[..., 2, :] << 8 | quarters[..., 3, :] << 12
+        return units.reshape(len(q), -1).view(np.int8)
+    return (q ^ 128).view(np.int8).reshape(len(q), -1)
 
 
 def quantize(rows: Array, weights: str, block: int, dtype: str) -> tuple[Array, Array]:
@@ -56,10 +55,8 @@ def quantize(rows: Array, weights: str, block: int, dtype: str) -> tuple[Array, 
     padded[:, :width] = rows
     values = padded.reshape(n, blocks, block)
     largest = FP8_MAX if weights == "fp8" else ZERO[weights] - 1
-    stored = FP8_BIAS if weights == "fp8" else 1.0
-    scales = rounded(np.abs(values).max(-1) / largest * stored, dtype)
-    step = scales / np.float32(stored)
-    units = np.divide(values, step[..., None], out=np.zeros_like(values), where=step[..., None] > 0)
+    scales = rounded(np.abs(values).max(-1) / largest, dtype)
+    units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
     if weights == "fp8":
         return _fp8_codes(units).reshape(n, -1), scales
     q = np.clip(np.rint(units), -largest, largest) + ZERO[weights]
@@ -79,13 +76,13 @@ def _fp8_codes(values: Array) -> Array:
 def unpack(stored: Array, scales: Array, weights: str, block: int, width: int) -> Array:
     """The numbers that stored [.., N, stored width] and scales [.., N, blocks] stand for: [.., N, width] float32."""
     if weights == "int4":
-        halves = stored.reshape(*scales.shape, block // 2)
-        values = np.concatenate([halves << 4 >> 4, halves >> 4], -1).astype(np.float32)
+        units = np.ascontiguousarray(stored).view("<u2").reshape(*scales.shape, block // 4)
+        values = np.concatenate([units >> bits & 15 for bits in (0, 4, 8, 12)], -1).astype(np.float32) - 8
     elif weights == "int8":
         values = stored.reshape(*scales.shape, block).astype(np.float32)
     else:
         code = stored.view(np.uint8).reshape(*scales.shape, block)
-        magnitude = np.append(FP8, 480.0)[code & 127] / FP8_BIAS
+        magnitude = np.append(FP8, 480.0)[code & 127]
         values = np.where(code >= 128, -magnitude, magnitude).astype(np.float32)
     values *= scales.astype(np.float32)[..., None]
     return values.reshape(*scales.shape[:-1], -1)[..., :width]

@@ -206,6 +206,7 @@ class _Experts:
             "HAS_BIASES": op.has_biases,
             "WEIGHTS": op.weights,
             "BLOCK": op.block,
+            "NATIVE_FP8": self.sm >= 89,
             "INTERPRETED": False,
         }
 

@@ -44,6 +44,7 @@ def few_gate_up(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     e = tl.load(index + tl.program_id(1))
@@ -58,7 +59,7 @@ def few_gate_up(
     out = gate_up_tile(
         x, tl.arange(0, BM).to(tl.int64) * HIDDEN, mask, factor, w, scale, bias, e.to(tl.int64), n,
         HIDDEN, INNER, ACTIVATION, GATED, ALPHA, LIMIT, SCALES_INPUT, HAS_BIASES, WEIGHTS, BLOCK,
-        BM, BN, BK, INTERPRETED,
+        BM, BN, BK, NATIVE_FP8, INTERPRETED,
     )  # fmt: skip
     pointer = inner + row[:, None] * INNER + n[None, :]
     tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
@@ -83,6 +84,7 @@ def few_down(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     e = tl.load(index + tl.program_id(1))
@@ -93,7 +95,7 @@ def few_down(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     acc = down_tile(
         inner, row.to(tl.int64) * INNER, mask, w, scale, bias, e.to(tl.int64), n,
-        HIDDEN, INNER, HAS_BIASES, WEIGHTS, BLOCK, BM, BN, BK, INTERPRETED,
+        HIDDEN, INNER, HAS_BIASES, WEIGHTS, BLOCK, BM, BN, BK, NATIVE_FP8, INTERPRETED,
     )  # fmt: skip
     pointer = out + row[:, None] * HIDDEN + n[None, :]
     tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < HIDDEN)[None, :])
@@ -118,6 +120,7 @@ def single_down(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """One loop over all experts, so that loads are never waited for between two of them."""
@@ -128,30 +131,32 @@ def single_down(
     n = tl.minimum(column, HIDDEN - 1)
     line = tl.arange(0, BM)
     offset = tl.zeros([BM], tl.int64)
-    acc = tl.zeros([BM, BN], tl.float32)
-    for step in range(0, TOP_K * STEPS):
-        j = step // STEPS
+    acc = tl.zeros([BM, BN], tl.float32)  # of one expert; all but the first row are zeros
+    total = tl.zeros([BM, BN], tl.float32)
+    # Read one step ahead: weights that wait for an index read in their own step are copied ahead less far.
+    e = tl.load(index)
+    factor = tl.load(weight)
+    for step in range(TOP_K * STEPS):
         part = step % STEPS
-        e = tl.load(index + j).to(tl.int64)
-        low = load_rows(inner + j * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK, 0)
-        if not SCALES_INPUT:
-            factor = tl.load(weight + j)
-            low = (low.to(tl.float32) * factor).to(inner.dtype.element_ty)
-        high = low
-        if WEIGHTS == "int4":
-            high = load_rows(inner + j * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK, 1)
-            if not SCALES_INPUT:
-                high = (high.to(tl.float32) * factor).to(inner.dtype.element_ty)
-        expert = w + e * (HIDDEN * STORED)
+        rows = load_rows(inner + step // STEPS * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK)
+        expert = w + e.to(tl.int64) * (HIDDEN * STORED)
         expert_scale = scale
         if WEIGHTS != "":
-            expert_scale = scale + e * (HIDDEN * BLOCKS)
-        acc = add_product(acc, low, high, expert, expert_scale, n, part, INNER, BN, BK, WEIGHTS, BLOCK, INTERPRETED)
-    total = tl.sum(acc, 0)  # all but the first row are zeros
+            expert_scale = scale + e.to(tl.int64) * (HIDDEN * BLOCKS)
+        acc = add_product(
+            acc, rows, expert, expert_scale, n, part, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED
+        )
+        last = part == STEPS - 1
+        total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)
+        acc = tl.where(last, 0.0, acc)
+        after = tl.minimum((step + 1) // STEPS, TOP_K - 1)
+        e = tl.load(index + after)
+        factor = tl.load(weight + after)
+    out = tl.sum(total, 0)
     if HAS_BIASES:
         for j in tl.static_range(TOP_K):
             value = tl.load(bias + tl.load(index + j).to(tl.int64) * HIDDEN + n).to(tl.float32)
             if not SCALES_INPUT:
                 value *= tl.load(weight + j)
-            total += value
-    tl.store(y + column, total.to(y.dtype.element_ty), mask=column < HIDDEN)
+            out += value
+    tl.store(y + column, out.to(y.dtype.element_ty), mask=column < HIDDEN)

@@ -35,6 +35,7 @@ def grouped_gate_up(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     TILES: tl.constexpr = (INNER + BN - 1) // BN
@@ -52,7 +53,7 @@ def grouped_gate_up(
     out = gate_up_tile(
         x, (row // TOP_K).to(tl.int64) * HIDDEN, mask, factor, w, scale, bias, e.to(tl.int64), n,
         HIDDEN, INNER, ACTIVATION, GATED, ALPHA, LIMIT, SCALES_INPUT, HAS_BIASES, WEIGHTS, BLOCK,
-        BM, BN, BK, INTERPRETED,
+        BM, BN, BK, NATIVE_FP8, INTERPRETED,
     )  # fmt: skip
     pointer = inner + place.to(tl.int64)[:, None] * INNER + n[None, :]
     tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
@@ -77,6 +78,7 @@ def grouped_down(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
@@ -90,7 +92,7 @@ def grouped_down(
     n = (tl.program_id(0) % TILES) * BN + tl.arange(0, BN)
     acc = down_tile(
         inner, place.to(tl.int64) * INNER, mask, w, scale, bias, e.to(tl.int64), n,
-        HIDDEN, INNER, HAS_BIASES, WEIGHTS, BLOCK, BM, BN, BK, INTERPRETED,
+        HIDDEN, INNER, HAS_BIASES, WEIGHTS, BLOCK, BM, BN, BK, NATIVE_FP8, INTERPRETED,
     )  # fmt: skip
     pointer = out + row[:, None] * HIDDEN + n[None, :]
     tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < HIDDEN)[None, :])
