@@ -1,4 +1,4 @@
-"""Where the compiled operators are. They are loaded by path, into ONNX Runtime, and are no Python module."""
+"""Where the compiled libraries are. They are loaded by path, into an engine, and are no Python modules."""
 
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -6,14 +6,24 @@ from pathlib import Path
 from moevlm.runtime.errors import EngineError
 
 OPERATORS = "cpu_operators"
+PLUGIN = "tensorrt_plugin"
 DOMAIN = "moevlm.cpu"
 
 
 def operators_path() -> Path:
     """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library."""
+    return _path(OPERATORS)
+
+
+def plugin_path() -> Path:
+    """The library of the TensorRT plugins MoERouter and MoEExperts, for IPluginRegistry.load_library."""
+    return _path(PLUGIN)
+
+
+def _path(name: str) -> Path:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"{OPERATORS}{suffix}"
+        path = folder / f"{name}{suffix}"
         if path.is_file():
             return path
-    raise EngineError(f"{OPERATORS} was not built in {folder} (install g++, then pip install --force-reinstall moevlm)")
+    raise EngineError(f"{name} was not built in {folder} (install g++, then pip install --force-reinstall moevlm)")
