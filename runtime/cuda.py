@@ -49,16 +49,17 @@ class Device:
     def __init__(self) -> None:
         self.gpu = find_gpu()  # first: without a device some libraries crash instead of failing
         self._driver = _load()
-        with ExitStack() as undo:
-            self._device = self._call("cuDeviceGet", 0)
-            self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-            undo.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
+        self._device = self._call("cuDeviceGet", 0)
+        self._stream: Any = None
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        try:
             with self:
                 # Not ordered after the default stream, on which other libraries in the process may work.
                 flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
                 self._stream = self._call("cuStreamCreate", flags)
-            undo.pop_all()
-        self._open = True
+        except EngineError:
+            self.close()
+            raise
 
     @property
     def stream(self) -> int:
@@ -73,13 +74,14 @@ class Device:
 
     def close(self) -> None:
         """Give back the stream and the context; memory must have been freed before."""
-        if not self._open:
+        if self._context is None:
             return
-        self._open = False
         with ExitStack() as stack:
             stack.callback(self._call, "cuDevicePrimaryCtxRelease", self._device)
             stack.enter_context(self)
-            self._call("cuStreamDestroy", self._stream)
+            if self._stream is not None:
+                self._call("cuStreamDestroy", self._stream)
+        self._context = self._stream = None
 
     def allocate(self, size: int) -> DeviceMemory:
         """`size` bytes on the device, not initialised. Raises EngineError if they are not there."""
@@ -135,10 +137,13 @@ class Device:
                 self._call("cuGraphDestroy", graph)
             raise
         graph = self._call("cuStreamEndCapture", self._stream)
-        try:
-            return Graph(self, self._call("cuGraphInstantiate", graph, 0))
-        finally:
-            self._call("cuGraphDestroy", graph)
+        with ExitStack() as undo:
+            with ExitStack() as done:
+                done.callback(self._call, "cuGraphDestroy", graph)
+                recorded = Graph(self, self._call("cuGraphInstantiate", graph, 0))
+                undo.callback(recorded.free)
+            undo.pop_all()
+        return recorded
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return _call(self._driver, name, *arguments)
@@ -151,9 +156,9 @@ class DeviceMemory:
         self.address, self.size, self._device = address, size, device
 
     def free(self) -> None:
-        if self.address:
-            self._device._call("cuMemFree", self.address)
-            self.address = 0
+        address, self.address = self.address, 0  # whatever the driver says: it is not freed twice
+        if address:
+            self._device._call("cuMemFree", address)
 
 
 class HostMemory:
@@ -166,10 +171,9 @@ class HostMemory:
         self.array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free(self) -> None:
-        if self.address:
-            self.array = np.empty(0, np.uint8)
-            self._device._call("cuMemFreeHost", self.address)
-            self.address = 0
+        address, self.address, self.array = self.address, 0, np.empty(0, np.uint8)
+        if address:
+            self._device._call("cuMemFreeHost", address)
 
 
 class Event:
@@ -196,9 +200,9 @@ class Graph:
         self._device._call("cuGraphLaunch", self._handle, self._device._stream)
 
     def free(self) -> None:
-        if self._handle is not None:
-            self._device._call("cuGraphExecDestroy", self._handle)
-            self._handle = None
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._device._call("cuGraphExecDestroy", handle)
 
 
 def _load() -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -66,10 +67,11 @@ class Staging:
     def free(self) -> None:
         """Nothing that was queued may still use it."""
         self.arrays, self.addresses, self._layouts = {}, {}, ({}, {})
-        for memory in (self._host, self._memory):
-            if memory is not None:
-                memory.free()
-        self._host = self._memory = None
+        with ExitStack() as stack:
+            for memory in (self._host, self._memory):
+                if memory is not None:
+                    stack.callback(memory.free)
+            self._host = self._memory = None
 
 
 def _aligned(size: int) -> int:

@@ -81,10 +81,10 @@ class Decoder:
             except EngineError:
                 if not self._idle:
                     raise
-                for unused in self._idle:
+                while self._idle:
+                    unused = self._idle.pop()
                     self._slots.remove(unused)
                     unused.free()
-                self._idle.clear()
                 slot = self._new_slot(batch)
             self._slots.append(slot)
         self._device.clear(slot.memory)
