@@ -49,12 +49,13 @@ def latency(
     from moevlm.runtime.loading import load_images, load_runtime
     from moevlm.runtime.machine import measure_machine
     from moevlm.runtime.reports import to_json
+    from moevlm.runtime.selection import select
 
     if plot is not None:
         require("matplotlib", "plot")
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
-    engines = [opened.engine(target) for target in targets or (None,)]
+    engines = [select(opened, target) for target in targets or (None,)]
     prompt = random_prompt(model, images, prompt_tokens, image_size)
     if len(prompt.ids) + new_tokens > model.context:
         raise RequestError(

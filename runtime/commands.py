@@ -20,7 +20,7 @@ from moevlm.runtime.reports import EngineReport, InspectReport
 @click.option(
     "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
 )
-@click.option("--target", help="Which engine of the bundle.  [default: the only one, or that of cpu]")
+@click.option("--target", help="Which engine of the bundle.  [default: that of the GPU, else that of cpu]")
 @click.option(
     "--max-new-tokens",
     metavar="N",
@@ -75,6 +75,7 @@ def run(
     from moevlm.runtime.console import notice
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.sampling import SamplingParams
+    from moevlm.runtime.selection import select
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
@@ -85,7 +86,7 @@ def run(
             if sampling[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     conversation = _conversation(prompt, images, system, messages)
-    name, _ = Bundle.open(bundle).engine(target)
+    name, _ = select(Bundle.open(bundle), target)
     with notice() as show:
         runtime = load_runtime(
             bundle,
@@ -97,10 +98,11 @@ def run(
             lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
         )
     pieces = []
-    for piece in runtime.generate(conversation, params=params):
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece.text, nl=False)  # and flushed
+    with runtime:
+        for piece in runtime.generate(conversation, params=params):
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece.text, nl=False)  # and flushed
     if as_json:
         click.echo(_run_report(name, pieces, params.logprobs is not None))
     else:

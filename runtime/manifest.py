@@ -95,8 +95,9 @@ class CostFacts(_Facts, frozen=True):
 class TensorRTFacts(_Facts, frozen=True):
     """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
 
-    product: "tensorrt" or "tensorrt_rtx", whose version has to match. sms: kinds of GPUs, 86 for compute capability
-    8.6. activations: dtype of activations and KV cache, "bfloat16" or "float16".
+    product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible later ones of the same
+    major version do, too, and so does tensorrt_lean. sms: kinds of GPUs, 86 for compute capability 8.6. activations:
+    dtype of activations and KV cache, "bfloat16" or "float16" (float32 for checks).
     experts: a safetensors file inside the bundle; its tensors are inputs of the decoder under their names.
     Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in
     logits_index; profile 1 takes one token of each. capacity: tokens in a sequence's cache, fixed. max_visual: rows of
@@ -114,6 +115,12 @@ class TensorRTFacts(_Facts, frozen=True):
     capacity: int
     max_visual: int
     max_patches: int
+    version_compatible: bool = False
+
+
+def capability(sm: int) -> str:
+    """8.6 for 86."""
+    return f"{sm // 10}.{sm % 10}"
 
 
 class EngineFacts(_Facts, frozen=True):
