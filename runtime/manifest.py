@@ -162,6 +162,9 @@ class Manifest(_Facts, frozen=True):
     digest: str = ""
 
 
-def digest_of(manifest: Manifest) -> str:
-    """sha256, in hexadecimal, of the manifest as compact JSON with an empty digest."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+def digest_of(manifest: bytes) -> str:
+    """sha256, in hexadecimal, of manifest.json without white space and with an empty digest.
+
+    Of the fields that are there: a bundle that is older than some of them keeps its digest.
+    """
+    return hashlib.sha256(msgspec.json.encode(msgspec.json.decode(manifest) | {"digest": ""})).hexdigest()

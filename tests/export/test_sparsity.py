@@ -20,7 +20,7 @@ from moevlm.export.sparsity import prune, pruned
 from moevlm.export.weights import Constant, read
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
-from tests.bundles import edit_manifest
+from tests.bundles import copy_bundle, edit_manifest
 from tests.command_line import assert_refused, call
 from tests.tiny import TinyCheckpoint
 
@@ -110,11 +110,10 @@ def test_pruned_engines_are_held_to_the_pruned_model_and_dense_ones_to_transform
     assert (notes["reference"], notes["ort-cpu"], notes["cpu:int8"]) == (False, True, True)
 
 
-def test_engine_that_is_not_what_pruning_makes_fails(tmp_path: Path) -> None:
-    checkpoint = TinyCheckpoint(text={"vocab_size": 96}).save(tmp_path / "checkpoint")
-    bundle = build(checkpoint, tmp_path / "b", ["ort-cpu"])
-    edit_manifest(bundle.directory, lambda m: m["engines"]["ort-cpu"].update(sparsity="2:4"))
-    report = check_parity(bundle.directory, checkpoint)
+def test_engine_that_is_not_what_pruning_makes_fails(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    edit_manifest(bundle, lambda manifest: manifest["engines"]["ort-cpu"].update(sparsity="2:4"))
+    report = check_parity(bundle, tiny_checkpoint, ["ort-cpu"])
     assert not report.passed
     failed = [check.quantity for check in report.checks if not check.passed and check.step == "ort-cpu"]
     assert {"image features", "hidden states", "prefill logits"} <= set(failed)
