@@ -22,7 +22,7 @@ from moevlm.runtime.native import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
-EXTRAS = {"cpu", "dev", "plot", "export", "gpu", "rtx", "serve"}
+EXTRAS = {"cpu", "dev", "plot", "export", "gpu", "kernels", "rtx", "serve"}
 COMMANDS = {"bench", "build", "export", "inspect", "parity", "run"}
 
 
