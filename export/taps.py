@@ -58,3 +58,6 @@ class TappedEngine:
             if logits is not None:  # a kernel that routes by itself has no correction bias, see `LowerMoE`
                 self.taps[f"layers.{i}.expert_index"] = reference.route(logits, self._config.moe[i].router)[0]
         return self.taps["logits"]
+
+    def close(self) -> None:
+        self._engine.close()

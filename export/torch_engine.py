@@ -56,3 +56,6 @@ class TorchEngine:
             )
         self.taps = {name: tensor.numpy() for name, tensor in taps.items()}
         return logits.numpy()
+
+    def close(self) -> None:
+        """Nothing to do."""

@@ -45,7 +45,8 @@ def load(
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
-    target: the engine's name; by default the only one, or that of cpu. threads: for one operator, by default all cores.
+    target: the engine's name, or its beginning up to a colon; by default that of this machine's GPU, else that of cpu.
+    threads: for one operator on the CPU, by default all cores.
     spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or

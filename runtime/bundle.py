@@ -49,24 +49,39 @@ class Bundle:
     def engine(self, target: str | None = None) -> tuple[str, EngineFacts]:
         """The engine named `target`; without a name the only one, or the only one of cpu, else of ort-cpu.
 
-        Raises BundleError, listing the engines that there are, if none fits or several do.
+        Raises BundleError, listing the engines that there are, if none fits or several do. What this machine has does
+        not matter here: see `moevlm.runtime.selection`.
         """
         engines = self.manifest.engines
-        available = ", ".join(sorted(engines)) or "none"
-        if target is not None:
-            if target not in engines:
-                raise BundleError(f"no engine {target!r} in {self.directory} (available: {available})")
-            return target, engines[target]
-        names = _default_engines(engines)
+        names = self.matches(target) if target is not None else default_engines(engines)
         if len(names) != 1:
-            raise BundleError(f"which engine of {self.directory}? Name a target (available: {available})")
+            raise BundleError(f"which engine of {self.directory}? Name a target (available: {self.available})")
         return names[0], engines[names[0]]
 
+    def matches(self, target: str) -> list[str]:
+        """The engine of that name, or all whose names begin with it and a colon. Raises BundleError without one."""
+        engines = self.manifest.engines
+        names = [target] if target in engines else sorted(name for name in engines if name.startswith(f"{target}:"))
+        if not names:
+            raise BundleError(f"no engine {target!r} in {self.directory} (available: {self.available})")
+        return names
+
+    @property
+    def available(self) -> str:
+        """The names of all engines, for errors."""
+        return ", ".join(sorted(self.manifest.engines)) or "none"
+
     def engine_files(self, name: str) -> tuple[str, ...]:
-        """Every file of the engine `name`: all that lie in the folders of its graphs, external data included."""
+        """Every file of the engine `name`: all that lie in the folders of its graphs, external data included.
+
+        Of a TensorRT engine also the experts' weights, which it may share with others.
+        """
         _, engine = self.engine(name)
+        named = named_files(engine)
         folders = {PurePosixPath(graph).parent for graph in (engine.vision, engine.decoder)}
-        return tuple(path for path in self.manifest.files if not folders.isdisjoint(PurePosixPath(path).parents))
+        return tuple(
+            path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
+        )
 
     def path(self, name: str) -> Path:
         """Where a listed file lies. Raises BundleError if it is not listed, missing, or a link out of the bundle.
@@ -84,16 +99,23 @@ class Bundle:
 
     def read_text(self, name: str) -> str:
         """A listed text file, checked against its hash as it is read. Raises BundleError."""
+        try:
+            return self.read_bytes(name).decode("utf-8")
+        except ValueError:
+            raise BundleError(f"{self.path(name)} is not UTF-8 text") from None
+
+    def read_bytes(self, name: str) -> bytes:
+        """A listed file, checked against its hash as it is read: what is returned is what was checked.
+
+        Raises BundleError.
+        """
         path = self.path(name)
         try:
             data = path.read_bytes()
         except OSError as error:
             raise BundleError(f"cannot read {path}: {error.strerror}") from error
         self._require_hash(name, len(data), hashlib.sha256(data).hexdigest())
-        try:
-            return data.decode("utf-8")
-        except ValueError:
-            raise BundleError(f"{path} is not UTF-8 text") from None
+        return data
 
     def verify(self, paths: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         """Compare files with their hashes in the manifest, two at a time; by default all files.
@@ -159,9 +181,9 @@ class Bundle:
             if not _SHA256.fullmatch(facts.sha256) or facts.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():
-            for graph in (engine.vision, engine.decoder):
-                if graph not in self.manifest.files:
-                    raise BundleError(f"{where}: engines.{target} names {graph}, which files does not list")
+            for path in named_files(engine):
+                if path not in self.manifest.files:
+                    raise BundleError(f"{where}: engines.{target} names {path}, which files does not list")
 
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
@@ -173,7 +195,13 @@ class Bundle:
                     raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
 
 
-def _default_engines(names: Iterable[str]) -> list[str]:
+def named_files(engine: EngineFacts) -> tuple[str, ...]:
+    """The files that an engine's facts name, as paths inside the bundle."""
+    experts = engine.tensorrt.experts if engine.tensorrt is not None else ""
+    return (engine.vision, engine.decoder, *((experts,) if experts else ()))
+
+
+def default_engines(names: Iterable[str]) -> list[str]:
     """What is meant without a name: CPU engines first, since they run on every machine, and of these the fastest."""
     names = list(names)
     for family in ("cpu", "ort-cpu", "reference"):
@@ -207,6 +235,6 @@ def _read_manifest(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}") from None
-    if manifest.digest != digest_of(manifest):
+    if manifest.digest != digest_of(data):
         raise BundleError(f"{path} is damaged or was changed: its fields do not have the digest that it names")
     return manifest

@@ -9,7 +9,7 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.errors import RequestError
-from moevlm.runtime.reports import InspectReport
+from moevlm.runtime.reports import EngineReport, InspectReport
 
 
 @click.command()
@@ -20,7 +20,7 @@ from moevlm.runtime.reports import InspectReport
 @click.option(
     "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
 )
-@click.option("--target", help="Which engine of the bundle.  [default: the only one, or that of cpu]")
+@click.option("--target", help="Which engine of the bundle.  [default: that of the GPU, else that of cpu]")
 @click.option(
     "--max-new-tokens",
     metavar="N",
@@ -75,6 +75,7 @@ def run(
     from moevlm.runtime.console import notice
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.sampling import SamplingParams
+    from moevlm.runtime.selection import select
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
@@ -85,7 +86,7 @@ def run(
             if sampling[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     conversation = _conversation(prompt, images, system, messages)
-    name, _ = Bundle.open(bundle).engine(target)
+    name, _ = select(Bundle.open(bundle), target)
     with notice() as show:
         runtime = load_runtime(
             bundle,
@@ -97,10 +98,11 @@ def run(
             lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
         )
     pieces = []
-    for piece in runtime.generate(conversation, params=params):
-        pieces.append(piece)
-        if not as_json:
-            click.echo(piece.text, nl=False)  # and flushed
+    with runtime:
+        for piece in runtime.generate(conversation, params=params):
+            pieces.append(piece)
+            if not as_json:
+                click.echo(piece.text, nl=False)  # and flushed
     if as_json:
         click.echo(_run_report(name, pieces, params.logprobs is not None))
     else:
@@ -191,8 +193,6 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
-    from moevlm.runtime.reports import EngineReport
-
     manifest = bundle.manifest
     return InspectReport(
         bundle=str(bundle.directory),
@@ -207,6 +207,7 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 parity=_verdict(manifest.parity.get(name)),
                 block_size=engine.block_size,
                 kv_cache=engine.kv_cache,
+                sparsity=engine.sparsity,
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -218,6 +219,12 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
 def _verdict(parity: Any) -> str:
     result = parity.get("result") if isinstance(parity, dict) else None
     return result if result in ("passed", "failed") else "not checked"
+
+
+def _weights(engine: EngineReport) -> str:
+    """int4/32, 2:4 for blocks of 32 that share a scale, pruned."""
+    text = f"{engine.dtype}/{engine.block_size}" if engine.block_size else engine.dtype
+    return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
 def _facts(manifest: Any, report: InspectReport) -> str:
@@ -237,8 +244,5 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
     if not report.engines:
         return text + "no engine yet"
-    engines = [
-        (e.target, f"{e.dtype}/{e.block_size}" if e.block_size else e.dtype, e.kv_cache, bytes_text(e.bytes), e.parity)
-        for e in report.engines
-    ]
+    engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
     return text + table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moevlm.runtime.errors import EngineError
+
 
 @dataclass(frozen=True)
 class VisionInputs:
@@ -69,3 +71,30 @@ class Engine(Protocol):
     def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
         """Logits [N, vocabulary] float32. cache: one that this engine made. Raises EngineError if it is too small."""
         ...
+
+    def close(self) -> None:
+        """Free what the engine holds; it cannot be used any more. Once more does nothing."""
+        ...
+
+
+def check_vision(inputs: VisionInputs) -> None:
+    """Raises EngineError for segment ids that are not in order."""
+    if (np.diff(inputs.segment_id) < 0).any():
+        raise EngineError("segment_id falls: the patches of one image must follow each other")
+
+
+def check_step(step: Step, visual: VisualFeatures | None, cache: Cache, vocabulary: int) -> None:
+    """Raises EngineError, naming the value, for a step that does not fit its cache, its features or the vocabulary."""
+    batch, length = step.input_ids.shape
+    if batch != cache.batch:
+        raise EngineError(f"a step of {batch} sequences does not fit into a cache of {cache.batch}")
+    if int(step.cache_position.max()) + length > cache.capacity:
+        raise EngineError(
+            f"{length} tokens at position {step.cache_position.max()} do not fit into a cache of {cache.capacity}"
+        )
+    rows = 0 if visual is None else len(visual.embeds)
+    if int(step.visual_index.max()) >= rows:
+        raise EngineError(f"visual_index = {step.visual_index.max()}, but the step has {rows} visual features")
+    if not 0 <= int(step.input_ids.min()) <= int(step.input_ids.max()) < vocabulary:
+        wrong = step.input_ids[(step.input_ids < 0) | (step.input_ids >= vocabulary)].flat[0]
+        raise EngineError(f"input_ids has {wrong} (allowed: 0 to {vocabulary - 1})")

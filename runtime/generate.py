@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -16,7 +17,7 @@ from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer
 from moevlm.runtime.detokenize import StreamDecoder
 from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.errors import BundleError, RequestError
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.prompt import Prompt, PromptBuilder
 from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams
 
@@ -73,13 +74,25 @@ class Runtime:
         images: ImageProcessor | None = None,
         *,
         chunk_tokens: int = defaults.CHUNK_TOKENS,
+        built_for: TensorRTFacts | None = None,
     ) -> None:
-        """chunk_tokens: the most prompt tokens that go through the decoder in one step."""
+        """chunk_tokens: the most prompt tokens that go through the decoder in one step.
+
+        built_for: sizes that the engine cannot exceed. A step takes at most its chunk_tokens and max_visual, `context`
+        is at most its capacity, and images with more patches than its max_patches are refused.
+        """
         require_positive("chunk_tokens", chunk_tokens)
         self.model = model
         self.tokenizer = tokenizer
         self.engine = engine
         self.chunk_tokens = chunk_tokens
+        self.context = model.context
+        self._max_patches: int | None = None
+        if built_for is not None:
+            # No step of one sequence can use more visual rows than it has tokens.
+            self.chunk_tokens = min(chunk_tokens, built_for.chunk_tokens, built_for.max_visual)
+            self.context = min(model.context, built_for.capacity)
+            self._max_patches = built_for.max_patches
         self._images = images
         self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
 
@@ -104,7 +117,7 @@ class Runtime:
     def batch(self, prompts: Sequence[Prompt], visual: VisualFeatures | None, new_tokens: int) -> Batch:
         """An empty cache with room for the prompts and `new_tokens` more, or as many as the context leaves."""
         longest = max(len(prompt.ids) for prompt in prompts)
-        capacity = cache_capacity(longest + new_tokens, self.model.context)
+        capacity = cache_capacity(longest + new_tokens, self.context)
         return Batch(self.engine, self.model, prompts, visual, capacity)
 
     def generate(
@@ -117,13 +130,35 @@ class Runtime:
         """
         chosen = _with_overrides(params or SamplingParams(), overrides)
         prompt = messages if isinstance(messages, Prompt) else self.prompt(messages)
-        room = self.model.context - len(prompt.ids)
+        self._check_images(prompt)
+        room = self.context - len(prompt.ids)
         if room < 1:
+            whose = "model" if self.context == self.model.context else "engine"
             raise RequestError(
-                f"the prompt has {len(prompt.ids)} tokens and leaves no room in the model's context "
-                f"of {self.model.context}"
+                f"the prompt has {len(prompt.ids)} tokens and leaves no room in the {whose}'s context of {self.context}"
             )
         return self._stream(prompt, chosen, min(chosen.max_new_tokens, room))
+
+    def _check_images(self, prompt: Prompt) -> None:
+        for number, image in enumerate(prompt.images, 1):
+            if self._images is None or self._max_patches is None:
+                return
+            patches = math.prod(self._images.grid(image))
+            if patches > self._max_patches:
+                raise RequestError(
+                    f"image {number} has {patches} patches, the engine was built for up to {self._max_patches}: "
+                    "make it smaller"
+                )
+
+    def close(self) -> None:
+        """Free what the engine holds. No answer can be generated after that."""
+        self.engine.close()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _stream(self, prompt: Prompt, params: SamplingParams, budget: int) -> Generator[Piece, None, None]:
         sampler = Sampler(params, prompt.ids)

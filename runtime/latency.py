@@ -52,12 +52,12 @@ def measure(
     load: makes the runtime, and is timed too. machine: for the limits; None to leave them out.
     """
     started = perf_counter()
-    runtime = load()
-    load_seconds = perf_counter() - started
     requests = []
-    for repeat in range(repeats + 1):
-        requests.append(_request(runtime, prompt, new_tokens))
-        progress(repeat + 1, repeats + 1)
+    with load() as runtime:
+        load_seconds = perf_counter() - started
+        for repeat in range(repeats + 1):
+            requests.append(_request(runtime, prompt, new_tokens))
+            progress(repeat + 1, repeats + 1)
     vision, prefill, decode = (list(stage) for stage in zip(*requests[1:], strict=True))
     limits = _limits(runtime.model, engine, machine, prompt, new_tokens, *map(median, (vision, prefill, decode)))
     return LatencyReport(

@@ -10,12 +10,15 @@ from pathlib import Path
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
+from moevlm.runtime.engine import Engine
 from moevlm.runtime.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.images import ImageProcessor
-from moevlm.runtime.manifest import EngineFacts
+from moevlm.runtime.machine import cores
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
+from moevlm.runtime.selection import select
 
 Progress = Callable[[int, int], None]  # (bytes verified, bytes in total)
 
@@ -34,13 +37,21 @@ def load_runtime(
     require_positive("chunk_tokens", chunk_tokens)
     require_positive("max_image_pixels", max_image_pixels)
     bundle = Bundle.open(os.fspath(path))
-    name, _ = bundle.engine(target)
+    name, facts = select(bundle, target)
     files = bundle.manifest.files
     tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
     template = ChatTemplate(bundle.read_text("chat_template.jinja")) if "chat_template.jinja" in files else None
     images = load_images(bundle, max_image_pixels)
     engine = load_engine(bundle, name, threads, spinning, progress)
-    return Runtime(bundle.manifest.model, tokenizer, template, engine, images, chunk_tokens=chunk_tokens)
+    return Runtime(
+        bundle.manifest.model,
+        tokenizer,
+        template,
+        engine,
+        images,
+        chunk_tokens=chunk_tokens,
+        built_for=facts.tensorrt,
+    )
 
 
 def load_engine(
@@ -49,10 +60,15 @@ def load_engine(
     threads: int | None = None,
     spinning: bool = True,
     progress: Progress | None = None,
-) -> OrtEngine:
-    """One engine of the bundle, its files verified. Raises RequestError, BundleError or EngineError."""
+) -> Engine:
+    """One engine of the bundle, its files verified. Raises RequestError, BundleError or EngineError.
+
+    threads, spinning: of engines on the CPU.
+    """
     _require_cores(threads)
-    name, engine = bundle.engine(target)
+    name, engine = select(bundle, target)
+    if engine.tensorrt is not None:
+        return _tensorrt_engine(bundle, name, engine, engine.tensorrt, progress)
     bundle.verify(bundle.engine_files(name), progress)
     return OrtEngine(
         bundle.path(engine.vision),
@@ -62,6 +78,20 @@ def load_engine(
         spinning=spinning,
         operators=operators_for(engine),
     )
+
+
+def _tensorrt_engine(
+    bundle: Bundle, name: str, engine: EngineFacts, facts: TensorRTFacts, progress: Progress | None
+) -> Engine:
+    from moevlm.runtime.tensorrt_engine import PlanFile, TensorRTEngine
+
+    graphs = engine.vision, engine.decoder
+    bundle.verify([path for path in bundle.engine_files(name) if path not in graphs], progress)
+    # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
+    vision, decoder = (
+        PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
+    )
+    return TensorRTEngine(vision, decoder, bundle.path(facts.experts), bundle.manifest.model, facts)
 
 
 def operators_for(engine: EngineFacts) -> Path | None:
@@ -83,8 +113,7 @@ def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> 
 
 
 def _require_cores(threads: int | None) -> None:
-    # What this process may use, which a container or taskset makes less than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= cores
+    most = cores()
+    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
     if threads is not None and not good:
-        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {cores}, this process's cores)")
+        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {most}, this process's cores)")

@@ -95,8 +95,9 @@ class CostFacts(_Facts, frozen=True):
 class TensorRTFacts(_Facts, frozen=True):
     """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
 
-    product: "tensorrt" or "tensorrt_rtx", whose version has to match. sms: kinds of GPUs, 86 for compute capability
-    8.6. activations: dtype of activations and KV cache, "bfloat16" or "float16".
+    product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible later ones of the same
+    major version do, too, and so does tensorrt_lean. sms: kinds of GPUs, 86 for compute capability 8.6. activations:
+    dtype of activations and KV cache, "bfloat16" or "float16" (float32 for checks).
     experts: a safetensors file inside the bundle; its tensors are inputs of the decoder under their names.
     Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in
     logits_index; profile 1 takes one token of each. capacity: tokens in a sequence's cache, fixed. max_visual: rows of
@@ -114,6 +115,12 @@ class TensorRTFacts(_Facts, frozen=True):
     capacity: int
     max_visual: int
     max_patches: int
+    version_compatible: bool = False
+
+
+def capability(sm: int) -> str:
+    """8.6 for 86."""
+    return f"{sm // 10}.{sm % 10}"
 
 
 class EngineFacts(_Facts, frozen=True):
@@ -121,6 +128,7 @@ class EngineFacts(_Facts, frozen=True):
 
     block_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
+    sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     cost: None in bundles older than this field. tensorrt: None for an engine on ONNX Runtime.
     """
 
@@ -130,6 +138,8 @@ class EngineFacts(_Facts, frozen=True):
     block_size: int = 0
     kv_cache: str = "float32"
     operators: str = ""
+    sparsity: str = ""
+    pruned_weights: int = 0
     cost: CostFacts | None = None
     tensorrt: TensorRTFacts | None = None
 
@@ -152,6 +162,9 @@ class Manifest(_Facts, frozen=True):
     digest: str = ""
 
 
-def digest_of(manifest: Manifest) -> str:
-    """sha256, in hexadecimal, of the manifest as compact JSON with an empty digest."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+def digest_of(manifest: bytes) -> str:
+    """sha256, in hexadecimal, of manifest.json without white space and with an empty digest.
+
+    Of the fields that are there: a bundle that is older than some of them keeps its digest.
+    """
+    return hashlib.sha256(msgspec.json.encode(msgspec.json.decode(manifest) | {"digest": ""})).hexdigest()

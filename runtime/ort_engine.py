@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
 
@@ -95,19 +95,18 @@ class OrtEngine:
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
         options.log_severity_level = 4  # what it says on failure is in the exception
-        if self._operators is not None:
-            options.register_custom_ops_library(str(self._operators))
         if graph is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
+            if self._operators is not None:
+                options.register_custom_ops_library(str(self._operators))
             return self._ort.InferenceSession(graph or path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
 
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for segment ids that are not in order."""
-        if (np.diff(inputs.segment_id) < 0).any():
-            raise EngineError("segment_id falls: the patches of one image must follow each other")
+        check_vision(inputs)
         try:
             outputs = self._vision.run(None, vars(inputs))
         except Exception as error:
@@ -136,19 +135,7 @@ class OrtEngine:
 
     def run(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> dict[str, np.ndarray]:
         """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
-        batch, length = step.input_ids.shape
-        if batch != cache.batch:
-            raise EngineError(f"a step of {batch} sequences does not fit into a cache of {cache.batch}")
-        if int(step.cache_position.max()) + length > cache.capacity:
-            raise EngineError(
-                f"{length} tokens at position {step.cache_position.max()} do not fit into a cache of {cache.capacity}"
-            )
-        rows = 0 if visual is None else len(visual.embeds)
-        if int(step.visual_index.max()) >= rows:
-            raise EngineError(f"visual_index = {step.visual_index.max()}, but the step has {rows} visual features")
-        if not 0 <= int(step.input_ids.min()) <= int(step.input_ids.max()) < self._model.vocabulary:
-            wrong = step.input_ids[(step.input_ids < 0) | (step.input_ids >= self._model.vocabulary)].flat[0]
-            raise EngineError(f"input_ids has {wrong} (allowed: 0 to {self._model.vocabulary - 1})")
+        check_step(step, visual, cache, self._model.vocabulary)
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}
         if self._deepstack:
@@ -165,6 +152,9 @@ class OrtEngine:
             values = cache.binding.get_outputs()[1 : 1 + len(self._taps)]
             outputs |= {name: value.numpy() for name, value in zip(self._taps, values, strict=True)}
         return outputs
+
+    def close(self) -> None:
+        """Nothing to do: ONNX Runtime frees its sessions with the last reference to them."""
 
     def _feed(self, cache: OrtCache, feeds: dict[str, np.ndarray]) -> None:
         """Put a step's arrays where the graph reads them, and have room for its logits."""

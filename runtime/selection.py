@@ -1,0 +1,64 @@
+"""Which engine of a bundle this machine runs: by GPU, product and version, and what there is where none fits."""
+
+from __future__ import annotations
+
+from moevlm.runtime.bundle import Bundle, default_engines
+from moevlm.runtime.errors import BundleError, EngineError
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
+
+
+def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]:
+    """The engine that `target` names, in full or up to a colon, and that runs here.
+
+    Without a target the one for this machine's GPU, else what `Bundle.engine` takes of those on the CPU. The GPU is
+    looked for only where an engine needs one. Raises BundleError, saying what there is, if none fits or several do.
+    """
+    engines = bundle.manifest.engines
+    names = sorted(engines) if target is None else bundle.matches(target)
+    machine = _Machine()
+    misfits = {name: machine.misfit(facts) for name in names if (facts := engines[name].tensorrt) is not None}
+    on_gpu = [name for name, reason in misfits.items() if reason is None]
+    on_cpu = [name for name in names if name not in misfits]
+    fitting = on_gpu + on_cpu if target is not None else on_gpu or default_engines(on_cpu)
+    if len(fitting) == 1:
+        return fitting[0], engines[fitting[0]]
+    if fitting or not misfits:
+        raise BundleError(
+            f"which engine of {bundle.directory}? Name a target (available: {', '.join(fitting) or bundle.available})"
+        )
+    needs = ", ".join(f"{name} ({reason})" for name, reason in misfits.items())
+    others = default_engines(name for name in engines if engines[name].tensorrt is None)
+    hint = f" (use --target {others[0]})" if others else ""
+    raise BundleError(f"no engine for this machine in {bundle.directory}: it has {needs}; {machine.has}{hint}")
+
+
+class _Machine:
+    """This machine's GPU, looked for once, when the first engine asks."""
+
+    def __init__(self) -> None:
+        self._sm: int | None = None
+        self.has = ""
+
+    def misfit(self, facts: TensorRTFacts) -> str | None:
+        """What the engine needs and this machine does not have; None if it runs here."""
+        if not self.has:
+            self._look()
+        if self._sm not in facts.sms:
+            return f"needs compute capability {' or '.join(map(capability, facts.sms))}"
+        from moevlm.runtime.tensorrt_library import find_module
+
+        try:
+            find_module(facts)
+        except EngineError as error:
+            return str(error).removeprefix("the engine ")
+        return None
+
+    def _look(self) -> None:
+        from moevlm.runtime.cuda import find_gpu
+
+        try:
+            gpu = find_gpu()
+        except EngineError as error:
+            self.has = f"this machine has {error}"
+        else:
+            self._sm, self.has = gpu.sm, f"this machine has {gpu.name}, compute capability {capability(gpu.sm)}"

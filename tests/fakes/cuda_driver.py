@@ -1,0 +1,340 @@
+"""A strict stand-in for cuda.bindings.driver: device memory on the host, work that waits until someone waits for it.
+
+Stricter than a GPU: queued work runs at the last moment, memory starts as NaN, every address is checked against what
+is allocated, and a call outside of a current context fails.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver as real
+
+OK = real.CUresult.CUDA_SUCCESS
+RELEASES = (
+    "Free",
+    "Destroy",
+    "Release",
+    "PopCurrent",
+    "EndCapture",
+)  # calls that do their work even where they report an error
+Work = Callable[[], None]
+
+
+class Faults:
+    """Every call of the fakes in order, by name, and the one that shall fail."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.fail: tuple[str, int] | None = None  # (name, which call of that name, from 0)
+
+    def hit(self, name: str) -> bool:
+        """Note a call; whether it shall fail."""
+        count = self.calls.count(name) if self.fail is not None and self.fail[0] == name else -1
+        self.calls.append(name)
+        return self.fail == (name, count)
+
+
+def call(outputs: int = 0, context: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A driver call that returns (CUresult, *outputs). context: one must be current."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def checked(self: Driver, *arguments: Any) -> tuple[Any, ...]:
+            nothing = (None,) * outputs
+            name = function.__name__
+            fails = self.faults.hit(name)
+            assert self.initialised or name == "cuInit", f"{name} before cuInit"
+            if context and not self._stack():
+                return (real.CUresult.CUDA_ERROR_INVALID_CONTEXT, *nothing)
+            if fails and not any(word in name for word in RELEASES):
+                return (real.CUresult.CUDA_ERROR_UNKNOWN, *nothing)
+            self.spoiled = self.spoiled or fails  # a recording, if there is one
+            result = function(self, *arguments)
+            if fails:
+                return (real.CUresult.CUDA_ERROR_UNKNOWN, *nothing)
+            if isinstance(result, real.CUresult) and result != OK:
+                return (result, *nothing)
+            values = () if outputs == 0 else result if outputs > 1 else (result,)
+            return (OK, *values)
+
+        return checked
+
+    return wrap
+
+
+class Driver:
+    """The module. devices: how many there are. sm: compute capability of the first. total: bytes of its memory."""
+
+    CUresult = real.CUresult
+    CUdevice_attribute = real.CUdevice_attribute
+    CUstream_flags = real.CUstream_flags
+    CUevent_flags = real.CUevent_flags
+    CUstreamCaptureMode = real.CUstreamCaptureMode
+
+    def __init__(self, sm: tuple[int, int] = (8, 9), devices: int = 1, total: int = 1 << 30) -> None:
+        self.faults = Faults()
+        self.sm, self.devices, self.total = sm, devices, total
+        self.initialised = False
+        self.retained = 0
+        self.device: dict[int, np.ndarray] = {}
+        self.host: dict[int, np.ndarray] = {}
+        self.streams: dict[int, list[Work]] = {}
+        self.events: dict[int, bool] = {}
+        self.graphs: dict[int, list[Work]] = {}
+        self.executables: dict[int, list[Work]] = {}
+        self.capturing: list[Work] | None = None
+        self.spoiled = False
+        self.copied_in = 0
+        self.replays = 0
+        self._contexts = threading.local()
+        self._handles = itertools.count(1)
+        self._addresses = itertools.count(0x7F00_0000_0000, 0x1_0000_0000)
+
+    def leaks(self) -> dict[str, int]:
+        """What was not given back, by kind; empty if nothing."""
+        kinds = ("device", "host", "streams", "events", "graphs", "executables")
+        found = {kind: len(getattr(self, kind)) for kind in kinds}
+        found |= {"retained": self.retained, "current": len(self._stack())}
+        return {kind: count for kind, count in found.items() if count}
+
+    def view(self, address: int, size: int) -> np.ndarray:
+        """Bytes of device memory; refuses what is not inside one allocation."""
+        for base, memory in self.device.items():
+            if base <= address and address + size <= base + len(memory):
+                return memory[address - base : address - base + size]
+        raise AssertionError(f"{size} bytes at {address:#x} are not inside an allocation")
+
+    def queue(self, stream: int, work: Work) -> None:
+        """Work of a library on a stream, or of a call here."""
+        if self.capturing is not None:
+            self.capturing.append(work)
+        else:
+            self.streams[int(stream)].append(work)
+
+    def _stack(self) -> list[int]:
+        if not hasattr(self._contexts, "stack"):
+            self._contexts.stack = []
+        return self._contexts.stack
+
+    def _pinned(self, address: int, size: int) -> np.ndarray:
+        for base, memory in self.host.items():
+            if base <= address and address + size <= base + len(memory):
+                return memory[address - base : address - base + size]
+        raise AssertionError(f"{size} bytes at {address:#x} are not inside pinned memory")
+
+    def _forbidden_in_capture(self) -> bool:
+        if self.capturing is not None:
+            self.spoiled = True
+            return True
+        return False
+
+    def _drain(self) -> None:
+        for work in self.streams.values():
+            while work:
+                work.pop(0)()
+
+    @call(context=False)
+    def cuInit(self, Flags: int) -> Any:
+        assert Flags == 0
+        self.initialised = True
+        return OK if self.devices else real.CUresult.CUDA_ERROR_NO_DEVICE
+
+    @call(1, context=False)
+    def cuDriverGetVersion(self) -> Any:
+        return 13000
+
+    @call(1, context=False)
+    def cuDeviceGet(self, ordinal: int) -> Any:
+        return real.CUdevice(ordinal) if ordinal < self.devices else real.CUresult.CUDA_ERROR_INVALID_DEVICE
+
+    @call(1, context=False)
+    def cuDeviceGetAttribute(self, attrib: Any, dev: Any) -> Any:
+        assert int(dev) < self.devices
+        attributes = self.CUdevice_attribute
+        return {
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: self.sm[0],
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: self.sm[1],
+        }[attrib]
+
+    @call(1, context=False)
+    def cuDeviceGetName(self, length: int, dev: Any) -> Any:
+        assert int(dev) < self.devices
+        return b"Fake GPU".ljust(length, b"\0")
+
+    @call(1, context=False)
+    def cuDevicePrimaryCtxRetain(self, dev: Any) -> Any:
+        assert int(dev) < self.devices
+        self.retained += 1
+        return real.CUcontext(0xC0)
+
+    @call(context=False)
+    def cuDevicePrimaryCtxRelease(self, dev: Any) -> Any:
+        assert int(dev) < self.devices
+        assert self.retained
+        self.retained -= 1
+
+    @call(context=False)
+    def cuCtxPushCurrent(self, ctx: Any) -> Any:
+        assert int(ctx) == 0xC0
+        assert self.retained
+        self._stack().append(0xC0)
+
+    @call(1)
+    def cuCtxPopCurrent(self) -> Any:
+        return real.CUcontext(self._stack().pop())
+
+    @call(1)
+    def cuStreamCreate(self, Flags: int) -> Any:
+        assert Flags == self.CUstream_flags.CU_STREAM_NON_BLOCKING
+        handle = next(self._handles)
+        self.streams[handle] = []
+        return real.CUstream(handle)
+
+    @call()
+    def cuStreamDestroy(self, hStream: Any) -> Any:
+        self._drain()
+        del self.streams[int(hStream)]
+
+    @call()
+    def cuStreamSynchronize(self, hStream: Any) -> Any:
+        if self._forbidden_in_capture():
+            return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        work = self.streams[int(hStream)]
+        while work:
+            work.pop(0)()
+        return OK
+
+    @call(1)
+    def cuMemAlloc(self, bytesize: int) -> Any:
+        if self._forbidden_in_capture():
+            return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        if not bytesize:
+            return real.CUresult.CUDA_ERROR_INVALID_VALUE
+        if sum(map(len, self.device.values())) + bytesize > self.total:
+            return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+        address = next(self._addresses)
+        self.device[address] = np.full(bytesize, 0xFF, np.uint8)  # NaN as any kind of float
+        return real.CUdeviceptr(address)
+
+    @call()
+    def cuMemFree(self, dptr: Any) -> Any:
+        self._drain()  # as the driver does
+        del self.device[int(dptr)]
+
+    @call(1)
+    def cuMemHostAlloc(self, bytesize: int, Flags: int) -> Any:
+        assert Flags == 0
+        if self._forbidden_in_capture() or not bytesize:
+            return real.CUresult.CUDA_ERROR_INVALID_VALUE
+        memory = np.full(bytesize, 0xFF, np.uint8)
+        self.host[memory.ctypes.data] = memory
+        return memory.ctypes.data
+
+    @call()
+    def cuMemFreeHost(self, p: Any) -> Any:
+        self._drain()
+        memory = self.host.pop(p)
+        ctypes.memset(p, 0xFF, len(memory))  # whoever still looks sees NaN
+
+    @call(2)
+    def cuMemGetInfo(self) -> Any:
+        return self.total - sum(map(len, self.device.values())), self.total
+
+    @call()
+    def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: int, ByteCount: int, hStream: Any) -> Any:
+        def work() -> None:
+            self.view(int(dstDevice), ByteCount)[:] = self._pinned(srcHost, ByteCount)
+            self.copied_in += ByteCount
+
+        self.queue(hStream, work)
+
+    @call()
+    def cuMemcpyDtoHAsync(self, dstHost: int, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
+        def work() -> None:
+            self._pinned(dstHost, ByteCount)[:] = self.view(int(srcDevice), ByteCount)
+
+        self.queue(hStream, work)
+
+    @call()
+    def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> Any:
+        def work() -> None:
+            self.view(int(dstDevice), N)[:] = uc
+
+        self.queue(hStream, work)
+
+    @call(1)
+    def cuEventCreate(self, Flags: int) -> Any:
+        assert Flags == self.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        handle = next(self._handles)
+        self.events[handle] = True
+        return real.CUevent(handle)
+
+    @call()
+    def cuEventDestroy(self, hEvent: Any) -> Any:
+        del self.events[int(hEvent)]
+
+    @call()
+    def cuEventRecord(self, hEvent: Any, hStream: Any) -> Any:
+        self.events[int(hEvent)] = False
+
+        def work() -> None:
+            if int(hEvent) in self.events:
+                self.events[int(hEvent)] = True
+
+        self.queue(hStream, work)
+
+    @call()
+    def cuEventSynchronize(self, hEvent: Any) -> Any:
+        for work in self.streams.values():
+            while work and not self.events[int(hEvent)]:
+                work.pop(0)()
+
+    @call()
+    def cuStreamBeginCapture(self, hStream: Any, mode: Any) -> Any:
+        assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        assert int(hStream) in self.streams
+        assert self.capturing is None
+        self.capturing, self.spoiled = [], False
+
+    @call(1)
+    def cuStreamEndCapture(self, hStream: Any) -> Any:
+        assert int(hStream) in self.streams
+        work, self.capturing = self.capturing, None
+        assert work is not None
+        if self.spoiled:
+            return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+        handle = next(self._handles)
+        self.graphs[handle] = work
+        return real.CUgraph(handle)
+
+    @call(1)
+    def cuGraphInstantiate(self, hGraph: Any, flags: int) -> Any:
+        assert flags == 0
+        handle = next(self._handles)
+        self.executables[handle] = list(self.graphs[int(hGraph)])
+        return real.CUgraphExec(handle)
+
+    @call()
+    def cuGraphLaunch(self, hGraphExec: Any, hStream: Any) -> Any:
+        work = self.executables[int(hGraphExec)]
+        self.replays += 1
+        for piece in work:
+            self.queue(hStream, piece)
+
+    @call()
+    def cuGraphDestroy(self, hGraph: Any) -> Any:
+        del self.graphs[int(hGraph)]
+
+    @call()
+    def cuGraphExecDestroy(self, hGraphExec: Any) -> Any:
+        del self.executables[int(hGraphExec)]
+
+    def cuGetErrorString(self, error: Any) -> Any:
+        return OK, {real.CUresult.CUDA_ERROR_OUT_OF_MEMORY: b"out of memory"}.get(error, b"unknown error")

@@ -1,0 +1,151 @@
+"""Which engine a machine takes: by target, GPU, product and version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import msgspec
+import pytest
+
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BundleError, EngineError
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.selection import select
+from moevlm.runtime.tensorrt_library import find_module
+from tests.fakes.gpu import FakeGpu, fake_gpu
+
+RTX = TensorRTFacts(
+    product="tensorrt_rtx",
+    version="1.7.1.116",
+    sms=(86, 89),
+    activations="bfloat16",
+    experts="engines/x",
+    max_batch=1,
+    chunk_tokens=1,
+    max_logits=1,
+    capacity=1,
+    max_visual=1,
+    max_patches=1,
+)
+CPU = EngineFacts(vision="v", decoder="d", dtype="float32")
+
+
+def engine(**changes: object) -> EngineFacts:
+    return msgspec.structs.replace(CPU, tensorrt=msgspec.structs.replace(RTX, **changes))
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path):
+    """Makes a bundle of these engines, as far as its manifest goes."""
+    opened = Bundle.open(tiny_bundle)
+    return lambda **engines: replace(
+        opened,
+        manifest=msgspec.structs.replace(opened.manifest, engines={n.replace("_", ":"): e for n, e in engines.items()}),
+    )
+
+
+@contextmanager
+def machine(folder: Path, sm: int | None = 89) -> Iterator[FakeGpu]:
+    with fake_gpu(folder, sm=(0, 0) if sm is None else divmod(sm, 10), devices=0 if sm is None else 1) as gpu:
+        yield gpu
+
+
+def refused(opened: Bundle, target: str | None, *texts: str) -> None:
+    with pytest.raises(BundleError) as info:
+        select(opened, target)
+    for text in texts:
+        assert text in str(info.value)
+    assert "\n" not in str(info.value)
+
+
+def test_without_a_target_the_gpu_s_engine_comes_first_where_it_runs(bundle, tmp_path) -> None:
+    opened = bundle(cpu_int8=CPU, **{"rtx_a": engine(), "rtx_b": engine(sms=(120,))})
+    for sm, expected in ((89, "rtx:a"), (86, "rtx:a"), (120, "rtx:b"), (90, "cpu:int8"), (None, "cpu:int8")):
+        with machine(tmp_path, sm):
+            assert select(opened)[0] == expected
+
+
+def test_another_version_of_the_product_does_not_count(bundle, tmp_path) -> None:
+    opened = bundle(cpu_int8=CPU, rtx_a=engine(version="1.6.0.1"))
+    with machine(tmp_path):
+        assert select(opened)[0] == "cpu:int8"
+        refused(opened, "rtx:a", "rtx:a (needs tensorrt_rtx 1.6.0.1 (installed: tensorrt_rtx 1.7.1.116))")
+
+
+def test_a_bundle_without_gpu_engines_never_looks_for_a_gpu(bundle, tmp_path) -> None:
+    with machine(tmp_path) as gpu:
+        assert select(bundle(cpu_int8=CPU))[0] == "cpu:int8"
+        assert select(bundle(cpu_int8=CPU, rtx_a=engine()), "cpu:int8")[0] == "cpu:int8"
+    assert not gpu.driver.faults.calls
+
+
+def test_where_nothing_fits_it_says_what_there_is(bundle, tmp_path) -> None:
+    opened = bundle(rtx_a=engine(sms=(86, 120)), rtx_b=engine(sms=(89,)), cpu_int4=CPU)
+    with machine(tmp_path, None):
+        refused(
+            opened,
+            "rtx",
+            "no engine for this machine in",
+            "it has rtx:a (needs compute capability 8.6 or 12.0), rtx:b (needs compute capability 8.9)",
+            "this machine has no NVIDIA GPU that this process may use (use --target cpu:int4)",
+        )
+        refused(bundle(rtx_a=engine()), None, "no engine for this machine", "no NVIDIA GPU")
+    with machine(tmp_path, 90):
+        refused(opened, "rtx:b", "this machine has Fake GPU, compute capability 9.0 (use --target cpu:int4)")
+
+
+def test_a_target_is_a_full_name_or_a_beginning_that_leaves_no_choice(bundle, tmp_path) -> None:
+    opened = bundle(cpu_int8=CPU, cpu_int4=CPU, **{"rtx_sm89_bf16": engine(), "rtx_sm120_bf16": engine(sms=(120,))})
+    with machine(tmp_path):
+        for target in ("rtx", "rtx:sm89", "rtx:sm89:bf16"):
+            assert select(opened, target)[0] == "rtx:sm89:bf16"
+        refused(opened, "rtx:sm120", "needs compute capability 12.0")
+        refused(opened, "cpu", "Name a target (available: cpu:int4, cpu:int8)")
+        refused(opened, "cp", "no engine 'cp'", "available: cpu:int4, cpu:int8, rtx:sm120:bf16, rtx:sm89:bf16")
+        refused(opened, "rtx:sm8", "no engine 'rtx:sm8'")
+        two = bundle(cpu_int8=CPU, rtx_bf16=engine(), rtx_fp16=engine())
+        refused(two, None, "Name a target (available: rtx:bf16, rtx:fp16)")
+    exact = bundle(cpu=CPU, cpu_int8=CPU)
+    assert select(exact, "cpu")[0] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("installed", "facts", "expected"),
+    [
+        ({"tensorrt": "11.4.0.5"}, {"version": "11.4.0.5"}, "tensorrt"),
+        ({"tensorrt": "11.4.0.5", "tensorrt_lean": "11.4.0.5"}, {"version": "11.4.0.5"}, "tensorrt"),
+        ({"tensorrt_lean": "11.4.0.5"}, {"version": "11.4.0.5"}, None),
+        ({"tensorrt_lean": "11.4.0.5"}, {"version": "11.2.0.1", "version_compatible": True}, "tensorrt_lean"),
+        ({"tensorrt": "11.4.0.5"}, {"version": "11.2.0.1", "version_compatible": True}, "tensorrt"),
+        ({"tensorrt": "11.4.0.5"}, {"version": "11.2.0.1"}, None),
+        ({"tensorrt": "11.4.0.5"}, {"version": "10.13.0.1", "version_compatible": True}, None),
+        ({"tensorrt_lean": "11.1.0.5"}, {"version": "11.2.0.1", "version_compatible": True}, None),
+        ({}, {"version": "11.4.0.5"}, None),
+    ],
+)
+def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, facts, expected) -> None:
+    import sys
+
+    for name in ("tensorrt", "tensorrt_lean"):
+        module = ModuleType(name) if name in installed else None
+        if module is not None:
+            module.__version__ = installed[name]  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, name, module)
+    wanted = msgspec.structs.replace(RTX, product="tensorrt", **facts)
+    if expected is not None:
+        assert find_module(wanted).__name__ == expected
+        return
+    shown = ", ".join(f"{name} {version}" for name, version in installed.items())
+    text = f"installed: {shown}" if installed else "pip install 'moevlm[gpu]'"
+    with pytest.raises(EngineError, match=re.escape(f"needs tensorrt {facts['version']} ({text})")):
+        find_module(wanted)
+
+
+def test_an_unknown_product_is_refused() -> None:
+    with pytest.raises(EngineError, match=r"product = 'other' \(supported: tensorrt, tensorrt_rtx\)"):
+        find_module(msgspec.structs.replace(RTX, product="other"))
