@@ -27,7 +27,8 @@ def rounded(values: Array, dtype: str) -> Array:
     """values as `dtype` holds them, to nearest even: float32."""
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "float16":
-        return values.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
@@ -47,7 +48,7 @@ def quantize(rows: Array, weights: str, block: int, dtype: str) -> tuple[Array, 
     """rows [n, K] -> stored int8 [n, stored width] and scales [n, blocks] float32, which `dtype` holds exactly.
 
     Each block's scale maps its largest magnitude to the format's largest number. Integers from a better search come in
-    through `pack_codes`.
+    through `pack_codes`. Raises ValueError where a weight is infinite or not a number, or dtype cannot hold a scale.
     """
     n, width = rows.shape
     blocks = -(-width // block)
@@ -56,6 +57,8 @@ def quantize(rows: Array, weights: str, block: int, dtype: str) -> tuple[Array, 
     values = padded.reshape(n, blocks, block)
     largest = FP8_MAX if weights == "fp8" else ZERO[weights] - 1
     scales = rounded(np.abs(values).max(-1) / largest, dtype)
+    if not np.isfinite(scales).all():
+        raise ValueError(f"weight: scale {scales[~np.isfinite(scales)][0]} of a block (allowed: finite in {dtype})")
     units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
     if weights == "fp8":
         return _fp8_codes(units).reshape(n, -1), scales

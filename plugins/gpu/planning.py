@@ -58,10 +58,10 @@ class _Experts:
     INNER, ROWS_OUT, COUNTS, STARTS, ROWS, BLOCKS = range(6)
 
     def __init__(self, op: ExpertsOp, sm: int, max_tokens: int) -> None:
+        self.ranges = tiles(op, sm)
         if op.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
         self.op, self.sm, self.max_tokens = op, sm, max_tokens
-        self.ranges = tiles(op, sm)
         self.kernels: list[KernelSpec] = []
         self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
         self.dtype = TRITON[op.dtype]

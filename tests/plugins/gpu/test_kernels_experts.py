@@ -1,12 +1,20 @@
 """The experts kernels, interpreted, against the numpy spec on the weights as they are stored."""
 
+from collections.abc import Iterator
+from itertools import product
+
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moevlm.plugins import reference
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, ExpertsOp
+from moevlm.plugins.gpu.ops import FORMATS as FORMATS_OF_WEIGHTS
 from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.program import Launch
+from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
 from moevlm.plugins.spec import ExpertsSpec
 from moevlm.plugins.variants import BLOCKS, expert_weights, hidden_states
 from tests.plugins.gpu.interpreter import Interpreter
@@ -15,6 +23,7 @@ from tests.plugins.gpu.interpreter import Interpreter
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 FORMATS = [("", 32), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 128), ("fp8", 32), ("fp8", 128)]
 SILU = ExpertsSpec()
+SMS = sorted(FAMILIES)
 
 
 def draw_inputs(op: ExpertsOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
@@ -64,7 +73,7 @@ def agrees(interpreter: Interpreter, op: ExpertsOp, tokens: int, sm: int = 80, s
 def test_every_variant_agrees_with_the_spec(
     triton_interpreter: Interpreter, name: str, has_biases: bool, tokens: int
 ) -> None:
-    op = ExpertsOp(BLOCKS[name], 8, 3, hidden=40, inner=24, dtype="float32", has_biases=has_biases)
+    op = ExpertsOp(BLOCKS[name], 4, 2, hidden=20, inner=12, dtype="float32", has_biases=has_biases)
     agrees(triton_interpreter, op, tokens)
 
 
@@ -74,11 +83,87 @@ def test_every_variant_agrees_with_the_spec(
 def test_every_format_of_weights_agrees_with_the_spec(
     triton_interpreter: Interpreter, weights: str, block: int, dtype: str, tokens: int
 ) -> None:
-    op = ExpertsOp(SILU, 5, 2, hidden=136, inner=72, dtype=dtype, weights=weights, block=block, has_biases=True)
+    op = ExpertsOp(SILU, 3, 2, hidden=136, inner=40, dtype=dtype, weights=weights, block=block, has_biases=True)
     agrees(triton_interpreter, op, tokens)
 
 
-@pytest.mark.parametrize("tokens", [2, 5, 8, 9, 33, 70])
+@pytest.mark.parametrize("tokens", [2, 8, 9, 33, 70])
 def test_a_few_tokens_and_many(triton_interpreter: Interpreter, tokens: int) -> None:
-    op = ExpertsOp(SILU, 6, 3, hidden=48, inner=16, dtype="float16")
+    op = ExpertsOp(SILU, 6, 3, hidden=32, inner=16, dtype="float16")
     agrees(triton_interpreter, op, tokens)
+
+
+def every_tile() -> Iterator[tuple[int, str, Range, int]]:
+    """(sm, weights, tiles, tokens) for one expert: each pair of tiles and each format once, and what chooses them."""
+    seen = set()
+    for sm, weights in product(sorted(FAMILIES), FORMATS_OF_WEIGHTS):
+        low = 0
+        for chosen in tiles(one_expert(weights), sm):
+            tokens = low + 1 if chosen.max_tokens is None else chosen.max_tokens
+            low = tokens
+            key = (weights, chosen.gate_up, chosen.down, tokens == 1)
+            if key not in seen:
+                seen.add(key)
+                yield sm, weights, chosen, tokens
+
+
+def one_expert(weights: str) -> ExpertsOp:
+    return ExpertsOp(SILU, 1, 1, hidden=40, inner=24, dtype="float16", weights=weights)
+
+
+@pytest.mark.parametrize(("sm", "weights", "chosen", "tokens"), list(every_tile()))
+def test_every_tile_agrees_with_the_spec(
+    triton_interpreter: Interpreter, sm: int, weights: str, chosen: Range, tokens: int
+) -> None:
+    made = plan(one_expert(weights), sm)
+    last = next(v for v in made.variants if tokens <= v.max_tokens).steps[-2:]
+    used = [dict(made.kernels[step.kernel].constants).get("BN") for step in last if isinstance(step, Launch)]
+    assert chosen.down.BN in used
+    agrees(triton_interpreter, one_expert(weights), tokens, sm)
+
+
+def test_weights_need_not_be_whole_tiles_of_a_model_s_shape(triton_interpreter: Interpreter) -> None:
+    op = ExpertsOp(SILU, 3, 2, hidden=300, inner=150, dtype="float16", weights="int4", block=128)
+    for tokens in (1, 3, 20):
+        agrees(triton_interpreter, op, tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_any_shape(triton_interpreter: Interpreter, data: st.DataObject) -> None:
+    experts = data.draw(st.integers(1, 9))
+    weights, block = data.draw(st.sampled_from(FORMATS))
+    op = ExpertsOp(
+        BLOCKS[data.draw(st.sampled_from(sorted(BLOCKS)))],
+        experts,
+        data.draw(st.integers(1, experts)),
+        hidden=data.draw(st.integers(1, 80)),
+        inner=data.draw(st.integers(1, 80)),
+        dtype="float32" if not weights else "float16",
+        weights=weights,
+        block=block,
+        has_biases=data.draw(st.booleans()),
+    )
+    seed = data.draw(st.integers(0, 1 << 30))
+    agrees(
+        triton_interpreter, op, data.draw(st.sampled_from((1, 2, 7, 8, 9, 20))), data.draw(st.sampled_from(SMS)), seed
+    )
+
+
+def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Interpreter) -> None:
+    op = ExpertsOp(SILU, 5, 2, hidden=32, inner=16, dtype="float16")
+    inputs = draw_inputs(op, 30, np.random.randint(1 << 30))
+    order = np.random.permutation(30)
+    moved = {name: inputs[name][order] for name in ("x", "expert_index", "expert_weight")}
+    (y,), (z,) = (triton_interpreter.run(plan(op, 80), given) for given in (inputs, inputs | moved))
+    np.testing.assert_array_equal(z, y[order])
+
+
+def test_inputs_that_differ_from_the_plan_are_refused(triton_interpreter: Interpreter) -> None:
+    op = ExpertsOp(SILU, 5, 2, hidden=32, inner=16, dtype="float16")
+    inputs = draw_inputs(op, 3, 0)
+    wrong = inputs | {"down": inputs["down"][:, :, :15]}
+    with pytest.raises(ValueError, match=r"down: float16 \(5, 32, 15\) \(allowed: float16 \(5, 32, 16\), contiguous\)"):
+        triton_interpreter.run(plan(op, 80), wrong)
+    with pytest.raises(ValueError, match=r"9 tokens \(allowed: up to 8\)"):
+        triton_interpreter.run(plan(op, 80, max_tokens=8), draw_inputs(op, 9, 0))
