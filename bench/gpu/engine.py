@@ -37,9 +37,10 @@ def _measure(target: str, dtype: str) -> dict[str, Any]:
     from moevlm.export.tensorrt.options import PlanOptions
 
     with TemporaryDirectory() as folder:
-        bundle = Path(folder) / "demo.moevlm"
-        build(ROOT / "demo" / "checkpoint", bundle, [REFERENCE, target], plans=PlanOptions(dtype=dtype))
-        expected, found = (_answers(moevlm.runtime.load(bundle, name)) for name in (REFERENCE, target))
+        path = Path(folder) / "demo.moevlm"
+        bundle = build(ROOT / "demo" / "checkpoint", path, [REFERENCE, target], plans=PlanOptions(dtype=dtype))
+        names = sorted(bundle.manifest.engines, key=lambda name: name != REFERENCE)  # the other's has its dtype, too
+        expected, found = (_answers(moevlm.runtime.load(path, name)) for name in names)
     same = sum(ours == theirs for (ours, _), (theirs, _) in zip(found, expected, strict=True))
     entry: dict[str, Any] = {"answers": len(found), "same": same}
     entry["seconds_per_token"] = min(seconds for _, seconds in found)
