@@ -71,7 +71,9 @@ def random_weights(op: ExpertsOp) -> list[torch.Tensor]:
     tensors = []
     for tensor in op.inputs[3:]:
         if tensor.dtype == "int8":
-            tensors.append(torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device="cuda"))
+            codes = torch.randint(-128, 127, tensor.shape, dtype=torch.int8, device="cuda")
+            # Neither -1 nor 127, which are no numbers in e4m3.
+            tensors.append(codes.masked_fill_(codes == -1, 0))
             continue
         value = torch.empty(tensor.shape, dtype=getattr(torch, op.dtype), device="cuda")
         tensors.append(value.uniform_(5e-4, 1e-3) if tensor.name.endswith("_scale") else value.normal_(std=0.02))

@@ -69,6 +69,14 @@ def compile_kernel(module: str, spec: KernelSpec, sm: int) -> dict[str, Any]:
     }
 
 
+def reason(error: BaseException) -> str:
+    """In one line, what went wrong first: Triton wraps an error in one more for each function that was being called."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = getattr(error, "error_message", None) or str(error)
+    return " ".join(text.split())[:500] or type(error).__name__
+
+
 def serve() -> None:
     """Answer requests until the input ends."""
     # Triton prints to standard output when ptxas fails; that is where the replies go.
@@ -82,7 +90,7 @@ def serve() -> None:
         try:
             reply = compile_kernel(request["module"], KernelSpec(**spec), request["sm"])
         except Exception as error:  # whatever it is, the other side reports it and goes on
-            reply = {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+            reply = {"error": reason(error)}
         print(json.dumps(reply), file=replies, flush=True)
 
 
