@@ -3,11 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo.moevlm
 
-.PHONY: setup demo test lint type bench train clean
+.PHONY: setup demo test lint type bench gpu-check train clean
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml $(wildcard plugins/cpu/*)
+.venv/installed: pyproject.toml $(wildcard plugins/cpu/* plugins/tensorrt/*)
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel
@@ -36,6 +36,12 @@ type: setup
 
 bench: setup
 	$(BIN)/python -m bench.cpu_bench --json bench/results/cpu.json
+
+# Not in .venv: $(PYTHON) has torch, triton and numpy for this machine's GPU. There may be no network.
+gpu-check:
+	@mkdir -p build/check/moevlm
+	@for package in export plugins runtime; do ln -sfn ../../../$$package build/check/moevlm/$$package; done
+	PYTHONPATH=build/check:. $(PYTHON) -m bench.gpu_check $(ARGS)
 
 train: setup
 	$(BIN)/python -m demo.train

@@ -1,8 +1,7 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,14 +10,14 @@ import onnx_ir as ir
 
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
-from moevlm.export.cost import cost
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
-from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, targets
+from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
+from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -36,16 +35,19 @@ def build(
     expert_layout: str = "auto",
     block_size: int = defaults.BLOCK_SIZE,
     kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
+    plans: PlanOptions | None = None,
     progress: Progress = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. block_size: weights that share a scale
-    in the int8 and int4 targets. kv_cache: "float32" or "int8", of the cpu targets. Memory stays at a few tensors,
-    whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing
-    behind then.
+    where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
+    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. Memory stays at a
+    few tensors, whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and
+    leaves nothing behind then.
     """
-    chosen = targets(target_names, block_size, kv_cache)
+    chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
         model, graphs = _trace(source, expert_layout, progress)
         facts = _model_facts(model, source)
@@ -54,7 +56,7 @@ def build(
         if reference not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], reference.path(name))
-        engines = _write_engines(writer, chosen, graphs, facts, progress)
+        engines = {target.name: target.write(writer, graphs, facts, progress) for target in chosen}
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -76,13 +78,15 @@ def add_targets(
     *,
     block_size: int = defaults.BLOCK_SIZE,
     kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
+    plans: PlanOptions | None = None,
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
     Raises CheckpointError if the checkpoint is another one, and what `build` raises.
     """
-    chosen = targets(target_names, block_size, kv_cache)
+    chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
     existing = Bundle.open(bundle)
@@ -92,7 +96,8 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        engines = _write_engines(writer, chosen, graphs, existing.manifest.model, progress)
+        facts = existing.manifest.model
+        engines = {target.name: target.write(writer, graphs, facts, progress, existing) for target in chosen}
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -112,22 +117,6 @@ def _trace(source: Checkpoint, expert_layout: str, progress: Progress) -> tuple[
     for graph in graphs.values():
         add_functions(graph)
     return model, graphs
-
-
-def _write_engines(
-    writer: BundleWriter,
-    chosen: Iterable[Target],
-    graphs: Mapping[str, ir.Model],
-    model: ModelFacts,
-    progress: Progress,
-) -> dict[str, EngineFacts]:
-    engines = {}
-    for target in chosen:
-        lowered = {name: target.lower(graphs[name], name) for name in GRAPHS}
-        engines[target.name] = target.facts(cost(graphs, lowered, model.vision.merge_size))
-        for name, graph in lowered.items():
-            writer.add_model(graph, target.path(name), partial(progress, f"writing {target.name} {name}"))
-    return engines
 
 
 def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:

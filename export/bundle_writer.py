@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import NoReturn, Protocol, Self, TypeVar
 
 import msgspec
 import onnx_ir as ir
@@ -13,11 +13,22 @@ import onnx_ir as ir
 from moevlm.export.atomic_directory import AtomicDirectory
 from moevlm.export.model_file import Progress, data_bytes, graph_bytes, plan, write_data
 from moevlm.export.streamed_file import StreamedFile
-from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path
+from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path, named_files
 from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import FileFacts, Manifest, digest_of
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_SCRATCH = ".scratch"
+
+
+class _Built(Protocol):
+    """What was built, and the facts of its file."""
+
+    @property
+    def file(self) -> FileFacts: ...
+
+
+Made = TypeVar("Made", bound=_Built)
 
 
 class BundleWriter:
@@ -45,7 +56,7 @@ class BundleWriter:
 
     def add_bytes(self, path: str, data: bytes) -> None:
         """Add a small file. path: relative to the bundle."""
-        self._add(path, len(data), lambda file: file.write(data))
+        self.add_stream(path, len(data), lambda file: file.write(data))
 
     def add_model(self, model: ir.Model, path: str, progress: Progress | None = None) -> None:
         """Add an ONNX graph at `path`, and its large initializers in one file, `path`.data, streamed.
@@ -56,9 +67,29 @@ class BundleWriter:
         spans = plan(model)
         if spans:
             needed = data_bytes(spans)
-            self._add(f"{path}.data", needed, lambda file: write_data(spans, file, progress))
+            self.add_stream(f"{path}.data", needed, lambda file: write_data(spans, file, progress))
         graph = graph_bytes(model, spans, f"{Path(path).name}.data")
         self.add_bytes(path, graph)
+
+    def add_stream(self, path: str, needed: int, fill: Callable[[StreamedFile], None]) -> None:
+        """Add a file of `needed` bytes, which `fill` writes. Raises BuildError, or what `fill` raises but OSError."""
+        self._files[path] = self._write(self._claim(path), needed, fill)
+
+    def add_built(self, path: str, build: Callable[[Path, Path], Made]) -> Made:
+        """Add a file that `build` writes to the first path it is given; the second is a folder for what it needs."""
+        target, scratch = self._claim(path), self._directory.path / _SCRATCH
+        try:
+            scratch.mkdir()
+            made = build(target, scratch)
+        except OSError as error:
+            self._refuse(target, 0, error)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self._files[path] = made.file
+        return made
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._files
 
     def add_structure(self, model: ir.Model, path: str) -> None:
         """Add an ONNX graph without its large initializers: it refers to the data file that `add_model` would write."""
@@ -82,14 +113,14 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Path:
         """Put the finished bundle into place, with `manifest` and the hashes of all files in it; returns its path.
 
-        files and digest of `manifest` are ignored. Raises BuildError if an engine names a graph that was not added.
+        files and digest of `manifest` are ignored. Raises BuildError if an engine names a file that was not added.
         """
         for name, engine in manifest.engines.items():
-            for path in (engine.vision, engine.decoder):
+            for path in named_files(engine):
                 if path not in self._files:
                     raise BuildError(f"engine {name} names {path}, which was not written")
         manifest = msgspec.structs.replace(manifest, files=dict(sorted(self._files.items())))
-        manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
+        manifest = msgspec.structs.replace(manifest, digest=digest_of(msgspec.json.encode(manifest)))
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
         self._write(self._directory.path / MANIFEST, len(data), lambda file: file.write(data))
         try:
@@ -97,9 +128,6 @@ class BundleWriter:
         except OSError as error:
             self._refuse(self._directory.path, 0, error)
         return self.destination
-
-    def _add(self, path: str, needed: int, fill: Callable[[StreamedFile], None]) -> None:
-        self._files[path] = self._write(self._claim(path), needed, fill)
 
     def _claim(self, path: str) -> Path:
         """The place of a new file in the hidden directory, its folder made."""
@@ -132,7 +160,8 @@ class BundleWriter:
         if error.errno not in _DISK_FULL:
             raise BuildError(f"cannot write {name}: {error.strerror}") from error
         free = shutil.disk_usage(self._directory.path).free
-        raise BuildError(f"cannot write {name}: the disk is full ({needed} bytes needed, {free} free)") from error
+        wanted = f"{needed} bytes needed, " if needed else ""
+        raise BuildError(f"cannot write {name}: the disk is full ({wanted}{free} free)") from error
 
     def _refuse_foreign_destination(self) -> None:
         """A bundle may be replaced, even a damaged one; anything else at the destination is someone's work."""

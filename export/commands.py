@@ -1,10 +1,12 @@
 """`moevlm export`, `moevlm build` and `moevlm parity`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from moevlm.runtime import defaults
+from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.cli import OutputFile, require
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
@@ -32,6 +34,50 @@ _CACHE = click.option(
     help="Dtype of the KV cache in the cpu targets.",
 )
 
+_SPARSITY = click.option(
+    "--sparsity",
+    type=click.Choice(["2:4"]),
+    help="Prune the dense layers: of every four weights the two smallest become zero.",
+)
+
+_PLANS = ("rtx", "trt")
+_PLAN_OPTIONS = (
+    click.option(
+        "--dtype",
+        type=click.Choice(["bf16", "fp16"]),
+        default="bf16",
+        show_default=True,
+        help="rtx, trt: of activations.",
+    ),
+    click.option(
+        "--experts",
+        type=click.Choice(["same", "int8", "int4", "fp8"]),
+        default="same",
+        help="How the experts' weights are stored: as the others are, or in blocks.",
+    ),
+    click.option(
+        "--capacity", metavar="N", type=int, default=4096, show_default=True, help="Tokens in a sequence's KV cache."
+    ),
+    click.option("--max-batch", metavar="N", type=int, default=8, show_default=True, help="Sequences in a step."),
+    click.option(
+        "--chunk-tokens",
+        metavar="N",
+        type=int,
+        default=defaults.CHUNK_TOKENS,
+        show_default=True,
+        help="Prompt tokens in a step.",
+    ),
+    click.option("--version-compatible", is_flag=True, help="trt: plans for later versions and the lean runtime, too."),
+    click.option("--native-moe", is_flag=True, help="trt on sm100, sm103, sm110: TensorRT's own MoE layer."),
+)
+
+
+def _plan_options(command: Any) -> Any:
+    """Options of the rtx and trt targets."""
+    for option in reversed(_PLAN_OPTIONS):
+        command = option(command)
+    return command
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -56,12 +102,14 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
     "--target",
     "targets",
     multiple=True,
-    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4; repeatable.  "
-    f"[default: {defaults.TARGET}]",
+    help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4, rtx:sm86,sm89,... for TensorRT-RTX, "
+    f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
 @_BLOCK
 @_CACHE
+@_SPARSITY
 @_LAYOUT
+@_plan_options
 def build(
     source: Path,
     output: Path | None,
@@ -69,7 +117,9 @@ def build(
     targets: tuple[str, ...],
     block_size: int,
     kv_cache: str,
+    sparsity: str | None,
     expert_layout: str,
+    **plans: Any,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
 
@@ -80,29 +130,40 @@ def build(
     require("torch", "export")
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
+    from moevlm.export.tensorrt.options import PlanOptions
 
     names = targets or (defaults.TARGET,)
+    options: Any = {"block_size": block_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
+    options["plans"] = PlanOptions(**plans)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            build_bundle(
-                origin,
-                bundle,
-                names,
-                expert_layout=expert_layout,
-                block_size=block_size,
-                kv_cache=kv_cache,
-                progress=progress,
-            )
+            built = build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress, **options)
         elif checkpoint is not None and output is None:
             if expert_layout != "auto":
                 raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
-            add_targets(bundle, origin, names, block_size=block_size, kv_cache=kv_cache, progress=progress)
+            built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)
-    console().print(f"next: moevlm parity {bundle} --checkpoint {origin}")
+    if sparsity:
+        zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
+        console().print(
+            f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
+        )
+    console().print(f"next: {_next_step(names, built, f'moevlm parity {bundle} --checkpoint {origin}')}")
+
+
+def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
+    """Parity of what was built, on a machine that can run it."""
+    here = [name for name in names if name.partition(":")[0] not in _PLANS]
+    if len(here) == len(names):
+        return parity
+    if here:
+        return f"{parity}{''.join(f' --target {name}' for name in here)}"
+    sms = sorted({sm for engine in built.manifest.engines.values() if engine.tensorrt for sm in engine.tensorrt.sms})
+    return f"on a machine with a GPU of {' or '.join(f'sm{sm}' for sm in sms)}: {parity}"
 
 
 @click.command(short_help="Check every engine of a bundle against Hugging Face.")

@@ -9,7 +9,7 @@ from moevlm.export.functions import EXPERTS, is_op
 from moevlm.runtime.manifest import CostFacts
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
-_SPARSE = ("MoE", "QMoE", EXPERTS)
+_SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
 
 
 def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], merge_size: int) -> CostFacts:
@@ -38,9 +38,10 @@ def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
     for node in model.graph:
         if node.op_type in _LOOKUPS:
             continue
-        weights = [value for value in node.inputs if value is not None and value.is_initializer()]
+        sparse = node.op_type in _SPARSE
+        weights = [value for value in node.inputs if value is not None and _is_weight(value, sparse)]
         size = sum(measure(value) for value in weights if len(value.shape or ()) > 1)
-        if node.op_type in _SPARSE:
+        if sparse:
             experts = next(value.shape[0] for value in weights if value.shape is not None)
             assert isinstance(experts, int)
             totals["expert"] += size // experts
@@ -49,18 +50,26 @@ def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
     return totals
 
 
+def _is_weight(value: ir.Value, sparse: bool) -> bool:
+    """Experts' weights may be inputs of the graph, of a fixed shape."""
+    return value.is_initializer() or (
+        sparse and value.is_graph_input() and value.shape is not None and value.shape.is_static()
+    )
+
+
 def _makes_logits(node: ir.Node) -> bool:
-    return any(value.name == "logits" for value in node.outputs)
+    casts = (user.outputs[0] for value in node.outputs for user in value.consumers() if user.op_type == "Cast")
+    return any(value.name == "logits" for value in (*node.outputs, *casts))
 
 
 def _bytes(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.nbytes
+    assert value.dtype is not None
+    return _elements(value) * int(value.dtype.bitwidth) // 8
 
 
 def _elements(value: ir.Value) -> int:
-    assert value.const_value is not None
-    return value.const_value.size
+    assert value.shape is not None
+    return math.prod(value.shape.numpy())
 
 
 def _patch_products(vision: ir.Model, patches_per_token: int) -> int:

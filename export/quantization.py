@@ -20,6 +20,10 @@ CHUNK = 1 << 17  # values at a time: large enough to hide numpy's calls, small e
 TINY = 1e-30  # blocks below this are zeros: their inverse would overflow
 
 
+Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Shaped = tuple[tuple[int, ...], np.dtype]
+
+
 @dataclass(frozen=True)
 class Scheme:
     """bits: 4 or 8. block: weights that share a scale, along the input axis."""
@@ -52,7 +56,7 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     for i in range(0, len(flat), step):
         q[i : i + step], scales[i : i + step] = _search(flat[i : i + step], scheme.bits)
     if not np.isfinite(scales).all():
-        raise ValueError("it has values that are infinite or not a number, which cannot be quantized")
+        raise ValueError("values that are infinite or not a number cannot be quantized")
     return q.reshape(n, blocks, scheme.block), scales.reshape(n, blocks)
 
 
@@ -100,44 +104,60 @@ def pack(q: np.ndarray, scheme: Scheme) -> np.ndarray:
     return q if scheme.bits == 8 else q[..., 0::2] | q[..., 1::2] << 4
 
 
-class Quantized:
-    """The two tensors that a weight [..., K] becomes: `values` [..., K / block, block * bits / 8] and `scales`.
+class Coded:
+    """The two tensors that a weight [..., K] becomes: `values` and `scales`, one scale per block of K.
 
     Both come from the source, and quantizing is the slow part of a build: scales found while the values were written
     are kept until they are written in turn, right afterwards.
     """
 
+    def __init__(self, source: Weight, encode: Encode, values: Shaped, scales: Shaped) -> None:
+        """encode: rows [n, K] float32 -> values and scales of n rows. values, scales: what the tensors will be."""
+        self._source, self._encode, self._values_of, self._scales_of = source, encode, values, scales
+        self._kept: np.ndarray | None = None
+        self.values: Weight = _Part(*values, self._values)
+        self.scales: Weight = _Part(*scales, self._scales)
+
+    def _both(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        piece = self._source.rows(start, stop)
+        found = self._encode(piece.reshape(-1, piece.shape[-1]).astype(np.float32, copy=False))
+        values, scales = (
+            array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
+            for array, (shape, dtype) in zip(found, (self._values_of, self._scales_of), strict=True)
+        )
+        return values, scales
+
+    def _values(self, start: int, stop: int) -> np.ndarray:
+        values, scales = self._both(start, stop)
+        if self._kept is None:
+            self._kept = np.full(self._scales_of[0], np.nan, self._scales_of[1])
+        self._kept[start:stop] = scales
+        return values
+
+    def _scales(self, start: int, stop: int) -> np.ndarray:
+        if self._kept is None or np.isnan(self._kept[start:stop]).any():
+            return self._both(start, stop)[1]
+        scales = self._kept[start:stop].copy()
+        if stop == len(self._kept):
+            self._kept = None
+        return scales
+
+
+class Quantized(Coded):
+    """`values` [..., K / block, block * bits / 8] uint8 and `scales` [..., K / block] float32."""
+
     def __init__(self, source: Weight, scheme: Scheme, flat: bool = False) -> None:
         """flat: values are [..., K * bits / 8] instead."""
         *outer, width = source.shape
         blocks, blob = -(-width // scheme.block), scheme.block * scheme.bits // 8
-        self._source, self._scheme = source, scheme
-        self._shape = (*outer, blocks)
-        self._kept: np.ndarray | None = None
         last = (blocks * blob,) if flat else (blocks, blob)
-        self.values: Weight = _Part((*outer, *last), np.dtype(np.uint8), self._values)
-        self.scales: Weight = _Part(self._shape, np.dtype(np.float32), self._scales)
 
-    def _quantize(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        piece = self._source.rows(start, stop)
-        q, scales = quantize(piece.reshape(-1, piece.shape[-1]).astype(np.float32, copy=False), self._scheme)
-        shape = (stop - start, *self._shape[1:])
-        return q.reshape(*shape, self._scheme.block), scales.reshape(shape)
+        def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            q, scales = quantize(rows, scheme)
+            return pack(q, scheme), scales
 
-    def _values(self, start: int, stop: int) -> np.ndarray:
-        q, scales = self._quantize(start, stop)
-        if self._kept is None:
-            self._kept = np.full(self._shape, np.nan, np.float32)
-        self._kept[start:stop] = scales
-        return pack(q, self._scheme).reshape(stop - start, *self.values.shape[1:])
-
-    def _scales(self, start: int, stop: int) -> np.ndarray:
-        if self._kept is None or np.isnan(self._kept[start:stop]).any():
-            return self._quantize(start, stop)[1]
-        scales = self._kept[start:stop].copy()
-        if stop == self._shape[0]:
-            self._kept = None
-        return scales
+        shapes = ((*outer, *last), np.dtype(np.uint8)), ((*outer, blocks), np.dtype(np.float32))
+        super().__init__(source, encode, *shapes)
 
 
 @dataclass(frozen=True)

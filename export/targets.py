@@ -1,10 +1,13 @@
 """What each target makes of the canonical graphs."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import onnx_ir as ir
 
+from moevlm.export.bundle_writer import BundleWriter
+from moevlm.export.cost import cost
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.cpu_attention import CpuAttention
 from moevlm.export.passes.cpu_linear import CpuLinear
@@ -14,13 +17,19 @@ from moevlm.export.passes.lower_attention import LowerAttention
 from moevlm.export.passes.lower_moe import LowerMoE
 from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.export.quantization import Scheme
+from moevlm.export.sparsity import SPARSITIES
+from moevlm.export.tensorrt.names import plan_targets
+from moevlm.export.tensorrt.options import PlanOptions
+from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.runtime import defaults
+from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
-from moevlm.runtime.manifest import CostFacts, EngineFacts
+from moevlm.runtime.manifest import CostFacts, EngineFacts, ModelFacts
 from moevlm.runtime.native import DOMAIN as CPU
 
 REFERENCE = "reference"
@@ -39,6 +48,7 @@ class Target:
 
     block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
     passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
+    sparsity: "2:4" if the passes prune the dense layers, else "".
     """
 
     name: str
@@ -48,9 +58,17 @@ class Target:
     kv_cache: str
     passes: Mapping[str, tuple[Pass, ...]]
     operators: str = ""
+    sparsity: str = ""
 
-    def facts(self, cost: CostFacts) -> EngineFacts:
-        """What the manifest says of this engine."""
+    def pruned(self, sparsity: str) -> "Target":
+        """This target from weights that were pruned first. Raises BuildError for the reference."""
+        if self.name == REFERENCE:
+            raise BuildError(f"{REFERENCE} is the checkpoint itself and stays dense (--sparsity is for other targets)")
+        passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
+        return replace(self, sparsity=sparsity, passes=passes)
+
+    def facts(self, cost: CostFacts, canonical: Mapping[str, ir.Model]) -> EngineFacts:
+        """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
         return EngineFacts(
             vision=vision,
@@ -59,8 +77,24 @@ class Target:
             block_size=self.block,
             kv_cache=self.kv_cache,
             operators=self.operators,
+            sparsity=self.sparsity,
+            pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
             cost=cost,
         )
+
+    def write(
+        self,
+        writer: BundleWriter,
+        canonical: Mapping[str, ir.Model],
+        model: ModelFacts,
+        progress: Callable[[str, int, int], None],
+        existing: Bundle | None = None,  # noqa: ARG002 - nothing of it is of use here
+    ) -> EngineFacts:
+        """Add its graphs to a bundle. canonical: by name."""
+        lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
+        for name, graph in lowered.items():
+            writer.add_model(graph, self.path(name), partial(progress, f"writing {self.name} {name}"))
+        return self.facts(cost(canonical, lowered, model.vision.merge_size), canonical)
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""
@@ -103,23 +137,37 @@ def _all(block: int, kv_cache: str) -> Iterator[Target]:
         yield Target(f"cpu:{dtype}", f"engines/cpu-{dtype}", dtype, block, kv_cache, _cpu(scheme, kv_cache), CPU)
 
 
-TARGETS = tuple(target.name for target in _all(defaults.BLOCK_SIZE, defaults.KV_CACHE))
+PLANS = ("rtx:smNN,...", "trt:smNN")
+TARGETS = (*(target.name for target in _all(defaults.BLOCK_SIZE, defaults.KV_CACHE)), *PLANS)
 
 
 def targets(
-    names: Iterable[str], block: int = defaults.BLOCK_SIZE, kv_cache: str = defaults.KV_CACHE
-) -> tuple[Target, ...]:
-    """The targets of these names, each once; ort-cpu:fp32 is ort-cpu.
+    names: Iterable[str],
+    block: int = defaults.BLOCK_SIZE,
+    kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
+    plans: PlanOptions | None = None,
+) -> tuple[Target | PlanTarget, ...]:
+    """The targets of these names, each once; ort-cpu:fp32 is ort-cpu, and trt:sm80,sm90 are two.
 
     block: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.
-    Raises BuildError for an unknown name or another block or dtype.
+    sparsity: "2:4" to prune the dense layers, or "". plans: of rtx and trt targets, but for block and sparsity.
+    Raises BuildError for a name or a value that there is not, or a target that cannot be built on this machine.
     """
     for name, value, allowed in (("block size", block, BLOCKS), ("KV cache", kv_cache, KV_CACHES)):
         if value not in allowed:
             raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
+    if sparsity and sparsity not in SPARSITIES:
+        raise BuildError(f"unsupported sparsity {sparsity} (supported: {', '.join(SPARSITIES)})")
+    plans = replace(plans or PlanOptions(), block=block, sparsity=sparsity)
     known = {target.name: target for target in _all(block, kv_cache)}
-    names = tuple(name.removesuffix(":fp32") for name in names)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise BuildError(f'unknown target "{unknown[0]}" (allowed: {", ".join(known)})')
-    return tuple(known[name] for name in dict.fromkeys(names))
+    chosen: dict[str, Target | PlanTarget] = {}
+    for name in names:
+        built: tuple[Target | PlanTarget, ...] = plan_targets(name, plans)
+        if not built:
+            name = name.removesuffix(":fp32")
+            if name not in known:
+                raise BuildError(f'unknown target "{name}" (allowed: {", ".join((*known, *PLANS))})')
+            built = (known[name].pruned(sparsity) if sparsity else known[name],)
+        chosen |= {target.name: target for target in built}
+    return tuple(chosen.values())

@@ -74,15 +74,13 @@ class Bundle:
     def engine_files(self, name: str) -> tuple[str, ...]:
         """Every file of the engine `name`: all that lie in the folders of its graphs, external data included.
 
-        Of TensorRT's engines the expert weights, too, which several may share.
+        Of a TensorRT engine also the experts' weights, which it may share with others.
         """
         _, engine = self.engine(name)
+        named = named_files(engine)
         folders = {PurePosixPath(graph).parent for graph in (engine.vision, engine.decoder)}
-        experts = engine.tensorrt.experts if engine.tensorrt else None
         return tuple(
-            path
-            for path in self.manifest.files
-            if path == experts or not folders.isdisjoint(PurePosixPath(path).parents)
+            path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
         )
 
     def path(self, name: str) -> Path:
@@ -183,10 +181,9 @@ class Bundle:
             if not _SHA256.fullmatch(facts.sha256) or facts.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():
-            experts = (engine.tensorrt.experts,) if engine.tensorrt else ()
-            for graph in (engine.vision, engine.decoder, *experts):
-                if graph not in self.manifest.files:
-                    raise BundleError(f"{where}: engines.{target} names {graph}, which files does not list")
+            for path in named_files(engine):
+                if path not in self.manifest.files:
+                    raise BundleError(f"{where}: engines.{target} names {path}, which files does not list")
 
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
@@ -196,6 +193,12 @@ class Bundle:
                 name = path.relative_to(self.directory).as_posix()
                 if (path.is_symlink() or not path.is_dir()) and name not in {*self.manifest.files, MANIFEST}:
                     raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
+
+
+def named_files(engine: EngineFacts) -> tuple[str, ...]:
+    """The files that an engine's facts name, as paths inside the bundle."""
+    experts = engine.tensorrt.experts if engine.tensorrt is not None else ""
+    return (engine.vision, engine.decoder, *((experts,) if experts else ()))
 
 
 def default_engines(names: Iterable[str]) -> list[str]:
@@ -232,6 +235,6 @@ def _read_manifest(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}") from None
-    if manifest.digest != digest_of(manifest):
+    if manifest.digest != digest_of(data):
         raise BundleError(f"{path} is damaged or was changed: its fields do not have the digest that it names")
     return manifest

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.native import OPERATORS
+from moevlm.runtime.native import OPERATORS, PLUGIN
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
-EXTRAS = {"cpu", "dev", "plot", "export", "gpu", "rtx", "serve"}
+EXTRAS = {"cpu", "dev", "plot", "export", "gpu", "kernels", "rtx", "serve"}
 COMMANDS = {"bench", "build", "export", "inspect", "parity", "run"}
 
 
@@ -54,7 +54,8 @@ def _run(*command: str | Path) -> str:
 def test_wheel_has_every_module_and_the_type_marker_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"moevlm/{path.relative_to(ROOT).as_posix()}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
-    assert names == modules | {"moevlm/runtime/py.typed", f"moevlm/runtime/{OPERATORS}{EXTENSION_SUFFIXES[0]}"}
+    libraries = {f"moevlm/runtime/{name}{EXTENSION_SUFFIXES[0]}" for name in (OPERATORS, PLUGIN)}
+    assert names == modules | libraries | {"moevlm/runtime/py.typed"}
     assert "moevlm/__init__.py" not in names  # a namespace: other wheels may add parts
 
 

@@ -1,0 +1,173 @@
+"""Runs a program's machine code through the CUDA driver: the plugin's work, by a second reader of the same data."""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Fill, Image, Kernel, Program, Variant
+
+POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+    "int32": torch.int32,
+}
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_WITHOUT_OPTING_IN = 48 * 1024
+
+
+@dataclass(frozen=True)
+class Pointers:
+    """Addresses on the device; workspace: of the whole."""
+
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    workspace: int
+
+
+@dataclass(frozen=True)
+class Set:
+    """Fill words from an address on."""
+
+    address: int
+    value: int
+    words: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launch with its numbers: arguments are 8-byte pointers or 4-byte integers."""
+
+    kernel: int
+    grid: tuple[int, ...]
+    arguments: tuple[ctypes.c_void_p | ctypes.c_int32, ...]
+
+
+def empty_outputs(program: Program, tokens: int, device: str = "cuda") -> list[torch.Tensor]:
+    """A program's outputs, holding poison."""
+    outputs = []
+    for tensor in program.outputs:
+        shape = [tokens if length == TOKENS else length for length in tensor.shape]
+        outputs.append(torch.empty(shape, dtype=_DTYPES[tensor.dtype], device=device))
+        outputs[-1].view(torch.uint8).fill_(POISON)
+    return outputs
+
+
+def resolve(variant: Variant, tokens: int, pointers: Pointers) -> list[Set | Call]:
+    """The variant's steps for so many tokens."""
+    buffers, at = [], pointers.workspace
+    for buffer in variant.buffers:
+        buffers.append(at)
+        at += -(-buffer.at(tokens) // ALIGNMENT) * ALIGNMENT
+    places = {"input": pointers.inputs, "output": pointers.outputs, "workspace": buffers}
+    steps: list[Set | Call] = []
+    for step in variant.steps:
+        if isinstance(step, Fill):
+            steps.append(Set(buffers[step.buffer], step.value, step.words.at(tokens)))
+            continue
+        arguments: list[ctypes.c_void_p | ctypes.c_int32] = []
+        for argument in step.arguments:
+            if argument.kind in places:
+                arguments.append(ctypes.c_void_p(places[argument.kind][argument.index]))
+            elif argument.kind == "null":
+                arguments.append(ctypes.c_void_p(None))
+            else:
+                arguments.append(ctypes.c_int32(tokens if argument.kind == "tokens" else argument.index))
+        steps.append(Call(step.kernel, tuple(count.at(tokens) for count in step.grid), tuple(arguments)))
+    return steps
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A program's steps on given tensors, which it keeps alive. Calling it launches them."""
+
+    runner: "CubinRunner"
+    steps: Sequence[Set | Call]
+    outputs: list[torch.Tensor]
+    kept: tuple[torch.Tensor, ...]
+
+    def __call__(self) -> None:
+        for step in self.steps:
+            self.runner.launch(step)
+
+
+class CubinRunner:
+    """One image of a program, loaded into the current context. `close` unloads it."""
+
+    def __init__(self, program: Program, sm: int, device: str = "cuda", driver: str = "libcuda.so.1") -> None:
+        """device: where outputs and workspaces are made. driver: the CUDA driver, a shared library."""
+        self._program, self._device = program, device
+        self._image: Image = next(image for image in program.images if image.sm == sm)
+        self._cuda = ctypes.CDLL(driver)
+        self._modules: list[ctypes.c_void_p] = []
+        torch.zeros(1, device=device)  # makes the context
+        self._functions = [self._load(kernel) for kernel in self._image.kernels]
+
+    def _check(self, what: str, code: int) -> None:
+        if code:
+            text = ctypes.c_char_p()
+            self._cuda.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{what}: error {code}, {(text.value or b'unknown').decode()}")
+
+    def _load(self, kernel: Kernel) -> ctypes.c_void_p:
+        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(f"loading {kernel.entry}", self._cuda.cuModuleLoadData(ctypes.byref(module), kernel.image))
+        self._modules.append(module)
+        entry = kernel.entry.encode()
+        self._check(kernel.entry, self._cuda.cuModuleGetFunction(ctypes.byref(function), module, entry))
+        if kernel.shared > _WITHOUT_OPTING_IN:
+            code = self._cuda.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED, kernel.shared)
+            self._check(f"{kernel.shared} bytes of shared memory for {kernel.entry}", code)
+        return function
+
+    def prepare(self, inputs: Sequence[torch.Tensor], tokens: int) -> "Prepared":
+        """What runs the op on these inputs, as often as it is called, on the stream current then."""
+        variant = self._image.variant(tokens)
+        outputs = empty_outputs(self._program, tokens, self._device)
+        size = max(variant.workspace(tokens), 1)
+        workspace = torch.full((size,), POISON, dtype=torch.uint8, device=self._device)
+        pointers = Pointers([t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs], workspace.data_ptr())
+        return Prepared(self, resolve(variant, tokens, pointers), outputs, (*inputs, workspace))
+
+    def run(self, inputs: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+        """The op's outputs; they and the workspace hold poison before."""
+        prepared = self.prepare(inputs, tokens)
+        prepared()
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return prepared.outputs
+
+    def launch(self, step: "Set | Call") -> None:
+        """One step, on the current stream."""
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if self._device == "cuda" else None)
+        if isinstance(step, Set):
+            if not step.words:
+                return
+            address, value = ctypes.c_uint64(step.address), ctypes.c_uint32(step.value)
+            code = self._cuda.cuMemsetD32Async(address, value, ctypes.c_size_t(step.words), stream)
+            self._check("filling memory", code)
+        elif 0 not in step.grid:
+            self._launch(step, stream)
+
+    def _launch(self, call: Call, stream: ctypes.c_void_p) -> None:
+        kernel = self._image.kernels[call.kernel]
+        addresses = [ctypes.addressof(argument) for argument in call.arguments]
+        code = self._cuda.cuLaunchKernel(
+            self._functions[call.kernel],
+            *map(ctypes.c_uint, call.grid),
+            *map(ctypes.c_uint, (32 * kernel.warps, 1, 1)),
+            ctypes.c_uint(kernel.shared),
+            stream,
+            (ctypes.c_void_p * len(addresses))(*addresses),
+            None,
+        )
+        self._check(f"launching {kernel.entry}", code)
+
+    def close(self) -> None:
+        for module in self._modules:
+            self._cuda.cuModuleUnload(module)
+        self._modules.clear()

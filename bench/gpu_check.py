@@ -1,0 +1,101 @@
+"""The proof on hardware: correctness and speed of the MoE kernels, the plugin library and engines on this CUDA GPU.
+
+    make gpu-check [PYTHON=python3] [ARGS="--only layers"]
+
+Needs torch, triton and numpy, a C++ compiler for the plugin library, and no network. Writes
+bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import report
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+# Each is a module of bench.gpu. The layers come while nothing else uses the GPU.
+PARTS = {
+    "checks": "every kernel variant against the spec in numpy",
+    "cubins": "machine code compiled ahead of time against Triton's launcher",
+    "plugin": "the plugin library, called as TensorRT would",
+    "layers": "times of MoE layers against grouped_mm and the GPU's limits",
+    "engine": "the demo model through TensorRT, where one is installed",
+}
+SECONDS = 3600  # that a part may take
+MOST_SHARDS = 8
+
+Entries = list[dict[str, Any]]
+
+
+def run_part(name: str, options: dict[str, int], folder: Path, seconds: float = SECONDS) -> Entries:
+    """The entries of a part, run in a process of its own; a crash becomes one more entry."""
+    label = "-".join([name, *map(str, options.values())])
+    output = folder / f"{label}.jsonl"
+    command = [sys.executable, "-m", "bench.gpu.part", name, str(output), *(f"{k}={v}" for k, v in options.items())]
+    try:
+        status = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+        ended = f"ended with status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        ended = f"took more than {seconds:.0f} s"
+    lines = output.read_text().splitlines() if output.exists() else []
+    entries = []
+    for line in lines:
+        try:
+            entries.append(json.loads(line))
+        except ValueError:  # the last one, cut off
+            ended = ended or "its last line is cut off"
+    if ended and not any(entry["kind"] == name and "error" in entry for entry in entries):
+        entries.append({"kind": name, "error": ended})
+    return entries
+
+
+def run_parts(names: Sequence[str], sm: int, folder: Path) -> Entries:
+    """All entries. The checks are compiled and run by several processes at once; nothing of theirs is timed."""
+    entries: Entries = []
+    for name in names:
+        print(f"{name}: {PARTS.get(name, 'alternative tiles')}", file=sys.stderr, flush=True)
+        shards = min(len(os.sched_getaffinity(0)), MOST_SHARDS) if name == "checks" else 1
+        options = [{"sm": sm} | ({"shard": i, "shards": shards} if shards > 1 else {}) for i in range(shards)]
+        with ThreadPoolExecutor(shards) as pool:
+            for found in pool.map(lambda given, name=name: run_part(name, given, folder), options):
+                entries += found
+    return entries
+
+
+def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="make gpu-check", description=__doc__.splitlines()[0])
+    choices = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parser.add_argument("--only", action="append", choices=PARTS, metavar="PART", help=f"repeatable. {choices}")
+    parser.add_argument("--json", type=Path, help="where to write  [default: bench/results/<gpu>.json]")
+    parser.add_argument("--tune", action="store_true", help="time alternatives of each tile, and nothing else")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = arguments(given)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        facts = run_part("facts", {}, folder, seconds=300)[0]
+        if why := facts.get("missing") or facts.get("error"):
+            print(f"error: {why}", file=sys.stderr)
+            return 2
+        entries = run_parts(["tune"] if options.tune else options.only or list(PARTS), facts["sm"], folder)
+    name = report.file_name(facts["gpu"])
+    path = options.json or RESULTS / (name.replace(".json", "-tiles.json") if options.tune else name)
+    report.write(path, facts, entries)
+    print(f"{facts['gpu']}, SM{facts['sm']}\n\n{report.text_of(entries)}\n\nwritten to {path}")
+    return 1 if report.failures(entries) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

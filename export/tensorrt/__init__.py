@@ -1,0 +1,1 @@
+"""Engines for NVIDIA GPUs: built by TensorRT-RTX on any machine, or by TensorRT on its GPU."""

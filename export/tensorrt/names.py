@@ -1,0 +1,84 @@
+"""Names of TensorRT targets: rtx:sm86,sm89 is one pair of plans for both, trt:sm80,sm90 is one for each."""
+
+import ctypes
+import re
+
+from moevlm.export.tensorrt.options import PlanOptions
+from moevlm.export.tensorrt.product import NATIVE_MOE_SMS, RTX, TENSORRT, Product, installed
+from moevlm.export.tensorrt.target import PlanTarget
+from moevlm.plugins.gpu.devices import DEVICES
+from moevlm.runtime.errors import BuildError, EngineError
+from moevlm.runtime.native import plugin_path
+
+_SM = re.compile(r"sm(\d+)")
+_MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
+
+
+def plan_targets(name: str, options: PlanOptions) -> tuple[PlanTarget, ...]:
+    """The targets of one name, none if it is of another kind.
+
+    Raises BuildError for a GPU that the product does not take or that lacks the dtype, an option that it does not have,
+    and what is missing to build here.
+    """
+    kind, _, rest = name.partition(":")
+    product = {product.kind: product for product in (RTX, TENSORRT)}.get(kind)
+    if product is None:
+        return ()
+    sms = _sms(name, rest, product)
+    for sm in sms:
+        if options.activations == "bfloat16" and not DEVICES[sm].bf16:
+            raise BuildError(f"target {name}: sm{sm} has no bfloat16 (use --dtype fp16)")
+    _check_options(name, product, sms, options)
+    installed(product)
+    try:
+        plugin_path()
+    except EngineError as error:
+        raise BuildError(str(error)) from error
+    if product is RTX:
+        return (PlanTarget(product, sms, options),)
+    here = current_sm()
+    for sm in sms:
+        if sm != here:
+            machine = f"this machine has sm{here}" if here else "this machine has no GPU"
+            raise BuildError(f"target {name}: TensorRT builds for the GPU that it is on, and {machine}, not sm{sm}")
+    return tuple(PlanTarget(product, (sm,), options) for sm in sms)
+
+
+def _sms(name: str, rest: str, product: Product) -> tuple[int, ...]:
+    sms = []
+    allowed = ", ".join(f"sm{sm}" for sm in product.sms)
+    for part in rest.split(","):
+        match = _SM.fullmatch(part.strip())
+        sm = int(match[1]) if match else 0
+        if sm not in product.sms:
+            other = f'; "trt:{part}" is built on its own GPU' if product is RTX and sm in TENSORRT.sms else ""
+            raise BuildError(f'target {name}: {product.title} takes no GPU "{part}" (allowed: {allowed}{other})')
+        sms.append(sm)
+    return tuple(sorted(set(sms)))
+
+
+def _check_options(name: str, product: Product, sms: tuple[int, ...], options: PlanOptions) -> None:
+    if product is RTX and options.version_compatible:
+        raise BuildError(f"target {name}: plans of TensorRT-RTX run on one version (version compatible: trt only)")
+    if not options.native_moe:
+        return
+    if product is RTX or not set(sms) <= set(NATIVE_MOE_SMS):
+        allowed = ", ".join(f"trt:sm{sm}" for sm in NATIVE_MOE_SMS)
+        raise BuildError(f"target {name} has no MoE layer of TensorRT's own (allowed: {allowed})")
+    if options.weights:
+        raise BuildError(f"experts = {options.experts} with TensorRT's own MoE layer (allowed: same)")
+
+
+def current_sm() -> int:
+    """Of the first GPU of this machine; 0 if there is none."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    values = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0):
+        return 0
+    for value, attribute in zip(values, (_MAJOR, _MINOR), strict=True):
+        if cuda.cuDeviceGetAttribute(ctypes.byref(value), attribute, 0):
+            return 0
+    return 10 * values[0].value + values[1].value

@@ -1,0 +1,176 @@
+"""From an op to its program: every kernel of its plans, compiled ahead of time. No GPU is needed."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+from moevlm.plugins.gpu.devices import device
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.plan import KernelSpec, Plan
+from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, Variant
+from moevlm.plugins.gpu.resources import Resources
+
+KERNELS = "moevlm.plugins.gpu.kernels"
+Progress = Callable[[str, int, int], None]  # (what is being done, kernels done, kernels in total)
+_MOST_WORKERS = 16
+_SETTINGS = ("TRITON_CACHE_DIR", "TRITON_HOME")  # the environment's others of Triton would change the code
+_Task = tuple[str, KernelSpec, int]
+_done: dict[_Task, tuple[Kernel, Resources]] = {}
+
+
+class CompileError(ValueError):
+    """A kernel that the compiler refused, or that asks for what a program cannot give it."""
+
+
+def _silent(*_: object) -> None:
+    pass
+
+
+def compile_program(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Progress = _silent) -> Program:
+    """The program of an op, with an image for each of the `sms`. The same kernel is compiled once in a process.
+
+    Raises ValueError for a GPU that is not compiled for or lacks the op's dtype, or where a kernel is over the GPU's
+    limits; CompileError, a ValueError, if one does not compile.
+    """
+    return compile_plans(_plans(op, sms), progress=progress)
+
+
+def resources(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Progress = _silent) -> list[Resources]:
+    """What each kernel of `compile_program(op, sms)` takes, in order; compiles those that are not compiled yet."""
+    return [found for _, found in _compile(_tasks(_plans(op, sms), KERNELS), progress).values()]
+
+
+def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Progress = _silent) -> Program:
+    """The program of one op's plans, at least one, each for another GPU. module: where the kernels are.
+
+    Raises as `compile_program` does.
+    """
+    first = plans[0]
+    for other in plans:
+        if (other.op, other.inputs, other.outputs) != (first.op, first.inputs, first.outputs):
+            raise ValueError(f"the plan for SM{other.sm} is of another op than that for SM{first.sm}")
+        gpu = device(other.sm)
+        for tensor in (*other.inputs, *other.outputs):
+            if tensor.dtype == "bfloat16" and not gpu.bf16:
+                raise ValueError(f"{other.op}.{tensor.name} is bfloat16 on SM{gpu.sm} (allowed: float16, float32)")
+    compiled = _compile(_tasks(plans, module), progress)
+    images = []
+    for one in plans:
+        specs = tuple(dict.fromkeys(one.kernels))
+        kernels = tuple(compiled[module, spec, one.sm][0] for spec in specs)
+        place = tuple(specs.index(spec) for spec in one.kernels)
+        images.append(Image(one.sm, kernels, tuple(_finished(v, kernels, place) for v in one.variants)))
+    return Program(first.op, first.inputs, first.outputs, tuple(images))
+
+
+def _plans(op: RouterOp | ExpertsOp, sms: Iterable[int]) -> list[Plan]:
+    return [plan(op, device(sm).sm) for sm in sms]
+
+
+def _tasks(plans: Iterable[Plan], module: str) -> list[_Task]:
+    return list(dict.fromkeys((module, spec, one.sm) for one in plans for spec in one.kernels))
+
+
+def _finished(variant: Variant, kernels: Sequence[Kernel], place: Sequence[int]) -> Variant:
+    """The variant with its launches naming compiled kernels, and a null for each scratch pointer Triton appended."""
+    steps: list[Launch | Fill] = []
+    for step in variant.steps:
+        if isinstance(step, Launch):
+            kernel = place[step.kernel]
+            nulls = kernels[kernel].parameters - len(step.arguments)
+            if nulls not in (0, 1, 2):
+                raise CompileError(
+                    f"{kernels[kernel].entry} has {kernels[kernel].parameters} parameters"
+                    f" (its launch gives {len(step.arguments)}, and Triton adds up to 2)"
+                )
+            step = replace(step, kernel=kernel, arguments=(*step.arguments, *(Argument("null"),) * nulls))
+        steps.append(step)
+    return replace(variant, steps=tuple(steps))
+
+
+def _compile(tasks: Sequence[_Task], progress: Progress) -> dict[_Task, tuple[Kernel, Resources]]:
+    missing = [task for task in tasks if task not in _done]
+    workers = min(len(os.sched_getaffinity(0)), len(missing), _MOST_WORKERS)
+    with ExitStack() as stack:
+        idle: SimpleQueue[_Worker] = SimpleQueue()
+        for _ in range(workers):
+            idle.put(stack.enter_context(_Worker()))
+
+        def run(task: _Task) -> tuple[Kernel, Resources]:
+            worker = idle.get()
+            try:
+                return worker.compile(task)
+            finally:
+                idle.put(worker)
+
+        with ThreadPoolExecutor(workers or 1) as pool:
+            progress("compiling kernels", 0, len(missing))
+            for number, (task, result) in enumerate(zip(missing, pool.map(run, missing), strict=True), 1):
+                _done[task] = result
+                progress("compiling kernels", number, len(missing))
+    return {task: _done[task] for task in tasks}
+
+
+class _Worker:
+    """A process that compiles one kernel at a time."""
+
+    def __init__(self) -> None:
+        self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed with the process
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("TRITON_") or name in _SETTINGS
+        }
+        for name in ("PTXAS_OPTIONS", "DISABLE_PTXAS_OPT"):
+            environment.pop(name, None)
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moevlm.plugins.gpu.compile_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def compile(self, task: _Task) -> tuple[Kernel, Resources]:
+        module, spec, sm = task
+        name = f"{spec.function} for {device(sm).arch}"
+        reply = self._ask({"module": module, "spec": asdict(spec), "sm": sm})
+        if "error" in reply:
+            raise CompileError(f"cannot compile {name}: {reply['error']}")
+        found = Resources(**reply.pop("resources"))
+        found.check()
+        return Kernel(**reply | {"image": base64.b64decode(reply["image"])}), found
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            print(json.dumps(request), file=self._process.stdin, flush=True)
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if line:
+            return json.loads(line)
+        self._log.seek(0)
+        last = self._log.read().strip().splitlines()[-1:]
+        return {"error": f"the compiler ended ({self._process.wait()}): {' '.join(last)}"}

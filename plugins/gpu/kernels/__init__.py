@@ -1,0 +1,23 @@
+"""The kernels: Triton functions, one source for every GPU and dtype, run-time parameters first, then constants.
+
+A constant INTERPRETED is set by the launcher: Triton's interpreter has no arithmetic in bfloat16, so everything is
+float32 there between a load and a store.
+"""
+
+from moevlm.plugins.gpu.kernels.few import few_down, few_gate_up, single_down
+from moevlm.plugins.gpu.kernels.grouped import combine, grouped_down, grouped_gate_up
+from moevlm.plugins.gpu.kernels.permutation import count_rows, place_rows, start_rows
+from moevlm.plugins.gpu.kernels.router import route
+
+__all__ = [
+    "combine",
+    "count_rows",
+    "few_down",
+    "few_gate_up",
+    "grouped_down",
+    "grouped_gate_up",
+    "place_rows",
+    "route",
+    "single_down",
+    "start_rows",
+]

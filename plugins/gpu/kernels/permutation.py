@@ -1,0 +1,62 @@
+"""Sorting routed rows by expert, for many tokens. Row r = token * k + slot of `index` [T, k].
+
+The order of rows inside an expert is left to chance: each row's numbers depend on that row alone.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def count_rows(
+    index,  # [T, k] int32
+    counts,  # [2, E] int32, zeroed: how many rows go to each expert, and how many of them have been placed
+    tokens,
+    TOP_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    row = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    mask = row < tokens * TOP_K
+    tl.atomic_add(counts + tl.load(index + row, mask=mask, other=0), 1, mask=mask)
+
+
+@triton.jit
+def start_rows(
+    counts,  # [2, E] int32
+    starts,  # [2, E + 1] int32, written: the first sorted row of each expert, and its first block; then their ends
+    block_rows,  # rows of a block; an expert's last block may have fewer
+    EXPERTS: tl.constexpr,
+    PADDED_EXPERTS: tl.constexpr,
+):
+    expert = tl.arange(0, PADDED_EXPERTS)
+    count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
+    blocks = (count + block_rows - 1) // block_rows
+    tl.store(starts + expert + 1, tl.cumsum(count, 0), mask=expert < EXPERTS)
+    tl.store(starts + EXPERTS + 2 + expert, tl.cumsum(blocks, 0), mask=expert < EXPERTS)
+    tl.store(starts, 0)
+    tl.store(starts + EXPERTS + 1, 0)
+
+
+@triton.jit
+def place_rows(
+    index,  # [T, k] int32
+    starts,  # [2, E + 1] int32
+    counts,  # [2, E] int32
+    rows,  # [T * k] int32, written: rows by expert
+    blocks,  # [number of blocks, 2] int32, written: a block's expert and its first sorted row
+    tokens,
+    block_rows,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    row = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    mask = row < tokens * TOP_K
+    expert = tl.load(index + row, mask=mask, other=0)
+    place = tl.atomic_add(counts + EXPERTS + expert, 1, mask=mask)
+    position = tl.load(starts + expert, mask=mask, other=0) + place
+    tl.store(rows + position, row, mask=mask)
+    opens = mask & (place % block_rows == 0)
+    block = tl.load(starts + EXPERTS + 1 + expert, mask=opens, other=0) + place // block_rows
+    tl.store(blocks + 2 * block, expert, mask=opens)
+    tl.store(blocks + 2 * block + 1, position, mask=opens)

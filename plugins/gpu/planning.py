@@ -1,0 +1,258 @@
+"""An op's kernels and launches for one kind of GPU."""
+
+from collections.abc import Mapping, Sequence
+
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.plan import KernelSpec, Plan
+from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Launch, Variant
+from moevlm.plugins.gpu.tiles import Range, Tile, tiles
+
+TRITON = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "int32": "*i32"}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+MAX_TOKENS = 1 << 20
+ROWS_STEP = 1024  # rows that one program counts or places
+COMBINE_STEP = 1024  # columns that one program adds up
+
+
+def plan(op: RouterOp | ExpertsOp, sm: int, max_tokens: int = MAX_TOKENS) -> Plan:
+    """Everything that `op` needs on GPUs of compute capability sm / 10, for 1 to max_tokens tokens.
+
+    Raises ValueError for an sm that is not known, and for bfloat16 on sm75, which has none.
+    """
+    return _route(op, sm, max_tokens) if isinstance(op, RouterOp) else _Experts(op, sm, max_tokens).plan()
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _route(op: RouterOp, sm: int, max_tokens: int) -> Plan:
+    spec = op.spec
+    size = op.experts // spec.n_group
+    constants: dict[str, int | float | bool | str] = {
+        "EXPERTS": op.experts,
+        "TOP_K": spec.top_k,
+        "SCORING": spec.scoring,
+        "RENORMALIZE": spec.renormalize,
+        "EPSILON": spec.epsilon,
+        "SCALE": spec.scale,
+        "GROUPS": spec.n_group,
+        "TOP_GROUPS": spec.topk_group,
+        "GROUP_SCORE": spec.group_score,
+        "HAS_BIAS": op.has_bias,
+        "PADDED_GROUPS": _power(spec.n_group),
+        "PADDED_SIZE": _power(size),
+        "PADDED_K": _power(spec.top_k),
+    }
+    kernel = KernelSpec("route", ("*fp32", "*fp32", "*i32", "*fp32"), tuple(constants.items()), warps=1)
+    bias = Argument("input", 1) if op.has_bias else Argument("null")
+    arguments = (Argument("input", 0), bias, Argument("output", 0), Argument("output", 1))
+    launch = Launch(0, (Count(slope=1), ONE, ONE), arguments)
+    return Plan(op.name, op.inputs, op.outputs, sm, (kernel,), (Variant(max_tokens, (), (launch,)),))
+
+
+class _Experts:
+    """Collects kernels, each once, while the variants are laid out."""
+
+    # Workspace buffers. A variant without sorting has only the first two.
+    INNER, ROWS_OUT, COUNTS, STARTS, ROWS, BLOCKS = range(6)
+
+    def __init__(self, op: ExpertsOp, sm: int, max_tokens: int) -> None:
+        if op.dtype == "bfloat16" and sm < 80:
+            raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
+        self.op, self.sm, self.max_tokens = op, sm, max_tokens
+        self.ranges = tiles(op, sm)
+        self.kernels: list[KernelSpec] = []
+        self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
+        self.dtype = TRITON[op.dtype]
+
+    def plan(self) -> Plan:
+        op = self.op
+        variants = []
+        for i, chosen in enumerate(self.ranges):
+            limit = min(chosen.max_tokens or self.max_tokens, self.max_tokens)
+            variants.append(self._few(limit, chosen) if i < 2 else self._grouped(limit, chosen))
+            if limit == self.max_tokens:
+                break
+        return Plan(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
+
+    def _few(self, max_tokens: int, chosen: Range) -> Variant:
+        op = self.op
+        gate_up, down = chosen.gate_up, chosen.down
+        rows = Count(slope=op.top_k)
+        steps = [
+            self._launch(
+                "few_gate_up",
+                (_tiles(op.inner, gate_up), rows, ONE),
+                ("x", "expert_index", "expert_weight", *self._weights("gate_up"), self.INNER, "tokens"),
+                self._gate_up_constants() | {"PADDED_K": _power(op.top_k)},
+                gate_up,
+            )
+        ]
+        sides = {"SCALES_INPUT": op.spec.weight_on == "input"}
+        if max_tokens == 1:
+            steps.append(
+                self._launch(
+                    "single_down",
+                    (_tiles(op.hidden, down), ONE, ONE),
+                    (self.INNER, "expert_index", "expert_weight", *self._weights("down"), "y"),
+                    self._constants() | sides | {"TOP_K": op.top_k},
+                    down,
+                )
+            )
+            return Variant(max_tokens, (self._row_bytes(op.inner),), tuple(steps))
+        steps.append(
+            self._launch(
+                "few_down",
+                (_tiles(op.hidden, down), rows, ONE),
+                (self.INNER, "expert_index", *self._weights("down"), self.ROWS_OUT, "tokens"),
+                self._constants() | {"TOP_K": op.top_k, "PADDED_K": _power(op.top_k)},
+                down,
+            )
+        )
+        steps.append(self._combine())
+        return Variant(max_tokens, (self._row_bytes(op.inner), self._row_bytes(op.hidden)), tuple(steps))
+
+    def _grouped(self, max_tokens: int, chosen: Range) -> Variant:
+        op = self.op
+        gate_up, down = chosen.gate_up, chosen.down
+        if gate_up.BM != down.BM:
+            raise ValueError(f"BM = {gate_up.BM} and {down.BM} in one entry of tiles.json (allowed: one value)")
+        block = gate_up.BM
+        by_rows = Count(slope=op.top_k, divisor=ROWS_STEP)
+        shape = {"EXPERTS": op.experts}
+        steps: list[Launch | Fill] = [
+            Fill(self.COUNTS, 0, Count(offset=2 * op.experts)),
+            self._launch(
+                "count_rows",
+                (by_rows, ONE, ONE),
+                ("expert_index", self.COUNTS, "tokens"),
+                {"TOP_K": op.top_k, "STEP": ROWS_STEP},
+            ),
+            self._launch(
+                "start_rows",
+                (ONE, ONE, ONE),
+                (self.COUNTS, self.STARTS, ("constant", block)),
+                shape | {"PADDED_EXPERTS": _power(op.experts)},
+            ),
+            self._launch(
+                "place_rows",
+                (by_rows, ONE, ONE),
+                ("expert_index", self.STARTS, self.COUNTS, self.ROWS, self.BLOCKS, "tokens", ("constant", block)),
+                shape | {"TOP_K": op.top_k, "STEP": ROWS_STEP},
+            ),
+            self._launch(
+                "grouped_gate_up",
+                (self._blocks(block, _tiles(op.inner, gate_up).offset), ONE, ONE),
+                (
+                    *("x", "expert_weight", *self._weights("gate_up")),
+                    *(self.ROWS, self.STARTS, self.BLOCKS, self.INNER),
+                ),
+                shape | self._gate_up_constants(),
+                gate_up,
+            ),
+            self._launch(
+                "grouped_down",
+                (self._blocks(block, _tiles(op.hidden, down).offset), ONE, ONE),
+                (self.INNER, *self._weights("down"), self.ROWS, self.STARTS, self.BLOCKS, self.ROWS_OUT),
+                shape | self._constants(),
+                down,
+            ),
+            self._combine(),
+        ]
+        buffers = (
+            self._row_bytes(op.inner),
+            self._row_bytes(op.hidden),
+            Count(offset=2 * op.experts * 4),
+            Count(offset=2 * (op.experts + 1) * 4),
+            Count(slope=op.top_k * 4),
+            self._blocks(block, 2 * 4),
+        )
+        return Variant(max_tokens, buffers, tuple(steps))
+
+    def _blocks(self, rows: int, times: int) -> Count:
+        """times the most blocks of so many rows that T * k rows of E experts can make, at most rounded up."""
+        op = self.op
+        return Count(
+            slope=times * op.top_k,
+            offset=times * op.experts * (rows - 1),
+            divisor=rows,
+            limit_slope=times * op.top_k,
+            limit=0,
+        )
+
+    def _row_bytes(self, width: int) -> Count:
+        return Count(slope=self.op.top_k * width * BYTES[self.op.dtype])
+
+    def _combine(self) -> Launch:
+        op = self.op
+        step = min(COMBINE_STEP, _power(op.hidden))
+        return self._launch(
+            "combine",
+            (Count(slope=-(-op.hidden // step)), ONE, ONE),
+            (self.ROWS_OUT, "expert_weight", "y"),
+            {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SCALES_INPUT": op.spec.weight_on == "input", "STEP": step},
+        )
+
+    def _weights(self, projection: str) -> tuple[str | None, ...]:
+        names = (projection, f"{projection}_scale", f"{projection}_bias")
+        return tuple(name if name in self.places else None for name in names)
+
+    def _constants(self) -> dict[str, int | float | bool | str]:
+        op = self.op
+        return {
+            "HIDDEN": op.hidden,
+            "INNER": op.inner,
+            "HAS_BIASES": op.has_biases,
+            "WEIGHTS": op.weights,
+            "BLOCK": op.block,
+            "NATIVE_FP8": self.sm >= 89,
+            "INTERPRETED": False,
+        }
+
+    def _gate_up_constants(self) -> dict[str, int | float | bool | str]:
+        spec = self.op.spec
+        return self._constants() | {
+            "TOP_K": self.op.top_k,
+            "ACTIVATION": spec.activation,
+            "GATED": spec.gated,
+            "ALPHA": spec.alpha,
+            "LIMIT": spec.limit,
+            "SCALES_INPUT": spec.weight_on == "input",
+        }
+
+    def _launch(
+        self,
+        function: str,
+        grid: tuple[Count, Count, Count],
+        arguments: Sequence[str | int | tuple[str, int] | None],
+        constants: Mapping[str, int | float | bool | str],
+        tile: Tile | None = None,
+    ) -> Launch:
+        """arguments: an input's or output's name, a buffer, None for an absent input, "tokens", or a constant."""
+        given, types = zip(*(self._argument(argument) for argument in arguments), strict=True)
+        shape = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK} if tile else {}
+        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
+        spec = KernelSpec(function, types, tuple(sorted({**constants, **shape}.items())), warps, stages)
+        if spec not in self.kernels:
+            self.kernels.append(spec)
+        return Launch(self.kernels.index(spec), grid, given)
+
+    def _argument(self, argument: str | int | tuple[str, int] | None) -> tuple[Argument, str]:
+        op = self.op
+        if argument is None:
+            return Argument("null"), self.dtype
+        if argument == "tokens":
+            return Argument("tokens"), "i32"
+        if argument == "y":
+            return Argument("output", 0), self.dtype
+        if isinstance(argument, str):
+            place = self.places[argument]
+            return Argument("input", place), TRITON[op.inputs[place].dtype]
+        if isinstance(argument, int):
+            return Argument("workspace", argument), self.dtype if argument < self.COUNTS else "*i32"
+        return Argument(*argument), "i32"
+
+
+def _tiles(width: int, tile: Tile) -> Count:
+    return Count(offset=-(-width // tile.BN))

@@ -1,0 +1,65 @@
+"""Which tile a kernel works in: measured or estimated, as data in `tiles.json`, so that a GPU's can be tuned alone.
+
+tiles.json: GPUs of like resources -> bits of a weight -> "single" (1 token), "few" (2 to 8) and "grouped": a list by
+rising number of rows per expert, the last for all above. Each entry is a tile for gate_up and one for down.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moevlm.plugins.gpu.ops import ExpertsOp
+
+FEW_TOKENS = 8
+FAMILIES = {75: "75", 80: "80", 87: "80", 86: "86", 89: "86", 120: "86", 121: "86", 90: "90", 100: "100"}
+FAMILIES |= {103: "100", 110: "100"}
+BITS = {"int8": 8, "fp8": 8, "int4": 4}
+DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BM rows by BN output columns, in steps of BK input columns; a gated gate_up has twice BN."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Range:
+    """For up to max_tokens; None: any number."""
+
+    max_tokens: int | None
+    gate_up: Tile
+    down: Tile
+
+
+def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
+    """By rising max_tokens: first 1 token, then up to FEW_TOKENS, then grouped rows.
+
+    Raises ValueError for an sm that is not known.
+    """
+    if sm not in FAMILIES:
+        raise ValueError(f"sm{sm} (allowed: {', '.join(f'sm{known}' for known in sorted(FAMILIES))})")
+    entry = table()[FAMILIES[sm]][str(BITS.get(op.weights, DTYPE_BITS[op.dtype]))]
+    ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]
+    for rows in entry["grouped"]:
+        limit = None if rows["rows"] is None else max(FEW_TOKENS + 1, rows["rows"] * op.experts // op.top_k)
+        ranges.append(_range(limit, rows))
+    return tuple(ranges)
+
+
+@cache
+def table() -> dict[str, Any]:
+    """tiles.json."""
+    data: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    return data
+
+
+def _range(max_tokens: int | None, entry: dict[str, Any]) -> Range:
+    return Range(max_tokens, Tile(*entry["gate_up"]), Tile(*entry["down"]))

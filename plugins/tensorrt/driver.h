@@ -1,0 +1,46 @@
+// The CUDA driver, found at run time: the library builds and loads where there is none.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace moevlm::tensorrt {
+
+struct CudaContext;
+struct CudaModule;
+struct CudaFunction;
+using CudaResult = int;
+using CudaDevice = int;
+using CudaAddress = uint64_t;
+
+// Functions of libcuda.so.1 by their names there, less the "cu".
+struct Driver {
+  CudaResult (*CtxGetCurrent)(CudaContext**);
+  CudaResult (*CtxPushCurrent)(CudaContext*);
+  CudaResult (*CtxPopCurrent)(CudaContext**);
+  CudaResult (*CtxGetDevice)(CudaDevice*);
+  CudaResult (*DeviceGetAttribute)(int*, int attribute, CudaDevice);
+  CudaResult (*ModuleLoadData)(CudaModule**, const void* image);
+  CudaResult (*ModuleGetFunction)(CudaFunction**, CudaModule*, const char* name);
+  CudaResult (*ModuleUnload)(CudaModule*);
+  CudaResult (*FuncSetAttribute)(CudaFunction*, int attribute, int value);
+  CudaResult (*LaunchKernel)(CudaFunction*, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                             unsigned block_y, unsigned block_z, unsigned shared, void* stream, void** parameters,
+                             void** extra);
+  CudaResult (*MemsetD32Async)(CudaAddress, unsigned value, size_t words, void* stream);
+  CudaResult (*GetErrorName)(CudaResult, const char**);
+  CudaResult (*GetErrorString)(CudaResult, const char**);
+
+  // Throws std::runtime_error naming the call, what it was for, and the error, unless result is success.
+  void check(CudaResult result, const char* call, const std::string& what) const;
+
+  // The context of this thread; null if it has none.
+  CudaContext* context() const;
+  // Of the current context's device, 86 for compute capability 8.6.
+  uint32_t sm() const;
+};
+
+// Throws std::runtime_error where no driver is installed, or one that lacks a function.
+const Driver& driver();
+
+}  // namespace moevlm::tensorrt

@@ -1,0 +1,397 @@
+"""The check on a GPU, as far as it runs without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench import gpu_check
+from bench.gpu import cases, grouped_mm, layers, part, report, shapes, tune
+from bench.gpu.driver import POISON, CubinRunner
+from moevlm.plugins import reference, variants
+from moevlm.plugins.gpu import tiles
+from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver, image
+
+ROOT = Path(__file__).parents[2]
+QWEN, GEMMA, DEEPSEEK = shapes.LAYERS
+
+
+def python(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_one_line() -> None:
+    done = python("-m", "bench.gpu_check")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [f"error: no CUDA GPU that torch {torch.__version__} can use"]
+
+
+def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.arguments(["--only", "everything"])
+    assert "argument --only: invalid choice: 'everything'" in capsys.readouterr().err
+    assert gpu_check.arguments(["--only", "layers", "--only", "checks"]).only == ["layers", "checks"]
+    assert gpu_check.arguments([]).only is None
+
+
+# Layers
+
+
+def test_layers_are_those_of_the_models() -> None:
+    sizes = [(layer.hidden, layer.inner, layer.experts, layer.router.top_k) for layer in shapes.LAYERS]
+    assert sizes == [(2048, 768, 128, 8), (2816, 704, 128, 8), (7168, 2048, 256, 8)]
+    assert [layer.activation for layer in shapes.LAYERS] == ["silu", "gelu_tanh", "silu"]
+    assert (DEEPSEEK.router.n_group, DEEPSEEK.router.topk_group, DEEPSEEK.has_bias) == (8, 4, True)
+    assert (shapes.TOKEN_COUNTS[0], shapes.TOKEN_COUNTS[-1], len(shapes.TOKEN_COUNTS)) == (1, 4096, 13)
+
+
+def test_bytes_are_those_of_the_active_experts_weights_and_scales() -> None:
+    numbers = 3 * 2048 * 768
+    assert shapes.weight_bytes(QWEN.experts_op(), 8) == 8 * 2 * numbers
+    assert shapes.weight_bytes(QWEN.experts_op(weights="int8"), 8) == 8 * (numbers + 2 * numbers // 32)
+    assert shapes.weight_bytes(QWEN.experts_op(weights="int4", block=128), 5) == 5 * (numbers // 2 + 2 * numbers // 128)
+    assert shapes.weight_bytes(DEEPSEEK.experts_op(), 256) == pytest.approx(22.5e9, rel=0.01)
+
+
+def test_operations_are_two_for_each_weight_of_each_routed_row() -> None:
+    assert shapes.operations(QWEN.experts_op(), 4096) == 2 * 4096 * 8 * 3 * 2048 * 768
+    plain = replace(QWEN.experts_op(), spec=ExpertsSpec(gated=False))
+    assert shapes.operations(plain, 1) == 2 * 8 * 2 * 2048 * 768
+
+
+def test_fractions_of_the_limits() -> None:
+    limits = shapes.Limits(bandwidth=4e12, peak=8e14)
+    assert limits.of_bandwidth(3e9, 1e-3) == pytest.approx(0.75)
+    assert limits.of_peak(4e11, 1e-3) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("layer", shapes.LAYERS, ids=lambda layer: layer.name)
+def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
+    small = replace(layer, hidden=48, inner=32)
+    generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
+    logits = torch.randn(33, small.experts, generator=generator)
+    bias = 0.1 * torch.randn(small.experts, generator=generator) if small.has_bias else None
+    index, weight = grouped_mm.route(logits, small.router, bias)
+    expected = reference.route(logits.numpy(), small.router, None if bias is None else bias.numpy())
+    assert (index.numpy() == expected[0]).all()
+    np.testing.assert_allclose(weight, expected[1], rtol=1e-5)
+    x = torch.randn(33, 48, generator=generator)
+    gate_up = torch.randn(small.experts, 64, 48, generator=generator) / 7
+    down = torch.randn(small.experts, 48, 32, generator=generator) / 6
+    y = grouped_mm.experts(x, index, weight, gate_up, down, small.activation)
+    arrays = [tensor.numpy().astype(np.float64) for tensor in (x, index.int(), weight, gate_up, down)]
+    arrays[1] = index.numpy()
+    assert cases.deviation(y.numpy(), reference.experts(*arrays, small.experts_op().spec)) < 1e-5
+
+
+def test_routings_take_turns_until_they_exceed_any_cache() -> None:
+    op = QWEN.experts_op()  # the smallest; at one token, each of 16 routings reads 8 of 128 experts
+    assert layers.routings(1) * shapes.weight_bytes(op, 8) > 8 * (126 << 20)
+    assert [layers.routings(tokens) for tokens in (1, 64, 65, 4096)] == [16, 16, 4, 2]
+
+
+# Cases
+
+
+@pytest.mark.parametrize("sm", [75, 90])
+def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None:
+    ops = cases.experts_ops(sm)
+    formats = {(op.weights, op.block) for op in ops if op.weights}
+    assert formats == {(weights, block) for weights in ("int8", "int4", "fp8") for block in (32, 128)}
+    dtypes = {"float16", "float32"} | ({"bfloat16"} if sm >= 80 else set())
+    assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in ("", "int8", "int4", "fp8")}
+    assert {(op.spec, op.has_biases) for op in ops} == {(s, b) for s in variants.BLOCKS.values() for b in (False, True)}
+    routers = cases.router_ops()
+    assert {op.spec for op in routers} == {*variants.ROUTERS.values(), *variants.MODELS.values()}
+    descriptions = [cases.describe(op) for op in [*ops, *routers]]
+    assert len(set(descriptions)) == len(descriptions)
+
+
+def test_token_counts_use_every_variant_of_a_plan() -> None:
+    for op in cases.experts_ops(90)[:6]:
+        planned = plan(op, 90)
+        used = {
+            next(i for i, v in enumerate(planned.variants) if t <= v.max_tokens) for t in cases.token_counts(planned)
+        }
+        assert used == set(range(len(planned.variants)))
+
+
+def test_inputs_are_what_the_op_states_and_skewed_ones_share_their_experts() -> None:
+    op = ExpertsOp(ExpertsSpec(), 6, 2, 40, 24, "bfloat16", "int4", 32, has_biases=True)
+    inputs, y = cases.experts_case(op, 7, seed=3, skewed=True)
+    stated = [(str(tensor.dtype)[6:], list(tensor.shape)) for tensor in inputs]
+    assert stated == [(t.dtype, [7 if n == -1 else n for n in t.shape]) for t in op.inputs]
+    assert y.shape == (7, 40)
+    assert len(inputs[1].unique()) == 2
+    other, _ = cases.experts_case(op, 7, seed=4)
+    assert not torch.equal(inputs[0], other[0])
+
+
+def test_near_ties_are_told_from_clear_choices() -> None:
+    spec = RouterSpec(top_k=1)
+    logits = np.array([[2.0, 1.0, 0.0], [2.0, 2.0 - 1e-7, 0.0], [0.0, 0.3, 0.3]], np.float32)
+    assert cases.near_ties({"logits": logits}, spec, seed=0, draws=64).tolist() == [False, True, True]
+
+
+CHECKER = """
+import json
+from bench.gpu import cases, checks
+from moevlm.plugins.gpu import launch
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+checks.token_counts = lambda planned: [1, 3, 9]
+checks.ROUTER_TOKENS = (1, 5)
+experts = ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32)
+router = RouterOp(RouterSpec(top_k=2), 6)
+found = [checks.check(op, 90, "cpu") for op in (experts, router)]
+run = launch.run
+def wrong(planned, inputs):
+    outputs = run(planned, inputs)
+    if planned.op == "MoERouter":
+        outputs[0][-1] = (outputs[0][-1] + 1) % 6
+    else:
+        outputs[0][-1, -1] = float("nan")
+    return outputs
+launch.run = wrong
+found += [checks.check(op, 90, "cpu") for op in (experts, router)]
+launch.run = None
+print(json.dumps([*found, checks.check(router, 90, "cpu")]))
+"""
+
+
+def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
+    done = python("-c", CHECKER, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    experts, router, wrong_experts, wrong_router, broken = json.loads(done.stdout)
+    assert "error" not in experts
+    assert 0 < experts["worst"] <= experts["allowed"]
+    assert experts["tokens"] == ["1", "3", "9", "9 skewed"]
+    assert "error" not in router
+    assert router["near_ties"] == 0
+    assert "1 tokens: off by inf" in wrong_experts["error"]
+    assert "token 0 of 1 chooses" in wrong_router["error"]
+    assert broken["error"].startswith("TypeError")
+
+
+# The driver
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> tuple[FakeCuda, Path]:
+    path = compile_driver(tmp_path / "libcuda.so.1")
+    return FakeCuda(path), path
+
+
+def test_machine_code_is_launched_as_the_program_says(fake: tuple[FakeCuda, Path]) -> None:
+    cuda, path = fake
+    kernels = (
+        Kernel("first", 4, 60_000, 5, image("first", ["*fp32", "*i32", "i32", "*i8", "*i8"])),
+        Kernel("second", 2, 0, 3, image("second", ["*i32", "*fp32", "i32"])),
+    )
+    given = ("input", 1), ("workspace", 1), ("tokens",), ("null",), ("null",)
+    others = Argument("workspace"), Argument("output"), Argument("constant", 5)
+    steps = (
+        Fill(1, 7, Count(slope=3)),
+        Launch(0, (Count(slope=1, divisor=4), ONE, Count(offset=2)), tuple(Argument(*each) for each in given)),
+        Launch(1, (Count(slope=1, offset=-9), ONE, ONE), others),
+    )
+    buffers = (Count(slope=100), Count(slope=12))
+    named = (Tensor("a", "float32", (-1,)), Tensor("b", "float32", (4,))), (Tensor("y", "bfloat16", (-1, 2)),)
+    program = Program("MoEExperts", *named, (Image(86, kernels, (Variant(4096, buffers, steps),)),))
+    runner = CubinRunner(program, 86, "cpu", str(path))
+    inputs = [torch.zeros(9), torch.zeros(4)]
+    prepared = runner.prepare(inputs, 9)
+    (y,) = prepared.outputs
+    assert (y.dtype, y.shape) == (torch.bfloat16, (9, 2))
+    assert (y.view(torch.uint8) == POISON).all()
+    assert y.isnan().all()
+    cuda.events()
+    prepared()
+    memset, launch = [event.values for event in cuda.events() if event.values]  # the second grid is empty
+    workspace = prepared.kept[-1]
+    first, second = workspace.data_ptr(), workspace.data_ptr() + 1024  # 900 bytes, rounded up
+    assert len(workspace) == 1024 + 256
+    assert (memset["address"], memset["value"], memset["words"]) == (second, 7, 27)
+    assert (launch["entry"], launch["grid"], launch["block"], launch["shared"]) == (
+        "first",
+        [3, 1, 2],
+        [128, 1, 1],
+        60_000,
+    )
+    assert launch["arguments"] == [inputs[1].data_ptr(), second, 9, 0, 0]
+    runner.run([torch.zeros(10), inputs[1]], 10)
+    last = [event.values for event in cuda.events() if event.values][-1]
+    assert (last["entry"], last["grid"], last["arguments"][2]) == ("second", [1, 1, 1], 5)
+    assert first != last["arguments"][0]
+    with (
+        cuda.failing("cuLaunchKernel", 719),
+        pytest.raises(RuntimeError, match="launching first: error 719, unspecified"),
+    ):
+        prepared()
+    runner.close()
+    assert cuda.loaded() == 0
+
+
+# Tuning
+
+
+def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With invented times in the place of measured ones, the result is a table that plans can be made of."""
+
+    def times(
+        tuner: Any, _: Any, op: ExpertsOp, tokens: int, used: Any, projection: str, tried: list[tuple[int, ...]]
+    ) -> dict[tuple[int, ...], float]:
+        for tile in tried:
+            used[projection] = list(tile)
+            plan(op, tuner.sm, tokens)  # is accepted
+        wanted = {"gate_up": 64, "down": 128}[projection]
+        fits = [tile for tile in tried if tile[1] < 256]
+        return {tile: 1.0 + abs(tile[1] - wanted) + abs(tile[2] - 64) + abs(tile[0] - tokens / 100) for tile in fits}
+
+    monkeypatch.setattr(tune._Tuner, "_time", times)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
+    tiles.table.cache_clear()
+    try:
+        *entries, last = tune.run(90)
+        tiles.table()["90"] = last["table"]
+        planned = [plan(layer.experts_op(weights=w), 90) for layer in shapes.LAYERS for w in ("", "int8", "int4")]
+    finally:
+        tiles.table.cache_clear()
+    assert all(len(one.variants) >= 4 for one in planned)
+    assert set(last["table"]) == {"16", "8", "4"}
+    table = last["table"]["16"]
+    assert [rows["rows"] for rows in table["grouped"]] == [8, 32, 128, None]
+    assert {tile["gate_up"][1] for tile in entries} == {64}
+    assert {tile["down"][1] for tile in entries if tile["range"].endswith("rows")} == {128}
+    assert all(rows["gate_up"][0] == rows["down"][0] for rows in table["grouped"])
+    assert report.tiles_text([last]) == f"90: {json.dumps(last['table'])}"
+
+
+# Parts and report
+
+
+def test_a_part_that_fails_is_recorded_and_the_check_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No part is replaced: where there is no GPU, both fail by themselves, each in its own process."""
+    run_part = gpu_check.run_part
+    known = {"kind": "facts", "gpu": "No GPU at all", "sm": 90}
+    monkeypatch.setattr(
+        gpu_check, "run_part", lambda name, *rest, **more: [known] if name == "facts" else run_part(name, *rest, **more)
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    output = tmp_path / "results.json"
+    assert gpu_check.main(["--only", "layers", "--only", "engine", "--json", str(output)]) == 1
+    written = json.loads(output.read_text())
+    assert written["machine"]["sm"] == 90
+    assert len(written["failures"]) == 1
+    assert written["failures"][0].startswith("layers: : ")
+    printed = capsys.readouterr().out
+    assert "1 failures" in printed
+    assert "engine trt:sm90: tensorrt is not installed" in printed
+    assert f"written to {output}" in printed
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    entries = gpu_check.run_part("checks", {"sm": 90}, tmp_path, seconds=0.05)
+    assert entries == [{"kind": "checks", "error": "took more than 0 s"}]
+
+
+def test_entries_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(sm: int) -> Iterator[dict[str, Any]]:
+        yield {"kind": "check", "op": "one", "worst": float(sm)}
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setitem(sys.modules, "bench.gpu.stub", types.SimpleNamespace(run=run))
+    assert part.main("stub", str(tmp_path / "out"), "sm=90") == 1
+    first, second = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    assert first == {"kind": "check", "op": "one", "worst": 90.0}
+    assert second["error"] == "RuntimeError: two lines"
+    assert "in run" in second["trace"]
+
+
+def layer_entry(tokens: int, **changes: Any) -> dict[str, Any]:
+    entry = {"kind": "layer", "layer": "L", "weights": "bfloat16", "tokens": tokens, "active": 8.0}
+    entry |= {"experts_seconds": 1e-4, "router_seconds": 2e-6, "of_bandwidth": 0.9, "of_peak": 0.7}
+    return entry | {"peer_experts_seconds": 2e-4, "peer_router_seconds": 1e-5} | changes
+
+
+def test_tables_show_times_fractions_and_the_peer() -> None:
+    entries = [layer_entry(1), layer_entry(4096, of_bandwidth=0.125), layer_entry(8, weights="int4")]
+    for name in ("peer_experts_seconds", "peer_router_seconds"):
+        del entries[2][name]
+    entries.append({"kind": "layer", "layer": "M", "weights": "int8", "skipped": "needs 9 GB"})
+    first, second, skipped = report.layer_tables(entries)
+    assert first.splitlines()[0] == "L, weights bfloat16"
+    assert first.splitlines()[2].split() == [
+        "1",
+        "8",
+        "100.0",
+        "90",
+        "%",
+        "70",
+        "%",
+        "200.0",
+        "2.00",
+        "x",
+        "2.0",
+        "10.0",
+    ]
+    assert len({len(line) for line in first.splitlines()[1:]}) == 1
+    assert second.splitlines()[2].split()[-5:] == ["%", "-", "-", "2.0", "-"]
+    assert skipped == "M, weights int8: needs 9 GB"
+    assert report.table("nothing", ("a",), []) == ""
+
+
+def test_aims_take_the_slowest_layer() -> None:
+    entries = [
+        layer_entry(1, of_bandwidth=0.8),
+        layer_entry(1),
+        layer_entry(4096),
+        layer_entry(64, experts_seconds=4e-4),
+    ]
+    found = {aim["aim"].split(":")[0].split(",")[0]: (aim["reached"], aim["met"]) for aim in report.aims(entries)}
+    assert found == {"1 token": (0.8, False), "4096 tokens": (0.7, True), "times as fast as grouped_mm": (0.5, False)}
+    assert report.aims([]) == []
+
+
+def test_correctness_counts_ops_and_wrong_ones() -> None:
+    entries = [
+        {"kind": "check", "op": "a", "worst": 0.001, "allowed": 0.01},
+        {"kind": "check", "op": "b", "error": "ValueError: no"},
+        {"kind": "plugin", "op": "c", "worst": 0.02, "allowed": 0.01, "error": "off by 0.02"},
+    ]
+    lines = report.correctness_table(entries).splitlines()
+    assert lines[2].split() == ["kernels", "against", "the", "spec", "2", "0.1", "1"]
+    assert lines[3].split() == ["plugin", "library", "1", "2", "1"]
+    assert report.failures(entries) == ["check: b: ValueError: no", "plugin: c: off by 0.02"]
+    assert report.text_of(entries).endswith("2 failures\ncheck: b: ValueError: no\nplugin: c: off by 0.02")
+    assert report.text_of(entries[:1]).endswith("no failures")
+
+
+def test_results_are_json_even_where_numbers_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / report.file_name("NVIDIA H100 80GB HBM3")
+    report.write(path, {"gpu": "x"}, [{"kind": "check", "op": "a", "worst": float("inf"), "list": [float("nan"), 1]}])
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+    written = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
+    assert written["results"] == [{"kind": "check", "op": "a", "worst": None, "list": [None, 1]}]
+    assert [each.name for each in path.parent.iterdir()] == [path.name]

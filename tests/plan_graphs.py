@@ -1,0 +1,147 @@
+"""Graphs lowered for TensorRT, run in onnx's reference evaluator; a program's bytes name its op."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from onnx.reference.ops.op_attention import Attention as StandardAttention
+
+from moevlm.export.gpu_packing import numpy_dtype
+from moevlm.export.passes.plugin_moe import DOMAIN, expert_weights
+from moevlm.export.weights import read
+from moevlm.plugins import reference
+from moevlm.plugins.gpu import packing
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+
+_OPS: dict[str, Any] = {}
+
+
+def named(op: RouterOp | ExpertsOp) -> bytes:
+    """In the place of an op's program: a name under which the evaluator finds the op."""
+    name = repr(op)
+    _OPS[name] = op
+    return name.encode()
+
+
+class MoERouter(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, *inputs: np.ndarray, program: str) -> tuple[np.ndarray, ...]:
+        op = _OPS[program]
+        _check(op.inputs, inputs)
+        return reference.route(inputs[0], op.spec, *inputs[1:])
+
+
+class MoEExperts(OpRun):
+    op_domain = DOMAIN
+
+    def _run(self, *inputs: np.ndarray, program: str) -> tuple[np.ndarray, ...]:
+        op = _OPS[program]
+        _check(op.inputs, inputs)
+        x, index, weight = inputs[:3]
+        held = dict(zip((tensor.name for tensor in op.inputs[3:]), inputs[3:], strict=True))
+        if op.weights:
+            for name, width in (("gate_up", op.hidden), ("down", op.inner)):
+                held[name] = packing.unpack(held[name], held.pop(f"{name}_scale"), op.weights, op.block, width)
+        exact = {name: array.astype(np.float32) for name, array in held.items()}
+        return (reference.experts(x.astype(np.float32), index, weight, spec=op.spec, **exact).astype(x.dtype),)
+
+
+class Attention(StandardAttention):
+    """The standard op, with an attribute of TensorRT's."""
+
+    op_domain = ""
+
+    def _run(self, *inputs: np.ndarray, TRT_decomposable: int, **attributes: Any) -> tuple[np.ndarray, ...]:
+        assert TRT_decomposable == 1
+        return super()._run(*inputs, **attributes)
+
+
+class TRT_MoE(OpRun):
+    """As TensorRT documents its MoE layer: [B, S, H], weights [E, H, I], [E, H, I], [E, I, H]."""
+
+    op_domain = ""
+
+    def _run(
+        self, x: np.ndarray, index: np.ndarray, scores: np.ndarray, *weights: np.ndarray, activation_type: int
+    ) -> Any:
+        assert activation_type == 1
+        assert {scores.dtype, *(w.dtype for w in weights)} == {x.dtype}
+        gate, up, down, *biases = (w.astype(np.float64) for w in weights)
+        y = np.zeros(x.shape, np.float64)
+        for place in np.ndindex(*index.shape):
+            e, row = index[place], x[place[:2]].astype(np.float64)
+            inner, other = row @ gate[e], row @ up[e]
+            if biases:
+                inner, other = inner + biases[0][e], other + biases[1][e]
+            out = (inner * reference.sigmoid(inner) * other) @ down[e]
+            y[place[:2]] += float(scores[place]) * (out + biases[2][e] if biases else out)
+        return (y.astype(x.dtype),)
+
+
+def _check(tensors: Any, inputs: tuple[np.ndarray, ...]) -> None:
+    for tensor, array in zip(tensors, inputs, strict=True):
+        assert array.dtype == numpy_dtype(tensor.dtype)
+        assert tuple(size for size in tensor.shape if size >= 0) == array.shape[tensor.shape.count(-1) :]
+
+
+def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Outputs by name. feeds: of the canonical graph; float32 where this one may want another dtype."""
+    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
+    given = {name: read(weight) for name, weight in expert_weights(model).items()}
+    for value in model.graph.inputs:
+        if value.name in feeds:
+            assert value.dtype is not None
+            given[value.name] = feeds[value.name].astype(value.dtype.numpy())
+    outputs = evaluator.run(None, given)
+    for value, array in zip(model.graph.outputs, outputs, strict=True):
+        assert ir.DataType.from_numpy(array.dtype) is value.dtype
+    return {str(v.name): array.astype(np.float32) for v, array in zip(model.graph.outputs, outputs, strict=True)}
+
+
+def canonical_outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Of the float32 graph, its function bodies run by ONNX Runtime."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+
+
+def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Fresh inputs of a canonical graph. sizes: of its open dimensions."""
+    feeds = {}
+    for value in model.graph.inputs:
+        assert value.shape is not None and value.dtype is not None
+        shape = [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
+        feeds[str(value.name)] = rng.standard_normal(shape).astype(value.dtype.numpy())
+    angle = rng.uniform(0, 6, feeds["rope_cos"].shape).astype(np.float32)
+    feeds |= {"rope_cos": np.cos(angle), "rope_sin": np.sin(angle)}
+    ranges = {
+        "input_ids": (0, 200),
+        "visual_index": (-1, sizes.get("visual")),
+        "cache_position": (0, sizes.get("capacity", 0) - sizes.get("sequence", 0) + 1),
+        "logits_index": (0, sizes.get("batch", 0) * sizes.get("sequence", 0)),
+        "position_index": (0, 25),
+        "segment_id": (0, 3),
+    }
+    for name in ranges.keys() & feeds.keys():
+        feeds[name] = rng.integers(*ranges[name], feeds[name].shape)
+    if "segment_id" in feeds:
+        feeds["segment_id"].sort()
+    return feeds
+
+
+def usual_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Of the median row: at a near tie a rounded router takes another expert, and that row is another one."""
+    assert got.shape == want.shape
+    off, size = (np.linalg.norm(x.reshape(-1, x.shape[-1]), axis=1) for x in (got.astype(np.float64) - want, want))
+    return float(np.median(off) / np.median(size))
+
+
+def error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative, in the Frobenius norm."""
+    assert got.shape == want.shape
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))

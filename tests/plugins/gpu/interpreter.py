@@ -1,0 +1,61 @@
+"""Triton's interpreter in a process of its own: what Triton is decides itself when it is first imported."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+import numpy as np
+
+from moevlm.plugins.gpu.plan import Plan
+
+Result = TypeVar("Result")
+
+
+class Interpreter:
+    """Runs plans on numpy arrays."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+
+    def run(self, plan: Plan, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of plan, those in floating point as float32. inputs are rounded to the dtypes it states."""
+        return self.call(_run, plan, dict(inputs))
+
+    def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """Run a function of a module there."""
+        return self._pool.submit(function, *arguments).result()
+
+
+@contextmanager
+def interpreter() -> Iterator[Interpreter]:
+    """One more process, until the end of the context."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            pool.submit(os.getpid).result()  # it has the environment of now
+            _restore(before)
+            yield Interpreter(pool)
+    finally:
+        _restore(before)
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop("TRITON_INTERPRET", None)
+    else:
+        os.environ["TRITON_INTERPRET"] = before
+
+
+def _run(plan: Plan, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+    import torch
+
+    from moevlm.plugins.gpu import launch
+
+    torch.set_num_threads(1)
+    given: list[Any] = [torch.from_numpy(inputs[t.name]).to(getattr(torch, t.dtype)) for t in plan.inputs]
+    outputs = launch.run(plan, given)
+    return [(y.float() if y.is_floating_point() else y).numpy() for y in outputs]

@@ -1,0 +1,51 @@
+"""The plugin library, compiled for these tests to use the recording CUDA driver."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.plugin_harness import PluginLibrary, compile_harness, compile_library
+from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver
+
+
+@pytest.fixture(scope="session")
+def driver_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the plugins with")
+    return compile_driver(tmp_path_factory.mktemp("driver") / "libcuda.so.1")
+
+
+@pytest.fixture(scope="session")
+def harness_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_harness(tmp_path_factory.mktemp("harness") / "harness.so")
+
+
+@pytest.fixture(scope="session")
+def shared_library(driver_path: Path, harness_path: Path, tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
+    path = tmp_path_factory.mktemp("plugin") / "plugin.so"
+    # The driver's full path: another library of this process may load the machine's own one by its name.
+    return PluginLibrary(compile_library(path, driver_path), harness_path)
+
+
+@pytest.fixture(scope="session")
+def shared_cuda(driver_path: Path) -> FakeCuda:
+    return FakeCuda(driver_path)
+
+
+@pytest.fixture
+def library(shared_library: PluginLibrary) -> PluginLibrary:
+    shared_library.set_logger(11)
+    shared_library.messages()
+    return shared_library
+
+
+@pytest.fixture
+def cuda(shared_cuda: FakeCuda) -> Iterator[FakeCuda]:
+    shared_cuda.reset()
+    before = shared_cuda.loaded()
+    yield shared_cuda
+    assert shared_cuda.loaded() == before, "a module was left loaded"

@@ -1,0 +1,478 @@
+"""The plugins, from their creation to the calls that reach the driver."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
+from moevlm.plugins.gpu.program import DTYPES, TOKENS, Count, Fill, Image, Program, Variant
+from tests.plugins.tensorrt.fake_cuda import FakeCuda
+from tests.plugins.tensorrt.programs import (
+    MAX_TOKENS,
+    expected_calls,
+    experts_program,
+    programs,
+    router_program,
+)
+
+WORKSPACE = 1 << 40
+STREAM = 77
+PROGRAMS = {"MoEExperts": experts_program(), "MoERouter": router_program()}
+
+
+def io_of(program: Program, least: int, most: int | None = None) -> Io:
+    return Io.of(program.inputs, program.outputs, least, most or least)
+
+
+def create(library: PluginLibrary, program: Program) -> Plugin:
+    return library.plugin(program.op, program.to_bytes())
+
+
+def addresses(program: Program) -> tuple[list[int], list[int]]:
+    inputs = [(1 << 33) + (i << 20) for i in range(len(program.inputs))]
+    return inputs, [(1 << 34) + (i << 20) for i in range(len(program.outputs))]
+
+
+def execute(plugin: Plugin, program: Program, tokens: int, workspace: int = WORKSPACE, stream: int = STREAM) -> None:
+    inputs, outputs = addresses(program)
+    plugin.shape_change(io_of(program, tokens))
+    plugin.enqueue(io_of(program, tokens), inputs, outputs, workspace, stream)
+
+
+def executed(cuda: FakeCuda, context: int | None = None, thread: int = 0) -> list[tuple[str, dict[str, object]]]:
+    """The driver's calls on the stream, without what tells one execution from another."""
+    events = [event for event in cuda.events() if event.call in ("cuLaunchKernel", "cuMemsetD32Async")]
+    return [
+        (event.call, {name: value for name, value in event.values.items() if name not in ("stream", "module")})
+        for event in events
+        if event.thread == thread and (context is None or event.context == context)
+    ]
+
+
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_plugins_say_who_they_are(library: PluginLibrary, op: str) -> None:
+    plugin = create(library, PROGRAMS[op])
+    kinds = ["PLUGIN", "PLUGIN_V3ONE_CORE", "PLUGIN_V3ONE_BUILD", "PLUGIN_V3ONE_RUNTIME"]
+    assert plugin.identity() == [op, "1", "", *kinds]
+    assert library.field_names(op) == ["program"]
+    plugin.close()
+
+
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_outputs_are_those_of_the_program(library: PluginLibrary, op: str) -> None:
+    program = PROGRAMS[op]
+    plugin = create(library, program)
+    assert plugin.output_types([DTYPES[t.dtype] for t in program.inputs]) == [DTYPES[t.dtype] for t in program.outputs]
+    shapes = [[17 if dim == TOKENS else dim for dim in t.shape] for t in program.inputs]
+    expected = [tuple(17 if dim == TOKENS else dim for dim in t.shape) for t in program.outputs]
+    assert plugin.output_shapes(shapes) == expected
+    plugin.close()
+
+
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_only_linear_tensors_of_the_right_dtype_are_supported(library: PluginLibrary, op: str) -> None:
+    program = PROGRAMS[op]
+    plugin = create(library, program)
+    tensors = (*program.inputs, *program.outputs)
+    for position, tensor in enumerate(tensors):
+        for dtype in DTYPES:
+            for layout in (0, 1):
+                io = io_of(program, 4)
+                described = [*io.inputs, *io.outputs]
+                described[position] = DynamicTensorDesc.of(dtype, (4,), (4,), layout)
+                changed = Io(described[: len(io.inputs)], described[len(io.inputs) :])
+                assert plugin.supports(position, changed) == (dtype == tensor.dtype and layout == 0)
+    plugin.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4, 5, 33, 64, 65, 700, MAX_TOKENS])
+@pytest.mark.parametrize("op", PROGRAMS)
+def test_launches_are_those_of_the_program(library: PluginLibrary, cuda: FakeCuda, op: str, tokens: int) -> None:
+    program = PROGRAMS[op]
+    plugin = create(library, program)
+    plugin.configure(io_of(program, 1, MAX_TOKENS))
+    context = plugin.attach()
+    execute(context, program, tokens)
+    inputs, outputs = addresses(program)
+    assert executed(cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
+    context.close()
+    plugin.close()
+
+
+@given(program=programs(), data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_program_runs_as_python_says(
+    shared_library: PluginLibrary, shared_cuda: FakeCuda, program: Program, data: st.DataObject
+) -> None:
+    shared_cuda.reset()
+    plugin = create(shared_library, program)
+    most = data.draw(st.integers(1, MAX_TOKENS))
+    profile = io_of(program, 1, most)
+    plugin.configure(profile)
+    reported = plugin.workspace(profile)
+    context = plugin.attach()
+    for tokens in data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4)):
+        execute(context, program, tokens)
+        inputs, outputs = addresses(program)
+        assert executed(shared_cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
+        assert program.images[0].variant(tokens).workspace(tokens) <= reported
+    context.close()
+    plugin.close()
+    assert shared_cuda.loaded() == 0
+
+
+def test_workspace_is_the_most_that_any_gpu_and_number_of_tokens_needs(library: PluginLibrary) -> None:
+    base = experts_program((86,))
+    hungry = Variant(9, (Count(offset=1 << 20),), ())  # a variant for few tokens that needs more than those for many
+    images = (*base.images, Image(89, (), (hungry, Variant(MAX_TOKENS, (Count(1 << 10),), ()))))
+    program = replace(base, images=images)
+    plugin = create(library, program)
+    for most in (1, 4, 5, 9, 10, 64, 65, 700, 2000, MAX_TOKENS):
+        needed = (image.variant(t).workspace(t) for t in range(1, most + 1) for image in program.images)
+        assert plugin.workspace(io_of(program, 1, most)) == max(needed)
+    plugin.close()
+
+
+def test_shapes_may_change_with_no_call_between(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program).attach()
+    inputs, outputs = addresses(program)
+    for tokens in (3, 100, 3, 64):
+        plugin.enqueue(io_of(program, tokens), inputs, outputs, WORKSPACE)
+        assert executed(cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
+    plugin.close()
+
+
+def test_kernels_are_loaded_before_they_are_enqueued(library: PluginLibrary, cuda: FakeCuda) -> None:
+    """So that an execution can be captured into a CUDA graph."""
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    context = plugin.attach()
+    context.shape_change(io_of(program, 100))
+    calls = [event.call for event in cuda.events()]
+    assert calls.count("cuModuleLoadData") == 3
+    inputs, outputs = addresses(program)
+    context.enqueue(io_of(program, 100), inputs, outputs, WORKSPACE, STREAM)
+    events = cuda.events()
+    assert {event.call for event in events} == {"cuLaunchKernel", "cuMemsetD32Async"}
+    assert {event.values["stream"] for event in events} == {STREAM}
+    context.close()
+    plugin.close()
+
+
+def test_large_shared_memory_is_asked_for(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program).attach()
+    execute(plugin, program, 100)
+    asked = {
+        event.values["entry"]: event.values["shared"] for event in cuda.events() if event.call == "cuFuncSetAttribute"
+    }
+    assert asked == {"grouped": 98304}
+    plugin.close()
+
+
+def test_layers_of_one_program_share_its_kernels_until_the_last_goes(library: PluginLibrary, cuda: FakeCuda) -> None:
+    layers = [create(library, PROGRAMS["MoEExperts"]) for _ in range(3)]
+    router = create(library, PROGRAMS["MoERouter"])
+    contexts = [layer.attach() for layer in layers]
+    for context in contexts:
+        context.shape_change(io_of(PROGRAMS["MoEExperts"], 5))
+    assert cuda.loaded() == 3
+    router.shape_change(io_of(PROGRAMS["MoERouter"], 5))
+    assert cuda.loaded() == 4
+    router.close()
+    for context in contexts[:-1]:
+        context.close()
+    assert cuda.loaded() == 3
+    contexts[-1].close()
+    assert cuda.loaded() == 0
+    for layer in layers:
+        layer.close()
+
+
+def test_two_cuda_contexts_have_their_own_kernels(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    attached = []
+    for number in (1, 2):
+        context = cuda.context()
+        cuda.use(context, thread=number)
+        attached.append((context, plugin.attach()))
+        attached[-1][1].shape_change(io_of(program, 50))
+    assert cuda.loaded() == 6
+    inputs, outputs = addresses(program)
+    cuda.events()
+    for number, (context, copy) in enumerate(attached, start=1):
+        cuda.use(context, thread=number)
+        copy.enqueue(io_of(program, 50), inputs, outputs, WORKSPACE)
+        assert executed(cuda, thread=number) == expected_calls(program, 86, 50, inputs, outputs, WORKSPACE)
+    cuda.use(None)
+    for _, copy in attached:
+        copy.close()
+    assert cuda.loaded() == 0
+    plugin.close()
+
+
+def test_a_plugin_may_move_to_another_cuda_context(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    execute(plugin, program, 50)
+    cuda.use(cuda.context())
+    execute(plugin, program, 50)
+    assert cuda.loaded() == 3
+    plugin.close()
+
+
+def test_plugins_may_outlive_their_cuda_context(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    context = cuda.context()
+    cuda.use(context)
+    plugin.shape_change(io_of(program, 5))
+    cuda.destroy(context)
+    plugin.close()
+    assert library.messages() == ""
+
+
+def test_threads_do_not_disturb_each_other(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    inputs, outputs = addresses(program)
+    contexts = [cuda.context() for _ in range(2)]
+    failures: list[BaseException] = []
+    rounds = 60
+
+    def work(number: int) -> None:
+        try:
+            cuda.use(contexts[number % 2], thread=number)  # two threads in each context
+            for i in range(rounds):
+                copy = plugin.attach()
+                workspace = WORKSPACE * number
+                execute(copy, program, 1 + 37 * i * number % MAX_TOKENS, workspace, stream=number)
+                copy.close()
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (1, 2, 3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    by_thread: dict[int, list[tuple[str, dict[str, object]]]] = {}
+    for event in cuda.events():
+        if event.call in ("cuLaunchKernel", "cuMemsetD32Async"):
+            values = {k: v for k, v in event.values.items() if k not in ("stream", "module")}
+            by_thread.setdefault(event.thread, []).append((event.call, values))
+    for number in (1, 2, 3, 4):
+        expected = []
+        for i in range(rounds):
+            tokens = 1 + 37 * i * number % MAX_TOKENS
+            expected += expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE * number)
+        assert by_thread[number] == expected
+    plugin.close()
+
+
+@pytest.mark.parametrize("kind", [CHAR, INT8])
+@pytest.mark.parametrize("phase", [BUILD, 1])
+def test_an_engine_gets_back_what_the_network_had(library: PluginLibrary, kind: int, phase: int) -> None:
+    data = PROGRAMS["MoEExperts"].to_bytes()
+    plugin = library.plugin("MoEExperts", data, kind, phase)
+    ((name, stored_kind, stored),) = plugin.clone().serialized()
+    assert (name, stored) == ("program", data)
+    ((_, _, again),) = library.plugin("MoEExperts", stored, stored_kind).serialized()
+    assert again == data
+
+
+def test_final_zero_of_a_string_attribute_is_no_part_of_the_program(library: PluginLibrary) -> None:
+    data = PROGRAMS["MoEExperts"].to_bytes()
+    ((_, _, stored),) = library.plugin("MoEExperts", data + b"\0", CHAR).serialized()
+    assert stored == data
+
+
+def described(program: Program, name: str, shape: Sequence[int], dtype: str | None = None, layout: int = 0) -> Io:
+    """The program's tensors for 5 tokens, but one of another shape, dtype or format."""
+    io = io_of(program, 5)
+
+    def changed(tensors: Sequence[DynamicTensorDesc], names: Sequence[str]) -> list[DynamicTensorDesc]:
+        expected = {t.name: t.dtype for t in (*program.inputs, *program.outputs)}
+        other = DynamicTensorDesc.of(dtype or expected[name], shape, shape, layout)
+        return [other if each == name else tensor for each, tensor in zip(names, tensors, strict=True)]
+
+    return Io(
+        changed(io.inputs, [t.name for t in program.inputs]), changed(io.outputs, [t.name for t in program.outputs])
+    )
+
+
+GATE_UP = "its kernels were compiled for [8, 12, 12]"
+SHAPES = {
+    "dimension": ("gate_up", (8, 24, 12), None, 0, f"input gate_up has shape [8, 24, 12], {GATE_UP}"),
+    "first dimension": ("gate_up", (9, 12, 12), None, 0, f"input gate_up has shape [9, 12, 12], {GATE_UP}"),
+    "rank": ("gate_up", (8, 144), None, 0, f"input gate_up has shape [8, 144], {GATE_UP}"),
+    "rank of x": ("x", (1, 5, 12), None, 0, "input x has shape [1, 5, 12], its kernels were compiled for [T, 12]"),
+    "scalar": ("x", (), None, 0, "input x has shape [], its kernels were compiled for [T, 12]"),
+    "hidden": ("x", (5, 13), None, 0, "input x has shape [5, 13], its kernels were compiled for [T, 12]"),
+    "dtype": (
+        *("down", (8, 12, 6), "bfloat16", 0),
+        "input down has dtype bfloat16, its kernels were compiled for float16",
+    ),
+    "dtype of an output": (
+        *("y", (5, 12), "float32", 0),
+        "output y has dtype float32, its kernels were compiled for float16",
+    ),
+    "format": ("x", (5, 12), None, 2, "input x has format 2 (allowed: 0, linear)"),
+    "tokens differ": ("expert_index", (4, 2), None, 0, "input expert_index has 4 tokens, x has 5"),
+    "tokens of an output": ("y", (6, 12), None, 0, "output y has 6 tokens, x has 5"),
+}
+
+
+@pytest.mark.parametrize("moment", ["configure", "shape_change"])
+@pytest.mark.parametrize("case", SHAPES)
+@pytest.mark.usefixtures("cuda")
+def test_mismatch_is_named(library: PluginLibrary, case: str, moment: str) -> None:
+    name, shape, dtype, layout, message = SHAPES[case]
+    plugin = create(library, PROGRAMS["MoEExperts"])
+    with pytest.raises(PluginError) as error:
+        getattr(plugin, moment)(described(PROGRAMS["MoEExperts"], name, shape, dtype, layout))
+    assert str(error.value) == f"MoEExperts: {message}" == library.last_error()
+    plugin.close()
+
+
+@pytest.mark.parametrize("logger", [10, 11])
+def test_errors_reach_the_loggers_of_tensorrt_10_and_11(library: PluginLibrary, logger: int) -> None:
+    library.set_logger(logger)
+    with pytest.raises(PluginError, match=r"^MoERouter: attribute program is missing \(a GPU program, as bytes\)$"):
+        library.plugin("MoERouter", None)
+
+
+def test_errors_without_a_logger_go_to_stderr(library: PluginLibrary, capfd: pytest.CaptureFixture[str]) -> None:
+    library.set_logger(0)
+    with pytest.raises(PluginError, match=r"^$"):
+        library.plugin("MoERouter", None)
+    assert capfd.readouterr().err == "MoERouter: attribute program is missing (a GPU program, as bytes)\n"
+
+
+@pytest.mark.parametrize("bounds", [(0, 5), (1, MAX_TOKENS + 1)])
+def test_number_of_tokens_must_be_in_bounds(library: PluginLibrary, bounds: tuple[int, int]) -> None:
+    plugin = create(library, PROGRAMS["MoEExperts"])
+    low, high = bounds
+    with pytest.raises(PluginError, match=rf"^MoEExperts: input x has {low}\.\.{high} tokens \(allowed: 1 to 4096\)$"):
+        plugin.configure(io_of(PROGRAMS["MoEExperts"], low, high))
+    plugin.close()
+
+
+def test_tokens_are_limited_by_the_gpu_with_the_fewest(library: PluginLibrary) -> None:
+    images = experts_program((86,)).images + experts_program((89,), max_tokens=99).images
+    plugin = create(library, replace(PROGRAMS["MoEExperts"], images=images))
+    plugin.configure(io_of(PROGRAMS["MoEExperts"], 1, 99))
+    with pytest.raises(PluginError, match=r"input x has 100 tokens \(allowed: 1 to 99\)"):
+        plugin.configure(io_of(PROGRAMS["MoEExperts"], 100))
+    plugin.close()
+
+
+def test_number_of_tensors_is_checked(library: PluginLibrary) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    io = io_of(program, 5)
+    names = "x, expert_index, expert_weight, gate_up, down, gate_up_bias, down_bias"
+    inputs = f"it has 5 inputs, its kernels were compiled for 7: {names}"
+    with pytest.raises(PluginError, match=inputs):
+        plugin.configure(Io(io.inputs[:5], io.outputs))
+    with pytest.raises(PluginError, match="it has 2 outputs, its kernels were compiled for 1: y"):
+        plugin.configure(Io(io.inputs, [*io.outputs, *io.outputs]))
+    with pytest.raises(PluginError, match=inputs):
+        plugin.output_types([0] * 5)
+    with pytest.raises(PluginError, match=inputs):
+        plugin.output_shapes([(1, 1)] * 5)
+    assert not plugin.supports(0, Io(io.inputs[:5], io.outputs))
+    plugin.close()
+
+
+def test_an_op_takes_its_own_program_only(library: PluginLibrary) -> None:
+    with pytest.raises(PluginError, match=r"^MoERouter: attribute program is for MoEExperts$"):
+        library.plugin("MoERouter", PROGRAMS["MoEExperts"].to_bytes())
+
+
+def test_attribute_must_be_bytes(library: PluginLibrary) -> None:
+    data = PROGRAMS["MoERouter"].to_bytes()
+    with pytest.raises(PluginError, match="attribute program has TensorRT's field type 5"):
+        library.plugin("MoERouter", data, INT32)
+    with pytest.raises(PluginError, match="attribute program is missing"):
+        library.plugin("MoERouter", data, name="programme")
+
+
+def test_gpu_without_kernels_is_named(library: PluginLibrary, cuda: FakeCuda) -> None:
+    plugin = create(library, PROGRAMS["MoEExperts"])
+    cuda.set_sm(90)
+    with pytest.raises(PluginError, match=r"^MoEExperts: it has kernels for sm86, sm89; this GPU is sm90$"):
+        plugin.shape_change(io_of(PROGRAMS["MoEExperts"], 5))
+    plugin.close()
+
+
+def test_misaligned_tensor_is_named(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    inputs, outputs = addresses(program)
+    for place, address in ((3, inputs[3] + 8), (4, 0)):
+        changed = [address if i == place else given for i, given in enumerate(inputs)]
+        with pytest.raises(PluginError) as error:
+            plugin.enqueue(io_of(program, 5), changed, outputs, WORKSPACE)
+        name = program.inputs[place].name
+        assert str(error.value) == f"MoEExperts: input {name} is at address {address} (allowed: multiples of 16)"
+    assert executed(cuda) == []
+    plugin.close()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_fill_beyond_its_buffer_is_refused(library: PluginLibrary) -> None:
+    variant = Variant(64, (Count(8),), (Fill(0, 0, Count(offset=10)),))
+    program = replace(PROGRAMS["MoEExperts"], images=(Image(86, (), (variant,)),))
+    plugin = create(library, program)
+    execute(plugin, program, 5)
+    with pytest.raises(PluginError, match="the program fills 10 words of a buffer of 32 bytes"):
+        execute(plugin, program, 4)
+    plugin.close()
+
+
+DRIVER_ERRORS = [
+    ("cuModuleLoadData", 0, 209, "cuModuleLoadData of few: CUDA_ERROR_NO_BINARY_FOR_GPU (209)"),
+    ("cuModuleLoadData", 2, 2, "cuModuleLoadData of grouped: CUDA_ERROR_OUT_OF_MEMORY (2)"),
+    ("cuModuleGetFunction", 1, 500, "cuModuleGetFunction of sort: CUDA_ERROR_NOT_FOUND (500)"),
+    ("cuFuncSetAttribute", 0, 1, "cuFuncSetAttribute of grouped: CUDA_ERROR_INVALID_VALUE (1)"),
+    ("cuLaunchKernel", 0, 719, "cuLaunchKernel of sort: CUDA_ERROR_LAUNCH_FAILED (719), unspecified launch failure"),
+    ("cuLaunchKernel", 1, 12345, "cuLaunchKernel of grouped: unknown error (12345)"),
+    ("cuMemsetD32Async", 0, 1, "cuMemsetD32Async of the workspace: CUDA_ERROR_INVALID_VALUE (1)"),
+    ("cuCtxGetDevice", 0, 201, "cuCtxGetDevice of the current context: CUDA_ERROR_INVALID_CONTEXT (201)"),
+    ("cuDeviceGetAttribute", 1, 1, "cuDeviceGetAttribute of the compute capability: CUDA_ERROR_INVALID_VALUE (1)"),
+    ("cuCtxGetCurrent", 0, 3, "no CUDA context is current"),
+]
+
+
+@pytest.mark.parametrize(("call", "successes", "error", "message"), DRIVER_ERRORS)
+def test_driver_errors_are_named_and_leave_a_usable_plugin(
+    library: PluginLibrary, cuda: FakeCuda, call: str, successes: int, error: int, message: str
+) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = create(library, program)
+    with cuda.failing(call, error, successes), pytest.raises(PluginError) as raised:
+        execute(plugin, program, 100)
+    assert str(raised.value) == f"MoEExperts: {message}"
+    cuda.events()
+    execute(plugin, program, 100)
+    inputs, outputs = addresses(program)
+    assert executed(cuda) == expected_calls(program, 86, 100, inputs, outputs, WORKSPACE)
+    plugin.close()
+
+
+def test_call_without_a_context_is_named(library: PluginLibrary, cuda: FakeCuda) -> None:
+    plugin = create(library, PROGRAMS["MoEExperts"])
+    cuda.use(None)
+    with pytest.raises(PluginError, match=r"^MoEExperts: no CUDA context is current$"):
+        plugin.shape_change(io_of(PROGRAMS["MoEExperts"], 5))
+    plugin.close()

@@ -1,0 +1,196 @@
+"""Programs as bytes: what is refused, and that nothing crashes."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.plugin_harness import Io, PluginError, PluginLibrary
+from moevlm.plugins.gpu.program import (
+    MAGIC,
+    ONE,
+    Argument,
+    Count,
+    Fill,
+    Image,
+    Kernel,
+    Launch,
+    Program,
+    Tensor,
+    Variant,
+)
+from tests.plugins.tensorrt.fake_cuda import FakeCuda
+from tests.plugins.tensorrt.programs import MAX_TOKENS, ROUTER, experts_program, programs, router_program
+
+DATA = experts_program().to_bytes()
+KERNEL = Kernel("route", 1, 0, 1, b"fake route 8\0")
+INPUT = Argument("input")
+
+
+def router(variants: tuple[Variant, ...], kernels: tuple[Kernel, ...] = (KERNEL,)) -> Program:
+    return Program(ROUTER.name, ROUTER.inputs, ROUTER.outputs, (Image(86, kernels, variants),))
+
+
+def launching(argument: Argument = INPUT, grid: Count = ONE, kernel: int = 0, axis: int = 0) -> Program:
+    sizes = [ONE, ONE, ONE]
+    sizes[axis] = grid
+    steps = (Launch(kernel, (sizes[0], sizes[1], sizes[2]), (argument,)),)
+    return router((Variant(64, (Count(offset=64),), steps),))
+
+
+def with_tensor(**changes: object) -> Program:
+    program = router_program()
+    logits = replace(program.inputs[0], **changes)  # type: ignore[arg-type]
+    return replace(program, inputs=(logits, program.inputs[1]))
+
+
+LOW, HIGH = Variant(64, (), ()), Variant(65, (), ())
+NEGATIVE = r"at most 0 T \+ 9223372036854775807 \(allowed: a divisor of 1 or more, no negative number\)"
+REFUSED = {
+    "input": (launching(Argument("input", 2)), r"input 2 in the program \(it has 2\)"),
+    "output": (launching(Argument("output", 2)), r"output 2 in the program \(it has 2\)"),
+    "workspace": (launching(Argument("workspace", 1)), r"buffer 1 in the program \(it has 1\)"),
+    "kernel": (launching(kernel=1), r"kernel 1 in the program \(it has 1\)"),
+    "filled buffer": (router((Variant(64, (), (Fill(0, 0, ONE),)),)), r"buffer 0 in the program \(it has 0\)"),
+    "divisor": (launching(grid=Count(1, 0, 0)), rf"\(1 T \+ 0\) / 0, {NEGATIVE}"),
+    "negative slope": (launching(grid=Count(-1, 9)), rf"\(-1 T \+ 9\) / 1, {NEGATIVE}"),
+    "empty grid": (launching(grid=Count()), r"kernel route of the program has a grid of 0 along x for 1 tokens"),
+    "wide grid": (
+        launching(grid=Count(1 << 26)),
+        r"kernel route of the program has a grid of 4294967296 along x for 64 tokens \(allowed: 1 to 2147483647\)",
+    ),
+    "high grid": (
+        launching(grid=Count(1024), axis=1),
+        r"a grid of 65536 along y for 64 tokens \(allowed: 1 to 65535\)",
+    ),
+    "deep grid": (
+        launching(grid=Count(1024), axis=2),
+        r"a grid of 65536 along z for 64 tokens \(allowed: 1 to 65535\)",
+    ),
+    "overflow": (launching(grid=Count(1 << 62, 1 << 62)), r"a grid of 9223372036854775807 along x for 1 tokens"),
+    "arguments": (
+        router((LOW,), (replace(KERNEL, parameters=2),)),
+        None,  # what is not launched may have any number
+    ),
+    "too few arguments": (
+        router((Variant(64, (), (Launch(0, (ONE, ONE, ONE), ()),)),)),
+        r"kernel route of the program is launched with 0 arguments \(it has 1 parameters\)",
+    ),
+    "no warps": (router((LOW,), (replace(KERNEL, warps=0),)), r"kernel route of the program has 0 warps"),
+    "warps": (router((LOW,), (replace(KERNEL, warps=33),)), r"has 33 warps \(allowed: 1 to 32\)"),
+    "same variant": (
+        router((LOW, LOW)),
+        r"a variant of the program is for up to 64 tokens \(allowed: 65 to 2147483647\)",
+    ),
+    "falling variants": (router((HIGH, LOW)), r"a variant of the program is for up to 64 tokens \(allowed: 66 to"),
+    "no tokens": (router((replace(LOW, max_tokens=0),)), r"for up to 0 tokens \(allowed: 1 to"),
+    "no variant": (router(()), "the program's image for sm86 has no variant"),
+    "no image": (replace(router_program(), images=()), "the program has no image"),
+    "two images": (router_program((86, 86)), "the program has two images for sm86"),
+    "workspace size": (
+        router((Variant(64, (Count(offset=1 << 43), Count(offset=1 << 43)), ()),)),
+        "has buffers of over 17592186044416 bytes",
+    ),
+    "rank": (with_tensor(shape=(1,) * 9), r"tensor logits of the program has 9 dimensions \(allowed: up to 8\)"),
+    "dimension": (with_tensor(shape=(-1, 0)), "tensor logits of the program has a dimension 0"),
+    "tokens nowhere": (with_tensor(shape=(4, 8)), "no input of the program has the number of tokens in its shape"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_named(library: PluginLibrary, case: str) -> None:
+    program, message = REFUSED[case]
+    if message is None:
+        library.plugin(program.op, program.to_bytes()).close()
+        return
+    with pytest.raises(PluginError, match=message) as error:
+        library.plugin(program.op, program.to_bytes())
+    assert str(error.value).startswith("MoERouter: ")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"MOEVLMG", r"attribute program is no GPU program \(it does not begin with MOEVLMGP\)"),
+        (b"x" + DATA, "attribute program is no GPU program"),
+        (MAGIC + struct.pack("<I", 2) + DATA[12:], r"the program has version 2 \(allowed: 1\)"),
+        (DATA + b"\0\0", "the program has 2 bytes after its end"),
+        (DATA + b"x", "the program has 1 bytes after its end"),
+        (DATA.replace(b"x" + struct.pack("<I", 1), b"x" + struct.pack("<I", 5)), "tensor x of the program has dtype 5"),
+        (MAGIC + struct.pack("<II", 1, 0xFFFFFFFF), "the program ends at byte 16 in its op"),
+        (DATA[:26] + struct.pack("<I", 0xFFFFFFFF), "the program ends within its 4294967295 tensors"),
+    ],
+)
+def test_bytes_that_are_no_program_are_refused(library: PluginLibrary, data: bytes, message: str) -> None:
+    with pytest.raises(PluginError, match=f"^MoEExperts: {message}"):
+        library.plugin("MoEExperts", data)
+
+
+def test_a_tensor_may_have_a_name_of_any_length(library: PluginLibrary) -> None:
+    inputs = (Tensor("", "float32", (-1,)), Tensor("n" * 5000, "float32", ()))
+    program = replace(router_program(), inputs=inputs, images=(Image(86, (), (LOW,)),))
+    library.plugin("MoERouter", program.to_bytes()).close()
+
+
+def test_every_truncation_is_refused(library: PluginLibrary) -> None:
+    for length in range(1, len(DATA)):
+        with pytest.raises(PluginError, match=r"the program ends|is no GPU program"):
+            library.plugin("MoEExperts", DATA[:length])
+
+
+def survive(library: PluginLibrary, cuda: FakeCuda, data: bytes, tokens: int) -> None:
+    """Refused, or run as whatever program it became; the buffers it was given are only addresses."""
+    for op in ("MoEExperts", "MoERouter"):
+        try:
+            plugin = library.plugin(op, data)
+        except PluginError:
+            continue
+        program = experts_program() if op == "MoEExperts" else router_program()
+        io = Io.of(program.inputs, program.outputs, tokens, tokens)
+        try:
+            plugin.configure(io)
+            plugin.workspace(io)
+            plugin.shape_change(io)
+            addresses = [1 << 32] * 16
+            plugin.enqueue(io, addresses[: len(io.inputs)], addresses[: len(io.outputs)], 1 << 40)
+        except PluginError:
+            pass
+        plugin.close()
+    cuda.forget()
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_no_mutation_crashes(shared_library: PluginLibrary, shared_cuda: FakeCuda, data: st.DataObject) -> None:
+    shared_cuda.reset()
+    start = data.draw(st.sampled_from([DATA, router_program().to_bytes()]))
+    changed = bytearray(start)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(changed) - 1))
+        how = data.draw(st.sampled_from(["byte", "word", "long", "cut", "insert"]))
+        if how == "byte":
+            changed[at] = data.draw(st.integers(0, 255))
+        elif how == "word":
+            value = data.draw(st.one_of(st.integers(0, 300), st.integers(0, 0xFFFFFFFF)))
+            changed[at : at + 4] = struct.pack("<I", value)
+        elif how == "long":
+            changed[at : at + 8] = struct.pack("<q", data.draw(st.integers(-(1 << 63), (1 << 63) - 1)))
+        elif how == "cut":
+            del changed[at : at + data.draw(st.integers(1, 20))]
+        else:
+            changed[at:at] = data.draw(st.binary(min_size=1, max_size=20))
+    if changed:
+        survive(shared_library, shared_cuda, bytes(changed), data.draw(st.integers(1, MAX_TOKENS)))
+    assert shared_cuda.loaded() == 0
+
+
+@given(program=programs())
+@settings(max_examples=50, deadline=None)
+def test_every_program_is_read_back(shared_library: PluginLibrary, program: Program) -> None:
+    plugin = shared_library.plugin(program.op, program.to_bytes())
+    assert plugin.serialized()[0][2] == program.to_bytes()
+    plugin.close()

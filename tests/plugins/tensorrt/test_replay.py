@@ -1,0 +1,102 @@
+"""The whole chain without a GPU: op, plan, program, plugin, launches, kernels; against the numpy spec."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+
+from bench.plugin_harness import Io, PluginLibrary, shape_of
+from moevlm.plugins import reference
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.spec import ExpertsSpec
+from moevlm.plugins.variants import EXPERTS, MODELS, router_inputs
+from tests.plugins.gpu.interpreter import Interpreter
+from tests.plugins.gpu.test_kernels_experts import TOLERANCES, draw_inputs, expected
+from tests.plugins.tensorrt.fake_cuda import FakeCuda
+from tests.plugins.tensorrt.replay import GUARD, Memory, calls, fake_program, replay
+
+TOKENS = (1, 5, 33)
+OPS = {
+    "fp16": ExpertsOp(ExpertsSpec("swiglu_clamped"), 8, 3, hidden=40, inner=24, dtype="float16", has_biases=True),
+    "fp32, input": ExpertsOp(ExpertsSpec("gelu_tanh", False, "input"), 5, 2, hidden=24, inner=40, dtype="float32"),
+    "bf16, int4": ExpertsOp(ExpertsSpec(), 5, 2, hidden=72, inner=40, dtype="bfloat16", weights="int4"),
+    "fp16, fp8": ExpertsOp(ExpertsSpec(), 4, 4, hidden=40, inner=136, dtype="float16", weights="fp8", block=128),
+}
+
+
+def as_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
+    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def run(
+    library: PluginLibrary,
+    cuda: FakeCuda,
+    interpreter: Interpreter,
+    op: RouterOp | ExpertsOp,
+    inputs: Mapping[str, np.ndarray],
+    tokens: int,
+    sm: int,
+) -> list[np.ndarray]:
+    """The outputs of the plugin's execution, those in floating point as float32."""
+    cuda.set_sm(sm)
+    planned = plan(op, sm)
+    program = fake_program(planned)
+    plugin = library.plugin(op.name, program.to_bytes())
+    most = Io.of(op.inputs, op.outputs, 1, max(TOKENS))
+    plugin.configure(most)
+    reported = plugin.workspace(most)
+    memory = Memory()
+    given = [memory.add(as_bytes(inputs[tensor.name], tensor.dtype)) for tensor in op.inputs]
+    types = [getattr(torch, tensor.dtype) for tensor in op.outputs]
+    shapes = [shape_of(tensor, tokens) for tensor in op.outputs]
+    sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
+    made = [memory.reserve(size + GUARD) for size in sizes]
+    workspace = memory.reserve(reported + GUARD)
+    context = plugin.attach()
+    io = Io.of(op.inputs, op.outputs, tokens, tokens)
+    context.shape_change(io)
+    cuda.events()
+    context.enqueue(io, given, made, workspace)
+    launched = calls(cuda.events(), planned.kernels, memory)
+    context.close()
+    plugin.close()
+    blocks = interpreter.call(replay, launched, memory.blocks)
+    outputs = []
+    for block, before in zip(blocks[: len(given)], memory.blocks, strict=False):
+        np.testing.assert_array_equal(block, before)  # inputs are left alone
+    for block, size in zip(blocks[len(given) :], [*sizes, reported], strict=True):
+        assert (block[size:] == 0xFF).all(), "a kernel wrote beyond its memory"
+    for block, size, dtype, shape in zip(blocks[len(given) :], sizes, types, shapes, strict=False):
+        values = torch.from_numpy(block[:size].copy()).view(dtype).reshape(shape)
+        outputs.append((values.float() if dtype.is_floating_point else values).numpy())
+    return outputs
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", OPS)
+def test_experts_agree_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter, name: str, tokens: int
+) -> None:
+    op = OPS[name]
+    inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
+    (y,) = run(library, cuda, triton_interpreter, op, inputs, tokens, sm=86)
+    want = expected(op, inputs)
+    assert np.linalg.norm(y - want) <= TOLERANCES[op.dtype] * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("model", "has_bias"), [("deepseek_v3", True), ("gpt_oss", False), ("qwen3_vl_moe", False)])
+def test_router_agrees_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter, model: str, has_bias: bool, tokens: int
+) -> None:
+    op = RouterOp(MODELS[model], EXPERTS, has_bias)
+    inputs = router_inputs(tokens, has_bias, seed=np.random.randint(1 << 30))
+    index, weight = run(library, cuda, triton_interpreter, op, inputs, tokens, sm=90)
+    expected_index, expected_weight = reference.route(spec=op.spec, **inputs)
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, atol=1e-7)
