@@ -7,7 +7,6 @@ between its turns; the first round does not count. Checkpoints, bundles and peer
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from bench.random_checkpoint import config, write
 from bench.systems import METRICS, SYSTEMS, Metric, System, prepare
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish, table
 from moevlm.runtime.errors import MoevlmError
-from moevlm.runtime.machine import measure_machine
+from moevlm.runtime.machine import cores, measure_machine
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/bench"
@@ -109,7 +108,7 @@ def _start(system: System, checkpoint: Path, threads: int) -> Peer:
 
 @click.command()
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="After a first round.")
-@click.option("--threads", type=click.IntRange(1), default=len(os.sched_getaffinity(0)), show_default="all cores")
+@click.option("--threads", type=click.IntRange(1), default=cores(), show_default="all cores")
 @click.option("--only", multiple=True, help="Part of a system's name; repeatable.  [default: all systems]")
 @click.option("--metric", "wanted", multiple=True, help="Part of a metric's name; repeatable.  [default: all]")
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Instead of the generated one.")

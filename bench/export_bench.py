@@ -49,11 +49,11 @@ OnnxExporter.save_program(program, sys.argv[2])
 def measure(script: str, *arguments: str) -> tuple[float, int]:
     """Wall seconds and peak resident bytes of a Python process."""
     started = time.perf_counter()
-    watch = f"import resource\n{script}\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    watch = f"{script}\nprint(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     done = subprocess.run([sys.executable, "-c", watch, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise click.ClickException(done.stderr.strip().splitlines()[-1])
-    return time.perf_counter() - started, int(done.stdout.split()[-1])
+    return time.perf_counter() - started, 1024 * int(done.stdout.split()[-2])
 
 
 def nodes(path: Path) -> str:

@@ -7,7 +7,6 @@ build/bench and removed again: the larger cut is 8 GB.
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -110,7 +109,7 @@ def main(target: str, output: Path | None) -> None:
         for r in [*cuts, *banks]
     ]
     heads = ("checkpoint", "parameters", "build", "peak memory", "engine", "a token", "tok/s")
-    console().print(table(f"{target}, {len(os.sched_getaffinity(0))} cores, {PAST} past", heads, rows))
+    console().print(table(f"{target}, {machine.threads} cores, {PAST} past", heads, rows))
     text = (
         f"extrapolated to {LAYERS} layers: {whole['parameters'] / 1e9:.1f} B parameters, "
         f"built in {whole['build_seconds'] / 60:.0f} minutes, engine {bytes_text(int(whole['engine_bytes']))}, "

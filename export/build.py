@@ -36,16 +36,17 @@ def build(
     expert_layout: str = "auto",
     block_size: int = defaults.BLOCK_SIZE,
     kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
     progress: Progress = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. block_size: weights that share a scale
-    in the int8 and int4 targets. kv_cache: "float32" or "int8", of the cpu targets. Memory stays at a few tensors,
-    whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing
-    behind then.
+    in the int8 and int4 targets. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
+    layers of every target, see `passes.prune_2_4`. Memory stays at a few tensors, whatever the checkpoint's size.
+    Raises CheckpointError, UnsupportedModelError or BuildError, and leaves nothing behind then.
     """
-    chosen = targets(target_names, block_size, kv_cache)
+    chosen = targets(target_names, block_size, kv_cache, sparsity)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
         model, graphs = _trace(source, expert_layout, progress)
         facts = _model_facts(model, source)
@@ -76,13 +77,14 @@ def add_targets(
     *,
     block_size: int = defaults.BLOCK_SIZE,
     kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
     progress: Progress = _silent,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
     Raises CheckpointError if the checkpoint is another one, and what `build` raises.
     """
-    chosen = targets(target_names, block_size, kv_cache)
+    chosen = targets(target_names, block_size, kv_cache, sparsity)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
     existing = Bundle.open(bundle)
@@ -124,7 +126,7 @@ def _write_engines(
     engines = {}
     for target in chosen:
         lowered = {name: target.lower(graphs[name], name) for name in GRAPHS}
-        engines[target.name] = target.facts(cost(graphs, lowered, model.vision.merge_size))
+        engines[target.name] = target.facts(cost(graphs, lowered, model.vision.merge_size), graphs)
         for name, graph in lowered.items():
             writer.add_model(graph, target.path(name), partial(progress, f"writing {target.name} {name}"))
     return engines

@@ -89,7 +89,7 @@ class BundleWriter:
                 if path not in self._files:
                     raise BuildError(f"engine {name} names {path}, which was not written")
         manifest = msgspec.structs.replace(manifest, files=dict(sorted(self._files.items())))
-        manifest = msgspec.structs.replace(manifest, digest=digest_of(manifest))
+        manifest = msgspec.structs.replace(manifest, digest=digest_of(msgspec.json.encode(manifest)))
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
         self._write(self._directory.path / MANIFEST, len(data), lambda file: file.write(data))
         try:

@@ -1,6 +1,7 @@
 """`moevlm export`, `moevlm build` and `moevlm parity`."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,6 +33,12 @@ _CACHE = click.option(
     help="Dtype of the KV cache in the cpu targets.",
 )
 
+_SPARSITY = click.option(
+    "--sparsity",
+    type=click.Choice(["2:4"]),
+    help="Prune the dense layers: of every four weights the two smallest become zero.",
+)
+
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -61,6 +68,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
 )
 @_BLOCK
 @_CACHE
+@_SPARSITY
 @_LAYOUT
 def build(
     source: Path,
@@ -69,6 +77,7 @@ def build(
     targets: tuple[str, ...],
     block_size: int,
     kv_cache: str,
+    sparsity: str | None,
     expert_layout: str,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
@@ -82,26 +91,24 @@ def build(
     from moevlm.export.build import build as build_bundle
 
     names = targets or (defaults.TARGET,)
+    options: Any = {"block_size": block_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            build_bundle(
-                origin,
-                bundle,
-                names,
-                expert_layout=expert_layout,
-                block_size=block_size,
-                kv_cache=kv_cache,
-                progress=progress,
-            )
+            built = build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress, **options)
         elif checkpoint is not None and output is None:
             if expert_layout != "auto":
                 raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
-            add_targets(bundle, origin, names, block_size=block_size, kv_cache=kv_cache, progress=progress)
+            built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle)
+    if sparsity:
+        zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
+        console().print(
+            f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
+        )
     console().print(f"next: moevlm parity {bundle} --checkpoint {origin}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.streamed_file import StreamedFile
-from moevlm.export.weights import WeightTensor, slices
+from moevlm.export.weights import WeightTensor
 from moevlm.runtime.errors import ExportError
 
 INLINE_BYTES = 1024  # initializers up to this size stay in the graph file
@@ -59,7 +59,8 @@ def data_bytes(spans: Mapping[ir.Value, Span]) -> int:
 def write_data(spans: Mapping[ir.Value, Span], file: StreamedFile, progress: Progress | None = None) -> None:
     """Stream the tensors into the data file, a few slices in memory at a time.
 
-    Raises ExportError when a weight yields other bytes than its shape and dtype say, OSError when writing fails.
+    Raises ExportError when a weight yields other bytes than its shape and dtype say, BuildError when it cannot be what
+    its recipe makes of it, OSError when writing fails.
     """
     total = data_bytes(spans)
     for span in sorted(set(spans.values()), key=lambda span: span.offset):
@@ -77,7 +78,7 @@ def write_data(spans: Mapping[ir.Value, Span], file: StreamedFile, progress: Pro
 
 def _pieces(tensor: ir.TensorProtocol) -> Iterator[np.ndarray | bytes]:
     if isinstance(tensor, WeightTensor):
-        for piece in slices(tensor.weight):
+        for piece in tensor.pieces():
             if piece.dtype != tensor.weight.dtype:
                 raise ExportError(f"initializer {tensor.name} yielded {piece.dtype}, it says {tensor.weight.dtype}")
             yield piece

@@ -13,15 +13,18 @@ from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
-from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_cases import Case, random_cases
 from moevlm.export.parity_checks import Expected, checks, hidden_states, taps_of_prompts
 from moevlm.export.parity_report import Check, ParityReport
+from moevlm.export.pruned_reference import answer, pruned_model
+from moevlm.export.sparsity import TWO_OF_FOUR
 from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine
+from moevlm.runtime.manifest import ModelFacts
 
 
 def check_parity(
@@ -34,6 +37,7 @@ def check_parity(
 ) -> ParityReport:
     """Compare canonical PyTorch and the engines named (all by default) with transformers; note it in the manifest.
 
+    Engines from pruned weights are compared with canonical PyTorch on the same pruned weights.
     Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent or damaged,
     BuildError, before any work, if the manifest cannot be written.
     """
@@ -58,11 +62,16 @@ def check_parity(
         found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, TOLERANCES["float32"]))
         expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
         del engine
+        sparse = [name for name in names if opened.engine(name)[1].sparsity]
+        if sparse:
+            progress("running canonical PyTorch on pruned weights", 0, 0)
+        expected_of = {"": expected} | ({TWO_OF_FOUR: _expected_of_pruned(model, facts, cases)} if sparse else {})
         for name in names:
             progress(f"running {name}", 0, 0)
-            tolerance = TOLERANCES[opened.engine(name)[1].dtype]
+            entry = opened.engine(name)[1]
             tapped = TappedEngine(opened, name, model.config)
-            found += checks(expected, name, load_engine(opened, name), tapped, tolerance)
+            steps = expected_of[entry.sparsity], name, load_engine(opened, name), tapped, TOLERANCES[entry.dtype]
+            found += checks(*steps)
         report = ParityReport(
             bundle=str(bundle),
             checkpoint=str(checkpoint),
@@ -72,10 +81,20 @@ def check_parity(
             tokens=sum(len(case.prompt.ids) + GREEDY_TOKENS for case in cases),
             passed=all(check.passed for check in found),
             checks=found,
+            pruned=tuple(sparse),
         )
         writer.keep(opened)
         writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
     return report
+
+
+def _expected_of_pruned(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
+    """What canonical PyTorch answers with pruned weights, its hidden states included."""
+    pruned = pruned_model(model)
+    engine = TorchEngine(pruned)
+    expected = Expected(pruned, facts, cases, [answer(engine, case, facts) for case in cases])
+    expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
+    return expected
 
 
 def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:

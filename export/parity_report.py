@@ -36,7 +36,10 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
-    """All checks in the order of the pipeline; the first that failed is where to look."""
+    """All checks in the order of the pipeline; the first that failed is where to look.
+
+    pruned: engines from pruned weights, whose checks are against canonical PyTorch on the same weights.
+    """
 
     bundle: str
     checkpoint: str
@@ -46,6 +49,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     tokens: int
     passed: bool
     checks: list[Check]
+    pruned: tuple[str, ...] = ()
 
 
 def table_of(report: ParityReport) -> str:
@@ -54,7 +58,8 @@ def table_of(report: ParityReport) -> str:
     last = ""
     for check in report.checks:
         if check.step != last:
-            rows.append((check.step, "", "", "", ""))
+            note = "pruned: against canonical PyTorch on the same weights" if check.step in report.pruned else ""
+            rows.append((check.step, "", "", "", note))
             last = check.step
         exact = isinstance(check.limit, int)
         found, limit = f"{check.value:{'.0f' if exact else '.1e'}}", f"{check.limit:{'.0f' if exact else '.0e'}}"

@@ -52,7 +52,7 @@ def quantize(rows: np.ndarray, scheme: Scheme) -> tuple[np.ndarray, np.ndarray]:
     for i in range(0, len(flat), step):
         q[i : i + step], scales[i : i + step] = _search(flat[i : i + step], scheme.bits)
     if not np.isfinite(scales).all():
-        raise ValueError("it has values that are infinite or not a number, which cannot be quantized")
+        raise ValueError("values that are infinite or not a number cannot be quantized")
     return q.reshape(n, blocks, scheme.block), scales.reshape(n, blocks)
 
 

@@ -1,7 +1,7 @@
 """What each target makes of the canonical graphs."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -14,10 +14,12 @@ from moevlm.export.passes.lower_attention import LowerAttention
 from moevlm.export.passes.lower_moe import LowerMoE
 from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.export.quantization import Scheme
+from moevlm.export.sparsity import SPARSITIES
 from moevlm.runtime import defaults
 from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import CostFacts, EngineFacts
@@ -39,6 +41,7 @@ class Target:
 
     block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
     passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
+    sparsity: "2:4" if the passes prune the dense layers, else "".
     """
 
     name: str
@@ -48,9 +51,17 @@ class Target:
     kv_cache: str
     passes: Mapping[str, tuple[Pass, ...]]
     operators: str = ""
+    sparsity: str = ""
 
-    def facts(self, cost: CostFacts) -> EngineFacts:
-        """What the manifest says of this engine."""
+    def pruned(self, sparsity: str) -> "Target":
+        """This target from weights that were pruned first. Raises BuildError for the reference."""
+        if self.name == REFERENCE:
+            raise BuildError(f"{REFERENCE} is the checkpoint itself and stays dense (--sparsity is for other targets)")
+        passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
+        return replace(self, sparsity=sparsity, passes=passes)
+
+    def facts(self, cost: CostFacts, canonical: Mapping[str, ir.Model]) -> EngineFacts:
+        """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
         return EngineFacts(
             vision=vision,
@@ -59,6 +70,8 @@ class Target:
             block_size=self.block,
             kv_cache=self.kv_cache,
             operators=self.operators,
+            sparsity=self.sparsity,
+            pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
             cost=cost,
         )
 
@@ -107,19 +120,25 @@ TARGETS = tuple(target.name for target in _all(defaults.BLOCK_SIZE, defaults.KV_
 
 
 def targets(
-    names: Iterable[str], block: int = defaults.BLOCK_SIZE, kv_cache: str = defaults.KV_CACHE
+    names: Iterable[str],
+    block: int = defaults.BLOCK_SIZE,
+    kv_cache: str = defaults.KV_CACHE,
+    sparsity: str = "",
 ) -> tuple[Target, ...]:
     """The targets of these names, each once; ort-cpu:fp32 is ort-cpu.
 
     block: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.
-    Raises BuildError for an unknown name or another block or dtype.
+    sparsity: "2:4" to prune the dense layers, or "". Raises BuildError for a name or a value that there is not.
     """
     for name, value, allowed in (("block size", block, BLOCKS), ("KV cache", kv_cache, KV_CACHES)):
         if value not in allowed:
             raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
+    if sparsity and sparsity not in SPARSITIES:
+        raise BuildError(f"unsupported sparsity {sparsity} (supported: {', '.join(SPARSITIES)})")
     known = {target.name: target for target in _all(block, kv_cache)}
     names = tuple(name.removesuffix(":fp32") for name in names)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise BuildError(f'unknown target "{unknown[0]}" (allowed: {", ".join(known)})')
-    return tuple(known[name] for name in dict.fromkeys(names))
+    chosen = tuple(known[name] for name in dict.fromkeys(names))
+    return tuple(target.pruned(sparsity) for target in chosen) if sparsity else chosen

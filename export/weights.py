@@ -5,7 +5,7 @@ experts at a time. Every rearrangement is another `Weight` around the first.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -145,28 +145,42 @@ def slices(weight: Weight) -> Iterator[np.ndarray]:
 
 def read(weight: Weight) -> np.ndarray:
     """The whole tensor in memory."""
+    return _joined(slices(weight), weight)
+
+
+def _joined(pieces: Iterable[np.ndarray], weight: Weight) -> np.ndarray:
     array = np.empty(weight.shape, weight.dtype)
     flat, done = array.reshape(-1), 0
-    for piece in slices(weight):
+    for piece in pieces:
         flat[done : done + piece.size] = piece.reshape(-1)
         done += piece.size
     return array
 
 
 class WeightTensor(ir.LazyTensor):
-    """An ONNX initializer whose bytes come from a `Weight`; nothing is read until it is written or asked for."""
+    """An ONNX initializer whose bytes come from a `Weight`; nothing is read until it is written or asked for.
+
+    Reading raises BuildError, by the initializer's name, where a value cannot be what the recipe makes of it.
+    """
 
     __slots__ = ("weight",)
 
     def __init__(self, name: str, weight: Weight) -> None:
         super().__init__(
-            lambda: ir.Tensor(read(weight)),
+            lambda: ir.Tensor(_joined(self.pieces(), weight)),
             dtype=ir.DataType.from_numpy(weight.dtype),
             shape=ir.Shape(weight.shape),
             cache=False,
             name=name,
         )
         self.weight = weight
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """`slices` of the weight."""
+        try:
+            yield from slices(self.weight)
+        except ValueError as error:
+            raise BuildError(f"initializer {self.name}: {error}") from error
 
 
 def initializer(name: str, weight: Weight) -> ir.Value:

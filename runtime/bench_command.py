@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.cli import OutputFile
-from moevlm.runtime.errors import RequestError
+from moevlm.runtime.cli import OutputFile, require
+from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.reports import BenchReport
 
 _SIZE = "Side of a square image, in pixels; 0 for none."
@@ -44,12 +44,14 @@ def latency(
 ) -> None:
     """Time one request, stage by stage: medians of several, beside the least that this machine would need."""
     from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import progress_bar, publish
+    from moevlm.runtime.console import console, progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
     from moevlm.runtime.loading import load_images, load_runtime
     from moevlm.runtime.machine import measure_machine
     from moevlm.runtime.reports import to_json
 
+    if plot is not None:
+        require("matplotlib", "plot")
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
     engines = [opened.engine(target) for target in targets or (None,)]
@@ -60,7 +62,13 @@ def latency(
         )
     with progress_bar() as progress:
         progress("measuring this machine", 0, 0)
-        machine = measure_machine(threads)
+        note = ""
+        try:
+            machine = measure_machine(threads)
+        except EngineError as error:
+            if plot is not None:
+                raise
+            machine, note = None, f"note: no limits beside the times: {error}"
         results = [
             measure(
                 name,
@@ -75,6 +83,8 @@ def latency(
             )
             for name, engine in engines
         ]
+    if note:
+        console(stderr=True).print(note)
     report = BenchReport(
         bundle=str(bundle),
         prompt_tokens=len(prompt.ids),

@@ -207,6 +207,6 @@ def _read_manifest(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}") from None
-    if manifest.digest != digest_of(manifest):
+    if manifest.digest != digest_of(data):
         raise BundleError(f"{path} is damaged or was changed: its fields do not have the digest that it names")
     return manifest

@@ -9,7 +9,7 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.errors import RequestError
-from moevlm.runtime.reports import InspectReport
+from moevlm.runtime.reports import EngineReport, InspectReport
 
 
 @click.command()
@@ -191,8 +191,6 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
-    from moevlm.runtime.reports import EngineReport
-
     manifest = bundle.manifest
     return InspectReport(
         bundle=str(bundle.directory),
@@ -207,6 +205,7 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 parity=_verdict(manifest.parity.get(name)),
                 block_size=engine.block_size,
                 kv_cache=engine.kv_cache,
+                sparsity=engine.sparsity,
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -218,6 +217,12 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
 def _verdict(parity: Any) -> str:
     result = parity.get("result") if isinstance(parity, dict) else None
     return result if result in ("passed", "failed") else "not checked"
+
+
+def _weights(engine: EngineReport) -> str:
+    """int4/32, 2:4 for blocks of 32 that share a scale, pruned."""
+    text = f"{engine.dtype}/{engine.block_size}" if engine.block_size else engine.dtype
+    return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
 def _facts(manifest: Any, report: InspectReport) -> str:
@@ -237,8 +242,5 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
     if not report.engines:
         return text + "no engine yet"
-    engines = [
-        (e.target, f"{e.dtype}/{e.block_size}" if e.block_size else e.dtype, e.kv_cache, bytes_text(e.bytes), e.parity)
-        for e in report.engines
-    ]
+    engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
     return text + table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)

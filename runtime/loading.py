@@ -13,6 +13,7 @@ from moevlm.runtime.chat import ChatTemplate, Tokenizer
 from moevlm.runtime.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.images import ImageProcessor
+from moevlm.runtime.machine import cores
 from moevlm.runtime.manifest import EngineFacts
 from moevlm.runtime.native import DOMAIN, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
@@ -83,8 +84,7 @@ def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> 
 
 
 def _require_cores(threads: int | None) -> None:
-    # What this process may use, which a container or taskset makes less than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= cores
+    most = cores()
+    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
     if threads is not None and not good:
-        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {cores}, this process's cores)")
+        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {most}, this process's cores)")

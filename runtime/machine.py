@@ -31,9 +31,14 @@ class Machine(msgspec.Struct, frozen=True):
     int8: float
 
 
+def cores() -> int:
+    """How many this process may use, which a container or taskset makes less than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def measure_machine(threads: int | None = None) -> Machine:
     """Takes about a second. threads: None for all cores of this process. Raises EngineError without the library."""
-    count = threads or len(os.sched_getaffinity(0))
+    count = threads or cores()
     library = ctypes.CDLL(str(operators_path()))
     library.moevlm_peak_read.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     for function in (library.moevlm_peak_float32, library.moevlm_peak_int8):

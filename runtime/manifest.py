@@ -121,6 +121,7 @@ class EngineFacts(_Facts, frozen=True):
 
     block_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
+    sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     cost: None in bundles older than this field. tensorrt: None for an engine on ONNX Runtime.
     """
 
@@ -130,6 +131,8 @@ class EngineFacts(_Facts, frozen=True):
     block_size: int = 0
     kv_cache: str = "float32"
     operators: str = ""
+    sparsity: str = ""
+    pruned_weights: int = 0
     cost: CostFacts | None = None
     tensorrt: TensorRTFacts | None = None
 
@@ -152,6 +155,9 @@ class Manifest(_Facts, frozen=True):
     digest: str = ""
 
 
-def digest_of(manifest: Manifest) -> str:
-    """sha256, in hexadecimal, of the manifest as compact JSON with an empty digest."""
-    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
+def digest_of(manifest: bytes) -> str:
+    """sha256, in hexadecimal, of manifest.json without white space and with an empty digest.
+
+    Of the fields that are there: a bundle that is older than some of them keeps its digest.
+    """
+    return hashlib.sha256(msgspec.json.encode(msgspec.json.decode(manifest) | {"digest": ""})).hexdigest()

@@ -11,12 +11,12 @@ DOMAIN = "moevlm.cpu"
 
 
 def operators_path() -> Path:
-    """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library."""
+    """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library. Raises EngineError."""
     return _path(OPERATORS)
 
 
 def plugin_path() -> Path:
-    """The library of the TensorRT plugins MoERouter and MoEExperts, for IPluginRegistry.load_library."""
+    """The library of the plugins MoERouter and MoEExperts, for IPluginRegistry.load_library. Raises EngineError."""
     return _path(PLUGIN)
 
 

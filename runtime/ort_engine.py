@@ -95,11 +95,11 @@ class OrtEngine:
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
         options.log_severity_level = 4  # what it says on failure is in the exception
-        if self._operators is not None:
-            options.register_custom_ops_library(str(self._operators))
         if graph is not None:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         try:
+            if self._operators is not None:
+                options.register_custom_ops_library(str(self._operators))
             return self._ort.InferenceSession(graph or path, options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error

@@ -43,6 +43,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     parity: str
     block_size: int = 0
     kv_cache: str = "float32"
+    sparsity: str = ""
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):

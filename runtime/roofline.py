@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.machine import Machine
 from moevlm.runtime.reports import BenchReport, Limit
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MARKERS = {"image": "^", "prompt": "s", "token": "o"}
 
@@ -48,7 +52,7 @@ def plot(report: BenchReport, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _roofs(axes, machine: Machine, low: float, high: float) -> None:  # type: ignore[no-untyped-def]
+def _roofs(axes: Axes, machine: Machine, low: float, high: float) -> None:
     for rate, name, style in ((machine.int8, "bytes", "-"), (machine.float32, "float32", "--")):
         peak = 2 * rate
         corner = peak / machine.read
@@ -58,6 +62,6 @@ def _roofs(axes, machine: Machine, low: float, high: float) -> None:  # type: ig
     axes.annotate(f"memory: {machine.read / 1e9:.1f} GB/s", (low, low * machine.read / 1e9), fontsize=8, va="bottom")
 
 
-def _point(axes, found: Limit, seconds: float, label: str, marker: str, colour: str) -> None:  # type: ignore[no-untyped-def]
+def _point(axes: Axes, found: Limit, seconds: float, label: str, marker: str, colour: str) -> None:
     x, y = found.flops / found.bytes, found.flops / seconds / 1e9
     axes.plot([x], [y], marker, color=colour, label=f"{label}: {found.fraction:.0%} of the limit")

@@ -4,13 +4,10 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from moevlm.runtime.manifest import Manifest, digest_of
+from moevlm.runtime.manifest import digest_of
 
 
 def copy_bundle(bundle: Path, folder: Path) -> Path:
@@ -23,8 +20,7 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> N
     path = bundle / "manifest.json"
     content = json.loads(path.read_text())
     change(content)
-    with suppress(msgspec.DecodeError):  # fields that make no manifest have no digest either
-        content["digest"] = digest_of(msgspec.json.decode(json.dumps(content), type=Manifest))
+    content["digest"] = digest_of(json.dumps(content).encode())
     path.write_text(json.dumps(content))
 
 

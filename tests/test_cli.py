@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import io
 import json
@@ -23,7 +24,7 @@ import pytest
 from PIL import Image
 
 from moevlm.export.parity_report import ParityReport
-from moevlm.runtime import load
+from moevlm.runtime import load, native
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
 from tests.bundles import copy_bundle, edit_manifest, rehash
@@ -240,6 +241,29 @@ def test_inspect_shows_model_engines_and_what_to_do_next(tiny_bundle: Path) -> N
     assert "qwen3_vl_moe" in out
     assert re.search(r"^ort-cpu +float32 +float32 +[\d.]+ [kM]B  not checked$", out, flags=re.M)
     assert f"next: moevlm parity {tiny_bundle} --checkpoint CHECKPOINT" in out
+
+
+def test_bench_without_the_operator_library_has_times_and_no_limits(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    sizes = ("--prompt-tokens", "5", "--new-tokens", "2", "--image-size", "0", "--repeats", "1", "--target", "ort-cpu")
+    result = call("bench", "latency", tiny_bundle, *sizes, "--json", "-")
+    assert result.status == 0
+    assert "note: no limits beside the times: cpu_operators was not built" in result.err
+    report = decode(result.out, BenchReport)
+    assert report.machine is None
+    assert report.results[0].decode_limit is None
+    refused = call("bench", "latency", tiny_bundle, *sizes, "--plot", tiny_bundle.parent / "roof.png")
+    assert (refused.status, refused.out) == (2, "")
+
+
+def test_bench_asks_for_matplotlib_before_it_measures(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    result = call("bench", "latency", tiny_bundle, "--plot", tiny_bundle.parent / "roof.png")
+    assert (result.status, result.out) == (2, "")
+    assert result.err == "error: this command needs matplotlib (pip install 'moevlm[plot]')\n"
 
 
 def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> None:

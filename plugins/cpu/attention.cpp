@@ -22,15 +22,15 @@ constexpr int64_t kAppended = 16;  // tokens
 
 const Kernels& kernels_for(int64_t head_dim) {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (v4 && head_dim % avx512::kernels.lanes == 0) return avx512::kernels;
-    if (v3) return avx2::kernels;
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (v4 && head_dim % avx512::kernels.lanes == 0) return avx512::kernels;
+  if (v3) return avx2::kernels;
 #endif
-    (void)head_dim;
-    return baseline::kernels;
+  (void)head_dim;
+  return baseline::kernels;
 }
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -38,73 +38,73 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // A tile is a task's tokens; a piece is its part of the cache. The tasks of a tile leave partial results, and whoever
 // is last joins them.
 struct Plan {
-    const Attention& call;
-    const Kernels& kernels;
-    int64_t tokens, tiles;  // per sequence and key/value head
-    int64_t entries, pieces;
-    std::unique_ptr<float[]> partials;
-    std::unique_ptr<std::atomic<int64_t>[]> done;
+  const Attention& call;
+  const Kernels& kernels;
+  int64_t tokens, tiles;  // per sequence and key/value head
+  int64_t entries, pieces;
+  std::unique_ptr<float[]> partials;
+  std::unique_ptr<std::atomic<int64_t>[]> done;
 
-    explicit Plan(const Attention& call) : call(call), kernels(kernels_for(call.head_dim)) {
-        tokens = std::min(call.length, tile_tokens(call));
-        tiles = divide_up(call.length, tokens);
-        const int64_t longest = *std::max_element(call.position, call.position + call.batch) + call.length;
-        const int64_t least = tokens * call.group() > kMaxGroup ? kPieceForMany : kPiece;
-        const int64_t wanted = std::min(divide_up(longest, least), divide_up(kTasks, units()));
-        entries = divide_up(divide_up(longest, wanted), 64) * 64;
-        pieces = divide_up(longest, entries);
-        if (pieces > 1) {
-            partials.reset(new float[units() * pieces * partial_floats()]);
-            done.reset(new std::atomic<int64_t>[units()]());
-        }
+  explicit Plan(const Attention& call) : call(call), kernels(kernels_for(call.head_dim)) {
+    tokens = std::min(call.length, tile_tokens(call));
+    tiles = divide_up(call.length, tokens);
+    const int64_t longest = *std::max_element(call.position, call.position + call.batch) + call.length;
+    const int64_t least = tokens * call.group() > kMaxGroup ? kPieceForMany : kPiece;
+    const int64_t wanted = std::min(divide_up(longest, least), divide_up(kTasks, units()));
+    entries = divide_up(divide_up(longest, wanted), 64) * 64;
+    pieces = divide_up(longest, entries);
+    if (pieces > 1) {
+      partials.reset(new float[units() * pieces * partial_floats()]);
+      done.reset(new std::atomic<int64_t>[units()]());
     }
+  }
 
-    int64_t units() const { return call.batch * call.kv_heads * tiles; }
-    int64_t partial_floats() const { return Partial::floats(tokens * call.group(), call.head_dim); }
+  int64_t units() const { return call.batch * call.kv_heads * tiles; }
+  int64_t partial_floats() const { return Partial::floats(tokens * call.group(), call.head_dim); }
 
-    void run_append(int64_t i) const {
-        const int64_t chunks = divide_up(call.length, kAppended), head = i / chunks;
-        const int64_t token = i % chunks * kAppended;
-        kernels.append(
-            call, head / call.kv_heads, head % call.kv_heads, token, std::min(kAppended, call.length - token));
+  void run_append(int64_t i) const {
+    const int64_t chunks = divide_up(call.length, kAppended), head = i / chunks;
+    const int64_t token = i % chunks * kAppended;
+    kernels.append(
+      call, head / call.kv_heads, head % call.kv_heads, token, std::min(kAppended, call.length - token));
+  }
+
+  void run_task(int64_t i) const {
+    const int64_t unit = i / pieces, piece = i % pieces;
+    // The last tile sees the most entries, so it starts first.
+    const int64_t tile = tiles - 1 - unit / (call.batch * call.kv_heads);
+    const int64_t head = unit % (call.batch * call.kv_heads);
+    Task task = {};
+    task.sequence = head / call.kv_heads;
+    task.kv_head = head % call.kv_heads;
+    task.token = tile * tokens;
+    task.tokens = std::min(tokens, call.length - task.token);
+    const int64_t seen = call.position[task.sequence] + task.token + task.tokens;
+    task.begin = piece * entries;
+    task.end = std::min(task.begin + entries, seen);
+    task.append = tiles == 1;
+    if (task.begin >= task.end) return;
+    const int64_t count = divide_up(seen, entries);
+    float* first = count > 1 ? partials.get() + unit * pieces * partial_floats() : nullptr;
+    const int64_t apart = Partial::floats(task.tokens * call.group(), call.head_dim);
+    task.partial = first ? first + piece * apart : nullptr;
+    kernels.attend(call, task);
+    if (first && done[unit].fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
+      kernels.combine(call, task, first, count);
     }
-
-    void run_task(int64_t i) const {
-        const int64_t unit = i / pieces, piece = i % pieces;
-        // The last tile sees the most entries, so it starts first.
-        const int64_t tile = tiles - 1 - unit / (call.batch * call.kv_heads);
-        const int64_t head = unit % (call.batch * call.kv_heads);
-        Task task = {};
-        task.sequence = head / call.kv_heads;
-        task.kv_head = head % call.kv_heads;
-        task.token = tile * tokens;
-        task.tokens = std::min(tokens, call.length - task.token);
-        const int64_t seen = call.position[task.sequence] + task.token + task.tokens;
-        task.begin = piece * entries;
-        task.end = std::min(task.begin + entries, seen);
-        task.append = tiles == 1;
-        if (task.begin >= task.end) return;
-        const int64_t count = divide_up(seen, entries);
-        float* first = count > 1 ? partials.get() + unit * pieces * partial_floats() : nullptr;
-        const int64_t apart = Partial::floats(task.tokens * call.group(), call.head_dim);
-        task.partial = first ? first + piece * apart : nullptr;
-        kernels.attend(call, task);
-        if (first && done[unit].fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-            kernels.combine(call, task, first, count);
-        }
-    }
+  }
 };
 
 }  // namespace
 
 void attend(const Attention& call, const Pool& pool) {
-    if (call.batch == 0 || call.length == 0) return;
-    Plan plan(call);
-    if (plan.tiles > 1) {
-        parallel_for(pool, call.batch * call.kv_heads * divide_up(call.length, kAppended),
-                     [&](size_t i) { plan.run_append(static_cast<int64_t>(i)); });
-    }
-    parallel_for(pool, plan.units() * plan.pieces, [&](size_t i) { plan.run_task(static_cast<int64_t>(i)); });
+  if (call.batch == 0 || call.length == 0) return;
+  Plan plan(call);
+  if (plan.tiles > 1) {
+    parallel_for(pool, call.batch * call.kv_heads * divide_up(call.length, kAppended),
+                 [&](size_t i) { plan.run_append(static_cast<int64_t>(i)); });
+  }
+  parallel_for(pool, plan.units() * plan.pieces, [&](size_t i) { plan.run_task(static_cast<int64_t>(i)); });
 }
 
 }  // namespace moevlm

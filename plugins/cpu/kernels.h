@@ -8,25 +8,25 @@ namespace moevlm::MOEVLM_ISA {
 
 template <class T>
 void attend(const Attention& call, const Task& task) {
-    if (task.append) {
-        const int64_t position = call.position[task.sequence];
-        const int64_t first = task.begin > position ? task.begin : position;
-        if (first < task.end) append<T>(call, task.sequence, task.kv_head, first - position, task.end - first);
-    }
-    const bool few = task.tokens * call.group() <= kFewRows;
-    switch (call.head_dim) {
-        case 64: return (few ? attend_few_rows<T, 64> : attend_many_rows<T, 64>)(call, task);
-        case 128: return (few ? attend_few_rows<T, 128> : attend_many_rows<T, 128>)(call, task);
-        default: return (few ? attend_few_rows<T, 0> : attend_many_rows<T, 0>)(call, task);
-    }
+  if (task.append) {
+    const int64_t position = call.position[task.sequence];
+    const int64_t first = task.begin > position ? task.begin : position;
+    if (first < task.end) append<T>(call, task.sequence, task.kv_head, first - position, task.end - first);
+  }
+  const bool few = task.tokens * call.group() <= kFewRows;
+  switch (call.head_dim) {
+    case 64: return (few ? attend_few_rows<T, 64> : attend_many_rows<T, 64>)(call, task);
+    case 128: return (few ? attend_few_rows<T, 128> : attend_many_rows<T, 128>)(call, task);
+    default: return (few ? attend_few_rows<T, 0> : attend_many_rows<T, 0>)(call, task);
+  }
 }
 
 inline void append(const Attention& call, int64_t sequence, int64_t kv_head, int64_t token, int64_t tokens) {
-    (call.quantized ? append<int8_t> : append<float>)(call, sequence, kv_head, token, tokens);
+  (call.quantized ? append<int8_t> : append<float>)(call, sequence, kv_head, token, tokens);
 }
 
 inline void attend(const Attention& call, const Task& task) {
-    (call.quantized ? attend<int8_t> : attend<float>)(call, task);
+  (call.quantized ? attend<int8_t> : attend<float>)(call, task);
 }
 
 extern const Kernels kernels;

@@ -1,7 +1,5 @@
-// What this processor can do at most, for benchmarks: loops that wait for nothing but memory, or nothing but arithmetic.
-//
-// Each runs on the calling thread; the caller times it and runs as many at once as it has cores. Where a processor has
-// none of the instructions named here, its arithmetic counts as 0: unknown.
+// What this processor can do at most, for benchmarks: loops that wait for nothing but memory, or nothing but
+// arithmetic. Each runs on the calling thread; the caller times it and runs as many at once as it has cores.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -12,42 +10,44 @@
 
 namespace {
 
-// Independent sums, enough to hide an instruction's latency; variables, since the compiler keeps an array in memory.
-constexpr int kChains = 10;
-#define MOEVLM_CHAINS(do) do(s0) do(s1) do(s2) do(s3) do(s4) do(s5) do(s6) do(s7) do(s8) do(s9)
-
 volatile int64_t sink;
 
-// Nothing is known of `value` from here on, so that no loop is computed ahead, and equal chains are not made one.
-#define MOEVLM_OPAQUE(value) __asm__ volatile("" : "+v"(value))
+// A copy of which the compiler knows nothing, so that no loop is computed ahead and equal chains are not made one.
+#define MOEVLM_UNKNOWN(value)                                               \
+  ({                                                                        \
+    auto copy = value;                                                      \
+    __asm__ volatile("" : "+m"(copy));                                      \
+    copy;                                                                   \
+  })
+
+// size_t NAME(size_t rounds): repeats STEP(sum), WIDTH multiply-adds by `factor`, in ten independent chains: enough to
+// hide an instruction's latency. They are variables, since an array stays in memory.
+#define MOEVLM_CHAINS(do) do(s0) do(s1) do(s2) do(s3) do(s4) do(s5) do(s6) do(s7) do(s8) do(s9)
+#define MOEVLM_SUM(sum) auto sum = MOEVLM_UNKNOWN(zero);
+#define MOEVLM_USE(sum) (void)MOEVLM_UNKNOWN(sum);
+#define MOEVLM_LOOP(NAME, WIDTH, ZERO, FACTOR, STEP)                        \
+  size_t NAME(size_t rounds) {                                              \
+    const auto zero = ZERO, factor = FACTOR;                                \
+    MOEVLM_CHAINS(MOEVLM_SUM)                                               \
+    for (size_t round = 0; round < rounds; ++round) { MOEVLM_CHAINS(STEP) } \
+    MOEVLM_CHAINS(MOEVLM_USE)                                               \
+    return rounds * 10 * WIDTH;                                             \
+  }
+
+#define MOEVLM_ANY(sum) sum = sum * factor + factor;
+typedef float Four __attribute__((vector_size(16)));
+MOEVLM_LOOP(float32_any, 4, Four{}, Four{} + 0.999f, MOEVLM_ANY)
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f"))) size_t float32_512(size_t rounds) {
-  __m512 s0 = _mm512_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0;
-  const __m512 factor = _mm512_set1_ps(0.999f);
-#define MOEVLM_STEP(sum) sum = _mm512_fmadd_ps(sum, factor, factor); MOEVLM_OPAQUE(sum);
-  for (size_t round = 0; round < rounds; ++round) { MOEVLM_CHAINS(MOEVLM_STEP) }
-#undef MOEVLM_STEP
-  return rounds * kChains * 16;
-}
-
-__attribute__((target("avx2,fma"))) size_t float32_256(size_t rounds) {
-  __m256 s0 = _mm256_setzero_ps(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0;
-  const __m256 factor = _mm256_set1_ps(0.999f);
-#define MOEVLM_STEP(sum) sum = _mm256_fmadd_ps(sum, factor, factor); MOEVLM_OPAQUE(sum);
-  for (size_t round = 0; round < rounds; ++round) { MOEVLM_CHAINS(MOEVLM_STEP) }
-#undef MOEVLM_STEP
-  return rounds * kChains * 8;
-}
-
-__attribute__((target("avx512f,avx512vnni"))) size_t int8_512(size_t rounds) {
-  __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0, s7 = s0, s8 = s0, s9 = s0;
-  const __m512i bytes = _mm512_set1_epi32(0x01020304);
-#define MOEVLM_STEP(sum) sum = _mm512_dpbusd_epi32(sum, bytes, bytes); MOEVLM_OPAQUE(sum);
-  for (size_t round = 0; round < rounds; ++round) { MOEVLM_CHAINS(MOEVLM_STEP) }
-#undef MOEVLM_STEP
-  return rounds * kChains * 64;
-}
+#define MOEVLM_FMA_512(sum) sum = _mm512_fmadd_ps(sum, factor, factor);
+#define MOEVLM_FMA_256(sum) sum = _mm256_fmadd_ps(sum, factor, factor);
+#define MOEVLM_DOT_512(sum) sum = _mm512_dpbusd_epi32(sum, factor, factor);
+__attribute__((target("avx512f")))
+MOEVLM_LOOP(float32_512, 16, _mm512_setzero_ps(), _mm512_set1_ps(0.999f), MOEVLM_FMA_512)
+__attribute__((target("avx2,fma")))
+MOEVLM_LOOP(float32_256, 8, _mm256_setzero_ps(), _mm256_set1_ps(0.999f), MOEVLM_FMA_256)
+__attribute__((target("avx512f,avx512vnni")))
+MOEVLM_LOOP(int8_512, 64, _mm512_setzero_si512(), _mm512_set1_epi32(0x01020304), MOEVLM_DOT_512)
 #endif
 
 }  // namespace
@@ -71,10 +71,10 @@ MOEVLM_EXPORT size_t moevlm_peak_float32(size_t rounds) {
   if (__builtin_cpu_supports("avx512f")) return float32_512(rounds);
   if (__builtin_cpu_supports("fma")) return float32_256(rounds);
 #endif
-  return 0 * rounds;
+  return float32_any(rounds);
 }
 
-// Byte multiply-adds done in `rounds`.
+// Byte multiply-adds done in `rounds`; 0 where the processor has no dot product of bytes.
 MOEVLM_EXPORT size_t moevlm_peak_int8(size_t rounds) {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512vnni")) return int8_512(rounds);

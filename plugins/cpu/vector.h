@@ -19,26 +19,26 @@ typedef uint32_t Bits __attribute__((vector_size(MOEVLM_LANES * 4)));
 typedef int8_t Bytes __attribute__((vector_size(MOEVLM_LANES)));
 
 MOEVLM_INLINE Vec load(const float* p) {
-    Vec v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
 
 MOEVLM_INLINE Vec load(const int8_t* p) {
 #if MOEVLM_LANES == 16 && defined(__x86_64__)  // GCC 12 would widen the bytes one by one
-    return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), Vec);
+  return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), Vec);
 #elif MOEVLM_LANES == 8 && defined(__x86_64__)
-    return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), Vec);
+  return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), Vec);
 #else
-    Bytes bytes;
-    std::memcpy(&bytes, p, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(__builtin_convertvector(bytes, Ints), Vec);
 #endif
 }
 
 // Asks for the vector at p, some time before it is loaded. p may be anywhere.
 MOEVLM_INLINE void prefetch(const void* p, int64_t bytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 3);
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + bytes), 0, 3);
 }
 
 MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
@@ -47,24 +47,24 @@ MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
 template <int... Lane>
 struct Shuffles {
-    // Lanes come in pairs that differ in bit H of their number. `own`: the lower of a pair from a, the upper from b;
-    // `other`: the same after both vectors have their pairs swapped; `low`, `high`: both lower lanes, both upper ones.
-    template <int H>
-    static MOEVLM_INLINE Vec own(Vec a, Vec b) {
-        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane)...);
-    }
-    template <int H>
-    static MOEVLM_INLINE Vec other(Vec a, Vec b) {
-        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane ^ H)...);
-    }
-    template <int H>
-    static MOEVLM_INLINE Vec low(Vec a, Vec b) {
-        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane)...);
-    }
-    template <int H>
-    static MOEVLM_INLINE Vec high(Vec a, Vec b) {
-        return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane ^ H)...);
-    }
+  // Lanes come in pairs that differ in bit H of their number. `own`: the lower of a pair from a, the upper from b;
+  // `other`: the same after both vectors have their pairs swapped; `low`, `high`: both lower lanes, both upper ones.
+  template <int H>
+  static MOEVLM_INLINE Vec own(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane)...);
+  }
+  template <int H>
+  static MOEVLM_INLINE Vec other(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane ^ H)...);
+  }
+  template <int H>
+  static MOEVLM_INLINE Vec low(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane)...);
+  }
+  template <int H>
+  static MOEVLM_INLINE Vec high(Vec a, Vec b) {
+    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane ^ H)...);
+  }
 };
 
 #if MOEVLM_LANES == 16
@@ -79,93 +79,93 @@ using Shuffle = Shuffles<0, 1, 2, 3>;
 template <int H = kLanes / 2>
 MOEVLM_INLINE Vec lane_sums(Vec* v) {
 #pragma GCC unroll 16
-    for (int i = 0; i < H; ++i) v[i] = Shuffle::own<H>(v[i], v[i + H]) + Shuffle::other<H>(v[i], v[i + H]);
-    if constexpr (H > 1) {
-        return lane_sums<H / 2>(v);
-    } else {
-        return v[0];
-    }
+  for (int i = 0; i < H; ++i) v[i] = Shuffle::own<H>(v[i], v[i + H]) + Shuffle::other<H>(v[i], v[i + H]);
+  if constexpr (H > 1) {
+    return lane_sums<H / 2>(v);
+  } else {
+    return v[0];
+  }
 }
 
 // v as the rows of a square matrix, transposed in place.
 template <int H = kLanes / 2>
 MOEVLM_INLINE void transpose(Vec* v) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if (i & H) continue;
-        const Vec a = v[i], b = v[i + H];
-        v[i] = Shuffle::low<H>(a, b);
-        v[i + H] = Shuffle::high<H>(a, b);
-    }
-    if constexpr (H > 1) transpose<H / 2>(v);
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & H) continue;
+    const Vec a = v[i], b = v[i + H];
+    v[i] = Shuffle::low<H>(a, b);
+    v[i + H] = Shuffle::high<H>(a, b);
+  }
+  if constexpr (H > 1) transpose<H / 2>(v);
 }
 
 MOEVLM_INLINE float sum(Vec v) {
-    if constexpr (kLanes > 8) v += Shuffle::other<8>(v, v);
-    if constexpr (kLanes > 4) v += Shuffle::other<4>(v, v);
-    v += Shuffle::other<2>(v, v);
-    return v[0] + v[1];
+  if constexpr (kLanes > 8) v += Shuffle::other<8>(v, v);
+  if constexpr (kLanes > 4) v += Shuffle::other<4>(v, v);
+  v += Shuffle::other<2>(v, v);
+  return v[0] + v[1];
 }
 
 MOEVLM_INLINE float largest(Vec v) {
-    if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v, v));
-    if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
-    v = larger(v, Shuffle::other<2>(v, v));
-    return v[0] > v[1] ? v[0] : v[1];
+  if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v, v));
+  if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
+  v = larger(v, Shuffle::other<2>(v, v));
+  return v[0] > v[1] ? v[0] : v[1];
 }
 
 // 2^x for x <= 0, and 0 below 2^-126. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
 // [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
 MOEVLM_INLINE Vec exp2(Vec x) {
-    const Vec magic = Vec{} + 12582912.0f;
-    const Vec shifted = x + magic;
-    const Vec f = x - (shifted - magic);
-    Vec p = f * 0.000153458095f + 0.00133999312f;
-    p = p * f + 0.00961848897f;
-    p = p * f + 0.0555032878f;
-    p = p * f + 0.240226469f;
-    p = p * f + 0.693147206f;
-    p = p * f + 1.0f;
-    p = (Vec)((Bits)p + ((Bits)shifted << 23));
-    return x > Vec{} - 126.0f ? p : Vec{};
+  const Vec magic = Vec{} + 12582912.0f;
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = f * 0.000153458095f + 0.00133999312f;
+  p = p * f + 0.00961848897f;
+  p = p * f + 0.0555032878f;
+  p = p * f + 0.240226469f;
+  p = p * f + 0.693147206f;
+  p = p * f + 1.0f;
+  p = (Vec)((Bits)p + ((Bits)shifted << 23));
+  return x > Vec{} - 126.0f ? p : Vec{};
 }
 
 // result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
 // Ahead: how many bytes from each element of b that is loaded to ask for another, or 0.
 template <int M, int N, bool Accumulate, int64_t Ahead = 0, class T>
 MOEVLM_INLINE void multiply(
-    const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result, int64_t result_stride,
-    int64_t depth) {
-    Vec sums[M][N];
+  const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result, int64_t result_stride,
+  int64_t depth) {
+  Vec sums[M][N];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            sums[m][n] = Vec{};
-        }
+    for (int n = 0; n < N; ++n) {
+      sums[m][n] = Vec{};
     }
-    for (int64_t k = 0; k < depth; ++k) {
-        Vec row[N];
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec row[N];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes);
-        if constexpr (Ahead > 0) {
-            for (int n = 0; n < N * kLanes; n += 64 / sizeof(T)) prefetch(b + k * b_stride + n, Ahead);
-        }
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            const float factor = a[m * a_stride + k];
-#pragma GCC unroll 16
-            for (int n = 0; n < N; ++n) sums[m][n] += row[n] * factor;
-        }
+    for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * kLanes);
+    if constexpr (Ahead > 0) {
+      for (int n = 0; n < N * kLanes; n += 64 / sizeof(T)) prefetch(b + k * b_stride + n, Ahead);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
+      const float factor = a[m * a_stride + k];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) {
-            float* to = result + m * result_stride + n * kLanes;
-            store(to, Accumulate ? load(to) + sums[m][n] : sums[m][n]);
-        }
+      for (int n = 0; n < N; ++n) sums[m][n] += row[n] * factor;
     }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      float* to = result + m * result_stride + n * kLanes;
+      store(to, Accumulate ? load(to) + sums[m][n] : sums[m][n]);
+    }
+  }
 }
 
 }  // namespace moevlm::MOEVLM_ISA

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from moevlm.export.build import add_targets, build
 from moevlm.export.checkpoint import Checkpoint
@@ -18,7 +19,7 @@ from moevlm.export.weights import read
 from moevlm.plugins.spec import DOMAIN
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
-from tests.tiny import END, STOP, edit_json
+from tests.tiny import END, STOP, edit_json, edit_tensors
 
 SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
 GRAPHS = {"graphs/vision.onnx", "graphs/decoder.onnx"}
@@ -305,3 +306,26 @@ def test_progress_counts_the_bytes_of_every_file_to_the_end(tiny_checkpoint: Pat
         size = (tmp_path / "b" / f"engines/ort-cpu/{graph}.onnx.data").stat().st_size
         assert counts == sorted(counts)
         assert counts[-1] == (size, size)
+
+
+@pytest.mark.parametrize(
+    ("target", "tensor", "value", "message"),
+    [
+        ("cpu:int4", "q_proj.weight", np.nan, r"tensor .*layers\.0\.self_attn\.q_proj\.weight is not finite"),
+        ("cpu:int8", "q_proj.weight", 1e9, r"initializer layers\.0\..*int8: a scale is 8\.06e\+06 .*fp16"),
+        ("cpu:int8", "experts.down_proj", 1e9, r"initializer layers\.0\..*down.*int8: a scale is 8\.06e\+06 .*fp16"),
+    ],
+)
+def test_weight_that_cannot_be_written_is_named_and_nothing_is_left(
+    target: str, tensor: str, value: float, message: str, save_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = save_checkpoint()
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        next(t for name, t in tensors.items() if "layers.0." in name and name.endswith(tensor)).view(-1)[7] = value
+
+    edit_tensors(checkpoint, spoil)
+    with pytest.raises(MoevlmError, match=message) as raised:
+        build(checkpoint, tmp_path / "b", [target])
+    assert "\n" not in str(raised.value)
+    assert_nothing_left(tmp_path, checkpoint.name)

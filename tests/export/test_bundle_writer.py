@@ -219,7 +219,7 @@ def test_exception_leaves_the_old_bundle_and_nothing_else(old: Path, error: Base
     assert is_untouched(old)
 
 
-@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), CheckpointError("x")])
+@pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), CheckpointError("x")])
 def test_exception_while_streaming_leaves_nothing(old: Path, error: BaseException) -> None:
     source = Constant(np.zeros((64, 1 << 18), np.float32))
     calls = []

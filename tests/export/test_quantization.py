@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from moevlm.export.quantization import Quantized, Scheme, dequantize, pack, quantize
-from moevlm.export.weights import Constant, read
+from moevlm.export.weights import Constant, WeightTensor, read
+from moevlm.runtime.errors import BuildError
 
 SCHEMES = [Scheme(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.block}")
@@ -123,3 +124,15 @@ def test_lazy_parts_hold_what_quantize_returns(flat):
 def test_scales_asked_for_first_are_right_too():
     rows, scheme = weights(8, 64), Scheme(8, 32)
     np.testing.assert_array_equal(read(Quantized(Constant(rows), scheme).scales), quantize(rows, scheme)[1])
+
+
+@pytest.mark.parametrize("rows", [3, 4000], ids=["inline", "streamed"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_weight_that_is_not_finite_is_refused_under_its_initializer_s_name(rows, value):
+    array = weights(rows, 64)
+    array[rows - 1, 40] = value
+    tensor = WeightTensor("some.weight.int8", Quantized(Constant(array), Scheme(8, 32)).values)
+    for consume in (tensor.tobytes, lambda: list(tensor.pieces())):
+        with pytest.raises(BuildError, match=r"^initializer some\.weight\.int8: values that are infinite or not"):
+            consume()

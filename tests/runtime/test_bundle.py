@@ -57,6 +57,15 @@ def demo(tmp_path: Path) -> Path:
     return directory
 
 
+def test_bundle_that_is_older_than_some_fields_opens_with_their_defaults(demo: Path) -> None:
+    content = json.loads((demo / "manifest.json").read_text())
+    assert "sparsity" not in content["engines"]["ort-cpu"]
+    compact = json.dumps(content | {"digest": ""}, separators=(",", ":"))
+    assert content["digest"] == hashlib.sha256(compact.encode()).hexdigest()
+    found = Bundle.open(demo).manifest.engines["ort-cpu"]
+    assert (found.sparsity, found.tensorrt, found.cost, found.block_size) == ("", None, None, 0)
+
+
 def refused(act: Callable[[], Any], *words: str) -> None:
     with pytest.raises(BundleError) as raised:
         act()
