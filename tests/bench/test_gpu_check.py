@@ -103,9 +103,14 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
     assert cases.deviation(y.numpy(), reference.experts(*arrays, small.experts_op().spec)) < 1e-5
 
 
-def test_routings_take_turns_until_they_exceed_any_cache() -> None:
-    op = QWEN.experts_op()  # the smallest; at one token, each of 16 routings reads 8 of 128 experts
-    assert layers.routings(1) * shapes.weight_bytes(op, 8) > 8 * (126 << 20)
+def test_weights_taking_turns_exceed_any_cache() -> None:
+    cache = 126 << 20  # a B200's
+    for layer in shapes.LAYERS:
+        for weights in layers.FORMATS:
+            op = layer.experts_op(weights=weights)
+            sets = min(layers.MOST_SETS, layers.SETS_BYTES // shapes.weight_bytes(op, op.experts))
+            # What is read before the same set is read again, and with it perhaps the same expert.
+            assert max(sets, 1) * shapes.weight_bytes(op, op.top_k) > cache
     assert [layers.routings(tokens) for tokens in (1, 64, 65, 4096)] == [16, 16, 4, 2]
 
 
