@@ -70,6 +70,7 @@ def measure(layer: Layer, op: ExpertsOp, sm: int, limits: Limits) -> Iterator[di
 def weight_sets(op: ExpertsOp) -> list[list[torch.Tensor]]:
     """Weights to take turns with: as many as there is room for, and at least one."""
     size = sum(tensor_bytes(tensor, 0) for tensor in op.inputs)
+    torch.cuda.empty_cache()  # or what torch keeps of earlier weights would not count as free
     room = min(SETS_BYTES, torch.cuda.mem_get_info()[0] - SPARE_BYTES)
     return [random_weights(op) for _ in range(max(1, min(MOST_SETS, room // size)))]
 

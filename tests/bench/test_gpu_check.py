@@ -45,6 +45,26 @@ def test_without_a_gpu_it_says_so_in_one_line() -> None:
     assert done.stderr.splitlines() == [f"error: no CUDA GPU that torch {torch.__version__} can use"]
 
 
+ONLY = """
+import sys
+absent = {"click", "rich", "msgspec", "PIL", "jinja2", "tokenizers", "onnx", "onnx_ir", "ml_dtypes", "safetensors"}
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import bench.gpu_check, bench.gpu.tune
+for name in ("part", "facts", *bench.gpu_check.PARTS):
+    __import__(f"bench.gpu.{name}")
+print("all")
+"""
+
+
+def test_it_needs_nothing_but_torch_triton_and_numpy() -> None:
+    done = python("-c", ONLY)
+    assert done.stdout == "all\n", done.stderr
+
+
 def test_unknown_part_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         gpu_check.arguments(["--only", "everything"])
