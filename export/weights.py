@@ -105,11 +105,19 @@ class Stack:
 
 
 def cast(source: Weight, dtype: np.dtype) -> Weight:
-    """The same values in another dtype."""
+    """The same values in another dtype. Reading raises ValueError for one that float16 cannot hold."""
     dtype = np.dtype(dtype)
     if source.dtype == dtype:
         return source
-    return PerRow(source, source.shape, dtype, lambda a: a.astype(dtype))
+    return PerRow(source, source.shape, dtype, _float16 if dtype == np.float16 else lambda a: a.astype(dtype))
+
+
+def _float16(array: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float16)
+    if not np.isfinite(narrow).all():
+        raise ValueError(f"float16 has no numbers beyond {np.finfo(np.float16).max:.0f} (use --dtype bf16)")
+    return narrow
 
 
 def swap_last(source: Weight) -> Weight:

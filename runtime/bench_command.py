@@ -57,19 +57,23 @@ def latency(
     model, images = opened.manifest.model, load_images(opened)
     engines = [select(opened, target) for target in targets or (None,)]
     prompt = random_prompt(model, images, prompt_tokens, image_size)
-    if len(prompt.ids) + new_tokens > model.context:
+    context = min([model.context, *(engine.tensorrt.capacity for _, engine in engines if engine.tensorrt is not None)])
+    if len(prompt.ids) + new_tokens > context:
         raise RequestError(
-            f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {model.context}"
+            f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {context}"
         )
+    on_gpu = [name for name, engine in engines if engine.tensorrt is not None]
+    notes = [f"note: no limits beside the times of {name}: those of a GPU are not measured here" for name in on_gpu]
+    machine = None
     with progress_bar() as progress:
-        progress("measuring this machine", 0, 0)
-        note = ""
-        try:
-            machine = measure_machine(threads)
-        except EngineError as error:
-            if plot is not None:
-                raise
-            machine, note = None, f"note: no limits beside the times: {error}"
+        if len(on_gpu) < len(engines):
+            progress("measuring this machine", 0, 0)
+            try:
+                machine = measure_machine(threads)
+            except EngineError as error:
+                if plot is not None:
+                    raise
+                notes.append(f"note: no limits beside the times: {error}")
         results = [
             measure(
                 name,
@@ -78,13 +82,15 @@ def latency(
                 prompt,
                 new_tokens,
                 repeats,
-                machine,
-                threads,
+                None if name in on_gpu else machine,
+                None if name in on_gpu else threads,
                 partial(progress, f"measuring {name}"),
             )
             for name, engine in engines
         ]
-    if note:
+    refused = [result for result in results if result.graphs and result.graphs.startswith("refused")]
+    notes += [f"note: {result.target} queues every step anew: recording was {result.graphs}" for result in refused]
+    for note in notes:
         console(stderr=True).print(note)
     report = BenchReport(
         bundle=str(bundle),

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from moevlm.runtime import defaults
-from moevlm.runtime.errors import RequestError
+from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.reports import EngineReport, InspectReport
 
 
@@ -182,10 +182,15 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         with progress_bar() as progress:
             opened.verify(progress=lambda done, total: progress("verifying", done, total))
     report = _inspect_report(opened, verify)
+    problems = [f"{engine.target}: {problem}" for engine in report.engines for problem in engine.problems]
     if as_json:
         click.echo(to_json(report))
+    else:
+        console().print(_facts(opened.manifest, report))
+    if problems:
+        raise BundleError(f"{bundle}: {'; '.join(problems)}")
+    if as_json:
         return
-    console().print(_facts(opened.manifest, report))
     if not report.engines:
         console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
     elif any(engine.parity == "not checked" for engine in report.engines):
@@ -193,6 +198,8 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
+    from moevlm.runtime.plan_check import plan_problems
+
     manifest = bundle.manifest
     return InspectReport(
         bundle=str(bundle.directory),
@@ -208,6 +215,8 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 block_size=engine.block_size,
                 kv_cache=engine.kv_cache,
                 sparsity=engine.sparsity,
+                tensorrt=engine.tensorrt,
+                problems=plan_problems(bundle, engine),
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -245,4 +254,23 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     if not report.engines:
         return text + "no engine yet"
     engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
-    return text + table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)
+    text += table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)
+    return text + _plans(manifest, report)
+
+
+def _plans(manifest: Any, report: InspectReport) -> str:
+    """What TensorRT engines were built with and for; empty without one."""
+    from moevlm.runtime.console import bytes_text, table
+    from moevlm.runtime.plan_check import gpus_text
+
+    rows = []
+    for engine in report.engines:
+        if (t := engine.tensorrt) is not None:
+            experts = bytes_text(manifest.files[t.experts].size) if t.experts else "-"
+            versions = " or later" if t.version_compatible else ""
+            steps = f"{t.max_batch} x {t.chunk_tokens} tokens, {t.max_visual} of images"
+            product = f"{t.product} {t.version}{versions}"
+            sizes = experts, steps, str(t.capacity), str(t.max_patches)
+            rows.append((engine.target, product, gpus_text(t.sms), t.activations, *sizes))
+    heads = ("target", "runs on", "compute capability", "activations", "experts", "a step", "context", "patches")
+    return "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""

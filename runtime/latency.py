@@ -58,11 +58,13 @@ def measure(
         for repeat in range(repeats + 1):
             requests.append(_request(runtime, prompt, new_tokens))
             progress(repeat + 1, repeats + 1)
+        graphs = getattr(runtime.engine, "graphs", None)  # of engines on a GPU
     vision, prefill, decode = (list(stage) for stage in zip(*requests[1:], strict=True))
     limits = _limits(runtime.model, engine, machine, prompt, new_tokens, *map(median, (vision, prefill, decode)))
     return LatencyReport(
         target=target,
         threads=threads,
+        graphs=graphs,
         load_seconds=load_seconds,
         vision=_seconds(vision) if prompt.images else None,
         prefill=_seconds(prefill),

@@ -91,7 +91,8 @@ def _tensorrt_engine(
     vision, decoder = (
         PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
     )
-    return TensorRTEngine(vision, decoder, bundle.path(facts.experts), bundle.manifest.model, facts)
+    experts = bundle.path(facts.experts) if facts.experts else None
+    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, facts)
 
 
 def operators_for(engine: EngineFacts) -> Path | None:

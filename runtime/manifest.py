@@ -98,7 +98,8 @@ class TensorRTFacts(_Facts, frozen=True):
     product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible later ones of the same
     major version do, too, and so does tensorrt_lean. sms: kinds of GPUs, 86 for compute capability 8.6. activations:
     dtype of activations and KV cache, "bfloat16" or "float16" (float32 for checks).
-    experts: a safetensors file inside the bundle; its tensors are inputs of the decoder under their names.
+    experts: a safetensors file inside the bundle, whose tensors are inputs of the decoder under their names; "" if the
+    plan has all weights.
     Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in
     logits_index; profile 1 takes one token of each. capacity: tokens in a sequence's cache, fixed. max_visual: rows of
     visual_embeds in a step. max_patches: of the vision plan in one call.

@@ -3,7 +3,7 @@
 import msgspec
 
 from moevlm.runtime.machine import Machine
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 
 
 class Report(msgspec.Struct, frozen=True, tag_field="schema"):
@@ -35,7 +35,10 @@ class RunReport(Report, frozen=True, tag="moevlm.run/1"):
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`."""
+    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`.
+
+    problems: what its plans say that the manifest does not, a line each.
+    """
 
     target: str
     dtype: str
@@ -44,6 +47,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     block_size: int = 0
     kv_cache: str = "float32"
     sparsity: str = ""
+    tensorrt: TensorRTFacts | None = None
+    problems: list[str] = []
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
@@ -81,7 +86,10 @@ class Limit(msgspec.Struct, frozen=True):
 
 
 class LatencyReport(msgspec.Struct, frozen=True):
-    """`moevlm bench latency --json`, one entry of `results` per target."""
+    """`moevlm bench latency --json`, one entry of `results` per target.
+
+    graphs: of an engine on a GPU, whether it replays recorded decode steps: "replayed", or "refused: why".
+    """
 
     target: str
     threads: int | None
@@ -95,6 +103,7 @@ class LatencyReport(msgspec.Struct, frozen=True):
     vision_limit: Limit | None = None
     prefill_limit: Limit | None = None
     decode_limit: Limit | None = None
+    graphs: str | None = None
 
 
 class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):

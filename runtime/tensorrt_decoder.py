@@ -39,8 +39,11 @@ class Slot:
 class Decoder:
     """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
 
-    def __init__(self, plan: Plan, experts: Path, model: ModelFacts, facts: TensorRTFacts) -> None:
-        """experts: a file whose hash was checked. Raises EngineError if it or the plan is not what the facts say."""
+    def __init__(self, plan: Plan, experts: Path | None, model: ModelFacts, facts: TensorRTFacts) -> None:
+        """experts: a file whose hash was checked, if the plan needs one.
+
+        Raises EngineError if it or the plan is not what the facts say.
+        """
         self._plan, self._device, self._model, self._facts = plan, plan.device, model, facts
         self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
         self._slots: list[Slot] = []
@@ -229,7 +232,7 @@ def _cache_names(model: ModelFacts) -> list[str]:
     return [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
 
 
-def _weights(plan: Plan, experts: Path, model: ModelFacts) -> dict[str, np.ndarray]:
+def _weights(plan: Plan, experts: Path | None, model: ModelFacts) -> dict[str, np.ndarray]:
     """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
     caches = _cache_names(model)
     step = {"visual_embeds", *Step.__dataclass_fields__}
@@ -242,6 +245,8 @@ def _weights(plan: Plan, experts: Path, model: ModelFacts) -> dict[str, np.ndarr
     wanted = [name for name in plan.inputs if name not in {*step, *caches, "deepstack_embeds"}]
     if not wanted:
         return {}
+    if experts is None:
+        raise EngineError(f"{plan.name} has an input {wanted[0]}, and manifest.json names no file with expert weights")
     tensors = open_tensors(experts)
     for name in wanted:
         if name not in tensors:

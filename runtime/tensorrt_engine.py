@@ -46,9 +46,9 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, vision: PlanFile, decoder: PlanFile, experts: Path, model: ModelFacts, facts: TensorRTFacts
+        self, vision: PlanFile, decoder: PlanFile, experts: Path | None, model: ModelFacts, facts: TensorRTFacts
     ) -> None:
-        """experts: a file whose hash was checked.
+        """experts: a file whose hash was checked; None if the plan has all weights.
 
         Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the facts say.
         """
@@ -64,7 +64,7 @@ class TensorRTEngine:
             self._finalizer()
             raise
 
-    def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: Path) -> None:
+    def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: Path | None) -> None:
         facts, gpu = self._facts, self._device.gpu
         if gpu.sm not in facts.sms:
             built = ", ".join(map(capability, facts.sms))

@@ -88,6 +88,15 @@ GOLDEN = {
         "engines[].block_size": "integer",
         "engines[].kv_cache": "string",
         "engines[].sparsity": "string",
+        "engines[].problems": "array of string",
+        "engines[].tensorrt": "object or null",
+        **{f"engines[].tensorrt.{field}": "string" for field in ("product", "version", "activations", "experts")},
+        **{
+            f"engines[].tensorrt.{field}": "integer"
+            for field in ("max_batch", "chunk_tokens", "max_logits", "capacity", "max_visual", "max_patches")
+        },
+        "engines[].tensorrt.sms": "array of integer",
+        "engines[].tensorrt.version_compatible": "boolean",
         "source": "object",
         "tools": "object",
     },
@@ -140,6 +149,7 @@ GOLDEN = {
         "results[].target": "string",
         "results[].threads": "integer or null",
         "results[].load_seconds": "number",
+        "results[].graphs": "string or null",
         "results[].decode_tokens_per_second": "number",
         "results[].prefill_tokens_per_second": "number",
         "results[].vision": "object or null",

@@ -5,7 +5,7 @@ from onnx_ir import tape
 
 from moevlm.export.functions import EXPERTS, experts_spec, is_op
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import PerRow, Weight, initializer, swap_last, weight_of
+from moevlm.export.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
 from moevlm.plugins.spec import ExpertsSpec
 from moevlm.runtime.errors import BuildError
 
@@ -48,7 +48,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         parts["down_bias"] = weight_of(biases[1])
     t, stored = tape.Tape(), []
     for name, part in parts.items():
-        stored.append(initializer(f"{gate_up.name}.native.{name}", part))
+        stored.append(initializer(f"{gate_up.name}.native.{name}", cast(part, x.dtype.numpy())))
         graph.register_initializer(stored[-1])
     first = t.op("Constant", [], {"value_ints": [0]})
     scores = t.op("Cast", [weight], {"to": int(x.dtype)})

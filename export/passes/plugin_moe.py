@@ -71,7 +71,7 @@ def expert_weights(model: ir.Model) -> dict[str, Weight]:
 def _weight_inputs(graph: ir.Graph, node: ir.Node, op: ExpertsOp) -> list[ir.Value]:
     names = ("gate_up", "down", "gate_up_bias", "down_bias")
     values = dict(zip(names, node.inputs[3:], strict=False))
-    prefix = str(_value(node, 3).name).rpartition(".")[0] or str(_value(node, 3).name)
+    prefix = str(_value(node, 3).name).rpartition(".")[0] or str(node.name)
     stored = expert_tensors(op, {name: weight_of(value) for name, value in values.items() if value is not None})
     made = {}
     for name, weight in stored.items():

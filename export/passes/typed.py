@@ -1,17 +1,17 @@
 """The float32 graph in the dtype of a GPU's matrix units, every conversion a node of its own."""
 
-import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.functions import EXPERTS, ROUTER, is_op
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import PerRow, Weight, cast, initializer, weight_of
+from moevlm.export.weights import cast, initializer, weight_of
 
 FLOAT = ir.DataType.FLOAT
 DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 _ATTENTION = ("CachedAttention", "SegmentAttention")
-# By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the chosen experts.
-_EXACT_INPUTS = {**dict.fromkeys(_ATTENTION, (3, 4)), EXPERTS: (2,)}
+# By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the choice; and the
+# experts' own, which the next pass stores in its way.
+_EXACT_INPUTS = {**dict.fromkeys(_ATTENTION, (3, 4)), EXPERTS: (2, 3, 4, 5, 6)}
 
 
 class Typed(Pass):
@@ -19,12 +19,14 @@ class Typed(Pass):
 
     The caches become `dtype`; every other float32 input and output of the graph stays so, behind a Cast. Weights are
     cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are computed in
-    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small.
-    Requires: moevlm ops are still there; no other subgraph. Ensures: all float inputs of a standard op have one dtype.
+    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small. Without
+    exact_router only the sum is widened: TensorRT has no float32 products for SM75.
+    Requires: moevlm ops are still there; no other subgraph. Ensures: all float inputs of a standard op have one dtype;
+    the experts' own weights are as they were.
     """
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = DTYPES[dtype]
+    def __init__(self, dtype: str, exact_router: bool = True) -> None:
+        self.dtype, self.exact_router = DTYPES[dtype], exact_router
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
@@ -51,7 +53,8 @@ class Typed(Pass):
         return len(nodes)
 
     def _dtype_of(self, node: ir.Node) -> ir.DataType:
-        if is_op(node, ROUTER) or any(is_op(user, ROUTER) for out in node.outputs for user in out.consumers()):
+        routes = any(is_op(user, ROUTER) for value in node.outputs for user in value.consumers())
+        if is_op(node, ROUTER) or (routes and self.exact_router):
             return FLOAT
         data = node.inputs[0] if node.op_type == "Gather" else None
         # Rows of an input are converted after they are picked.
@@ -65,7 +68,7 @@ def _exact_inputs(node: ir.Node) -> tuple[int, ...]:
 def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     if value.is_initializer():
         name = f"{value.name}.{dtype.name.lower()}"
-        made = initializer(name, _narrowed(weight_of(value), dtype.numpy()))
+        made = initializer(name, cast(weight_of(value), dtype.numpy()))
         graph.register_initializer(made)
         return made
     node = _cast(value, dtype)
@@ -85,15 +88,3 @@ def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
     out = ir.Value(shape=value.shape, type=ir.TensorType(dtype))
     return ir.node("Cast", [value], {"to": int(dtype)}, outputs=[out])
-
-
-def _narrowed(weight: Weight, dtype: np.dtype) -> Weight:
-    return PerRow(weight, weight.shape, dtype, _float16) if dtype == np.float16 else cast(weight, dtype)
-
-
-def _float16(array: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float16)
-    if not np.isfinite(array).all():
-        raise ValueError(f"float16 has no numbers beyond {np.finfo(np.float16).max:.0f} (use --dtype bf16)")
-    return array

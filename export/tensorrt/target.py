@@ -1,7 +1,7 @@
 """A TensorRT target: one pair of plans, and the experts' weights beside them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from moevlm.export.tensorrt import worker
 from moevlm.export.tensorrt.onnx_file import write_onnx
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Built, Job
-from moevlm.export.tensorrt.product import Product
+from moevlm.export.tensorrt.product import NO_FLOAT32_GEMM, Product
 from moevlm.export.tensorrt.profiles import Profile, decoder_profiles, max_patches, vision_profiles
 from moevlm.export.tensors_file import header_of, tensor_bytes, write_tensors
 from moevlm.export.weights import Weight
@@ -65,8 +65,20 @@ class PlanTarget:
     ) -> EngineFacts:
         """Build both plans into the bundle, and the experts' weights unless it, or `existing`, has them already.
 
-        Raises BuildError, and leaves the cleaning up to the writer.
+        A cache has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
         """
+        capacity = min(self.options.capacity, model.context)
+        options = replace(self.options, capacity=capacity, chunk_tokens=min(self.options.chunk_tokens, capacity))
+        return replace(self, options=options)._write(writer, canonical, model, progress, existing)
+
+    def _write(
+        self,
+        writer: BundleWriter,
+        canonical: Mapping[str, ir.Model],
+        model: ModelFacts,
+        progress: Progress,
+        existing: Bundle | None,
+    ) -> EngineFacts:
         graphs = self.lower(canonical, progress)
         experts = expert_weights(graphs["decoder"])
         if experts:
@@ -102,6 +114,7 @@ class PlanTarget:
                 capacity=o.capacity,
                 max_visual=o.max_visual,
                 max_patches=max_patches(merge),
+                version_compatible=o.version_compatible,
             ),
         )
 
@@ -111,9 +124,11 @@ class PlanTarget:
         o = self.options
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         programs = _Programs(self.sms, progress)
-        moe: Pass = NativeMoE() if o.native_moe else PluginMoE(o.activations, o.weights, o.block, programs.of)
-        run((*pruned, Typed(o.activations), SegmentMaskAttention()), graphs["vision"])
-        run((*pruned, Typed(o.activations), StaticCache(o.capacity), ScatterAttention(), moe), graphs["decoder"])
+        native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
+        moe = (*native, PluginMoE(o.activations, o.weights, o.block, programs.of))
+        typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
+        run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
+        run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
         return graphs
 
     def _add_experts(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,8 +36,9 @@ def run(job: Job, progress: Progress) -> Built:
     ):
         try:
             assert process.stdin is not None and process.stdout is not None
-            process.stdin.write(msgspec.json.encode(job) + b"\n")
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # it ended already: what it said is in its log
+                process.stdin.write(msgspec.json.encode(job) + b"\n")
+                process.stdin.close()
             for line in process.stdout:
                 message = msgspec.json.decode(line, type=Message)
                 if message.built is not None:

@@ -1,5 +1,5 @@
-// The part of TensorRT's plugin interface (IPluginV3, Itanium C++ ABI) that the library needs, so that building it takes
-// a compiler and nothing else.
+// The part of TensorRT's plugin interface (IPluginV3, Itanium C++ ABI) that the library needs, so that building it
+// takes a compiler and nothing else.
 //
 // Calls go through vtables, so what counts is the order of virtual functions and the layout of structs, which are the
 // same in TensorRT 10 and 11, TensorRT-RTX 1 and the lean runtimes; names are ours. What differs there: loggers, see

@@ -26,12 +26,12 @@ class MoeCreator final : public abi::Creator {
  public:
   explicit MoeCreator(const char* op) : op_(op) {}
 
-  abi::Plugin* createPlugin(const char*, const abi::Fields* fields, abi::Phase) noexcept override {
+  abi::Plugin* createPlugin(const char*, const abi::Fields* fields, abi::Phase phase) noexcept override {
     abi::Plugin* plugin = nullptr;
     guarded(op_, [&] {
       auto program = Program::read(program_field(*fields));
       if (program->op != op_) invalid("attribute program is for ", program->op);
-      plugin = new MoePlugin(std::move(program));
+      plugin = new MoePlugin(std::move(program), phase);
     });
     return plugin;
   }

@@ -20,7 +20,8 @@ void check_address(const char* role, const Tensor& tensor, const void* address) 
 
 }  // namespace
 
-MoePlugin::MoePlugin(std::shared_ptr<const Program> program) : program_(std::move(program)) {
+MoePlugin::MoePlugin(std::shared_ptr<const Program> program, abi::Phase phase)
+    : program_(std::move(program)), phase_(phase) {
   field_ = {kField, program_->bytes.data(), abi::FieldType::kInt8, static_cast<int32_t>(program_->bytes.size())};
   fields_ = {1, &field_};
 }
@@ -36,7 +37,7 @@ abi::PluginCapability* MoePlugin::getCapabilityInterface(abi::Capability type) n
 
 abi::Plugin* MoePlugin::clone() noexcept {
   MoePlugin* copy = nullptr;
-  guarded(getPluginName(), [&] { copy = new MoePlugin(program_); });
+  guarded(getPluginName(), [&] { copy = new MoePlugin(program_, phase_); });
   return copy;
 }
 
@@ -109,8 +110,15 @@ int32_t MoePlugin::enqueue(const abi::TensorDesc* in, const abi::TensorDesc*, co
   return done ? kSuccess : kFailure;
 }
 
+// Loads what it can already: a GPU that the engine has no kernels for shows when its execution context is made. A
+// builder may have no GPU, or another than it builds for.
 abi::Plugin* MoePlugin::attachToContext(abi::PluginResourceContext*) noexcept {
-  return clone();
+  std::unique_ptr<MoePlugin> copy;
+  const bool done = guarded(getPluginName(), [&] {
+    copy = std::make_unique<MoePlugin>(program_, phase_);
+    if (phase_ == abi::Phase::kRuntime && driver().context()) copy->load();
+  });
+  return done ? copy.release() : nullptr;
 }
 
 const abi::Fields* MoePlugin::getFieldsToSerialize() noexcept { return &fields_; }

@@ -17,7 +17,7 @@ class MoePlugin final : public abi::Plugin, public abi::PluginCore, public abi::
   static constexpr const char* kNamespace = "";  // found from any domain, and before a function of that name
   static constexpr const char* kField = "program";
 
-  explicit MoePlugin(std::shared_ptr<const Program> program);
+  MoePlugin(std::shared_ptr<const Program> program, abi::Phase phase);
 
   abi::PluginCapability* getCapabilityInterface(abi::Capability type) noexcept override;
   abi::Plugin* clone() noexcept override;
@@ -60,6 +60,7 @@ class MoePlugin final : public abi::Plugin, public abi::PluginCore, public abi::
                  const char* workspace) const;
 
   std::shared_ptr<const Program> program_;
+  abi::Phase phase_;
   std::shared_ptr<const Modules> modules_;
   int64_t tokens_ = 0;  // what the following was made for
   const Variant* variant_ = nullptr;

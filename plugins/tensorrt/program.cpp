@@ -144,7 +144,8 @@ Variant read_variant(Reader& in, const Program& program, const Image& image, con
   for (Count& buffer : variant.buffers) {
     buffer = read_count(in);
     const int64_t bytes = buffer.at(variant.max_tokens);
-    if (bytes > room - int64_t{kAlignment}) invalid("a variant of the program has buffers of over ", kMaxWorkspace, " bytes");
+    if (bytes > room - int64_t{kAlignment})
+      invalid("a variant of the program has buffers of over ", kMaxWorkspace, " bytes");
     room -= static_cast<int64_t>(aligned(bytes));
   }
   const uint32_t steps = in.length(4, "steps");

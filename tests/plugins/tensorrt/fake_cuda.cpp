@@ -1,6 +1,6 @@
 // A CUDA driver that records: it holds callers to the rules of the real one, runs nothing, and fails when told to.
 //
-// A kernel's image is text, "fake <entry> <bytes of each parameter ...>", as tests/plugins/tensorrt/fake_cuda.py writes.
+// A kernel's image is text, "fake <entry> <bytes of each parameter ...>", as fake_cuda.py writes it.
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -220,8 +220,8 @@ EXPORT int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, u
     std::memcpy(&value, parameters[i], static_cast<size_t>(function->parameters[i]));
     arguments << (i ? ", " : "") << value;
   }
-  record("cuLaunchKernel", ", \"entry\": \"", function->entry, "\", \"module\": ", function->module, ", \"grid\": [", gx,
-         ", ", gy, ", ", gz, "], \"block\": [", bx, ", ", by, ", ", bz, "], \"shared\": ", shared, ", \"stream\": ",
+  record("cuLaunchKernel", ", \"entry\": \"", function->entry, "\", \"module\": ", function->module, ", \"grid\": [",
+         gx, ", ", gy, ", ", gz, "], \"block\": [", bx, ", ", by, ", ", bz, "], \"shared\": ", shared, ", \"stream\": ",
          reinterpret_cast<uintptr_t>(stream), ", \"arguments\": [", arguments.str(), "]");
   return kSuccess;
 }

@@ -110,14 +110,15 @@ def test_launches_are_those_of_the_program(library: PluginLibrary, cuda: FakeCud
 def test_any_program_runs_as_python_says(
     shared_library: PluginLibrary, shared_cuda: FakeCuda, program: Program, data: st.DataObject
 ) -> None:
+    most = data.draw(st.integers(1, MAX_TOKENS))
+    executions = data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4))
     shared_cuda.reset()
     plugin = create(shared_library, program)
-    most = data.draw(st.integers(1, MAX_TOKENS))
     profile = io_of(program, 1, most)
     plugin.configure(profile)
     reported = plugin.workspace(profile)
     context = plugin.attach()
-    for tokens in data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4)):
+    for tokens in executions:
         execute(context, program, tokens)
         inputs, outputs = addresses(program)
         assert executed(shared_cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
@@ -154,9 +155,9 @@ def test_kernels_are_loaded_before_they_are_enqueued(library: PluginLibrary, cud
     program = PROGRAMS["MoEExperts"]
     plugin = create(library, program)
     context = plugin.attach()
-    context.shape_change(io_of(program, 100))
     calls = [event.call for event in cuda.events()]
     assert calls.count("cuModuleLoadData") == 3
+    context.shape_change(io_of(program, 100))
     inputs, outputs = addresses(program)
     context.enqueue(io_of(program, 100), inputs, outputs, WORKSPACE, STREAM)
     events = cuda.events()
@@ -410,8 +411,19 @@ def test_attribute_must_be_bytes(library: PluginLibrary) -> None:
 def test_gpu_without_kernels_is_named(library: PluginLibrary, cuda: FakeCuda) -> None:
     plugin = create(library, PROGRAMS["MoEExperts"])
     cuda.set_sm(90)
-    with pytest.raises(PluginError, match=r"^MoEExperts: it has kernels for sm86, sm89; this GPU is sm90$"):
-        plugin.shape_change(io_of(PROGRAMS["MoEExperts"], 5))
+    for call in (plugin.attach, lambda: plugin.shape_change(io_of(PROGRAMS["MoEExperts"], 5))):
+        with pytest.raises(PluginError, match=r"^MoEExperts: it has kernels for sm86, sm89; this GPU is sm90$"):
+            call()
+    plugin.close()
+
+
+def test_builder_needs_no_gpu_and_no_kernels_for_its_own(library: PluginLibrary, cuda: FakeCuda) -> None:
+    plugin = library.plugin("MoEExperts", PROGRAMS["MoEExperts"].to_bytes(), phase=BUILD)
+    cuda.set_sm(90)
+    plugin.attach().close()
+    cuda.use(None)
+    plugin.attach().close()
+    assert (cuda.events(), library.messages()) == ([], "")
     plugin.close()
 
 

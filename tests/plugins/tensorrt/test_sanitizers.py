@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr"
+FLAGS = "-O0 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=vptr"
 
 
 def runtime(name: str) -> str:

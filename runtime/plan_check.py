@@ -1,0 +1,50 @@
+"""Whether the plans of a bundle are what its manifest says, as far as their first bytes tell; no GPU is needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BundleError
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
+from moevlm.runtime.plan_header import HEADER_BYTES, plan_header
+
+
+def plan_problems(bundle: Bundle, engine: EngineFacts) -> list[str]:
+    """One line for each contradiction; none for an engine without plans."""
+    if engine.tensorrt is None:
+        return []
+    problems = []
+    for name in (engine.vision, engine.decoder):
+        try:
+            path = bundle.path(name)
+            problems += [f"{name} {problem}" for problem in _problems(path, engine.tensorrt)]
+        except BundleError as error:
+            problems.append(str(error))
+        except OSError as error:
+            problems.append(f"cannot read {name}: {error.strerror}")
+    return problems
+
+
+def _problems(path: Path, facts: TensorRTFacts) -> list[str]:
+    with path.open("rb") as file:
+        header = plan_header(file.read(HEADER_BYTES))
+    if header is None:
+        return [f"is no plan of TensorRT, manifest.json says {facts.product} {facts.version}"]
+    found: list[tuple[str, object, object]] = [("product", header.product, facts.product)]
+    if header.product == facts.product == "tensorrt_rtx":  # of others no more was observed
+        found += [
+            ("version", header.version, facts.version),
+            ("size", header.length, path.stat().st_size),
+            ("GPUs", gpus_text(header.sms), gpus_text(facts.sms)),
+        ]
+    return [
+        f"says {what} {says}, {'the file has' if what == 'size' else 'manifest.json says'} {other}"
+        for what, says, other in found
+        if says != other
+    ]
+
+
+def gpus_text(sms: tuple[int, ...]) -> str:
+    """8.6, 8.9 for (89, 86)."""
+    return ", ".join(map(capability, sorted(sms))) or "none"
