@@ -19,13 +19,14 @@ class Typed(Pass):
 
     The caches become `dtype`; every other float32 input and output of the graph stays so, behind a Cast. Weights are
     cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are computed in
-    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small.
+    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small. Without
+    exact_router only the sum is widened: TensorRT has no float32 products for SM75.
     Requires: moevlm ops are still there; no other subgraph. Ensures: all float inputs of a standard op have one dtype;
     the experts' own weights are as they were.
     """
 
-    def __init__(self, dtype: str) -> None:
-        self.dtype = DTYPES[dtype]
+    def __init__(self, dtype: str, exact_router: bool = True) -> None:
+        self.dtype, self.exact_router = DTYPES[dtype], exact_router
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
@@ -52,7 +53,8 @@ class Typed(Pass):
         return len(nodes)
 
     def _dtype_of(self, node: ir.Node) -> ir.DataType:
-        if is_op(node, ROUTER) or any(is_op(user, ROUTER) for out in node.outputs for user in out.consumers()):
+        routes = any(is_op(user, ROUTER) for value in node.outputs for user in value.consumers())
+        if is_op(node, ROUTER) or (routes and self.exact_router):
             return FLOAT
         data = node.inputs[0] if node.op_type == "Gather" else None
         # Rows of an input are converted after they are picked.

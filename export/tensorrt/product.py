@@ -13,6 +13,7 @@ from moevlm.runtime.errors import BuildError
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 TENSORRT_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 NATIVE_MOE_SMS = (100, 103, 110)
+NO_FLOAT32_GEMM = 75
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moevlm.export.tensorrt import worker
 from moevlm.export.tensorrt.onnx_file import write_onnx
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Built, Job
-from moevlm.export.tensorrt.product import Product
+from moevlm.export.tensorrt.product import NO_FLOAT32_GEMM, Product
 from moevlm.export.tensorrt.profiles import Profile, decoder_profiles, max_patches, vision_profiles
 from moevlm.export.tensors_file import header_of, tensor_bytes, write_tensors
 from moevlm.export.weights import Weight
@@ -126,8 +126,9 @@ class PlanTarget:
         programs = _Programs(self.sms, progress)
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
         moe = (*native, PluginMoE(o.activations, o.weights, o.block, programs.of))
-        run((*pruned, Typed(o.activations), SegmentMaskAttention()), graphs["vision"])
-        run((*pruned, Typed(o.activations), StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
+        typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
+        run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
+        run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
         return graphs
 
     def _add_experts(
