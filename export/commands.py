@@ -169,7 +169,7 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
 @click.command(short_help="Check every engine of a bundle against Hugging Face.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Where the bundle came from.")
-@click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: all]")
+@click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: all on the CPU]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None) -> None:

@@ -35,14 +35,21 @@ def check_parity(
     seed: int = 0,
     progress: Progress = lambda *_: None,
 ) -> ParityReport:
-    """Compare canonical PyTorch and the engines named (all by default) with transformers; note it in the manifest.
+    """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
+    target_names: of engines on the CPU, by default all of them.
     Engines from pruned weights are compared with canonical PyTorch on the same pruned weights.
     Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent or damaged,
     BuildError, before any work, if the manifest cannot be written.
     """
     opened = Bundle.open(bundle)
-    names = [opened.engine(name)[0] for name in target_names] or sorted(opened.manifest.engines, reverse=True)
+    engines = opened.manifest.engines
+    on_cpu = [name for name, engine in engines.items() if engine.tensorrt is None]
+    names = [opened.engine(name)[0] for name in target_names] or sorted(on_cpu, reverse=True)
+    if on_gpu := [name for name in names if name not in on_cpu]:
+        raise BundleError(
+            f"parity reads the inside of engines on the CPU (available: {_listed(on_cpu)}), not {on_gpu[0]}"
+        )
     if not names:
         raise BundleError(f"{bundle} has no engine to check (moevlm build {bundle} --checkpoint {checkpoint} adds one)")
     for name in names:
@@ -95,6 +102,10 @@ def _expected_of_pruned(model: CanonicalModel, facts: ModelFacts, cases: list[Ca
     expected = Expected(pruned, facts, cases, [answer(engine, case, facts) for case in cases])
     expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
     return expected
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
 
 
 def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         return
     if not report.engines:
         console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
-    elif any(engine.parity == "not checked" for engine in report.engines):
+    elif any(engine.parity == "not checked" and engine.tensorrt is None for engine in report.engines):
         console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
 
 

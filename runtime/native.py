@@ -16,7 +16,7 @@ def operators_path() -> Path:
 
 
 def plugin_path() -> Path:
-    """The library of the plugins MoERouter and MoEExperts, for IPluginRegistry.load_library. Raises EngineError."""
+    """The library of the TensorRT plugins, for IPluginRegistry.load_library. Raises EngineError."""
     return _path(PLUGIN)
 
 

@@ -1,7 +1,7 @@
 """The time of MoE layers as real models have them, from 1 to 4096 tokens, against grouped_mm and the GPU's limits.
 
-Ours is the machine code that an engine carries. Each time is of one call among several with different routing, so that
-weights come from memory and not from the cache.
+Ours is the machine code that an engine carries. Each time is of one call among several with other routing and, where
+they are small, other weights, so that these come from memory and not from the cache.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,6 +24,7 @@ FORMATS = ("", "int8", "int4", "fp8")
 DECODE_TOKENS = 64  # up to which weights with fewer bits are timed
 TOLERANCE = 2e-2  # between two implementations that both round to 16 bits
 SPARE_BYTES = 4 << 30
+SETS_BYTES, MOST_SETS = 8 << 30, 16  # of weights that take turns
 
 
 def routings(tokens: int) -> int:
@@ -53,7 +54,7 @@ def measure(layer: Layer, op: ExpertsOp, sm: int, limits: Limits) -> Iterator[di
         return
     experts = CubinRunner(compile_program(op, [sm]), sm)
     router = CubinRunner(compile_program(layer.router_op, [sm]), sm)
-    stored = random_weights(op)
+    stored = weight_sets(op)
     for tokens in TOKEN_COUNTS:
         if op.weights and tokens > DECODE_TOKENS:
             break
@@ -64,6 +65,14 @@ def measure(layer: Layer, op: ExpertsOp, sm: int, limits: Limits) -> Iterator[di
             yield entry | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
     experts.close()
     router.close()
+
+
+def weight_sets(op: ExpertsOp) -> list[list[torch.Tensor]]:
+    """Weights to take turns with: as many as there is room for, and at least one."""
+    size = sum(tensor_bytes(tensor, 0) for tensor in op.inputs)
+    torch.cuda.empty_cache()  # or what torch keeps of earlier weights would not count as free
+    room = min(SETS_BYTES, torch.cuda.mem_get_info()[0] - SPARE_BYTES)
+    return [random_weights(op) for _ in range(max(1, min(MOST_SETS, room // size)))]
 
 
 def random_weights(op: ExpertsOp) -> list[torch.Tensor]:
@@ -82,31 +91,33 @@ def random_weights(op: ExpertsOp) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Routed:
-    """Fresh inputs of a layer: logits [T, E] and bias [E], x [T, H], and where the router sends it."""
+    """Fresh inputs of a layer: logits [T, E] and bias [E], x [T, H], where the router sends it, and the weights."""
 
     logits: torch.Tensor
     bias: torch.Tensor | None
     x: torch.Tensor
     index: torch.Tensor
     weight: torch.Tensor
+    stored: list[torch.Tensor]
 
-    def experts(self, stored: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def experts(self) -> list[torch.Tensor]:
         """Inputs of the experts op."""
-        return [self.x, self.index.int(), self.weight, *stored]
+        return [self.x, self.index.int(), self.weight, *self.stored]
 
     def router(self) -> list[torch.Tensor]:
         """Inputs of the router op."""
         return [self.logits] if self.bias is None else [self.logits, self.bias]
 
 
-def draw(layer: Layer, dtype: str, tokens: int) -> list[Routed]:
+def draw(layer: Layer, dtype: str, tokens: int, sets: Sequence[list[torch.Tensor]]) -> list[Routed]:
     """Inputs to take turns with."""
     found = []
-    for _ in range(routings(tokens)):
+    for number in range(routings(tokens)):
         logits = torch.randn(tokens, layer.experts, device="cuda")
         bias = 0.1 * torch.randn(layer.experts, device="cuda") if layer.has_bias else None
         x = torch.randn(tokens, layer.hidden, device="cuda", dtype=getattr(torch, dtype))
-        found.append(Routed(logits, bias, x, *grouped_mm.route(logits, layer.router, bias)))
+        index, weight = grouped_mm.route(logits, layer.router, bias)
+        found.append(Routed(logits, bias, x, index, weight, sets[number % len(sets)]))
     return found
 
 
@@ -115,12 +126,12 @@ def _times(
     op: ExpertsOp,
     experts: CubinRunner,
     router: CubinRunner,
-    stored: list[torch.Tensor],
+    sets: Sequence[list[torch.Tensor]],
     tokens: int,
     limits: Limits,
 ) -> dict[str, Any]:
-    routed = draw(layer, op.dtype, tokens)
-    ours = [experts.prepare(inputs.experts(stored), tokens) for inputs in routed]
+    routed = draw(layer, op.dtype, tokens, sets)
+    ours = [experts.prepare(inputs.experts(), tokens) for inputs in routed]
     seconds = median_seconds(ours)
     active = mean(inputs.index.unique().numel() for inputs in routed)
     entry = {
@@ -132,16 +143,20 @@ def _times(
     }
     entry["of_bandwidth"] = limits.of_bandwidth(entry["bytes"], seconds)
     entry["of_peak"] = limits.of_peak(entry["operations"], seconds)
-    return entry if op.weights else entry | _peer(layer, op, stored, routed, ours[0])
+    if op.weights or torch.cuda.get_device_capability() < (8, 0):  # grouped_mm has neither
+        return entry
+    try:
+        return entry | _peer(layer, op, routed, ours[0])
+    except Exception as error:  # our own times stand
+        return entry | {"error": f"grouped_mm: {type(error).__name__}: {error}".splitlines()[0]}
 
 
-def _peer(
-    layer: Layer, op: ExpertsOp, stored: list[torch.Tensor], routed: Sequence[Routed], ours: Prepared
-) -> dict[str, Any]:
+def _peer(layer: Layer, op: ExpertsOp, routed: Sequence[Routed], ours: Prepared) -> dict[str, Any]:
     """The peer's times. Raises ValueError if its result is another than ours."""
 
     def experts(inputs: Routed) -> torch.Tensor:
-        return grouped_mm.experts(inputs.x, inputs.index, inputs.weight.to(inputs.x.dtype), *stored, op.spec.activation)
+        weight = inputs.weight.to(inputs.x.dtype)
+        return grouped_mm.experts(inputs.x, inputs.index, weight, *inputs.stored, op.spec.activation)
 
     def router(inputs: Routed) -> tuple[torch.Tensor, torch.Tensor]:
         return grouped_mm.route(inputs.logits, layer.router, inputs.bias)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench.gpu.driver import CubinRunner
-from bench.gpu.layers import SPARE_BYTES, draw, random_weights
+from bench.gpu.layers import SPARE_BYTES, draw, weight_sets
 from bench.gpu.shapes import LAYERS, Layer, tensor_bytes
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu import tiles
@@ -113,14 +113,13 @@ class _Tuner:
         compiled(0)  # and with it the kernels that all of them share
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             programs = list(pool.map(compiled, range(len(plans))))
-        stored = random_weights(op)
-        inputs = draw(layer, op.dtype, tokens)
+        inputs = draw(layer, op.dtype, tokens, weight_sets(op))
         seconds = {}
         for tile, program in zip(candidates, programs, strict=True):
             if program is None:
                 continue
             runner = CubinRunner(program, self.sm)
-            calls = [runner.prepare(each.experts(stored), tokens) for each in inputs]
+            calls = [runner.prepare(each.experts(), tokens) for each in inputs]
             seconds[tile] = median_seconds(calls, REPLAYS)
             runner.close()
         return seconds

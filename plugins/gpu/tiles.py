@@ -1,7 +1,8 @@
 """Which tile a kernel works in: measured or estimated, as data in `tiles.json`, so that a GPU's can be tuned alone.
 
-tiles.json: GPUs of like resources -> bits of a weight -> "single" (1 token), "few" (2 to 8) and "grouped": a list by
-rising number of rows per expert, the last for all above. Each entry is a tile for gate_up and one for down.
+tiles.json: GPUs of like resources -> bits of a weight (32 for any if activations are float32) -> "single" (1 token),
+"few" (2 to 8) and "grouped": a list by rising number of rows per expert, the last for all above. Each entry is a tile
+for gate_up and one for down.
 """
 
 import json
@@ -16,7 +17,6 @@ FEW_TOKENS = 8
 FAMILIES = {75: "75", 80: "80", 87: "80", 86: "86", 89: "86", 120: "86", 121: "86", 90: "90", 100: "100"}
 FAMILIES |= {103: "100", 110: "100"}
 BITS = {"int8": 8, "fp8": 8, "int4": 4}
-DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     """
     if sm not in FAMILIES:
         raise ValueError(f"sm{sm} (allowed: {', '.join(f'sm{known}' for known in sorted(FAMILIES))})")
-    entry = table()[FAMILIES[sm]][str(BITS.get(op.weights, DTYPE_BITS[op.dtype]))]
+    bits = 32 if op.dtype == "float32" else BITS.get(op.weights, 16)
+    entry = table()[FAMILIES[sm]][str(bits)]
     ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]
     for rows in entry["grouped"]:
         limit = None if rows["rows"] is None else max(FEW_TOKENS + 1, rows["rows"] * op.experts // op.top_k)

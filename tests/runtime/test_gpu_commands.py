@@ -133,6 +133,11 @@ def test_an_engine_s_files_include_the_experts(bundle) -> None:
     assert EXPERTS not in opened.engine_files("ort-cpu")
 
 
+def test_parity_of_an_engine_on_a_gpu_is_refused_by_name(bundle, tiny_checkpoint) -> None:
+    refused = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
+    assert_refused(refused, f"engines on the CPU (available: ort-cpu, reference), not {TARGET}")
+
+
 def test_inspect_verifies_plans_too(copy) -> None:
     name = Bundle.open(copy).manifest.engines[TARGET].vision
     assert call("inspect", copy, "--verify").status == 0

@@ -125,8 +125,8 @@ def single_down(
 ):
     """One loop over all experts, so that loads are never waited for between two of them."""
     BLOCKS: tl.constexpr = (INNER + BLOCK - 1) // BLOCK
-    STORED: tl.constexpr = INNER if WEIGHTS == "" else BLOCKS * BLOCK // (2 if WEIGHTS == "int4" else 1)
-    STEPS: tl.constexpr = (INNER + BK - 1) // BK
+    WHOLE: tl.constexpr = INNER if WEIGHTS == "" else BLOCKS * BLOCK
+    STEPS: tl.constexpr = (WHOLE + BK - 1) // BK
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(column, HIDDEN - 1)
     line = tl.arange(0, BM)
@@ -139,7 +139,7 @@ def single_down(
     for step in range(TOP_K * STEPS):
         part = step % STEPS
         rows = load_rows(inner + step // STEPS * INNER, offset, line == 0, part, INNER, BK, WEIGHTS, BLOCK)
-        expert = w + e.to(tl.int64) * (HIDDEN * STORED)
+        expert = w + e.to(tl.int64) * (HIDDEN * WHOLE // (2 if WEIGHTS == "int4" else 1))
         expert_scale = scale
         if WEIGHTS != "":
             expert_scale = scale + e.to(tl.int64) * (HIDDEN * BLOCKS)

@@ -26,14 +26,16 @@ def load_part(
         if BK >= BLOCK:
             column = step * BK + (j // QUARTER) * BLOCK + j % QUARTER + PART * QUARTER
         else:
-            STEPS: tl.constexpr = BLOCK // BK
-            column = (step // STEPS) * BLOCK + (step % STEPS) * (BK // 4) + j + PART * QUARTER
+            PARTS: tl.constexpr = BLOCK // BK
+            column = (step // PARTS) * BLOCK + (step % PARTS) * (BK // 4) + j + PART * QUARTER
     else:
         column = step * BK + tl.arange(0, BK)
     pointer = x + offset[:, None] + column[None, :]
-    if WIDTH % BK == 0:
-        return tl.load(pointer, mask=mask[:, None], other=0.0)
-    return tl.load(pointer, mask=mask[:, None] & (column[None, :] < WIDTH), other=0.0)
+    if WIDTH % BK == 0 and (WEIGHTS == "" or WIDTH % BLOCK == 0):
+        rows = tl.load(pointer, mask=mask[:, None], other=0.0)
+    else:
+        rows = tl.load(pointer, mask=mask[:, None] & (column[None, :] < WIDTH), other=0.0)
+    return rows
 
 
 @triton.jit
@@ -217,14 +219,14 @@ def gate_up_tile(
     """activation(rows times gate_up): [BM, BN] float32."""
     ROWS: tl.constexpr = INNER * 2 if GATED else INNER
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK - 1) // BLOCK
-    STORED: tl.constexpr = HIDDEN if WEIGHTS == "" else BLOCKS * BLOCK // (2 if WEIGHTS == "int4" else 1)
-    w += e * (ROWS * STORED)
+    WHOLE: tl.constexpr = HIDDEN if WEIGHTS == "" else BLOCKS * BLOCK
+    w += e * (ROWS * WHOLE // (2 if WEIGHTS == "int4" else 1))
     if WEIGHTS != "":
         scale += e * (ROWS * BLOCKS)
     n = tl.minimum(n, INNER - 1)
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
-    for step in range((HIDDEN + BK - 1) // BK):
+    for step in range((WHOLE + BK - 1) // BK):
         rows = load_rows(x, offset, mask, step, HIDDEN, BK, WEIGHTS, BLOCK)
         gate = add_product(gate, rows, w, scale, n, step, HIDDEN, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
         if GATED:
@@ -264,13 +266,13 @@ def down_tile(
 ):
     """rows times down: [BM, BN] float32."""
     BLOCKS: tl.constexpr = (INNER + BLOCK - 1) // BLOCK
-    STORED: tl.constexpr = INNER if WEIGHTS == "" else BLOCKS * BLOCK // (2 if WEIGHTS == "int4" else 1)
-    w += e * (HIDDEN * STORED)
+    WHOLE: tl.constexpr = INNER if WEIGHTS == "" else BLOCKS * BLOCK
+    w += e * (HIDDEN * WHOLE // (2 if WEIGHTS == "int4" else 1))
     if WEIGHTS != "":
         scale += e * (HIDDEN * BLOCKS)
     n = tl.minimum(n, HIDDEN - 1)
     acc = tl.zeros([BM, BN], tl.float32)
-    for step in range((INNER + BK - 1) // BK):
+    for step in range((WHOLE + BK - 1) // BK):
         rows = load_rows(x, offset, mask, step, INNER, BK, WEIGHTS, BLOCK)
         acc = add_product(acc, rows, w, scale, n, step, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
     if HAS_BIASES:

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from moevlm.plugins import reference
 from moevlm.plugins.gpu import packing
-from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, ExpertsOp
-from moevlm.plugins.gpu.ops import FORMATS as FORMATS_OF_WEIGHTS
+from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
@@ -21,7 +20,7 @@ from tests.plugins.gpu.interpreter import Interpreter
 
 # Relative Frobenius norm. Interpreted bfloat16 is cut off, not rounded.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
-FORMATS = [("", 32), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 128), ("fp8", 32), ("fp8", 128)]
+STORED = [("", 32), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 128), ("fp8", 32), ("fp8", 128)]
 SILU = ExpertsSpec()
 SMS = sorted(FAMILIES)
 
@@ -77,13 +76,15 @@ def test_every_variant_agrees_with_the_spec(
     agrees(triton_interpreter, op, tokens)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 33])
-@pytest.mark.parametrize("dtype", ACTIVATION_DTYPES)
-@pytest.mark.parametrize(("weights", "block"), FORMATS)
+@pytest.mark.parametrize(
+    ("dtype", "tokens"),
+    [("float16", 1), ("float16", 5), ("float16", 33), ("bfloat16", 2), ("bfloat16", 9), ("float32", 9)],
+)
+@pytest.mark.parametrize(("weights", "block"), STORED)
 def test_every_format_of_weights_agrees_with_the_spec(
     triton_interpreter: Interpreter, weights: str, block: int, dtype: str, tokens: int
 ) -> None:
-    op = ExpertsOp(SILU, 3, 2, hidden=136, inner=40, dtype=dtype, weights=weights, block=block, has_biases=True)
+    op = ExpertsOp(SILU, 3, 2, hidden=block + 8, inner=24, dtype=dtype, weights=weights, block=block, has_biases=True)
     agrees(triton_interpreter, op, tokens)
 
 
@@ -96,7 +97,7 @@ def test_a_few_tokens_and_many(triton_interpreter: Interpreter, tokens: int) -> 
 def every_tile() -> Iterator[tuple[int, str, Range, int]]:
     """(sm, weights, tiles, tokens) for one expert: each pair of tiles and each format once, and what chooses them."""
     seen = set()
-    for sm, weights in product(sorted(FAMILIES), FORMATS_OF_WEIGHTS):
+    for sm, weights in product(sorted(FAMILIES), FORMATS):
         low = 0
         for chosen in tiles(one_expert(weights), sm):
             tokens = low + 1 if chosen.max_tokens is None else chosen.max_tokens
@@ -122,24 +123,24 @@ def test_every_tile_agrees_with_the_spec(
     agrees(triton_interpreter, one_expert(weights), tokens, sm)
 
 
-def test_weights_need_not_be_whole_tiles_of_a_model_s_shape(triton_interpreter: Interpreter) -> None:
-    op = ExpertsOp(SILU, 3, 2, hidden=300, inner=150, dtype="float16", weights="int4", block=128)
-    for tokens in (1, 3, 20):
+def test_several_steps_of_which_the_last_is_short(triton_interpreter: Interpreter) -> None:
+    op = ExpertsOp(SILU, 2, 1, hidden=300, inner=150, dtype="float16", weights="int4", block=128)
+    for tokens in (1, 2):
         agrees(triton_interpreter, op, tokens)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.data())
 def test_any_shape(triton_interpreter: Interpreter, data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))
-    weights, block = data.draw(st.sampled_from(FORMATS))
+    weights, block = data.draw(st.sampled_from(STORED))
     op = ExpertsOp(
         BLOCKS[data.draw(st.sampled_from(sorted(BLOCKS)))],
         experts,
         data.draw(st.integers(1, experts)),
-        hidden=data.draw(st.integers(1, 80)),
-        inner=data.draw(st.integers(1, 80)),
-        dtype="float32" if not weights else "float16",
+        hidden=data.draw(st.integers(1, 200)),
+        inner=data.draw(st.integers(1, 200)),
+        dtype=data.draw(st.sampled_from(("float16", "float32"))),
         weights=weights,
         block=block,
         has_biases=data.draw(st.booleans()),

@@ -51,6 +51,13 @@ def test_kernels_are_few(sm: int) -> None:
     assert len(plan(dataclasses.replace(QWEN3, dtype="float16"), sm).kernels) <= 14
 
 
+@pytest.mark.parametrize("bits", ["4", "32"])
+def test_a_quarter_of_a_step_is_no_less_than_a_product_takes(bits: str) -> None:
+    for entry in (family[bits] for family in tiles.table().values()):
+        for chosen in (entry["single"], entry["few"], *entry["grouped"]):
+            assert all(tiles.Tile(*chosen[name]).BK >= 4 * 16 for name in ("gate_up", "down"))
+
+
 @pytest.mark.parametrize("max_tokens", [1, 5, 8, 9, 4096])
 def test_variants_rise_up_to_the_most_tokens(max_tokens: int) -> None:
     for op in (QWEN3, RouterOp(RouterSpec(8), 128)):

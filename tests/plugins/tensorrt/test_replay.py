@@ -12,6 +12,7 @@ from bench.plugin_harness import Io, PluginLibrary, shape_of
 from moevlm.plugins import reference
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.spec import ExpertsSpec
 from moevlm.plugins.variants import EXPERTS, MODELS, router_inputs
 from tests.plugins.gpu.interpreter import Interpreter
@@ -20,6 +21,7 @@ from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.replay import GUARD, Memory, calls, fake_program, replay
 
 TOKENS = (1, 5, 33)
+SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 OPS = {
     "fp16": ExpertsOp(ExpertsSpec("swiglu_clamped"), 8, 3, hidden=40, inner=24, dtype="float16", has_biases=True),
     "fp32, input": ExpertsOp(ExpertsSpec("gelu_tanh", False, "input"), 5, 2, hidden=24, inner=40, dtype="float32"),
@@ -100,3 +102,22 @@ def test_router_agrees_with_the_spec(
     expected_index, expected_weight = reference.route(spec=op.spec, **inputs)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, atol=1e-7)
+
+
+MODELS_LAYERS = {
+    "Qwen3-VL-30B-A3B": ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768, "float16"),
+    "Gemma-4-26B-A4B": ExpertsOp(ExpertsSpec("gelu_tanh"), 128, 8, 2816, 704, "float16", "int8"),
+    "DeepSeek-V3": ExpertsOp(ExpertsSpec(), 256, 8, 7168, 2048, "float16", "int4"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS_LAYERS)
+def test_plans_of_large_models_are_programs_for_every_gpu(library: PluginLibrary, name: str) -> None:
+    op = MODELS_LAYERS[name]
+    images = [fake_program(plan(op, sm)).images[0] for sm in SMS]
+    program = Program(op.name, op.inputs, op.outputs, tuple(images))
+    plugin = library.plugin(op.name, program.to_bytes())
+    io = Io.of(op.inputs, op.outputs, 1, 4096)
+    plugin.configure(io)
+    assert plugin.workspace(io) >= max(image.variant(4096).workspace(4096) for image in images)
+    plugin.close()
