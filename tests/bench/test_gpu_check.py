@@ -217,6 +217,14 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
     assert broken["error"].startswith("TypeError")
 
 
+def test_deviation_from_zeros_alone_is_none_or_infinite() -> None:
+    zeros = np.zeros((1, 1), np.int32)  # the index of one token that goes to expert 0
+    assert cases.deviation(zeros, zeros) == 0
+    assert cases.deviation(zeros + 1, zeros) == float("inf")
+    assert cases.deviation(np.array([np.nan]), np.array([1.0])) == float("inf")
+    assert cases.deviation(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.8)
+
+
 # The driver
 
 
@@ -285,6 +293,7 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     def times(
         tuner: Any, _: Any, op: ExpertsOp, tokens: int, used: Any, projection: str, tried: list[tuple[int, ...]]
     ) -> dict[tuple[int, ...], float]:
+        tried_tiles.update(tried)
         for tile in tried:
             used[projection] = list(tile)
             plan(op, tuner.sm, tokens)  # is accepted
@@ -295,6 +304,9 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tune._Tuner, "_time", times)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
     tiles.table.cache_clear()
+    tried_tiles: set[tuple[int, ...]] = set()
+    entries_in_use = [tiles.table()["90"][bits][name] for bits in tune.BITS for name in ("single", "few")]
+    in_use = [tuple(entry[projection]) for entry in entries_in_use for projection in ("gate_up", "down")]
     try:
         *entries, last = tune.run(90)
         tiles.table()["90"] = last["table"]
@@ -302,7 +314,8 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     finally:
         tiles.table.cache_clear()
     assert all(len(one.variants) >= 4 for one in planned)
-    assert set(last["table"]) == {"16", "8", "4"}
+    assert set(last["table"]) == {"32", "16", "8", "4"}
+    assert tried_tiles.issuperset(in_use)
     table = last["table"]["16"]
     assert [rows["rows"] for rows in table["grouped"]] == [8, 32, 128, None]
     assert {tile["gate_up"][1] for tile in entries} == {64}
