@@ -2,8 +2,8 @@
 
     make gpu-check [PYTHON=python3] [ARGS="--only layers"]
 
-Needs torch, triton and numpy, a C++ compiler for the plugin library, and no network. Writes
-bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
+Needs torch, triton and numpy, and no network; a C and a C++ compiler, or else leaves out Triton's launcher and the
+plugin library. Writes bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
 """
 
 import argparse

@@ -128,7 +128,9 @@ def text_of(entries: Sequence[Entry]) -> str:
         if entry["kind"] == "limits":
             bandwidth, peak = entry["bandwidth"] / 1e12, entry["peak"] / 1e12
             parts.append(f"limits: {bandwidth:.2f} TB/s copied, {peak:.0f} TFLOP/s in a large product")
-    parts += [correctness_table(entries), *layer_tables(entries), tiles_text(entries)]
+    left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
+    parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
+    parts += [*layer_tables(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
             told = (

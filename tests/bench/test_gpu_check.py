@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import cases, grouped_mm, layers, part, report, shapes, tune
+from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins import reference, variants
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
@@ -223,6 +223,23 @@ def test_deviation_from_zeros_alone_is_none_or_infinite() -> None:
     assert cases.deviation(zeros + 1, zeros) == float("inf")
     assert cases.deviation(np.array([np.nan]), np.array([1.0])) == float("inf")
     assert cases.deviation(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch_the_checks_run_the_machine_code() -> None:
+    why = facts.launcher_missing()
+    assert "0 active drivers" in why
+    assert list(cubins.run(90)) == [{"kind": "cubins", "skipped": why}]
+    entry = checks.check(RouterOp(RouterSpec(top_k=2), 6), 90, "cuda")
+    assert entry["error"].startswith("OSError: libcuda.so.1")  # compiled, and handed to the driver
+    assert checks.check(RouterOp(RouterSpec(top_k=2), 6), 90, "cpu")["error"].startswith("RuntimeError")
+
+
+def test_without_a_compiler_the_plugin_is_left_out_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    entries = list(plugin.run(90))
+    assert entries == [{"kind": "plugin", "skipped": "no-such-compiler, which compiles it, is not installed"}]
+    assert report.text_of(entries) == f"plugin: {entries[0]['skipped']}\n\nno failures"
 
 
 # The driver
