@@ -90,7 +90,8 @@ def correctness_table(entries: Sequence[Entry]) -> str:
 
 def aims(entries: Sequence[Entry]) -> list[Entry]:
     """Each aim with what was reached; none that was not measured."""
-    own = [entry for entry in entries if entry["kind"] == "layer" and "peer_experts_seconds" in entry]
+    measured = [entry for entry in entries if entry["kind"] == "layer" and "experts_seconds" in entry]
+    own = [entry for entry in measured if entry["weights"] in ("float16", "bfloat16")]
     decode = [entry["of_bandwidth"] for entry in own if entry["tokens"] == DECODE_TOKENS]
     prefill = [entry["of_peak"] for entry in own if entry["tokens"] == PREFILL_TOKENS]
     found = []

@@ -427,6 +427,10 @@ def test_aims_take_the_slowest_layer() -> None:
     found = {aim["aim"].split(":")[0].split(",")[0]: (aim["reached"], aim["met"]) for aim in report.aims(entries)}
     assert found == {"1 token": (0.8, False), "4096 tokens": (0.7, True), "times as fast as grouped_mm": (0.5, False)}
     assert report.aims([]) == []
+    assert report.aims([layer_entry(1, weights="int4")]) == []
+    alone = layer_entry(1, error="grouped_mm: RuntimeError: no")  # where the peer fails, our own aims stand
+    del alone["peer_experts_seconds"]
+    assert [(aim["reached"], aim["met"]) for aim in report.aims([alone])] == [(0.9, True)]
 
 
 def test_correctness_counts_ops_and_wrong_ones() -> None:
