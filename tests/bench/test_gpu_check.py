@@ -366,6 +366,20 @@ def test_a_part_that_fails_is_recorded_and_the_check_goes_on(
     assert f"written to {output}" in printed
 
 
+def test_results_are_written_after_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+
+    def run_part(name: str, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        if name == "engine":
+            raise KeyboardInterrupt
+        return [{"kind": name, "gpu": "G", "sm": 90}]
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--only", "plugin", "--only", "engine", "--json", str(output)])
+    assert [entry["kind"] for entry in json.loads(output.read_text())["results"]] == ["plugin"]
+
+
 def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
     entries = gpu_check.run_part("checks", {"sm": 90}, tmp_path, seconds=0.05)
     assert entries == [{"kind": "checks", "error": "took more than 0 s"}]
