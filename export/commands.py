@@ -53,21 +53,29 @@ _PLAN_OPTIONS = (
         "--experts",
         type=click.Choice(["same", "int8", "int4", "fp8"]),
         default="same",
-        help="How the experts' weights are stored: as the others are, or in blocks.",
+        show_default=True,
+        help="rtx, trt: how the experts' weights are stored, as the others are or in blocks.",
     ),
     click.option(
-        "--capacity", metavar="N", type=int, default=4096, show_default=True, help="Tokens in a sequence's KV cache."
+        "--capacity",
+        metavar="N",
+        type=int,
+        default=4096,
+        show_default=True,
+        help="rtx, trt: tokens in a sequence's KV cache, at most the model's context.",
     ),
-    click.option("--max-batch", metavar="N", type=int, default=8, show_default=True, help="Sequences in a step."),
+    click.option(
+        "--max-batch", metavar="N", type=int, default=8, show_default=True, help="rtx, trt: sequences in a step."
+    ),
     click.option(
         "--chunk-tokens",
         metavar="N",
         type=int,
         default=defaults.CHUNK_TOKENS,
         show_default=True,
-        help="Prompt tokens in a step.",
+        help="rtx, trt: prompt tokens in a step.",
     ),
-    click.option("--version-compatible", is_flag=True, help="trt: plans for later versions and the lean runtime, too."),
+    click.option("--version-compatible", is_flag=True, help="trt: plans for its lean runtime, too."),
     click.option("--native-moe", is_flag=True, help="trt on sm100, sm103, sm110: TensorRT's own MoE layer."),
 )
 

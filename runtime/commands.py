@@ -267,7 +267,7 @@ def _plans(manifest: Any, report: InspectReport) -> str:
     for engine in report.engines:
         if (t := engine.tensorrt) is not None:
             experts = bytes_text(manifest.files[t.experts].size) if t.experts else "-"
-            versions = " or later" if t.version_compatible else ""
+            versions = " or its lean runtime" if t.version_compatible else ""
             steps = f"{t.max_batch} x {t.chunk_tokens} tokens, {t.max_visual} of images"
             product = f"{t.product} {t.version}{versions}"
             sizes = experts, steps, str(t.capacity), str(t.max_patches)

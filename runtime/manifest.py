@@ -95,9 +95,9 @@ class CostFacts(_Facts, frozen=True):
 class TensorRTFacts(_Facts, frozen=True):
     """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
 
-    product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible later ones of the same
-    major version do, too, and so does tensorrt_lean. sms: kinds of GPUs, 86 for compute capability 8.6. activations:
-    dtype of activations and KV cache, "bfloat16" or "float16" (float32 for checks).
+    product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible tensorrt_lean of that
+    version runs it, too. sms: kinds of GPUs, 86 for compute capability 8.6. activations: dtype of activations and KV
+    cache, "bfloat16" or "float16" (float32 for checks).
     experts: a safetensors file inside the bundle, whose tensors are inputs of the decoder under their names; "" if the
     plan has all weights.
     Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in

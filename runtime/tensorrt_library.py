@@ -11,7 +11,7 @@ from moevlm.runtime.errors import EngineError
 from moevlm.runtime.manifest import TensorRTFacts
 from moevlm.runtime.plugin_library import checked_plugin_path
 
-# By product. The lean module runs only plans that were made for other versions, too.
+# By product.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
 EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
 PLUGINS = ("MoERouter", "MoEExperts")
@@ -40,15 +40,11 @@ def find_module(facts: TensorRTFacts) -> Any:
 
 
 def _runs(name: str, version: str, facts: TensorRTFacts) -> bool:
-    """A version-compatible plan runs on its own version and on later ones of the same major version."""
-    if not facts.version_compatible:
-        return name != "tensorrt_lean" and version == facts.version
-    ours, built = _numbers(version), _numbers(facts.version)
-    return ours[:1] == built[:1] and ours >= built
+    """A plan runs on the version that built it; a version-compatible one on the lean module of that version, too.
 
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
+    Later versions would hand it to that lean module, whose code our plans do not carry: none of theirs is ever run.
+    """
+    return version == facts.version and (facts.version_compatible or name != "tensorrt_lean")
 
 
 class Library:

@@ -1,7 +1,7 @@
 """TensorRT's Python API as far as engines are built with it: what version has what, and which arguments it takes.
 
 Anything that the real module of that version lacks is an AttributeError here, too. Calls are recorded.
-Sources: NVIDIA's Python API reference, 10.13 and 11.4.
+Sources: NVIDIA's Python API reference, 10.15 and 11.4.
 """
 
 import enum
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PLAN = b"ptrt" + bytes(12) + (64).to_bytes(8, "little") + bytes([10, 13, 0, 1]) + bytes(36)
+PLAN = b"ptrt" + bytes(12) + (64).to_bytes(8, "little") + bytes([10, 15, 0, 1]) + bytes(36)
 
 
 class LayerType(enum.Enum):
@@ -72,15 +72,19 @@ class _Profile:
 class _Config:
     """No compute capabilities: those are TensorRT-RTX's."""
 
-    __slots__ = ("flags_set", "profiles", "progress_monitor")
+    __slots__ = ("flags_cleared", "flags_set", "profiles", "progress_monitor")
 
     def __init__(self) -> None:
         self.flags_set: list[str] = []
+        self.flags_cleared: list[str] = []
         self.profiles: list[_Profile] = []
         self.progress_monitor: Any = None
 
     def set_flag(self, flag: enum.Enum) -> None:
         self.flags_set.append(flag.name)
+
+    def clear_flag(self, flag: enum.Enum) -> None:
+        self.flags_cleared.append(flag.name)
 
     def add_optimization_profile(self, profile: _Profile) -> int:
         self.profiles.append(profile)
@@ -166,7 +170,8 @@ class FakeTensorRT(ModuleType):
             def create_optimization_profile(self) -> _Profile:
                 return _Profile()
 
-            def build_serialized_network(self, network: _Network, config: _Config) -> bytes | None:
+            def build_serialized_network_to_stream(self, network: _Network, config: _Config, writer: Any) -> bool:
+                assert isinstance(writer, IStreamWriter)
                 # Without the flag a 10.x network is weakly typed, and takes no bfloat16 from ONNX as it is.
                 assert major > 10 or network.flags & 1 << NetworkDefinitionCreationFlag.STRONGLY_TYPED
                 config.progress_monitor.phase_start("Building", None, 2)
@@ -175,16 +180,8 @@ class FakeTensorRT(ModuleType):
                 if refuses == "build":
                     self.logger.log(ILogger.Severity.WARNING, "this is only a warning")  # type: ignore[attr-defined]
                     self.logger.log(ILogger.Severity.ERROR, "Error Code 9:\n no kernel")  # type: ignore[attr-defined]
-                    return None
-                return PLAN
-
-        class StreamingBuilder(Builder):
-            __slots__ = ()
-
-            def build_serialized_network_to_stream(self, network: _Network, config: _Config, writer: Any) -> bool:
-                assert isinstance(writer, IStreamWriter)
-                plan = self.build_serialized_network(network, config)
-                return plan is not None and all(writer.write(part) == len(part) for part in (plan[:40], plan[40:]))
+                    return False
+                return all(writer.write(part) == len(part) for part in (PLAN[:40], PLAN[40:]))
 
         class OnnxParser:
             __slots__ = ("flags", "network", "num_errors")
@@ -210,9 +207,7 @@ class FakeTensorRT(ModuleType):
                 return _Error()
 
         self.OnnxParser = OnnxParser
-        self.Builder: type[Builder] = Builder
-        if major > 10:
-            self.IStreamWriter, self.Builder = IStreamWriter, StreamingBuilder
+        self.IStreamWriter, self.Builder = IStreamWriter, Builder
 
     def get_plugin_registry(self) -> _Registry:
         return _Registry(self)

@@ -59,7 +59,7 @@ def _sms(name: str, rest: str, product: Product) -> tuple[int, ...]:
 
 def _check_options(name: str, product: Product, sms: tuple[int, ...], options: PlanOptions) -> None:
     if product is RTX and options.version_compatible:
-        raise BuildError(f"target {name}: plans of TensorRT-RTX run on one version (version compatible: trt only)")
+        raise BuildError(f"target {name}: TensorRT-RTX has no lean runtime (version compatible: trt only)")
     if not options.native_moe:
         return
     if product is RTX or not set(sms) <= set(NATIVE_MOE_SMS):

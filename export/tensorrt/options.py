@@ -16,7 +16,7 @@ class PlanOptions:
     """dtype: of weights and activations. experts: how the experts' weights are stored, in blocks of `block`.
 
     capacity: tokens in the cache of a sequence. max_batch: sequences in a step. chunk_tokens: of each in prefill.
-    version_compatible: plans for later TensorRT versions and the lean runtime, too. native_moe: TensorRT's own MoE.
+    version_compatible: plans for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
     sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises BuildError, naming a value and what is allowed.
     """
 

@@ -62,13 +62,18 @@ def build_plan(job: Job, progress: Progress) -> Built:
         raise BuildError(f"{refused}: it made {found} plugin layers of {job.plugin_layers} nodes")
     config = builder.create_builder_config()
     configure(module, product, config, job.sms)
+    config.clear_flag(module.BuilderFlag.TF32)  # set by default; what stays float32 in the graph is float32
     for flag in job.flags:
         config.set_flag(getattr(module.BuilderFlag, flag))
     for profile in job.profiles:
         ranges = builder.create_optimization_profile()
         for name, shapes in profile.items():
-            ranges.set_shape(name, *shapes)
-        config.add_optimization_profile(ranges)
+            try:
+                ranges.set_shape(name, *shapes)
+            except (ValueError, RuntimeError) as error:
+                raise BuildError(f"{refused}: {name} up to {shapes[2]}: {_one_line(str(error))}") from error
+        if config.add_optimization_profile(ranges) < 0:
+            raise BuildError(f"{refused}: {logger.reason()}")
     config.progress_monitor = monitor = _monitor(module, progress)
     del parser
     file = StreamedFile(Path(job.plan))
@@ -81,13 +86,7 @@ def build_plan(job: Job, progress: Progress) -> Built:
 
 
 def _write(module: Any, builder: Any, network: Any, config: Any, file: StreamedFile, refused: str, logger: Any) -> None:
-    """The plan straight to its file, which takes two thirds of the memory; as a whole before TensorRT 10.12."""
-    if not hasattr(builder, "build_serialized_network_to_stream"):
-        plan = builder.build_serialized_network(network, config)
-        if plan is None:
-            raise BuildError(refused + logger.reason())
-        file.write(bytes(plan))
-        return
+    """The plan straight to its file, which takes two thirds of the memory."""
     writer = _writer(module, file)
     done = builder.build_serialized_network_to_stream(network, config, writer)
     if writer.error is not None:

@@ -76,4 +76,5 @@ def configure(module: Any, product: Product, config: Any, sms: tuple[int, ...]) 
     if product is RTX:
         config.num_compute_capabilities = len(sms)
         for i, sm in enumerate(sms):
-            config.set_compute_capability(getattr(module.ComputeCapability, f"SM{sm}"), i)
+            if not config.set_compute_capability(getattr(module.ComputeCapability, f"SM{sm}"), i):
+                raise BuildError(f"{product.title} {module.__version__} takes no sm{sm}")

@@ -29,7 +29,8 @@ class Message(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def run(job: Job, progress: Progress) -> Built:
     """`build_plan` in a new process. Raises as it does, and BuildError if that process ends without a word."""
-    command = [sys.executable, "-m", "moevlm.export.tensorrt.worker"]
+    # -P: modules come from where this process has them, not from the folder that it happens to run in.
+    command = [sys.executable, "-P", "-m", "moevlm.export.tensorrt.worker"]
     with (
         tempfile.TemporaryFile() as log,
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log) as process,

@@ -14,11 +14,11 @@ from moevlm.export.tensorrt.names import plan_targets
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.tensorrt.product import RTX, TENSORRT, load
-from moevlm.export.tensorrt.profiles import decoder_profiles, max_patches, vision_profiles
+from moevlm.export.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
 from moevlm.runtime.errors import BuildError
 from tests.fake_tensorrt import PLAN, FakeTensorRT
 
-VERSIONS = ("10.13.3.9", "11.4.0.1")
+VERSIONS = ("10.15.1.29", "11.4.0.1")
 PROFILES = [{"x": ((1, 4), (2, 4), (8, 4))}, {"x": ((1, 4), (1, 4), (1, 4))}]
 
 
@@ -59,6 +59,7 @@ def test_tensorrt_is_asked_for_a_strongly_typed_plan_with_plugins(
     assert (fake.parsed, fake.libraries) == ([asked.onnx], [str(library)])
     (config,) = fake.configs
     assert tuple(config.flags_set) == flags
+    assert config.flags_cleared == ["TF32"]
     assert [profile.shapes for profile in config.profiles] == PROFILES
     assert steps[-1] == (2, 2)
 
@@ -116,6 +117,25 @@ def test_system_s_errors_in_the_process_that_builds_are_raised_here(tmp_path: Pa
     )
     with pytest.raises(FileNotFoundError):
         worker.run(asked, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [(((1, 4), (8, 4), (2, 4)), "MIN<=OPT<=MAX"), (((1, 4), (1, 4), (-2, 4)), r"key up to \(-2, 4\): ")],
+)
+def test_sizes_that_tensorrt_refuses_are_one_line(sizes: Range, message: str, tmp_path: Path) -> None:
+    write_scatter(tmp_path / "decoder.onnx", "linear")
+    asked = job(tmp_path, product="tensorrt_rtx", sms=(89,), profiles=[{"key": sizes}])
+    with pytest.raises(BuildError, match=rf"refused decoder.onnx: .*{message}") as caught:
+        worker.run(asked, lambda *_: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_that_it_runs_in_brings_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('another module of that name')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BuildError, match=r"refused decoder.onnx: "):
+        worker.run(job(tmp_path, product="tensorrt_rtx", sms=(89,)), lambda *_: None)
 
 
 def test_process_that_ends_without_a_word_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

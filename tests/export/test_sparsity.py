@@ -1,9 +1,13 @@
 """2:4 pruning: the rule by definition, in slices, and in engines read back from disk."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -17,6 +21,8 @@ from moevlm.export.parity import check_parity
 from moevlm.export.parity_report import table_of
 from moevlm.export.quantization import Scheme, dequantize, quantize
 from moevlm.export.sparsity import prune, pruned
+from moevlm.export.tensorrt import worker
+from moevlm.export.tensorrt.plan_builder import Built, Job
 from moevlm.export.weights import Constant, read
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
@@ -141,3 +147,47 @@ def test_command_line_says_what_was_pruned_and_inspect_shows_it(tiny_checkpoint:
     assert "pruned" not in result.out
     assert Bundle.open(bundle).manifest.engines["cpu:int4"].sparsity == ""
     assert_refused(call("build", tiny_checkpoint, "-o", bundle, "--target", "reference", "--sparsity", "2:4"), "dense")
+
+
+# Builds one plan, and says which of the flags were set when TensorRT got its configuration.
+_BUILD_AND_TELL = """
+import sys, msgspec
+from moevlm.export.tensorrt import plan_builder
+write = plan_builder._write
+def told(module, builder, network, config, *rest):
+    flags = [name for name, flag in module.BuilderFlag.__members__.items() if config.get_flag(flag)]
+    print(msgspec.json.encode(flags).decode())
+    write(module, builder, network, config, *rest)
+plan_builder._write = told
+job = msgspec.json.decode(sys.stdin.buffer.read(), type=plan_builder.Job)
+print(msgspec.json.encode(plan_builder.build_plan(job, lambda *_: None)).decode())
+"""
+
+
+def test_tensorrt_rtx_is_given_pruned_weights_and_the_flag_for_them(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags: dict[str, list[str]] = {}
+    given: dict[str, np.ndarray] = {}
+
+    def run(job: Job, progress: object) -> Built:  # noqa: ARG001
+        for node in onnx.load(job.onnx).graph.initializer:
+            given[node.name] = onnx.numpy_helper.to_array(node)
+        command = [sys.executable, "-c", _BUILD_AND_TELL]
+        done = subprocess.run(command, input=msgspec.json.encode(job), stdout=subprocess.PIPE, check=True)
+        told, built = done.stdout.splitlines()[-2:]
+        flags[Path(job.onnx).stem] = msgspec.json.decode(told)
+        return msgspec.json.decode(built, type=Built)
+
+    monkeypatch.setattr(worker, "run", run)
+    built = build(tiny_checkpoint, tmp_path / "b", ["rtx:sm89"], sparsity="2:4")
+    assert flags == {"vision": ["SPARSE_WEIGHTS"], "decoder": ["SPARSE_WEIGHTS"]}
+    zeros = 0
+    for name, array in given.items():
+        if array.ndim == 2 and array.shape[1] % 4 == 0 and array.dtype == ml_dtypes.bfloat16:
+            pruned_fours = (array.reshape(-1, 4) == 0).sum(1) == 2
+            assert pruned_fours.all() != any(part in name for part in KEPT), name
+            zeros += array.size // 2 if pruned_fours.all() else 0
+    facts = built.manifest.engines["rtx:sm89:bf16"]
+    assert (facts.sparsity, facts.pruned_weights) == ("2:4", zeros)
+    assert zeros > 5000
