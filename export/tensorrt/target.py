@@ -79,7 +79,8 @@ class PlanTarget:
         progress: Progress,
         existing: Bundle | None,
     ) -> EngineFacts:
-        graphs = self.lower(canonical, progress)
+        programs = _Programs(self.sms, progress)
+        graphs = self.lower(canonical, programs.of)
         experts = expert_weights(graphs["decoder"])
         if experts:
             self._add_experts(writer, experts, progress, existing)
@@ -118,14 +119,18 @@ class PlanTarget:
             ),
         )
 
-    def lower(self, canonical: Mapping[str, ir.Model], progress: Progress) -> dict[str, ir.Model]:
-        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared."""
+    def lower(
+        self, canonical: Mapping[str, ir.Model], program: Callable[[RouterOp | ExpertsOp], bytes]
+    ) -> dict[str, ir.Model]:
+        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
+
+        program: compiles an op, see `plugins.gpu.program`.
+        """
         graphs = {name: graph.clone() for name, graph in canonical.items()}
         o = self.options
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
-        programs = _Programs(self.sms, progress)
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
-        moe = (*native, PluginMoE(o.activations, o.weights, o.block, programs.of))
+        moe = (*native, PluginMoE(o.activations, o.weights, o.block, program))
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
         run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
         run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
