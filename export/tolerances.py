@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from moevlm.runtime.manifest import EngineFacts
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -17,22 +19,31 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class QuantizedTolerance:
+class RoundedTolerance:
+    """What rounding may cost an engine that shows no more than its outputs: a plan of TensorRT.
+
+    features: root mean square of the difference over that of the tensor, for image features.
+    kl: mean over positions of KL(transformers || engine), in nats.
+    """
+
+    features: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class QuantizedTolerance(RoundedTolerance):
     """What rounding the weights may cost: 1.5 to 2 times the worst that was found.
 
     Parity ran on ten random checkpoints of a few thousand weights, where one exchanged expert changes everything, with
     each of the four quantized engines; the worst value of each quantity at 8 and at 4 bits was widened that much. They
     find a wrong kernel; how good a model still is, the values themselves say.
 
-    features: root mean square of the difference over that of the tensor, for image features. hidden: for hidden states.
-    kl: mean over positions of KL(transformers || engine), in nats.
+    hidden: as features, for hidden states.
     flips: share of the tokens, layer by layer, that go to another set of experts.
     near_tie: of those, the widest gap in choice score between the experts that were exchanged.
     """
 
-    features: float
     hidden: float
-    kl: float
     flips: float
     near_tie: float
 
@@ -42,6 +53,17 @@ TOLERANCES: dict[str, Tolerance | QuantizedTolerance] = {
     "int8": QuantizedTolerance(features=0.06, hidden=0.4, kl=0.4, flips=0.2, near_tie=0.6),
     "int4": QuantizedTolerance(features=0.06, hidden=0.9, kl=3.0, flips=0.6, near_tie=1.0),
 }
+# Of plans, by dtype of activations and of the experts' weights. SIMULATED: TODO
+PLAN_TOLERANCES = {
+    ("bfloat16", "bfloat16"): RoundedTolerance(features=0.04, kl=0.1),
+}
 GREEDY_TOKENS = 64
 ALONE_STEPS = 4  # decode steps of a prompt by itself
 CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images
+
+
+def tolerance_of(engine: EngineFacts) -> Tolerance | RoundedTolerance:
+    """By the arithmetic of its activations and its weights."""
+    if engine.tensorrt is None or engine.tensorrt.activations == "float32":
+        return TOLERANCES[engine.dtype]
+    return PLAN_TOLERANCES[engine.tensorrt.activations, engine.dtype]

@@ -93,9 +93,7 @@ class Evaluator:
 
     def __init__(self, model: ir.Model) -> None:
         self._inputs, self._outputs = list(model.graph.inputs), list(model.graph.outputs)
-        self._evaluator = ReferenceEvaluator(
-            ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE]
-        )
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
         self._experts = {name: read(weight) for name, weight in expert_weights(model).items()}
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
