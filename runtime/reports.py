@@ -2,7 +2,7 @@
 
 import msgspec
 
-from moevlm.runtime.machine import Machine
+from moevlm.runtime.machine import GpuMachine, Machine
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 
 
@@ -117,6 +117,7 @@ class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):
     repeats: int
     results: list[LatencyReport]
     machine: Machine | None = None
+    gpu: GpuMachine | None = None
 
 
 def to_json(report: Report) -> str:

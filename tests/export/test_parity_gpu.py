@@ -7,21 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from moevlm.export.parity import check_parity
-from moevlm.export.parity_batches import Batches, Room
 from moevlm.export.parity_cases import random_cases
 from moevlm.export.parity_report import ParityReport
-from moevlm.export.tolerances import GREEDY_TOKENS
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, RequestError
 from tests.bundles import edit_manifest, rehash
 from tests.command_line import assert_refused, call
-from tests.fakes.gpu import EXPERTS, LIMITS, TARGET, fake_gpu, gpu_bundle
+from tests.fakes.gpu import EXPERTS, TARGET, fake_gpu, gpu_bundle
 
 OUTPUTS = ["image features", "deepstack features", "prefill logits", "chunked prefill logits", "decode logits"]
 
@@ -142,7 +139,10 @@ def test_few_decode_steps_where_the_cache_has_room_for_no_more(
 ) -> None:
     longest = max(len(case.prompt.ids) for case in cases(bundle, 0))
     edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(capacity=longest))
-    with fake_gpu(tmp_path), pytest.raises(RequestError, match=f"needs a cache of {longest + 1} tokens, the engine has"):
+    with (
+        fake_gpu(tmp_path),
+        pytest.raises(RequestError, match=f"needs a cache of {longest + 1} tokens, the engine has"),
+    ):
         check_parity(bundle, tiny_checkpoint, [TARGET])
 
 
