@@ -55,7 +55,7 @@ def test_wheel_has_every_module_and_the_type_marker_and_nothing_else(wheel: Path
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"moevlm/{path.relative_to(ROOT).as_posix()}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
     libraries = {f"moevlm/runtime/{name}{EXTENSION_SUFFIXES[0]}" for name in (OPERATORS, PLUGIN)}
-    assert names == modules | libraries | {"moevlm/runtime/py.typed"}
+    assert names == modules | libraries | {"moevlm/runtime/py.typed", "moevlm/plugins/gpu/tiles.json"}
     assert "moevlm/__init__.py" not in names  # a namespace: other wheels may add parts
 
 

@@ -221,7 +221,7 @@ def test_another_checkpoint_is_refused_and_the_bundle_stays(copy: Path, save_che
     assert contents(copy) == before
 
 
-@pytest.mark.parametrize("names", [["ort-cuda"], ["ort-cpu", "trt"], ["ort-cpu:int3"]])
+@pytest.mark.parametrize("names", [["ort-cuda"], ["ort-cpu", "tensorrt"], ["ort-cpu:int3"]])
 def test_unknown_target_lists_the_allowed_before_anything_is_done(
     names: list[str], copy: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
