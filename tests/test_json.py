@@ -90,6 +90,8 @@ GOLDEN = {
         "engines[].sparsity": "string",
         "engines[].problems": "array of string",
         "engines[].tensorrt": "object or null",
+        "engines[].kernels": "object or null",
+        **{f"engines[].kernels.{field}": "integer" for field in ("count", "registers", "shared", "spilled")},
         **{f"engines[].tensorrt.{field}": "string" for field in ("product", "version", "activations", "experts")},
         **{
             f"engines[].tensorrt.{field}": "integer"

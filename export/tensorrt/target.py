@@ -17,6 +17,7 @@ from moevlm.export.passes.scatter_attention import ScatterAttention, SegmentMask
 from moevlm.export.passes.static_cache import StaticCache
 from moevlm.export.passes.typed import Typed
 from moevlm.export.tensorrt import worker
+from moevlm.export.tensorrt.kernels_file import kernels_json
 from moevlm.export.tensorrt.onnx_file import write_onnx
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Built, Job
@@ -27,6 +28,7 @@ from moevlm.export.weights import Weight
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
+from moevlm.runtime.kernel_facts import KERNELS
 from moevlm.runtime.manifest import EngineFacts, ModelFacts, TensorRTFacts
 from moevlm.runtime.native import plugin_path
 
@@ -84,6 +86,8 @@ class PlanTarget:
         experts = expert_weights(graphs["decoder"])
         if experts:
             self._add_experts(writer, experts, progress, existing)
+        if programs.ops:
+            writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
         merge = model.vision.merge_size
         profiles = {
             "vision": vision_profiles(graphs["vision"], merge),
@@ -180,6 +184,11 @@ class _Programs:
     def __init__(self, sms: tuple[int, ...], progress: Progress) -> None:
         self._sms, self._progress = sms, progress
         self._known: dict[RouterOp | ExpertsOp, bytes] = {}
+
+    @property
+    def ops(self) -> tuple[RouterOp | ExpertsOp, ...]:
+        """All that were compiled."""
+        return tuple(self._known)
 
     def of(self, op: RouterOp | ExpertsOp) -> bytes:
         from moevlm.plugins.gpu.compiler import compile_program
