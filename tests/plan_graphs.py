@@ -89,16 +89,16 @@ def _check(tensors: Any, inputs: tuple[np.ndarray, ...]) -> None:
 
 
 class Evaluator:
-    """A lowered graph, its experts' weights read once."""
+    """A lowered graph. experts: their weights, by name, read once."""
 
     def __init__(self, model: ir.Model) -> None:
         self._inputs, self._outputs = list(model.graph.inputs), list(model.graph.outputs)
         self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
-        self._experts = {name: read(weight) for name, weight in expert_weights(model).items()}
+        self.experts = {name: read(weight) for name, weight in expert_weights(model).items()}
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Outputs by name, float32. feeds: of the canonical graph; float32 where this one may want another dtype."""
-        given = dict(self._experts)
+        given = dict(self.experts)
         for value in self._inputs:
             if value.name in feeds:
                 assert value.dtype is not None

@@ -31,11 +31,12 @@ class SimulatedCache:
 
 
 class SimulatedPlan:
-    """The engine protocol on lowered graphs, for caches of `capacity` tokens."""
+    """The engine protocol on lowered graphs, for caches of `capacity` tokens. experts: their weights, by name."""
 
     def __init__(self, graphs: Mapping[str, ir.Model], model: ModelFacts, capacity: int) -> None:
         self._vision, self._decoder = Evaluator(graphs["vision"]), Evaluator(graphs["decoder"])
         self._model, self._capacity = model, capacity
+        self.experts = self._decoder.experts
 
     def encode(self, inputs: VisionInputs) -> VisualFeatures:
         found = self._vision.run(dict(vars(inputs)))
