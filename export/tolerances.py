@@ -44,7 +44,7 @@ class PlanTolerance:
     """What half floats, and rounding the experts' weights, may cost a plan of TensorRT, which shows its outputs alone.
 
     Simulated, until a GPU confirms them: the graphs that TensorRT is given ran in onnx's reference evaluator, on the
-    same ten checkpoints with five sets of weights each, blocks of 32; the worst was widened 1.5 to 2 times.
+    same ten checkpoints with three sets of weights each, blocks of 32; the worst was widened 1.5 to 2 times.
     A token that went to other experts at a near tie cannot be told from a wrong kernel, but is rare: `kl` leaves room
     for it; `usual_kl`, in float16 hundreds of times smaller, does not.
 
