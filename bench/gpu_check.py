@@ -2,8 +2,8 @@
 
     make gpu-check [PYTHON=python3] [ARGS="--only layers"]
 
-Needs torch, triton and numpy, a C++ compiler for the plugin library, and no network. Writes
-bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
+Needs torch, triton and numpy, and no network; a C and a C++ compiler, or else leaves out Triton's launcher and the
+plugin library. Writes bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
 """
 
 import argparse
@@ -57,17 +57,13 @@ def run_part(name: str, options: dict[str, int], folder: Path, seconds: float = 
     return entries
 
 
-def run_parts(names: Sequence[str], sm: int, folder: Path) -> Entries:
-    """All entries. The checks are compiled and run by several processes at once; nothing of theirs is timed."""
-    entries: Entries = []
-    for name in names:
-        print(f"{name}: {PARTS.get(name, 'alternative tiles')}", file=sys.stderr, flush=True)
-        shards = min(len(os.sched_getaffinity(0)), MOST_SHARDS) if name == "checks" else 1
-        options = [{"sm": sm} | ({"shard": i, "shards": shards} if shards > 1 else {}) for i in range(shards)]
-        with ThreadPoolExecutor(shards) as pool:
-            for found in pool.map(lambda given, name=name: run_part(name, given, folder), options):
-                entries += found
-    return entries
+def run_shards(name: str, sm: int, folder: Path) -> Entries:
+    """A part's entries. The checks are compiled and run by several processes at once; nothing of theirs is timed."""
+    print(f"{name}: {PARTS.get(name, 'alternative tiles')}", file=sys.stderr, flush=True)
+    shards = min(len(os.sched_getaffinity(0)), MOST_SHARDS) if name == "checks" else 1
+    options = [{"sm": sm} | ({"shard": i, "shards": shards} if shards > 1 else {}) for i in range(shards)]
+    with ThreadPoolExecutor(shards) as pool:
+        return [entry for found in pool.map(lambda given: run_part(name, given, folder), options) for entry in found]
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,10 +85,12 @@ def main(given: Sequence[str] | None = None) -> int:
         if why := facts.get("missing") or facts.get("error"):
             print(f"error: {why}", file=sys.stderr)
             return 2
-        entries = run_parts(["tune"] if options.tune else options.only or list(PARTS), facts["sm"], folder)
-    name = report.file_name(facts["gpu"])
-    path = options.json or RESULTS / (name.replace(".json", "-tiles.json") if options.tune else name)
-    report.write(path, facts, entries)
+        name = report.file_name(facts["gpu"])
+        path = options.json or RESULTS / (name.replace(".json", "-tiles.json") if options.tune else name)
+        entries: Entries = []
+        for part in ["tune"] if options.tune else options.only or PARTS:
+            entries += run_shards(part, facts["sm"], folder)
+            report.write(path, facts, entries)  # after each part: the machine may be lent for a while only
     print(f"{facts['gpu']}, SM{facts['sm']}\n\n{report.text_of(entries)}\n\nwritten to {path}")
     return 1 if report.failures(entries) else 0
 

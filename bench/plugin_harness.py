@@ -34,18 +34,22 @@ def compile_harness(output: Path) -> Path:
     return _compile([SOURCES / "harness.cpp"], output, [])
 
 
+def compiler() -> str:
+    """The C++ compiler that is used: CXX or g++."""
+    return os.environ.get("CXX", "g++")
+
+
 def _compile(sources: Sequence[Path], output: Path, flags: Sequence[str]) -> Path:
-    compiler = os.environ.get("CXX", "g++")
     common = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=default" if len(sources) == 1 else "-fvisibility=hidden"]
     common += [*flags, *os.environ.get("CXXFLAGS", "").split()]
     objects = [output.with_name(f"{output.stem}_{source.stem}.o") for source in sources]
     running = [
-        subprocess.Popen([compiler, *common, "-c", source, "-o", out])
+        subprocess.Popen([compiler(), *common, "-c", source, "-o", out])
         for source, out in zip(sources, objects, strict=True)
     ]
     if any([process.wait() for process in running]):
-        raise RuntimeError(f"{compiler} failed")
-    subprocess.run([compiler, *common, "-shared", *objects, "-o", output], check=True)
+        raise RuntimeError(f"{compiler()} failed")
+    subprocess.run([compiler(), *common, "-shared", *objects, "-o", output], check=True)
     return output
 
 

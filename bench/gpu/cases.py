@@ -93,8 +93,14 @@ def _quantized(rows: np.ndarray, op: ExpertsOp) -> tuple[np.ndarray, np.ndarray]
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:
-    """Relative Frobenius norm of found - expected; infinite if any of found is not a number."""
-    value = float(np.linalg.norm(found.astype(np.float64) - expected) / np.linalg.norm(expected))
+    """Relative Frobenius norm of found - expected; infinite if any of found is not a number.
+
+    Where only zeros are expected, as of one token sent to expert 0, it is 0 or infinite.
+    """
+    if np.array_equal(found, expected):
+        return 0.0
+    size = float(np.linalg.norm(expected))
+    value = float(np.linalg.norm(found.astype(np.float64) - expected)) / size if size else float("inf")
     return value if np.isfinite(value) else float("inf")
 
 

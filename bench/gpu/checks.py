@@ -1,7 +1,8 @@
 """Every variant of the kernels against the spec in numpy, on fresh random inputs."""
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,18 @@ from bench.gpu.cases import (
     router_ops,
     token_counts,
 )
+from bench.gpu.driver import CubinRunner
+from bench.gpu.facts import launcher_missing
 from moevlm.plugins import reference
 from moevlm.plugins.gpu import launch
+from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
 from moevlm.plugins.gpu.planning import plan
 
 ROUTER_TOKENS = (1, 7, 300)
 SKEWED_FROM = 9  # tokens that are all sent to the same experts, too
+Run = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]  # an op's inputs -> its outputs
 
 
 def run(sm: int, shard: int = 0, shards: int = 1) -> Iterator[dict[str, Any]]:
@@ -42,31 +47,46 @@ def check(op: Op, sm: int, device: str) -> dict[str, Any]:
     entry: dict[str, Any] = {"kind": "check", "op": describe(op), "seed": seed}
     try:
         planned = plan(op, sm)
-        compare = _experts if isinstance(op, ExpertsOp) else _router
-        return entry | compare(op, planned, seed, device)
+        with _running(op, planned, device) as run:
+            if isinstance(op, ExpertsOp):
+                return entry | _experts(op, planned, run, seed, device)
+            return entry | _router(op, run, seed, device)
     except Exception as error:
         return entry | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
-def _experts(op: ExpertsOp, planned: Plan, seed: int, device: str) -> dict[str, Any]:
+@contextmanager
+def _running(op: Op, planned: Plan, device: str) -> Iterator[Run]:
+    """What runs the op: Triton's launcher or, where a GPU's machine has none, the machine code that a program has."""
+    if device == "cpu" or not launcher_missing():
+        yield lambda inputs: launch.run(planned, inputs)
+        return
+    runner = CubinRunner(compile_program(op, [planned.sm]), planned.sm)
+    try:
+        yield lambda inputs: runner.run(inputs, len(inputs[0]))
+    finally:
+        runner.close()
+
+
+def _experts(op: ExpertsOp, planned: Plan, run: Run, seed: int, device: str) -> dict[str, Any]:
     allowed = ALLOWED[op.dtype]
     found: dict[str, float] = {}
     for tokens in token_counts(planned):
         for skewed in (False, True) if tokens >= SKEWED_FROM else (False,):
             inputs, expected = experts_case(op, tokens, seed, skewed)
-            (y,) = launch.run(planned, [tensor.to(device) for tensor in inputs])
+            (y,) = run([tensor.to(device) for tensor in inputs])
             found[f"{tokens}{' skewed' if skewed else ''}"] = deviation(y.float().cpu().numpy(), expected)
     return _verdict(found, allowed)
 
 
-def _router(op: RouterOp, planned: Plan, seed: int, device: str) -> dict[str, Any]:
+def _router(op: RouterOp, run: Run, seed: int, device: str) -> dict[str, Any]:
     allowed = ALLOWED["float32"]
     found: dict[str, float] = {}
     ties = 0
     for tokens in ROUTER_TOKENS:
         inputs = router_case(op, tokens, seed)
         given = [torch.from_numpy(inputs[tensor.name]).to(device) for tensor in op.inputs]
-        index, weight = (output.cpu().numpy() for output in launch.run(planned, given))
+        index, weight = (output.cpu().numpy() for output in run(given))
         expected_index, expected_weight = reference.route(inputs["logits"], op.spec, inputs.get("bias"))
         other = (index != expected_index).any(axis=1)
         steady = ~near_ties(inputs, op.spec, seed)

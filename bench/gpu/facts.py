@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -33,6 +34,21 @@ def facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+@cache
+def launcher_missing() -> str:
+    """Why Triton cannot launch kernels here, in one line; empty where it can.
+
+    Its launcher is compiled on the spot, by a C compiler that finds Python's headers.
+    """
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return ""
 
 
 def _version(name: str) -> str:

@@ -1,6 +1,7 @@
 """The plugin library on the GPU: its enqueue, called as TensorRT would, against the spec."""
 
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from bench.gpu.cases import ALLOWED, Op, describe, deviation, experts_case, experts_ops, router_case, router_ops
 from bench.gpu.driver import POISON, empty_outputs
-from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library
+from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library, compiler
 from moevlm.plugins import reference
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp
@@ -25,6 +26,9 @@ EXPERTS_STEP, ROUTERS = 3, 4
 
 def run(sm: int) -> Iterator[dict[str, Any]]:
     """An entry per op: the worst deviation over numbers of tokens, launched directly and replayed from a graph."""
+    if shutil.which(compiler()) is None:
+        yield {"kind": "plugin", "skipped": f"{compiler()}, which compiles it, is not installed"}
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     path, harness = compile_library(FOLDER / "plugin.so"), compile_harness(FOLDER / "harness.so")
     library = PluginLibrary(path, harness)

@@ -90,7 +90,8 @@ def correctness_table(entries: Sequence[Entry]) -> str:
 
 def aims(entries: Sequence[Entry]) -> list[Entry]:
     """Each aim with what was reached; none that was not measured."""
-    own = [entry for entry in entries if entry["kind"] == "layer" and "peer_experts_seconds" in entry]
+    measured = [entry for entry in entries if entry["kind"] == "layer" and "experts_seconds" in entry]
+    own = [entry for entry in measured if entry["weights"] in ("float16", "bfloat16")]
     decode = [entry["of_bandwidth"] for entry in own if entry["tokens"] == DECODE_TOKENS]
     prefill = [entry["of_peak"] for entry in own if entry["tokens"] == PREFILL_TOKENS]
     found = []
@@ -128,7 +129,9 @@ def text_of(entries: Sequence[Entry]) -> str:
         if entry["kind"] == "limits":
             bandwidth, peak = entry["bandwidth"] / 1e12, entry["peak"] / 1e12
             parts.append(f"limits: {bandwidth:.2f} TB/s copied, {peak:.0f} TFLOP/s in a large product")
-    parts += [correctness_table(entries), *layer_tables(entries), tiles_text(entries)]
+    left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
+    parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
+    parts += [*layer_tables(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
             told = (

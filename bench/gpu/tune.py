@@ -36,7 +36,8 @@ Entry = dict[str, Any]
 def run(sm: int) -> Iterator[Entry]:
     """An entry per range of tokens with the tiles chosen, then the table of them all."""
     torch.manual_seed(0)
-    family, table = tiles.FAMILIES[sm], {}
+    family = tiles.FAMILIES[sm]
+    table = dict(tiles.table()[family])  # float32 is not tuned
     for bits, weights in BITS.items():
         tuner = _Tuner(sm, weights, tiles.table()[family][bits])
         chosen: dict[str, Any] = {}
@@ -75,10 +76,13 @@ class _Tuner:
         return self.best(first, rows, candidates, per_expert=True)
 
     def best(self, used: Entry, amount: int, candidates: Sequence[Tile], per_expert: bool = False) -> Entry:
-        """The best gate_up and down. amount: tokens, or rows of an expert. used: where plans take their tiles from."""
+        """The best gate_up and down. amount: tokens, or rows of an expert.
+
+        used: where plans take their tiles from; what it has already is a candidate, too.
+        """
         log_seconds = 0.0
         for projection in ("gate_up", "down"):
-            seconds: dict[tuple[int, ...], float] = {tuple(tile): 0.0 for tile in candidates}
+            seconds = dict.fromkeys(map(tuple, [used[projection], *candidates]), 0.0)
             for layer, op in self.ops:
                 tokens = amount * op.experts // op.top_k if per_expert else amount
                 taken = self._time(layer, op, tokens, used, projection, list(seconds))

@@ -17,11 +17,11 @@ import pytest
 import torch
 
 from bench import gpu_check
-from bench.gpu import cases, grouped_mm, layers, part, report, shapes, tune
+from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins import reference, variants
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
@@ -217,6 +217,31 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
     assert broken["error"].startswith("TypeError")
 
 
+def test_deviation_from_zeros_alone_is_none_or_infinite() -> None:
+    zeros = np.zeros((1, 1), np.int32)  # the index of one token that goes to expert 0
+    assert cases.deviation(zeros, zeros) == 0
+    assert cases.deviation(zeros + 1, zeros) == float("inf")
+    assert cases.deviation(np.array([np.nan]), np.array([1.0])) == float("inf")
+    assert cases.deviation(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.8)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_triton_cannot_launch_the_checks_run_the_machine_code() -> None:
+    why = facts.launcher_missing()
+    assert "0 active drivers" in why
+    assert list(cubins.run(90)) == [{"kind": "cubins", "skipped": why}]
+    entry = checks.check(RouterOp(RouterSpec(top_k=2), 6), 90, "cuda")
+    assert entry["error"].startswith("OSError: libcuda.so.1")  # compiled, and handed to the driver
+    assert checks.check(RouterOp(RouterSpec(top_k=2), 6), 90, "cpu")["error"].startswith("RuntimeError")
+
+
+def test_without_a_compiler_the_plugin_is_left_out_and_the_report_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    entries = list(plugin.run(90))
+    assert entries == [{"kind": "plugin", "skipped": "no-such-compiler, which compiles it, is not installed"}]
+    assert report.text_of(entries) == f"plugin: {entries[0]['skipped']}\n\nno failures"
+
+
 # The driver
 
 
@@ -285,6 +310,7 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     def times(
         tuner: Any, _: Any, op: ExpertsOp, tokens: int, used: Any, projection: str, tried: list[tuple[int, ...]]
     ) -> dict[tuple[int, ...], float]:
+        tried_tiles.update(tried)
         for tile in tried:
             used[projection] = list(tile)
             plan(op, tuner.sm, tokens)  # is accepted
@@ -295,6 +321,9 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(tune._Tuner, "_time", times)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 << 30, 80 << 30))
     tiles.table.cache_clear()
+    tried_tiles: set[tuple[int, ...]] = set()
+    entries_in_use = [tiles.table()["90"][bits][name] for bits in tune.BITS for name in ("single", "few")]
+    in_use = [tuple(entry[projection]) for entry in entries_in_use for projection in ("gate_up", "down")]
     try:
         *entries, last = tune.run(90)
         tiles.table()["90"] = last["table"]
@@ -302,7 +331,8 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     finally:
         tiles.table.cache_clear()
     assert all(len(one.variants) >= 4 for one in planned)
-    assert set(last["table"]) == {"16", "8", "4"}
+    assert set(last["table"]) == {"32", "16", "8", "4"}
+    assert tried_tiles.issuperset(in_use)
     table = last["table"]["16"]
     assert [rows["rows"] for rows in table["grouped"]] == [8, 32, 128, None]
     assert {tile["gate_up"][1] for tile in entries} == {64}
@@ -334,6 +364,20 @@ def test_a_part_that_fails_is_recorded_and_the_check_goes_on(
     assert "1 failures" in printed
     assert "engine trt:sm90: tensorrt is not installed" in printed
     assert f"written to {output}" in printed
+
+
+def test_results_are_written_after_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    output = tmp_path / "results.json"
+
+    def run_part(name: str, *_: Any, **__: Any) -> list[dict[str, Any]]:
+        if name == "engine":
+            raise KeyboardInterrupt
+        return [{"kind": name, "gpu": "G", "sm": 90}]
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--only", "plugin", "--only", "engine", "--json", str(output)])
+    assert [entry["kind"] for entry in json.loads(output.read_text())["results"]] == ["plugin"]
 
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
@@ -397,6 +441,10 @@ def test_aims_take_the_slowest_layer() -> None:
     found = {aim["aim"].split(":")[0].split(",")[0]: (aim["reached"], aim["met"]) for aim in report.aims(entries)}
     assert found == {"1 token": (0.8, False), "4096 tokens": (0.7, True), "times as fast as grouped_mm": (0.5, False)}
     assert report.aims([]) == []
+    assert report.aims([layer_entry(1, weights="int4")]) == []
+    alone = layer_entry(1, error="grouped_mm: RuntimeError: no")  # where the peer fails, our own aims stand
+    del alone["peer_experts_seconds"]
+    assert [(aim["reached"], aim["met"]) for aim in report.aims([alone])] == [(0.9, True)]
 
 
 def test_correctness_counts_ops_and_wrong_ones() -> None:

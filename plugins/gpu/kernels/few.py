@@ -1,7 +1,8 @@
 """Experts for 1 to 8 tokens, where reading weights is all the time: each active expert's are read once, unsorted.
 
 A program is (columns of an expert, a routed row). The first row of an expert computes for all tokens that chose it; the
-others exit. Tokens take the rows of one matrix tile, which has room for 16. A token must not choose an expert twice.
+others exit. Tokens take the rows of one matrix tile, which has room for 16. A token must not choose an expert twice:
+where one does, as the router lets a token whose logits are not numbers, its own output is undefined, and no other's.
 """
 
 import triton

@@ -42,6 +42,24 @@ def test_ties_go_to_the_lower_index(triton_interpreter: Interpreter, scoring: st
     )
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("scoring", SCORINGS)
+def test_logits_that_are_not_numbers_still_name_experts_and_touch_no_other_token(
+    triton_interpreter: Interpreter, scoring: str, groups: int
+) -> None:
+    """A kernel that reads weights by an index must never be given one that is none."""
+    spec = RouterSpec(2, scoring, True, 0.0, 1.0, groups, min(groups, 2))
+    inputs = router_inputs(5, seed=np.random.randint(1 << 30))
+    wrong = inputs["logits"].copy()
+    wrong[1], wrong[2, 3], wrong[3, :2] = np.nan, np.nan, np.inf
+    made = plan(RouterOp(spec, EXPERTS, True), 80)
+    index, weight = triton_interpreter.run(made, inputs | {"logits": wrong})
+    assert ((index >= 0) & (index < EXPERTS)).all()
+    expected_index, expected_weight = reference.route(spec=spec, **inputs)
+    np.testing.assert_array_equal(index[[0, 4]], expected_index[[0, 4]])
+    np.testing.assert_allclose(weight[[0, 4]], expected_weight[[0, 4]], rtol=2e-6, atol=1e-7)
+
+
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_any_number_of_experts_and_groups(triton_interpreter: Interpreter, data: st.DataObject) -> None:
