@@ -1,6 +1,7 @@
 """Every step of the pipeline against transformers, on fresh random prompts: the first that fails is the culprit."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,20 @@ from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
+from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import Case, random_cases
 from moevlm.export.parity_checks import Expected, checks, hidden_states, taps_of_prompts
 from moevlm.export.parity_report import Check, ParityReport
 from moevlm.export.pruned_reference import answer, pruned_model
 from moevlm.export.sparsity import TWO_OF_FOUR
 from moevlm.export.taps import TappedEngine
-from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES
+from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.selection import runnable, select
 
 
 def check_parity(
@@ -37,21 +40,21 @@ def check_parity(
 ) -> ParityReport:
     """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
-    target_names: of engines on the CPU, by default all of them.
+    target_names: by default all engines that run here. Of a TensorRT engine no more than its outputs can be checked.
     Engines from pruned weights are compared with canonical PyTorch on the same pruned weights.
-    Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent or damaged,
-    BuildError, before any work, if the manifest cannot be written.
+    Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent, damaged or
+    for another machine, RequestError for one without room for the prompts, BuildError, before any work, if the manifest
+    cannot be written.
     """
     opened = Bundle.open(bundle)
     engines = opened.manifest.engines
-    on_cpu = [name for name, engine in engines.items() if engine.tensorrt is None]
-    names = [opened.engine(name)[0] for name in target_names] or sorted(on_cpu, reverse=True)
-    if on_gpu := [name for name in names if name not in on_cpu]:
-        raise BundleError(
-            f"parity reads the inside of engines on the CPU (available: {_listed(on_cpu)}), not {on_gpu[0]}"
-        )
-    if not names:
+    if not engines:
         raise BundleError(f"{bundle} has no engine to check (moevlm build {bundle} --checkpoint {checkpoint} adds one)")
+    names, left_out = [select(opened, name)[0] for name in target_names], ""
+    if not names:
+        names, left_out = runnable(opened)
+    if not names:
+        select(opened)  # says why none runs here
     for name in names:
         opened.verify(opened.engine_files(name))
     with BundleWriter(bundle) as writer, Checkpoint.open(checkpoint) as source:
@@ -59,6 +62,9 @@ def check_parity(
         require_same_source(opened.manifest, source)
         model, facts = CanonicalModel.of(source, opened.manifest.expert_layout), opened.manifest.model
         cases = random_cases(facts, source.config, seed)
+        prompts, limits = [case.prompt for case in cases], [engines[name].tensorrt for name in names]
+        for limit in limits:
+            Room.of(prompts, facts.context, limit)  # refused before any work
         progress("running transformers", 0, 0)
         oracle = Oracle(Path(checkpoint), family_for(source.config).router_suffix)
         answers = [oracle.answer(case) for case in cases]
@@ -69,16 +75,13 @@ def check_parity(
         found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, TOLERANCES["float32"]))
         expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
         del engine
-        sparse = [name for name in names if opened.engine(name)[1].sparsity]
+        sparse = [name for name in names if engines[name].sparsity]
         if sparse:
             progress("running canonical PyTorch on pruned weights", 0, 0)
         expected_of = {"": expected} | ({TWO_OF_FOUR: _expected_of_pruned(model, facts, cases)} if sparse else {})
         for name in names:
             progress(f"running {name}", 0, 0)
-            entry = opened.engine(name)[1]
-            tapped = TappedEngine(opened, name, model.config)
-            steps = expected_of[entry.sparsity], name, load_engine(opened, name), tapped, TOLERANCES[entry.dtype]
-            found += checks(*steps)
+            found += _checks_of_engine(opened, name, expected_of[engines[name].sparsity])
         report = ParityReport(
             bundle=str(bundle),
             checkpoint=str(checkpoint),
@@ -89,6 +92,8 @@ def check_parity(
             passed=all(check.passed for check in found),
             checks=found,
             pruned=tuple(sparse),
+            plans=tuple(name for name in names if engines[name].tensorrt is not None),
+            left_out=left_out,
         )
         writer.keep(opened)
         writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
@@ -104,14 +109,20 @@ def _expected_of_pruned(model: CanonicalModel, facts: ModelFacts, cases: list[Ca
     return expected
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
+def _checks_of_engine(bundle: Bundle, name: str, expected: Expected) -> list[Check]:
+    entry = bundle.manifest.engines[name]
+    with ExitStack() as stack:
+        engine = stack.enter_context(closing(load_engine(bundle, name)))
+        tapped = None
+        if entry.tensorrt is None:
+            tapped = stack.enter_context(closing(TappedEngine(bundle, name, expected.config)))
+        return list(checks(expected, name, engine, tapped, tolerance_of(entry), entry.tensorrt))
 
 
 def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:
     """The manifest's parity entries, those of the engines checked now made anew."""
     pytorch = all(check.passed for check in report.checks if check.step not in names)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for name in names:
         ours = [check for check in report.checks if check.step == name]
         passed = pytorch and all(check.passed for check in ours)
@@ -120,6 +131,7 @@ def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[st
             "transformers": report.transformers,
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
-            "flip_margins": sorted(flip.margin for check in ours for flip in check.flips),
         }
+        if name not in report.plans:
+            results[name]["flip_margins"] = sorted(flip.margin for check in ours for flip in check.flips)
     return bundle.manifest.parity | results

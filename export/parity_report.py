@@ -39,6 +39,8 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     """All checks in the order of the pipeline; the first that failed is where to look.
 
     pruned: engines from pruned weights, whose checks are against canonical PyTorch on the same weights.
+    plans: engines of TensorRT, whose routing and hidden states cannot be seen. left_out: engines that do not run here
+    and why, in one line, or "".
     """
 
     bundle: str
@@ -50,6 +52,8 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     passed: bool
     checks: list[Check]
     pruned: tuple[str, ...] = ()
+    plans: tuple[str, ...] = ()
+    left_out: str = ""
 
 
 def table_of(report: ParityReport) -> str:
@@ -60,6 +64,8 @@ def table_of(report: ParityReport) -> str:
         if check.step != last:
             note = "pruned: against canonical PyTorch on the same weights" if check.step in report.pruned else ""
             rows.append((check.step, "", "", "", note))
+            if check.step in report.plans:
+                rows.append(("  routing, hidden states", "", "", "", "not visible in a plan"))
             last = check.step
         exact = isinstance(check.limit, int)
         found, limit = f"{check.value:{'.0f' if exact else '.1e'}}", f"{check.limit:{'.0f' if exact else '.0e'}}"
@@ -68,4 +74,5 @@ def table_of(report: ParityReport) -> str:
     title = f"against transformers {report.transformers}: {amount}"
     failed = next((check for check in report.checks if not check.passed), None)
     verdict = "passed" if failed is None else f"failed, first at {failed.step}: {failed.quantity}"
-    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\nparity: {verdict}"
+    left_out = f"left out: {report.left_out}\n" if report.left_out else ""
+    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\n{left_out}parity: {verdict}"

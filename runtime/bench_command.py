@@ -47,7 +47,7 @@ def latency(
     from moevlm.runtime.console import console, progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
     from moevlm.runtime.loading import load_images, load_runtime
-    from moevlm.runtime.machine import measure_machine
+    from moevlm.runtime.machine import measure_gpu, measure_machine
     from moevlm.runtime.reports import to_json
     from moevlm.runtime.selection import select
 
@@ -63,8 +63,8 @@ def latency(
             f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {context}"
         )
     on_gpu = [name for name, engine in engines if engine.tensorrt is not None]
-    notes = [f"note: no limits beside the times of {name}: those of a GPU are not measured here" for name in on_gpu]
-    machine = None
+    notes: list[str] = []
+    machine = gpu = None
     with progress_bar() as progress:
         if len(on_gpu) < len(engines):
             progress("measuring this machine", 0, 0)
@@ -74,6 +74,12 @@ def latency(
                 if plot is not None:
                     raise
                 notes.append(f"note: no limits beside the times: {error}")
+        if on_gpu:
+            progress("measuring this GPU", 0, 0)
+            try:
+                gpu = measure_gpu()
+            except EngineError as error:
+                notes.append(f"note: no limits beside the times of {', '.join(on_gpu)}: {error}")
         results = [
             measure(
                 name,
@@ -82,7 +88,7 @@ def latency(
                 prompt,
                 new_tokens,
                 repeats,
-                None if name in on_gpu else machine,
+                gpu if name in on_gpu else machine,
                 None if name in on_gpu else threads,
                 partial(progress, f"measuring {name}"),
             )
@@ -101,6 +107,7 @@ def latency(
         repeats=repeats,
         results=results,
         machine=machine,
+        gpu=gpu,
     )
     if plot is not None:
         from moevlm.runtime.roofline import plot as plot_roofline
@@ -135,9 +142,6 @@ def _limits_table(report: BenchReport) -> str:
     """How near each stage came to what this machine can do."""
     from moevlm.runtime.console import table
 
-    machine = report.machine
-    if machine is None:
-        return ""
     rows = []
     for result in report.results:
         stages = {
@@ -159,9 +163,14 @@ def _limits_table(report: BenchReport) -> str:
                         found.bound,
                     )
                 )
-    title = (
-        f"this machine, {machine.threads} threads: {machine.read / 1e9:.1f} GB/s from memory; "
-        f"{2 * machine.int8 / 1e9:.0f} GOP/s in bytes, {2 * machine.float32 / 1e9:.0f} GFLOP/s in float32"
-    )
+    limits = []
+    if (machine := report.machine) is not None:
+        limits += [
+            f"this machine, {machine.threads} threads: {machine.read / 1e9:.1f} GB/s from memory",
+            f"{2 * machine.int8 / 1e9:.0f} GOP/s in bytes, {2 * machine.float32 / 1e9:.0f} GFLOP/s in float32",
+        ]
+    if (gpu := report.gpu) is not None:
+        limits.append(f"{gpu.name}: {gpu.copied / 1e9:.1f} GB/s copying its memory, matrix peak not measured")
+    title = "; ".join(limits)
     heads = ("stage", "MB", "GFLOP", "GB/s", "GFLOP/s", "least ms", "of limit", "bound by")
     return "\n\n" + table(title, heads, rows) if rows else ""

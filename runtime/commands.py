@@ -198,6 +198,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
+    from moevlm.runtime.kernel_facts import kernels_of
     from moevlm.runtime.plan_check import plan_problems
 
     manifest = bundle.manifest
@@ -217,6 +218,7 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 sparsity=engine.sparsity,
                 tensorrt=engine.tensorrt,
                 problems=plan_problems(bundle, engine),
+                kernels=kernels_of(bundle, engine),
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -273,4 +275,10 @@ def _plans(manifest: Any, report: InspectReport) -> str:
             sizes = experts, steps, str(t.capacity), str(t.max_patches)
             rows.append((engine.target, product, gpus_text(t.sms), t.activations, *sizes))
     heads = ("target", "runs on", "compute capability", "activations", "experts", "a step", "context", "patches")
-    return "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""
+    text = "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""
+    return text + "".join(
+        f"\n{engine.target}: {k.count} kernels, up to {bytes_text(k.shared)} of shared memory, "
+        + (f"spills of up to {k.spilled} bytes a thread" if k.spilled else "no spills")
+        for engine in report.engines
+        if (k := engine.kernels) is not None
+    )

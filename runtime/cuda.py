@@ -106,6 +106,10 @@ class Device:
         """Queue a copy of `size` bytes from the device to pinned memory."""
         self._call("cuMemcpyDtoHAsync", target, source, size, self._stream)
 
+    def copy_within(self, target: int, source: int, size: int) -> None:
+        """Queue a copy of `size` bytes on the device."""
+        self._call("cuMemcpyDtoDAsync", target, source, size, self._stream)
+
     def clear(self, memory: DeviceMemory) -> None:
         """Queue zeros."""
         self._call("cuMemsetD8Async", memory.address, 0, memory.size, self._stream)
@@ -115,9 +119,10 @@ class Device:
         self._call("cuStreamSynchronize", self._stream)
 
     @contextmanager
-    def event(self) -> Iterator[Event]:
+    def event(self, timed: bool = False) -> Iterator[Event]:
         """A mark in the stream, for as long as the block lasts."""
-        event = self._call("cuEventCreate", self._driver.CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        flags = self._driver.CUevent_flags
+        event = self._call("cuEventCreate", flags.CU_EVENT_DEFAULT if timed else flags.CU_EVENT_DISABLE_TIMING)
         try:
             yield Event(self, event)
         finally:
@@ -188,6 +193,10 @@ class Event:
     def wait(self) -> None:
         """Until the stream has passed the last record; at once before the first."""
         self._device._call("cuEventSynchronize", self._handle)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Between two marks that were passed, both timed."""
+        return float(self._device._call("cuEventElapsedTime", earlier._handle, self._handle)) / 1e3
 
 
 class Graph:

@@ -13,7 +13,7 @@ from moevlm.runtime.errors import RequestError
 from moevlm.runtime.generate import Runtime
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.limits import decode_work, limit, prefill_work, vision_work
-from moevlm.runtime.machine import Machine
+from moevlm.runtime.machine import GpuMachine, Machine
 from moevlm.runtime.manifest import EngineFacts, ModelFacts
 from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.reports import LatencyReport, Limit, Seconds
@@ -43,7 +43,7 @@ def measure(
     prompt: Prompt,
     new_tokens: int,
     repeats: int,
-    machine: Machine | None,
+    machine: Machine | GpuMachine | None,
     threads: int | None,
     progress: Callable[[int, int], None],
 ) -> LatencyReport:
@@ -79,24 +79,26 @@ def measure(
 def _limits(
     model: ModelFacts,
     engine: EngineFacts,
-    machine: Machine | None,
+    machine: Machine | GpuMachine | None,
     prompt: Prompt,
     new_tokens: int,
     vision: float,
     prefill: float,
     decode: float,
 ) -> dict[str, Limit]:
-    """Of the stages that there are, by their names in the report; none without a machine or in an older bundle."""
+    """Of the stages that there are, by their names in the report; none without a machine or in an older bundle.
+
+    On a GPU that of a token alone, which memory bounds: prompts and images are bound by what is not measured.
+    """
     cost = engine.cost
     if machine is None or cost is None:
         return {}
     patches = [prompt.image_tokens * model.vision.merge_size**2]  # random_prompt has one image
-    works = {
-        "prefill_limit": (prefill_work(model, cost, len(prompt.ids)), prefill),
-        "decode_limit": (decode_work(model, engine, cost, len(prompt.ids) + new_tokens // 2), decode),
-    }
-    if prompt.images:
-        works["vision_limit"] = vision_work(cost, patches), vision
+    works = {"decode_limit": (decode_work(model, engine, cost, len(prompt.ids) + new_tokens // 2), decode)}
+    if isinstance(machine, Machine):
+        works["prefill_limit"] = prefill_work(model, cost, len(prompt.ids)), prefill
+        if prompt.images:
+            works["vision_limit"] = vision_work(cost, patches), vision
     return {name: limit(work, machine, engine, seconds) for name, (work, seconds) in works.items()}
 
 

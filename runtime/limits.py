@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.runtime.machine import Machine
+from moevlm.runtime.machine import GpuMachine, Machine
 from moevlm.runtime.manifest import SCALE_BYTES, CostFacts, EngineFacts, ModelFacts
 from moevlm.runtime.reports import Limit
 
-FLOAT_BYTES = 4
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,24 @@ def prefill_work(model: ModelFacts, cost: CostFacts, tokens: int) -> Work:
 def decode_work(model: ModelFacts, engine: EngineFacts, cost: CostFacts, context: int, batch: int = 1) -> Work:
     """One more token for each of `batch` sequences that have `context` tokens already."""
     active = model.top_k * cost.expert_products + cost.dense_products + cost.head_products
-    width = model.head_dim + SCALE_BYTES if engine.kv_cache == "int8" else FLOAT_BYTES * model.head_dim
+    int8 = engine.kv_cache == "int8"
+    width = model.head_dim + SCALE_BYTES if int8 else CACHE_BYTES[engine.kv_cache] * model.head_dim
     cached = 2 * model.layers * model.kv_heads * width * context
     weights = cost.dense_bytes + cost.head_bytes + _experts_read(model, batch) * cost.expert_bytes
     return Work(weights + batch * cached, batch * active, batch * _attention(model, context + 1))
 
 
-def limit(work: Work, machine: Machine, engine: EngineFacts, seconds: float) -> Limit:
-    """How long `work` takes at least, and how near `seconds` came to it. Quantized weights are multiplied as bytes."""
-    products = machine.float32 if engine.block_size == 0 else machine.int8
-    arithmetic = work.weight_products / products + work.attention_products / machine.float32
-    memory = work.bytes / machine.read
+def limit(work: Work, machine: Machine | GpuMachine, engine: EngineFacts, seconds: float) -> Limit:
+    """How long `work` takes at least, and how near `seconds` came to it. Quantized weights are multiplied as bytes.
+
+    How fast a GPU multiplies is not known: only its memory counts.
+    """
+    if isinstance(machine, GpuMachine):
+        memory, arithmetic = work.bytes / machine.copied, 0.0
+    else:
+        products = machine.float32 if engine.block_size == 0 else machine.int8
+        arithmetic = work.weight_products / products + work.attention_products / machine.float32
+        memory = work.bytes / machine.read
     least = max(memory, arithmetic)
     return Limit(
         bytes=round(work.bytes),

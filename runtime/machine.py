@@ -6,6 +6,8 @@ import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from statistics import median
 from time import perf_counter
 
 import msgspec
@@ -16,6 +18,8 @@ from moevlm.runtime.native import operators_path
 READ_BYTES = 256 << 20  # per thread: larger than any cache
 ROUNDS = 2_000_000  # a few milliseconds
 REPEATS = 5
+COPY_BYTES = 256 << 20  # larger than any GPU's cache
+COPIES = 20
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -29,6 +33,13 @@ class Machine(msgspec.Struct, frozen=True):
     read: float
     float32: float
     int8: float
+
+
+class GpuMachine(msgspec.Struct, frozen=True):
+    """copied: bytes per second that a GPU reads and writes, together, while it copies its memory: median of several."""
+
+    name: str
+    copied: float
 
 
 def cores() -> int:
@@ -53,6 +64,29 @@ def measure_machine(threads: int | None = None) -> Machine:
         float32 = _best(pool, count, lambda _: library.moevlm_peak_float32(ROUNDS))
         int8 = _best(pool, count, lambda _: library.moevlm_peak_int8(ROUNDS))
         return Machine(count, _best(pool, count, read), float32, max(int8, float32))
+
+
+def measure_gpu() -> GpuMachine:
+    """Takes some milliseconds and half a GB on the device. Raises EngineError without a GPU, or if it has no room."""
+    from moevlm.runtime.cuda import Device
+
+    device, times = Device(), []
+    with ExitStack() as stack:
+        stack.callback(device.close)
+        stack.enter_context(device)
+        source = device.allocate(COPY_BYTES)
+        stack.callback(source.free)
+        target = device.allocate(COPY_BYTES)
+        stack.callback(target.free)
+        device.clear(source)
+        begin, end = (stack.enter_context(device.event(timed=True)) for _ in range(2))
+        for _ in range(COPIES + 1):
+            begin.record()
+            device.copy_within(target.address, source.address, COPY_BYTES)
+            end.record()
+            end.wait()
+            times.append(end.seconds_since(begin))
+    return GpuMachine(device.gpu.name, 2 * COPY_BYTES / median(times[1:]))
 
 
 def _best(pool: ThreadPoolExecutor, count: int, work: Callable[[int], int]) -> float:

@@ -2,7 +2,8 @@
 
 import msgspec
 
-from moevlm.runtime.machine import Machine
+from moevlm.runtime.kernel_facts import KernelsReport
+from moevlm.runtime.machine import GpuMachine, Machine
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 
 
@@ -37,7 +38,7 @@ class RunReport(Report, frozen=True, tag="moevlm.run/1"):
 class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`.
 
-    problems: what its plans say that the manifest does not, a line each.
+    problems: what its plans say that the manifest does not, a line each. kernels: None if the bundle does not say.
     """
 
     target: str
@@ -49,6 +50,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     sparsity: str = ""
     tensorrt: TensorRTFacts | None = None
     problems: list[str] = []
+    kernels: KernelsReport | None = None
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
@@ -117,6 +119,7 @@ class BenchReport(Report, frozen=True, tag="moevlm.bench.latency/1"):
     repeats: int
     results: list[LatencyReport]
     machine: Machine | None = None
+    gpu: GpuMachine | None = None
 
 
 def to_json(report: Report) -> str:

@@ -27,6 +27,7 @@ def plot(report: BenchReport, path: Path) -> None:
     points = [
         (result.target, stage, found, measured)
         for result in report.results
+        if result.graphs is None  # on a GPU, under other roofs
         for stage, found, measured in (
             ("image", result.vision_limit, result.vision and result.vision.median),
             ("prompt", result.prefill_limit, result.prefill.median),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from moevlm.runtime.bundle import Bundle, default_engines
 from moevlm.runtime.errors import BundleError, EngineError
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
@@ -16,9 +18,7 @@ def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]
     engines = bundle.manifest.engines
     names = sorted(engines) if target is None else bundle.matches(target)
     machine = _Machine()
-    misfits = {name: machine.misfit(facts) for name in names if (facts := engines[name].tensorrt) is not None}
-    on_gpu = [name for name, reason in misfits.items() if reason is None]
-    on_cpu = [name for name in names if name not in misfits]
+    on_cpu, on_gpu, misfits = machine.sorted(engines, names)
     fitting = on_gpu + on_cpu if target is not None else on_gpu or default_engines(on_cpu)
     if len(fitting) == 1:
         return fitting[0], engines[fitting[0]]
@@ -26,10 +26,25 @@ def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]
         raise BundleError(
             f"which engine of {bundle.directory}? Name a target (available: {', '.join(fitting) or bundle.available})"
         )
-    needs = ", ".join(f"{name} ({reason})" for name, reason in misfits.items())
     others = default_engines(name for name in engines if engines[name].tensorrt is None)
     hint = f" (use --target {others[0]})" if others else ""
-    raise BundleError(f"no engine for this machine in {bundle.directory}: it has {needs}; {machine.has}{hint}")
+    raise BundleError(
+        f"no engine for this machine in {bundle.directory}: it has {_listed(misfits)}; {machine.has}{hint}"
+    )
+
+
+def runnable(bundle: Bundle) -> tuple[list[str], str]:
+    """All engines that run here, those on the CPU first, reference before what was lowered from it.
+
+    And in one line the others and what they need; "" without others.
+    """
+    machine, engines = _Machine(), bundle.manifest.engines
+    on_cpu, on_gpu, misfits = machine.sorted(engines, sorted(engines, reverse=True))
+    return on_cpu + on_gpu, f"{_listed(misfits)}; {machine.has}" if misfits else ""
+
+
+def _listed(misfits: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} ({reason})" for name, reason in misfits.items())
 
 
 class _Machine:
@@ -39,7 +54,22 @@ class _Machine:
         self._sm: int | None = None
         self.has = ""
 
-    def misfit(self, facts: TensorRTFacts) -> str | None:
+    def sorted(
+        self, engines: Mapping[str, EngineFacts], names: Iterable[str]
+    ) -> tuple[list[str], list[str], dict[str, str]]:
+        """Of `names` those on the CPU, those on a GPU that run here, and why the others do not."""
+        on_cpu, on_gpu, misfits = [], [], {}
+        for name in names:
+            facts = engines[name].tensorrt
+            if facts is None:
+                on_cpu.append(name)
+            elif reason := self._misfit(facts):
+                misfits[name] = reason
+            else:
+                on_gpu.append(name)
+        return on_cpu, on_gpu, misfits
+
+    def _misfit(self, facts: TensorRTFacts) -> str | None:
         """What the engine needs and this machine does not have; None if it runs here."""
         if not self.has:
             self._look()

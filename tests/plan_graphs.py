@@ -88,18 +88,30 @@ def _check(tensors: Any, inputs: tuple[np.ndarray, ...]) -> None:
         assert tuple(size for size in tensor.shape if size >= 0) == array.shape[tensor.shape.count(-1) :]
 
 
+class Evaluator:
+    """A lowered graph. experts: their weights, by name, read once."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._inputs, self._outputs = list(model.graph.inputs), list(model.graph.outputs)
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
+        self.experts = {name: read(weight) for name, weight in expert_weights(model).items()}
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, float32. feeds: of the canonical graph; float32 where this one may want another dtype."""
+        given = dict(self.experts)
+        for value in self._inputs:
+            if value.name in feeds:
+                assert value.dtype is not None
+                given[str(value.name)] = feeds[value.name].astype(value.dtype.numpy())
+        arrays = self._evaluator.run(None, given)
+        for value, array in zip(self._outputs, arrays, strict=True):
+            assert ir.DataType.from_numpy(array.dtype) is value.dtype
+        return {str(v.name): array.astype(np.float32) for v, array in zip(self._outputs, arrays, strict=True)}
+
+
 def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs by name. feeds: of the canonical graph; float32 where this one may want another dtype."""
-    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
-    given = {name: read(weight) for name, weight in expert_weights(model).items()}
-    for value in model.graph.inputs:
-        if value.name in feeds:
-            assert value.dtype is not None
-            given[value.name] = feeds[value.name].astype(value.dtype.numpy())
-    outputs = evaluator.run(None, given)
-    for value, array in zip(model.graph.outputs, outputs, strict=True):
-        assert ir.DataType.from_numpy(array.dtype) is value.dtype
-    return {str(v.name): array.astype(np.float32) for v, array in zip(model.graph.outputs, outputs, strict=True)}
+    """As `Evaluator.run`, once."""
+    return Evaluator(model).run(feeds)
 
 
 def canonical_outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -90,6 +90,8 @@ GOLDEN = {
         "engines[].sparsity": "string",
         "engines[].problems": "array of string",
         "engines[].tensorrt": "object or null",
+        "engines[].kernels": "object or null",
+        **{f"engines[].kernels.{field}": "integer" for field in ("count", "registers", "shared", "spilled")},
         **{f"engines[].tensorrt.{field}": "string" for field in ("product", "version", "activations", "experts")},
         **{
             f"engines[].tensorrt.{field}": "integer"
@@ -111,6 +113,8 @@ GOLDEN = {
         "passed": "boolean",
         "checks": "array of object",
         "pruned": "array of string",
+        "plans": "array of string",
+        "left_out": "string",
         "checks[].step": "string",
         "checks[].quantity": "string",
         "checks[].value": "number or null",
@@ -133,6 +137,9 @@ GOLDEN = {
         "results": "array of object",
         "machine": "object or null",
         "machine.threads": "integer",
+        "gpu": "object or null",
+        "gpu.name": "string",
+        "gpu.copied": "number",
         **{f"machine.{rate}": "number" for rate in ("read", "float32", "int8")},
         **{f"results[].{stage}_limit": "object or null" for stage in ("vision", "prefill", "decode")},
         **{

@@ -17,6 +17,7 @@ from moevlm.export.passes.scatter_attention import ScatterAttention, SegmentMask
 from moevlm.export.passes.static_cache import StaticCache
 from moevlm.export.passes.typed import Typed
 from moevlm.export.tensorrt import worker
+from moevlm.export.tensorrt.kernels_file import kernels_json
 from moevlm.export.tensorrt.onnx_file import write_onnx
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Built, Job
@@ -27,6 +28,7 @@ from moevlm.export.weights import Weight
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
+from moevlm.runtime.kernel_facts import KERNELS
 from moevlm.runtime.manifest import EngineFacts, ModelFacts, TensorRTFacts
 from moevlm.runtime.native import plugin_path
 
@@ -79,10 +81,13 @@ class PlanTarget:
         progress: Progress,
         existing: Bundle | None,
     ) -> EngineFacts:
-        graphs = self.lower(canonical, progress)
+        programs = _Programs(self.sms, progress)
+        graphs = self.lower(canonical, programs.of)
         experts = expert_weights(graphs["decoder"])
         if experts:
             self._add_experts(writer, experts, progress, existing)
+        if programs.ops:
+            writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
         merge = model.vision.merge_size
         profiles = {
             "vision": vision_profiles(graphs["vision"], merge),
@@ -118,14 +123,18 @@ class PlanTarget:
             ),
         )
 
-    def lower(self, canonical: Mapping[str, ir.Model], progress: Progress) -> dict[str, ir.Model]:
-        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared."""
+    def lower(
+        self, canonical: Mapping[str, ir.Model], program: Callable[[RouterOp | ExpertsOp], bytes]
+    ) -> dict[str, ir.Model]:
+        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
+
+        program: compiles an op, see `plugins.gpu.program`.
+        """
         graphs = {name: graph.clone() for name, graph in canonical.items()}
         o = self.options
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
-        programs = _Programs(self.sms, progress)
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
-        moe = (*native, PluginMoE(o.activations, o.weights, o.block, programs.of))
+        moe = (*native, PluginMoE(o.activations, o.weights, o.block, program))
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
         run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
         run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
@@ -175,6 +184,11 @@ class _Programs:
     def __init__(self, sms: tuple[int, ...], progress: Progress) -> None:
         self._sms, self._progress = sms, progress
         self._known: dict[RouterOp | ExpertsOp, bytes] = {}
+
+    @property
+    def ops(self) -> tuple[RouterOp | ExpertsOp, ...]:
+        """All that were compiled."""
+        return tuple(self._known)
 
     def of(self, op: RouterOp | ExpertsOp) -> bytes:
         from moevlm.plugins.gpu.compiler import compile_program

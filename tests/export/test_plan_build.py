@@ -1,5 +1,6 @@
 """Real TensorRT-RTX plans, built here without a GPU, with the package's own plugins and kernels."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,14 +19,18 @@ from moevlm.export.tensorrt import names, target, worker
 from moevlm.export.tensorrt.onnx_file import write_onnx
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.plan_builder import Job, build_plan
+from moevlm.plugins.gpu import compiler
 from moevlm.plugins.gpu.compiler import compile_program
+from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.spec import ExpertsSpec
 from moevlm.plugins.variants import MODELS
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.console import bytes_text
 from moevlm.runtime.errors import BuildError, BundleError
 from moevlm.runtime.native import plugin_path
 from moevlm.runtime.plan_header import HEADER_BYTES, PlanHeader, plan_header
-from tests.command_line import call
+from tests.bundles import copy_bundle, rehash
+from tests.command_line import assert_refused, call
 from tests.export.test_plan_passes import with_sizes
 from tests.fake_tensorrt import FakeTensorRT
 from tests.moe_cases import Case
@@ -33,6 +38,7 @@ from tests.tiny import edit_tensors
 
 DEMO = Path(__file__).parents[2] / "demo" / "checkpoint"
 NAME = "rtx:sm86,sm89:bf16"
+KERNELS = "engines/rtx-sm86-sm89-bf16/kernels.json"
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +71,7 @@ def test_experts_lie_beside_the_plans_and_belong_to_the_engine(bundle: Bundle) -
     assert engine.tensorrt is not None
     experts = engine.tensorrt.experts
     assert experts == "experts/bf16.safetensors"
-    assert set(bundle.engine_files(NAME)) == {engine.vision, engine.decoder, experts}
+    assert set(bundle.engine_files(NAME)) == {engine.vision, engine.decoder, experts, KERNELS}
     tensors = read_header(bundle.path(experts))
     assert {name: stored.shape for name, stored in tensors.items()} == {
         f"layers.{i}.feed_forward.{name}": shape
@@ -73,6 +79,31 @@ def test_experts_lie_beside_the_plans_and_belong_to_the_engine(bundle: Bundle) -
         for name, shape in (("gate_up", (8, 48, 32)), ("down", (8, 32, 24)))
     }
     bundle.verify()
+
+
+def test_kernels_are_listed_with_what_they_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_Worker", None)  # nothing is compiled again
+    ops = json.loads(bundle.read_bytes(KERNELS))
+    assert [op["op"] for op in ops] == ["MoERouter", "MoEExperts"]
+    assert (ops[1]["attributes"]["hidden"], ops[1]["attributes"]["inner"]) == (32, 24)
+    experts = ExpertsOp(ExpertsSpec(), 8, 2, 32, 24)
+    taken = [(kernel["sm"], kernel["registers"], kernel["shared"], kernel["spilled"]) for kernel in ops[1]["kernels"]]
+    assert taken == [(r.sm, r.registers, r.shared, r.spilled) for r in compiler.resources(experts, (86, 89))]
+    named = {(kernel["sm"], kernel["kernel"]) for op in ops for kernel in op["kernels"]}
+    assert named >= {(sm, kernel) for sm in (86, 89) for kernel in ("route", "few_gate_up", "grouped_down")}
+    tiles = [kernel["tile"] for kernel in ops[1]["kernels"] if kernel["kernel"] == "grouped_down"]
+    assert all(set(tile) == {"BM", "BN", "BK"} for tile in tiles)
+    shared, spilled = max(shared for _, _, shared, _ in taken), max(spilled for *_, spilled in taken)
+    (line,) = [line for line in call("inspect", bundle.directory).out.splitlines() if " kernels, " in line]
+    assert line.startswith(f"{NAME}: {sum(len(op['kernels']) for op in ops)} kernels, up to {bytes_text(shared)} of")
+    assert line.endswith("no spills" if not spilled else f"{spilled} bytes a thread")
+
+
+def test_kernels_that_are_no_list_are_named(bundle: Bundle, tmp_path: Path) -> None:
+    copy = copy_bundle(bundle.directory, tmp_path)
+    (copy / KERNELS).write_text("{}")
+    rehash(copy, KERNELS)
+    assert_refused(call("inspect", copy), f"{KERNELS}: Expected `array`, got `object`")
 
 
 def test_damaged_experts_are_found(bundle: Bundle) -> None:

@@ -92,6 +92,9 @@ class Driver:
         self.capturing: list[Work] | None = None
         self.spoiled = False
         self.copied_in = 0
+        self.bandwidth = 500e9  # bytes per second of copies on the device, on whose clock nothing else takes time
+        self.seconds = 0.0
+        self.times: dict[int, float] = {}  # of timed events, when they were last passed
         self.replays = 0
         self._contexts = threading.local()
         self._handles = itertools.count(1)
@@ -263,6 +266,14 @@ class Driver:
         self.queue(hStream, work)
 
     @call()
+    def cuMemcpyDtoDAsync(self, dstDevice: Any, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
+        def work() -> None:
+            self.view(int(dstDevice), ByteCount)[:] = self.view(int(srcDevice), ByteCount)
+            self.seconds += 2 * ByteCount / self.bandwidth
+
+        self.queue(hStream, work)
+
+    @call()
     def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), N)[:] = uc
@@ -271,9 +282,11 @@ class Driver:
 
     @call(1)
     def cuEventCreate(self, Flags: int) -> Any:
-        assert Flags == self.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        assert Flags in (self.CUevent_flags.CU_EVENT_DISABLE_TIMING, self.CUevent_flags.CU_EVENT_DEFAULT)
         handle = next(self._handles)
         self.events[handle] = True
+        if Flags == self.CUevent_flags.CU_EVENT_DEFAULT:
+            self.times[handle] = float("nan")
         return real.CUevent(handle)
 
     @call()
@@ -287,6 +300,8 @@ class Driver:
         def work() -> None:
             if int(hEvent) in self.events:
                 self.events[int(hEvent)] = True
+                if int(hEvent) in self.times:
+                    self.times[int(hEvent)] = self.seconds
 
         self.queue(hStream, work)
 
@@ -295,6 +310,12 @@ class Driver:
         for work in self.streams.values():
             while work and not self.events[int(hEvent)]:
                 work.pop(0)()
+
+    @call(1)
+    def cuEventElapsedTime(self, hStart: Any, hEnd: Any) -> Any:
+        if not (self.events[int(hStart)] and self.events[int(hEnd)]):
+            return real.CUresult.CUDA_ERROR_NOT_READY
+        return 1e3 * (self.times[int(hEnd)] - self.times[int(hStart)])
 
     @call()
     def cuStreamBeginCapture(self, hStream: Any, mode: Any) -> Any:

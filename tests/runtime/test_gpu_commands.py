@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from moevlm.runtime import machine
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.limits import decode_work
 from moevlm.runtime.plan_check import plan_problems
 from tests.bundles import edit_manifest, rehash
 from tests.command_line import assert_refused, call
@@ -97,22 +99,50 @@ def test_run_answers_on_the_gpu_by_default_as_on_the_cpu(bundle, tmp_path) -> No
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_bench_times_the_gpu_and_says_what_it_does_not_know(bundle, tmp_path, refuses) -> None:
+def test_bench_times_the_gpu_beside_the_limit_of_its_memory(bundle, tmp_path, monkeypatch, refuses) -> None:
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
     with fake_gpu(tmp_path) as gpu:
         gpu.trt.state["record"] = not refuses
         arguments = ("--prompt-tokens", "20", "--new-tokens", "4", "--image-size", "24", "--repeats", "1")
         shown = call("bench", "latency", bundle, *arguments, "--json", "-", "--threads", "1")
         assert shown.status == 0, shown.err
         assert not gpu.held()
-    assert f"no limits beside the times of {TARGET}" in shown.err
-    (result,) = json.loads(shown.out)["results"]
+    report = json.loads(shown.out)
+    assert report["machine"] is None
+    assert report["gpu"] == {"name": "Fake GPU", "copied": pytest.approx(gpu.driver.bandwidth)}
+    (result,) = report["results"]
     assert result["target"] == TARGET
-    assert result["threads"] is result["decode_limit"] is None
+    assert result["threads"] is result["prefill_limit"] is result["vision_limit"] is None
+    found, engine = result["decode_limit"], Bundle.open(bundle).manifest.engines[TARGET]
+    work = decode_work(Bundle.open(bundle).manifest.model, engine, engine.cost, report["prompt_tokens"] + 2)
+    assert (found["bytes"], found["bound"]) == (round(work.bytes), "memory")
+    assert found["seconds"] == pytest.approx(work.bytes / gpu.driver.bandwidth)
+    assert found["fraction"] == pytest.approx(found["seconds"] / result["decode_token"]["median"])
     if refuses:
         assert result["graphs"].startswith("refused: ")
         assert f"{TARGET} queues every step anew" in shown.err
     else:
         assert result["graphs"] == "replayed"
+
+
+def test_bench_shows_the_fraction_and_goes_on_where_the_gpu_has_no_room_to_measure(
+    bundle, tmp_path, monkeypatch
+) -> None:
+    arguments = ("bench", "latency", bundle, "--prompt-tokens", "5", "--new-tokens", "2", "--image-size", "0")
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 20)
+    with fake_gpu(tmp_path):
+        shown = call(*arguments, "--repeats", "1")
+        assert "Fake GPU: 500.0 GB/s copying its memory, matrix peak not measured" in shown.out
+        (line,) = [line for line in shown.out.splitlines() if f"{TARGET} token" in line]
+        assert "%" in line
+        assert line.rstrip().endswith("memory")
+    monkeypatch.setattr(machine, "COPY_BYTES", 1 << 40)
+    with fake_gpu(tmp_path) as gpu:
+        shown = call(*arguments, "--repeats", "1")
+        assert not gpu.held()
+    assert shown.status == 0
+    assert "of limit" not in shown.out
+    assert f"note: no limits beside the times of {TARGET}: cuMemAlloc failed" in shown.err
 
 
 def test_bench_refuses_more_than_the_engine_s_context(bundle, tmp_path) -> None:
@@ -131,11 +161,6 @@ def test_an_engine_s_files_include_the_experts(bundle) -> None:
     facts = opened.manifest.engines[TARGET]
     assert {facts.vision, facts.decoder, EXPERTS} == set(opened.engine_files(TARGET))
     assert EXPERTS not in opened.engine_files("ort-cpu")
-
-
-def test_parity_of_an_engine_on_a_gpu_is_refused_by_name(bundle, tiny_checkpoint) -> None:
-    refused = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
-    assert_refused(refused, f"engines on the CPU (available: ort-cpu, reference), not {TARGET}")
 
 
 def test_inspect_verifies_plans_too(copy) -> None:

@@ -70,6 +70,11 @@ def test_an_int8_cache_is_a_byte_a_value_and_a_scale() -> None:
     assert work.bytes == pytest.approx(1000 + 50 + 2 * 300 + 2 * 2 * 2 * (16 + 4) * 100)
 
 
+def test_a_cache_of_half_floats_is_two_bytes_a_value() -> None:
+    work = decode_work(MODEL, engine(kv_cache="bfloat16"), COST, context=100)
+    assert work.bytes == pytest.approx(1000 + 50 + 2 * 300 + 2 * 2 * 2 * 16 * 2 * 100)
+
+
 def test_several_tokens_share_experts() -> None:
     one, eight = (decode_work(MODEL, engine(), COST, 0, batch).bytes for batch in (1, 8))
     assert one == pytest.approx(1050 + 2 * 300)

@@ -1,0 +1,30 @@
+"""kernels.json beside the plans: what each compiled kernel takes of its GPU."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+
+_TILE = ("BM", "BN", "BK")
+
+
+def kernels_json(ops: Iterable[RouterOp | ExpertsOp], sms: Iterable[int]) -> bytes:
+    """Of ops that were compiled in this process, whose kernels are not compiled again."""
+    sms = tuple(sms)
+    return json.dumps([_entry(op, sms) for op in ops], indent=1).encode()
+
+
+def _entry(op: RouterOp | ExpertsOp, sms: tuple[int, ...]) -> dict[str, Any]:
+    from moevlm.plugins.gpu.compiler import resources
+    from moevlm.plugins.gpu.planning import plan
+
+    specs = dict.fromkeys((spec, sm) for sm in sms for spec in plan(op, sm).kernels)
+    kernels = []
+    for (spec, sm), taken in zip(specs, resources(op, sms), strict=True):
+        constants = dict(spec.constants)
+        tile = {side: constants[side] for side in _TILE if side in constants}
+        found = {"sm": sm, "kernel": spec.function, "warps": taken.warps, "stages": spec.stages, "tile": tile}
+        kernels.append(found | {name: getattr(taken, name) for name in ("registers", "spilled", "shared")})
+    return {"op": op.name, "attributes": asdict(op), "kernels": kernels}

@@ -1,0 +1,230 @@
+"""Parity of TensorRT engines: on the strict fake of a GPU, and on the graphs that TensorRT is given."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.functions import add_functions
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity import check_parity
+from moevlm.export.parity_batches import Room
+from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_checks import Expected, checks, relative_error
+from moevlm.export.parity_report import Check
+from moevlm.export.pruned_reference import answer
+from moevlm.export.tensorrt.options import DTYPES, PlanOptions
+from moevlm.export.tolerances import GREEDY_TOKENS, PLAN_TOLERANCES, TOLERANCES
+from moevlm.export.torch_engine import TorchEngine
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.manifest import TensorRTFacts
+from tests.bundles import edit_manifest, rehash
+from tests.command_line import assert_refused, call
+from tests.fakes.gpu import EXPERTS, TARGET, fake_gpu, gpu_bundle
+from tests.simulated_plan import SimulatedPlan, lowered
+from tests.tiny import TinyCheckpoint
+
+OUTPUTS = ["image features", "deepstack features", "prefill logits", "chunked prefill logits", "decode logits"]
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return gpu_bundle(tiny_bundle, tmp_path)
+
+
+def test_a_right_engine_passes_within_what_it_was_built_for(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path) as gpu:
+        done = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "rtx", "--seed", "3")
+        assert not gpu.held()
+    assert done.status == 0, done.err
+    assert "left out" not in done.out
+    lines = done.out.splitlines()
+    (note,) = [line for line in lines if "not visible in a plan" in line]
+    assert "routing, hidden states" in note
+    assert TARGET in lines[lines.index(note) - 1]
+    noted = Bundle.open(bundle).manifest.parity
+    assert set(noted) == {TARGET}
+    assert (noted[TARGET]["result"], noted[TARGET]["seed"]) == ("passed", 3)
+    assert list(noted[TARGET]["checks"])[:6] == [*OUTPUTS, "each prompt alone"]
+    assert list(noted[TARGET]["checks"])[6].endswith(" greedy tokens that differ")
+    (shown,) = [line for line in call("inspect", bundle).out.splitlines() if TARGET in line and "passed" in line]
+    assert "float32" in shown
+
+
+def swap_experts(bundle: Path) -> None:
+    tensors = load_file(bundle / EXPERTS)
+    name = next(name for name in tensors if name.endswith("down"))
+    tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, bundle / EXPERTS)
+    rehash(bundle, EXPERTS)
+
+
+def damage(graph: str, weight: str) -> Callable[[Path], None]:
+    def change(bundle: Path) -> None:
+        path = bundle.parent / f"graphs/{graph}.onnx"
+        model = onnx.load(path)
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array.reshape(-1)[array.size // 3] += 1
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, weight))
+        onnx.save(model, path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "quantity"),
+    [
+        (swap_experts, "prefill logits"),
+        (damage("vision", "blocks.0.mlp.up.weight"), "image features"),
+    ],
+)
+def test_by_default_all_that_run_here_are_checked_and_the_wrong_one_fails(
+    change: Callable[[Path], None], quantity: str, bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    change(bundle)
+    with fake_gpu(tmp_path):
+        report = check_parity(bundle, tiny_checkpoint)
+    assert list(dict.fromkeys(check.step for check in report.checks)) == [
+        *("canonical PyTorch", "reference", "ort-cpu"),
+        TARGET,
+    ]
+    first = next(check for check in report.checks if not check.passed)
+    assert (first.step, first.quantity) == (TARGET, quantity)
+    results = {name: entry["result"] for name, entry in Bundle.open(bundle).manifest.parity.items()}
+    assert results == {"reference": "passed", "ort-cpu": "passed", TARGET: "failed"}
+
+
+def test_by_default_what_does_not_run_here_is_left_out_and_named(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path, sm=(7, 5)):
+        done = call("parity", bundle, "--checkpoint", tiny_checkpoint)
+    assert done.status == 0, done.err
+    reason = "needs compute capability 8.6 or 8.9"
+    assert f"left out: {TARGET} ({reason}); this machine has Fake GPU, compute capability 7.5\n" in done.out
+    assert set(Bundle.open(bundle).manifest.parity) == {"reference", "ort-cpu"}
+
+
+def test_without_its_gpu_an_engine_is_refused_by_name_and_where_there_is_no_other(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path, devices=0):
+        named = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
+        assert_refused(named, f"it has {TARGET} (needs compute capability 8.6 or 8.9)", "no NVIDIA GPU")
+        edit_manifest(bundle, lambda manifest: [manifest["engines"].pop(name) for name in ("reference", "ort-cpu")])
+        shutil.rmtree(bundle / "engines/ort-cpu")
+        with pytest.raises(BundleError, match="no engine for this machine in"):
+            check_parity(bundle, tiny_checkpoint)
+
+
+def test_prompts_without_room_are_refused_before_any_work(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(capacity=20))
+    with fake_gpu(tmp_path) as gpu:
+        refused = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
+        assert_refused(refused, "parity needs a cache of", "tokens, the engine has 20")
+        assert not gpu.trt.state["deserialized"]
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return int(np.random.default_rng().integers(1 << 31))
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """Canonical PyTorch on fresh weights, what it answers to fresh prompts, and the graphs."""
+
+    engine: TorchEngine
+    expected: Expected
+    graphs: dict[str, ir.Model]
+
+
+@pytest.fixture(scope="module")
+def canonical(seed: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Canonical]:
+    path = TinyCheckpoint(text={"vocab_size": 96}, seed=seed).save(tmp_path_factory.mktemp("checkpoint"))
+    with Checkpoint.open(path) as source:
+        model = CanonicalModel.of(source)
+        facts = model.config.facts()
+        drawn, engine = random_cases(facts, source.config, seed), TorchEngine(model)
+        expected = Expected(model, facts, drawn, [answer(engine, case, facts) for case in drawn])
+        for graph in model.graphs.values():
+            add_functions(graph)
+        yield Canonical(engine, expected, model.graphs)
+
+
+def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
+    options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
+    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected.facts, options.capacity)
+
+
+def failed(expected: Expected, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
+    weights = DTYPES[dtype] if experts == "same" else experts
+    tolerance = PLAN_TOLERANCES[DTYPES[dtype], weights]
+    found = list(checks(expected, "plan", plan, None, tolerance, limits(capacity=192)))
+    assert len(found) == 10
+    return [check for check in found if not check.passed]
+
+
+def limits(**sizes: int) -> TensorRTFacts:
+    """Of an engine that takes two sequences and steps of few tokens."""
+    small = {"max_batch": 2, "chunk_tokens": 24, "max_logits": 8, "max_visual": 48, "max_patches": 256}
+    return TensorRTFacts(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts"), [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4")]
+)
+def test_what_rounding_costs_is_within_the_limits(canonical, seed: int, dtype: str, experts: str) -> None:
+    assert failed(canonical.expected, simulated(canonical, dtype, experts), dtype, experts) == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize(("dtype", "experts"), [("bf16", "same"), ("fp16", "same"), ("fp16", "int8")])
+def test_a_kernel_that_takes_gate_for_up_is_found(canonical, seed: int, dtype: str, experts: str) -> None:
+    plan = simulated(canonical, dtype, experts)
+    for name, array in plan.experts.items():
+        if "gate_up" in name:
+            plan.experts[name] = np.roll(array, array.shape[1] // 2, axis=1)
+    assert failed(canonical.expected, plan, dtype, experts) != [], f"seed {seed}"
+
+
+def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> None:
+    expected = canonical.expected
+    longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.facts.context
+    free = Room.of(expected.prompts, context, None)
+    assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, GREEDY_TOKENS - 1)
+    for sizes, room in (
+        ({"capacity": 192}, (2, min(longest, 24), free.capacity, GREEDY_TOKENS - 1)),
+        ({"capacity": longest + 9}, (2, min(longest, 24), longest + 9, 9)),
+        ({"capacity": 192, "max_visual": 1}, (1, 1, free.capacity, GREEDY_TOKENS - 1)),
+        ({"capacity": 192, "max_visual": 20, "max_batch": 3}, (3, 6, free.capacity, GREEDY_TOKENS - 1)),
+    ):
+        assert Room.of(expected.prompts, context, limits(**sizes)) == Room(*room)
+    with pytest.raises(RequestError, match=f"parity needs a cache of {longest + 1} tokens, the engine has {longest}"):
+        Room.of(expected.prompts, context, limits(capacity=longest))
+
+
+def test_groups_of_prompts_equal_all_of_them_together(canonical) -> None:
+    expected, engine = canonical.expected, canonical.engine
+    longest = max(len(prompt.ids) for prompt in expected.prompts)
+    small = expected.room(limits(capacity=longest + 5, max_batch=3))
+    assert small.batch == 3
+    visual = engine.encode(expected.images)
+    groups, together = (expected.batch(engine, visual, room) for room in (small, expected.room()))
+    for ours, theirs in (
+        (groups.prefill(every_position=True), together.prefill(every_position=True)),
+        (groups.decode(expected.tokens[0]), together.decode(expected.tokens[0])),
+    ):
+        assert relative_error(ours, theirs) < TOLERANCES["float32"].logits
