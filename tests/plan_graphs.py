@@ -1,5 +1,6 @@
 """Graphs lowered for TensorRT, run in onnx's reference evaluator; a program's bytes name its op."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention as StandardAttention
 
+from moevlm.export.functions import EXPERTS, is_op
 from moevlm.export.gpu_packing import numpy_dtype
 from moevlm.export.passes.plugin_moe import DOMAIN, expert_weights
 from moevlm.export.weights import read
@@ -42,12 +44,17 @@ class MoEExperts(OpRun):
         op = _OPS[program]
         _check(op.inputs, inputs)
         x, index, weight = inputs[:3]
-        held = dict(zip((tensor.name for tensor in op.inputs[3:]), inputs[3:], strict=True))
-        if op.weights:
-            for name, width in (("gate_up", op.hidden), ("down", op.inner)):
-                held[name] = packing.unpack(held[name], held.pop(f"{name}_scale"), op.weights, op.block, width)
-        exact = {name: array.astype(np.float32) for name, array in held.items()}
+        exact = _unpacked(op, inputs[3:])
         return (reference.experts(x.astype(np.float32), index, weight, spec=op.spec, **exact).astype(x.dtype),)
+
+
+def _unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights and biases by name, float32. arrays: as the op stores them."""
+    held = dict(zip((tensor.name for tensor in op.inputs[3:]), arrays, strict=True))
+    if op.weights:
+        for name, width in (("gate_up", op.hidden), ("down", op.inner)):
+            held[name] = packing.unpack(held[name], held.pop(f"{name}_scale"), op.weights, op.block, width)
+    return {name: array.astype(np.float32) for name, array in held.items()}
 
 
 class Attention(StandardAttention):
@@ -120,6 +127,21 @@ def canonical_outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+
+
+def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
+    """The canonical graph with the experts' weights as the lowered one stores them: what is left is arithmetic."""
+    model, stored = canonical.clone(), expert_weights(lowered)
+    for node in model.graph:
+        if not is_op(node, EXPERTS):
+            continue
+        twin = next(other for other in lowered.graph if other.name == node.name)
+        arrays = [read(stored[str(value.name)]) for value in twin.inputs[3:] if value is not None]
+        unpacked = _unpacked(_OPS[twin.attributes["program"].value.decode()], arrays)
+        for value, array in zip(node.inputs[3:], unpacked.values(), strict=True):
+            assert value is not None
+            value.const_value = ir.tensor(array.reshape(value.shape.numpy()))
+    return model
 
 
 def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
