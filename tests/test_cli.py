@@ -177,7 +177,7 @@ def test_filters_leave_only_the_likeliest_token(tiny_bundle: Path) -> None:
 
 def test_command_line_and_python_have_the_same_defaults() -> None:
     from moevlm.runtime import SamplingParams
-    from moevlm.runtime.commands import run as command
+    from moevlm.runtime.run_command import run as command
 
     defaults = {option.name: option.default for option in command.params}
     assert defaults["max_new_tokens"] == SamplingParams().max_new_tokens == 256

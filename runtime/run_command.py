@@ -1,4 +1,4 @@
-"""`moevlm run` and `moevlm inspect`."""
+"""`moevlm run`."""
 
 import json
 import sys
@@ -8,8 +8,7 @@ from typing import Any
 import click
 
 from moevlm.runtime import defaults
-from moevlm.runtime.errors import BundleError, RequestError
-from moevlm.runtime.reports import EngineReport, InspectReport
+from moevlm.runtime.errors import RequestError
 
 
 @click.command()
@@ -164,121 +163,4 @@ def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:
             else None,
             **vars(usage),
         )
-    )
-
-
-@click.command(short_help="Show a bundle: model, engines, sizes, parity.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every file and check its hash.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
-def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what a bundle is: the model, its engines, sizes, and parity results."""
-    from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import console, progress_bar
-    from moevlm.runtime.reports import to_json
-
-    opened = Bundle.open(bundle)
-    if verify:
-        with progress_bar() as progress:
-            opened.verify(progress=lambda done, total: progress("verifying", done, total))
-    report = _inspect_report(opened, verify)
-    problems = [f"{engine.target}: {problem}" for engine in report.engines for problem in engine.problems]
-    if as_json:
-        click.echo(to_json(report))
-    else:
-        console().print(_facts(opened.manifest, report))
-    if problems:
-        raise BundleError(f"{bundle}: {'; '.join(problems)}")
-    if as_json:
-        return
-    if not report.engines:
-        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
-    elif any(engine.parity == "not checked" and engine.tensorrt is None for engine in report.engines):
-        console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
-
-
-def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
-    from moevlm.runtime.kernel_facts import kernels_of
-    from moevlm.runtime.plan_check import plan_problems
-
-    manifest = bundle.manifest
-    return InspectReport(
-        bundle=str(bundle.directory),
-        bytes=sum(facts.size for facts in manifest.files.values()),
-        verified=verified,
-        model=manifest.model,
-        engines=[
-            EngineReport(
-                target=name,
-                dtype=engine.dtype,
-                bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
-                parity=_verdict(manifest.parity.get(name)),
-                block_size=engine.block_size,
-                kv_cache=engine.kv_cache,
-                sparsity=engine.sparsity,
-                tensorrt=engine.tensorrt,
-                problems=plan_problems(bundle, engine),
-                kernels=kernels_of(bundle, engine),
-            )
-            for name, engine in sorted(manifest.engines.items())
-        ],
-        source={name: facts.sha256 for name, facts in manifest.source.items()},
-        tools=manifest.tools,
-    )
-
-
-def _verdict(parity: Any) -> str:
-    result = parity.get("result") if isinstance(parity, dict) else None
-    return result if result in ("passed", "failed") else "not checked"
-
-
-def _weights(engine: EngineReport) -> str:
-    """int4/32, 2:4 for blocks of 32 that share a scale, pruned."""
-    text = f"{engine.dtype}/{engine.block_size}" if engine.block_size else engine.dtype
-    return f"{text}, {engine.sparsity}" if engine.sparsity else text
-
-
-def _facts(manifest: Any, report: InspectReport) -> str:
-    from moevlm.runtime.console import bytes_text, table
-
-    model = manifest.model
-    sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
-    rows = [
-        ("model", model.model_type),
-        ("decoder", f"{model.layers} layers of width {model.hidden}, {sparse}"),
-        ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
-        ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
-        ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
-        ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
-        *((name, number) for name, number in report.tools.items()),
-    ]
-    text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
-    if not report.engines:
-        return text + "no engine yet"
-    engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
-    text += table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)
-    return text + _plans(manifest, report)
-
-
-def _plans(manifest: Any, report: InspectReport) -> str:
-    """What TensorRT engines were built with and for; empty without one."""
-    from moevlm.runtime.console import bytes_text, table
-    from moevlm.runtime.plan_check import gpus_text
-
-    rows = []
-    for engine in report.engines:
-        if (t := engine.tensorrt) is not None:
-            experts = bytes_text(manifest.files[t.experts].size) if t.experts else "-"
-            versions = " or its lean runtime" if t.version_compatible else ""
-            steps = f"{t.max_batch} x {t.chunk_tokens} tokens, {t.max_visual} of images"
-            product = f"{t.product} {t.version}{versions}"
-            sizes = experts, steps, str(t.capacity), str(t.max_patches)
-            rows.append((engine.target, product, gpus_text(t.sms), t.activations, *sizes))
-    heads = ("target", "runs on", "compute capability", "activations", "experts", "a step", "context", "patches")
-    text = "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""
-    return text + "".join(
-        f"\n{engine.target}: {k.count} kernels, up to {bytes_text(k.shared)} of shared memory, "
-        + (f"spills of up to {k.spilled} bytes a thread" if k.spilled else "no spills")
-        for engine in report.engines
-        if (k := engine.kernels) is not None
     )
