@@ -1,0 +1,122 @@
+"""What building TensorRT plans costs, and that the number of experts is no part of it.
+
+    python -m bench.plan_bench [--target rtx:sm89] [--json FILE]
+
+A checkpoint of 1.08 B parameters with 12 layers, and 3 layers of Qwen3-VL-30B-A3B's geometry with more and more
+experts. Random checkpoints lie under build/bench; all but the first are removed again.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import click
+
+from bench.export_bench import FOLDER, ONE_BILLION
+from bench.random_checkpoint import config, write
+from bench.scale_bench import BANKS, QWEN
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.console import bytes_text, console, table
+
+SECONDS_BETWEEN_SAMPLES = 0.05
+BUILD = """
+import sys, time
+from moevlm.export.build import build
+labels = [""]
+def progress(label, done, total):
+    if label != labels[-1]:
+        labels.append(label)
+        print(time.time(), label, flush=True)
+build(sys.argv[1], sys.argv[2], [sys.argv[3]], progress=progress)
+print(time.time(), "end")
+"""
+STEPS = {"compiling": "kernels", "writing": "experts", "building": "plans"}  # by a label's first word
+
+
+def resident(session: int) -> int:
+    """Bytes that all processes of a session have in memory; pages that they share are counted once for each."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended
+            continue
+        if int(fields[3]) == session:
+            total += int(fields[21]) * 4096
+    return total
+
+
+def measure(checkpoint: Path, bundle: Path, target: str) -> dict[str, float]:
+    """Seconds in all and by step, and the most bytes in memory. A build runs several processes."""
+    started, most = time.time(), 0
+    command = [sys.executable, "-c", BUILD, str(checkpoint), str(bundle), target]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        while process.poll() is None:
+            most = max(most, resident(process.pid))
+            time.sleep(SECONDS_BETWEEN_SAMPLES)
+        assert process.stdout is not None and process.stderr is not None
+        lines, errors = process.stdout.read().splitlines(), process.stderr.read()
+    if process.returncode:
+        raise click.ClickException(errors.strip().splitlines()[-1])
+    marks = [(float(at), label) for at, _, label in (line.partition(" ") for line in lines)]
+    seconds = dict.fromkeys(STEPS.values(), 0.0)
+    for (at, label), (after, _) in pairwise(marks):
+        if step := STEPS.get(label.partition(" ")[0]):
+            seconds[step] += after - at
+    return {"seconds": marks[-1][0] - started, "peak_bytes": most, **seconds}
+
+
+def cost(name: str, target: str, shape: dict[str, int], keep: bool) -> dict[str, object]:
+    """Write a checkpoint unless it is there, and build it. keep: the checkpoint."""
+    checkpoint, bundle = FOLDER / name, FOLDER / f"{name}.plans.moevlm"
+    if not (checkpoint / "model.safetensors.index.json").exists():
+        click.echo(f"{name}: writing", err=True)
+        write(checkpoint, config(**shape))
+    click.echo(f"{name}: building", err=True)
+    shutil.rmtree(bundle, ignore_errors=True)
+    result = {"name": name, **shape, **measure(checkpoint, bundle, target)}
+    facts = Bundle.open(bundle).manifest
+    sizes = {path: entry.size for path, entry in facts.files.items()}
+    (engine,) = facts.engines.values()
+    assert engine.tensorrt is not None
+    result |= {"decoder_bytes": sizes[engine.decoder], "vision_bytes": sizes[engine.vision]}
+    result["experts_bytes"] = sizes[engine.tensorrt.experts]
+    shutil.rmtree(bundle)
+    if not keep:
+        shutil.rmtree(checkpoint)
+    return result
+
+
+@click.command()
+@click.option("--target", default="rtx:sm89", show_default=True)
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the results here.")
+def main(target: str, output: Path | None) -> None:
+    """Measure builds of plans."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    banks = {f"bank-{n}": QWEN | {"layers": 3, "experts": n, "vocabulary": 32000} for n in BANKS}
+    results = [cost("1B", target, ONE_BILLION, keep=True)]
+    results += [cost(name, target, shape, keep=False) for name, shape in banks.items()]
+    seconds = ("seconds", *STEPS.values())
+    sizes = ("peak_bytes", "decoder_bytes", "vision_bytes", "experts_bytes")
+    rows = [
+        (
+            str(r["name"]),
+            *(f"{float(str(r[name])):.1f} s" for name in seconds),
+            *(bytes_text(int(str(r[name]))) for name in sizes),
+        )
+        for r in results
+    ]
+    heads = ("checkpoint", "build", *STEPS.values(), "peak memory", "decoder", "vision", "experts")
+    console().print(table(f"{target}, bf16", heads, rows))
+    if output is not None:
+        output.write_text(json.dumps({"target": target, "builds": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
