@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.quantization import Coded, Scheme, quantize
-from moevlm.export.weights import Weight, cast
+from moevlm.export.weights import PerRow, Weight, cast
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ExpertsOp
 
@@ -23,18 +23,34 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
     for name, weight in weights.items():
         if op.weights and not name.endswith("_bias"):
             scale = f"{name}_scale"
-            coded = Coded(weight, lambda rows: _encode(rows, op), shapes[name], shapes[scale])
+            coded = Coded(weight, lambda r: _encode(r, op.weights, op.block, op.dtype), shapes[name], shapes[scale])
             stored |= {name: coded.values, scale: coded.scales}
         else:
             stored[name] = cast(weight, shapes[name][1])
     return stored
 
 
-def _encode(rows: np.ndarray, op: ExpertsOp) -> tuple[np.ndarray, np.ndarray]:
-    if op.weights not in BITS:
-        return packing.quantize(rows, op.weights, op.block, op.dtype)
-    q, scales = quantize(rows, Scheme(BITS[op.weights], op.block))
-    return packing.pack_codes(q, op.weights), scales
+def as_stored(weight: Weight, weights: str, block: int, dtype: str) -> Weight:
+    """What the kernels compute with: weight [E, N, K] through its stored form and back, float32.
+
+    weights, block, dtype: as in ExpertsOp.
+    """
+
+    def through(array: np.ndarray) -> np.ndarray:
+        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+        stored, scales = _encode(rows, weights, block, dtype)
+        return packing.unpack(stored, packing.rounded(scales, dtype), weights, block, rows.shape[1]).reshape(
+            array.shape
+        )
+
+    return PerRow(weight, weight.shape, np.dtype(np.float32), through)
+
+
+def _encode(rows: np.ndarray, weights: str, block: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    if weights not in BITS:
+        return packing.quantize(rows, weights, block, dtype)
+    q, scales = quantize(rows, Scheme(BITS[weights], block))
+    return packing.pack_codes(q, weights), scales
 
 
 def numpy_dtype(name: str) -> np.dtype:

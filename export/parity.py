@@ -16,10 +16,9 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import Case, random_cases
-from moevlm.export.parity_checks import Expected, checks, hidden_states, taps_of_prompts
+from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_check, taps_of_prompts
 from moevlm.export.parity_report import Check, ParityReport
-from moevlm.export.pruned_reference import answer, pruned_model
-from moevlm.export.sparsity import TWO_OF_FOUR
+from moevlm.export.stored_reference import Storage, answer, stored_model
 from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
@@ -41,7 +40,8 @@ def check_parity(
     """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
     target_names: by default all engines that run here. Of a TensorRT engine no more than its outputs can be checked.
-    Engines from pruned weights are compared with canonical PyTorch on the same pruned weights.
+    Engines from pruned weights, or with experts that a GPU reads in blocks, are compared with canonical PyTorch on the
+    same weights; what rounding the experts costs is a check of its own.
     Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent, damaged or
     for another machine, RequestError for one without room for the prompts, BuildError, before any work, if the manifest
     cannot be written.
@@ -75,13 +75,16 @@ def check_parity(
         found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, TOLERANCES["float32"]))
         expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
         del engine
-        sparse = [name for name in names if engines[name].sparsity]
-        if sparse:
-            progress("running canonical PyTorch on pruned weights", 0, 0)
-        expected_of = {"": expected} | ({TWO_OF_FOUR: _expected_of_pruned(model, facts, cases)} if sparse else {})
-        for name in names:
+        stored = {name: Storage.of(engines[name]) for name in names}
+        expected_of = {Storage(): expected}
+        for name, storage in stored.items():
+            if storage not in expected_of:
+                progress(f"running canonical PyTorch on the weights of {name}", 0, 0)
+                expected_of[storage] = _expected_of_stored(stored_model(model, storage), facts, cases)
             progress(f"running {name}", 0, 0)
-            found += _checks_of_engine(opened, name, expected_of[engines[name].sparsity])
+            if storage.experts and not storage.sparsity:
+                found.append(rounding_check(name, expected_of[storage], expected, storage.experts))
+            found += _checks_of_engine(opened, name, expected_of[storage])
         report = ParityReport(
             bundle=str(bundle),
             checkpoint=str(checkpoint),
@@ -91,7 +94,8 @@ def check_parity(
             tokens=sum(len(case.prompt.ids) + GREEDY_TOKENS for case in cases),
             passed=all(check.passed for check in found),
             checks=found,
-            pruned=tuple(sparse),
+            pruned=tuple(name for name, storage in stored.items() if storage.sparsity),
+            rounded=tuple(name for name, storage in stored.items() if storage.experts),
             plans=tuple(name for name in names if engines[name].tensorrt is not None),
             left_out=left_out,
         )
@@ -100,11 +104,10 @@ def check_parity(
     return report
 
 
-def _expected_of_pruned(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
-    """What canonical PyTorch answers with pruned weights, its hidden states included."""
-    pruned = pruned_model(model)
-    engine = TorchEngine(pruned)
-    expected = Expected(pruned, facts, cases, [answer(engine, case, facts) for case in cases])
+def _expected_of_stored(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
+    """What canonical PyTorch answers, its hidden states included."""
+    engine = TorchEngine(model)
+    expected = Expected(model, facts, cases, [answer(engine, case, facts) for case in cases])
     expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
     return expected
 

@@ -13,6 +13,7 @@ from moevlm.export.parity_report import Check, Flip
 from moevlm.export.tolerances import (
     ALONE_STEPS,
     CHUNK_TOKENS,
+    EXPERTS_KL,
     GREEDY_TOKENS,
     PlanTolerance,
     QuantizedTolerance,
@@ -129,6 +130,14 @@ def checks(
     yield from logits("each prompt alone", *_alone(expected, engine, room))
     if exact:
         yield _greedy(expected, step, engine, visual, room)
+
+
+def rounding_check(step: str, stored: Expected, exact: Expected, experts: str) -> Check:
+    """How far rounded experts alone take the answers, whatever runs them. experts: how they are stored."""
+    value, limit = float(kl_divergences(stored.prefill, exact.prefill).mean()), EXPERTS_KL[experts]
+    other = 1 - (stored.prefill.argmax(-1) == exact.prefill.argmax(-1)).mean()
+    note = f"against transformers: first choice differs in {other:.1%}"
+    return Check(step, f"cost of {experts} experts, prefill KL", value, limit, value <= limit, note)
 
 
 def taps_of_prompts(expected: Expected, tapped: Tapped, visual: VisualFeatures) -> dict[str, Array]:

@@ -38,9 +38,9 @@ class Check(msgspec.Struct, frozen=True):
 class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     """All checks in the order of the pipeline; the first that failed is where to look.
 
-    pruned: engines from pruned weights, whose checks are against canonical PyTorch on the same weights.
-    plans: engines of TensorRT, whose routing and hidden states cannot be seen. left_out: engines that do not run here
-    and why, in one line, or "".
+    pruned: engines from pruned weights. rounded: those with experts in blocks for a GPU. The checks of both are against
+    canonical PyTorch on the same weights. plans: engines of TensorRT, whose routing and hidden states cannot be seen.
+    left_out: engines that do not run here and why, in one line, or "".
     """
 
     bundle: str
@@ -52,6 +52,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     passed: bool
     checks: list[Check]
     pruned: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
     left_out: str = ""
 
@@ -62,7 +63,9 @@ def table_of(report: ParityReport) -> str:
     last = ""
     for check in report.checks:
         if check.step != last:
-            note = "pruned: against canonical PyTorch on the same weights" if check.step in report.pruned else ""
+            changes = (("pruned", report.pruned), ("rounded experts", report.rounded))
+            changed = ", ".join(change for change, names in changes if check.step in names)
+            note = f"{changed}: against canonical PyTorch on the same weights" if changed else ""
             rows.append((check.step, "", "", "", note))
             if check.step in report.plans:
                 rows.append(("  routing, hidden states", "", "", "", "not visible in a plan"))

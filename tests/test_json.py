@@ -113,6 +113,7 @@ GOLDEN = {
         "passed": "boolean",
         "checks": "array of object",
         "pruned": "array of string",
+        "rounded": "array of string",
         "plans": "array of string",
         "left_out": "string",
         "checks[].step": "string",

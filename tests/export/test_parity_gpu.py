@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.functions import add_functions
+from moevlm.export.gpu_packing import as_stored
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_batches import Room
-from moevlm.export.parity_cases import random_cases
-from moevlm.export.parity_checks import Expected, checks, relative_error
-from moevlm.export.parity_report import Check
-from moevlm.export.pruned_reference import answer
+from moevlm.export.parity_cases import Case, random_cases
+from moevlm.export.parity_checks import Expected, checks, relative_error, rounding_check
+from moevlm.export.parity_report import Check, table_of
+from moevlm.export.stored_reference import Storage, answer, stored_model
 from moevlm.export.tensorrt.options import DTYPES, PlanOptions
 from moevlm.export.tolerances import GREEDY_TOKENS, PLAN_TOLERANCES, TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
+from moevlm.export.weights import Constant, read
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.manifest import TensorRTFacts
@@ -35,6 +35,7 @@ from tests.simulated_plan import SimulatedPlan, lowered
 from tests.tiny import TinyCheckpoint
 
 OUTPUTS = ["image features", "deepstack features", "prefill logits", "chunked prefill logits", "decode logits"]
+AS_GIVEN = Storage()
 
 
 @pytest.fixture
@@ -61,6 +62,28 @@ def test_a_right_engine_passes_within_what_it_was_built_for(
     assert list(noted[TARGET]["checks"])[6].endswith(" greedy tokens that differ")
     (shown,) = [line for line in call("inspect", bundle).out.splitlines() if TARGET in line and "passed" in line]
     assert "float32" in shown
+
+
+def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET].update(dtype="int8", block_size=32))
+    with fake_gpu(tmp_path):
+        exact = check_parity(bundle, tiny_checkpoint, [TARGET])
+        tensors = load_file(bundle / EXPERTS)
+        for name, array in tensors.items():
+            tensors[name] = read(as_stored(Constant(array), "int8", 32, "float32"))
+        save_file(tensors, bundle / EXPERTS)
+        rehash(bundle, EXPERTS)
+        rounded = check_parity(bundle, tiny_checkpoint, [TARGET])
+    assert not exact.passed
+    assert rounded.passed, table_of(rounded)
+    assert rounded.rounded == (TARGET,)
+    cost = next(check for check in rounded.checks if check.step == TARGET)
+    assert cost.quantity == "cost of int8 experts, prefill KL"
+    assert 0 < cost.value < cost.limit
+    lines = table_of(rounded).splitlines()
+    assert "rounded experts: against canonical PyTorch on the same weights" in next(x for x in lines if TARGET in x)
 
 
 def swap_experts(bundle: Path) -> None:
@@ -143,39 +166,52 @@ def seed() -> int:
     return int(np.random.default_rng().integers(1 << 31))
 
 
-@dataclass(frozen=True)
 class Canonical:
     """Canonical PyTorch on fresh weights, what it answers to fresh prompts, and the graphs."""
 
-    engine: TorchEngine
-    expected: Expected
-    graphs: dict[str, ir.Model]
-
-
-@pytest.fixture(scope="module")
-def canonical(seed: int, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Canonical]:
-    path = TinyCheckpoint(text={"vocab_size": 96}, seed=seed).save(tmp_path_factory.mktemp("checkpoint"))
-    with Checkpoint.open(path) as source:
-        model = CanonicalModel.of(source)
-        facts = model.config.facts()
-        drawn, engine = random_cases(facts, source.config, seed), TorchEngine(model)
-        expected = Expected(model, facts, drawn, [answer(engine, case, facts) for case in drawn])
-        for graph in model.graphs.values():
+    def __init__(self, model: CanonicalModel, cases: list[Case]) -> None:
+        self.graphs, self._model, self._cases = model.graphs, model, cases
+        self._known: dict[Storage, Expected] = {}
+        for graph in self.graphs.values():
             add_functions(graph)
-        yield Canonical(engine, expected, model.graphs)
+
+    def engine(self, storage: Storage = AS_GIVEN) -> TorchEngine:
+        return TorchEngine(stored_model(self._model, storage))
+
+    def expected(self, storage: Storage = AS_GIVEN) -> Expected:
+        """What it answers with its weights as they are stored."""
+        if storage not in self._known:
+            engine, facts = self.engine(storage), self._model.config.facts()
+            answers = [answer(engine, case, facts) for case in self._cases]
+            self._known[storage] = Expected(self._model, facts, self._cases, answers)
+        return self._known[storage]
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
+def canonical(
+    seed: int, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Canonical]:
+    checkpoint = TinyCheckpoint(request.param, text={"vocab_size": 96}, seed=seed)
+    with Checkpoint.open(checkpoint.save(tmp_path_factory.mktemp("checkpoint"))) as source:
+        model = CanonicalModel.of(source)
+        yield Canonical(model, random_cases(model.config.facts(), source.config, seed))
+
+
+def storage(dtype: str, experts: str) -> Storage:
+    return AS_GIVEN if experts == "same" else Storage("", experts, 32, DTYPES[dtype])
 
 
 def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
     options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
-    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected.facts, options.capacity)
+    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().facts, options.capacity)
 
 
-def failed(expected: Expected, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
-    weights = DTYPES[dtype] if experts == "same" else experts
-    tolerance = PLAN_TOLERANCES[DTYPES[dtype], weights]
-    found = list(checks(expected, "plan", plan, None, tolerance, limits(capacity=192)))
-    assert len(found) == 10
-    return [check for check in found if not check.passed]
+def found(canonical: Canonical, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
+    """All checks of a plan, against the weights that it should have."""
+    expected = canonical.expected(storage(dtype, experts))
+    made = list(checks(expected, "plan", plan, None, PLAN_TOLERANCES[DTYPES[dtype]], limits(capacity=192)))
+    assert len(made) == (10 if expected.deepstack.size else 9)
+    return made
 
 
 def limits(**sizes: int) -> TensorRTFacts:
@@ -184,24 +220,29 @@ def limits(**sizes: int) -> TensorRTFacts:
     return TensorRTFacts(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "experts"), [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4")]
-)
+PRECISIONS = [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4"), ("fp16", "int4")]
+
+
+@pytest.mark.parametrize(("dtype", "experts"), PRECISIONS)
 def test_what_rounding_costs_is_within_the_limits(canonical, seed: int, dtype: str, experts: str) -> None:
-    assert failed(canonical.expected, simulated(canonical, dtype, experts), dtype, experts) == [], f"seed {seed}"
+    made = found(canonical, simulated(canonical, dtype, experts), dtype, experts)
+    assert [check for check in made if not check.passed] == [], f"seed {seed}"
+    if experts != "same":
+        cost = rounding_check("plan", canonical.expected(storage(dtype, experts)), canonical.expected(), experts)
+        assert cost.passed and cost.value > 0, f"seed {seed}"
 
 
-@pytest.mark.parametrize(("dtype", "experts"), [("bf16", "same"), ("fp16", "same"), ("fp16", "int8")])
+@pytest.mark.parametrize(("dtype", "experts"), PRECISIONS)
 def test_a_kernel_that_takes_gate_for_up_is_found(canonical, seed: int, dtype: str, experts: str) -> None:
     plan = simulated(canonical, dtype, experts)
     for name, array in plan.experts.items():
         if "gate_up" in name:
             plan.experts[name] = np.roll(array, array.shape[1] // 2, axis=1)
-    assert failed(canonical.expected, plan, dtype, experts) != [], f"seed {seed}"
+    assert not all(check.passed for check in found(canonical, plan, dtype, experts)), f"seed {seed}"
 
 
 def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> None:
-    expected = canonical.expected
+    expected = canonical.expected()
     longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.facts.context
     free = Room.of(expected.prompts, context, None)
     assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, GREEDY_TOKENS - 1)
@@ -217,7 +258,7 @@ def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> Non
 
 
 def test_groups_of_prompts_equal_all_of_them_together(canonical) -> None:
-    expected, engine = canonical.expected, canonical.engine
+    expected, engine = canonical.expected(), canonical.engine()
     longest = max(len(prompt.ids) for prompt in expected.prompts)
     small = expected.room(limits(capacity=longest + 5, max_batch=3))
     assert small.batch == 3

@@ -1,0 +1,75 @@
+"""Canonical PyTorch on the weights that an engine stores: what parity holds it to, where transformers has others."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moevlm.export.gpu_packing import as_stored
+from moevlm.export.model import CanonicalModel
+from moevlm.export.oracle import Answer
+from moevlm.export.parity_cases import Case, pack
+from moevlm.export.passes.prune_2_4 import prunable
+from moevlm.export.sparsity import pruned
+from moevlm.export.tolerances import GREEDY_TOKENS
+from moevlm.export.torch_engine import TorchEngine
+from moevlm.export.weights import Weight
+from moevlm.runtime.batch import Batch, cache_capacity
+from moevlm.runtime.manifest import EngineFacts, ModelFacts
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What happened to an engine's weights; the default is nothing.
+
+    sparsity: "2:4" or "". experts, block, scales: how the GPU kernels store the experts, see `plugins.gpu.packing`.
+    """
+
+    sparsity: str = ""
+    experts: str = ""
+    block: int = 0
+    scales: str = ""
+
+    @classmethod
+    def of(cls, engine: EngineFacts) -> "Storage":
+        """On a CPU activations are rounded like the weights, so there it is no more than pruning."""
+        if engine.tensorrt is None or not engine.block_size:
+            return cls(engine.sparsity)
+        return cls(engine.sparsity, engine.dtype, engine.block_size, engine.tensorrt.activations)
+
+
+def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
+    """The same model with its weights as they are stored."""
+    changed: dict[str, dict[str, Weight]] = {
+        "vision": dict(model.vision_weights),
+        "decoder": dict(model.decoder_weights),
+    }
+    if storage.sparsity:
+        for tower, graph in model.graphs.items():
+            weights = changed[tower]
+            weights |= {name: pruned(weights[name]) for name in (str(value.name) for value in prunable(graph))}
+    if storage.experts:
+        weights = changed["decoder"]
+        for layer in model.config.moe_layers:
+            for name in (f"layers.{layer}.feed_forward.gate_up", f"layers.{layer}.feed_forward.down"):
+                weights[name] = as_stored(weights[name], storage.experts, storage.block, storage.scales)
+    return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
+
+
+def answer(engine: TorchEngine, case: Case, facts: ModelFacts) -> Answer:
+    """What `Oracle.answer` is for transformers: one case alone, and its greedy tokens."""
+    images = pack([case], facts)
+    visual = None if images is None else engine.encode(images)
+    capacity = cache_capacity(len(case.prompt.ids) + GREEDY_TOKENS, facts.context)
+    batch = Batch(engine, facts, [case.prompt], visual, capacity)
+    prefill = batch.prefill(every_position=True)
+    routing, router_logits = (
+        [engine.taps[f"layers.{i}.{name}"] for i in engine.config.moe_layers]
+        for name in ("expert_index", "router_logits")
+    )
+    decode = [prefill[-1]]
+    while len(decode) < GREEDY_TOKENS:
+        decode += list(batch.decode([int(decode[-1].argmax())]))
+    logits = np.stack(decode)
+    embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
+    deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
+    return Answer(embeds, deepstack, prefill, logits, logits.argmax(-1), routing, router_logits)
