@@ -9,6 +9,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
 from moevlm.export.parity_batches import Batches, Room
 from moevlm.export.parity_cases import Case, pack
+from moevlm.export.parity_measures import kl_divergences, relative_error, rms_error
 from moevlm.export.parity_report import Check, Flip
 from moevlm.export.tolerances import (
     ALONE_STEPS,
@@ -226,30 +227,3 @@ def _greedy(expected: Expected, step: str, engine: Engine, visual: VisualFeature
     different = np.argwhere(np.stack(tokens) != expected.tokens[: len(tokens)])
     note = f"first at token {different[0][0]} of prompt {different[0][1]}" if len(different) else ""
     return Check(step, f"{len(tokens)} greedy tokens that differ", float(len(different)), 0, not len(different), note)
-
-
-def kl_divergences(ours: Array, theirs: Array) -> Array:
-    """Per position KL(theirs || ours) of logits [..., vocabulary], nats; infinite as `relative_error`."""
-    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return np.full(1, np.inf)
-    p, q = _log_softmax(theirs), _log_softmax(ours)
-    return (np.exp(p) * (p - q)).sum(-1)
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-
-
-def rms_error(ours: Array, theirs: Array) -> float:
-    """Root mean square of the difference over that of theirs; infinite as `relative_error`."""
-    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return float("inf")
-    return float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), np.finfo(np.float32).tiny))
-
-
-def relative_error(ours: Array, theirs: Array) -> float:
-    """Largest absolute difference over the largest absolute value; infinite for another shape or a non-finite value."""
-    if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
-        return float("inf")
-    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), np.finfo(np.float32).tiny))

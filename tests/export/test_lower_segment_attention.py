@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 
 from moevlm.export.functions import ONNX_OPSET, add_functions
-from moevlm.export.parity_checks import relative_error
+from moevlm.export.parity_measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.export.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.plugins.spec import DOMAIN

@@ -15,7 +15,7 @@ from moevlm.export import parity
 from moevlm.export.build import build
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_cases import random_cases
-from moevlm.export.parity_checks import relative_error
+from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, ParityReport, table_of
 from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES
 from moevlm.runtime.bundle import Bundle

@@ -18,7 +18,8 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import Case, random_cases
-from moevlm.export.parity_checks import Expected, checks, relative_error, rounding_check
+from moevlm.export.parity_checks import Expected, checks, rounding_check
+from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, table_of
 from moevlm.export.stored_reference import Storage, answer, stored_model
 from moevlm.export.tensorrt.options import DTYPES, PlanOptions

@@ -15,7 +15,7 @@ from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
-from moevlm.export.parity_checks import relative_error
+from moevlm.export.parity_measures import relative_error
 from moevlm.export.translate import Translator
 from moevlm.export.weights import Constant, Weight
 from moevlm.plugins.spec import DOMAIN
