@@ -7,9 +7,12 @@ experts. Random checkpoints lie under build/bench; all but the first are removed
 """
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -34,19 +37,19 @@ def progress(label, done, total):
 build(sys.argv[1], sys.argv[2], [sys.argv[3]], progress=progress)
 print(time.time(), "end")
 """
-STEPS = {"compiling": "kernels", "writing": "experts", "building": "plans"}  # by a label's first word
+STEPS = {"compiling": "kernels_seconds", "writing": "experts_seconds", "building": "plans_seconds"}  # by first words
 
 
 def resident(session: int) -> int:
     """Bytes that all processes of a session have in memory; pages that they share are counted once for each."""
-    total = 0
+    total, page = 0, os.sysconf("SC_PAGE_SIZE")
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:  # it ended
             continue
         if int(fields[3]) == session:
-            total += int(fields[21]) * 4096
+            total += int(fields[21]) * page
     return total
 
 
@@ -54,22 +57,26 @@ def measure(checkpoint: Path, bundle: Path, target: str) -> dict[str, float]:
     """Seconds in all and by step, and the most bytes in memory. A build runs several processes."""
     started, most = time.time(), 0
     command = [sys.executable, "-c", BUILD, str(checkpoint), str(bundle), target]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        while process.poll() is None:
-            most = max(most, resident(process.pid))
-            time.sleep(SECONDS_BETWEEN_SAMPLES)
-        assert process.stdout is not None and process.stderr is not None
-        lines, errors = process.stdout.read().splitlines(), process.stderr.read()
+    with tempfile.TemporaryFile("w+") as told, tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=told, stderr=log, start_new_session=True)
+        try:
+            while process.poll() is None:
+                most = max(most, resident(process.pid))
+                time.sleep(SECONDS_BETWEEN_SAMPLES)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+        for file in (told, log):
+            file.seek(0)
+        lines, errors = told.read().splitlines(), log.read().strip().splitlines()
     if process.returncode:
-        raise click.ClickException(errors.strip().splitlines()[-1])
+        raise click.ClickException(f"the build ended with {process.returncode}: {errors[-1] if errors else 'no word'}")
     marks = [(float(at), label) for at, _, label in (line.partition(" ") for line in lines)]
     seconds = dict.fromkeys(STEPS.values(), 0.0)
     for (at, label), (after, _) in pairwise(marks):
         if step := STEPS.get(label.partition(" ")[0]):
             seconds[step] += after - at
-    return {"seconds": marks[-1][0] - started, "peak_bytes": most, **seconds}
+    return {"build_seconds": marks[-1][0] - started, "build_peak_bytes": most, **seconds}
 
 
 def cost(name: str, target: str, shape: dict[str, int], keep: bool) -> dict[str, object]:
@@ -79,18 +86,17 @@ def cost(name: str, target: str, shape: dict[str, int], keep: bool) -> dict[str,
         click.echo(f"{name}: writing", err=True)
         write(checkpoint, config(**shape))
     click.echo(f"{name}: building", err=True)
-    shutil.rmtree(bundle, ignore_errors=True)
-    result = {"name": name, **shape, **measure(checkpoint, bundle, target)}
-    facts = Bundle.open(bundle).manifest
-    sizes = {path: entry.size for path, entry in facts.files.items()}
+    try:
+        result = {"name": name, **shape, **measure(checkpoint, bundle, target)}
+        facts = Bundle.open(bundle).manifest
+    finally:
+        shutil.rmtree(bundle, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(checkpoint)
     (engine,) = facts.engines.values()
     assert engine.tensorrt is not None
-    result |= {"decoder_bytes": sizes[engine.decoder], "vision_bytes": sizes[engine.vision]}
-    result["experts_bytes"] = sizes[engine.tensorrt.experts]
-    shutil.rmtree(bundle)
-    if not keep:
-        shutil.rmtree(checkpoint)
-    return result
+    paths = {"decoder": engine.decoder, "vision": engine.vision, "experts": engine.tensorrt.experts}
+    return result | {f"{what}_bytes": facts.files[path].size for what, path in paths.items()}
 
 
 @click.command()
@@ -102,8 +108,8 @@ def main(target: str, output: Path | None) -> None:
     banks = {f"bank-{n}": QWEN | {"layers": 3, "experts": n, "vocabulary": 32000} for n in BANKS}
     results = [cost("1B", target, ONE_BILLION, keep=True)]
     results += [cost(name, target, shape, keep=False) for name, shape in banks.items()]
-    seconds = ("seconds", *STEPS.values())
-    sizes = ("peak_bytes", "decoder_bytes", "vision_bytes", "experts_bytes")
+    seconds = ("build_seconds", *STEPS.values())
+    sizes = ("build_peak_bytes", "decoder_bytes", "vision_bytes", "experts_bytes")
     rows = [
         (
             str(r["name"]),
@@ -112,7 +118,8 @@ def main(target: str, output: Path | None) -> None:
         )
         for r in results
     ]
-    heads = ("checkpoint", "build", *STEPS.values(), "peak memory", "decoder", "vision", "experts")
+    steps = ("compile kernels", "write experts", "build plans")
+    heads = ("checkpoint", "all", *steps, "peak memory", "decoder", "vision", "experts")
     console().print(table(f"{target}, bf16", heads, rows))
     if output is not None:
         output.write_text(json.dumps({"target": target, "builds": results}, indent=2) + "\n")

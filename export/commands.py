@@ -23,7 +23,7 @@ _BLOCK = click.option(
     type=int,
     default=defaults.BLOCK_SIZE,
     show_default=True,
-    help="Weights per scale in int8 and int4: 32 or 128.",
+    help="Weights per scale in int8, int4 and fp8: 32 or 128.",
 )
 
 _CACHE = click.option(

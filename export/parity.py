@@ -15,17 +15,16 @@ from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
-from moevlm.export.parity_cases import Case, random_cases
-from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_check, taps_of_prompts
+from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_checks, taps_of_prompts
 from moevlm.export.parity_report import Check, ParityReport
-from moevlm.export.stored_reference import Storage, answer, stored_model
+from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import GREEDY_TOKENS, TOLERANCES, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine
-from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.selection import runnable, select
 
 
@@ -78,12 +77,13 @@ def check_parity(
         stored = {name: Storage.of(engines[name]) for name in names}
         expected_of = {Storage(): expected}
         for name, storage in stored.items():
-            if storage not in expected_of:
-                progress(f"running canonical PyTorch on the weights of {name}", 0, 0)
-                expected_of[storage] = _expected_of_stored(stored_model(model, storage), facts, cases)
+            for needed in (storage.unrounded, storage):
+                if needed not in expected_of:
+                    progress(f"running canonical PyTorch on the weights of {name}", 0, 0)
+                    expected_of[needed] = expected_on(stored_model(model, needed), facts, cases)
             progress(f"running {name}", 0, 0)
-            if storage.experts and not storage.sparsity:
-                found.append(rounding_check(name, expected_of[storage], expected, storage.experts))
+            if storage.experts:
+                found += rounding_checks(name, expected_of[storage], expected_of[storage.unrounded], storage.experts)
             found += _checks_of_engine(opened, name, expected_of[storage])
         report = ParityReport(
             bundle=str(bundle),
@@ -102,14 +102,6 @@ def check_parity(
         writer.keep(opened)
         writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
     return report
-
-
-def _expected_of_stored(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
-    """What canonical PyTorch answers, its hidden states included."""
-    engine = TorchEngine(model)
-    expected = Expected(model, facts, cases, [answer(engine, case, facts) for case in cases])
-    expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
-    return expected
 
 
 def _checks_of_engine(bundle: Bundle, name: str, expected: Expected) -> list[Check]:

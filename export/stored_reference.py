@@ -8,6 +8,7 @@ from moevlm.export.gpu_packing import as_stored
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
 from moevlm.export.parity_cases import Case, pack
+from moevlm.export.parity_checks import Expected, hidden_states, taps_of_prompts
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.export.sparsity import pruned
 from moevlm.export.tolerances import GREEDY_TOKENS
@@ -21,7 +22,8 @@ from moevlm.runtime.manifest import EngineFacts, ModelFacts
 class Storage:
     """What happened to an engine's weights; the default is nothing.
 
-    sparsity: "2:4" or "". experts, block, scales: how the GPU kernels store the experts, see `plugins.gpu.packing`.
+    sparsity: "2:4" or "". experts, block: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0 if not so.
+    scales: the dtype that a block's scale is rounded to.
     """
 
     sparsity: str = ""
@@ -35,6 +37,11 @@ class Storage:
         if engine.tensorrt is None or not engine.block_size:
             return cls(engine.sparsity)
         return cls(engine.sparsity, engine.dtype, engine.block_size, engine.tensorrt.activations)
+
+    @property
+    def unrounded(self) -> "Storage":
+        """The same but for the experts."""
+        return Storage(self.sparsity)
 
 
 def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
@@ -53,6 +60,14 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
             for name in (f"layers.{layer}.feed_forward.gate_up", f"layers.{layer}.feed_forward.down"):
                 weights[name] = as_stored(weights[name], storage.experts, storage.block, storage.scales)
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
+
+
+def expected_on(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
+    """What canonical PyTorch answers, its hidden states included."""
+    engine = TorchEngine(model)
+    expected = Expected(model, facts, cases, [answer(engine, case, facts) for case in cases])
+    expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
+    return expected
 
 
 def answer(engine: TorchEngine, case: Case, facts: ModelFacts) -> Answer:

@@ -7,7 +7,7 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.errors import BundleError
-from moevlm.runtime.reports import EngineReport, InspectReport
+from moevlm.runtime.reports import EngineReport, InspectReport, to_json
 
 
 @click.command(short_help="Show a bundle: model, engines, sizes, parity.")
@@ -18,7 +18,6 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle is: the model, its engines, sizes, and parity results."""
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import console, progress_bar
-    from moevlm.runtime.reports import to_json
 
     opened = Bundle.open(bundle)
     if verify:

@@ -144,6 +144,14 @@ def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
     return model
 
 
+def in_question(name: str, array: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    """Of a cache the positions that the step wrote, [B, heads, S, D]; anything else as it is."""
+    if "_cache_out." not in name:
+        return array
+    new = np.arange(feeds["input_ids"].shape[1])
+    return np.stack([rows[:, start + new] for rows, start in zip(array, feeds["cache_position"], strict=True)])
+
+
 def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Fresh inputs of a canonical graph. sizes: of its open dimensions."""
     feeds = {}

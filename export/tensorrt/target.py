@@ -160,6 +160,7 @@ class PlanTarget:
         plugins = [node for node in graph.graph if node.domain == DOMAIN]
 
         def build(plan: Path, scratch: Path) -> Built:
+            progress(0, 0)
             onnx = scratch / f"{name}.onnx"
             write_onnx(graph, onnx)
             job = Job(

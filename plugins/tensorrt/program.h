@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -11,6 +12,7 @@
 namespace moevlm::tensorrt {
 
 constexpr int64_t kTokens = -1;  // in a shape: the number of tokens T
+constexpr uint32_t kMaxTokens = std::numeric_limits<int32_t>::max();
 constexpr size_t kAlignment = 256;
 
 struct Tensor {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from moevlm.export import gpu_packing
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.functions import add_functions
 from moevlm.export.gpu_packing import as_stored
@@ -18,10 +20,10 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import Case, random_cases
-from moevlm.export.parity_checks import Expected, checks, rounding_check
+from moevlm.export.parity_checks import Expected, checks, rounding_checks
 from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, table_of
-from moevlm.export.stored_reference import Storage, answer, stored_model
+from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.tensorrt.options import DTYPES, PlanOptions
 from moevlm.export.tolerances import GREEDY_TOKENS, PLAN_TOLERANCES, TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
@@ -80,9 +82,9 @@ def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
     assert not exact.passed
     assert rounded.passed, table_of(rounded)
     assert rounded.rounded == (TARGET,)
-    cost = next(check for check in rounded.checks if check.step == TARGET)
+    cost, usual = [check for check in rounded.checks if check.step == TARGET][:2]
     assert cost.quantity == "cost of int8 experts, prefill KL"
-    assert 0 < cost.value < cost.limit
+    assert 0 < usual.value < usual.limit < cost.limit
     lines = table_of(rounded).splitlines()
     assert "rounded experts: against canonical PyTorch on the same weights" in next(x for x in lines if TARGET in x)
 
@@ -182,10 +184,12 @@ class Canonical:
     def expected(self, storage: Storage = AS_GIVEN) -> Expected:
         """What it answers with its weights as they are stored."""
         if storage not in self._known:
-            engine, facts = self.engine(storage), self._model.config.facts()
-            answers = [answer(engine, case, facts) for case in self._cases]
-            self._known[storage] = Expected(self._model, facts, self._cases, answers)
+            self._known[storage] = self.computed(storage)
         return self._known[storage]
+
+    def computed(self, storage: Storage) -> Expected:
+        """The same, not remembered."""
+        return expected_on(stored_model(self._model, storage), self._model.config.facts(), self._cases)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
@@ -228,9 +232,31 @@ PRECISIONS = [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp
 def test_what_rounding_costs_is_within_the_limits(canonical, seed: int, dtype: str, experts: str) -> None:
     made = found(canonical, simulated(canonical, dtype, experts), dtype, experts)
     assert [check for check in made if not check.passed] == [], f"seed {seed}"
-    if experts != "same":
-        cost = rounding_check("plan", canonical.expected(storage(dtype, experts)), canonical.expected(), experts)
-        assert cost.passed and cost.value > 0, f"seed {seed}"
+
+
+@pytest.mark.parametrize("experts", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("sparsity", ["", "2:4"])
+def test_storing_experts_costs_as_little_as_it_should(canonical, seed: int, sparsity: str, experts: str) -> None:
+    stored = Storage(sparsity, experts, 32, "bfloat16")
+    unrounded = canonical.expected(stored.unrounded)
+    cost = list(rounding_checks("plan", canonical.expected(stored), unrounded, experts))
+    assert all(check.passed and check.value > 0 for check in cost), f"seed {seed}"
+
+
+@pytest.mark.parametrize("experts", ["int8", "fp8"])
+def test_scales_that_belong_to_other_weights_are_found(
+    canonical, seed: int, experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = gpu_packing._encode
+
+    def misplaced(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = encode(*arguments)
+        return values, np.roll(scales, 1, axis=0)
+
+    monkeypatch.setattr(gpu_packing, "_encode", misplaced)
+    wrong = canonical.computed(Storage("", experts, 32, "float16"))
+    cost = list(rounding_checks("plan", wrong, canonical.expected(), experts))
+    assert not all(check.passed for check in cost), f"seed {seed}"
 
 
 @pytest.mark.parametrize(("dtype", "experts"), PRECISIONS)
