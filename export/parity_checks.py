@@ -135,10 +135,10 @@ def checks(
 
 def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: str) -> Iterator[Check]:
     """How far rounded experts alone take the answers, whatever runs them. experts: how they are stored."""
-    limits, quantity = ROUNDING[experts], f"cost of {experts} experts, prefill KL"
+    limits, quantity = ROUNDING[experts], "rounded experts KL"
     found = kl_divergences(stored.prefill, unrounded.prefill)
     other = 1 - (stored.prefill.argmax(-1) == unrounded.prefill.argmax(-1)).mean()
-    value, note = float(found.mean()), f"against the same weights unrounded: first choice differs in {other:.1%}"
+    value, note = float(found.mean()), f"{experts} against unrounded: first choice differs in {other:.1%}"
     yield Check(step, quantity, value, limits.kl, value <= limits.kl, note)
     value = float(np.quantile(found, 0.75))
     yield Check(step, f"{quantity}, 3 of 4 positions", value, limits.usual_kl, value <= limits.usual_kl)

@@ -83,7 +83,7 @@ def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
     assert rounded.passed, table_of(rounded)
     assert rounded.rounded == (TARGET,)
     cost, usual = [check for check in rounded.checks if check.step == TARGET][:2]
-    assert cost.quantity == "cost of int8 experts, prefill KL"
+    assert cost.quantity == "rounded experts KL" and cost.note.startswith("int8 against unrounded")
     assert 0 < usual.value < usual.limit < cost.limit
     lines = table_of(rounded).splitlines()
     assert "rounded experts: against canonical PyTorch on the same weights" in next(x for x in lines if TARGET in x)
