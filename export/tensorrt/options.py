@@ -63,7 +63,10 @@ class PlanOptions:
 
     @property
     def experts_path(self) -> str:
-        """The file with the experts' weights, the same for all GPUs."""
+        """The file with the experts' weights, the same for all GPUs.
+
+        A bundle that has it keeps it: another layout of the weights needs another name.
+        """
         return f"experts/{self.precision}{f'-b{self.block}' if self.weights else ''}.safetensors"
 
     @property
