@@ -1,4 +1,4 @@
-"""What building TensorRT plans costs, and that the number of experts is no part of it.
+"""What building TensorRT plans costs; with more experts only the file that they are copied to grows.
 
     python -m bench.plan_bench [--target rtx:sm89] [--json FILE]
 

@@ -39,9 +39,8 @@ def as_stored(weight: Weight, weights: str, block: int, dtype: str) -> Weight:
     def through(array: np.ndarray) -> np.ndarray:
         rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
         stored, scales = _encode(rows, weights, block, dtype)
-        return packing.unpack(stored, packing.rounded(scales, dtype), weights, block, rows.shape[1]).reshape(
-            array.shape
-        )
+        values = packing.unpack(stored, packing.rounded(scales, dtype), weights, block, rows.shape[1])
+        return values.reshape(array.shape)
 
     return PerRow(weight, weight.shape, np.dtype(np.float32), through)
 

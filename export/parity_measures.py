@@ -1,4 +1,4 @@
-"""How far two arrays are apart: infinitely, where one is not finite or has another shape."""
+"""How far two float arrays of one shape are apart: infinitely, where one is not finite or has another shape."""
 
 import numpy as np
 

@@ -38,6 +38,7 @@ class PluginMoE(NodePass):
             op = self._experts_op(node)
             inputs = [*node.inputs[:3], *_weight_inputs(graph, node, op)]
         new = ir.node(op.name, inputs, domain=DOMAIN, num_outputs=len(op.outputs), name=node.name, version=1)
+        # Bytes in the place of text: TensorRT's parser hands a string over as it is, NUL bytes too.
         new.attributes["program"] = ir.AttrString("program", self.program(op))  # type: ignore[arg-type]
         for old, made in zip(node.outputs, new.outputs, strict=True):
             made.type, made.shape = old.type, old.shape

@@ -178,8 +178,8 @@ class Canonical:
         for graph in self.graphs.values():
             add_functions(graph)
 
-    def engine(self, storage: Storage = AS_GIVEN) -> TorchEngine:
-        return TorchEngine(stored_model(self._model, storage))
+    def engine(self) -> TorchEngine:
+        return TorchEngine(self._model)
 
     def expected(self, storage: Storage = AS_GIVEN) -> Expected:
         """What it answers with its weights as they are stored."""
