@@ -2,21 +2,19 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
-
-if TYPE_CHECKING:
-    import onnxruntime as ort
+from moevlm.runtime.onnxruntime_library import onnxruntime
 
 
 @dataclass(frozen=True)
 class OrtCache:
-    """binding: the decoder's, with every layer's key and value buffer bound as both input and output.
+    """binding: the decoder's IOBinding, with every layer's key and value buffer bound as both input and output.
 
     held: the arrays bound to a step's other inputs and to the logits. A step of the same shapes as the last, as in
     decoding, writes into them and binds nothing anew.
@@ -24,7 +22,7 @@ class OrtCache:
 
     batch: int
     capacity: int
-    binding: "ort.IOBinding"
+    binding: Any
     held: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -49,11 +47,7 @@ class OrtEngine:
 
         tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares.
         """
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise EngineError("this engine needs onnxruntime (pip install 'moevlm[cpu]')") from error
-        self._ort = onnxruntime
+        self._ort = onnxruntime()
         self._model = model
         self._operators = operators
         self._spinning = spinning
@@ -90,7 +84,7 @@ class OrtEngine:
         """Bytes behind the values of a token and head."""
         return SCALE_BYTES if self._cache_dtype == np.int8 else 0
 
-    def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> "ort.InferenceSession":
+    def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))

@@ -11,6 +11,8 @@ from tests.tiny import TinyCheckpoint
 # Read when torch is first imported. At these sizes threads only wait for each other: twenty times the time, where the
 # cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# ONNX Runtime's telemetry is off in the tests that import it themselves, too.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 # torch.export's thousands of debug records would be formatted for the report of every test that fails.
 logging.getLogger("torch.__trace").propagate = False
 # A shell ignores interrupts for what it runs in the background, and children inherit that; some tests interrupt theirs.

@@ -22,6 +22,8 @@ MAY_IMPORT = {"runtime": {"runtime"}, "plugins": {"plugins"}, "export": {"export
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors")
 # What runs Triton kernels from Python, for checks alone: no part of a build or of the runtime imports it.
 USES_TORCH = {ROOT / "plugins/gpu/launch.py"}
+# The one place that imports ONNX Runtime: it switches the telemetry off first.
+IMPORTS_ONNXRUNTIME = ROOT / "runtime/onnxruntime_library.py"
 MAX_LINES = 400
 # Assembled, so that this file does not find itself.
 MACHINE_PATHS = re.compile(
@@ -65,6 +67,15 @@ def test_heavy_packages_are_imported_by_export_only() -> None:
         if name.split(".")[0] in HEAVY and path not in USES_TORCH
     ]
     assert not wrong
+
+
+def test_onnxruntime_is_imported_in_one_place_only() -> None:
+    found = [
+        path
+        for path in sources(*PARTS, "bench", "demo")
+        if any(name.split(".")[0] == "onnxruntime" for name in imported(path))
+    ]
+    assert found == [IMPORTS_ONNXRUNTIME]
 
 
 def test_parts_are_never_imported_by_their_folder_s_name() -> None:

@@ -1,0 +1,23 @@
+"""ONNX Runtime, imported here and nowhere else, so that its telemetry is off before its first event."""
+
+import os
+from types import ModuleType
+
+from moevlm.runtime.errors import EngineError
+
+TELEMETRY = "ORT_DISABLE_TELEMETRY"
+
+
+def onnxruntime() -> ModuleType:
+    """The library, with its telemetry off unless the user set the variable. Raises EngineError if it does not load.
+
+    Where the program imported the library before, it is too late to switch anything off.
+    """
+    os.environ.setdefault(TELEMETRY, "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise EngineError("this engine needs onnxruntime (pip install 'moevlm[cpu]')") from error
+    except ImportError as error:
+        raise EngineError(f"onnxruntime does not load here: {error}") from error
+    return onnxruntime
