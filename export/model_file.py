@@ -87,8 +87,11 @@ def _pieces(tensor: ir.TensorProtocol) -> Iterator[np.ndarray | bytes]:
 
 
 def graph_bytes(model: ir.Model, spans: Mapping[ir.Value, Span], location: str) -> bytes:
-    """The serialized model, its planned initializers pointing into the file `location` beside it."""
-    with _external(spans, location):
+    """The serialized model, its planned initializers pointing into the file `location` beside it.
+
+    Raises what reading a small initializer raises, and ExportError for a graph that is too large.
+    """
+    with _stored(model, spans, location):
         proto = ir.to_proto(model)
     try:
         return proto.SerializeToString(deterministic=True)
@@ -97,23 +100,34 @@ def graph_bytes(model: ir.Model, spans: Mapping[ir.Value, Span], location: str) 
 
 
 @contextmanager
-def _external(spans: Mapping[ir.Value, Span], location: str) -> Iterator[None]:
-    """While it lasts, the initializers are references into `location`; the model is as it was afterwards."""
-    originals = {value: value.const_value for value in spans if value.const_value is not None}
+def _stored(model: ir.Model, spans: Mapping[ir.Value, Span], location: str) -> Iterator[None]:
+    """While it lasts, every initializer is either a reference into `location` or in memory.
+
+    Small lazy ones are read here: the serializer would wrap an error of theirs in one of its own. The model is as it
+    was afterwards.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    originals = {value: value.const_value for value in values if value.const_value is not None}
     try:
         for value, original in originals.items():
-            span = spans[value]
-            value.const_value = ir.ExternalTensor(
-                location,
-                span.offset,
-                span.length,
-                original.dtype,
-                shape=ir.Shape(original.shape.numpy()),
-                name=value.name or "",
-                doc_string=original.doc_string,
-                metadata_props=dict(original.metadata_props),
-            )
+            if value in spans:
+                value.const_value = _external(value, original, spans[value], location)
+            elif isinstance(original, WeightTensor):
+                value.const_value = ir.Tensor(original.numpy(), name=original.name)
         yield
     finally:
         for value, original in originals.items():
             value.const_value = original
+
+
+def _external(value: ir.Value, original: ir.TensorProtocol, span: Span, location: str) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location,
+        span.offset,
+        span.length,
+        original.dtype,
+        shape=ir.Shape(original.shape.numpy()),
+        name=value.name or "",
+        doc_string=original.doc_string,
+        metadata_props=dict(original.metadata_props),
+    )

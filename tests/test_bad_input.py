@@ -129,6 +129,24 @@ def test_not_a_number_among_the_weights(checkpoint: Path) -> None:
     build(checkpoint, WEIGHTS, "tensor", "not finite")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.language_model.norm.weight",  # small enough to lie in the graph's own file
+        "model.language_model.layers.1.self_attn.q_norm.weight",
+        "model.visual.patch_embed.proj.bias",
+        "model.visual.blocks.1.norm2.bias",
+    ],
+)
+def test_not_a_number_in_a_small_tensor(name: str, checkpoint: Path) -> None:
+    with (checkpoint / WEIGHTS).open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin = json.loads(file.read(length))[name]["data_offsets"][0]
+        file.seek(8 + length + begin)
+        file.write(b"\0\0\x80\xff")
+    build(checkpoint, f"tensor {name} is not finite at [0]: the file is damaged")
+
+
 def test_unsupported_architecture(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda fields: fields.update(model_type="llama"))
     build(checkpoint, 'model_type = "llama"', "supported: glm4v_moe, qwen3_vl_moe")

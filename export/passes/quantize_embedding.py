@@ -1,17 +1,20 @@
 """The token embedding as integers, of which the rows asked for are widened."""
 
 import onnx_ir as ir
+from onnx_ir import tape
 
-from moevlm.export.passes.base import CONTRIB, NodePass, substitute
+from moevlm.export.passes.base import CONTRIB, NodePass
 from moevlm.export.passes.quantize_linear import quantized
 from moevlm.export.quantization import Scheme
+from moevlm.export.weights import weight_of
 
 
 class QuantizeEmbedding(NodePass):
     """Gather from a stored matrix -> com.microsoft::GatherBlockQuantized.
 
-    A row is read once per token, so the bits of an embedding cost memory but no time.
-    Requires: nothing. Ensures: no float32 matrix is looked up by rows.
+    A row is read once per token, so the bits of an embedding cost memory but no time. The kernel yields whole blocks:
+    of a width that the block does not divide, a Slice cuts the padding off again.
+    Requires: nothing. Ensures: no float32 matrix is looked up by rows; shapes are as before.
     """
 
     domain = CONTRIB
@@ -27,8 +30,12 @@ class QuantizeEmbedding(NodePass):
         assert table is not None
         attributes = {"bits": self.scheme.bits, "block_size": self.scheme.block, "gather_axis": 0, "quantize_axis": 1}
         values, scales = quantized(graph, table, self.scheme, flat=True)
-        new = ir.node("GatherBlockQuantized", [values, index, scales], attributes=attributes, domain=CONTRIB)
-        substitute(graph, node, new)
+        t, width = tape.Tape(), weight_of(table).shape[1]
+        rows = t.op("GatherBlockQuantized", [values, index, scales], attributes, domain=CONTRIB)
+        if width % self.scheme.block:
+            begin, end, axis = (t.op("Constant", [], {"value_ints": [n]}) for n in (0, width, -1))
+            rows = t.op("Slice", [rows, begin, end, axis])
+        ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [rows])
 
 
 def _is_embedding(node: ir.Node) -> bool:
