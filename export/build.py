@@ -9,7 +9,7 @@ import msgspec
 import onnx_ir as ir
 
 from moevlm.export.bundle_writer import BundleWriter
-from moevlm.export.checkpoint import Checkpoint, read_json, require_same_source
+from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, targets
@@ -121,8 +121,8 @@ def _trace(source: Checkpoint, expert_layout: str, progress: Progress) -> tuple[
 
 def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:
     """What the runtime needs beside graphs; a checkpoint without some of it still exports, and `run` will say so."""
-    if source.tokenizer:
-        writer.add_bytes("tokenizer.json", source.tokenizer.read_bytes())
+    if tokenizer := source.tokenizer():
+        writer.add_bytes("tokenizer.json", tokenizer.encode())
     preprocessor = source.preprocessor()
     if preprocessor:
         writer.add_bytes("preprocessor.json", json.dumps(preprocessor, indent=1).encode())
@@ -133,11 +133,11 @@ def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:
 
 def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:
     facts = model.config.facts()
-    if source.generation is None:
-        return facts
     # What generation_config.json says ends a turn is what the model was tuned for; config.json names one token.
-    eos = read_json(source.generation).get("eos_token_id")
+    eos = source.generation().get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
-        raise CheckpointError(f"invalid value in {source.generation}: eos_token_id = {eos!r} (a token id, or a list)")
+        raise CheckpointError(
+            f"invalid value in generation_config.json: eos_token_id = {eos!r} (a token id, or a list)"
+        )
     return msgspec.structs.replace(facts, eos_token_ids=tuple(ids)) if ids else facts

@@ -1,11 +1,11 @@
 """A Hugging Face checkpoint directory: config.json, safetensors shards, and the tokenizer's and processor's files."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from moevlm.export.checkpoint_files import find, read_json, read_text
 from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
 from moevlm.export.safetensors_file import Stored, read_header
 from moevlm.runtime.errors import CheckpointError
@@ -36,7 +36,7 @@ class Checkpoint:
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"no checkpoint directory at {directory}")
-        config = read_json(directory / CONFIG)
+        config = read_json(directory, CONFIG)
         shards, tensors = _tensors(directory)
         return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))
 
@@ -57,37 +57,26 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}, which its config.json calls for") from None
 
-    def side_file(self, name: str) -> Path | None:
-        """The path of another file of the checkpoint, such as tokenizer.json; None if it has none."""
-        path = self.directory / name
-        return path if path.is_file() else None
-
-    @property
-    def tokenizer(self) -> Path | None:
-        return self.side_file("tokenizer.json")
+    def tokenizer(self) -> str | None:
+        """The text of tokenizer.json; None if there is none."""
+        return read_text(self.directory, name) if find(self.directory, name := "tokenizer.json") else None
 
     def preprocessor(self) -> dict[str, Any] | None:
         """The image processor's settings: from a file of its own, or out of transformers 5's processor_config.json."""
-        if path := self.side_file("preprocessor_config.json"):
-            return read_json(path)
-        if path := self.side_file("processor_config.json"):
-            return read_json(path).get("image_processor")
-        return None
+        if own := self._json("preprocessor_config.json"):
+            return own
+        return self._json("processor_config.json").get("image_processor")
 
-    @property
-    def generation(self) -> Path | None:
-        return self.side_file("generation_config.json")
+    def generation(self) -> dict[str, Any]:
+        """generation_config.json; empty if there is none."""
+        return self._json("generation_config.json")
 
     def chat_template(self) -> str | None:
         """The chat template's text, from the first place that has one; None if there is none."""
-        if path := self.side_file("chat_template.jinja"):
-            try:
-                return path.read_text(encoding="utf-8")
-            except ValueError:
-                raise CheckpointError(f"{path} is not UTF-8 text") from None
+        if find(self.directory, "chat_template.jinja"):
+            return read_text(self.directory, "chat_template.jinja")
         for name in ("chat_template.json", "tokenizer_config.json"):
-            path = self.side_file(name)
-            template = read_json(path).get("chat_template") if path else None
+            path, template = self.directory / name, self._json(name).get("chat_template")
             if isinstance(template, list):  # several named templates: [{"name": ..., "template": ...}]
                 named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
                 template = named.get("default")
@@ -96,6 +85,9 @@ class Checkpoint:
             if template is not None:
                 return template
         return None
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return read_json(self.directory, name) if find(self.directory, name) else {}
 
     def start_hashing(self) -> None:
         """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""
@@ -137,35 +129,20 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
             )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError when it is missing or anything else."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
-
-
 def _tensors(directory: Path) -> tuple[tuple[str, ...], dict[str, Stored]]:
     """(shard names, tensors by name) of a single file or of an index with its shards."""
-    if (directory / SINGLE).is_file():
+    if find(directory, SINGLE):
         return (SINGLE,), read_header(directory / SINGLE)
-    if not (directory / INDEX).is_file():
+    if not find(directory, INDEX):
         raise CheckpointError(_nothing_to_read(directory))
-    weight_map = read_json(directory / INDEX).get("weight_map")
+    weight_map = read_json(directory, INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{directory / INDEX} has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(f"{directory / INDEX}: {name} is in {shard!r}, which is not a shard's file name")
     shards = tuple(sorted(set(weight_map.values())))
-    missing = [shard for shard in shards if not (directory / shard).is_file()]
+    missing = [shard for shard in shards if not find(directory, shard)]
     if missing:
         raise CheckpointError(f"{directory} lacks {_some(missing)} of its {len(shards)} shards, named in {INDEX}")
     headers = {shard: read_header(directory / shard) for shard in shards}

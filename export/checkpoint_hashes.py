@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from moevlm.export.checkpoint_files import find, read_text
 from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import FileFacts
 
 _PIECE_BYTES = 4 << 20
+_SUMS = "SHA256SUMS"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SUMS_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
@@ -88,27 +90,27 @@ def known_hashes(directory: Path, names: Sequence[str]) -> dict[str, tuple[str, 
     for name in names:
         path = directory / name
         target = path.resolve()
-        record = directory / ".cache/huggingface/download" / f"{name}.metadata"
+        record = f".cache/huggingface/download/{name}.metadata"
         if path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name):
             known[name] = target.name, "the name of its blob in the Hugging Face cache"
-        elif record.is_file():
-            lines = record.read_text(errors="replace").splitlines()
+        elif find(directory, record):
+            lines = read_text(directory, record).splitlines()
             if len(lines) >= 2 and _SHA256.fullmatch(lines[1].strip()):
-                known[name] = lines[1].strip(), str(record.relative_to(directory))
-    sums = _read_sums(directory / "SHA256SUMS")
-    return known | {name: (sums[name], "SHA256SUMS") for name in names if name in sums}
+                known[name] = lines[1].strip(), record
+    sums = _read_sums(directory)
+    return known | {name: (sums[name], _SUMS) for name in names if name in sums}
 
 
-def _read_sums(path: Path) -> dict[str, str]:
-    if not path.is_file():
+def _read_sums(directory: Path) -> dict[str, str]:
+    if find(directory, _SUMS) is None:
         return {}
     sums = {}
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_text(directory, _SUMS).splitlines(), start=1):
         if not line.strip():
             continue
         match = _SUMS_LINE.fullmatch(line)
         if match is None:
-            raise CheckpointError(f"{path} line {number} is not '<sha256>  <file>': {line[:100]!r}")
+            raise CheckpointError(f"{directory / _SUMS} line {number} is not '<sha256>  <file>': {line[:100]!r}")
         sums[match[2].removeprefix("./")] = match[1].lower()
     return sums
 

@@ -274,9 +274,9 @@ def test_flipped_bit_is_refused_by_the_downloaders_record(tmp_path: Path) -> Non
 
 
 def test_flipped_bit_is_refused_by_the_cache_blobs_name(tmp_path: Path) -> None:
-    stored = save_single(tmp_path / "stored") / "model.safetensors"
+    stored = save_single(tmp_path / "models--a--b/snapshots/1") / "model.safetensors"
     expected = hashlib.sha256(stored.read_bytes()).hexdigest()
-    blob = tmp_path / "blobs" / expected
+    blob = tmp_path / "models--a--b/blobs" / expected
     blob.parent.mkdir()
     stored.rename(blob)
     stored.symlink_to(blob)
@@ -347,7 +347,7 @@ def test_chat_template_is_found_in_each_place(tmp_path: Path) -> None:
     directory = save_single(tmp_path / "m")
     checkpoint = Checkpoint.open(directory)
     assert checkpoint.chat_template() is None
-    assert checkpoint.tokenizer is None
+    assert checkpoint.tokenizer() is None
     (directory / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "one"}]}')
     assert checkpoint.chat_template() == "one"
     (directory / "chat_template.json").write_text('{"chat_template": "two"}')
@@ -355,7 +355,7 @@ def test_chat_template_is_found_in_each_place(tmp_path: Path) -> None:
     (directory / "chat_template.jinja").write_text("three")
     assert checkpoint.chat_template() == "three"
     (directory / "tokenizer.json").write_text("{}")
-    assert checkpoint.tokenizer == directory / "tokenizer.json"
+    assert checkpoint.tokenizer() == "{}"
 
 
 def test_chat_template_of_another_type_is_refused(tmp_path: Path) -> None:
