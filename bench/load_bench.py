@@ -16,6 +16,7 @@ from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.console import bytes_text, console
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.prompt import Prompt
+from moevlm.runtime.selection import select
 
 TOKENS = 256
 
@@ -32,7 +33,7 @@ def memory() -> dict[str, int]:
 def main(bundle: Path, target: str | None) -> None:
     """Load one engine, every byte of it hashed, and run a prompt of random tokens."""
     opened = Bundle.open(bundle)
-    name, _ = opened.engine(target)
+    name, _ = select(opened, target)
     size = sum(opened.manifest.files[path].size for path in opened.engine_files(name))
     started = perf_counter()
     engine = load_engine(opened, name)

@@ -45,7 +45,9 @@ def load(
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
-    target: the engine's name, or its beginning up to a colon; by default that of this machine's GPU, else that of cpu.
+    target: the engine's name, or its beginning up to a colon. Of several that run here the first counts in this order:
+    plans for this machine's GPU, cpu, ort-cpu, reference; of one kind int8, unrounded, fp8, int4. `Runtime.target` says
+    which it is.
     threads: for one operator on the CPU, by default all cores.
     spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.

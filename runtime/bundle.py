@@ -3,7 +3,7 @@
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,6 +17,8 @@ from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, digest_of
 MANIFEST = "manifest.json"
 ENGINES = "engines"
 _PIECE_BYTES = 8 << 20
+_KINDS = ("rtx", "trt", "cpu", "ort-cpu", "reference")
+_ROUNDED = ("int8", "", "fp8", "int4")  # "": weights as they are
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
@@ -46,17 +48,15 @@ class Bundle:
         bundle._refuse_strangers()
         return bundle
 
-    def engine(self, target: str | None = None) -> tuple[str, EngineFacts]:
-        """The engine named `target`; without a name the only one, or the only one of cpu, else of ort-cpu.
+    def engine(self, target: str) -> tuple[str, EngineFacts]:
+        """The engine that `target` names, in full or up to a colon; of several the first of `preferred`.
 
-        Raises BundleError, listing the engines that there are, if none fits or several do. What this machine has does
-        not matter here: see `moevlm.runtime.selection`.
+        Raises BundleError, listing the engines that there are, if none fits. What this machine has does not matter
+        here: see `moevlm.runtime.selection`.
         """
         engines = self.manifest.engines
-        names = self.matches(target) if target is not None else default_engines(engines)
-        if len(names) != 1:
-            raise BundleError(f"which engine of {self.directory}? Name a target (available: {self.available})")
-        return names[0], engines[names[0]]
+        name = preferred(engines, self.matches(target))[0]
+        return name, engines[name]
 
     def matches(self, target: str) -> list[str]:
         """The engine of that name, or all whose names begin with it and a colon. Raises BundleError without one."""
@@ -201,15 +201,22 @@ def named_files(engine: EngineFacts) -> tuple[str, ...]:
     return (engine.vision, engine.decoder, *((experts,) if experts else ()))
 
 
-def default_engines(names: Iterable[str]) -> list[str]:
-    """What is meant without a name: CPU engines first, since they run on every machine, and of these the fastest."""
-    names = list(names)
-    for family in ("cpu", "ort-cpu", "reference"):
-        if family in names:
-            return [family]
-        if variants := [name for name in names if name.partition(":")[0] == family]:
-            return variants
-    return names
+def preferred(engines: Mapping[str, EngineFacts], names: Iterable[str]) -> list[str]:
+    """`names` in the order in which an engine is taken where several would do.
+
+    Plans for a GPU come first, then the CPU's fast engines, then those for checks. Of one kind int8 comes first, which
+    costs next to no accuracy and half the bytes or less; then unrounded weights, fp8 and int4.
+    """
+
+    def rank(name: str) -> tuple[int, int, str]:
+        kind, dtype = name.partition(":")[0], engines[name].dtype
+        return (
+            _KINDS.index(kind) if kind in _KINDS else len(_KINDS),
+            _ROUNDED.index(dtype) if dtype in _ROUNDED else _ROUNDED.index(""),
+            name,
+        )
+
+    return sorted(names, key=rank)
 
 
 def is_bundle_path(name: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from moevlm.runtime.errors import MoevlmError
+from moevlm.runtime.installation import install_command
 
 # The order of a newcomer's steps; commands of other packages follow.
 _ORDER = ("export", "build", "inspect", "parity", "run", "bench")
@@ -74,7 +75,7 @@ def require(package: str, extra: str) -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise click.ClickException(f"this command needs {package} (pip install 'moevlm[{extra}]')")
+        raise click.ClickException(f"this command needs {package} ({install_command(extra)})")
 
 
 class OutputFile(click.Path):

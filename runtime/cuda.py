@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 
 ALIGNMENT = 256  # of what is bound to TensorRT
 
@@ -220,7 +221,7 @@ def _load() -> Any:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise EngineError(
-            "no NVIDIA GPU that can be used: cuda-bindings is not installed (pip install 'moevlm[rtx]')"
+            f"no NVIDIA GPU that can be used: cuda-bindings is not installed ({install_command('rtx')})"
         ) from error
     try:
         result = driver.cuInit(0)[0]

@@ -75,14 +75,16 @@ class Runtime:
         *,
         chunk_tokens: int = defaults.CHUNK_TOKENS,
         built_for: TensorRTFacts | None = None,
+        target: str = "",
     ) -> None:
-        """chunk_tokens: the most prompt tokens that go through the decoder in one step.
+        """chunk_tokens: the most prompt tokens that go through the decoder in one step. target: the engine's name.
 
         built_for: sizes that the engine cannot exceed. A step takes at most its chunk_tokens and max_visual, `context`
         is at most its capacity, and images with more patches than its max_patches are refused.
         """
         require_positive("chunk_tokens", chunk_tokens)
         self.model = model
+        self.target = target
         self.tokenizer = tokenizer
         self.engine = engine
         self.chunk_tokens = chunk_tokens

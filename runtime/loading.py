@@ -51,6 +51,7 @@ def load_runtime(
         images,
         chunk_tokens=chunk_tokens,
         built_for=facts.tensorrt,
+        target=name,
     )
 
 

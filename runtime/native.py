@@ -4,6 +4,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 
 OPERATORS = "cpu_operators"
 PLUGIN = "tensorrt_plugin"
@@ -26,4 +27,5 @@ def _path(name: str) -> Path:
         path = folder / f"{name}{suffix}"
         if path.is_file():
             return path
-    raise EngineError(f"{name} was not built in {folder} (install g++, then pip install --force-reinstall moevlm)")
+    others = "; targets ort-cpu do without" if name == OPERATORS else ""
+    raise EngineError(f"{name} was not built in {folder} (install g++, then {install_command()}{others})")

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.native import plugin_path
 
 
@@ -23,7 +24,7 @@ def checked_plugin_path() -> Path:
         if found != recorded:
             raise EngineError(
                 f"{path} was changed after it was installed: its sha256 is {found}, RECORD says {recorded} "
-                "(pip install --force-reinstall moevlm)"
+                f"({install_command()})"
             )
     return path
 

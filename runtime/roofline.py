@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.machine import Machine
 from moevlm.runtime.reports import BenchReport, Limit
 
@@ -20,7 +21,7 @@ def plot(report: BenchReport, path: Path) -> None:
     try:
         from matplotlib import pyplot
     except ImportError as error:
-        raise EngineError("plots need matplotlib (pip install 'moevlm[plot]')") from error
+        raise EngineError(f"plots need matplotlib ({install_command('plot')})") from error
     if report.machine is None:
         raise EngineError("nothing to plot: this machine's limits were not measured")
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -19,7 +19,7 @@ from moevlm.runtime.errors import RequestError
 @click.option(
     "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
 )
-@click.option("--target", help="Which engine of the bundle.  [default: that of the GPU, else that of cpu]")
+@click.option("--target", help="Which engine of the bundle.  [default: for the GPU, else cpu; int8 before others]")
 @click.option(
     "--max-new-tokens",
     metavar="N",

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from moevlm.runtime.bundle import Bundle, default_engines
+from moevlm.runtime.bundle import Bundle, preferred
 from moevlm.runtime.errors import BundleError, EngineError
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
 
 
 def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]:
-    """The engine that `target` names, in full or up to a colon, and that runs here.
+    """The engine that `target` names, in full or up to a colon, and that runs here; the first of `preferred`.
 
-    Without a target the one for this machine's GPU, else what `Bundle.engine` takes of those on the CPU. The GPU is
-    looked for only where an engine needs one. Raises BundleError, saying what there is, if none fits or several do.
+    Without a target the first of all that run here. The GPU is looked for only where an engine needs one. Raises
+    BundleError, saying what there is, if none fits.
     """
     engines = bundle.manifest.engines
-    names = sorted(engines) if target is None else bundle.matches(target)
+    if not engines:
+        where = bundle.directory
+        raise BundleError(f"{where} has no engine yet (moevlm build {where} --checkpoint CHECKPOINT adds one)")
+    names = list(engines) if target is None else bundle.matches(target)
     machine = _Machine()
-    on_cpu, on_gpu, misfits = machine.sorted(engines, names)
-    fitting = on_gpu + on_cpu if target is not None else on_gpu or default_engines(on_cpu)
-    if len(fitting) == 1:
+    on_cpu, on_gpu, misfits = machine.sorted(engines, sorted(names))
+    if fitting := preferred(engines, on_gpu + on_cpu):
         return fitting[0], engines[fitting[0]]
-    if fitting or not misfits:
-        raise BundleError(
-            f"which engine of {bundle.directory}? Name a target (available: {', '.join(fitting) or bundle.available})"
-        )
-    others = default_engines(name for name in engines if engines[name].tensorrt is None)
+    others = preferred(engines, (name for name in engines if engines[name].tensorrt is None))
     hint = f" (use --target {others[0]})" if others else ""
     raise BundleError(
         f"no engine for this machine in {bundle.directory}: it has {_listed(misfits)}; {machine.has}{hint}"

@@ -8,6 +8,7 @@ from collections import deque
 from typing import Any
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.manifest import TensorRTFacts
 from moevlm.runtime.plugin_library import checked_plugin_path
 
@@ -35,7 +36,7 @@ def find_module(facts: TensorRTFacts) -> Any:
         if _runs(name, module.__version__, facts):
             return module
         installed.append(f"{name} {module.__version__}")
-    hint = f"installed: {', '.join(installed)}" if installed else f"pip install 'moevlm[{EXTRAS[facts.product]}]'"
+    hint = f"installed: {', '.join(installed)}" if installed else install_command(EXTRAS[facts.product])
     raise EngineError(f"the engine needs {facts.product} {facts.version} ({hint})")
 
 

@@ -14,6 +14,7 @@ import pytest
 from moevlm.runtime import load
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.installation import install_command
 from tests.bundles import copy_bundle
 from tests.command_line import assert_refused, call, refused_run, spawn
 
@@ -196,7 +197,7 @@ def test_usage_errors_are_one_line_too(
 def test_missing_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torch" else pytest.fail(name))
-    assert_refused(call("build", tmp_path, "-o", tmp_path / "x"), "needs torch", "pip install 'moevlm[export]'")
+    assert_refused(call("build", tmp_path, "-o", tmp_path / "x"), "needs torch", install_command("export"))
 
 
 def test_results_that_cannot_be_written(tiny_bundle: Path) -> None:

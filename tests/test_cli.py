@@ -26,6 +26,7 @@ from PIL import Image
 from moevlm.export.parity_report import ParityReport
 from moevlm.runtime import load, native
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
 from tests.bundles import copy_bundle, edit_manifest, rehash
 from tests.command_line import COMMAND, assert_refused, call, environment, spawn
@@ -263,7 +264,7 @@ def test_bench_asks_for_matplotlib_before_it_measures(tiny_bundle: Path, monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
     result = call("bench", "latency", tiny_bundle, "--plot", tiny_bundle.parent / "roof.png")
     assert (result.status, result.out) == (2, "")
-    assert result.err == "error: this command needs matplotlib (pip install 'moevlm[plot]')\n"
+    assert result.err == f"error: this command needs matplotlib ({install_command('plot')})\n"
 
 
 def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> None:

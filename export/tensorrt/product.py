@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moevlm.runtime.errors import BuildError
+from moevlm.runtime.installation import install_command
 
 RTX_SMS = (75, 80, 86, 89, 120, 121)
 TENSORRT_SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
@@ -35,7 +36,7 @@ PRODUCTS = {product.module: product for product in (RTX, TENSORRT)}
 def installed(product: Product) -> None:
     """Raises BuildError unless the product can be imported."""
     if find_spec(product.module) is None:
-        raise BuildError(f"a {product.kind} target needs {product.module} (pip install 'moevlm[{product.extra}]')")
+        raise BuildError(f"a {product.kind} target needs {product.module} ({install_command(product.extra)})")
 
 
 def load(product: Product, links: Path) -> Any:
@@ -63,7 +64,7 @@ def _link_rtx(links: Path) -> None:
     core = [name for name in libraries if name.startswith("libtensorrt_rtx.so")]
     parser = [name for name in libraries if "onnxparser" in name]
     if not core or not parser:
-        raise BuildError("tensorrt_rtx_libs has no libtensorrt_rtx.so and no ONNX parser (pip install 'moevlm[rtx]')")
+        raise BuildError(f"tensorrt_rtx_libs has no libtensorrt_rtx.so and no ONNX parser ({install_command('rtx')})")
     for name, path in (*libraries.items(), ("libtensorrt_rtx.so", libraries[core[0]])):
         (links / name).unlink(missing_ok=True)
         (links / name).symlink_to(path.resolve())

@@ -200,32 +200,6 @@ def test_absent_target_lists_those_that_are_there(demo: Path) -> None:
     refused(lambda: Bundle.open(demo).engine("rtx:sm89"), "rtx:sm89", "available: ort-cpu, reference")
 
 
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (["reference"], "reference"),
-        (["rtx:sm89"], "rtx:sm89"),
-        (["reference", "ort-cpu"], "ort-cpu"),
-        (["ort-cpu:int4", "ort-cpu"], "ort-cpu"),
-        (["reference", "ort-cpu:int4"], "ort-cpu:int4"),
-        (["reference", "ort-cpu", "cpu:int8"], "cpu:int8"),
-        (["cpu:int4", "cpu:int8", "ort-cpu"], None),
-        (["rtx:sm89", "reference"], "reference"),
-        (["ort-cpu:int8", "ort-cpu:int4", "reference"], None),
-        (["rtx:sm89", "rtx:sm75"], None),
-        ([], None),
-    ],
-)
-def test_engine_without_a_name(demo: Path, targets: list[str], expected: str | None) -> None:
-    edit_manifest(demo, lambda m: m.update(engines={target: engine(target) for target in targets}))
-    bundle = Bundle.open(demo)
-    if expected is None:
-        refused(bundle.engine, f"available: {', '.join(sorted(targets)) or 'none'}")
-    else:
-        assert bundle.engine() == (expected, bundle.manifest.engines[expected])
-        assert bundle.engine(expected) == bundle.engine()
-
-
 def test_files_of_an_engine_include_its_external_data(demo: Path) -> None:
     names = Bundle.open(demo).engine_files("reference")
     assert set(names) == {name for name in FILES if name.startswith("engines/reference/")}

@@ -14,6 +14,7 @@ import pytest
 
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, EngineError
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.selection import select
 from moevlm.runtime.tensorrt_library import find_module
@@ -33,6 +34,7 @@ RTX = TensorRTFacts(
     max_patches=1,
 )
 CPU = EngineFacts(vision="v", decoder="d", dtype="float32")
+INT8, INT4 = (msgspec.structs.replace(CPU, dtype=dtype) for dtype in ("int8", "int4"))
 
 
 def engine(**changes: object) -> EngineFacts:
@@ -99,19 +101,36 @@ def test_where_nothing_fits_it_says_what_there_is(bundle, tmp_path) -> None:
         refused(opened, "rtx:b", "this machine has Fake GPU, compute capability 9.0 (use --target cpu:int4)")
 
 
-def test_a_target_is_a_full_name_or_a_beginning_that_leaves_no_choice(bundle, tmp_path) -> None:
+def test_a_target_is_a_full_name_or_a_beginning(bundle, tmp_path) -> None:
     opened = bundle(cpu_int8=CPU, cpu_int4=CPU, **{"rtx_sm89_bf16": engine(), "rtx_sm120_bf16": engine(sms=(120,))})
     with machine(tmp_path):
         for target in ("rtx", "rtx:sm89", "rtx:sm89:bf16"):
             assert select(opened, target)[0] == "rtx:sm89:bf16"
         refused(opened, "rtx:sm120", "needs compute capability 12.0")
-        refused(opened, "cpu", "Name a target (available: cpu:int4, cpu:int8)")
         refused(opened, "cp", "no engine 'cp'", "available: cpu:int4, cpu:int8, rtx:sm120:bf16, rtx:sm89:bf16")
         refused(opened, "rtx:sm8", "no engine 'rtx:sm8'")
-        two = bundle(cpu_int8=CPU, rtx_bf16=engine(), rtx_fp16=engine())
-        refused(two, None, "Name a target (available: rtx:bf16, rtx:fp16)")
-    exact = bundle(cpu=CPU, cpu_int8=CPU)
+    exact = bundle(cpu=CPU, cpu_int8=INT8)
     assert select(exact, "cpu")[0] == "cpu"
+
+
+def test_of_several_that_run_int8_comes_first_and_the_fastest_kind(bundle, tmp_path) -> None:
+    on_cpu = {"reference": CPU, "ort-cpu": CPU, "ort-cpu_int8": INT8, "cpu_int4": INT4, "cpu_int8": INT8}
+    with machine(tmp_path, 89):
+        for names, target, expected in (
+            (on_cpu, None, "cpu:int8"),
+            (on_cpu, "cpu", "cpu:int8"),
+            (on_cpu, "ort-cpu", "ort-cpu"),
+            ({"reference", "ort-cpu", "cpu_int4"}, None, "cpu:int4"),
+            ({"reference", "ort-cpu"}, None, "ort-cpu"),
+        ):
+            assert select(bundle(**{name: on_cpu[name] for name in names}), target)[0] == expected
+        plans = {"rtx_bf16": engine(), "rtx_bf16-int4": msgspec.structs.replace(engine(), dtype="int4")}
+        assert select(bundle(**on_cpu, **plans))[0] == "rtx:bf16"
+        assert select(bundle(**on_cpu, **plans), "rtx:bf16-int4")[0] == "rtx:bf16-int4"
+
+
+def test_a_bundle_without_engines_says_how_to_build_one(bundle) -> None:
+    refused(bundle(), None, "has no engine yet (moevlm build")
 
 
 @pytest.mark.parametrize(
@@ -145,7 +164,7 @@ def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, facts, expect
         assert find_module(wanted).__name__ == expected
         return
     shown = ", ".join(f"{name} {version}" for name, version in installed.items())
-    text = f"installed: {shown}" if installed else "pip install 'moevlm[gpu]'"
+    text = f"installed: {shown}" if installed else install_command("gpu")
     with pytest.raises(EngineError, match=re.escape(f"needs tensorrt {facts['version']} ({text})")):
         find_module(wanted)
 
