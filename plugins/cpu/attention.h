@@ -56,13 +56,17 @@ struct Kernels {
   void (*combine)(const Attention&, const Task&, const float* partials, int64_t count);
 };
 
-// Stack space of a task is fixed: rows * head_dim and entries * head_dim of a tile stay within these.
-constexpr int64_t kTileRows = 96, kTileFloats = 96 * 128;
+// Stack space of a task is fixed. A tile holds kTileFloats of queries, whole register tiles of rows: kRowUnit is a
+// multiple of every instruction set's MOEVLM_TILE_M, so that rows rounded up to one still fit.
+constexpr int64_t kTileRows = 96, kTileFloats = 96 * 128, kRowUnit = 12;
 
-inline int64_t tile_tokens(const Attention& call) {
-  int64_t rows = kTileFloats / call.head_dim < kTileRows ? kTileFloats / call.head_dim : kTileRows;
-  return rows / call.group();
+constexpr int64_t tile_rows(int64_t head_dim) {
+  const int64_t rows = kTileFloats / head_dim < kTileRows ? kTileFloats / head_dim : kTileRows;
+  return rows / kRowUnit * kRowUnit;
 }
+static_assert(kTileRows % kRowUnit == 0 && tile_rows(kMaxHeadDim) >= kMaxGroup);
+
+inline int64_t tile_tokens(const Attention& call) { return tile_rows(call.head_dim) / call.group(); }
 
 // Throws std::bad_alloc.
 void attend(const Attention&, const Pool&);

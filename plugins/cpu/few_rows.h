@@ -8,6 +8,7 @@
 namespace moevlm::MOEVLM_ISA {
 
 constexpr int64_t kFewRows = 16, kFewRowsBlock = 256;
+static_assert(kFewRows <= kTileRows && kFewRows * kMaxHeadDim <= kTileFloats && kFewRowsBlock % kLanes == 0);
 // Rows of float fill whole lines and processors foresee them, read in order: read side by side, they came at half the
 // bandwidth. Rows of int8 end within a line and take longer to multiply than to fetch: they are read side by side, and
 // asked for so many bytes ahead.

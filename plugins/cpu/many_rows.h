@@ -10,6 +10,7 @@ namespace moevlm::MOEVLM_ISA {
 constexpr int64_t kPanel = 2 * kLanes;  // keys in a panel of the transposed block
 constexpr int64_t kDepth = 64;  // of head_dim in one sum: the rounding of longer ones shows
 constexpr int64_t kBlock = 128, kBlockFloats = 128 * 128;
+static_assert(kRowUnit % MOEVLM_TILE_M == 0 && kBlock % kPanel == 0 && kBlockFloats / kMaxHeadDim >= kPanel);
 
 // panels[count / kPanel][size][kPanel] = keys[count][size] transposed, with zeros for the keys that fill the last one.
 template <class T>

@@ -200,6 +200,19 @@ def test_agrees_with_float64(shape: Case, norm: bool, dtype: str, rng: np.random
 
 
 @pytest.mark.parametrize("dtype", ONNX_TYPES)
+@pytest.mark.parametrize("several", [False, True], ids=["one head", "groups"])
+def test_every_head_size_over_several_blocks_of_keys_and_rows(
+    several: bool, dtype: str, rng: np.random.Generator
+) -> None:
+    for i, head_dim in enumerate(range(8, 513, 8)):
+        group = (3, 4, 5, 8, 16)[i % 5] if several else 1
+        length = max(200 // group, 40)  # rows of several tiles; a block of the widest heads is 16 or 32 keys
+        case = Case(length=length, heads=group, kv_heads=1, head_dim=head_dim, rotary_dim=0, past=150, dtype=dtype)
+        inputs = make_inputs(case, rng)
+        check(case, inputs, run(case, inputs))
+
+
+@pytest.mark.parametrize("dtype", ONNX_TYPES)
 @pytest.mark.parametrize("length", [1, 7, 200])
 def test_threads_do_not_change_a_bit(length: int, dtype: str, rng: np.random.Generator) -> None:
     case = Case(batch=2, length=length, head_dim=64, past=900, dtype=dtype)
