@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moevlm.export.flip_margin import flip_margin
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
 from moevlm.export.parity_batches import Batches, Room
@@ -183,7 +184,7 @@ def _routing(
     for sparse, layer in enumerate(expected.config.moe_layers):
         mine, theirs = np.sort(taps[f"layers.{layer}.expert_index"], -1), np.sort(expected.routing[sparse], -1)
         rows = [int(row) for row in np.flatnonzero((mine != theirs).any(-1))]
-        flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row], theirs[row])) for row in rows]
+        flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row])) for row in rows]
     total = sum(map(len, expected.routing))
     widest = max((flip.margin for flip in flips), default=0.0)
     note = f"of {total}" + (", from its logits" if kernel_routes else "")
@@ -197,14 +198,11 @@ def _routing(
     return Check(step, "share of routings that differ", share, tolerance.flips, passed, note, flips)
 
 
-def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array) -> float:
-    """How far apart, in choice score, the experts are that only one side chose."""
+def _margin(expected: Expected, layer: int, row: int, mine: Array) -> float:
+    """How near a tie a token was, by the scores of transformers, see `flip_margin`."""
     router = expected.config.moe[expected.config.moe_layers[layer]].router
-    logits, bias = expected.router_logits[layer][row], expected.biases[layer]
-    score = reference.SCORING.get(router.scoring, lambda x: x)(logits) + (0 if bias is None else bias)
-    lost, gained = np.setdiff1d(theirs, mine), np.setdiff1d(mine, theirs)
-    # Groups and biases leave no order between the two; as many must have come as have gone, or one was chosen twice.
-    return float(np.ptp(score[[*lost, *gained]])) if len(lost) == len(gained) else float("inf")
+    logits, bias = expected.router_logits[layer][row, None], expected.biases[layer]
+    return flip_margin(reference.choice_scores(logits, router, bias)[0], mine, router)
 
 
 def _alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ class Flip(msgspec.Struct, frozen=True):
     """A token that went to another set of experts than in transformers.
 
     layer: of the decoder. token: its place among all tokens of all prompts. margin: gap in choice score between the
-    experts that were exchanged.
+    experts, or the groups of experts, that were exchanged, see `flip_margin`.
     """
 
     layer: int

@@ -50,29 +50,47 @@ def route(logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[A
     Returns (index [T, k] int32, weight [T, k] float32), the highest choice score first, ties to the lower index.
     """
     spec.check(logits.shape[1])
-    logits = logits.astype(np.float32)
-    scores = logits if spec.scoring == "softmax_after_topk" else SCORING[spec.scoring](logits)
-    choice = scores if bias is None else scores + bias.astype(np.float32)
+    choice = choice_scores(logits, spec, bias)
     if spec.n_group > 1:
         choice = _mask_groups(choice, spec)
     index = top(choice, spec.top_k)
-    weight = np.take_along_axis(scores, index, axis=1)
+    return index.astype(np.int32), weigh(logits, index, spec)
+
+
+def choice_scores(logits: Array, spec: RouterSpec, bias: Array | None = None) -> Array:
+    """What experts are chosen by, [T, E] float32: their scores, and the bias. Groups are not looked at."""
+    scores = _scores(logits, spec)
+    return scores if bias is None else scores + bias.astype(np.float32)
+
+
+def weigh(logits: Array, index: Array, spec: RouterSpec) -> Array:
+    """The weights [T, k] float32 of the experts `index` [T, k], whoever chose them."""
+    weight = np.take_along_axis(_scores(logits, spec), index, axis=1)
     if spec.scoring == "softmax_after_topk":
         weight = softmax(weight)
     if spec.renormalize:
         weight = weight / (weight.sum(axis=1, keepdims=True) + np.float32(spec.epsilon))
-    return index.astype(np.int32), weight * np.float32(spec.scale)
+    return weight * np.float32(spec.scale)
+
+
+def _scores(logits: Array, spec: RouterSpec) -> Array:
+    logits = logits.astype(np.float32)
+    return logits if spec.scoring == "softmax_after_topk" else SCORING[spec.scoring](logits)
+
+
+def group_scores(choice: Array, spec: RouterSpec) -> Array:
+    """[T, n_group]: what groups are chosen by, from choice scores [T, E]."""
+    tokens, experts = choice.shape
+    best = -np.sort(-choice.reshape(tokens, spec.n_group, experts // spec.n_group), axis=2)
+    return best[:, :, 0] if spec.group_score == "max" else best[:, :, 0] + best[:, :, 1]
 
 
 def _mask_groups(choice: Array, spec: RouterSpec) -> Array:
     """Choice scores [T, E] with -inf at every expert outside the token's best topk_group groups."""
     tokens, experts = choice.shape
-    grouped = choice.reshape(tokens, spec.n_group, experts // spec.n_group)
-    best = -np.sort(-grouped, axis=2)
-    group_score = best[:, :, 0] if spec.group_score == "max" else best[:, :, 0] + best[:, :, 1]
     kept = np.zeros((tokens, spec.n_group), bool)
-    np.put_along_axis(kept, top(group_score, spec.topk_group), True, axis=1)
-    return np.where(kept[:, :, None], grouped, np.float32(-np.inf)).reshape(tokens, experts)
+    np.put_along_axis(kept, top(group_scores(choice, spec), spec.topk_group), True, axis=1)
+    return np.where(np.repeat(kept, experts // spec.n_group, axis=1), choice, np.float32(-np.inf))
 
 
 def experts(
