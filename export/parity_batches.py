@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 
-from moevlm.export.tolerances import GREEDY_TOKENS
+from moevlm.export.tolerances import DECODE_STEPS
 from moevlm.runtime.batch import Batch, cache_capacity
 from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.errors import RequestError
@@ -20,7 +20,7 @@ from moevlm.runtime.prompt import Prompt
 class Room:
     """batch: prompts stepped together. chunk_tokens: of each in a step. capacity: tokens in a cache.
 
-    steps: decode steps behind the longest prompt, GREEDY_TOKENS - 1 where the cache has room for them.
+    steps: decode steps behind the longest prompt, DECODE_STEPS where the cache has room for them.
     """
 
     batch: int
@@ -32,14 +32,14 @@ class Room:
     def of(cls, prompts: Sequence[Prompt], context: int, limits: TensorRTFacts | None) -> Self:
         """limits: None for an engine without. Raises RequestError if not one step behind a prompt fits."""
         longest = max(len(prompt.ids) for prompt in prompts)
-        batch, chunk_tokens, capacity = len(prompts), longest, cache_capacity(longest + GREEDY_TOKENS, context)
+        batch, chunk_tokens, capacity = len(prompts), longest, cache_capacity(longest + DECODE_STEPS, context)
         if limits is not None:
             batch = min(batch, limits.max_batch, limits.max_visual)
             chunk_tokens = min(chunk_tokens, limits.chunk_tokens, limits.max_visual // batch)
             capacity = min(capacity, limits.capacity)
         if longest >= capacity:
             raise RequestError(f"parity needs a cache of {longest + 1} tokens, the engine has {capacity}")
-        return cls(batch, chunk_tokens, capacity, min(GREEDY_TOKENS - 1, capacity - longest))
+        return cls(batch, chunk_tokens, capacity, min(DECODE_STEPS, capacity - longest))
 
 
 class Batches:

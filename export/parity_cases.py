@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moevlm.export.tolerances import GREEDY_TOKENS
+from moevlm.export.tolerances import DECODE_STEPS
 from moevlm.runtime.engine import VisionInputs
 from moevlm.runtime.errors import RequestError
 from moevlm.runtime.manifest import ModelFacts
@@ -19,11 +19,21 @@ _SIDE = 5  # the largest side of an image, in visual tokens
 
 @dataclass(frozen=True)
 class Case:
-    """prompt: ids with images expanded. grids: (h, w) in patches. patches: [P, patch_dim] float32 of all its images."""
+    """A prompt and the tokens that follow it, drawn beforehand: every step gets the same ones (teacher forcing).
+
+    prompt: ids with images expanded. whole: the same with DECODE_STEPS more tokens. grids: (h, w) in patches.
+    patches: [P, patch_dim] float32 of all its images.
+    """
 
     prompt: Prompt
+    whole: Prompt
     grids: list[tuple[int, int]]
     patches: np.ndarray
+
+    @property
+    def continuation(self) -> np.ndarray:
+        """[DECODE_STEPS] int64."""
+        return self.whole.ids[len(self.prompt.ids) :]
 
 
 def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int) -> list[Case]:
@@ -53,8 +63,9 @@ def _case(
         marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
         start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
         ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
-    if len(ids) + GREEDY_TOKENS > model.context:
-        raise RequestError(f"parity needs a context of {len(ids) + GREEDY_TOKENS}, the model has {model.context}")
+    if len(ids) + DECODE_STEPS > model.context:
+        raise RequestError(f"parity needs a context of {len(ids) + DECODE_STEPS}, the model has {model.context}")
     patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
     patches = rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)
-    return Case(Prompt.from_ids(ids, grids, model), grids, patches)
+    whole = [*ids, *rng.choice(ordinary, DECODE_STEPS)]
+    return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)

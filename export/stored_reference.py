@@ -11,7 +11,6 @@ from moevlm.export.parity_cases import Case, pack
 from moevlm.export.parity_checks import Expected, hidden_states, taps_of_prompts
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.export.sparsity import pruned
-from moevlm.export.tolerances import GREEDY_TOKENS
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.export.weights import Weight
 from moevlm.runtime.batch import Batch, cache_capacity
@@ -71,20 +70,16 @@ def expected_on(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> 
 
 
 def answer(engine: TorchEngine, case: Case, facts: ModelFacts) -> Answer:
-    """What `Oracle.answer` is for transformers: one case alone, and its greedy tokens."""
+    """What `Oracle.answer` is for transformers: one case alone, in one pass."""
     images = pack([case], facts)
     visual = None if images is None else engine.encode(images)
-    capacity = cache_capacity(len(case.prompt.ids) + GREEDY_TOKENS, facts.context)
-    batch = Batch(engine, facts, [case.prompt], visual, capacity)
-    prefill = batch.prefill(every_position=True)
+    size, length = len(case.prompt.ids), len(case.whole.ids)
+    batch = Batch(engine, facts, [case.whole], visual, cache_capacity(length, facts.context))
+    logits = batch.prefill(every_position=True)
     routing, router_logits = (
-        [engine.taps[f"layers.{i}.{name}"] for i in engine.config.moe_layers]
+        [engine.taps[f"layers.{i}.{name}"][:size] for i in engine.config.moe_layers]
         for name in ("expert_index", "router_logits")
     )
-    decode = [prefill[-1]]
-    while len(decode) < GREEDY_TOKENS:
-        decode += list(batch.decode([int(decode[-1].argmax())]))
-    logits = np.stack(decode)
     embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
     deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
-    return Answer(embeds, deepstack, prefill, logits, logits.argmax(-1), routing, router_logits)
+    return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits)

@@ -85,7 +85,7 @@ ROUNDING = {  # by dtype of the experts
     "fp8": RoundingTolerance(kl=0.1, usual_kl=0.015),
     "int4": RoundingTolerance(kl=0.25, usual_kl=0.22),
 }
-GREEDY_TOKENS = 64
+DECODE_STEPS = 64  # behind every prompt
 ALONE_STEPS = 4  # decode steps of a prompt by itself
 CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moevlm.export.parity_checks import _routing
+from moevlm.export.parity_checks import _first_choices, _routing
 from moevlm.export.parity_report import Check
 from moevlm.export.tolerances import Tolerance
 from moevlm.plugins.spec import RouterSpec
@@ -56,3 +56,23 @@ def test_margin_is_in_the_scores_that_choose_bias_included() -> None:
     assert check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.0, 0.5, 0.5005]).passed
     assert not check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.0, 0.1, 0.5]).passed
     assert not check([[0, 1]], [2.0, 0.0, 3.0], [0, 2], bias=[0.0, 0.5, 0.5]).passed
+
+
+@pytest.mark.parametrize(
+    ("ours", "different", "passed"),
+    [
+        ([[1.0, 4.0, 4.0003]], 0, True),
+        ([[1.0, 4.0004, 4.0003]], 1, True),  # closer than two errors of 1e-4 of the largest
+        ([[4.1, 4.0, 4.0003]], 1, False),
+        ([[np.nan, 4.0, 4.0003]], 1, False),
+    ],
+)
+def test_another_first_choice_passes_at_a_near_tie_only(ours: list, different: int, passed: bool) -> None:
+    theirs = np.array([[1.0, 4.0, 4.0003]], np.float32)
+    found = _first_choices("engine", [(theirs, theirs), (np.array(ours, np.float32), theirs)], 1e-4)
+    assert (found.value, found.passed) == (different, passed)
+    assert found.note.startswith("of 2")
+
+
+def test_first_choices_of_another_vocabulary_fail() -> None:
+    assert not _first_choices("engine", [(np.zeros((1, 3)), np.zeros((1, 4)))], 1e-4).passed

@@ -25,7 +25,7 @@ from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, table_of
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.tensorrt.options import DTYPES, PlanOptions
-from moevlm.export.tolerances import GREEDY_TOKENS, PLAN_TOLERANCES, TOLERANCES
+from moevlm.export.tolerances import DECODE_STEPS, PLAN_TOLERANCES, TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.export.weights import Constant, read
 from moevlm.runtime.bundle import Bundle
@@ -62,7 +62,7 @@ def test_a_right_engine_passes_within_what_it_was_built_for(
     assert set(noted) == {TARGET}
     assert (noted[TARGET]["result"], noted[TARGET]["seed"]) == ("passed", 3)
     assert list(noted[TARGET]["checks"])[:6] == [*OUTPUTS, "each prompt alone"]
-    assert list(noted[TARGET]["checks"])[6].endswith(" greedy tokens that differ")
+    assert list(noted[TARGET]["checks"])[6] == "first choices that differ"
     (shown,) = [line for line in call("inspect", bundle).out.splitlines() if TARGET in line and "passed" in line]
     assert "float32" in shown
 
@@ -272,12 +272,12 @@ def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> Non
     expected = canonical.expected()
     longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.facts.context
     free = Room.of(expected.prompts, context, None)
-    assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, GREEDY_TOKENS - 1)
+    assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, DECODE_STEPS)
     for sizes, room in (
-        ({"capacity": 192}, (2, min(longest, 24), free.capacity, GREEDY_TOKENS - 1)),
+        ({"capacity": 192}, (2, min(longest, 24), free.capacity, DECODE_STEPS)),
         ({"capacity": longest + 9}, (2, min(longest, 24), longest + 9, 9)),
-        ({"capacity": 192, "max_visual": 1}, (1, 1, free.capacity, GREEDY_TOKENS - 1)),
-        ({"capacity": 192, "max_visual": 20, "max_batch": 3}, (3, 6, free.capacity, GREEDY_TOKENS - 1)),
+        ({"capacity": 192, "max_visual": 1}, (1, 1, free.capacity, DECODE_STEPS)),
+        ({"capacity": 192, "max_visual": 20, "max_batch": 3}, (3, 6, free.capacity, DECODE_STEPS)),
     ):
         assert Room.of(expected.prompts, context, limits(**sizes)) == Room(*room)
     with pytest.raises(RequestError, match=f"parity needs a cache of {longest + 1} tokens, the engine has {longest}"):
