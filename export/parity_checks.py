@@ -186,7 +186,7 @@ def _routing(
     for sparse, layer in enumerate(expected.config.moe_layers):
         mine, theirs = np.sort(taps[f"layers.{layer}.expert_index"], -1), np.sort(expected.routing[sparse], -1)
         rows = [int(row) for row in np.flatnonzero((mine != theirs).any(-1))]
-        flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row])) for row in rows]
+        flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row], theirs[row])) for row in rows]
     total = sum(map(len, expected.routing))
     widest = max((flip.margin for flip in flips), default=0.0)
     note = f"of {total}" + (", from its logits" if kernel_routes else "")
@@ -200,11 +200,15 @@ def _routing(
     return Check(step, "share of routings that differ", share, tolerance.flips, passed, note, flips)
 
 
-def _margin(expected: Expected, layer: int, row: int, mine: Array) -> float:
-    """How near a tie a token was, by the scores of transformers, see `flip_margin`."""
+def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array) -> float:
+    """How near a tie a token was, by the scores of transformers, see `flip_margin`.
+
+    Both choices have to follow from them: a router that is read wrongly finds no tie in its own.
+    """
     router = expected.config.moe[expected.config.moe_layers[layer]].router
     logits, bias = expected.router_logits[layer][row, None], expected.biases[layer]
-    return flip_margin(reference.choice_scores(logits, router, bias)[0], mine, router)
+    (choice,) = reference.choice_scores(logits, router, bias)
+    return max(flip_margin(choice, mine, router), flip_margin(choice, theirs, router))
 
 
 def _alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]:

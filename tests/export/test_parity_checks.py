@@ -53,9 +53,9 @@ def test_flip_without_a_tie_fails(mine: list[int], logits: list[float]) -> None:
 
 
 def test_margin_is_in_the_scores_that_choose_bias_included() -> None:
-    assert check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.0, 0.5, 0.5005]).passed
-    assert not check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.0, 0.1, 0.5]).passed
-    assert not check([[0, 1]], [2.0, 0.0, 3.0], [0, 2], bias=[0.0, 0.5, 0.5]).passed
+    assert check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.5, 0.5, 0.5005]).passed
+    assert not check([[0, 1]], [2.0, 0.0, 0.0], [0, 2], bias=[0.5, 0.1, 0.5]).passed
+    assert not check([[0, 1]], [2.0, 0.0, 3.0], [0, 2], bias=[0.5, 0.5, 0.5]).passed
 
 
 @pytest.mark.parametrize(
