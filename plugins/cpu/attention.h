@@ -6,11 +6,11 @@
 #include <cstdint>
 
 #include "parallel.h"
+#include "sizes.h"
 
 namespace moevlm {
 
-constexpr int64_t kMaxHeadDim = 512;
-constexpr int64_t kMaxGroup = 16;
+constexpr int64_t kTaskHeads = 16;
 
 // Below, "entry" is a token's place in the cache, "token" its place among the new ones, and a "group" the query heads
 // that share a key/value head.
@@ -32,16 +32,19 @@ struct Attention {
   int64_t row_bytes() const { return quantized ? head_dim + 4 : head_dim * 4; }
 };
 
-// Some consecutive tokens of a sequence, with all heads of a group, against some entries of the cache.
+// Some consecutive tokens of a sequence, with up to kTaskHeads heads of a group, against some entries of the cache.
 struct Task {
   int64_t sequence, kv_head;
+  int64_t head, heads;
   int64_t token, tokens;
   int64_t begin, end;  // entries; causality hides more of them from some of the tokens
   bool append;         // first write those of the entries that are new
   float* partial;      // where the unfinished result goes: see Partial; null: finish, and write to y
+
+  int64_t rows() const { return tokens * heads; }
 };
 
-// The result of a task before division: rows (token-major, then head of the group) of head_dim sums, and per row the
+// The result of a task before division: rows (token-major, then head) of head_dim sums, and per row the
 // maximum score, in powers of two, and the sum of weights relative to it.
 struct Partial {
   static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
@@ -64,9 +67,7 @@ constexpr int64_t tile_rows(int64_t head_dim) {
   const int64_t rows = kTileFloats / head_dim < kTileRows ? kTileFloats / head_dim : kTileRows;
   return rows / kRowUnit * kRowUnit;
 }
-static_assert(kTileRows % kRowUnit == 0 && tile_rows(kMaxHeadDim) >= kMaxGroup);
-
-inline int64_t tile_tokens(const Attention& call) { return tile_rows(call.head_dim) / call.group(); }
+static_assert(kTileRows % kRowUnit == 0 && tile_rows(kMaxHeadDim) >= kTaskHeads);
 
 // Throws std::bad_alloc.
 void attend(const Attention&, const Pool&);

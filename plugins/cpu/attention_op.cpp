@@ -10,8 +10,6 @@ namespace moevlm {
 namespace {
 
 enum Input { kQkv, kCos, kSin, kKeyCache, kValueCache, kPosition, kQNorm, kKNorm, kInputs };
-constexpr const char* kInputNames[] = {"qkv",         "cos",            "sin",    "key_cache",
-                                       "value_cache", "cache_position", "q_norm", "k_norm"};
 
 // A cache as it was, where the caller keeps it apart from the new one.
 void copy_cache(const Pool& pool, const Tensor& from, char* to, size_t heads, size_t bytes) {
@@ -24,31 +22,33 @@ void copy_cache(const Pool& pool, const Tensor& from, char* to, size_t heads, si
 template <ort::ElementType Cache>
 struct AttentionOp {
   static constexpr const char* name = "CachedAttention";
-  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kFloat}, {ort::kFloat}, {Cache}, {Cache}, {ort::kInt64},
-                                    {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}};
-  static constexpr Port outputs[] = {{ort::kFloat}, {Cache}, {Cache}};
+  static constexpr Port inputs[] = {{"qkv", ort::kFloat},
+                                    {"cos", ort::kFloat},
+                                    {"sin", ort::kFloat},
+                                    {"key_cache", Cache},
+                                    {"value_cache", Cache},
+                                    {"cache_position", ort::kInt64},
+                                    {"q_norm", ort::kFloat, ort::kOptional},
+                                    {"k_norm", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache}};
   static constexpr bool quantized = Cache == ort::kInt8;
   int64_t heads, kv_heads, rotary_dim;
   float epsilon;
 
   explicit AttentionOp(const Attributes& a)
-      : heads(a.integer("heads")),
-        kv_heads(a.integer("kv_heads")),
-        rotary_dim(a.integer("rotary_dim")),
+      : heads(a.integer("heads", 1, kMaxHeads)),
+        kv_heads(a.integer("kv_heads", 1, heads)),
+        rotary_dim(a.integer("rotary_dim", 0, kMaxHeadDim)),
         epsilon(a.number_or("epsilon", 1e-6f)) {
-    if (heads < 1) invalid("heads = ", heads, " (allowed: 1 or more)");
-    if (kv_heads < 1 || heads % kv_heads || heads / kv_heads > kMaxGroup) {
-      invalid("kv_heads = ", kv_heads, " with heads = ", heads,
-              " (allowed: heads / kv_heads a whole number from 1 to ", kMaxGroup, ")");
-    }
-    if (rotary_dim < 0 || rotary_dim % 2) invalid("rotary_dim = ", rotary_dim, " (allowed: even, 0 or more)");
+    if (heads % kv_heads) invalid("kv_heads = ", kv_heads, " with heads = ", heads, " (allowed: a divisor of heads)");
+    if (rotary_dim % 2) invalid("rotary_dim = ", rotary_dim, " (allowed: even)");
     if (!(epsilon >= 0)) invalid("epsilon = ", epsilon, " (allowed: 0 or more)");
   }
 
-  Attention read(const Tensor (&in)[kInputs]) const {
+  Attention read(const std::array<Tensor, kInputs>& in) const {
     const Shape &qkv = in[kQkv].shape, &cos = in[kCos].shape, &cache = in[kKeyCache].shape;
     const auto require = [&](Input input, const Shape& shape, const char* meaning) {
-      require_shape(kInputNames[input], in[input], shape, meaning);
+      require_shape(inputs[input].name, in[input], shape, meaning);
     };
     Attention call = {};
     call.heads = heads;
@@ -59,16 +59,17 @@ struct AttentionOp {
     if (cos.size() != 3) invalid("cos has shape ", text(cos), " (allowed: [B, S, rotary_dim / 2])");
     call.batch = cos[0];
     call.length = cos[1];
-    const int64_t slots = heads + 2 * kv_heads;
-    if (qkv.size() != 2 || qkv[1] % (slots * 8) || qkv[1] < slots * 8 || qkv[1] > slots * kMaxHeadDim) {
-      invalid("qkv has shape ", text(qkv), " (allowed: [B * S, ", slots,
-              " * head_dim], head_dim a multiple of 8 up to ", kMaxHeadDim, ")");
+    const int64_t tokens = product(call.batch, call.length), slots = heads + 2 * kv_heads;
+    if (tokens > kMaxTokens) invalid("cos has shape ", text(cos), " (allowed: B * S up to ", kMaxTokens, ")");
+    if (qkv.size() != 2 || qkv[1] % (slots * 2) || qkv[1] < slots * 2 || qkv[1] > slots * kMaxHeadDim) {
+      invalid("qkv has shape ", text(qkv), " (allowed: [B * S, ", slots, " * head_dim], head_dim even, 2 to ",
+              kMaxHeadDim, ")");
     }
     call.head_dim = qkv[1] / slots;
     if (rotary_dim > call.head_dim) {
       invalid("rotary_dim = ", rotary_dim, " (allowed: up to head_dim, which is ", call.head_dim, ")");
     }
-    require(kQkv, {call.batch * call.length, qkv[1]}, "a row for each token of cos [B, S, rotary_dim / 2]");
+    require(kQkv, {tokens, qkv[1]}, "a row for each token of cos [B, S, rotary_dim / 2]");
     require(kCos, {call.batch, call.length, rotary_dim / 2}, "[B, S, rotary_dim / 2]");
     require(kSin, cos, "that of cos");
     require(kPosition, {call.batch}, "a number per sequence");
@@ -95,13 +96,12 @@ struct AttentionOp {
   }
 
   void compute(Call& node) const {
-    Tensor in[kInputs];
-    for (int i = 0; i < kInputs; ++i) in[i] = node.input(i);
+    const auto in = read_inputs(node, inputs);
     Attention call = read(in);
     call.y = node.output<float>(0, {call.batch * call.length, heads * call.head_dim});
     char* key = node.output<char>(1, in[kKeyCache].shape);
     char* value = node.output<char>(2, in[kValueCache].shape);
-    const size_t bytes = call.capacity * call.row_bytes();
+    const size_t bytes = product(call.capacity, call.row_bytes());  // of a head; without sequences, of any size
     const Pool pool = node.pool();
     copy_cache(pool, in[kKeyCache], key, call.batch * kv_heads, bytes);
     copy_cache(pool, in[kValueCache], value, call.batch * kv_heads, bytes);

@@ -57,10 +57,20 @@ inline void prepare(
 inline void write_row(const float* x, int64_t size, float* row) { std::memcpy(row, x, size * sizeof(float)); }
 
 inline void write_row(const float* x, int64_t size, int8_t* row) {
-  Vec top = {};
-  for (int64_t d = 0; d < size; d += kLanes) top = larger(larger(load(x + d), -load(x + d)), top);
-  const float most = largest(top), scale = most / 127, inverse = most > 0 ? 127 / most : 0;
-  for (int64_t d = 0; d < size; ++d) row[d] = static_cast<int8_t>(std::nearbyint(x[d] * inverse));
+  Ints top = {};
+  for (int64_t d = 0; d < size; d += kLanes) {
+    const Ints next = magnitude(load(x + d));
+    top = next > top ? next : top;
+  }
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = top[i] > bits ? top[i] : bits;
+  float most;  // NaN if there is one, which the scale carries to the result
+  std::memcpy(&most, &bits, sizeof most);
+  const float scale = most / 127, inverse = most > 1e-35f ? 127 / most : 0;
+  for (int64_t d = 0; d < size; ++d) {
+    const float value = x[d] * inverse, low = value > -127 ? value : -127;  // -127 of NaN, which has no integer
+    row[d] = static_cast<int8_t>(std::nearbyint(low < 127 ? low : 127));
+  }
   std::memcpy(row + size, &scale, sizeof scale);
 }
 

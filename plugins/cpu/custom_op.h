@@ -1,9 +1,11 @@
 // What every operator of the library needs around its computation: tensors in and out, attributes, errors as statuses.
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -12,6 +14,7 @@
 
 #include "ort_abi.h"
 #include "parallel.h"
+#include "sizes.h"
 
 namespace moevlm {
 
@@ -80,9 +83,9 @@ struct Attributes {
     return value;
   }
 
-  int64_t integer_or(const char* name, int64_t otherwise) const {
+  int64_t integer_or(const char* name, int64_t otherwise, int64_t low, int64_t high) const {
     int64_t value = 0;
-    return found(api->attribute_int(info, name, &value)) ? value : otherwise;
+    return found(api->attribute_int(info, name, &value)) ? integer(name, low, high) : otherwise;
   }
 
   float number_or(const char* name, float otherwise) const {
@@ -126,10 +129,10 @@ struct Tensor {
   const T* as() const {
     return static_cast<const T*>(data);
   }
-  size_t elements() const {
-    size_t count = 1;
-    for (int64_t size : shape) count *= static_cast<size_t>(size);
-    return count;
+  // A size of 0 makes no elements, whatever the others are.
+  int64_t elements() const {
+    if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return 0;
+    return std::accumulate(shape.begin(), shape.end(), int64_t{1}, product);
   }
 };
 
@@ -189,9 +192,18 @@ inline void require_shape(const char* name, const Tensor& tensor, const Shape& s
 }
 
 struct Port {
+  const char* name;
   ort::ElementType type;
   ort::Characteristic required = ort::kRequired;
 };
+
+// The inputs of a call. ONNX Runtime refuses graphs in which one that is required is missing.
+template <size_t N>
+std::array<Tensor, N> read_inputs(const Call& call, const Port (&)[N]) {
+  std::array<Tensor, N> tensors;
+  for (size_t i = 0; i < N; ++i) tensors[i] = call.input(i);
+  return tensors;
+}
 
 // Op has: static name, inputs, outputs (arrays of Port); a constructor from Attributes; compute(Call&) const.
 template <class Op>

@@ -81,7 +81,7 @@ void attend_few_rows(const Attention& call, const Task& task) {
   constexpr int64_t ahead = kFewRowsBlock + kLanes;
   Tile tile;
   alignas(64) float scores[kFewRows * ahead], key_scale[kFewRowsBlock], value_scale[kFewRowsBlock];
-  tile.fill(call, task, task.tokens * call.group());
+  tile.fill(call, task, task.rows());
   const int64_t size = Size ? Size : call.head_dim;
   for (int64_t begin = task.begin; begin < task.end; begin += kFewRowsBlock) {
     const int64_t count = task.end - begin < kFewRowsBlock ? task.end - begin : kFewRowsBlock;
@@ -93,7 +93,8 @@ void attend_few_rows(const Attention& call, const Task& task) {
         dot<M>(tile.q + r * size, keys.row(begin), keys.stride, count, size, scores + r * ahead, ahead);
       }
     };
-    dots(Constant<4>()), dots(Constant<2>()), dots(Constant<1>());
+    if constexpr (kLanes >= 4) dots(Constant<4>());
+    dots(Constant<2>()), dots(Constant<1>());
     if (Rows<T>::quantized) {
       for (int64_t j = 0; j < padded; ++j) {
         key_scale[j] = j < count ? keys.scale(begin + j) : 0;
@@ -101,7 +102,7 @@ void attend_few_rows(const Attention& call, const Task& task) {
       }
     }
     for (r = 0; r < tile.rows; ++r) {
-      const int64_t last = call.position[task.sequence] + task.token + r / call.group();
+      const int64_t last = call.position[task.sequence] + task.token + r / task.heads;
       const int64_t seen = last + 1 - begin < count ? last + 1 - begin : count;
       tile.weigh<Rows<T>::quantized>(r, scores + r * ahead, seen, padded, key_scale, value_scale);
     }

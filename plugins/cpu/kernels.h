@@ -13,7 +13,7 @@ void attend(const Attention& call, const Task& task) {
     const int64_t first = task.begin > position ? task.begin : position;
     if (first < task.end) append<T>(call, task.sequence, task.kv_head, first - position, task.end - first);
   }
-  const bool few = task.tokens * call.group() <= kFewRows;
+  const bool few = task.rows() <= kFewRows;
   switch (call.head_dim) {
     case 64: return (few ? attend_few_rows<T, 64> : attend_many_rows<T, 64>)(call, task);
     case 128: return (few ? attend_few_rows<T, 128> : attend_many_rows<T, 128>)(call, task);

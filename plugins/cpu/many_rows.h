@@ -42,7 +42,7 @@ void attend_many_rows(const Attention& call, const Task& task) {
   Tile tile;
   alignas(64) float scores[kTileRows * ahead], panels[kBlockFloats];
   alignas(64) float key_scale[kBlock], value_scale[kBlock];
-  tile.fill(call, task, (task.tokens * call.group() + M - 1) / M * M);
+  tile.fill(call, task, (task.rows() + M - 1) / M * M);
   const int64_t size = Size ? Size : call.head_dim, fits = kBlockFloats / size / kPanel * kPanel;
   const int64_t block = fits < kBlock ? fits : kBlock;
   const int64_t position = call.position[task.sequence] + task.token;
@@ -50,11 +50,11 @@ void attend_many_rows(const Attention& call, const Task& task) {
     const int64_t count = task.end - begin < block ? task.end - begin : block;
     const int64_t padded = (count + kPanel - 1) / kPanel * kPanel;
     // Tokens before the block's first entry see nothing of it.
-    const int64_t from = begin > position ? (begin - position) * call.group() / M * M : 0;
+    const int64_t from = begin > position ? (begin - position) * task.heads / M * M : 0;
     // How many of the block's entries the last of the M rows from r on sees.
     const auto seen_from = [&](int64_t r) {
       const int64_t row = r + M < tile.rows ? r + M - 1 : tile.rows - 1;
-      const int64_t seen = position + row / call.group() + 1 - begin;
+      const int64_t seen = position + row / task.heads + 1 - begin;
       return seen < count ? seen : count;
     };
     pack_keys(keys, begin, count, size, panels);
@@ -80,7 +80,7 @@ void attend_many_rows(const Attention& call, const Task& task) {
       }
     }
     for (int64_t r = from; r < tile.rows; ++r) {
-      const int64_t seen = position + r / call.group() + 1 - begin;
+      const int64_t seen = position + r / task.heads + 1 - begin;
       tile.weigh<Rows<T>::quantized>(
         r, scores + r * ahead, seen < count ? seen : count, padded, key_scale, value_scale);
     }

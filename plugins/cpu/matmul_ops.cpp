@@ -1,7 +1,5 @@
 #include "matmul_ops.h"
 
-#include <climits>
-
 #include "experts.h"
 #include "linear.h"
 #include "custom_op.h"
@@ -10,7 +8,10 @@
 namespace moevlm::quantized {
 namespace {
 
-constexpr int64_t kMost = INT_MAX;
+// No size of a packed weight or of scratch memory that these limits allow is more than 64 bits hold.
+constexpr Packing kWorst{8, 16};
+static_assert(kMaxExperts <= INT64_MAX / static_cast<int64_t>(2 * kWorst.bytes(kMaxWidth, kMaxWidth)));
+static_assert(kMaxTokens <= INT64_MAX / static_cast<int64_t>(2 * kWorst.activation_bytes(kMaxWidth)));
 
 Packing read_packing(const Attributes& attributes) {
   const Packing packing{static_cast<int>(attributes.integer("bits", 4, 8)),
@@ -23,7 +24,7 @@ Packing read_packing(const Attributes& attributes) {
 }
 
 void require_bytes(const char* name, const Tensor& tensor, size_t bytes) {
-  if (tensor.elements() != bytes) {
+  if (tensor.elements() != static_cast<int64_t>(bytes)) {
     invalid(name, " has shape ", text(tensor.shape), ", ", tensor.elements(), " bytes (allowed: ", bytes,
             " bytes for these attributes)");
   }
@@ -32,22 +33,24 @@ void require_bytes(const char* name, const Tensor& tensor, size_t bytes) {
 void require_rows(const char* name, const Tensor& tensor, size_t columns, const char* meaning) {
   if (tensor.shape.size() != 2 || tensor.shape[1] != static_cast<int64_t>(columns))
     invalid(name, " has shape ", text(tensor.shape), " (allowed: ", meaning, " with ", columns, " columns)");
+  if (tensor.shape[0] > kMaxTokens)
+    invalid(name, " has shape ", text(tensor.shape), " (allowed: T up to ", kMaxTokens, ")");
 }
 
 std::unique_ptr<uint8_t[]> scratch(size_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[bytes]); }
 
 struct LinearOp {
   static constexpr const char* name = "Linear";
-  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kUint8}, {ort::kFloat, ort::kOptional}};
-  static constexpr Port outputs[] = {{ort::kFloat}};
+  static constexpr Port inputs[] = {{"x", ort::kFloat}, {"weight", ort::kUint8}, {"bias", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{"y", ort::kFloat}};
   LinearShape shape;
 
   explicit LinearOp(const Attributes& a)
-      : shape{static_cast<size_t>(a.integer("N", 1, kMost)), static_cast<size_t>(a.integer("K", 1, kMost)),
+      : shape{static_cast<size_t>(a.integer("N", 1, kMaxWidth)), static_cast<size_t>(a.integer("K", 1, kMaxWidth)),
               read_packing(a)} {}
 
   void compute(Call& call) const {
-    const Tensor x = call.input(0), weight = call.input(1), bias = call.input(2);
+    const auto [x, weight, bias] = read_inputs(call, inputs);
     require_rows("x", x, shape.k, "[T, K]");
     require_bytes("weight", weight, shape.weight_bytes());
     require_shape("bias", bias, {static_cast<int64_t>(shape.n)}, "[N]");
@@ -61,32 +64,38 @@ struct LinearOp {
 
 struct ExpertsOp {
   static constexpr const char* name = "MoEExperts";
-  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kInt32}, {ort::kFloat}, {ort::kUint8}, {ort::kUint8},
-                                    {ort::kFloat, ort::kOptional}, {ort::kFloat, ort::kOptional}};
-  static constexpr Port outputs[] = {{ort::kFloat}};
+  static constexpr Port inputs[] = {{"x", ort::kFloat},
+                                    {"expert_index", ort::kInt32},
+                                    {"expert_weight", ort::kFloat},
+                                    {"gate_up", ort::kUint8},
+                                    {"down", ort::kUint8},
+                                    {"gate_up_bias", ort::kFloat, ort::kOptional},
+                                    {"down_bias", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{"y", ort::kFloat}};
   ExpertsShape shape;  // but for the number of experts, which is the weights'
 
   explicit ExpertsOp(const Attributes& a)
       : shape{0,
-              static_cast<size_t>(a.integer("hidden", 1, kMost)),
-              static_cast<size_t>(a.integer("width", 1, kMost)),
+              static_cast<size_t>(a.integer("hidden", 1, kMaxWidth)),
+              static_cast<size_t>(a.integer("width", 1, kMaxWidth)),
               read_packing(a),
               {static_cast<Activation>(a.choice("activation", {"silu", "gelu_tanh", "swiglu_clamped"})),
-               a.integer_or("gated", 1) != 0, a.number_or("alpha", 1.702f), a.number_or("limit", 7.0f)},
+               a.integer_or("gated", 1, 0, 1) != 0, a.number_or("alpha", 1.702f), a.number_or("limit", 7.0f)},
               a.choice("weight_on", {"output", "input"}) == 1} {
     if (shape.activation.kind == Activation::swiglu_clamped && !shape.activation.gated)
       invalid("activation = \"swiglu_clamped\" needs gated = 1");
   }
 
   void compute(Call& call) const {
-    const Tensor x = call.input(0), index = call.input(1), weight = call.input(2), gate_up = call.input(3),
-                 down = call.input(4), up_bias = call.input(5), down_bias = call.input(6);
+    const auto [x, index, weight, gate_up, down, up_bias, down_bias] = read_inputs(call, inputs);
     require_rows("x", x, shape.hidden, "[T, H]");
     if (index.shape.size() != 2 || index.shape[0] != x.shape[0] || index.shape[1] < 1)
       invalid("expert_index has shape ", text(index.shape), " (allowed: [", x.shape[0], ", top_k])");
+    if (product(index.shape[0], index.shape[1]) > kMaxTokens)
+      invalid("expert_index has shape ", text(index.shape), " (allowed: T * top_k up to ", kMaxTokens, ")");
     require_shape("expert_weight", weight, index.shape, "that of expert_index");
-    if (gate_up.shape.empty() || gate_up.shape[0] < 1)
-      invalid("gate_up has shape ", text(gate_up.shape), " (allowed: [E, bytes])");
+    if (gate_up.shape.empty() || gate_up.shape[0] < 1 || gate_up.shape[0] > kMaxExperts)
+      invalid("gate_up has shape ", text(gate_up.shape), " (allowed: [E, bytes], E from 1 to ", kMaxExperts, ")");
     ExpertsShape bank = shape;
     const int64_t count = gate_up.shape[0];
     bank.experts = count;
@@ -111,23 +120,24 @@ struct ExpertsOp {
 
 struct RouterOp {
   static constexpr const char* name = "MoERouter";
-  static constexpr Port inputs[] = {{ort::kFloat}, {ort::kFloat, ort::kOptional}};
-  static constexpr Port outputs[] = {{ort::kInt32}, {ort::kFloat}};
+  static constexpr Port inputs[] = {{"logits", ort::kFloat}, {"bias", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{"expert_index", ort::kInt32}, {"expert_weight", ort::kFloat}};
   RouterShape shape;
 
   explicit RouterOp(const Attributes& a)
-      : shape{static_cast<size_t>(a.integer("top_k", 1, kMaxTopK)),
+      : shape{static_cast<size_t>(a.integer("top_k", 1, kMaxExperts)),
               static_cast<Scoring>(a.choice("scoring", {"softmax", "sigmoid", "softmax_after_topk"})),
-              a.integer_or("renormalize", 1) != 0,
+              a.integer_or("renormalize", 1, 0, 1) != 0,
               a.number_or("epsilon", 0.0f),
               a.number_or("scale", 1.0f),
-              static_cast<size_t>(a.integer_or("n_group", 1)),
-              static_cast<size_t>(a.integer_or("topk_group", 1)),
+              static_cast<size_t>(a.integer_or("n_group", 1, 1, kMaxExperts)),
+              static_cast<size_t>(a.integer_or("topk_group", 1, 1, kMaxExperts)),
               a.choice("group_score", {"max", "top2_sum"}) == 1} {}
 
   void compute(Call& call) const {
-    const Tensor logits = call.input(0), bias = call.input(1);
-    if (logits.shape.size() != 2) invalid("logits has shape ", text(logits.shape), " (allowed: [T, E])");
+    const auto [logits, bias] = read_inputs(call, inputs);
+    if (logits.shape.size() != 2 || logits.shape[0] > kMaxTokens)
+      invalid("logits has shape ", text(logits.shape), " (allowed: [T, E], T up to ", kMaxTokens, ")");
     const size_t tokens = logits.shape[0], experts = logits.shape[1];
     require_shape("bias", bias, {logits.shape[1]}, "[E]");
     if (!shape.valid(experts)) {

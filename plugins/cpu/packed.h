@@ -28,19 +28,19 @@ constexpr int kPanel = 32;
 constexpr int kMaxBlock = 256;
 constexpr int kActivationHeader = 8;
 
-inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 struct Packing {
   int bits;   // 4 or 8
   int block;  // a multiple of 16 up to kMaxBlock
 
-  bool valid() const { return (bits == 4 || bits == 8) && block >= 16 && block <= kMaxBlock && block % 16 == 0; }
-  int zero_point() const { return bits == 4 ? 8 : 128; }
-  size_t blocks(size_t k) const { return ceil_div(k, block); }
-  size_t block_bytes() const { return kPanel * (2 + static_cast<size_t>(block) * bits / 8); }
-  size_t panel_bytes(size_t k) const { return blocks(k) * block_bytes(); }
-  size_t bytes(size_t n, size_t k) const { return ceil_div(n, kPanel) * panel_bytes(k); }
-  size_t activation_bytes(size_t k) const { return blocks(k) * (block + kActivationHeader); }
+  constexpr bool valid() const { return (bits == 4 || bits == 8) && block >= 16 && block <= kMaxBlock && block % 16 == 0; }
+  constexpr int zero_point() const { return bits == 4 ? 8 : 128; }
+  constexpr size_t blocks(size_t k) const { return ceil_div(k, block); }
+  constexpr size_t block_bytes() const { return kPanel * (2 + static_cast<size_t>(block) * bits / 8); }
+  constexpr size_t panel_bytes(size_t k) const { return blocks(k) * block_bytes(); }
+  constexpr size_t bytes(size_t n, size_t k) const { return ceil_div(n, kPanel) * panel_bytes(k); }
+  constexpr size_t activation_bytes(size_t k) const { return blocks(k) * (block + kActivationHeader); }
 };
 
 }  // namespace moevlm::quantized

@@ -12,9 +12,9 @@ constexpr float kNever = -std::numeric_limits<float>::infinity();
 // NaN comes after everything else, as in numpy's sort; equals keep their order.
 inline bool better(float a, float b) { return a > b || (b != b && a == a); }
 
-// The k best of n, the best first, by insertion: k is small.
+// The k <= kMaxExperts best of n, the best first, by insertion: k is small in every model.
 void top(const float* score, size_t n, size_t k, int32_t* index) {
-  float kept[kMaxTopK];
+  float kept[kMaxExperts];
   size_t size = 0;
   for (size_t i = 0; i < n; ++i) {
     if (size == k && !better(score[i], kept[k - 1])) continue;
@@ -37,8 +37,9 @@ void mask_groups(const RouterShape& shape, float* choice, size_t experts) {
     group_score[g] = choice[g * size + best[0]];
     if (shape.top2_sum) group_score[g] += choice[g * size + best[1]];
   }
-  bool kept[kMaxExperts] = {};
-  int32_t groups[kMaxTopK];
+  bool kept[kMaxExperts];
+  std::fill_n(kept, shape.n_group, false);
+  int32_t groups[kMaxExperts];
   top(group_score, shape.n_group, shape.topk_group, groups);
   for (size_t g = 0; g < shape.topk_group; ++g) kept[groups[g]] = true;
   for (size_t g = 0; g < shape.n_group; ++g)
@@ -67,8 +68,8 @@ void route_token(const RouterShape& shape, const Kernels& kernels, const float* 
 }  // namespace
 
 bool RouterShape::valid(size_t experts) const {
-  if (top_k < 1 || top_k > kMaxTopK || experts < 1 || experts > kMaxExperts) return false;
-  if (n_group < 1 || topk_group < 1 || topk_group > n_group || topk_group > kMaxTopK || experts % n_group) return false;
+  if (top_k < 1 || experts < 1 || experts > static_cast<size_t>(kMaxExperts)) return false;
+  if (n_group < 1 || topk_group < 1 || topk_group > n_group || experts % n_group) return false;
   const size_t size = experts / n_group;
   return !(n_group > 1 && top2_sum && size < 2) && top_k <= topk_group * size;
 }

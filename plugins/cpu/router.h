@@ -2,11 +2,9 @@
 #pragma once
 #include "matmul_kernels.h"
 #include "parallel.h"
+#include "sizes.h"
 
 namespace moevlm::quantized {
-
-constexpr size_t kMaxExperts = 1024;
-constexpr size_t kMaxTopK = 64;
 
 struct RouterShape {
   size_t top_k;

@@ -10,7 +10,7 @@ constexpr float kNothing = -1e30f;  // the score of an entry that a row does not
 
 // The rows of a task: their queries, and what is known of their result so far.
 struct Tile {
-  int64_t rows;  // of the group's heads, token by token
+  int64_t rows;  // the heads of a token, token by token
   int64_t size;  // head_dim
   alignas(64) float q[kTileFloats];
   alignas(64) float sums[kTileFloats];
@@ -20,15 +20,15 @@ struct Tile {
   // Queries are scaled so that scores are powers of two. Rows from `rows` on, up to the next multiple of the
   // register tile's, are zero.
   void fill(const Attention& call, const Task& task, int64_t padded) {
-    const int64_t group = call.group(), width = (call.heads + 2 * call.kv_heads) * call.head_dim;
-    rows = task.tokens * group;
+    const int64_t width = (call.heads + 2 * call.kv_heads) * call.head_dim;
+    rows = task.rows();
     size = call.head_dim;
     const float scale = 1.44269504f / std::sqrt(static_cast<float>(size));
     for (int64_t t = 0; t < task.tokens; ++t) {
       const int64_t row = task.sequence * call.length + task.token + t;
-      for (int64_t g = 0; g < group; ++g) {
-        const float* x = call.qkv + row * width + (task.kv_head * group + g) * size;
-        prepare(call, x, call.q_norm, row, scale, q + (t * group + g) * size);
+      for (int64_t h = 0; h < task.heads; ++h) {
+        const float* x = call.qkv + row * width + (task.head + h) * size;
+        prepare(call, x, call.q_norm, row, scale, q + (t * task.heads + h) * size);
       }
     }
     std::memset(q + rows * size, 0, (padded - rows) * size * sizeof(float));
@@ -77,10 +77,9 @@ struct Tile {
       std::memcpy(task.partial + rows * (size + 1), total, rows * sizeof(float));
       return;
     }
-    const int64_t group = call.group();
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = task.sequence * call.length + task.token + r / group;
-      float* y = call.y + (row * call.heads + task.kv_head * group + r % group) * size;
+      const int64_t row = task.sequence * call.length + task.token + r / task.heads;
+      float* y = call.y + (row * call.heads + task.head + r % task.heads) * size;
       const float factor = 1 / total[r];
       for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(sums + r * size + d) * factor);
     }
@@ -88,7 +87,7 @@ struct Tile {
 };
 
 inline void combine(const Attention& call, const Task& task, const float* partials, int64_t count) {
-  const int64_t size = call.head_dim, group = call.group(), rows = task.tokens * group;
+  const int64_t size = call.head_dim, rows = task.rows();
   const int64_t apart = Partial::floats(rows, size);
   for (int64_t r = 0; r < rows; ++r) {
     float top = kNothing;
@@ -96,8 +95,8 @@ inline void combine(const Attention& call, const Task& task, const float* partia
       const float other = partials[i * apart + rows * size + r];
       top = other > top ? other : top;
     }
-    const int64_t row = task.sequence * call.length + task.token + r / group;
-    float* y = call.y + (row * call.heads + task.kv_head * group + r % group) * size;
+    const int64_t row = task.sequence * call.length + task.token + r / task.heads;
+    float* y = call.y + (row * call.heads + task.head + r % task.heads) * size;
     float total = 0;
     for (int64_t d = 0; d < size; d += kLanes) store(y + d, Vec{});
     for (int64_t i = 0; i < count; ++i) {

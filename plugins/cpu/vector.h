@@ -45,6 +45,9 @@ MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// |x| as integers, which are in its order: NaN is the largest.
+MOEVLM_INLINE Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
+
 template <int... Lane>
 struct Shuffles {
   // Lanes come in pairs that differ in bit H of their number. `own`: the lower of a pair from a, the upper from b;
@@ -71,8 +74,10 @@ struct Shuffles {
 using Shuffle = Shuffles<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
 #elif MOEVLM_LANES == 8
 using Shuffle = Shuffles<0, 1, 2, 3, 4, 5, 6, 7>;
-#else
+#elif MOEVLM_LANES == 4
 using Shuffle = Shuffles<0, 1, 2, 3>;
+#else
+using Shuffle = Shuffles<0, 1>;
 #endif
 
 // v[i] summed over its lanes, in lane i. v is overwritten.
@@ -103,18 +108,18 @@ MOEVLM_INLINE void transpose(Vec* v) {
 MOEVLM_INLINE float sum(Vec v) {
   if constexpr (kLanes > 8) v += Shuffle::other<8>(v, v);
   if constexpr (kLanes > 4) v += Shuffle::other<4>(v, v);
-  v += Shuffle::other<2>(v, v);
+  if constexpr (kLanes > 2) v += Shuffle::other<2>(v, v);
   return v[0] + v[1];
 }
 
 MOEVLM_INLINE float largest(Vec v) {
   if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v, v));
   if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
-  v = larger(v, Shuffle::other<2>(v, v));
+  if constexpr (kLanes > 2) v = larger(v, Shuffle::other<2>(v, v));
   return v[0] > v[1] ? v[0] : v[1];
 }
 
-// 2^x for x <= 0, and 0 below 2^-126. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
+// 2^x for x <= 0, and 0 below 2^-126; NaN stays NaN. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
 // [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
 MOEVLM_INLINE Vec exp2(Vec x) {
   const Vec magic = Vec{} + 12582912.0f;
@@ -127,7 +132,7 @@ MOEVLM_INLINE Vec exp2(Vec x) {
   p = p * f + 0.693147206f;
   p = p * f + 1.0f;
   p = (Vec)((Bits)p + ((Bits)shifted << 23));
-  return x > Vec{} - 126.0f ? p : Vec{};
+  return x < Vec{} - 126.0f ? Vec{} : p;
 }
 
 // result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.

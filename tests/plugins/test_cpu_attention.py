@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from moevlm.plugins import cpu_limits
 from moevlm.runtime import native
 from moevlm.runtime.errors import EngineError
 
@@ -58,6 +59,9 @@ SHAPES = [
     Case(head_dim=80, rotary_dim=40, heads=4, kv_heads=4, length=200, past=0, batch=2),
     Case(head_dim=32, heads=2, kv_heads=1, length=64, past=1500),
     Case(head_dim=256, rotary_dim=256, heads=4, kv_heads=2, length=200, past=33),
+    Case(head_dim=64, rotary_dim=64, heads=71, kv_heads=1, past=300),
+    Case(head_dim=24, rotary_dim=8, heads=34, kv_heads=2, length=70, past=300, batch=2),
+    Case(head_dim=50, rotary_dim=50, heads=6, kv_heads=3, past=700),
 ]
 
 
@@ -67,8 +71,8 @@ def rng() -> np.random.Generator:
 
 
 @cache
-def session(case: Case, **attributes: Any) -> ort.InferenceSession:
-    """Open in every dimension: sessions depend on the attributes only."""
+def session(case: Case, without: str = "", **attributes: Any) -> ort.InferenceSession:
+    """Open in every dimension: sessions depend on the attributes only. without: an input whose name is left empty."""
     attributes = {
         "heads": case.heads,
         "kv_heads": case.kv_heads,
@@ -81,11 +85,12 @@ def session(case: Case, **attributes: Any) -> ort.InferenceSession:
     ranks = {"qkv": 2, "cos": 3, "sin": 3, "key_cache": 4, "value_cache": 4}
     names = INPUTS if case.norm else INPUTS[:6]
     outputs = {"y": (TensorProto.FLOAT, 2), "key_cache_out": (caches, 4), "value_cache_out": (caches, 4)}
-    node = helper.make_node("CachedAttention", names, outputs, domain="moevlm.cpu", **attributes)
+    given = ["" if name == without else name for name in names]
+    node = helper.make_node("CachedAttention", given, outputs, domain="moevlm.cpu", **attributes)
     graph = helper.make_graph(
         [node],
         "attention",
-        [helper.make_tensor_value_info(name, types[name], [None] * ranks.get(name, 1)) for name in names],
+        [helper.make_tensor_value_info(name, types[name], [None] * ranks.get(name, 1)) for name in given if name],
         [helper.make_tensor_value_info(name, kind, [None] * rank) for name, (kind, rank) in outputs.items()],
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid("moevlm.cpu", 1)]
@@ -204,7 +209,8 @@ def test_agrees_with_float64(shape: Case, norm: bool, dtype: str, rng: np.random
 def test_every_head_size_over_several_blocks_of_keys_and_rows(
     several: bool, dtype: str, rng: np.random.Generator
 ) -> None:
-    for i, head_dim in enumerate(range(8, 513, 8)):
+    # Vectors of 16, 8, 4 and 2 floats.
+    for i, head_dim in enumerate([*range(8, cpu_limits.HEAD_DIM + 1, 8 + 8 * several), 2, 6, 50, 100, 180, 250, 510]):
         group = (3, 4, 5, 8, 16)[i % 5] if several else 1
         length = max(200 // group, 40)  # rows of several tiles; a block of the widest heads is 16 or 32 keys
         case = Case(length=length, heads=group, kv_heads=1, head_dim=head_dim, rotary_dim=0, past=150, dtype=dtype)
@@ -334,10 +340,17 @@ BAD_INPUTS = {
         (np.array([1, 2]), "cache_position has shape [2] (allowed: [1], a number per sequence)"),
     ],
     "qkv": [
-        (np.zeros((1, 100), F32), "qkv has shape [1, 100] (allowed: [B * S, 8 * head_dim], head_dim a multiple of 8"),
+        (np.zeros((1, 100), F32), "qkv has shape [1, 100] (allowed: [B * S, 8 * head_dim], head_dim even, 2 to 512)"),
+        (np.zeros((1, 8), F32), "qkv has shape [1, 8] (allowed"),
+        (np.zeros((1, 8 * 514), F32), "qkv has shape [1, 4112] (allowed"),
         (np.zeros((2, 256), F32), "qkv has shape [2, 256] (allowed: [1, 256], a row for each token of cos"),
     ],
-    "cos": [(np.zeros((1, 1, 8), F32), "cos has shape [1, 1, 8] (allowed: [1, 1, 16], [B, S, rotary_dim / 2])")],
+    "cos": [
+        (np.zeros((1, 1, 8), F32), "cos has shape [1, 1, 8] (allowed: [1, 1, 16], [B, S, rotary_dim / 2])"),
+        (np.zeros((2**31, 1, 0), F32), "cos has shape [2147483648, 1, 0] (allowed: B * S up to 2147483647)"),
+        (np.zeros((2**40, 2**20, 0), F32), "cos has shape [1099511627776, 1048576, 0] (allowed: B * S up to"),
+        (np.zeros((1, 0, 2**60), F32), "qkv has shape [1, 256] (allowed: [0, 256], a row for each token"),
+    ],
     "sin": [(np.zeros((1, 2, 16), F32), "sin has shape [1, 2, 16] (allowed: [1, 1, 16], that of cos)")],
     "key_cache": [(np.zeros((1, 2, 14, 36), F32), "key_cache has shape [1, 2, 14, 36] (allowed: [1, 2, 14, 32]")],
     "value_cache": [(np.zeros((1, 2, 15, 32), F32), "value_cache has shape [1, 2, 15, 32] (allowed: [1, 2, 14, 32]")],
@@ -359,10 +372,12 @@ def test_bad_input_is_refused_by_name(name: str, value: np.ndarray, message: str
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"heads": 0}, "heads = 0 (allowed: 1 or more)"),
-        ({"kv_heads": 3}, "kv_heads = 3 with heads = 4 (allowed: heads / kv_heads a whole number from 1 to 16)"),
-        ({"heads": 34}, "kv_heads = 2 with heads = 34 (allowed"),
-        ({"rotary_dim": 7}, "rotary_dim = 7 (allowed: even, 0 or more)"),
+        ({"heads": 0}, "heads = 0 (allowed: 1 to 1024)"),
+        ({"heads": 2**61, "kv_heads": 2**61}, f"heads = {2**61} (allowed: 1 to 1024)"),
+        ({"kv_heads": 3}, "kv_heads = 3 with heads = 4 (allowed: a divisor of heads)"),
+        ({"kv_heads": 0}, "kv_heads = 0 (allowed: 1 to 4)"),
+        ({"rotary_dim": 7}, "rotary_dim = 7 (allowed: even)"),
+        ({"rotary_dim": -2}, "rotary_dim = -2 (allowed: 0 to 512)"),
         ({"epsilon": -1.0}, "epsilon = -1 (allowed: 0 or more)"),
         ({"rotary_dim": "all"}, "attribute rotary_dim is missing (an integer)"),
     ],
@@ -383,3 +398,51 @@ def test_a_library_that_was_not_built_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(native, "OPERATORS", "absent")
     with pytest.raises(EngineError, match=r"absent was not built in .* \(install g\+\+, then pip install"):
         native.operators_path()
+
+
+@pytest.mark.parametrize("missing", INPUTS[:6])
+def test_an_input_that_is_left_out_is_refused(missing: str) -> None:
+    with pytest.raises(Exception, match=rf"input {INPUTS.index(missing)} is marked single but has an empty string"):
+        session(Case(), without=missing)
+
+
+@pytest.mark.parametrize("dtype", ONNX_TYPES)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("length", [1, 40])
+def test_nan_or_infinity_in_a_sequence_leaves_the_others_alone(
+    length: int, value: float, dtype: str, rng: np.random.Generator
+) -> None:
+    case = Case(batch=2, length=length, past=150, dtype=dtype)
+    inputs = make_inputs(case, rng)
+    expected = run(case, inputs)[0].reshape(2, -1)[1]
+    for name in ("qkv", "cos", "key_cache", "value_cache"):
+        given = inputs | {name: inputs[name].copy()}
+        first = given[name][: length if name == "qkv" else 1]
+        if first.dtype == np.int8:
+            first.reshape(-1, first.shape[-1])[::7, -4:] = np.array([value], np.float32).view(np.int8)
+        else:
+            first.reshape(-1)[::7] = value
+        y = run(case, given)[0].reshape(2, -1)
+        np.testing.assert_array_equal(y[1], expected)
+        assert np.isnan(value) <= np.isnan(y[0]).all()
+
+
+def test_no_sequences_are_no_work_whatever_the_other_sizes(rng: np.random.Generator) -> None:
+    case = Case(rotary_dim=0)
+    inputs = {name: array[:0] for name, array in make_inputs(case, rng).items()}
+    inputs |= {name: np.zeros((0, 2, 2**50, 32), F32) for name in ("key_cache", "value_cache")}
+    inputs |= {name: np.zeros((0, 2**50, 0), F32) for name in ("cos", "sin")}
+    y, keys, _ = run(case, inputs)
+    assert y.shape == (0, 4 * 32)
+    assert keys.shape == (0, 2, 2**50, 32)
+
+
+def test_limits_are_those_that_export_is_told(rng: np.random.Generator) -> None:
+    session(Case(), heads=cpu_limits.HEADS)
+    with pytest.raises(Exception, match=rf"allowed: 1 to {cpu_limits.HEADS}\)"):
+        session(Case(), heads=cpu_limits.HEADS + 1)
+    case = Case(head_dim=cpu_limits.HEAD_DIM, rotary_dim=0)
+    run(case, make_inputs(case, rng))
+    wider = replace(case, head_dim=case.head_dim + 2)
+    with pytest.raises(Exception, match=f"head_dim even, 2 to {cpu_limits.HEAD_DIM}"):
+        run(wider, make_inputs(wider, rng))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moevlm.export import cpu_packing
-from moevlm.plugins import reference, variants
+from moevlm.plugins import cpu_limits, reference, variants
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 from tests.plugins.cpu_matmul import PATHS, Kernels, compile_kernels
 
@@ -291,6 +291,15 @@ def test_choice_falls_as_numpy_s_where_float32_scores_run_together(kernels, rng,
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
 
 
+def test_router_chooses_many_of_many_experts(kernels, rng):
+    spec = RouterSpec(top_k=300, n_group=256, topk_group=100, scoring="sigmoid")
+    logits = normal(rng, 2, cpu_limits.EXPERTS)
+    expected_index, expected_weight = reference.route(logits, spec)
+    index, weight = kernels.route(logits, spec)
+    np.testing.assert_array_equal(index, expected_index)
+    np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
+
+
 def test_router_sorts_nan_last_and_takes_no_expert_twice(kernels):
     logits = np.array([[np.nan, 1, 2, np.nan], [np.nan] * 4], np.float32)
     index, _ = kernels.route(logits, RouterSpec(top_k=3, scoring="sigmoid"))
@@ -304,8 +313,8 @@ def test_router_sorts_nan_last_and_takes_no_expert_twice(kernels):
         (RouterSpec(1, n_group=3), 8),
         (RouterSpec(1, n_group=8, group_score="top2_sum"), 8),
         (RouterSpec(5, n_group=4, topk_group=2), 8),
-        (RouterSpec(65), 128),
-        (RouterSpec(1), 1025),
+        (RouterSpec(129), 128),
+        (RouterSpec(1), cpu_limits.EXPERTS + 1),
     ],
 )
 def test_router_that_cannot_choose_is_refused(library, spec, experts):

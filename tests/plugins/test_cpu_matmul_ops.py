@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from moevlm.export import cpu_packing
-from moevlm.plugins import reference, variants
+from moevlm.plugins import cpu_limits, reference, variants
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime import native
 
@@ -113,6 +113,7 @@ def test_router_s_attributes_default_to_the_spec_s():
         ({"bits": 5}, 72, None, r"Linear: bits = 5, block_size = 32 \(allowed: 4 or 8 bits"),
         ({"block_size": 512}, 72, None, r"Linear: block_size = 512 \(allowed: 16 to 256\)"),
         ({"N": 0}, 72, None, r"Linear: N = 0 \(allowed: 1 to"),
+        ({"K": 2**61}, 72, None, r"Linear: K = \d+ \(allowed: 1 to 16777216\)"),
         ({}, 71, None, r"Linear: x has shape \[2, 71\] \(allowed: \[T, K\] with 72 columns\)"),
         ({}, 72, 7, r"Linear: weight has shape \[7\], 7 bytes \(allowed: 3456 bytes for these attributes\)"),
     ],
@@ -130,6 +131,9 @@ def test_linear_refuses_what_does_not_fit(rng, changes, columns, size, message):
         ({}, [[0, 8]], r"MoEExperts: expert_index\[0, 1\] = 8 \(allowed: 0 to 7\)"),
         ({}, [[-1, 1]], r"MoEExperts: expert_index\[0, 0\] = -1 \(allowed: 0 to 7\)"),
         ({}, [[1, 1], [1, 1]], r"MoEExperts: expert_index has shape \[2, 2\] \(allowed: \[1, top_k\]\)"),
+        ({}, [0, 1], r"MoEExperts: expert_index has shape \[2\] \(allowed: \[1, top_k\]\)"),
+        ({}, [[]], r"MoEExperts: expert_index has shape \[1, 0\] \(allowed: \[1, top_k\]\)"),
+        ({"gated": 2}, [[0, 1]], r"MoEExperts: gated = 2 \(allowed: 0 to 1\)"),
         ({"activation": "relu2"}, [[0, 1]], r'activation = "relu2" \(allowed: silu, gelu_tanh, swiglu_clamped\)'),
         ({"activation": "x" * 99}, [[0, 1]], r"activation is 99 characters long \(allowed: silu"),
         ({"activation": "swiglu_clamped", "gated": 0}, [[0, 1]], r'"swiglu_clamped" needs gated = 1'),
@@ -158,3 +162,50 @@ def test_router_refuses_more_experts_than_there_are():
     message = r"MoERouter: no choice of top_k = 9 from 8 experts in n_group = 1 groups"
     with pytest.raises(Exception, match=message):
         run("MoERouter", {"logits": np.zeros((1, 8), np.float32)}, {"top_k": 9}, 2)
+
+
+@pytest.mark.parametrize("changes", [{"n_group": -1}, {"topk_group": 2**62}, {"top_k": 0}, {"renormalize": 7}])
+def test_router_refuses_attributes_out_of_range(changes):
+    (name,) = changes
+    with pytest.raises(Exception, match=rf"MoERouter: {name} = {changes[name]} \(allowed: [01] to"):
+        run("MoERouter", {"logits": np.zeros((1, 8), np.float32)}, {"top_k": 1, **changes}, 2)
+
+
+def bank_inputs(gate_up: np.ndarray, down: np.ndarray) -> dict[str, np.ndarray]:
+    index = np.zeros((1, 1), np.int32)
+    return {"x": np.ones((1, 1), np.float32), "index": index, "weight": np.ones((1, 1), np.float32)} | {
+        "gate_up": gate_up,
+        "down": down,
+    }
+
+
+@pytest.mark.parametrize("experts", [0, 2**61, 2**62])
+def test_experts_refuse_banks_whose_size_does_not_fit_into_an_integer(experts):
+    empty = np.zeros((experts, 0), np.uint8)
+    with pytest.raises(Exception, match=rf"gate_up has shape \[{experts}, 0\] \(allowed: \[E, bytes\], E from 1 to"):
+        run("MoEExperts", bank_inputs(empty, empty), {"hidden": 1, "width": 1, "bits": 8, "block_size": 16})
+
+
+def test_limits_are_those_that_export_is_told():
+    bank = {"hidden": 1, "width": 1, "bits": 8, "block_size": 16}
+    for experts in (cpu_limits.EXPERTS, cpu_limits.EXPERTS + 1):
+        weight = np.zeros((experts, cpu_packing.packed_bytes(32, 1, 8, 16)), np.uint8)
+        logits, choice = np.zeros((1, experts), np.float32), {"top_k": experts}
+        if experts == cpu_limits.EXPERTS:
+            assert run("MoEExperts", bank_inputs(weight, weight), bank) == [0]
+            assert run("MoERouter", {"logits": logits}, choice, 2)[0].shape == (1, experts)
+        else:
+            with pytest.raises(Exception, match=rf"E from 1 to {cpu_limits.EXPERTS}\)"):
+                run("MoEExperts", bank_inputs(weight, weight), bank)
+            with pytest.raises(Exception, match=rf"top_k = {experts} \(allowed: 1 to {cpu_limits.EXPERTS}\)"):
+                run("MoERouter", {"logits": logits}, choice, 2)
+    x, weight = np.zeros((1, 16), np.float32), np.zeros(0, np.uint8)
+    for op, inputs, values in (
+        ("Linear", {"x": x, "weight": weight}, LINEAR),
+        ("MoEExperts", bank_inputs(weight, weight), BANK),
+    ):
+        for name in list(values)[:2]:
+            with pytest.raises(Exception, match="has shape"):  # the attribute was taken
+                run(op, inputs, {**values, name: cpu_limits.WIDTH})
+            with pytest.raises(Exception, match=rf"{name} = \d+ \(allowed: 1 to {cpu_limits.WIDTH}\)"):
+                run(op, inputs, {**values, name: cpu_limits.WIDTH + 1})

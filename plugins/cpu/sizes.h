@@ -1,0 +1,20 @@
+// The largest sizes that the operators take, and products of sizes. moevlm.plugins.cpu_limits is the same table for
+// Python.
+#pragma once
+#include <cstdint>
+
+namespace moevlm {
+
+constexpr int64_t kMaxHeads = 1024;
+constexpr int64_t kMaxHeadDim = 512;
+constexpr int64_t kMaxWidth = 1 << 24;  // of a row of activations or of a weight
+constexpr int64_t kMaxExperts = 4096;
+constexpr int64_t kMaxTokens = INT32_MAX;  // of a call, and of pairs of a token and an expert
+
+// a * b of sizes that are 0 or more; the largest integer, which is no tensor's size, where that does not fit.
+inline int64_t product(int64_t a, int64_t b) {
+  int64_t result = 0;
+  return __builtin_mul_overflow(a, b, &result) ? INT64_MAX : result;
+}
+
+}  // namespace moevlm
