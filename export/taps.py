@@ -9,6 +9,7 @@ import onnx
 from moevlm.export.config import ModelConfig
 from moevlm.plugins import reference
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Cache, Step, VisionInputs, VisualFeatures
 from moevlm.runtime.loading import operators_for
 from moevlm.runtime.ort_engine import OrtEngine
@@ -45,14 +46,16 @@ class TappedEngine:
         self.taps: dict[str, np.ndarray] = {}
         self.kernel_routes = not any(f"layers.{i}.expert_index" in produced for i in config.moe_layers)
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
-        return self._engine.encode(inputs)
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+        return self._engine.encode(inputs, cancellation)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._engine.new_cache(batch, capacity)
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
-        self.taps = self._engine.run(step, visual, cache)
+    def forward(
+        self, step: Step, visual: VisualFeatures | None, cache: Any, cancellation: Cancellation | None = None
+    ) -> np.ndarray:
+        self.taps = self._engine.run(step, visual, cache, cancellation)
         for i in self._config.moe_layers:
             logits = self.taps.get(f"layers.{i}.router_logits")
             if logits is not None:  # a kernel that routes by itself has no correction bias, see `LowerMoE`

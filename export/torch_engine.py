@@ -7,6 +7,7 @@ import torch
 
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.ops import recorded_taps
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 
 
@@ -20,7 +21,10 @@ class TorchCache:
 
 
 class TorchEngine:
-    """All weights in memory, float32. taps: of the last forward, by name as in the graph, rows [B * S, ...]."""
+    """All weights in memory, float32. Nothing interrupts a call.
+
+    taps: of the last forward, by name as in the graph, rows [B * S, ...].
+    """
 
     def __init__(self, model: CanonicalModel) -> None:
         self.config = model.config
@@ -29,7 +33,7 @@ class TorchEngine:
         self._vision, self._decoder = model.materialize()
 
     @torch.no_grad()
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:  # noqa: ARG002
         embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in vars(inputs).items()})
         empty = np.zeros((0, *embeds.shape), np.float32)
         return VisualFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
@@ -41,7 +45,13 @@ class TorchEngine:
         return TorchCache(batch, capacity, [(torch.zeros(shape), torch.zeros(shape)) for _ in range(layers)])
 
     @torch.no_grad()
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: TorchCache) -> np.ndarray:
+    def forward(
+        self,
+        step: Step,
+        visual: VisualFeatures | None,
+        cache: TorchCache,
+        cancellation: Cancellation | None = None,  # noqa: ARG002
+    ) -> np.ndarray:
         decoder = self.config.decoder
         visual = visual or VisualFeatures(
             np.zeros((1, decoder.hidden), np.float32), np.zeros((decoder.deepstack, 1, decoder.hidden), np.float32)

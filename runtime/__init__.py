@@ -5,8 +5,11 @@ for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese
     print(piece.text, end="")
 
 An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Images are
-pathlib.Path objects, encoded bytes or Pillow images: text never names a file. Threads may share one Runtime. Who
-leaves the generator before its last piece calls its close(), which frees the request's cache.
+pathlib.Path objects, encoded bytes or Pillow images: text never names a file. Threads may share one Runtime.
+
+generate() decodes the images and returns an Answer, whose first piece encodes them and reads the prompt: an event loop
+calls both in a thread. Whoever leaves before the last piece closes the answer, which frees its cache; any thread may
+call its cancel() or close(), also while another waits for the next piece.
 """
 
 from __future__ import annotations
@@ -18,20 +21,22 @@ from typing import TYPE_CHECKING, Any
 from moevlm.runtime import defaults
 
 if TYPE_CHECKING:
+    from moevlm.runtime.answer import Answer, Piece, Usage
     from moevlm.runtime.errors import MoevlmError, RequestError
-    from moevlm.runtime.generate import Piece, Runtime, Usage
+    from moevlm.runtime.generate import Runtime
     from moevlm.runtime.sampling import SamplingParams
 
 # Imported when they are first asked for, so that importing this package stays quick.
 _HOMES = {
+    "Answer": "answer",
     "MoevlmError": "errors",
-    "Piece": "generate",
+    "Piece": "answer",
     "RequestError": "errors",
     "Runtime": "generate",
     "SamplingParams": "sampling",
-    "Usage": "generate",
+    "Usage": "answer",
 }
-__all__ = ["MoevlmError", "Piece", "RequestError", "Runtime", "SamplingParams", "Usage", "load"]
+__all__ = ["Answer", "MoevlmError", "Piece", "RequestError", "Runtime", "SamplingParams", "Usage", "load"]
 
 
 def load(

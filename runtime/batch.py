@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Cache, Engine, Step, VisualFeatures
 from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.manifest import ModelFacts, RopeFacts
@@ -35,10 +36,12 @@ class Batch:
         prompts: Sequence[Prompt],
         visual: VisualFeatures | None,
         capacity: int,
+        cancellation: Cancellation | None = None,
     ) -> None:
         """visual: features of the images of all prompts, in order; None if there are none.
 
         capacity: tokens that each sequence may grow to. Raises RequestError if a prompt does not fit into it.
+        cancellation: makes `prefill` and `decode` raise Cancelled, before their next step or within one.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
         if longest > capacity:
@@ -47,6 +50,7 @@ class Batch:
         if rows != (0 if visual is None else len(visual.embeds)):
             raise EngineError(f"{0 if visual is None else len(visual.embeds)} visual features for {rows} image tokens")
         self._engine = engine
+        self._cancellation = cancellation or Cancellation()
         self._rope = model.rope
         self._prompts = tuple(prompts)
         self._visual = visual
@@ -120,7 +124,8 @@ class Batch:
     def _forward(self, step: Step, visual: VisualFeatures | None) -> np.ndarray:
         if self._cache is None:
             raise EngineError("this batch was released")
-        return self._engine.forward(step, visual, self._cache)
+        self._cancellation.check()
+        return self._engine.forward(step, visual, self._cache, self._cancellation)
 
     def _table(self, columns: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Padded ids and visual_index [B, columns] int64, rope cos and sin [B, columns, R / 2] float32."""

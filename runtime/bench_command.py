@@ -43,6 +43,7 @@ def latency(
     plot: Path | None,
 ) -> None:
     """Time one request, stage by stage: medians of several, beside the least that this machine would need."""
+    from moevlm.runtime.background import Background
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import console, progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
@@ -80,20 +81,24 @@ def latency(
                 gpu = measure_gpu()
             except EngineError as error:
                 notes.append(f"note: no limits beside the times of {', '.join(on_gpu)}: {error}")
-        results = [
-            measure(
-                name,
-                engine,
-                partial(load_runtime, bundle, name, threads, spinning),
-                prompt,
-                new_tokens,
-                repeats,
-                gpu if name in on_gpu else machine,
-                None if name in on_gpu else threads,
-                partial(progress, f"measuring {name}"),
-            )
-            for name, engine in engines
-        ]
+        with Background() as background:
+            results = [
+                background.call(
+                    partial(
+                        measure,
+                        name,
+                        engine,
+                        partial(load_runtime, bundle, name, threads, spinning),
+                        prompt,
+                        new_tokens,
+                        repeats,
+                        gpu if name in on_gpu else machine,
+                        None if name in on_gpu else threads,
+                        partial(progress, f"measuring {name}"),
+                    )
+                )
+                for name, engine in engines
+            ]
     refused = [result for result in results if result.graphs and result.graphs.startswith("refused")]
     notes += [f"note: {result.target} queues every step anew: recording was {result.graphs}" for result in refused]
     for note in notes:

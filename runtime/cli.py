@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
+from moevlm.runtime.background import leave
 from moevlm.runtime.errors import MoevlmError
 from moevlm.runtime.installation import install_command
 
@@ -58,7 +59,9 @@ def main(arguments: list[str] | None = None) -> Any:
             _fail(_click_message(error), debug)
         except (click.Abort, KeyboardInterrupt):
             click.echo("interrupted: nothing was left half-written", err=True)
-            sys.exit(130)
+            leave(130)
+        except SystemExit as stop:  # of SIGTERM, among others
+            leave(stop.code)
         except MoevlmError as error:
             _fail(str(error), debug)
         except BrokenPipeError:

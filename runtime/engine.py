@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.errors import EngineError
 
 
@@ -62,13 +63,19 @@ class Cache(Protocol):
 
 
 class Engine(Protocol):
-    """One loaded target of a bundle."""
+    """One loaded target of a bundle.
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures: ...
+    cancellation: ends a call that runs by Cancelled, where the engine can be interrupted. The engine stays usable, the
+    step's cache does not.
+    """
+
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures: ...
 
     def new_cache(self, batch: int, capacity: int) -> Cache: ...
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: Any) -> np.ndarray:
+    def forward(
+        self, step: Step, visual: VisualFeatures | None, cache: Any, cancellation: Cancellation | None = None
+    ) -> np.ndarray:
         """Logits [N, vocabulary] float32. cache: one that this engine made. Raises EngineError if it is too small."""
         ...
 

@@ -31,3 +31,7 @@ class EngineError(MoevlmError):
 
 class RequestError(MoevlmError):
     """A prompt, image or option of one generation request is not acceptable."""
+
+
+class Cancelled(MoevlmError):
+    """The caller cancelled the request while it ran."""

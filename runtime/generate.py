@@ -4,59 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moevlm.runtime import defaults
+from moevlm.runtime.answer import Answer, FinishReason, Meter, Piece
 from moevlm.runtime.batch import Batch, cache_capacity
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer
 from moevlm.runtime.detokenize import StreamDecoder
 from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.prompt import Prompt, PromptBuilder
-from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams
+from moevlm.runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from moevlm.runtime.images import ImageProcessor
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a request cost. Seconds are the runtime's own work, without the time its reader took between pieces.
-
-    prompt_tokens include image_tokens; new_tokens include the end-of-sequence token. vision_seconds: cutting the
-    images into patches and encoding them. prefill_seconds: the prompt up to and with the choice of the first token.
-    decode_seconds: all later tokens, so decode_seconds / (new_tokens - 1) is the time between two tokens.
-    """
-
-    prompt_tokens: int
-    image_tokens: int
-    new_tokens: int
-    vision_seconds: float
-    prefill_seconds: float
-    decode_seconds: float
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one step added. text may be "" while a character or a possible stop string is unfinished.
-
-    token_ids include the end-of-sequence token; sampled has one entry for each of them.
-    finish_reason and usage are None on all pieces but the last.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    sampled: tuple[Sampled, ...]
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
+# Images are encoded together up to so many patches: enough for full speed, few enough for a bounded memory and for a
+# cancellation to be heard between two calls.
+ENCODED_PATCHES = 4096
 
 
 class Runtime:
@@ -108,27 +80,54 @@ class Runtime:
             raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
         return self._prompts.build(messages)
 
-    def encode(self, prompts: Sequence[Prompt]) -> VisualFeatures | None:
-        """Features of all images of all prompts, in order, from one packed call; None without images."""
+    def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> VisualFeatures | None:
+        """Features of all images of all prompts, in order; None without images. Raises Cancelled."""
         images = [image for prompt in prompts for image in prompt.images]
         if not images or self._images is None:
             return None
-        inputs, _ = self._images.pack(images)
-        return self.engine.encode(inputs)
+        cancellation = cancellation or Cancellation()
+        parts = []
+        for group in self._groups(images, self._images):
+            cancellation.check()
+            inputs, _ = self._images.pack(group)
+            parts.append(self.engine.encode(inputs, cancellation))
+        return VisualFeatures(
+            np.concatenate([part.embeds for part in parts]), np.concatenate([part.deepstack for part in parts], axis=1)
+        )
 
-    def batch(self, prompts: Sequence[Prompt], visual: VisualFeatures | None, new_tokens: int) -> Batch:
+    def _groups(self, images: Sequence[Image], processor: ImageProcessor) -> Iterator[list[Image]]:
+        """Consecutive images that are encoded in one call."""
+        most = self._max_patches or ENCODED_PATCHES
+        group: list[Image] = []
+        patches = 0
+        for image in images:
+            size = math.prod(processor.grid(image))
+            if group and patches + size > most:
+                yield group
+                group, patches = [], 0
+            group.append(image)
+            patches += size
+        yield group
+
+    def batch(
+        self,
+        prompts: Sequence[Prompt],
+        visual: VisualFeatures | None,
+        new_tokens: int,
+        cancellation: Cancellation | None = None,
+    ) -> Batch:
         """An empty cache with room for the prompts and `new_tokens` more, or as many as the context leaves."""
         longest = max(len(prompt.ids) for prompt in prompts)
         capacity = cache_capacity(longest + new_tokens, self.context)
-        return Batch(self.engine, self.model, prompts, visual, capacity)
+        return Batch(self.engine, self.model, prompts, visual, capacity, cancellation)
 
     def generate(
         self, messages: Sequence[Message] | Prompt, *, params: SamplingParams | None = None, **overrides: Any
-    ) -> Generator[Piece, None, None]:
+    ) -> Answer:
         """Stream the assistant's answer. Overrides are fields of SamplingParams, on top of `params`.
 
-        The request is checked here, before the first piece is asked for: RequestError. max_new_tokens is cut to what
-        the context leaves. Closing the generator, or an exception in it, gives the cache back.
+        The request is checked and its images are decoded here, before the first piece is asked for: RequestError.
+        max_new_tokens is cut to what the context leaves. Closing the answer, or an exception in it, frees the cache.
         """
         chosen = _with_overrides(params or SamplingParams(), overrides)
         prompt = messages if isinstance(messages, Prompt) else self.prompt(messages)
@@ -139,7 +138,9 @@ class Runtime:
             raise RequestError(
                 f"the prompt has {len(prompt.ids)} tokens and leaves no room in the {whose}'s context of {self.context}"
             )
-        return self._stream(prompt, chosen, min(chosen.max_new_tokens, room))
+        meter, cancellation = Meter(len(prompt.ids), prompt.image_tokens), Cancellation()
+        stream = self._stream(prompt, chosen, min(chosen.max_new_tokens, room), meter, cancellation)
+        return Answer(stream, meter, cancellation)
 
     def _check_images(self, prompt: Prompt) -> None:
         for number, image in enumerate(prompt.images, 1):
@@ -162,32 +163,30 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _stream(self, prompt: Prompt, params: SamplingParams, budget: int) -> Generator[Piece, None, None]:
+    def _stream(
+        self, prompt: Prompt, params: SamplingParams, budget: int, meter: Meter, cancellation: Cancellation
+    ) -> Generator[Piece, None, None]:
         sampler = Sampler(params, prompt.ids)
         text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, params.stop)
-        seconds = {"vision_seconds": 0.0, "prefill_seconds": 0.0, "decode_seconds": 0.0}
-        started = perf_counter()
-        visual = self.encode([prompt])
+        with meter.timed("vision_seconds"):
+            visual = self.encode([prompt], cancellation)
         prompt = dataclasses.replace(prompt, images=())  # not needed any more
-        seconds["vision_seconds"] = perf_counter() - started
-
-        phase, started = "prefill_seconds", perf_counter()
-        batch = self.batch([prompt], visual, budget)
+        with meter.timed("prefill_seconds"):
+            batch = self.batch([prompt], visual, budget, cancellation)
         del visual  # the batch lets go of it after the prefill
         try:
-            logits = batch.prefill(self.chunk_tokens)
+            sampled = None
             for count in range(1, budget + 1):
-                sampled = sampler.sample(logits[0])
-                fresh, reason = self._advance(text, sampled.token_id, params, count == budget)
-                seconds[phase] += perf_counter() - started
+                with meter.timed("decode_seconds" if sampled else "prefill_seconds"):
+                    logits = batch.decode([sampled.token_id]) if sampled else batch.prefill(self.chunk_tokens)
+                    sampled = sampler.sample(logits[0])
+                    fresh, reason = self._advance(text, sampled.token_id, params, count == budget)
+                    meter.count_token()
                 if reason is not None:
                     batch.release()  # before the reader sees the last piece: it may never come back for the end
-                    usage = Usage(len(prompt.ids), prompt.image_tokens, count, **seconds)
-                    yield Piece(fresh, (sampled.token_id,), (sampled,), reason, usage)
+                    yield Piece(fresh, (sampled.token_id,), (sampled,), reason, meter.usage)
                     return
                 yield Piece(fresh, (sampled.token_id,), (sampled,))
-                phase, started = "decode_seconds", perf_counter()
-                logits = batch.decode([sampled.token_id])
         finally:
             batch.release()
 

@@ -1,11 +1,14 @@
 """The engine protocol on ONNX Runtime's CPU provider, with KV caches that the graph updates in place."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
@@ -30,6 +33,7 @@ class OrtEngine:
     """Two ONNX Runtime sessions on paths that were verified before.
 
     threads: for one operator; None takes all physical cores. Raises EngineError if a graph cannot be loaded or run.
+    A cancelled call ends after the operator that runs at the time.
     """
 
     def __init__(
@@ -98,13 +102,11 @@ class OrtEngine:
         except Exception as error:
             raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for segment ids that are not in order."""
         check_vision(inputs)
-        try:
-            outputs = self._vision.run(None, vars(inputs))
-        except Exception as error:
-            raise EngineError(f"the vision graph failed: {_first_line(error)}") from error
+        with self._running("vision", cancellation) as options:
+            outputs = self._vision.run(None, vars(inputs), options)
         embeds = outputs[0]
         empty = np.zeros((0, *embeds.shape), np.float32)
         return VisualFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
@@ -123,11 +125,15 @@ class OrtEngine:
                 binding.bind_ortvalue_output(f"{kind}_cache_out.{i}", buffer)
         return OrtCache(batch, capacity, binding)
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> np.ndarray:
+    def forward(
+        self, step: Step, visual: VisualFeatures | None, cache: OrtCache, cancellation: Cancellation | None = None
+    ) -> np.ndarray:
         """Logits [N, vocabulary] float32; see the protocol."""
-        return self.run(step, visual, cache)["logits"]
+        return self.run(step, visual, cache, cancellation)["logits"]
 
-    def run(self, step: Step, visual: VisualFeatures | None, cache: OrtCache) -> dict[str, np.ndarray]:
+    def run(
+        self, step: Step, visual: VisualFeatures | None, cache: OrtCache, cancellation: Cancellation | None = None
+    ) -> dict[str, np.ndarray]:
         """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
         check_step(step, visual, cache, self._model.vocabulary)
         visual = visual or self._no_visual
@@ -137,10 +143,8 @@ class OrtEngine:
         self._feed(cache, feeds)
         for name in self._taps:  # again each time: a bound output keeps the last step's shape
             cache.binding.bind_output(name)
-        try:
-            self._decoder.run_with_iobinding(cache.binding)
-        except Exception as error:
-            raise EngineError(f"the decoder graph failed: {_first_line(error)}") from error
+        with self._running("decoder", cancellation) as options:
+            self._decoder.run_with_iobinding(cache.binding, options)
         outputs = {"logits": cache.held["logits"].copy()}
         if self._taps:
             values = cache.binding.get_outputs()[1 : 1 + len(self._taps)]
@@ -149,6 +153,18 @@ class OrtEngine:
 
     def close(self) -> None:
         """Nothing to do: ONNX Runtime frees its sessions with the last reference to them."""
+
+    @contextmanager
+    def _running(self, graph: str, cancellation: Cancellation | None) -> Iterator[Any]:
+        """Options of one run, which a cancellation ends. Raises EngineError if it fails by itself."""
+        options = self._ort.RunOptions()
+        cancellation = cancellation or Cancellation()
+        with cancellation.stopping(lambda: setattr(options, "terminate", True)):
+            try:
+                yield options
+            except Exception as error:
+                cancellation.check()
+                raise EngineError(f"the {graph} graph failed: {_first_line(error)}") from error
 
     def _feed(self, cache: OrtCache, feeds: dict[str, np.ndarray]) -> None:
         """Put a step's arrays where the graph reads them, and have room for its logits."""

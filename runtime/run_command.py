@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def run(
     **sampling: Any,
 ) -> None:
     """Answer one prompt, the text streaming as it is made."""
+    from moevlm.runtime.background import Background
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import notice
     from moevlm.runtime.loading import load_runtime
@@ -86,22 +88,26 @@ def run(
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     conversation = _conversation(prompt, images, system, messages)
     name, _ = select(Bundle.open(bundle), target)
-    with notice() as show:
-        runtime = load_runtime(
-            bundle,
-            name,
-            threads,
-            spinning,
-            chunk_tokens,
-            pixels,
-            lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
-        )
     pieces = []
-    with runtime:
-        for piece in runtime.generate(conversation, params=params):
-            pieces.append(piece)
-            if not as_json:
-                click.echo(piece.text, nl=False)  # and flushed
+    with Background() as background:
+        with notice() as show:
+            load = partial(
+                load_runtime,
+                bundle,
+                name,
+                threads,
+                spinning,
+                chunk_tokens,
+                pixels,
+                lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
+            )
+            runtime = background.call(load)
+        with runtime:
+            answer = background.call(partial(runtime.generate, conversation, params=params))
+            while (piece := background.call(partial(next, answer, None), answer.cancel)) is not None:
+                pieces.append(piece)
+                if not as_json:
+                    click.echo(piece.text, nl=False)  # and flushed
     if as_json:
         click.echo(_run_report(name, pieces, params.logprobs is not None))
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.cuda import Device
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
@@ -96,19 +97,21 @@ class TensorRTEngine:
         """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
         return self._decoder.graphs
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         """Visual tokens of all images, as many images in a call as the plan has room for.
 
         Raises EngineError for segment ids that are not in order, and for an image that is too large for the plan.
+        A cancellation is heard between calls.
         """
         check_vision(inputs)
+        cancellation = cancellation or Cancellation()
+        outputs = []
         with self._lock:
             self._require_open()
             with self._device:
-                outputs = [
-                    self._vision.run({name: array[part] for name, array in vars(inputs).items()})
-                    for part in _parts(inputs.segment_id, self._facts.max_patches)
-                ]
+                for part in _parts(inputs.segment_id, self._facts.max_patches):
+                    cancellation.check()
+                    outputs.append(self._vision.run({name: array[part] for name, array in vars(inputs).items()}))
         embeds = np.concatenate([output["visual_embeds"] for output in outputs])
         empty = np.zeros((0, *embeds.shape), np.float32)
         deepstack = [output["deepstack_embeds"] for output in outputs if "deepstack_embeds" in output]
@@ -130,8 +133,13 @@ class TensorRTEngine:
         weakref.finalize(cache, self._decoder.give_back, slot).atexit = False
         return cache
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: TensorRTCache) -> np.ndarray:
-        """Logits [N, vocabulary] float32; see the protocol. Raises EngineError for more than it was built for."""
+    def forward(
+        self, step: Step, visual: VisualFeatures | None, cache: TensorRTCache, cancellation: Cancellation | None = None
+    ) -> np.ndarray:
+        """Logits [N, vocabulary] float32; see the protocol. Raises EngineError for more than it was built for.
+
+        A cancellation is heard before the step starts, not while the GPU runs it.
+        """
         check_step(step, visual, cache, self._model.vocabulary)
         length = step.input_ids.shape[1]
         if length > self._facts.chunk_tokens:
@@ -143,6 +151,8 @@ class TensorRTEngine:
         if not len(index) or not 0 <= int(index.min()) <= int(index.max()) < step.input_ids.size:
             raise EngineError(f"logits_index = {index} (allowed: one or more of 0 to {step.input_ids.size - 1})")
         with self._lock:
+            if cancellation is not None:
+                cancellation.check()  # others may have held the lock for long
             self._require_open()
             with self._device:
                 return self._decoder.step(step, visual, cache.slot)

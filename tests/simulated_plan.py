@@ -38,7 +38,7 @@ class SimulatedPlan:
         self._model, self._capacity = model, capacity
         self.experts = self._decoder.experts
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
         found = self._vision.run(dict(vars(inputs)))
         embeds = found["visual_embeds"]
         return VisualFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
@@ -49,7 +49,7 @@ class SimulatedPlan:
         names = [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
         return SimulatedCache(batch, capacity, {name: np.zeros(shape, np.float32) for name in names})
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: SimulatedCache) -> np.ndarray:
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: SimulatedCache, *_: object) -> np.ndarray:
         model = self._model
         if visual is None:
             zeros = np.zeros((1, model.hidden), np.float32)

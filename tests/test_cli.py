@@ -14,7 +14,6 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,22 +96,22 @@ def test_streamed_text_and_json_agree(tiny_bundle: Path, images: list[Path]) -> 
 
 
 def test_text_is_written_as_it_is_made(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moevlm.runtime.answer import Answer, Piece
     from moevlm.runtime.cli import main
-    from moevlm.runtime.generate import Runtime
 
-    events, generate = [], Runtime.generate
+    events, following = [], Answer.__next__
 
     class Screen(io.StringIO):
         def flush(self) -> None:
             if events[-1] != self.getvalue():
                 events.append(self.getvalue())
 
-    def recorded(self: Runtime, *arguments: Any, **options: Any) -> Iterator[Any]:
-        for piece in generate(self, *arguments, **options):
-            events.append("piece")
-            yield dataclasses.replace(piece, text="a")
+    def recorded(self: Answer) -> Piece:
+        piece = following(self)
+        events.append("piece")
+        return dataclasses.replace(piece, text="a")
 
-    monkeypatch.setattr(Runtime, "generate", recorded)
+    monkeypatch.setattr(Answer, "__next__", recorded)
     monkeypatch.setattr(sys, "stdout", Screen())
     main(["run", str(tiny_bundle), "--prompt", "Hi", "--max-new-tokens", "3"])
     assert events == ["piece", "a", "piece", "aa", "piece", "aaa", "aaa\n"]

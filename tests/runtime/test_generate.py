@@ -9,11 +9,12 @@ from PIL import Image
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
+from moevlm.runtime.answer import Piece
 from moevlm.runtime.batch import cache_capacity
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.errors import BundleError, EngineError, RequestError
-from moevlm.runtime.generate import Piece, Runtime
+from moevlm.runtime.generate import Runtime
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
 from moevlm.runtime.positions import rope_positions, rope_tables
@@ -102,7 +103,7 @@ class ToyEngine:
         self.cache: weakref.ref[_Cache] | None = None
         self.fail_at_step: BaseException | None = None
 
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
         self.encoded.append(inputs)
         blocks = inputs.pixel_patches.reshape(-1, MODEL.vision.merge_size**2, inputs.pixel_patches.shape[1])
         features = blocks[:, 0, :HIDDEN] * 3
@@ -125,7 +126,7 @@ class ToyEngine:
         weight = 1 / np.arange(len(values), 0, -1)
         return np.tanh(weight @ values) @ self.head
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache) -> np.ndarray:
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
         self.steps.append(step)
         if self.fail_at_step is not None and len(self.steps) > 2:
             raise self.fail_at_step
@@ -299,7 +300,7 @@ class Scripted(ToyEngine):
         self.script = [*TOKENIZER.encode(text), END]
         self.at = 0
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache) -> np.ndarray:
+    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
         logits = np.zeros_like(super().forward(step, visual, cache))
         logits[:, self.script[self.at % len(self.script)]] = 1
         self.at += 1
@@ -423,7 +424,7 @@ def test_prompt_keeps_resized_images_only_and_generation_none():
     class Watching(ToyEngine):
         alive = None
 
-        def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache) -> np.ndarray:
+        def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
             gc.collect()
             self.alive = image()
             return super().forward(step, visual, cache)

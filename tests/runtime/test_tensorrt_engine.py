@@ -223,7 +223,7 @@ def test_steps_that_do_not_fit_are_refused_by_name(runtime) -> None:
     forward = engine.forward
     engine.forward = lambda *arguments: steps.append(arguments) or forward(*arguments)  # type: ignore[method-assign]
     runtime.batch(prompts, runtime.encode(prompts), 0).prefill(8)
-    step, visual, cache = steps[-1]
+    step, visual, cache, _ = steps[-1]
     for change, reason in (
         ({"logits_index": np.array([3 * step.input_ids.shape[1]])}, "logits_index"),
         ({"logits_index": np.zeros(0, np.int64)}, "logits_index"),
