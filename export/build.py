@@ -1,7 +1,7 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,6 +33,7 @@ def build(
     target_names: Iterable[str] = (),
     *,
     expert_layout: str = "auto",
+    ignored_config: Sequence[str] = (),
     block_size: int = defaults.BLOCK_SIZE,
     kv_cache: str = defaults.KV_CACHE,
     sparsity: str = "",
@@ -41,7 +42,8 @@ def build(
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
-    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. block_size: weights that share a scale
+    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
+    config.json to be left out of account, though what they mean is not known. block_size: weights that share a scale
     where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
     layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. Memory stays at a
     few tensors, whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and
@@ -49,7 +51,7 @@ def build(
     """
     chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
-        model, graphs = _trace(source, expert_layout, progress)
+        model, graphs = _trace(source, expert_layout, ignored_config, progress)
         facts = _model_facts(model, source)
         _write_side_files(writer, source)
         reference = targets([REFERENCE])[0]
@@ -67,6 +69,8 @@ def build(
             engines=engines,
             tools={name: version(name) for name in _TOOLS},
             expert_layout=expert_layout,
+            ignored_config=tuple(dict.fromkeys(ignored_config)),
+            left_out=dict(model.left_out),
         )
         return Bundle.open(writer.commit(manifest))
 
@@ -92,7 +96,7 @@ def add_targets(
     existing = Bundle.open(bundle)
     with Checkpoint.open(checkpoint) as source, BundleWriter(bundle) as writer:
         source.start_hashing()
-        _, graphs = _trace(source, existing.manifest.expert_layout, progress)
+        _, graphs = _trace(source, existing.manifest.expert_layout, existing.manifest.ignored_config, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
@@ -109,9 +113,11 @@ def add_targets(
         return Bundle.open(writer.commit(manifest))
 
 
-def _trace(source: Checkpoint, expert_layout: str, progress: Progress) -> tuple[CanonicalModel, dict[str, ir.Model]]:
+def _trace(
+    source: Checkpoint, expert_layout: str, ignored_config: Sequence[str], progress: Progress
+) -> tuple[CanonicalModel, dict[str, ir.Model]]:
     source.start_hashing()
-    model = CanonicalModel.of(source, expert_layout)
+    model = CanonicalModel.of(source, expert_layout, ignored_config)
     progress("tracing the model", 0, 0)
     graphs = model.graphs
     for graph in graphs.values():

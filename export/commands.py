@@ -18,6 +18,14 @@ _LAYOUT = click.option(
     help="How fused expert tensors lie on disk, if their shape does not tell.",
 )
 
+_IGNORED = click.option(
+    "--ignore-config",
+    "ignored_config",
+    metavar="FIELD",
+    multiple=True,
+    help="Build in spite of a field of config.json that is not supported, such as text_config.x; repeatable.",
+)
+
 _BLOCK = click.option(
     "--block-size",
     type=int,
@@ -91,14 +99,17 @@ def _plan_options(command: Any) -> Any:
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
 @_LAYOUT
-def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
+@_IGNORED
+def export(checkpoint: Path, output: Path, expert_layout: str, ignored_config: tuple[str, ...]) -> None:
     """Trace CHECKPOINT to the canonical ONNX graphs."""
     require("torch", "export")
     from moevlm.export.build import build as build_bundle
 
     with progress_bar() as progress:
-        build_bundle(checkpoint, output, expert_layout=expert_layout, progress=progress)
-    _report(output)
+        built = build_bundle(
+            checkpoint, output, expert_layout=expert_layout, ignored_config=ignored_config, progress=progress
+        )
+    _report(output, built)
     console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
 
@@ -117,6 +128,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str) -> None:
 @_CACHE
 @_SPARSITY
 @_LAYOUT
+@_IGNORED
 @_plan_options
 def build(
     source: Path,
@@ -127,6 +139,7 @@ def build(
     kv_cache: str,
     sparsity: str | None,
     expert_layout: str,
+    ignored_config: tuple[str, ...],
     **plans: Any,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
@@ -146,15 +159,17 @@ def build(
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            built = build_bundle(origin, bundle, names, expert_layout=expert_layout, progress=progress, **options)
+            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config}
+            built = build_bundle(origin, bundle, names, progress=progress, **reading, **options)
         elif checkpoint is not None and output is None:
-            if expert_layout != "auto":
-                raise click.UsageError("--expert-layout was decided when the bundle was made from its checkpoint")
+            for option, given in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
+                if given:
+                    raise click.UsageError(f"{option} was decided when the bundle was made from its checkpoint")
             bundle, origin = source, checkpoint
             built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
-    _report(bundle)
+    _report(bundle, built)
     if sparsity:
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
@@ -193,9 +208,11 @@ def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, 
         console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
 
 
-def _report(bundle: Path) -> None:
+def _report(bundle: Path, built: Bundle) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     console().print(f"bundle: {bundle} ({bytes_text(size)})")
+    for pattern, count in built.manifest.left_out.items():
+        console().print(f"note: left out {count} tensors {pattern}: transformers does not load them either")
     absent = [name for name in ("tokenizer.json", "chat_template.jinja") if not (bundle / name).exists()]
     if absent:
         console().print(f"note: the checkpoint has no {' and no '.join(absent)}: moevlm run needs it")

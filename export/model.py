@@ -1,6 +1,6 @@
 """A checkpoint as canonical modules: both towers on the meta device, every parameter bound to its bytes on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -18,22 +18,29 @@ from moevlm.export.weights import Weight, slices
 
 @dataclass(frozen=True)
 class CanonicalModel:
-    """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name."""
+    """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name.
+
+    left_out: how many tensors of the checkpoint have no part in a forward pass, by pattern of their names.
+    """
 
     config: ModelConfig
     vision: Vision
     decoder: Decoder
     vision_weights: Mapping[str, Weight]
     decoder_weights: Mapping[str, Weight]
+    left_out: Mapping[str, int]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, expert_layout: str = "auto") -> "CanonicalModel":
+    def of(
+        cls, checkpoint: Checkpoint, expert_layout: str = "auto", ignored_config: Sequence[str] = ()
+    ) -> "CanonicalModel":
         """Translate config.json and find every tensor; only headers are read, and a tied head that is stored again.
 
+        expert_layout: see `families.sources`. ignored_config: dotted names of fields, see `families.base.Family`.
         Raises UnsupportedModelError for an architecture or field, CheckpointError for a tensor.
         """
         family = family_for(checkpoint.config)
-        config = family.config(checkpoint.config)
+        config = family.config(checkpoint.config, ignored_config)
         vision, decoder = _towers(config)
         parameters = {
             f"{tower}.{name}": tuple(parameter.shape)
@@ -42,10 +49,10 @@ class CanonicalModel:
         }
         bound = family.bind(parameters, checkpoint.tensors, expert_layout)
         vision_weights, decoder_weights = (
-            {name.removeprefix(tower): weight for name, weight in bound.items() if name.startswith(tower)}
+            {name.removeprefix(tower): weight for name, weight in bound.weights.items() if name.startswith(tower)}
             for tower in ("vision.", "decoder.")
         )
-        return cls(config, vision, decoder, vision_weights, decoder_weights)
+        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out)
 
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:

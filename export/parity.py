@@ -59,7 +59,8 @@ def check_parity(
     with BundleWriter(bundle) as writer, Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
         require_same_source(opened.manifest, source)
-        model, facts = CanonicalModel.of(source, opened.manifest.expert_layout), opened.manifest.model
+        manifest, facts = opened.manifest, opened.manifest.model
+        model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
         cases = random_cases(facts, source.config, seed)
         prompts, limits = [case.prompt for case in cases], [engines[name].tensorrt for name in names]
         for limit in limits:

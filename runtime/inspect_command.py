@@ -1,5 +1,6 @@
 """`moevlm inspect`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
         ],
         source={name: facts.sha256 for name, facts in manifest.source.items()},
         tools=manifest.tools,
+        ignored_config=list(manifest.ignored_config),
+        left_out=manifest.left_out,
     )
 
 
@@ -92,6 +95,8 @@ def _facts(manifest: Any, report: InspectReport) -> str:
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
         ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
+        *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
+        *((("left out", left_out_text(report.left_out)),) if report.left_out else ()),
         *((name, number) for name, number in report.tools.items()),
     ]
     text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
@@ -100,6 +105,11 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
     text += table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)
     return text + _plans(manifest, report)
+
+
+def left_out_text(left_out: Mapping[str, int]) -> str:
+    """2 tensors rotary_emb.inv_freq"""
+    return ", ".join(f"{count} tensors {pattern}" for pattern, count in left_out.items())
 
 
 def _plans(manifest: Any, report: InspectReport) -> str:

@@ -149,6 +149,8 @@ class Manifest(_Facts, frozen=True):
     """manifest.json. `files` covers every other file of the bundle, by its path inside it.
 
     expert_layout: how the checkpoint's fused experts were read; every engine of the bundle has to read them so.
+    ignored_config: dotted names of fields of config.json that were left out of account at the user's word.
+    left_out: how many of the checkpoint's tensors have no part in a forward pass, by pattern of their names.
     digest: of all the other fields, see `digest_of`; it finds damage, not forgery.
     """
 
@@ -159,6 +161,8 @@ class Manifest(_Facts, frozen=True):
     engines: dict[str, EngineFacts]
     tools: dict[str, str]
     expert_layout: str = "auto"
+    ignored_config: tuple[str, ...] = ()
+    left_out: dict[str, int] = {}
     parity: dict[str, Any] = {}
     digest: str = ""
 

@@ -54,7 +54,10 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
-    """`moevlm inspect --json`. model: as in manifest.json. verified: whether all hashes were checked now."""
+    """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
+
+    verified: whether all hashes were checked now.
+    """
 
     bundle: str
     bytes: int
@@ -63,6 +66,8 @@ class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
     engines: list[EngineReport]
     source: dict[str, str]
     tools: dict[str, str]
+    ignored_config: list[str] = []
+    left_out: dict[str, int] = {}
 
 
 class Seconds(msgspec.Struct, frozen=True):

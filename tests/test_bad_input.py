@@ -157,7 +157,7 @@ def test_unsupported_architecture(checkpoint: Path) -> None:
     [
         ("hidden_act", "relu2", ('text_config.hidden_act = "relu2"', "supported:", "silu")),
         ("sliding_window", 128, ("text_config.sliding_window = 128",)),
-        ("num_experts_per_tok", -1, ("text_config.num_experts_per_tok = -1", "positive integer")),
+        ("num_experts_per_tok", -1, ("text_config.num_experts_per_tok = -1", "an integer from 1 to 65536")),
     ],
 )
 def test_unsupported_field(checkpoint: Path, field: str, value: Any, words: tuple[str, ...]) -> None:

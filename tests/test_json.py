@@ -101,6 +101,8 @@ GOLDEN = {
         "engines[].tensorrt.version_compatible": "boolean",
         "source": "object",
         "tools": "object",
+        "ignored_config": "array of string",
+        "left_out": "object",
     },
     "moevlm.parity/1": {
         "schema": "string",

@@ -2,13 +2,16 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from moevlm.export.config import ModelConfig
-from moevlm.export.families.fields import HARMLESS, Fields
+from moevlm.export.families.fields import Fields, quoted
+from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
 from moevlm.export.weights import Weight, cast, slices
 from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
@@ -39,59 +42,87 @@ def register(model_type: str) -> Callable[[type["Family"]], type["Family"]]:
 def family_for(config: Mapping[str, Any]) -> "Family":
     """The family of a parsed config.json. Raises UnsupportedModelError, naming what is supported."""
     model_type = config.get("model_type")
-    if model_type not in _REGISTRY:
+    if not isinstance(model_type, str) or model_type not in _REGISTRY:
         known = ", ".join(sorted(_REGISTRY))
         raise UnsupportedModelError(
-            f'unsupported value in config.json: model_type = "{model_type}" (supported: {known})'
+            f"unsupported value in config.json: model_type = {quoted(model_type)} (supported: {known})"
         )
     return _REGISTRY[model_type]()
+
+
+@dataclass(frozen=True)
+class Binding:
+    """weights: a recipe by canonical parameter name. left_out: how many tensors by the pattern that they fit."""
+
+    weights: Mapping[str, Weight]
+    left_out: Mapping[str, int]
 
 
 class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
     router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
+    left_out: patterns of tensors that transformers expects to find and does not load.
     """
 
     weights: ClassVar[Mapping[str, str | Source]]
     router_suffix: ClassVar[str]
+    left_out: ClassVar[tuple[str, ...]] = (r"rotary_emb\.inv_freq",)  # computed, and once saved with each layer
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:
         """config.json to the canonical config; reads every field that changes the maths."""
 
-    def config(self, values: Mapping[str, Any]) -> ModelConfig:
-        """The canonical config; refuses fields that were not understood and sizes that do not fit together."""
-        fields = Fields(values)
+    def config(self, values: Mapping[str, Any], ignored: Sequence[str] = ()) -> ModelConfig:
+        """The canonical config; refuses fields that were not understood and sizes that do not fit together.
+
+        ignored: dotted names of fields that would be refused, to be left out of account. Raises UnsupportedModelError
+        for one that is not there or that is read.
+        """
+        for name in ignored:
+            _require_field(values, name)
+        fields = Fields(values, ignored=ignored)
         try:
             config = self.translate(fields)
         except ValueError as error:  # "name = value (allowed: ...)", from the canonical config or a spec
             name, *rest = str(error).partition(" = ")
             field = _CONFIG_NAMES.get(name, name) + "".join(rest)
             raise UnsupportedModelError(f"unsupported value in config.json: {field}") from error
-        fields.refuse_unread(HARMLESS)
+        fields.refuse_unread()
         return config
 
     def bind(
-        self, parameters: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Weight], expert_layout: str = "auto"
-    ) -> dict[str, Weight]:
+        self, parameters: Mapping[str, tuple[int, ...]], on_disk: Mapping[str, Weight], expert_layout: str = "auto"
+    ) -> Binding:
         """A float32 recipe for every canonical parameter (name -> shape).
 
         Raises CheckpointError for a tensor that is absent, has another shape or no float dtype, or is left over.
         """
         if expert_layout not in LAYOUTS:
             raise CheckpointError(f'expert_layout = "{expert_layout}" (allowed: {", ".join(LAYOUTS)})')
-        used = _Recorder(tensors)
-        bound = {}
+        tensors = Tensors(on_disk)
+        bound, missing = {}, []
         for name, shape in parameters.items():
             source, indices = self._source(name)
-            bound[name] = cast(source(used, indices, shape, expert_layout), np.dtype(np.float32))
+            try:
+                bound[name] = cast(source(tensors, indices, shape, expert_layout), np.dtype(np.float32))
+            except MissingTensorError as error:
+                missing.append(error.name)
+        if missing:
+            raise missing_error(missing, on_disk.keys())
         if "decoder.head" not in parameters:
-            self._check_tied_head(used, bound["decoder.embedding"])
-        left = [name for name in tensors if name not in used.names]
-        if left:
-            raise CheckpointError(f"{len(left)} tensors of the checkpoint have no place in the model, first: {left[0]}")
-        return bound
+            self._check_tied_head(tensors, bound["decoder.embedding"])
+        return Binding(bound, self._left_out(on_disk.keys() - tensors.used))
+
+    def _left_out(self, unused: Collection[str]) -> dict[str, int]:
+        """How many tensors fit each pattern of `left_out`. Raises CheckpointError for one that fits none."""
+        found = {name: next((p for p in self.left_out if re.search(p, name)), None) for name in sorted(unused)}
+        strangers = [name for name, pattern in found.items() if pattern is None]
+        if strangers:
+            raise CheckpointError(
+                f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {strangers[0]}"
+            )
+        return dict(Counter(str(pattern).replace("\\", "") for pattern in found.values()))
 
     def _check_tied_head(self, tensors: Mapping[str, Weight], embedding: Weight) -> None:
         """A tied checkpoint may still carry its head, but transformers ties only a head that equals the embedding."""
@@ -113,18 +144,9 @@ class Family(ABC):
         raise KeyError(f"{type(self).__name__} has no source for {name}")
 
 
-class _Recorder(Mapping[str, Weight]):
-    """The checkpoint's tensors, remembering which were asked for."""
-
-    def __init__(self, tensors: Mapping[str, Weight]) -> None:
-        self._tensors, self.names = tensors, set[str]()
-
-    def __getitem__(self, name: str) -> Weight:
-        self.names.add(name)
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+def _require_field(values: Mapping[str, Any], name: str) -> None:
+    place: Any = values
+    for key in name.split("."):
+        if not isinstance(place, Mapping) or key not in place:
+            raise UnsupportedModelError(f"cannot ignore {name}: config.json has no such field")
+        place = place[key]

@@ -1,80 +1,60 @@
 """config.json with a memory: what was read is supported, and what is left over must be known to be harmless."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moevlm.export.families.harmless import is_harmless
 from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
 
 _REQUIRED = object()
 
-# Training, bookkeeping, and defaults of Hugging Face's base class: none of these changes a forward pass.
-HARMLESS = frozenset(
-    [
-        "_name_or_path",
-        "architectures",
-        "attention_dropout",
-        "auto_map",
-        "base_model_ep_plan",
-        "base_model_tp_plan",
-        "bos_token_id",
-        "chunk_size_feed_forward",
-        "dtype",
-        "hidden_dropout",
-        "id2label",
-        "initializer_range",
-        "is_encoder_decoder",
-        "label2id",
-        "model_type",
-        "output_attentions",
-        "output_hidden_states",
-        "output_router_logits",
-        "pad_token_id",
-        "problem_type",
-        "return_dict",
-        "router_aux_loss_coef",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-        "video_token_id",
-        "vision_start_token_id",
-        "vision_end_token_id",
-        "video_start_token_id",
-        "video_end_token_id",
-        "image_start_token_id",
-        "image_token_id",
-        "image_end_token_id",
-    ]
-)
+# The most that a count may be: far above any model, and low enough that every product of sizes fits 62 bits and
+# the work before the tensors are compared is small.
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "depth", "n_shared_experts"), 1024),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 12),
+    **dict.fromkeys(("head_dim", "image_size"), 1 << 14),
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels"), 1 << 10),
+    "spatial_merge_size": 16,
+    **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
+    **dict.fromkeys(("vocab_size", "image_token_id", "eos_token_id", "num_position_embeddings"), 1 << 24),
+    "max_position_embeddings": (1 << 31) - 1,
+}
+_MOST_OF_OTHERS = 1 << 20
+_MOST_ITEMS, _LARGEST_ITEM = 1 << 12, (1 << 31) - 1  # of a list
+_NOTES = {"quantization_config": " (the checkpoint is quantized: its unquantized original is what can be built)"}
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of numbers that are no counts; float32 holds them
 
 
 class Fields:
-    """A view of one JSON object of config.json. `path` is its name in error messages."""
+    """A view of one JSON object of config.json. `path` is its name in error messages.
 
-    def __init__(self, values: Mapping[str, Any], path: str = "") -> None:
-        self._values, self._path = values, path
-        self._read: set[str] = set()
+    ignored: dotted names of fields that a user wants to be left unread, see `families.base.Family.config`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], path: str = "", ignored: Sequence[str] = ()) -> None:
+        self._values, self._path, self._ignored = values, path, ignored
+        self._used: dict[str, Any] = {}
         self._children: list[Fields] = []
 
     def get(self, key: str, default: Any = _REQUIRED) -> Any:
         """The value, or the default if the key is absent or null. Raises CheckpointError for a required key."""
-        self._read.add(key)
+        if self._name(key) in self._ignored:
+            raise UnsupportedModelError(f"cannot ignore {self._name(key)} of config.json: it is supported and used")
         value = self._values.get(key)
         if value is None:
             if default is _REQUIRED:
                 raise CheckpointError(f"config.json lacks {self._name(key)}")
-            return default
+            value = default
+        self._used[key] = value
         return value
 
     def __getitem__(self, key: str) -> Any:
         return self.get(key)
 
     def positive(self, key: str, default: Any = _REQUIRED) -> int:
-        """A positive integer."""
-        value = self.get(key, default)
-        if not _is_count(value) or value < 1:
-            raise self.invalid(key, value, "a positive integer")
-        return int(value)
+        """An integer from 1 to the most that this field may be."""
+        return self._whole(key, default, 1)
 
     def aliased(self, key: str, alias: str) -> int:
         """A positive integer under either name, or under both with one value."""
@@ -84,29 +64,33 @@ class Fields:
         return value
 
     def count(self, key: str, default: Any = _REQUIRED) -> int:
-        """An integer, 0 or more."""
-        value = self.get(key, default)
-        if not _is_count(value):
-            raise self.invalid(key, value, "an integer, 0 or more")
+        """An integer from 0 to the most that this field may be."""
+        return self._whole(key, default, 0)
+
+    def _whole(self, key: str, default: Any, least: int) -> int:
+        value, most = self.get(key, default), _MOST.get(key, _MOST_OF_OTHERS)
+        if not _is_count(value) or not least <= value <= most:
+            raise self.invalid(key, value, f"an integer from {least} to {most}")
         return int(value)
 
     def counts(self, key: str, default: Any = _REQUIRED) -> tuple[int, ...]:
         """A list of integers, 0 or more each."""
         value = self.get(key, default)
-        if not isinstance(value, list | tuple) or not all(map(_is_count, value)):
-            raise self.invalid(key, value, "a list of integers")
+        fits = isinstance(value, list | tuple) and len(value) <= _MOST_ITEMS and all(map(_is_count, value))
+        if not fits or max(value, default=0) > _LARGEST_ITEM:
+            raise self.invalid(key, value, f"a list of integers from 0 to {_LARGEST_ITEM}, at most {_MOST_ITEMS}")
         return tuple(value)
 
     def ids(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
         """One token id, a list of them, or nothing."""
         value = self.get(key, default)
-        return (value,) if _is_count(value) else self.counts(key, default)
+        return self.counts(key, default) if isinstance(value, list | tuple) else (self._whole(key, default, 0),)
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A positive number."""
+        """A positive number that float32 holds."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.invalid(key, value, "a positive number")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not _SMALLEST <= value <= _LARGEST:
+            raise self.invalid(key, value, f"a number from {_SMALLEST} to {_LARGEST}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -118,16 +102,15 @@ class Fields:
 
     def invalid(self, key: str, value: Any, allowed: str) -> CheckpointError:
         """The error for the value of `key`, which may be its default."""
-        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {value!r} ({allowed})")
+        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {shown(value)} ({allowed})")
 
     def choice(self, key: str, allowed: Mapping[Any, Any] | Sequence[Any], default: Any = _REQUIRED) -> Any:
         """One of `allowed`; with a mapping, what the value maps to. Raises UnsupportedModelError for any other."""
         value = self.get(key, default)
         if isinstance(value, dict | list) or value not in allowed:
-            shown = f'"{value}"' if isinstance(value, str) else value
             names = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in allowed)
             raise UnsupportedModelError(
-                f"unsupported value in config.json: {self._name(key)} = {shown} (supported: {names})"
+                f"unsupported value in config.json: {self._name(key)} = {quoted(value)} (supported: {names})"
             )
         return allowed[value] if isinstance(allowed, Mapping) else value
 
@@ -135,8 +118,9 @@ class Fields:
         """A list of `length` times `allowed`, or nothing. Raises UnsupportedModelError for any other."""
         value = self.get(key, None)
         if value is not None and value != [allowed] * length:
+            names = f"{length} times {allowed}"
             raise UnsupportedModelError(
-                f"unsupported value in config.json: {self._name(key)} = {value!r} (supported: {length} times {allowed})"
+                f"unsupported value in config.json: {self._name(key)} = {shown(value)} (supported: {names})"
             )
 
     def sub(self, key: str, default: Mapping[str, Any] | None = None) -> "Fields":
@@ -144,24 +128,45 @@ class Fields:
         value = self.get(key) if default is None else self.get(key, default)
         if not isinstance(value, Mapping):
             raise self.invalid(key, value, "an object")
-        child = Fields(value, self._name(key))
+        child = Fields(value, self._name(key), self._ignored)
         self._children.append(child)
         return child
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
-    def refuse_unread(self, harmless: frozenset[str]) -> None:
-        """Raise UnsupportedModelError for the first field that nobody read, has a value, and is not harmless."""
-        for key in sorted(set(self._values) - self._read - harmless):
-            if self._values[key] not in (None, False, [], {}):
-                value = self._values[key]
-                raise UnsupportedModelError(f"unsupported field in config.json: {self._name(key)} = {value!r}")
+    def refuse_unread(self) -> None:
+        """Raise UnsupportedModelError for the first field that was not read and could change the maths.
+
+        A field that is off, harmless or to be ignored is none. Nor is the copy of a nested object's field that says
+        the same: older releases wrote text_config's fields a second time at the top, where nobody reads them.
+        """
+        for key in sorted(set(self._values) - set(self._used)):
+            value = self._values[key]
+            if value in (None, False, [], {}) or is_harmless(key) or self._name(key) in self._ignored:
+                continue
+            original = next((child for child in self._children if key in child._used), None)
+            found = f"unsupported field in config.json: {self._name(key)} = {shown(value)}"
+            if original is None:
+                raise UnsupportedModelError(found + _NOTES.get(key, ""))
+            if original._used[key] != value:
+                raise UnsupportedModelError(f"{found} ({original._name(key)} = {shown(original._used[key])})")
         for child in self._children:
-            child.refuse_unread(harmless)
+            child.refuse_unread()
 
     def _name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value for an error message, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def quoted(value: Any) -> str:
+    """`shown`, but for text in JSON's quotation marks."""
+    return f'"{shown(value)[1:-1]}"' if isinstance(value, str) and len(value) <= 60 else shown(value)
 
 
 def _is_count(value: Any) -> bool:

@@ -18,12 +18,11 @@ from moevlm.export.config import (
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
-from moevlm.export.families.sources import Source, channels_last, flattened, stacked_experts
+from moevlm.export.families.sources import Experts, Source, channels_last, flattened
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
-_EXPERT = _LAYER + "mlp.experts.{e}."
-_GATE, _UP = _EXPERT + "gate_proj.weight", _EXPERT + "up_proj.weight"
+_EXPERTS = Experts(_LAYER + "mlp.experts", per_expert=True)
 _BLOCK = "model.visual.blocks.{i}."
 _PARTS = ("gate", "up", "down")
 
@@ -33,6 +32,8 @@ class Glm4vMoe(Family):
     """See the module's docstring."""
 
     router_suffix = "mlp.gate"
+    # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
+    left_out = (*Family.left_out, r"model\.layers\.92.*", r"model\.layers\.46.*")
 
     def translate(self, fields: Fields) -> ModelConfig:
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
@@ -100,8 +101,8 @@ class Glm4vMoe(Family):
         activation = vision.choice("hidden_act", {"silu": "silu"})
         return VisionConfig(
             hidden=vision.positive("hidden_size"),
-            depth=vision.positive("depth"),
-            heads=vision.positive("num_heads"),
+            depth=vision.aliased("depth", "num_hidden_layers"),
+            heads=vision.aliased("num_heads", "num_attention_heads"),
             mlp=MLPConfig(out, activation),  # the blocks' feed-forward is as wide as the tower's output
             norm="rms",
             epsilon=vision.number("rms_norm_eps", 1e-5),
@@ -131,8 +132,8 @@ class Glm4vMoe(Family):
         },
         "decoder.layers.{i}.feed_forward.router.weight": _LAYER + "mlp.gate.weight",
         "decoder.layers.{i}.feed_forward.correction_bias": _LAYER + "mlp.gate.e_score_correction_bias",
-        "decoder.layers.{i}.feed_forward.gate_up": stacked_experts(_GATE, _UP),
-        "decoder.layers.{i}.feed_forward.down": stacked_experts(_EXPERT + "down_proj.weight"),
+        "decoder.layers.{i}.feed_forward.gate_up": _EXPERTS.gate_up(),
+        "decoder.layers.{i}.feed_forward.down": _EXPERTS.down(),
         **{
             f"decoder.layers.{{i}}.feed_forward.shared.{part}.weight": f"{_LAYER}mlp.shared_experts.{part}_proj.weight"
             for part in _PARTS

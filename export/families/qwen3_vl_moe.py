@@ -19,14 +19,14 @@ from moevlm.export.config import (
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
-from moevlm.export.families.sources import Source, flattened, fused_down, fused_gate_up
+from moevlm.export.families.sources import Experts, Source, flattened
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
 _BLOCK = "model.visual.blocks.{i}."
 _MERGER = "model.visual.merger."
 _DEEPSTACK = "model.visual.deepstack_merger_list.{i}."
-_GATE_UP, _DOWN = _LAYER + "mlp.experts.gate_up_proj", _LAYER + "mlp.experts.down_proj"
+_EXPERTS = Experts(_LAYER + "mlp.experts", per_expert=False)
 
 
 @register("qwen3_vl_moe")
@@ -53,6 +53,7 @@ class Qwen3VLMoe(Family):
         activation = text.choice("hidden_act", {"silu": "silu"})
         text.choice("norm_topk_prob", (True,), True)
         text.choice("use_sliding_window", (False,), False)
+        text.get("max_window_layers", None)  # how many layers would have a window
         bias = text.flag("attention_bias", False)
         layers = text.positive("num_hidden_layers")
         text.every("layer_types", "full_attention", layers)
@@ -91,8 +92,8 @@ class Qwen3VLMoe(Family):
             raise vision.invalid("num_position_embeddings", positions, "a square number")
         return VisionConfig(
             hidden=hidden,
-            depth=vision.positive("depth"),
-            heads=vision.positive("num_heads"),
+            depth=vision.aliased("depth", "num_hidden_layers"),
+            heads=vision.aliased("num_heads", "num_attention_heads"),
             mlp=MLPConfig(
                 vision.positive("intermediate_size"),
                 vision.choice("hidden_act", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}),
@@ -128,8 +129,8 @@ class Qwen3VLMoe(Family):
         "decoder.layers.{i}.attention.q_norm.weight": _LAYER + "self_attn.q_norm.weight",
         "decoder.layers.{i}.attention.k_norm.weight": _LAYER + "self_attn.k_norm.weight",
         "decoder.layers.{i}.feed_forward.router.weight": _LAYER + "mlp.gate.weight",
-        "decoder.layers.{i}.feed_forward.gate_up": fused_gate_up(_GATE_UP, _DOWN),
-        "decoder.layers.{i}.feed_forward.down": fused_down(_DOWN, _GATE_UP),
+        "decoder.layers.{i}.feed_forward.gate_up": _EXPERTS.gate_up(),
+        "decoder.layers.{i}.feed_forward.down": _EXPERTS.down(),
         **{
             f"decoder.layers.{{i}}.feed_forward.{part}.weight": f"{_LAYER}mlp.{part}_proj.weight"
             for part in ("gate", "up", "down")

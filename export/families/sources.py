@@ -1,6 +1,7 @@
 """Where canonical weights come from: a checkpoint tensor as it is, or several of them rearranged, always lazily."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,10 +20,7 @@ Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
 
 
 def _get(tensors: Mapping[str, Weight], name: str) -> Weight:
-    try:
-        weight = tensors[name]
-    except KeyError:
-        raise CheckpointError(f"the checkpoint lacks tensor {name}") from None
+    weight = tensors[name]
     if weight.dtype not in _FLOATS:
         supported = ", ".join(map(str, _FLOATS))
         raise CheckpointError(f"tensor {name} has dtype {weight.dtype} (supported: {supported})")
@@ -80,14 +78,36 @@ def channels_last(pattern: str) -> Source:
     return source
 
 
-def fused_gate_up(gate_up: str, down: str) -> Source:
-    """All experts' gate and up rows in one tensor, canonically [E, 2I, H]."""
-    return _fused(gate_up, down, lambda shape: (shape[0], shape[2], shape[1] // 2))
+@dataclass(frozen=True)
+class Experts:
+    """All experts of a layer under `base`, however they lie: one tensor per expert and part, or fused in either layout.
 
+    per_expert: the names to ask for where a layer has none of either.
+    """
 
-def fused_down(down: str, gate_up: str) -> Source:
-    """All experts' down rows in one tensor, canonically [E, H, I]."""
-    return _fused(down, gate_up, lambda shape: (shape[0], 2 * shape[2], shape[1]))
+    base: str
+    per_expert: bool
+
+    def gate_up(self) -> Source:
+        """Canonically [E, 2I, H], gate rows first."""
+        return self._source("gate_up", ("gate", "up"), "down", lambda shape: (shape[0], shape[2], shape[1] // 2))
+
+    def down(self) -> Source:
+        """Canonically [E, H, I]."""
+        return self._source("down", ("down",), "gate_up", lambda shape: (shape[0], 2 * shape[2], shape[1]))
+
+    def _source(self, part: str, parts: tuple[str, ...], other: str, other_shape: Callable[[Shape], Shape]) -> Source:
+        fused = _fused(f"{self.base}.{part}_proj", f"{self.base}.{other}_proj", other_shape)
+        stacked = _stacked(*(f"{self.base}.{{e}}.{name}_proj.weight" for name in parts))
+
+        def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+            base = self.base.format(**indices)
+            is_fused = any(f"{base}.{name}_proj" in tensors for name in ("gate_up", "down"))
+            one = [f"{base}.0.{name}_proj.weight" for name in ("gate", "up", "down")]
+            is_stacked = not is_fused and (self.per_expert or any(name in tensors for name in one))
+            return (stacked if is_stacked else fused)(tensors, indices, shape, layout)
+
+        return source
 
 
 def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) -> Source:
@@ -117,10 +137,13 @@ def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) 
     return source
 
 
-def stacked_experts(*patterns: str) -> Source:
+def _stacked(*patterns: str) -> Source:
     """One tensor per expert, {e}, and per part: equal parts joined (gate rows, then up rows), the experts stacked."""
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        if layout != "auto":
+            name = patterns[0].format(e=0, **indices)
+            raise CheckpointError(f"--expert-layout {layout} is for fused experts, {name} is a tensor of one expert")
         part, experts = (shape[1] // len(patterns), *shape[2:]), []
         for e in range(shape[0]):
             names = [pattern.format(e=e, **indices) for pattern in patterns]

@@ -19,6 +19,7 @@ from moevlm.export.weights import read
 from moevlm.plugins.spec import DOMAIN
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
+from tests.command_line import assert_refused, call
 from tests.tiny import END, STOP, edit_json, edit_tensors
 
 SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
@@ -116,6 +117,28 @@ def test_expert_layout_of_a_bundle_holds_for_targets_added_later(
     assert bundle.manifest.expert_layout == "in_out"
     with pytest.raises(CheckpointError, match="shape"):
         build(checkpoint, tmp_path / "other", ["reference"], expert_layout="out_in")
+
+
+def test_fields_ignored_and_tensors_left_out_are_on_record_and_hold_for_targets_added_later(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    edit_json(checkpoint / "config.json", lambda config: config["text_config"].update(unheard_of=3))
+    extra = {"model.language_model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(8)}
+    edit_tensors(checkpoint, lambda tensors: tensors.update(extra))
+    with pytest.raises(UnsupportedModelError, match="unheard_of = 3"):
+        build(checkpoint, tmp_path / "b")
+    name = "text_config.unheard_of"
+    result = call("export", checkpoint, "-o", tmp_path / "b", "--ignore-config", name, "--ignore-config", name)
+    assert "note: left out 1 tensors rotary_emb.inv_freq" in result.out
+    added = call("build", tmp_path / "b", "--checkpoint", checkpoint, "--target", "reference", "--ignore-config", name)
+    assert_refused(added, "--ignore-config was decided when the bundle was made")
+    manifest = add_targets(tmp_path / "b", checkpoint, ["reference"]).manifest
+    assert manifest.ignored_config == (name,)
+    assert manifest.left_out == {"rotary_emb.inv_freq": 1}
+    shown = call("inspect", tmp_path / "b").out
+    assert name in shown
+    assert "1 tensors rotary_emb.inv_freq" in shown
 
 
 def test_checkpoint_without_side_files_still_builds(save_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def canonical(tiny: TinyCheckpoint, weight: Callable[[tuple[int, ...]], Weight] 
     with torch.device("meta"):
         towers = Vision(config.vision).eval(), Decoder(config.decoder).eval()
     weights = ({name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in towers)
-    return CanonicalModel(config, *towers, *weights)
+    return CanonicalModel(config, *towers, *weights, {})
 
 
 def random_weights(seed: int) -> Callable[[tuple[int, ...]], Weight]:

@@ -1,0 +1,50 @@
+"""Fields of config.json that change no forward pass: what transformers ignores, or uses for anything but the maths.
+
+Source: transformers 5.23 `configuration_utils.py` and `generation/configuration_utils.py`, and the base class of
+transformers 4, which wrote its defaults into every file.
+"""
+
+# How the configuration was made and is labelled.
+_BOOKKEEPING = (
+    *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "architectures", "auto_map"),
+    *("model_type", "_auto_class", "tokenizer_class", "processor_class", "finetuning_task", "task_specific_params"),
+    *("problem_type", "id2label", "label2id", "num_labels", "prefix"),
+)
+# How the same numbers are computed, and what is returned beside them.
+_COMPUTATION = (
+    *("dtype", "torch_dtype", "_pre_quantization_dtype", "use_bfloat16", "torchscript", "tf_legacy_loss", "use_cache"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+    *("_flash_attn_2_enabled", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict", "use_return_dict"),
+    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "base_model_fsdp_plan"),
+)
+# Of training alone; num_nextn_predict_layers counts layers that transformers leaves out.
+_TRAINING = (
+    *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "num_nextn_predict_layers"),
+    *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
+# Of generate(); transformers drops them from config.json.
+_GENERATION = (
+    *("max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty"),
+    *("temperature", "top_k", "top_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
+    *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
+    *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
+    *("begin_suppress_tokens", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
+)
+# Ids that the tokenizer and the template put into the text.
+_TOKENS = (
+    *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "image_token_id", "video_token_id"),
+    *("vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id"),
+    *("video_start_token_id", "video_end_token_id"),
+)
+
+_HARMLESS = frozenset([*_BOOKKEEPING, *_COMPUTATION, *_TRAINING, *_GENERATION, *_TOKENS])
+_MARKS = ("unsloth_",)  # a trainer's own
+
+
+def is_harmless(field: str) -> bool:
+    """Whether a field of this name, with any value and in any part of config.json, leaves the maths as it is."""
+    return field in _HARMLESS or field.startswith(_MARKS)

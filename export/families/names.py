@@ -1,0 +1,101 @@
+"""Names of tensors on disk: the spellings that transformers reads as one, and what is wrong where none is there.
+
+Source: transformers 5.23 `conversion_mapping.py` (the renamings "legacy") and `core_model_loading.rename_source_key`.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from moevlm.export.weights import Weight
+from moevlm.runtime.errors import CheckpointError
+
+_BASE, _TEXT = "model.", "model.language_model."
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor that the model needs is not in the checkpoint. name: as transformers spells it."""
+
+    def __init__(self, name: str, more: str = "") -> None:
+        super().__init__(f"the checkpoint lacks tensor {name}{more}")
+        self.name = name
+
+
+class Tensors(Mapping[str, Weight]):
+    """A checkpoint's tensors by transformers' names, whichever accepted spelling is on disk.
+
+    used: names on disk of those that were asked for.
+    """
+
+    def __init__(self, on_disk: Mapping[str, Weight]) -> None:
+        self._on_disk, self.used = on_disk, set[str]()
+
+    def __getitem__(self, name: str) -> Weight:
+        """Raises MissingTensorError."""
+        found = self.spelling(name)
+        if found is None:
+            raise MissingTensorError(name)
+        self.used.add(found)
+        return self._on_disk[found]
+
+    def __contains__(self, name: Any) -> bool:
+        return self.spelling(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._on_disk)
+
+    def __len__(self) -> int:
+        return len(self._on_disk)
+
+    def spelling(self, name: str) -> str | None:
+        """The name on disk, None if there is none."""
+        return next((spelt for spelt in _spellings(name) if spelt in self._on_disk), None)
+
+
+def _spellings(name: str) -> Iterator[str]:
+    yield name
+    yield _BASE + name  # the prefix of the base model once too often
+    if name.startswith(_BASE):
+        yield name.removeprefix(_BASE)  # the base model alone was saved
+    if name.startswith(_TEXT):
+        inner = name.removeprefix(_TEXT)
+        yield f"{_TEXT}model.{inner}"
+        yield f"language_model.model.model.{inner}"
+
+
+def missing_error(missing: Sequence[str], on_disk: Collection[str]) -> MissingTensorError:
+    """One line for all tensors that are missing, and the prefix that would explain most of them."""
+    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+    return MissingTensorError(missing[0], more + _prefix_note(missing, on_disk))
+
+
+def _prefix_note(missing: Sequence[str], on_disk: Collection[str]) -> str:
+    for name in dict.fromkeys((missing[0], missing[len(missing) // 2], missing[-1])):
+        for wanted, given in _prefixes(name, on_disk):
+            explained = sum(n.startswith(wanted) and given + n[len(wanted) :] in on_disk for n in missing)
+            if 2 * explained <= len(missing):
+                continue
+            if not wanted and all(n.startswith(given) for n in on_disk):
+                return f": all tensors start with {given}, which must be removed"
+            if not given:
+                return f": {explained} of them are there without the prefix {wanted}"
+            instead = f"instead of {wanted}" if wanted else "which must be removed"
+            return f": {explained} of them are there under the prefix {given} {instead}"
+    return ""
+
+
+def _prefixes(name: str, on_disk: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(prefix of `name`, prefix of another name), each pair once, where the rest, two parts or more, is the same.
+
+    The longest rest first. A prefix has no number in it: it stands before all layers.
+    """
+    parts, seen = name.split("."), set[tuple[str, str]]()
+    for i in range(max(1, len(parts) - 1)):
+        rest = ".".join(parts[i:])
+        wanted = name.removesuffix(rest)
+        for other in on_disk:
+            pair = wanted, other.removesuffix(rest)
+            if not other.endswith(rest) or pair[1] == wanted or pair in seen:
+                continue
+            seen.add(pair)
+            if pair[1][-1:] in ("", ".") and not any(part.isdigit() for part in "".join(pair).split(".")):
+                yield pair

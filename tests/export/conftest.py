@@ -1,0 +1,13 @@
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import FAMILIES
+from tests.tiny import TinyCheckpoint
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint per family, to be left as it is."""
+    root = tmp_path_factory.mktemp("saved")
+    return {name: TinyCheckpoint(name).save(root / name) for name in FAMILIES}
