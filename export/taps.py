@@ -1,6 +1,6 @@
 """A shipped engine with its inside visible: the same graph and weights, with routing and hidden states as outputs."""
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from moevlm.plugins import reference
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Cache, Step, VisionInputs, VisualFeatures
-from moevlm.runtime.loading import operators_for
+from moevlm.runtime.loading import open_graphs, operators_for
 from moevlm.runtime.ort_engine import OrtEngine
 
 
@@ -25,8 +25,8 @@ class TappedEngine:
     def __init__(self, bundle: Bundle, target: str, config: ModelConfig) -> None:
         _, engine = bundle.engine(target)
         self._config = config
-        decoder = bundle.path(engine.decoder)
-        graph = onnx.load(decoder, load_external_data=False)
+        vision, decoder = open_graphs(bundle, target)
+        graph = onnx.load_model_from_string(decoder.data)
         produced = {name for node in graph.graph.node for name in node.output}
         for i in range(len(config.decoder.feed_forward)):
             wanted = [f"layers.{i}.hidden"]
@@ -37,11 +37,10 @@ class TappedEngine:
                 dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
         self._engine = OrtEngine(
-            bundle.path(engine.vision),
-            Path(decoder),
+            vision,
+            replace(decoder, data=graph.SerializeToString()),
             bundle.manifest.model,
             operators=operators_for(engine),
-            tapped=graph.SerializeToString(),
         )
         self.taps: dict[str, np.ndarray] = {}
         self.kernel_routes = not any(f"layers.{i}.expert_index" in produced for i in config.moe_layers)

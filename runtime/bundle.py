@@ -1,27 +1,27 @@
 """Opens a bundle: a directory of graphs, weights and text files, each named with its hash in manifest.json."""
 
-import hashlib
+import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import stat
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
 import msgspec
 
+from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.errors import BundleError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, digest_of
+from moevlm.runtime.file_hashes import Progress, check_files, read_checked
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, FileFacts, Manifest, digest_of
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
-_PIECE_BYTES = 8 << 20
+MAX_MANIFEST_BYTES = 64 << 20
 _KINDS = ("rtx", "trt", "cpu", "ort-cpu", "reference")
 _ROUNDED = ("int8", "", "fp8", "int4")  # "": weights as they are
+_CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
 
 
 class _Version(msgspec.Struct):
@@ -83,95 +83,44 @@ class Bundle:
             path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
         )
 
-    def path(self, name: str) -> Path:
-        """Where a listed file lies. Raises BundleError if it is not listed, missing, or a link out of the bundle.
+    def open_file(self, name: str) -> BundleFile:
+        """A listed file, opened for reading; its contents are not checked here.
 
-        Its contents are not checked here: see `verify`.
+        Raises BundleError if it is not listed, missing, no regular file, or behind a link.
         """
-        if name not in self.manifest.files:
-            raise BundleError(f"{self.directory} has no file {name}")
-        path = self.directory / name
-        if not path.is_file():
-            raise BundleError(f"{path} is missing")
-        if not path.resolve().is_relative_to(self.directory.resolve()):
-            raise BundleError(f"{path} is a link to a place outside the bundle")
-        return path
+        self._facts([name])
+        return BundleFile(self.directory, name)
+
+    def path(self, name: str) -> Path:
+        """Where a listed file lies. Raises BundleError as `open_file`, which is to be preferred."""
+        with self.open_file(name) as file:
+            return file.path
 
     def read_text(self, name: str) -> str:
         """A listed text file, checked against its hash as it is read. Raises BundleError."""
         try:
             return self.read_bytes(name).decode("utf-8")
         except ValueError:
-            raise BundleError(f"{self.path(name)} is not UTF-8 text") from None
+            raise BundleError(f"{self.directory / name} is not UTF-8 text") from None
 
     def read_bytes(self, name: str) -> bytes:
-        """A listed file, checked against its hash as it is read: what is returned is what was checked.
+        """A listed file: what is returned is what was checked against its hash. Raises BundleError."""
+        return read_checked(self.directory, name, self._facts([name])[name])
 
-        Raises BundleError.
-        """
-        path = self.path(name)
+    def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
+        """Compare files with their hashes in the manifest; by default all. Progress and errors as `check_files`."""
+        check_files(self.directory, self._facts(names), progress)
+
+    def open_verified(self, names: Iterable[str], progress: Progress | None = None) -> dict[str, BundleFile]:
+        """Like `verify`, and leaves the files open, for the caller to close: what was checked is what they read."""
+        return check_files(self.directory, self._facts(names), progress, keep=True)
+
+    def _facts(self, names: Iterable[str] | None) -> dict[str, FileFacts]:
+        files = self.manifest.files
         try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BundleError(f"cannot read {path}: {error.strerror}") from error
-        self._require_hash(name, len(data), hashlib.sha256(data).hexdigest())
-        return data
-
-    def verify(self, paths: Iterable[str] | None = None, progress: Progress | None = None) -> None:
-        """Compare files with their hashes in the manifest, two at a time; by default all files.
-
-        progress: called with (bytes read, bytes in total), from the threads that read, one call at a time.
-        Raises BundleError, naming the first file found that is missing or differs.
-        """
-        facts = self.manifest.files
-        names = sorted(facts if paths is None else paths, key=lambda name: -facts[name].size if name in facts else 0)
-        for name in names:  # sizes first: they cost nothing
-            size = self.path(name).stat().st_size
-            if size != facts[name].size:
-                raise BundleError(
-                    f"{self.directory / name} is damaged: it has {size} bytes, {MANIFEST} says {facts[name].size}"
-                )
-        total, done = sum(facts[name].size for name in names), 0
-        lock, stop = threading.Lock(), threading.Event()
-
-        def advance(count: int) -> bool:
-            nonlocal done
-            with lock:
-                done += count
-                if progress is not None:
-                    progress(done, total)
-            return not stop.is_set()
-
-        with ThreadPoolExecutor(2, thread_name_prefix="verify") as threads:
-            tasks = [threads.submit(self._verify_one, name, advance) for name in names]
-            try:
-                for task in as_completed(tasks):
-                    task.result()
-            finally:
-                stop.set()
-                threads.shutdown(wait=False, cancel_futures=True)
-
-    def _verify_one(self, name: str, advance: Callable[[int], bool]) -> None:
-        digest, size, piece = hashlib.sha256(), 0, bytearray(_PIECE_BYTES)
-        view = memoryview(piece)
-        try:
-            with (self.directory / name).open("rb", buffering=0) as file:
-                while count := file.readinto(piece):
-                    digest.update(view[:count])
-                    size += count
-                    if not advance(count):
-                        return
-        except OSError as error:
-            raise BundleError(f"cannot read {self.directory / name}: {error.strerror}") from error
-        self._require_hash(name, size, digest.hexdigest())
-
-    def _require_hash(self, name: str, size: int, sha256: str) -> None:
-        expected = self.manifest.files[name]
-        if (size, sha256) != (expected.size, expected.sha256):
-            raise BundleError(
-                f"{self.directory / name} is damaged or was changed: "
-                f"its sha256 is {sha256}, {MANIFEST} says {expected.sha256}"
-            )
+            return {name: files[name] for name in (files if names is None else names)}
+        except KeyError as error:
+            raise BundleError(f"{self.directory} has no file {error.args[0]}") from None
 
     def _check_manifest(self) -> None:
         where = self.directory / MANIFEST
@@ -188,11 +137,38 @@ class Bundle:
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
         graphs = [graph for engine in self.manifest.engines.values() for graph in (engine.vision, engine.decoder)]
-        for folder in {ENGINES, *(PurePosixPath(graph).parent.as_posix() for graph in graphs)}:
-            for path in (self.directory / folder).rglob("*"):
-                name = path.relative_to(self.directory).as_posix()
-                if (path.is_symlink() or not path.is_dir()) and name not in {*self.manifest.files, MANIFEST}:
-                    raise BundleError(f"{path} is not listed in {MANIFEST}: remove it")
+        folders = {ENGINES, *(PurePosixPath(graph).parent.as_posix() for graph in graphs)}
+        for folder in folders:
+            for name in unlisted(self.directory, self.manifest.files, "" if folder == "." else folder):
+                raise BundleError(f"{self.directory / name} is not listed in {MANIFEST}: remove it")
+
+
+def unlisted(directory: Path, listed: Container[str], folder: str = "") -> Iterator[str]:
+    """What lies in `folder` of a bundle and is no folder and not listed: by its path inside the bundle.
+
+    The manifest is not among them, nor is what file managers leave in every folder. Raises BundleError for a folder
+    that cannot be read.
+    """
+    waiting = [folder]
+    while waiting:
+        here = waiting.pop()
+        try:
+            with os.scandir(directory / here) as entries:
+                for entry in entries:
+                    name = f"{here}/{entry.name}" if here else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(name)
+                    elif name not in listed and name != MANIFEST and not is_clutter(entry.name):
+                        yield name
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # a listed file that is missing is told when it is opened
+        except OSError as error:
+            raise BundleError(f"cannot read {directory / here}: {error.strerror}") from error
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file manager writes files of this name: never opened, and not kept when a bundle is written anew."""
+    return name in _CLUTTER or name.startswith("._")
 
 
 def named_files(engine: EngineFacts) -> tuple[str, ...]:
@@ -228,13 +204,15 @@ def is_bundle_path(name: str) -> bool:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        if not directory.exists():
-            raise BundleError(f"no bundle at {directory}") from None
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}") from None
+        exists = stat.S_ISDIR(directory.stat().st_mode)
     except OSError as error:
-        raise BundleError(f"cannot read {path}: {error.strerror}") from error
+        raise BundleError(f"no bundle at {directory}: {error.strerror}") from None
+    if not exists or not os.path.lexists(path):
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}")
+    with BundleFile(directory, MANIFEST) as file:
+        if file.size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} has {file.size} bytes (allowed: up to {MAX_MANIFEST_BYTES})")
+        data = file.read(MAX_MANIFEST_BYTES)
     try:
         version = msgspec.json.decode(data, type=_Version).schema
         if version != SCHEMA:

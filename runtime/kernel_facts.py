@@ -45,8 +45,8 @@ def kernels_of(bundle: Bundle, engine: EngineFacts) -> KernelsReport | None:
         return None
     try:
         ops = msgspec.json.decode(bundle.read_bytes(name), type=list[_Op])
-    except msgspec.DecodeError as error:
-        raise BundleError(f"{bundle.path(name)}: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{bundle.directory / name}: {error}") from None
     kernels = [kernel for op in ops for kernel in op.kernels]
     registers, shared, spilled = (
         max((getattr(kernel, name) for kernel in kernels), default=0) for name in ("registers", "shared", "spilled")

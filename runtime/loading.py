@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
 from moevlm.runtime.engine import Engine
 from moevlm.runtime.errors import BundleError, EngineError, RequestError
+from moevlm.runtime.file_hashes import Progress
 from moevlm.runtime.generate import Runtime, require_positive
+from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.machine import cores
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.selection import select
-
-Progress = Callable[[int, int], None]  # (bytes verified, bytes in total)
 
 
 def load_runtime(
@@ -70,15 +72,24 @@ def load_engine(
     name, engine = select(bundle, target)
     if engine.tensorrt is not None:
         return _tensorrt_engine(bundle, name, engine, engine.tensorrt, progress)
-    bundle.verify(bundle.engine_files(name), progress)
+    vision, decoder = open_graphs(bundle, name, progress)
     return OrtEngine(
-        bundle.path(engine.vision),
-        bundle.path(engine.decoder),
-        bundle.manifest.model,
-        threads,
-        spinning=spinning,
-        operators=operators_for(engine),
+        vision, decoder, bundle.manifest.model, threads, spinning=spinning, operators=operators_for(engine)
     )
+
+
+def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> tuple[GraphFile, GraphFile]:
+    """Vision and decoder graph of an engine on ONNX Runtime: every file opened once, hashed, and read or mapped.
+
+    Raises BundleError or EngineError.
+    """
+    _, engine = bundle.engine(name)
+    with _opened(bundle, name, (engine.vision, engine.decoder), progress) as files:
+        vision, decoder = (
+            GraphFile.of(bundle.directory, graph, bundle.read_bytes(graph), files)
+            for graph in (engine.vision, engine.decoder)
+        )
+    return vision, decoder
 
 
 def _tensorrt_engine(
@@ -87,13 +98,25 @@ def _tensorrt_engine(
     from moevlm.runtime.tensorrt_engine import PlanFile, TensorRTEngine
 
     graphs = engine.vision, engine.decoder
-    bundle.verify([path for path in bundle.engine_files(name) if path not in graphs], progress)
+    with _opened(bundle, name, graphs, progress) as files:
+        experts = files[facts.experts].map() if facts.experts else None
     # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
     vision, decoder = (
         PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
     )
-    experts = bundle.path(facts.experts) if facts.experts else None
     return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, facts)
+
+
+@contextmanager
+def _opened(
+    bundle: Bundle, name: str, graphs: Container[str], progress: Progress | None
+) -> Iterator[Mapping[str, BundleFile]]:
+    """All files of an engine but its graphs, which are checked as they are read."""
+    with ExitStack() as stack:
+        files = bundle.open_verified([path for path in bundle.engine_files(name) if path not in graphs], progress)
+        for file in files.values():
+            stack.push(file)
+        yield files
 
 
 def operators_for(engine: EngineFacts) -> Path | None:

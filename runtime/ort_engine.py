@@ -11,6 +11,7 @@ import numpy as np
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
 from moevlm.runtime.onnxruntime_library import onnxruntime
 
@@ -30,7 +31,7 @@ class OrtCache:
 
 
 class OrtEngine:
-    """Two ONNX Runtime sessions on paths that were verified before.
+    """Two ONNX Runtime sessions, whose weights stay in the files that they are mapped from.
 
     threads: for one operator; None takes all physical cores. Raises EngineError if a graph cannot be loaded or run.
     A cancelled call ends after the operator that runs at the time.
@@ -38,25 +39,25 @@ class OrtEngine:
 
     def __init__(
         self,
-        vision: Path,
-        decoder: Path,
+        vision: GraphFile,
+        decoder: GraphFile,
         model: ModelFacts,
         threads: int | None = None,
         *,
         spinning: bool = True,
         operators: Path | None = None,
-        tapped: bytes | None = None,
     ) -> None:
-        """spinning: see `moevlm.runtime.load`. operators: a library that the graphs need beside ONNX Runtime's own.
-
-        tapped: the decoder graph with more outputs, instead of the one at `decoder` whose weights it shares.
-        """
+        """spinning: see `moevlm.runtime.load`. operators: a library that the graphs need beside ONNX Runtime's own."""
         self._ort = onnxruntime()
         self._model = model
         self._operators = operators
         self._spinning = spinning
+        self.files = vision, decoder
+        self._weights: list[Any] = []  # of both sessions, which keep no reference to them
         self._vision = self._session(vision, threads)
-        self._decoder = self._session(decoder, threads, tapped)
+        self._decoder = self._session(decoder, threads)
+        for mapped in (*vision.maps, *decoder.maps):
+            mapped.forget()  # kernels that pack their weights have read them for the last time
         inputs = self._decoder.get_inputs()
         shapes = {value.name: value.shape for value in inputs}
         cache_types = {value.type for value in inputs if "_cache." in value.name}
@@ -88,23 +89,28 @@ class OrtEngine:
         """Bytes behind the values of a token and head."""
         return SCALE_BYTES if self._cache_dtype == np.int8 else 0
 
-    def _session(self, path: Path, threads: int | None, graph: bytes | None = None) -> Any:
+    def _session(self, graph: GraphFile, threads: int | None) -> Any:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
         options.log_severity_level = 4  # what it says on failure is in the exception
-        if graph is not None:
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        # ONNX Runtime wants to see the data files, and with all weights given reads none of them.
+        folder = str(graph.path.parent)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             if self._operators is not None:
                 options.register_custom_ops_library(str(self._operators))
-            return self._ort.InferenceSession(graph or path, options, providers=["CPUExecutionProvider"])
+            for name, array in graph.weights.items():
+                self._weights.append(self._ort.OrtValue.ortvalue_from_numpy(array))
+                options.add_initializer(name, self._weights[-1])
+            return self._ort.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise EngineError(f"ONNX Runtime refused {path.name}: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime refused {graph.path.name}: {_first_line(error)}") from error
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for segment ids that are not in order."""
         check_vision(inputs)
+        self.files[0].require_whole()
         with self._running("vision", cancellation) as options:
             outputs = self._vision.run(None, vars(inputs), options)
         embeds = outputs[0]
@@ -136,6 +142,7 @@ class OrtEngine:
     ) -> dict[str, np.ndarray]:
         """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
         check_step(step, visual, cache, self._model.vocabulary)
+        self.files[1].require_whole()
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}
         if self._deepstack:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
 from moevlm.runtime.plan_header import HEADER_BYTES, plan_header
@@ -17,25 +16,22 @@ def plan_problems(bundle: Bundle, engine: EngineFacts) -> list[str]:
     problems = []
     for name in (engine.vision, engine.decoder):
         try:
-            path = bundle.path(name)
-            problems += [f"{name} {problem}" for problem in _problems(path, engine.tensorrt)]
+            with bundle.open_file(name) as file:
+                problems += [f"{name} {problem}" for problem in _problems(file, engine.tensorrt)]
         except BundleError as error:
             problems.append(str(error))
-        except OSError as error:
-            problems.append(f"cannot read {name}: {error.strerror}")
     return problems
 
 
-def _problems(path: Path, facts: TensorRTFacts) -> list[str]:
-    with path.open("rb") as file:
-        header = plan_header(file.read(HEADER_BYTES))
+def _problems(file: BundleFile, facts: TensorRTFacts) -> list[str]:
+    header = plan_header(file.read(HEADER_BYTES))
     if header is None:
         return [f"is no plan of TensorRT, manifest.json says {facts.product} {facts.version}"]
     found: list[tuple[str, object, object]] = [("product", header.product, facts.product)]
     if header.product == facts.product == "tensorrt_rtx":  # of others no more was observed
         found += [
             ("version", header.version, facts.version),
-            ("size", header.length, path.stat().st_size),
+            ("size", header.length, file.size),
             ("GPUs", gpus_text(header.sms), gpus_text(facts.sms)),
         ]
     return [

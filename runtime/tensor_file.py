@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moevlm.runtime.bundle_file import MappedFile
 from moevlm.runtime.errors import BundleError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -27,18 +27,13 @@ class Tensor:
     data: np.ndarray
 
 
-def open_tensors(path: Path) -> dict[str, Tensor]:
+def open_tensors(file: MappedFile) -> dict[str, Tensor]:
     """Every tensor of the file by its name; bytes are read from disk when they are first touched.
 
     Raises BundleError if a tensor has a dtype that is not known, lies outside the file, over another or not at its
     size, or if the header is not what the format asks for.
     """
-    try:
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise BundleError(f"cannot read {path}: {error}") from error
-    data = np.frombuffer(mapped, np.uint8)
+    path, data = file.path, np.frombuffer(file.memory, np.uint8)
     length = int.from_bytes(data[:8].tobytes(), "little")
     begin = 8 + length
     if len(data) < 8 or length > MAX_HEADER_BYTES or begin > len(data):

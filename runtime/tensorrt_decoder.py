@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 
+from moevlm.runtime.bundle_file import MappedFile
 from moevlm.runtime.cuda import ALIGNMENT, DeviceMemory
 from moevlm.runtime.engine import Step, VisualFeatures
 from moevlm.runtime.errors import EngineError
@@ -39,7 +39,7 @@ class Slot:
 class Decoder:
     """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
 
-    def __init__(self, plan: Plan, experts: Path | None, model: ModelFacts, facts: TensorRTFacts) -> None:
+    def __init__(self, plan: Plan, experts: MappedFile | None, model: ModelFacts, facts: TensorRTFacts) -> None:
         """experts: a file whose hash was checked, if the plan needs one.
 
         Raises EngineError if it or the plan is not what the facts say.
@@ -232,7 +232,7 @@ def _cache_names(model: ModelFacts) -> list[str]:
     return [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
 
 
-def _weights(plan: Plan, experts: Path | None, model: ModelFacts) -> dict[str, np.ndarray]:
+def _weights(plan: Plan, experts: MappedFile | None, model: ModelFacts) -> dict[str, np.ndarray]:
     """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
     caches = _cache_names(model)
     step = {"visual_embeds", *Step.__dataclass_fields__}
@@ -250,10 +250,10 @@ def _weights(plan: Plan, experts: Path | None, model: ModelFacts) -> dict[str, n
     tensors = open_tensors(experts)
     for name in wanted:
         if name not in tensors:
-            raise EngineError(f"{plan.name} has an input {name}, which {experts.name} does not have")
+            raise EngineError(f"{plan.name} has an input {name}, which {experts.path.name} does not have")
         if len(tensors[name].data) != plan.size(name):
             raise EngineError(
                 f"{plan.name} takes {plan.size(name)} bytes for {name} {plan.inputs[name]}, "
-                f"{experts.name} has {len(tensors[name].data)}"
+                f"{experts.path.name} has {len(tensors[name].data)}"
             )
     return {name: tensors[name].data for name in wanted}

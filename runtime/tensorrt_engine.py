@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
+from moevlm.runtime.bundle_file import MappedFile
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.cuda import Device
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
@@ -47,7 +47,7 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, vision: PlanFile, decoder: PlanFile, experts: Path | None, model: ModelFacts, facts: TensorRTFacts
+        self, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None, model: ModelFacts, facts: TensorRTFacts
     ) -> None:
         """experts: a file whose hash was checked; None if the plan has all weights.
 
@@ -65,7 +65,7 @@ class TensorRTEngine:
             self._finalizer()
             raise
 
-    def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: Path | None) -> None:
+    def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None) -> None:
         facts, gpu = self._facts, self._device.gpu
         if gpu.sm not in facts.sms:
             built = ", ".join(map(capability, facts.sms))

@@ -333,7 +333,7 @@ def test_absent_target_lists_those_there(command: tuple[str, ...], tiny_bundle: 
 
 def test_bundle_without_an_engine(bundle: Path) -> None:
     edit_manifest(bundle, lambda m: m.update(engines={}))
-    refused_run(bundle, "--prompt", "Hi", words=("available: none",))
+    refused_run(bundle, "--prompt", "Hi", words=("has no engine yet",))
 
 
 def test_manifest_with_a_damaged_verdict_is_still_shown(bundle: Path) -> None:

@@ -1,5 +1,6 @@
 """The engine on ONNX Runtime: what it computes, where it keeps its caches, and what it refuses."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ from PIL import Image
 
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
-from moevlm.runtime.errors import EngineError
-from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.errors import EngineError, MoevlmError
+from moevlm.runtime.loading import load_runtime, open_graphs
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.positions import rope_tables
 from moevlm.runtime.vision_inputs import pack_grids
+from tests.bundles import rehash
 
 ENGINES = ("reference", "ort-cpu")
 # Rows of a batch may meet other kernels than a row alone.
@@ -27,9 +29,9 @@ TOLERANCE = 1e-5
 
 def load(bundle: Path, target: str, tapped: bytes | None = None) -> OrtEngine:
     opened = Bundle.open(bundle)
-    facts = opened.engine(target)[1]
-    paths = opened.path(facts.vision), opened.path(facts.decoder)
-    return OrtEngine(*paths, opened.manifest.model, threads=1, tapped=tapped)
+    vision, decoder = open_graphs(opened, target)
+    decoder = decoder if tapped is None else replace(decoder, data=tapped)
+    return OrtEngine(vision, decoder, opened.manifest.model, threads=1)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -233,11 +235,11 @@ def test_patches_of_an_image_that_do_not_follow_each_other_are_refused(engine, m
 
 def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: Path, model) -> None:
     opened = Bundle.open(tiny_bundle)
-    _, facts = opened.engine("ort-cpu")
+    graphs = open_graphs(opened, "ort-cpu")
     for field in ("layers", "kv_heads", "head_dim", "hidden"):
         wrong = msgspec.structs.replace(model, **{field: getattr(model, field) + 1})
         with pytest.raises(EngineError, match=rf"^the decoder graph has {field} = [^\n]+$"):
-            OrtEngine(opened.path(facts.vision), opened.path(facts.decoder), wrong, threads=1)
+            OrtEngine(*graphs, wrong, threads=1)
 
 
 def test_vision_inputs_of_another_model_are_refused_in_one_line(engine, model) -> None:
@@ -248,25 +250,65 @@ def test_vision_inputs_of_another_model_are_refused_in_one_line(engine, model) -
 
 
 @pytest.mark.parametrize("name", ["vision.onnx", "decoder.onnx"])
-@pytest.mark.parametrize("content", [b"", b"not a graph"])
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x08\x0a"])
 def test_broken_graph_file_is_refused_by_name(content: bytes, name: str, tiny_bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     (copy / "engines/ort-cpu" / name).write_bytes(content)
-    with pytest.raises(EngineError, match=f"ONNX Runtime refused {name}: ") as raised:
+    rehash(copy, f"engines/ort-cpu/{name}")
+    with pytest.raises(EngineError, match=f"ONNX Runtime refused {name}: |{name} is no ONNX graph: ") as raised:
         load(copy, "ort-cpu")
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("size", [None, 100])
-def test_missing_or_short_weights_are_refused(size: int | None, tiny_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 100])
+def test_short_weights_are_refused(size: int, tiny_bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
-    data = copy / "engines/ort-cpu/decoder.onnx.data"
-    content = data.read_bytes()
-    data.unlink()
-    if size is not None:
-        data.write_bytes(content[:size])
-    with pytest.raises(EngineError, match=r"ONNX Runtime refused decoder\.onnx: "):
+    os.truncate(copy / "engines/ort-cpu/decoder.onnx.data", size)
+    rehash(copy, "engines/ort-cpu/decoder.onnx.data")
+    with pytest.raises(MoevlmError, match=r"decoder\.onnx"):
         load(copy, "ort-cpu")
+
+
+@pytest.mark.parametrize("target", ENGINES)
+def test_weights_are_those_that_were_checked_whatever_becomes_of_their_path(
+    target: str, tiny_bundle: Path, tmp_path: Path, model
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    opened = Bundle.open(copy)
+    graphs = open_graphs(opened, target)
+    for graph in graphs:
+        data = graph.path.with_name(f"{graph.path.name}.data")
+        (tmp_path / "zeros").write_bytes(bytes(data.stat().st_size))
+        (tmp_path / "zeros").replace(data)
+    swapped, plain = OrtEngine(*graphs, opened.manifest.model, threads=1), load(tiny_bundle, target)
+    step = text_step(model, [[9, 20, 30]], [0])
+    expected = plain.forward(step, None, plain.new_cache(1, 8))
+    np.testing.assert_array_equal(swapped.forward(step, None, swapped.new_cache(1, 8)), expected)
+
+
+def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
+    tiny_bundle: Path, tmp_path: Path, model
+) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
+    engine = load(copy, "ort-cpu")
+    cache, step = engine.new_cache(1, 8), text_step(model, [[9, 20, 30]], [0])
+    engine.forward(step, None, cache)
+    os.truncate(copy / "engines/ort-cpu/decoder.onnx.data", 4096)
+    with pytest.raises(EngineError, match=r"decoder\.onnx\.data was cut short while it was in use: it has 4096 of"):
+        engine.forward(step, None, cache)
+    os.truncate(copy / "engines/ort-cpu/vision.onnx.data", 0)
+    patches = np.zeros((4, model.vision.channels * model.vision.temporal_patch_size * model.vision.patch_size**2))
+    inputs = VisionInputs(patches.astype(np.float32), *pack_grids([(2, 2)], model.vision))
+    with pytest.raises(EngineError, match=r"vision\.onnx\.data was cut short"):
+        engine.encode(inputs)
+
+
+def test_weights_are_mapped_and_not_copied(tiny_bundle: Path) -> None:
+    engine = load(tiny_bundle, "ort-cpu")
+    sizes = {str(mapped.path): len(mapped.memory) for graph in engine.files for mapped in graph.maps}
+    assert len(sizes) == 2
+    shown = Path("/proc/self/maps").read_text()
+    assert all(path in shown for path in sizes)
 
 
 def test_threads_share_one_runtime(tiny_bundle: Path) -> None:
