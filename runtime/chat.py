@@ -1,253 +1,167 @@
-"""Messages to text to token ids: the bundle's chat template and tokenizer."""
+"""Messages to the text of a prompt: the bundle's chat template."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import datetime
-import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
-from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, one_line, shown
+from moevlm.runtime.messages import MAX_CHARACTERS, Message, plain_messages, texts_of
+from moevlm.runtime.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+__all__ = ["ChatTemplate", "Message", "Tokenizer"]
 
-Message = Mapping[str, Any]
-ROLES = ("assistant", "system", "user")
-MAX_CHARACTERS = 1 << 22
-
-
-class Tokenizer:
-    """The bundle's tokenizer.json, without truncation, padding, or tokens added around the text."""
-
-    def __init__(self, text: str) -> None:
-        """text: content of tokenizer.json. Raises BundleError if it is not a tokenizer."""
-        import tokenizers
-
-        try:
-            self._core = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"tokenizer.json is not a tokenizer: {_line(error)}") from error
-        self._core.no_truncation()
-        self._core.no_padding()
-        added = self._core.get_added_tokens_decoder()
-        self.special: dict[str, int] = {token.content: i for i, token in sorted(added.items()) if token.special}
-        self.special_ids = frozenset(self.special.values())
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids; special tokens written out in `text` become their ids."""
-        return list(self._core.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens; bytes that are not UTF-8 become U+FFFD."""
-        return str(self._core.decode(ids, skip_special_tokens=True))
-
-    def token(self, token_id: int) -> str | None:
-        """The vocabulary's own spelling of a token (byte-level alphabet), None outside the vocabulary."""
-        text: str | None = self._core.id_to_token(token_id)
-        return text
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+_GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
 class ChatTemplate:
-    """The bundle's chat_template.jinja in a sandbox, rendered as Hugging Face's `apply_chat_template` does."""
+    """The bundle's chat_template.jinja in a sandbox, rendered as Hugging Face's `apply_chat_template` does.
 
-    def __init__(self, source: str, max_characters: int = MAX_CHARACTERS) -> None:
-        """source: text of the template, from the bundle and never from a request. Raises BundleError on bad syntax."""
+    variables: names that the template reads beside those that every request sets; `template_options` are among them.
+    """
+
+    def __init__(
+        self, source: str, variables: Mapping[str, str] = NOTHING, max_characters: int = MAX_CHARACTERS
+    ) -> None:
+        """source: text of the template, from the bundle and never from a request.
+
+        variables: further names that it may use, the tokenizer's eos_token and the like. Raises BundleError for a
+        template that is malformed, or uses what no chat template needs.
+        """
         import jinja2
 
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise BundleError(f"chat_template.jinja, line {error.lineno}: {_line(error)}") from error
-        self._max = max_characters
+        from moevlm.runtime.template_budget import Budget
+        from moevlm.runtime.template_code import TemplateCode
+        from moevlm.runtime.template_environment import ChatEnvironment
 
-    def render(self, messages: Sequence[Message]) -> str:
+        environment = ChatEnvironment(Budget(0))
+        try:
+            self._code = TemplateCode(source, environment)
+        except BundleError:
+            raise
+        except jinja2.TemplateSyntaxError as error:
+            raise BundleError(f"chat_template.jinja, line {error.lineno}: {one_line(error)}") from error
+        except Exception as error:  # nested too deep for Jinja or for Python: RecursionError, SyntaxError, MemoryError
+            raise BundleError(f"chat_template.jinja cannot be compiled: {one_line(error)}") from error
+        self._fixed = dict(variables)
+        self._max = max_characters
+        self.options = self._code.variables - {*_GIVEN, *self._fixed, *environment.globals}
+
+    def writes(self, text: str) -> bool:
+        """Whether the template has this text in its own words."""
+        return any(text in literal for literal in (*self._code.literals, *self._fixed.values()))
+
+    def render(self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING) -> str:
         """The prompt text, up to where the assistant's turn starts; one placeholder for each image.
 
+        Where the last message is the assistant's, the text ends with it, to be continued. options: variables of the
+        template, JSON values. Returns a MarkedText, which knows the characters that the template wrote.
         Raises RequestError for messages that are malformed, too long, or refused by the template itself, and
         BundleError for a template that uses a variable that there is not, or leaves its sandbox.
         """
-        import jinja2.exceptions
-
         plain = plain_messages(messages)
+        options = self._checked(options)
+        end = _mark_end(plain) if plain[-1]["role"] == "assistant" else None
+        text = self._rendered(plain, options, end is None)
+        return text if end is None else _until(text, end)
+
+    def _checked(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
+        if not isinstance(options, Mapping):
+            raise RequestError(f"unsupported value template_options = {shown(options)} (allowed: an object)")
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(sorted(self.options)) or "none"
+                raise RequestError(f"the chat template has no option {shown(name)} (it reads: {known})")
+            _require_json(value, f"template_options.{name}")
+        return options
+
+    def _rendered(self, plain: list[dict[str, Any]], options: Mapping[str, Any], add_generation_prompt: bool) -> str:
+        import jinja2
+
+        from moevlm.runtime.template_budget import Budget
+        from moevlm.runtime.template_environment import ChatEnvironment
+        from moevlm.runtime.template_text import concatenate, own
+
+        budget = Budget(sum(len(text) for message in plain for text in texts_of(message["content"])))
+        environment = ChatEnvironment(budget)
+        variables = {name: own(value) for name, value in self._fixed.items()} | dict(options)
+        variables |= {"messages": [_as_the_template_s(message) for message in plain], "tools": None, "documents": None}
+        variables["add_generation_prompt"] = add_generation_prompt
         pieces: list[str] = []
-        size = 0
+        room = self._max
         try:
-            for piece in self._template.generate(
-                messages=plain, add_generation_prompt=True, tools=None, documents=None
-            ):
+            for piece in environment.run(self._code.code, variables):
                 pieces.append(piece)
-                size += len(piece)
-                if size > self._max:
-                    break
+                room -= len(piece)
+                if room < 0:
+                    raise RequestError(f"prompt has more than {self._max} characters (the most that is allowed)")
         except BundleError as error:
-            supported = "messages of role and content, add_generation_prompt"
+            supported = ", ".join(["messages of role and content", "add_generation_prompt", *self._fixed])
             raise BundleError(f"chat_template.jinja: {error} (supported: {supported})") from error
+        except MoevlmError:
+            raise
         except jinja2.exceptions.SecurityError as error:
-            raise BundleError(f"chat_template.jinja leaves its sandbox: {_line(error)}") from error
+            raise BundleError(f"chat_template.jinja leaves its sandbox: {one_line(error)}") from error
         except Exception as error:  # a template is code: it can fail in any way on messages that it did not expect
-            raise RequestError(f"the chat template refuses these messages: {_line(error)}") from error
-        if size > self._max:
-            raise RequestError(f"prompt has more than {self._max} characters (the most that is allowed)")
-        return "".join(pieces)
+            reason = one_line(error) or type(error).__name__
+            raise RequestError(f"the chat template refuses these messages: {reason}") from error
+        return concatenate(pieces)
 
 
-def plain_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Checked copies of role and content that hold only str, list and dict; an image part becomes {"type": "image"}.
+def _as_the_template_s(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain message in which role and kinds of parts count as the template's own words: a user cannot choose them."""
+    from moevlm.runtime.template_text import own
 
-    A template sees nothing else: no image objects, whose methods a sandbox cannot judge.
-    """
-    if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages must be a non-empty list of {role, content}")
-    plain = []
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
-        if not isinstance(message, Mapping):
-            raise RequestError(f"{where} must be an object with role and content")
-        for key in message:
-            if key not in ("role", "content"):
-                raise RequestError(f"unsupported field {where}.{key} (supported: content, role)")
-        role = message.get("role")
-        if role not in ROLES:
-            raise RequestError(f"unsupported value {where}.role = {role!r} (supported: {', '.join(ROLES)})")
-        plain.append({"role": role, "content": _plain_content(message.get("content"), f"{where}.content")})
-    return plain
+    content = message["content"]
+    if not isinstance(content, str):
+        content = [{**part, "type": own(part["type"])} for part in content]
+    return {"role": own(message["role"]), "content": content}
 
 
-def images_of(messages: Sequence[Message]) -> list[Any]:
-    """Images in the order of their placeholders: what an "image" part holds, or the bytes of an "image_url" part.
-
-    A URL must be a data: URI. Nothing is fetched, and no text from a URL is ever taken for a file's name.
-    """
-    images = []
-    for i, message in enumerate(messages):
-        content = message.get("content")
-        for j, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
-            where = f"messages[{i}].content[{j}]"
-            if part["type"] == "image":
-                if part.get("image") is None:
-                    raise RequestError(f"{where}.image is missing")
-                images.append(part["image"])
-            elif part["type"] == "image_url":
-                images.append(_data_uri(part.get("image_url"), f"{where}.image_url"))
-    return images
+def _mark_end(plain: list[dict[str, Any]]) -> str:
+    """Put a mark behind the last message's text, as Hugging Face's continue_final_message does."""
+    texts = [text for message in plain for text in texts_of(message["content"])]
+    number = 0
+    while any((mark := f"<end-of-text-{number}>") in text for text in texts):
+        number += 1
+    message = plain[-1]
+    if isinstance(message["content"], str):
+        message["content"] += mark + " "
+    elif message["content"] and message["content"][-1]["type"] == "text":
+        message["content"][-1]["text"] += mark + " "
+    else:
+        raise RequestError("the last message is the assistant's, and does not end with text that could be continued")
+    return mark
 
 
-def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
-    if isinstance(content, str):
-        return _plain_text(content, where)
-    if not isinstance(content, (list, tuple)):
-        raise RequestError(f"{where} must be text or a list of parts")
-    parts = []
-    for j, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text":
-            parts.append({"type": "text", "text": _plain_text(part.get("text"), f"{where}[{j}].text")})
-        elif kind in ("image", "image_url"):
-            parts.append({"type": "image"})
-        else:
-            raise RequestError(f"unsupported value {where}[{j}].type = {kind!r} (supported: image, image_url, text)")
-    return parts
+def _until(text: str, mark: str) -> str:
+    """The text before the mark."""
+    from moevlm.runtime.template_text import METHODS, cut
+
+    at = text.rfind(mark)
+    if at < 0:
+        raise RequestError(
+            "the last message is the assistant's, but the chat template leaves out what is to be continued"
+        )
+    before = cut(text, slice(0, at))
+    # The blank behind the mark is gone where the template trims, and then it would have trimmed the text's end, too.
+    stripped: str = before if text.startswith(mark + " ", at) else METHODS["rstrip"](before)
+    return stripped
 
 
-def _plain_text(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise RequestError(f"{where} must be text")
-    try:
-        return text.encode().decode()  # also turns a subclass of str into str
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{where} is not Unicode text: lone surrogate at character {error.start}") from error
-
-
-def _data_uri(value: object, where: str) -> bytes:
-    url = value.get("url") if isinstance(value, Mapping) else value
-    if not isinstance(url, str):
-        raise RequestError(f"{where}.url is missing")
-    head, comma, body = url.partition(",")
-    if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
-        raise RequestError(f"unsupported value {where}.url = {url[:40]!r} (supported: data:image/...;base64,...)")
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{where}.url is not base64: {_line(error)}") from error
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    import jinja2
-    import jinja2.ext
-    import jinja2.nodes
-    import jinja2.parser
-    import jinja2.sandbox
-    import jinja2.utils
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} marks the assistant's words for training; here it only contains them."""
-
-        tags = {"generation"}  # noqa: RUF012  (Jinja declares it on the instance)
-
-        def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    class Namespace(jinja2.utils.Namespace):
-        """Attributes that start with an underscore are Python's, and closed to a template."""
-
-        def __setitem__(self, name: str, value: object) -> None:
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-            super().__setitem__(name, value)
-
-    class Undefined(jinja2.Undefined):
-        """May be tested, as templates do, but not printed: "" in its place would be a prompt nobody was trained on."""
-
-        def __init__(
-            self,
-            hint: str | None = None,
-            obj: Any = jinja2.utils.missing,
-            name: str | None = None,
-            exc: type[Exception] = jinja2.UndefinedError,
-        ) -> None:
-            # A variable is the template's own mistake; a missing element may be the messages'.
-            super().__init__(hint, obj, name, BundleError if obj is jinja2.utils.missing else exc)  # type: ignore[arg-type]
-
-        def __str__(self) -> str:
-            raise BundleError(self._undefined_message)
-
-    def namespace(*pairs: Any, **values: object) -> Namespace:
-        filled = Namespace()
-        for name, value in dict(*pairs, **values).items():
-            filled[name] = value
-        return filled
-
-    def raise_exception(message: object) -> None:
-        raise jinja2.TemplateError(str(message))
-
-    def tojson(
-        value: object,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes HTML, which no model was trained on.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=Undefined,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals.update(
-        raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.datetime.now().strftime(form),
-        namespace=namespace,
-    )
-    return environment
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _require_json(value: Any, where: str, depth: int = 16) -> None:
+    allowed = "true, false, null, numbers, text, lists and objects"
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{where} is not Unicode text") from None
+    elif isinstance(value, (list, dict)) and type(value) in (list, dict) and depth:
+        for item in value:
+            _require_json(item, where, depth - 1)
+        for item in value.values() if isinstance(value, dict) else ():
+            _require_json(item, where, depth - 1)
+    elif not (value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 63)):
+        raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: {allowed})")

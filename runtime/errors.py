@@ -1,5 +1,7 @@
 """Every error that a user can cause, as one small tree. The CLI prints the message as one line and exits with 2."""
 
+import reprlib
+
 
 class MoevlmError(Exception):
     """Base of all errors raised on purpose: the message names the field or file, its value, and what is allowed."""
@@ -35,3 +37,20 @@ class RequestError(MoevlmError):
 
 class Cancelled(MoevlmError):
     """The caller cancelled the request while it ran."""
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """str(text) for a message: on one line, without control characters, at most so many characters."""
+    line = " ".join(str(text)[: 4 * most].split())
+    line = "".join(char if char.isprintable() else "\ufffd" for char in line)
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+def shown(value: object) -> str:
+    """repr(value) for a message, shortened without ever being made as a whole."""
+    return one_line(_SHORT.repr(value), 60)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 57
+_SHORT.maxlevel = 2

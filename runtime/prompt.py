@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer, images_of, plain_messages
+from moevlm.runtime.chat import NOTHING, ChatTemplate
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.guard import ControlGuard
 from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.messages import Message, images_of, plain_messages, texts_of
 from moevlm.runtime.positions import rope_positions
+from moevlm.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,20 +71,34 @@ class PromptBuilder:
         self._tokenizer = tokenizer
         self._template = template
         self._images = images
-        self._guard = ControlGuard(tokenizer.special)
         placeholder = tokenizer.token(model.image_token_id)
         if placeholder is None or tokenizer.special.get(placeholder) != model.image_token_id:
             raise BundleError(f"tokenizer.json has no special token for image_token_id = {model.image_token_id}")
         self._placeholder = placeholder
+        # Flags say what a decoder leaves out; but all that the template writes, or that ends a turn, steers the model.
+        # (Some tokenizers add tokens of blanks, which stand in any text.)
+        self._guard = ControlGuard(
+            tokenizer,
+            {
+                token_id
+                for token, token_id in tokenizer.added.items()
+                if token_id in tokenizer.special_ids
+                or token_id in model.eos_token_ids
+                or (token.strip() and template.writes(token))
+            },
+        )
 
-    def build(self, messages: Sequence[Message]) -> Prompt:
-        """Raises RequestError for messages, images or lengths that the model cannot take."""
-        plain_messages(messages)  # so that images_of meets messages in good order
+    def build(self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING) -> Prompt:
+        """options: variables of the chat template.
+
+        Raises RequestError for messages, images or lengths that the model cannot take.
+        """
+        plain_messages(messages, self._model.context)  # so that images_of meets messages in good order
         given = images_of(messages)
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
-        ids = self.prompt_ids(messages, self._image_token_counts(given))
+        ids = self.prompt_ids(messages, self._image_token_counts(given), options)
         _require_room(len(ids), self._model)
         images: list[Image] = []
         grids: list[Grid] = []
@@ -106,19 +122,22 @@ class PromptBuilder:
                     )
         return counts
 
-    def prompt_ids(self, messages: Sequence[Message], image_token_counts: Sequence[int]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], image_token_counts: Sequence[int], options: Mapping[str, Any] = NOTHING
+    ) -> list[int]:
         """Token ids, with the n-th image placeholder repeated image_token_counts[n] times.
 
         Raises RequestError for an empty prompt, for a placeholder typed as text, and unless the template wrote one
         placeholder for each image.
         """
-        plain = plain_messages(messages)
+        plain = plain_messages(messages, self._model.context)
         if not any(_has_content(message["content"]) for message in plain):
             raise RequestError("the prompt is empty: no message has text or an image")
         self._refuse_placeholder(plain)
-        hidden, originals = self._guard.hide(plain)
-        pieces = self._guard.split(self._template.render(hidden), originals)
-        ids = [token for piece in pieces for token in self._tokenizer.encode(piece)]
+        text = self._template.render(plain, options)
+        if self._tokenizer.exceeds(text, self._model.context):
+            raise RequestError(f"the prompt has more tokens than the model's context of {self._model.context}")
+        ids = self._guard.encode(text)
         found = ids.count(self._model.image_token_id)
         if found != len(image_token_counts):
             raise RequestError(
@@ -130,9 +149,7 @@ class PromptBuilder:
     def _refuse_placeholder(self, plain: Sequence[dict[str, Any]]) -> None:
         # The guard would make it text like any other; but who types it wants an image there and would get none.
         for i, message in enumerate(plain):
-            content = message["content"]
-            parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-            if any(self._placeholder in part for part in parts):
+            if any(self._placeholder in text for text in texts_of(message["content"])):
                 raise RequestError(
                     f"messages[{i}].content has {self._placeholder} as text (give images as parts of type image)"
                 )
