@@ -17,10 +17,11 @@ from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import random_cases
 from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_checks, taps_of_prompts
-from moevlm.export.parity_report import Check, ParityReport
+from moevlm.export.parity_report import Check, Cost, ParityReport
+from moevlm.export.quantized_checks import quantized_checks
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
-from moevlm.export.tolerances import TOLERANCES, tolerance_of
+from moevlm.export.tolerances import EXACT, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
@@ -72,11 +73,12 @@ def check_parity(
         expected = Expected(model, facts, cases, answers)
         progress("running canonical PyTorch", 0, 0)
         engine = TorchEngine(model)
-        found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, TOLERANCES["float32"]))
+        found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, EXACT))
         expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
         del engine
         stored = {name: Storage.of(engines[name]) for name in names}
         expected_of = {Storage(): expected}
+        costs: list[Cost] = []
         for name, storage in stored.items():
             for needed in (storage.unrounded, storage):
                 if needed not in expected_of:
@@ -85,7 +87,9 @@ def check_parity(
             progress(f"running {name}", 0, 0)
             if storage.experts:
                 found += rounding_checks(name, expected_of[storage], expected_of[storage.unrounded], storage.experts)
-            found += _checks_of_engine(opened, name, expected_of[storage])
+            checked, cost = _checks_of_engine(opened, name, expected_of[storage], stored_model(model, storage))
+            found += checked
+            costs += cost
         report = ParityReport(
             bundle=str(bundle),
             checkpoint=str(checkpoint),
@@ -99,20 +103,26 @@ def check_parity(
             rounded=tuple(name for name, storage in stored.items() if storage.experts),
             plans=tuple(name for name in names if engines[name].tensorrt is not None),
             left_out=left_out,
+            costs=tuple(costs),
         )
         writer.keep(opened)
         writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
     return report
 
 
-def _checks_of_engine(bundle: Bundle, name: str, expected: Expected) -> list[Check]:
+def _checks_of_engine(
+    bundle: Bundle, name: str, expected: Expected, model: CanonicalModel
+) -> tuple[list[Check], list[Cost]]:
+    """model: the canonical one that `expected` is of."""
     entry = bundle.manifest.engines[name]
     with ExitStack() as stack:
         engine = stack.enter_context(closing(load_engine(bundle, name)))
-        tapped = None
-        if entry.tensorrt is None:
-            tapped = stack.enter_context(closing(TappedEngine(bundle, name, expected.config)))
-        return list(checks(expected, name, engine, tapped, tolerance_of(entry), entry.tensorrt))
+        if entry.tensorrt is not None:
+            return list(checks(expected, name, engine, None, tolerance_of(entry), entry.tensorrt)), []
+        tapped = stack.enter_context(closing(TappedEngine(bundle, name, expected.config)))
+        if entry.block_size:
+            return quantized_checks(expected, model, name, entry, engine, tapped)
+        return list(checks(expected, name, engine, tapped, tolerance_of(entry))), []
 
 
 def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:
@@ -128,6 +138,10 @@ def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[st
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
         }
+        costs = [cost for cost in report.costs if cost.step == name]
+        if costs:
+            results[name]["costs"] = {cost.quantity: cost.value for cost in costs}
         if name not in report.plans:
-            results[name]["flip_margins"] = sorted(flip.margin for check in ours for flip in check.flips)
+            flips = [flip for check in ours for flip in check.flips] + [flip for cost in costs for flip in cost.flips]
+            results[name]["flip_margins"] = sorted(flip.margin for flip in flips)
     return bundle.manifest.parity | results

@@ -35,12 +35,27 @@ class Check(msgspec.Struct, frozen=True):
     flips: list[Flip] = []
 
 
+class Cost(msgspec.Struct, frozen=True):
+    """How far an engine with rounded weights is from transformers in one respect. No limit: whether it is still good
+    enough is for who uses it to say.
+
+    value: mean KL divergence in nats, a share, or a relative error. flips: of the share of routings, every one.
+    """
+
+    step: str
+    quantity: str
+    value: float
+    note: str = ""
+    flips: list[Flip] = []
+
+
 class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     """All checks in the order of the pipeline; the first that failed is where to look.
 
     pruned: engines from pruned weights. rounded: those with experts in blocks for a GPU. The checks of both are against
     canonical PyTorch on the same weights. plans: engines of TensorRT, whose routing and hidden states cannot be seen.
-    left_out: engines that do not run here and why, in one line, or "".
+    left_out: engines that do not run here and why, in one line, or "". costs: of quantized engines on a CPU, whose
+    checks are against canonical PyTorch on the same rounded weights.
     """
 
     bundle: str
@@ -55,27 +70,45 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     rounded: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
     left_out: str = ""
+    costs: tuple[Cost, ...] = ()
 
 
 def table_of(report: ParityReport) -> str:
-    """The checks, step by step, and the verdict."""
+    """The checks, step by step, what precision costs, and the verdict."""
     rows: list[tuple[str, ...]] = []
-    last = ""
-    for check in report.checks:
-        if check.step != last:
-            changes = (("pruned", report.pruned), ("rounded experts", report.rounded))
-            changed = ", ".join(change for change, names in changes if check.step in names)
-            note = f"{changed}: against canonical PyTorch on the same weights" if changed else ""
-            rows.append((check.step, "", "", "", note))
-            if check.step in report.plans:
-                rows.append(("  routing, hidden states", "", "", "", "not visible in a plan"))
-            last = check.step
-        exact = isinstance(check.limit, int)
-        found, limit = f"{check.value:{'.0f' if exact else '.1e'}}", f"{check.limit:{'.0f' if exact else '.0e'}}"
-        rows.append((f"  {check.quantity}", found, limit, "ok" if check.passed else "MISMATCH", check.note))
+    quantized = list(dict.fromkeys(cost.step for cost in report.costs))
+    for step in dict.fromkeys(check.step for check in report.checks):
+        changes = (("pruned", report.pruned), ("rounded experts", report.rounded), ("rounded weights", quantized))
+        changed = ", ".join(change for change, names in changes if step in names)
+        note = f"{changed}: against canonical PyTorch on the same weights" if changed else ""
+        rows.append((step, "", "", "", note))
+        if step in report.plans:
+            rows.append(("  routing, hidden states", "", "", "", "not visible in a plan"))
+        for check in (check for check in report.checks if check.step == step):
+            verdict = "ok" if check.passed else "MISMATCH"
+            rows.append((f"  {check.quantity}", _number(check.value), _number(check.limit), verdict, check.note))
+        costs = [cost for cost in report.costs if cost.step == step]
+        if costs:
+            rows.append(("  what its precision costs", "", "", "", "against transformers, without a limit"))
+        rows += [(f"    {cost.quantity}", _number(cost.value), "", "", cost.note) for cost in costs]
     amount = f"{report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
     title = f"against transformers {report.transformers}: {amount}"
-    failed = next((check for check in report.checks if not check.passed), None)
-    verdict = "passed" if failed is None else f"failed, first at {failed.step}: {failed.quantity}"
     left_out = f"left out: {report.left_out}\n" if report.left_out else ""
-    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\n{left_out}parity: {verdict}"
+    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\n{left_out}parity: {verdict_of(report)}"
+
+
+def verdict_of(report: ParityReport) -> str:
+    """In a line, and what it means where weights were rounded."""
+    failed = next((check for check in report.checks if not check.passed), None)
+    if failed is not None:
+        return f"failed, first at {failed.step}: {failed.quantity}"
+    quantized = ", ".join(dict.fromkeys(cost.step for cost in report.costs))
+    if not quantized:
+        return "passed"
+    return (
+        f"passed: {quantized} compute what their rounded weights say; how good those are, costs show, not this verdict"
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}"

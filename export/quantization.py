@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.weights import Weight
+from moevlm.export.weights import PerRow, Weight
 
 SMALLEST_BLOCK = 16
 # Where the value of largest magnitude may land, in steps from zero towards the longer end. Beyond 2**(bits - 1) it is
@@ -97,6 +97,26 @@ def dequantize(q: np.ndarray, scales: np.ndarray, scheme: Scheme) -> np.ndarray:
     """The inverse of `quantize`, padding included: [n, K / block * block] float32."""
     values = (q.astype(np.float32) - (1 << (scheme.bits - 1))) * scales[..., None]
     return values.reshape(len(q), -1)
+
+
+def stored(weight: Weight, scheme: Scheme, scales: np.dtype) -> Weight:
+    """A weight [..., K] as kernels see it: quantized, its scales rounded to the dtype `scales`, and back to float32."""
+
+    def through(array: np.ndarray) -> np.ndarray:
+        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+        q, found = quantize(rows, scheme)
+        return dequantize(q, found.astype(scales).astype(np.float32), scheme)[:, : rows.shape[1]].reshape(array.shape)
+
+    return PerRow(weight, weight.shape, np.dtype(np.float32), through)
+
+
+def rounded(x: np.ndarray, block: int) -> np.ndarray:
+    """Activations [..., K] as kernels round them: to int8, with a scale for every `block` of the last axis."""
+    width = x.shape[-1]
+    padded = np.pad(x.reshape(-1, width), ((0, 0), (0, -width % block))).reshape(-1, block)
+    scale = np.abs(padded).max(1, keepdims=True, initial=0) / 127
+    values = np.rint(np.divide(padded, scale, out=np.zeros_like(padded), where=scale > TINY)) * scale
+    return values.reshape(-1, width + -width % block)[:, :width].reshape(x.shape).astype(x.dtype, copy=False)
 
 
 def pack(q: np.ndarray, scheme: Scheme) -> np.ndarray:

@@ -32,7 +32,7 @@ class TappedEngine:
             wanted = [f"layers.{i}.hidden"]
             if i in config.moe_layers:
                 index, logits = f"layers.{i}.expert_index", f"layers.{i}.router_logits"
-                wanted.append(index if index in produced else logits)
+                wanted += [logits, index] if index in produced else [logits]
             for name in wanted:
                 dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
@@ -56,8 +56,8 @@ class TappedEngine:
     ) -> np.ndarray:
         self.taps = self._engine.run(step, visual, cache, cancellation)
         for i in self._config.moe_layers:
-            logits = self.taps.get(f"layers.{i}.router_logits")
-            if logits is not None:  # a kernel that routes by itself has no correction bias, see `LowerMoE`
+            logits = self.taps[f"layers.{i}.router_logits"]
+            if self.kernel_routes:  # it has no correction bias, see `LowerMoE`
                 self.taps[f"layers.{i}.expert_index"] = reference.route(logits, self._config.moe[i].router)[0]
         return self.taps["logits"]
 

@@ -4,6 +4,8 @@ Written to be read, not to be fast. Routing is float32, as in every model, becau
 way everywhere; the experts accumulate in float64, so that a deviation from here is the other side's rounding.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
@@ -102,12 +104,13 @@ def experts(
     spec: ExpertsSpec,
     gate_up_bias: Array | None = None,
     down_bias: Array | None = None,
+    between: Callable[[Array], Array] = lambda activated: activated,
 ) -> Array:
     """Send each token through its experts and add their outputs.
 
     x: [T, H]. index, weight: [T, k], as `route` returns them.
     gate_up: [E, 2I, H], gate rows first, then up rows ([E, I, H] if not gated); gate_up_bias: [E, 2I] (or [E, I]).
-    down: [E, H, I]; down_bias: [E, H].
+    down: [E, H, I]; down_bias: [E, H]. between: applied to activations [R, I] on their way into down.
     Returns y [T, H] in the dtype of x. With weight_on = "input" a token's row is scaled on its way into the expert, and
     the outputs are added as they are.
     """
@@ -119,7 +122,7 @@ def experts(
         if spec.weight_on == "input":
             rows = rows * scale
         projected = linear(rows, gate_up[e], None if gate_up_bias is None else gate_up_bias[e])
-        out = linear(activate(projected, spec), down[e], None if down_bias is None else down_bias[e])
+        out = linear(between(activate(projected, spec)), down[e], None if down_bias is None else down_bias[e])
         np.add.at(y, token, out if spec.weight_on == "input" else out * scale)
     return y.astype(x.dtype)
 

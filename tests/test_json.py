@@ -25,7 +25,7 @@ _NAMES = {
     dict: "object",
 }
 # JSON has no infinity: msgspec writes null.
-_NULL_IF_INFINITE = {("moevlm.parity/1", "checks[].value")}
+_NULL_IF_INFINITE = {("moevlm.parity/1", f"{field}[].value") for field in ("checks", "costs")}
 
 # What version 1 of each schema promises. Add to it; a change or a removal needs a new number.
 GOLDEN = {
@@ -118,6 +118,15 @@ GOLDEN = {
         "rounded": "array of string",
         "plans": "array of string",
         "left_out": "string",
+        "costs": "array of object",
+        "costs[].step": "string",
+        "costs[].quantity": "string",
+        "costs[].value": "number or null",
+        "costs[].note": "string",
+        "costs[].flips": "array of object",
+        "costs[].flips[].layer": "integer",
+        "costs[].flips[].token": "integer",
+        "costs[].flips[].margin": "number",
         "checks[].step": "string",
         "checks[].quantity": "string",
         "checks[].value": "number or null",

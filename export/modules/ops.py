@@ -6,12 +6,46 @@ The MoE ops run the numpy spec itself, so comparing the canonical modules with H
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from moevlm.export.quantization import rounded
 from moevlm.plugins import reference
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Arithmetic:
+    """Where an engine computes in another way than the canonical modules; the default is nowhere.
+
+    chosen: [T, k] int32, the experts that tokens go to, instead of the router's own choice.
+    block: experts round activations to int8 on their way into weights, with a scale for so many; 0: they do not.
+    int8_cache: keys and values are rounded to int8, with a scale for each token and head.
+    """
+
+    chosen: np.ndarray | None = None
+    block: int = 0
+    int8_cache: bool = False
+
+
+_arithmetic: ContextVar[Arithmetic | None] = ContextVar("arithmetic", default=None)
+
+
+@contextmanager
+def computing(arithmetic: Arithmetic) -> Iterator[None]:
+    """What the ops in the block compute with."""
+    token = _arithmetic.set(arithmetic)
+    try:
+        yield
+    finally:
+        _arithmetic.reset(token)
+
+
+def _computing() -> Arithmetic:
+    return _arithmetic.get() or Arithmetic()
 
 
 @torch.library.custom_op("moevlm::router", mutates_args=())
@@ -29,6 +63,9 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> expert_index [T, k] int32, expert_weight [T, k] float32; see `RouterSpec`."""
     spec = RouterSpec(top_k, scoring, bool(renormalize), epsilon, scale, n_group, topk_group, group_score)
+    chosen = _computing().chosen
+    if chosen is not None:
+        return torch.from_numpy(chosen.copy()), torch.from_numpy(reference.weigh(logits.numpy(), chosen, spec))
     index, weight = reference.route(logits.numpy(), spec, None if bias is None else bias.numpy())
     return torch.from_numpy(index), torch.from_numpy(weight)
 
@@ -54,10 +91,13 @@ def experts(
 ) -> Tensor:
     """x [T, H] -> y [T, H] through the chosen experts; see `ExpertsSpec`."""
     spec = ExpertsSpec(activation, bool(gated), weight_on, alpha, limit)
-    routing = expert_index.numpy(), expert_weight.numpy()
-    return torch.from_numpy(
-        reference.experts(x.numpy(), *routing, gate_up.detach().numpy(), down.detach().numpy(), spec)
-    )
+    block = _computing().block
+
+    def through(rows: np.ndarray) -> np.ndarray:
+        return rounded(rows, block) if block else rows
+
+    routing, weights = (expert_index.numpy(), expert_weight.numpy()), (gate_up.detach().numpy(), down.detach().numpy())
+    return torch.from_numpy(reference.experts(through(x.numpy()), *routing, *weights, spec, between=through))
 
 
 @experts.register_fake
@@ -96,6 +136,8 @@ def cached_attention(
     (batch, length), capacity = cos.shape[:2], key_cache.shape[2]
     q, k, v = (t.view(batch, length, n, -1) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
     q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if _computing().int8_cache:
+        k, v = (torch.from_numpy(rounded(t.numpy(), t.shape[-1])) for t in (k, v))
     positions = cache_position[:, None] + torch.arange(length)
     key_cache, value_cache = key_cache.clone(), value_cache.clone()
     for b in range(batch):

@@ -33,8 +33,7 @@ class QuantizeExperts(NodePass):
         assert gate_up is not None
         assert down is not None
         hidden, width = (weight_of(value).shape[-1] for value in (gate_up, down))
-        scheme = self.scheme.fit(hidden)
-        scheme = scheme and scheme.fit(width)
+        scheme = shared_scheme(self.scheme, hidden, width)
         if scheme is None:
             raise BuildError(
                 f"cannot quantize the experts of {down.name}: their sizes are {hidden} and {width} "
@@ -55,3 +54,9 @@ class QuantizeExperts(NodePass):
         }
         new = ir.node("QMoE", inputs, attributes=attributes, domain=CONTRIB)
         substitute(graph, node, new)
+
+
+def shared_scheme(scheme: Scheme, hidden: int, width: int) -> Scheme | None:
+    """The scheme, its block reduced until it divides the inner sizes of both matrices; None if 16 does not."""
+    fitting = scheme.fit(hidden)
+    return fitting and fitting.fit(width)

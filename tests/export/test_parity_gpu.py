@@ -25,7 +25,7 @@ from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, table_of
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.tensorrt.options import DTYPES, PlanOptions
-from moevlm.export.tolerances import DECODE_STEPS, PLAN_TOLERANCES, TOLERANCES
+from moevlm.export.tolerances import DECODE_STEPS, EXACT, PLAN_TOLERANCES
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.export.weights import Constant, read
 from moevlm.runtime.bundle import Bundle
@@ -295,4 +295,4 @@ def test_groups_of_prompts_equal_all_of_them_together(canonical) -> None:
         (groups.prefill(every_position=True), together.prefill(every_position=True)),
         (groups.decode(expected.tokens[0]), together.decode(expected.tokens[0])),
     ):
-        assert relative_error(ours, theirs) < TOLERANCES["float32"].logits
+        assert relative_error(ours, theirs) < EXACT.logits

@@ -1,0 +1,113 @@
+"""What an engine's decoder was given and what it made of it, token by token, kept while parity's prompts run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moevlm.export.parity_checks import Tapped
+from moevlm.export.parity_measures import relative_error
+from moevlm.runtime.cancellation import Cancellation
+from moevlm.runtime.engine import Cache, Engine, Step, VisionInputs, VisualFeatures
+
+Array = np.ndarray
+LOGITS_KEPT = 8  # rows at each end of a step's: there kernels differ, and all of them are many
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """values: by name [S, ...], S tokens: fields of `Step`, and taps. visual: what visual_index points into, if any.
+
+    logits: {place: row [vocabulary]}, some of them.
+    """
+
+    values: Mapping[str, Array]
+    visual: VisualFeatures | None
+    logits: Mapping[int, Array]
+
+
+@dataclass
+class RecordedCache:
+    """The caches of both engines, and buffers as large for all that is kept: a step writes into the same places.
+
+    lengths: [B], how far sequences reach: the last token whose logits were wanted. What a step wrote behind it, the
+    padding of shorter sequences, is no token.
+    """
+
+    tapped: Cache
+    shipped: Cache
+    lengths: Array
+    values: dict[str, Array] = field(default_factory=dict)
+    visual: VisualFeatures | None = None
+    logits: list[dict[int, Array]] = field(default_factory=list)
+
+    @property
+    def batch(self) -> int:
+        return self.tapped.batch
+
+    @property
+    def capacity(self) -> int:
+        return self.tapped.capacity
+
+    def keep(self, step: Step, visual: VisualFeatures | None, taps: Mapping[str, Array], logits: Array) -> None:
+        """taps: rows [B * S, ...]."""
+        shape = step.input_ids.shape
+        given = {name: getattr(step, name) for name in ("input_ids", "visual_index", "rope_cos", "rope_sin")}
+        shown = {name: tap.reshape(*shape, *tap.shape[1:]) for name, tap in taps.items() if name != "logits"}
+        for name, values in (given | shown).items():
+            if name not in self.values:
+                self.values[name] = np.zeros((self.batch, self.capacity, *values.shape[2:]), values.dtype)
+            for b, start in enumerate(step.cache_position):
+                self.values[name][b, start : start + shape[1]] = values[b]
+        self.visual = visual or self.visual
+        for i in {*range(len(logits))[:LOGITS_KEPT], *range(len(logits))[-LOGITS_KEPT:]}:
+            b, s = divmod(int(step.logits_index[i]), shape[1])
+            self.logits[b][int(step.cache_position[b]) + s] = logits[i]
+        ends = step.cache_position[step.logits_index // shape[1]] + step.logits_index % shape[1] + 1
+        np.maximum.at(self.lengths, step.logits_index // shape[1], ends)
+
+    def sequences(self) -> list[Sequence]:
+        """One per row, up to its length."""
+        return [
+            Sequence({name: values[b, :length] for name, values in self.values.items()}, self.visual, self.logits[b])
+            for b, length in enumerate(self.lengths)
+        ]
+
+
+class RecordedEngine:
+    """An engine as it is shipped, beside the one with taps: both run every step, and what the taps show is kept.
+
+    caches: all that were made. apart: the largest relative difference between logits of the two.
+    """
+
+    def __init__(self, shipped: Engine, tapped: Tapped) -> None:
+        self._shipped, self._tapped = shipped, tapped
+        self.caches: list[RecordedCache] = []
+        self.apart = 0.0
+
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+        return self._shipped.encode(inputs, cancellation)
+
+    def new_cache(self, batch: int, capacity: int) -> RecordedCache:
+        tapped, shipped = (engine.new_cache(batch, capacity) for engine in (self._tapped, self._shipped))
+        cache = RecordedCache(tapped, shipped, np.zeros(batch, np.int64), logits=[{} for _ in range(batch)])
+        self.caches.append(cache)
+        return cache
+
+    def forward(
+        self, step: Step, visual: VisualFeatures | None, cache: RecordedCache, cancellation: Cancellation | None = None
+    ) -> Array:
+        """Logits of the engine as it is shipped."""
+        logits = self._shipped.forward(step, visual, cache.shipped, cancellation)
+        self.apart = max(self.apart, relative_error(self._tapped.forward(step, visual, cache.tapped), logits))
+        cache.keep(step, visual, self._tapped.taps, logits)
+        return logits
+
+    def sequences(self) -> list[Sequence]:
+        """All sequences of all caches, in order."""
+        return [sequence for cache in self.caches for sequence in cache.sequences()]
+
+    def close(self) -> None:
+        """Nothing to do: who loaded the two engines closes them."""
