@@ -20,7 +20,7 @@ from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.machine import cores
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
-from moevlm.runtime.native import DOMAIN, operators_path
+from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.selection import select
 
@@ -123,7 +123,10 @@ def operators_for(engine: EngineFacts) -> Path | None:
     """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
     if engine.operators not in ("", DOMAIN):
         raise EngineError(f"the engine needs operators of {engine.operators} (there are: {DOMAIN})")
-    return operators_path() if engine.operators else None
+    if not engine.operators:
+        return None
+    instruction_set()
+    return operators_path()
 
 
 def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> ImageProcessor | None:

@@ -13,7 +13,7 @@ from time import perf_counter
 import msgspec
 import numpy as np
 
-from moevlm.runtime.native import operators_path
+from moevlm.runtime.native import instruction_set, operators_path
 
 READ_BYTES = 256 << 20  # per thread: larger than any cache
 ROUNDS = 2_000_000  # a few milliseconds
@@ -25,8 +25,7 @@ COPIES = 20
 class Machine(msgspec.Struct, frozen=True):
     """Limits of `threads` cores together, the best of a few measurements.
 
-    read: bytes per second from memory. float32, int8: multiply-adds per second; int8 is float32's where the processor
-    has no dot product of bytes.
+    read: bytes per second from memory. float32, int8: multiply-adds per second, int8 of bytes.
     """
 
     threads: int
@@ -50,6 +49,7 @@ def cores() -> int:
 def measure_machine(threads: int | None = None) -> Machine:
     """Takes about a second. threads: None for all cores of this process. Raises EngineError without the library."""
     count = threads or cores()
+    instruction_set()
     library = ctypes.CDLL(str(operators_path()))
     library.moevlm_peak_read.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     for function in (library.moevlm_peak_float32, library.moevlm_peak_int8):
@@ -63,7 +63,7 @@ def measure_machine(threads: int | None = None) -> Machine:
     with ThreadPoolExecutor(count) as pool:
         float32 = _best(pool, count, lambda _: library.moevlm_peak_float32(ROUNDS))
         int8 = _best(pool, count, lambda _: library.moevlm_peak_int8(ROUNDS))
-        return Machine(count, _best(pool, count, read), float32, max(int8, float32))
+        return Machine(count, _best(pool, count, read), float32, int8)
 
 
 def measure_gpu() -> GpuMachine:

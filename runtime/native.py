@@ -1,5 +1,7 @@
 """Where the compiled libraries are. They are loaded by path, into an engine, and are no Python modules."""
 
+import ctypes
+from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
@@ -14,6 +16,20 @@ DOMAIN = "moevlm.cpu"
 def operators_path() -> Path:
     """The library of the domain moevlm.cpu, for SessionOptions.register_custom_ops_library. Raises EngineError."""
     return _path(OPERATORS)
+
+
+@cache
+def instruction_set() -> str:
+    """What the CPU operators use: baseline, avx2, avx512 or avx512_vnni.
+
+    The best that the processor has, and at most what the environment variable MOEVLM_CPU_ISA says. Raises EngineError.
+    """
+    text = ctypes.create_string_buffer(256)
+    found = ctypes.CDLL(str(operators_path())).moevlm_instruction_set
+    found.argtypes, found.restype = (ctypes.c_char_p, ctypes.c_size_t), ctypes.c_bool
+    if not found(text, len(text)):
+        raise EngineError(f"unsupported value in the environment: {text.value.decode(errors='replace')}")
+    return text.value.decode()
 
 
 def plugin_path() -> Path:

@@ -6,6 +6,8 @@
 #include <atomic>
 #include <memory>
 
+#include "instruction_set.h"
+
 namespace moevlm {
 
 namespace pairs { extern const Kernels kernels; }
@@ -21,14 +23,12 @@ constexpr int64_t kTasks = 64;
 constexpr int64_t kPiece = 256, kPieceForMany = 1024;
 constexpr int64_t kAppended = 16;  // tokens
 
+// The widest vectors that divide a head.
 const Kernels& kernels_for(int64_t head_dim) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (v4 && head_dim % avx512::kernels.lanes == 0) return avx512::kernels;
-  if (v3 && head_dim % avx2::kernels.lanes == 0) return avx2::kernels;
+  const InstructionSet set = instruction_set();
+  if (set >= InstructionSet::avx512 && head_dim % avx512::kernels.lanes == 0) return avx512::kernels;
+  if (set >= InstructionSet::avx2 && head_dim % avx2::kernels.lanes == 0) return avx2::kernels;
 #endif
   return head_dim % baseline::kernels.lanes == 0 ? baseline::kernels : pairs::kernels;
 }

@@ -2,6 +2,7 @@
 // MoEExperts and MoERouter.
 #include "attention_op.h"
 #include "custom_op.h"
+#include "instruction_set.h"
 #include "matmul_ops.h"
 
 namespace moevlm {
@@ -10,6 +11,7 @@ namespace {
 // Session options point to it and do not own it, nor say when they are gone: one for the life of the process.
 ort::OpDomain* operator_domain(const ort::Api* api) {
   static ort::OpDomain* const shared = [api] {
+    instruction_set();  // throws here rather than in the first call of an operator
     ort::OpDomain* domain = nullptr;
     check(api->create_op_domain("moevlm.cpu", &domain));
     for (auto operators : {attention_operators(), quantized::matmul_operators()})

@@ -158,23 +158,13 @@ void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x,
 PanelKernel choose(Packing packing) { return packing.bits == 4 ? panel_rows<4> : panel_rows<8>; }
 
 using Rest = Elementwise<Vector>;
-constexpr Kernels kTable{"avx2",      choose,           Rest::quantize, Rest::activate,
-                         Rest::store, Rest::accumulate, Rest::softmax,  Rest::sigmoid, Rest::pairwise_sum};
 
 }  // namespace
 
-const Kernels* avx2_kernels() {
-  const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  return has ? &kTable : nullptr;
-}
+const Kernels avx2_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
+                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
 
 }  // namespace moevlm::quantized
 #pragma GCC pop_options
-
-#else
-
-namespace moevlm::quantized {
-const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace moevlm::quantized
 
 #endif

@@ -169,25 +169,13 @@ PanelKernel choose(Packing packing) {
 }
 
 using Rest = Elementwise<Vector>;
-constexpr Kernels kTable{"avx512", choose,           Rest::quantize, Rest::activate,
-                         Rest::store, Rest::accumulate, Rest::softmax,  Rest::sigmoid, Rest::pairwise_sum};
 
 }  // namespace
 
-const Kernels* avx512_kernels() {
-  const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vnni");
-  return has ? &kTable : nullptr;
-}
+const Kernels avx512_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
+                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
 
 }  // namespace moevlm::quantized
 #pragma GCC pop_options
-
-#else
-
-namespace moevlm::quantized {
-const Kernels* avx512_kernels() { return nullptr; }
-}  // namespace moevlm::quantized
 
 #endif

@@ -97,16 +97,10 @@ void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int rows, 
 PanelKernel choose(Packing packing) { return packing.bits == 4 ? panel<4> : panel<8>; }
 
 using Rest = Elementwise<Scalar>;
-constexpr Kernels kTable{"generic",   choose,           Rest::quantize, Rest::activate,
-                         Rest::store, Rest::accumulate, Rest::softmax,  Rest::sigmoid, Rest::pairwise_sum};
 
 }  // namespace
 
-const Kernels* generic_kernels() { return &kTable; }
-
-const Kernels& kernels() {
-  static const Kernels& best = *(avx512_kernels() ? avx512_kernels() : avx2_kernels() ? avx2_kernels() : &kTable);
-  return best;
-}
+const Kernels generic_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
+                              Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
 
 }  // namespace moevlm::quantized

@@ -1,8 +1,9 @@
-// What differs from one instruction set to the next: a table of functions for each, chosen once, when first asked for.
+// What differs from one instruction set to the next: a table of functions for each.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
+#include "instruction_set.h"
 #include "packed.h"
 
 namespace moevlm::quantized {
@@ -25,7 +26,6 @@ struct ActivationSpec {
 enum class Scoring : int { softmax, sigmoid, softmax_after_topk };
 
 struct Kernels {
-  const char* name;
   PanelKernel (*panel)(Packing packing);
   // x [k] -> one quantized row.
   void (*quantize)(const float* x, size_t k, Packing packing, uint8_t* row);
@@ -40,12 +40,10 @@ struct Kernels {
   float (*sum)(const float* x, size_t n);
 };
 
-// Null where this processor or this build lacks it.
-const Kernels* avx512_kernels();
-const Kernels* avx2_kernels();
-const Kernels* generic_kernels();
+extern const Kernels generic_kernels;
+extern const Kernels avx2_kernels, avx512_kernels;  // on x86-64; the latter multiply bytes with VNNI
 
-// The fastest that this processor has.
-const Kernels& kernels();
+// The fastest that need no more than `set`.
+const Kernels& kernels(InstructionSet set);
 
 }  // namespace moevlm::quantized

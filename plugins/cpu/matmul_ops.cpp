@@ -57,7 +57,7 @@ struct LinearOp {
     const size_t tokens = x.shape[0];
     float* y = call.output<float>(0, {x.shape[0], static_cast<int64_t>(shape.n)});
     const auto memory = scratch(shape.scratch_bytes(tokens));
-    linear(shape, kernels(), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
+    linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
            memory.get());
   }
 };
@@ -110,7 +110,7 @@ struct ExpertsOp {
                            down_bias.as<float>(), tokens,              top_k};
     float* y = call.output<float>(0, x.shape);
     const auto memory = scratch(bank.scratch_bytes(tokens, top_k));
-    const size_t checked = quantized::experts(bank, kernels(), call.pool(), in, y, memory.get());
+    const size_t checked = quantized::experts(bank, kernels(instruction_set()), call.pool(), in, y, memory.get());
     if (checked < tokens * top_k) {
       invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked],
               " (allowed: 0 to ", count - 1, ")");
@@ -148,7 +148,7 @@ struct RouterOp {
     const Shape out = {logits.shape[0], static_cast<int64_t>(shape.top_k)};
     int32_t* index = call.output<int32_t>(0, out);
     float* weight = call.output<float>(1, out);
-    route(shape, kernels(), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index, weight);
+    route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index, weight);
   }
 };
 

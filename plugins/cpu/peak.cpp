@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "instruction_set.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -36,21 +38,33 @@ volatile int64_t sink;
 
 #define MOEVLM_ANY(sum) sum = sum * factor + factor;
 typedef float Four __attribute__((vector_size(16)));
+typedef int16_t Eight __attribute__((vector_size(16)));
 MOEVLM_LOOP(float32_any, 4, Four{}, Four{} + 0.999f, MOEVLM_ANY)
+MOEVLM_LOOP(int16_any, 8, Eight{}, Eight{} + int16_t{3}, MOEVLM_ANY)  // bytes are widened before anything multiplies them
 
 #if defined(__x86_64__)
 #define MOEVLM_FMA_512(sum) sum = _mm512_fmadd_ps(sum, factor, factor);
 #define MOEVLM_FMA_256(sum) sum = _mm256_fmadd_ps(sum, factor, factor);
+// Without VNNI: products summed in pairs to 16 bits, and no more done with them than every kernel must.
+#define MOEVLM_BYTES_512(sum) sum = _mm512_add_epi16(factor, _mm512_maddubs_epi16(sum, factor));
+#define MOEVLM_BYTES_256(sum) sum = _mm256_add_epi16(factor, _mm256_maddubs_epi16(sum, factor));
 #define MOEVLM_DOT_512(sum) sum = _mm512_dpbusd_epi32(sum, factor, factor);
 __attribute__((target("avx512f")))
 MOEVLM_LOOP(float32_512, 16, _mm512_setzero_ps(), _mm512_set1_ps(0.999f), MOEVLM_FMA_512)
 __attribute__((target("avx2,fma")))
 MOEVLM_LOOP(float32_256, 8, _mm256_setzero_ps(), _mm256_set1_ps(0.999f), MOEVLM_FMA_256)
+__attribute__((target("avx512f,avx512bw")))
+MOEVLM_LOOP(int8_512, 64, _mm512_setzero_si512(), _mm512_set1_epi32(0x01020304), MOEVLM_BYTES_512)
+__attribute__((target("avx2")))
+MOEVLM_LOOP(int8_256, 32, _mm256_setzero_si256(), _mm256_set1_epi32(0x01020304), MOEVLM_BYTES_256)
 __attribute__((target("avx512f,avx512vnni")))
-MOEVLM_LOOP(int8_512, 64, _mm512_setzero_si512(), _mm512_set1_epi32(0x01020304), MOEVLM_DOT_512)
+MOEVLM_LOOP(int8_vnni, 64, _mm512_setzero_si512(), _mm512_set1_epi32(0x01020304), MOEVLM_DOT_512)
 #endif
 
 }  // namespace
+
+using moevlm::InstructionSet;
+using moevlm::instruction_set;
 
 #define MOEVLM_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -65,19 +79,22 @@ MOEVLM_EXPORT void moevlm_peak_read(const char* data, size_t bytes) {
   for (uint64_t sum : sums) sink = sink ^ static_cast<int64_t>(sum);
 }
 
-// float32 multiply-adds done in `rounds`.
+// float32 multiply-adds done in `rounds`. Like the next, it uses the instruction set that the kernels use; ask for its
+// name first, which says what is wrong with MOEVLM_CPU_ISA.
 MOEVLM_EXPORT size_t moevlm_peak_float32(size_t rounds) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return float32_512(rounds);
-  if (__builtin_cpu_supports("fma")) return float32_256(rounds);
+  if (instruction_set() >= InstructionSet::avx512) return float32_512(rounds);
+  if (instruction_set() >= InstructionSet::avx2) return float32_256(rounds);
 #endif
   return float32_any(rounds);
 }
 
-// Byte multiply-adds done in `rounds`; 0 where the processor has no dot product of bytes.
+// Byte multiply-adds done in `rounds`.
 MOEVLM_EXPORT size_t moevlm_peak_int8(size_t rounds) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512vnni")) return int8_512(rounds);
+  if (instruction_set() >= InstructionSet::avx512_vnni) return int8_vnni(rounds);
+  if (instruction_set() >= InstructionSet::avx512) return int8_512(rounds);
+  if (instruction_set() >= InstructionSet::avx2) return int8_256(rounds);
 #endif
-  return 0 * rounds;
+  return int16_any(rounds);
 }

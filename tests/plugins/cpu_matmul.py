@@ -12,8 +12,9 @@ import numpy as np
 from moevlm.plugins.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
 
 CPU = Path(__file__).parents[2] / "plugins" / "cpu"
-SOURCES = ("matmul_avx512", "matmul_avx2", "matmul_generic", "linear", "experts", "router")
-PATHS = ("generic", "avx2", "avx512")
+MATMULS = ("matmul_avx512", "matmul_avx2", "matmul_generic", "matmul_kernels")
+SOURCES = (*MATMULS, "instruction_set", "linear", "experts", "router")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")  # by their numbers in instruction_set.h
 Array = np.ndarray
 
 
@@ -45,26 +46,29 @@ def _sizes(*values: int) -> list[ctypes.c_size_t]:
 class Kernels:
     """One instruction set's kernels. Arrays are contiguous, of the dtypes that the C functions take."""
 
-    def __init__(self, library: ctypes.CDLL, path: str, threads: int = 1) -> None:
-        self.library, self.path, self.threads = library, PATHS.index(path) if path else -1, threads
-        library.path_name.restype = ctypes.c_char_p
+    def __init__(self, library: ctypes.CDLL, instruction_set: str, threads: int = 1) -> None:
+        self.library, self.threads = library, threads
+        self.instruction_set = INSTRUCTION_SETS.index(instruction_set) if instruction_set else -1  # the best
+        library.has_instruction_set.restype = ctypes.c_bool
         library.run_experts.restype = ctypes.c_size_t
 
     def available(self) -> bool:
-        return self.library.path_name(self.path) is not None
+        return self.library.has_instruction_set(self.instruction_set)
 
     def quantize(self, x: Array, bits: int, block: int) -> Array:
         """[T, blocks, 8 + block] uint8: scale, start, values."""
         tokens, columns = x.shape
         rows = np.empty((tokens, -(-columns // block), 8 + block), np.uint8)
-        self.library.run_quantize(self.path, bits, block, *_sizes(tokens, columns), _pointer(x), _pointer(rows))
+        self.library.run_quantize(
+            self.instruction_set, bits, block, *_sizes(tokens, columns), _pointer(x), _pointer(rows)
+        )
         return rows
 
     def linear(self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int) -> Array:
         y = np.full((len(x), n), np.nan, np.float32)
         sizes = _sizes(n, x.shape[1], len(x))
         arrays = map(_pointer, (x, packed, bias, y))
-        self.library.run_linear(self.path, *_sizes(self.threads), bits, block, *sizes, *arrays)
+        self.library.run_linear(self.instruction_set, *_sizes(self.threads), bits, block, *sizes, *arrays)
         return y
 
     def experts(
@@ -85,7 +89,7 @@ class Kernels:
         y = np.full(x.shape, np.nan, np.float32)
         settings = (ACTIVATIONS.index(spec.activation), int(spec.gated), int(spec.weight_on == "input"))
         checked = self.library.run_experts(
-            self.path,
+            self.instruction_set,
             *_sizes(self.threads),
             bits,
             block,
@@ -103,7 +107,7 @@ class Kernels:
         shape = (len(logits), spec.top_k)
         index, weight = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
         refused = self.library.run_router(
-            self.path,
+            self.instruction_set,
             *_sizes(self.threads, spec.top_k),
             SCORINGS.index(spec.scoring),
             int(spec.renormalize),

@@ -23,34 +23,29 @@ void run_on_threads(void* self, size_t total, void (*task)(void*, size_t), void*
   for (std::thread& helper : helpers) helper.join();
 }
 
-const Kernels* chosen(int path) {
-  switch (path) {
-    case 0: return generic_kernels();
-    case 1: return avx2_kernels();
-    case 2: return avx512_kernels();
-    default: return &kernels();
-  }
+const Kernels& chosen(int set) {
+  return kernels(set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set));
 }
 
 }  // namespace
 
 extern "C" {
 
-const char* path_name(int path) { return chosen(path) ? chosen(path)->name : nullptr; }
+bool has_instruction_set(int set) { return moevlm::has(static_cast<moevlm::InstructionSet>(set)); }
 
-void run_quantize(int path, int bits, int block, size_t tokens, size_t k, const float* x, uint8_t* rows) {
+void run_quantize(int set, int bits, int block, size_t tokens, size_t k, const float* x, uint8_t* rows) {
   size_t threads = 1;
-  quantize_rows(*chosen(path), {&threads, threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
+  quantize_rows(chosen(set), {&threads, threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
 }
 
-void run_linear(int path, size_t threads, int bits, int block, size_t n, size_t k, size_t tokens, const float* x,
+void run_linear(int set, size_t threads, int bits, int block, size_t n, size_t k, size_t tokens, const float* x,
                 const uint8_t* weight, const float* bias, float* y) {
   const LinearShape shape{n, k, {bits, block}};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
-  linear(shape, *chosen(path), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
+  linear(shape, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
 }
 
-size_t run_experts(int path, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,
+size_t run_experts(int set, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,
                    int activation, int gated, int weight_on_input, float alpha, float limit, size_t tokens,
                    size_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,
                    const uint8_t* down, const float* up_bias, const float* down_bias, float* y) {
@@ -58,16 +53,16 @@ size_t run_experts(int path, size_t threads, int bits, int block, size_t experts
                            {static_cast<Activation>(activation), gated != 0, alpha, limit}, weight_on_input != 0};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens, top_k));
   const ExpertsInputs in{x, index, weight, gate_up, down, up_bias, down_bias, tokens, top_k};
-  return experts(shape, *chosen(path), {&threads, threads, run_on_threads}, in, y, scratch.data());
+  return experts(shape, chosen(set), {&threads, threads, run_on_threads}, in, y, scratch.data());
 }
 
-int run_router(int path, size_t threads, size_t top_k, int scoring, int renormalize, float epsilon, float scale,
+int run_router(int set, size_t threads, size_t top_k, int scoring, int renormalize, float epsilon, float scale,
                size_t n_group, size_t topk_group, int top2_sum, size_t tokens, size_t experts_count,
                const float* logits, const float* bias, int32_t* index, float* weight) {
   const RouterShape shape{top_k, static_cast<Scoring>(scoring), renormalize != 0, epsilon, scale,
                           n_group, topk_group, top2_sum != 0};
   if (!shape.valid(experts_count)) return 1;
-  route(shape, *chosen(path), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
+  route(shape, chosen(set), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
   return 0;
 }
 }
