@@ -1,20 +1,18 @@
 """A Hugging Face checkpoint directory: config.json, safetensors shards, and the tokenizer's and processor's files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from moevlm.export.checkpoint_files import find, read_json, read_text
 from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
-from moevlm.export.safetensors_file import Stored, read_header
+from moevlm.export.safetensors_file import Stored
+from moevlm.export.shards import read_shards, some
 from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import FileFacts, Manifest
 
 CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Checkpoint:
         if not directory.is_dir():
             raise CheckpointError(f"no checkpoint directory at {directory}")
         config = read_json(directory, CONFIG)
-        shards, tensors = _tensors(directory)
+        shards, tensors = read_shards(directory)
         return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))
 
     def __enter__(self) -> Self:
@@ -111,7 +109,7 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
     if set(names) != set(manifest.source):
         raise CheckpointError(
             f"{checkpoint.directory} is not the checkpoint that the bundle was exported from: "
-            f"it has {_some(sorted(names))}, the bundle says {_some(sorted(manifest.source))}"
+            f"it has {some(sorted(names))}, the bundle says {some(sorted(manifest.source))}"
         )
     for name, expected in manifest.source.items():
         size = (checkpoint.directory / name).stat().st_size
@@ -127,42 +125,3 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
                 f"its sha256 is {actual[name].sha256}, the bundle says {expected.sha256}"
             )
-
-
-def _tensors(directory: Path) -> tuple[tuple[str, ...], dict[str, Stored]]:
-    """(shard names, tensors by name) of a single file or of an index with its shards."""
-    if find(directory, SINGLE):
-        return (SINGLE,), read_header(directory / SINGLE)
-    if not find(directory, INDEX):
-        raise CheckpointError(_nothing_to_read(directory))
-    weight_map = read_json(directory, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{directory / INDEX} has no weight_map")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise CheckpointError(f"{directory / INDEX}: {name} is in {shard!r}, which is not a shard's file name")
-    shards = tuple(sorted(set(weight_map.values())))
-    missing = [shard for shard in shards if not find(directory, shard)]
-    if missing:
-        raise CheckpointError(f"{directory} lacks {_some(missing)} of its {len(shards)} shards, named in {INDEX}")
-    headers = {shard: read_header(directory / shard) for shard in shards}
-    absent = [f"{name} ({shard})" for name, shard in weight_map.items() if name not in headers[shard]]
-    if absent:
-        raise CheckpointError(f"{directory / INDEX} names tensors that their shard does not hold: {_some(absent)}")
-    return shards, {name: headers[shard][name] for name, shard in weight_map.items()}
-
-
-def _nothing_to_read(directory: Path) -> str:
-    files = sorted(path.name for path in directory.iterdir() if path.is_file())
-    pickles = [name for name in files if name.endswith(_PICKLES)]
-    others = [name for name in files if name.endswith(".safetensors")]
-    if others:
-        return f"{directory} has neither {SINGLE} nor {INDEX}; it has {_some(others)}"
-    if pickles:
-        return f"{directory} has no safetensors file, only {_some(pickles)}: convert it, pickles are never read"
-    return f"{directory} has no weights: neither {SINGLE} nor {INDEX}"
-
-
-def _some(names: Iterable[str], limit: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import ml_dtypes
 import numpy as np
 
-from moevlm.runtime.errors import CheckpointError
+from moevlm.runtime.errors import CheckpointError, one_line, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
+MAX_RANK = 16
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -142,7 +143,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:
-            _refuse(path, f"tensor {name} begins at data byte {begin}, the one before it ends at {position}")
+            _refuse(
+                path, f"tensor {one_line(name, 80)} begins at data byte {begin}, the one before it ends at {position}"
+            )
         position = end
     if position != data_bytes:
         what = "the file is truncated" if data_bytes < position else "there are bytes that belong to no tensor"
@@ -152,10 +155,11 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"duplicate name {next(n for n in names if names.count(n) > 1)}")
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise ValueError(f"duplicate name {one_line(name, 80)}")
+            fields[name] = value
         return fields
 
     try:
@@ -169,23 +173,28 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 
 def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     """One header entry, checked: (dtype, shape, (begin, end) in the data section)."""
+    told = one_line(name, 80)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        _refuse(path, f"tensor {name} needs exactly the fields dtype, shape, data_offsets")
+        _refuse(path, f"tensor {told} needs exactly the fields dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name} has dtype {dtype!r} (supported: {', '.join(sorted(DTYPES))})")
+        raise CheckpointError(
+            f"{path}: tensor {told} has dtype {shown(dtype)} (supported: {', '.join(sorted(DTYPES))})"
+        )
     if not _is_sizes(shape):
-        _refuse(path, f"tensor {name} has shape {shape!r}")
+        _refuse(path, f"tensor {told} has shape {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
-        _refuse(path, f"tensor {name} has data_offsets {offsets!r}")
+        _refuse(path, f"tensor {told} has data_offsets {shown(offsets)}")
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
-        _refuse(path, f"tensor {name}, {dtype} {shape}, needs {needed} bytes, its data_offsets are {offsets}")
+        _refuse(path, f"tensor {told}, {dtype} {shape}, needs {needed} bytes, its data_offsets are {offsets}")
     return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    if not isinstance(value, list) or len(value) > MAX_RANK:
+        return False
+    return all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:

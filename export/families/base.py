@@ -14,7 +14,7 @@ from moevlm.export.families.fields import Fields, quoted
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
 from moevlm.export.weights import Weight, cast, slices
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, one_line
 
 # How the canonical config's own checks call a field -> its name in config.json, which is the same in every family.
 _CONFIG_NAMES = {
@@ -119,8 +119,9 @@ class Family(ABC):
         found = {name: next((p for p in self.left_out if re.search(p, name)), None) for name in sorted(unused)}
         strangers = [name for name, pattern in found.items() if pattern is None]
         if strangers:
+            first = one_line(strangers[0], 80)
             raise CheckpointError(
-                f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {strangers[0]}"
+                f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}"
             )
         return dict(Counter(str(pattern).replace("\\", "") for pattern in found.values()))
 
@@ -148,5 +149,5 @@ def _require_field(values: Mapping[str, Any], name: str) -> None:
     place: Any = values
     for key in name.split("."):
         if not isinstance(place, Mapping) or key not in place:
-            raise UnsupportedModelError(f"cannot ignore {name}: config.json has no such field")
+            raise UnsupportedModelError(f"cannot ignore {one_line(name, 80)}: config.json has no such field")
         place = place[key]

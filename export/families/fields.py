@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moevlm.export.families.harmless import is_harmless
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, shown
 
 _REQUIRED = object()
 
@@ -156,12 +156,6 @@ class Fields:
 
     def _name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
-
-
-def shown(value: Any, limit: int = 80) -> str:
-    """A value for an error message, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def quoted(value: Any) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from moevlm.export.weights import Weight
-from moevlm.runtime.errors import CheckpointError
+from moevlm.runtime.errors import CheckpointError, one_line
 
 _BASE, _TEXT = "model.", "model.language_model."
 
@@ -75,11 +75,11 @@ def _prefix_note(missing: Sequence[str], on_disk: Collection[str]) -> str:
             if 2 * explained <= len(missing):
                 continue
             if not wanted and all(n.startswith(given) for n in on_disk):
-                return f": all tensors start with {given}, which must be removed"
+                return f": all tensors start with {one_line(given, 80)}, which must be removed"
             if not given:
                 return f": {explained} of them are there without the prefix {wanted}"
             instead = f"instead of {wanted}" if wanted else "which must be removed"
-            return f": {explained} of them are there under the prefix {given} {instead}"
+            return f": {explained} of them are there under the prefix {one_line(given, 80)} {instead}"
     return ""
 
 

@@ -16,6 +16,7 @@ from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import Manifest, ModelFacts, RopeFacts, VisionFacts
+from tests.tiny import edit_json
 
 RNG = np.random.default_rng(7)
 TENSORS = {
@@ -74,6 +75,7 @@ def refused(directory: Path, *words: str, act: Callable[[Checkpoint], Any] | Non
             act(checkpoint)
     message = str(raised.value)
     assert "\n" not in message
+    assert len(message) < 1000
     for word in words:
         assert word in message
 
@@ -136,11 +138,49 @@ def test_index_that_names_an_absent_tensor_is_refused(tmp_path: Path) -> None:
     refused(directory, "ghost.weight", "model-00001-of-00002.safetensors")
 
 
-@pytest.mark.parametrize("shard", ["../other.safetensors", "/etc/x.safetensors", 7])
-def test_index_that_leaves_the_directory_is_refused(tmp_path: Path, shard: object) -> None:
+def test_index_that_lacks_a_tensor_of_its_shards_is_refused(tmp_path: Path) -> None:
+    directory = save_sharded(tmp_path / "m")
+    edit_json(directory / "model.safetensors.index.json", lambda index: index["weight_map"].pop("b.weight"))
+    shard = "model-00002-of-00002.safetensors"
+    refused(directory, f"index.json does not name tensors that its shards hold: b.weight ({shard})")
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
+    directory, shard = save_sharded(tmp_path / "m"), "model-00002-of-00002.safetensors"
+    save_file({name: TENSORS[name] for name in ("a.weight", "b.weight", "d.scale")}, directory / shard)
+    refused(directory, f"a.weight ({shard})")
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00003-of-00003.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"]
+)
+@pytest.mark.parametrize("save", [save_single, save_sharded], ids=["single", "sharded"])
+def test_file_of_weights_that_is_not_the_model_s_is_refused_by_name(
+    save: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    directory = save(tmp_path / "m")
+    (directory / "consolidated.safetensors").write_bytes(b"another program's copy")
+    Checkpoint.open(directory)
+    save_file({"z.weight": np.ones(3, np.float32)}, directory / name)
+    refused(directory, f"has {name}", "allowed: model.safetensors alone, or")
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [
+        "../other.safetensors",
+        "/etc/x.safetensors",
+        7,
+        f"{'x' * 5000}.safetensors",
+        "\ud800.safetensors",
+        "a\0.safetensors",
+    ],
+    ids=lambda shard: ascii(shard)[:20],
+)
+def test_index_that_names_no_file_of_the_directory_is_refused(tmp_path: Path, shard: object) -> None:
     directory = save_sharded(tmp_path / "m")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a.weight": shard}}))
-    refused(directory, "a.weight", repr(shard))
+    refused(directory, "a.weight", repr(shard)[:20], "not a shard's file name")
 
 
 @pytest.mark.parametrize("kept", [0, 7, 8, 60, -1, -60])
@@ -217,6 +257,32 @@ def test_header_that_is_not_a_json_object_is_refused(tmp_path: Path, text: bytes
     path = save_single(tmp_path / "m") / "model.safetensors"
     write_parts(path, text, b"")
     refused(path.parent, str(path), "not a whole safetensors file")
+
+
+def test_duplicate_among_many_names_is_found_at_once(tmp_path: Path) -> None:
+    entry = b'{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    names = [*(f"layers.{i}.weight" for i in range(300_000)), "layers.299999.weight"]
+    path = save_single(tmp_path / "m") / "model.safetensors"
+    write_parts(path, b"{" + b",".join(b'"%s":%s' % (name.encode(), entry) for name in names) + b"}", b"")
+    refused(path.parent, "duplicate name layers.299999.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a" * 10**5, {"shape": [5]}),
+        ("a", {"dtype": "x" * 10**5}),
+        ("a", {"shape": [10**18] * 10**5}),
+        ("a", {"shape": [10**30]}),
+        ("a", {"data_offsets": [1] * 10**5}),
+    ],
+    ids=["name", "dtype", "rank", "shape", "data_offsets"],
+)
+def test_long_values_of_a_header_are_cut_in_messages(name: str, change: dict[str, Any], tmp_path: Path) -> None:
+    path = save_single(tmp_path / "m", {"a": TENSORS["a.weight"]}) / "model.safetensors"
+    header, data = parts(path)
+    write_parts(path, {name: header["a"] | change}, data)
+    refused(path.parent, str(path))
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2])
