@@ -7,7 +7,7 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.cli import OutputFile, require
+from moevlm.runtime.cli import OutputFile, require, require_apart
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
 _LAYOUT = click.option(
@@ -193,7 +193,11 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None) -> None:
-    """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch."""
+    """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch.
+
+    Passed says that the kernels are right. What rounded weights cost is shown beside the checks, and has no limit.
+    """
+    require_apart([output], [bundle, checkpoint])
     require("transformers", "export")
     from moevlm.export.parity import check_parity
     from moevlm.export.parity_report import table_of

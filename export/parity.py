@@ -25,7 +25,7 @@ from moevlm.export.tolerances import EXACT, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
-from moevlm.runtime.loading import load_engine
+from moevlm.runtime.loading import load_engine, require_library
 from moevlm.runtime.selection import runnable, select
 
 
@@ -42,6 +42,7 @@ def check_parity(
     target_names: by default all engines that run here. Of a TensorRT engine no more than its outputs can be checked.
     Engines from pruned weights, or with experts that a GPU reads in blocks, are compared with canonical PyTorch on the
     same weights; what rounding the experts costs is a check of its own.
+    Raises EngineError, before any work, for a package that an engine needs and is not there.
     Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent, damaged or
     for another machine, RequestError for one without room for the prompts, BuildError, before any work, if the manifest
     cannot be written.
@@ -55,6 +56,8 @@ def check_parity(
         names, left_out = runnable(opened)
     if not names:
         select(opened)  # says why none runs here
+    for name in names:
+        require_library(engines[name])
     for name in names:
         opened.verify(opened.engine_files(name))
     with BundleWriter(bundle) as writer, Checkpoint.open(checkpoint) as source:

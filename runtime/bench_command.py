@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.cli import OutputFile, require
+from moevlm.runtime.cli import OutputFile, require, require_apart
 from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.reports import BenchReport
 
@@ -52,6 +52,7 @@ def latency(
     from moevlm.runtime.reports import to_json
     from moevlm.runtime.selection import select
 
+    require_apart([output, plot], [bundle])
     if plot is not None:
         require("matplotlib", "plot")
     opened = Bundle.open(bundle)

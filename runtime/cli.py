@@ -6,7 +6,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
 from pathlib import Path
@@ -79,6 +79,25 @@ def require(package: str, extra: str) -> None:
 
     if find_spec(package) is None:
         raise click.ClickException(f"this command needs {package} ({install_command(extra)})")
+
+
+def require_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise a usage error if a file that will be written is one that the command reads, or lies in such a folder.
+
+    Or if two of those that will be written are one. None and "-" are no files.
+    """
+    written: list[Path] = []
+    for output in outputs:
+        if output is None or str(output) == "-":
+            continue
+        place = output.resolve()
+        for path in inputs:
+            if path is not None and place.is_relative_to(path.resolve()):
+                where = f"lies in {path}, which" if path.is_dir() else "is a file that"
+                raise click.UsageError(f"{output} {where} this command reads: choose another place")
+        if place in written:
+            raise click.UsageError(f"{output} would be written twice: choose two places")
+        written.append(place)
 
 
 class OutputFile(click.Path):

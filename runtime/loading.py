@@ -21,6 +21,7 @@ from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.machine import cores
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
+from moevlm.runtime.onnxruntime_library import onnxruntime
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.selection import select
 
@@ -76,6 +77,17 @@ def load_engine(
     return OrtEngine(
         vision, decoder, bundle.manifest.model, threads, spinning=spinning, operators=operators_for(engine)
     )
+
+
+def require_library(engine: EngineFacts) -> None:
+    """Find out at once whether what the engine runs on is installed. Raises EngineError, naming what to install."""
+    if engine.tensorrt is not None:
+        from moevlm.runtime.tensorrt_library import find_module
+
+        find_module(engine.tensorrt)
+        return
+    onnxruntime()
+    operators_for(engine)
 
 
 def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> tuple[GraphFile, GraphFile]:
