@@ -1,6 +1,5 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
+from moevlm.export.request_files import request_files
 from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, targets
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.runtime import defaults
@@ -39,21 +39,29 @@ def build(
     sparsity: str = "",
     plans: PlanOptions | None = None,
     progress: Progress = _silent,
+    note: Callable[[str], None] = _silent,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
     config.json to be left out of account, though what they mean is not known. block_size: weights that share a scale
     where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
-    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. Memory stays at a
-    few tensors, whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and
+    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. note: called with
+    each thing that the user should know of the checkpoint, in a line. Memory stays at a few tensors, whatever the
+    checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and
     leaves nothing behind then.
     """
     chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
     with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
-        model, graphs = _trace(source, expert_layout, ignored_config, progress)
+        source.start_hashing()
+        model = CanonicalModel.of(source, expert_layout, ignored_config)
         facts = _model_facts(model, source)
-        _write_side_files(writer, source)
+        carried = request_files(source.directory, facts)
+        for text in carried.notes:
+            note(text)
+        for path, data in carried.files.items():
+            writer.add_bytes(path, data)
+        graphs = _trace(model, progress)
         reference = targets([REFERENCE])[0]
         if reference not in chosen:
             for name in GRAPHS:
@@ -71,6 +79,7 @@ def build(
             expert_layout=expert_layout,
             ignored_config=tuple(dict.fromkeys(ignored_config)),
             left_out=dict(model.left_out),
+            template_variables=dict(carried.variables),
         )
         return Bundle.open(writer.commit(manifest))
 
@@ -96,7 +105,8 @@ def add_targets(
     existing = Bundle.open(bundle)
     with Checkpoint.open(checkpoint) as source, BundleWriter(bundle) as writer:
         source.start_hashing()
-        _, graphs = _trace(source, existing.manifest.expert_layout, existing.manifest.ignored_config, progress)
+        model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
+        graphs = _trace(model, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
@@ -113,28 +123,12 @@ def add_targets(
         return Bundle.open(writer.commit(manifest))
 
 
-def _trace(
-    source: Checkpoint, expert_layout: str, ignored_config: Sequence[str], progress: Progress
-) -> tuple[CanonicalModel, dict[str, ir.Model]]:
-    source.start_hashing()
-    model = CanonicalModel.of(source, expert_layout, ignored_config)
+def _trace(model: CanonicalModel, progress: Progress) -> dict[str, ir.Model]:
     progress("tracing the model", 0, 0)
     graphs = model.graphs
     for graph in graphs.values():
         add_functions(graph)
-    return model, graphs
-
-
-def _write_side_files(writer: BundleWriter, source: Checkpoint) -> None:
-    """What the runtime needs beside graphs; a checkpoint without some of it still exports, and `run` will say so."""
-    if tokenizer := source.tokenizer():
-        writer.add_bytes("tokenizer.json", tokenizer.encode())
-    preprocessor = source.preprocessor()
-    if preprocessor:
-        writer.add_bytes("preprocessor.json", json.dumps(preprocessor, indent=1).encode())
-    template = source.chat_template()
-    if template:
-        writer.add_bytes("chat_template.jinja", template.encode())
+    return graphs
 
 
 def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:

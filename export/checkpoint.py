@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from moevlm.export.checkpoint_files import find, read_json, read_text
+from moevlm.export import side_files
+from moevlm.export.checkpoint_files import optional_json, read_json
 from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
 from moevlm.export.safetensors_file import Stored
 from moevlm.export.shards import read_shards, some
@@ -55,37 +56,14 @@ class Checkpoint:
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}, which its config.json calls for") from None
 
-    def tokenizer(self) -> str | None:
-        """The text of tokenizer.json; None if there is none."""
-        return read_text(self.directory, name) if find(self.directory, name := "tokenizer.json") else None
-
-    def preprocessor(self) -> dict[str, Any] | None:
-        """The image processor's settings: from a file of its own, or out of transformers 5's processor_config.json."""
-        if own := self._json("preprocessor_config.json"):
-            return own
-        return self._json("processor_config.json").get("image_processor")
+    def chat_template(self) -> str | None:
+        """The chat template's text, from the first place that has one (see `side_files`); None if there is none."""
+        found = side_files.chat_template(self.directory)
+        return found.text if found else None
 
     def generation(self) -> dict[str, Any]:
         """generation_config.json; empty if there is none."""
-        return self._json("generation_config.json")
-
-    def chat_template(self) -> str | None:
-        """The chat template's text, from the first place that has one; None if there is none."""
-        if find(self.directory, "chat_template.jinja"):
-            return read_text(self.directory, "chat_template.jinja")
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            path, template = self.directory / name, self._json(name).get("chat_template")
-            if isinstance(template, list):  # several named templates: [{"name": ..., "template": ...}]
-                named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-                template = named.get("default")
-            if template is not None and not isinstance(template, str):
-                raise CheckpointError(f"{path}: chat_template is not text, nor a list with a template named default")
-            if template is not None:
-                return template
-        return None
-
-    def _json(self, name: str) -> dict[str, Any]:
-        return read_json(self.directory, name) if find(self.directory, name) else {}
+        return optional_json(self.directory, "generation_config.json")
 
     def start_hashing(self) -> None:
         """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""

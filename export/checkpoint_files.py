@@ -70,6 +70,11 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
     return json_object(read_bytes(directory, name), str(directory / name), CheckpointError)
 
 
+def optional_json(directory: Path, name: str) -> dict[str, Any]:
+    """As `read_json`; empty if there is no such file."""
+    return read_json(directory, name) if find(directory, name) else {}
+
+
 def _blobs(root: Path) -> list[Path]:
     """Of a folder models--organization--name/snapshots/revision of the cache, or one inside it."""
     return [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]

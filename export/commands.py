@@ -105,11 +105,11 @@ def export(checkpoint: Path, output: Path, expert_layout: str, ignored_config: t
     require("torch", "export")
     from moevlm.export.build import build as build_bundle
 
+    notes: list[str] = []
     with progress_bar() as progress:
-        built = build_bundle(
-            checkpoint, output, expert_layout=expert_layout, ignored_config=ignored_config, progress=progress
-        )
-    _report(output, built)
+        reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
+        built = build_bundle(checkpoint, output, progress=progress, **reading)
+    _report(output, built, notes)
     console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
 
@@ -153,14 +153,15 @@ def build(
     from moevlm.export.build import build as build_bundle
     from moevlm.export.tensorrt.options import PlanOptions
 
+    notes: list[str] = []
     names = targets or (defaults.TARGET,)
     options: Any = {"block_size": block_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
     options["plans"] = PlanOptions(**plans)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config}
-            built = build_bundle(origin, bundle, names, progress=progress, **reading, **options)
+            options |= {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
+            built = build_bundle(origin, bundle, names, progress=progress, **options)
         elif checkpoint is not None and output is None:
             for option, given in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
                 if given:
@@ -169,7 +170,7 @@ def build(
             built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
-    _report(bundle, built)
+    _report(bundle, built, notes)
     if sparsity:
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
@@ -212,7 +213,7 @@ def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, 
         console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
 
 
-def _report(bundle: Path, built: Bundle) -> None:
+def _report(bundle: Path, built: Bundle, notes: list[str]) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     console().print(f"bundle: {bundle} ({bytes_text(size)})")
     for pattern, count in built.manifest.left_out.items():
@@ -222,3 +223,5 @@ def _report(bundle: Path, built: Bundle) -> None:
         console().print(f"note: the checkpoint has no {' and no '.join(absent)}: moevlm run needs it")
     if not (bundle / "preprocessor.json").exists():
         console().print("note: the checkpoint has no preprocessor_config.json: this bundle takes no images")
+    for note in notes:
+        console().print(f"note: {note}")

@@ -36,6 +36,8 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Names as in image_processor_type, without the suffix of the implementation; (shortest_edge, longest_edge) defaults.
 _KINDS = {"Qwen2VLImageProcessor": (56 * 56, 28 * 28 * 1280), "Glm4vImageProcessor": (112 * 112, 28 * 28 * 15000)}
+# In pixels. Every image is enlarged to the first; the second is as large as a float counts exactly.
+_MAX_EDGES = {"shortest_edge": 1 << 26, "longest_edge": 1 << 53}
 _KNOWN = {
     *("image_processor_type", "size", "resample", "rescale_factor", "image_mean", "image_std"),
     *("patch_size", "merge_size", "temporal_patch_size"),
@@ -272,8 +274,9 @@ def _edges(fields: Mapping[str, Any], kind: str) -> tuple[int, int]:
     edges = []
     for edge, pixels in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
         value = fields.get(pixels, size.get(edge))
-        if not isinstance(value, int) or value < 1:
-            _refuse(pixels if pixels in fields else f"size.{edge}", value, "a positive integer")
+        most = _MAX_EDGES[edge]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            _refuse(pixels if pixels in fields else f"size.{edge}", value, f"a whole number from 1 to {most}")
         edges.append(value)
     return edges[0], edges[1]
 
@@ -305,4 +308,6 @@ def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float,
 
 
 def _refuse(field: str, value: Any, supported: str) -> NoReturn:
-    raise BundleError(f"unsupported value in preprocessor.json: {field} = {json.dumps(value)} (supported: {supported})")
+    shown = json.dumps(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise BundleError(f"unsupported value in preprocessor.json: {field[:60]} = {shown} (supported: {supported})")

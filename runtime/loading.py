@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,6 +17,7 @@ from moevlm.runtime.file_hashes import Progress
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
+from moevlm.runtime.json_object import json_object
 from moevlm.runtime.machine import cores
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
@@ -43,7 +43,9 @@ def load_runtime(
     name, facts = select(bundle, target)
     files = bundle.manifest.files
     tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
-    template = ChatTemplate(bundle.read_text("chat_template.jinja")) if "chat_template.jinja" in files else None
+    template = None
+    if "chat_template.jinja" in files:
+        template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
     images = load_images(bundle, max_image_pixels)
     engine = load_engine(bundle, name, threads, spinning, progress)
     return Runtime(
@@ -145,10 +147,7 @@ def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> 
     """The bundle's image preprocessing; None if its checkpoint came without. Raises BundleError."""
     if "preprocessor.json" not in bundle.manifest.files:
         return None
-    try:
-        preprocessor = json.loads(bundle.read_text("preprocessor.json"))
-    except ValueError as error:
-        raise BundleError(f"preprocessor.json is not valid JSON: {error}") from None
+    preprocessor = json_object(bundle.read_text("preprocessor.json"), "preprocessor.json", BundleError)
     return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels)
 
 

@@ -72,8 +72,8 @@ class PromptBuilder:
         self._template = template
         self._images = images
         placeholder = tokenizer.token(model.image_token_id)
-        if placeholder is None or tokenizer.special.get(placeholder) != model.image_token_id:
-            raise BundleError(f"tokenizer.json has no special token for image_token_id = {model.image_token_id}")
+        if placeholder is None or tokenizer.added.get(placeholder) != model.image_token_id:
+            raise BundleError(f"tokenizer.json has no added token for image_token_id = {model.image_token_id}")
         self._placeholder = placeholder
         # Flags say what a decoder leaves out; but all that the template writes, or that ends a turn, steers the model.
         # (Some tokenizers add tokens of blanks, which stand in any text.)

@@ -409,27 +409,6 @@ def test_other_shards_or_sizes_are_not_the_same_source(tmp_path: Path) -> None:
     refused(tmp_path / "m", "config.json", "3 bytes", act=lambda c: require_same_source(manifest, c))
 
 
-def test_chat_template_is_found_in_each_place(tmp_path: Path) -> None:
-    directory = save_single(tmp_path / "m")
-    checkpoint = Checkpoint.open(directory)
-    assert checkpoint.chat_template() is None
-    assert checkpoint.tokenizer() is None
-    (directory / "tokenizer_config.json").write_text('{"chat_template": [{"name": "default", "template": "one"}]}')
-    assert checkpoint.chat_template() == "one"
-    (directory / "chat_template.json").write_text('{"chat_template": "two"}')
-    assert checkpoint.chat_template() == "two"
-    (directory / "chat_template.jinja").write_text("three")
-    assert checkpoint.chat_template() == "three"
-    (directory / "tokenizer.json").write_text("{}")
-    assert checkpoint.tokenizer() == "{}"
-
-
-def test_chat_template_of_another_type_is_refused(tmp_path: Path) -> None:
-    directory = save_single(tmp_path / "m")
-    (directory / "tokenizer_config.json").write_text('{"chat_template": 3}')
-    refused(directory, "tokenizer_config.json", "chat_template", act=lambda c: c.chat_template())
-
-
 def test_streamed_rearrangements_equal_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moevlm.export.weights.SLICE_BYTES", 1000)
     matrix, experts = RNG.standard_normal((70, 33)), RNG.standard_normal((3, 20, 50), dtype=np.float32)
