@@ -16,7 +16,7 @@ setup: .venv/installed
 
 demo: setup
 	@mkdir -p build
-	$(BIN)/moevlm build demo/checkpoint -o $(DEMO) --target reference --target ort-cpu --target cpu:int8
+	$(BIN)/moevlm build demo/checkpoint -o $(DEMO) --force --target reference --target ort-cpu --target cpu:int8
 	$(BIN)/moevlm parity $(DEMO) --checkpoint demo/checkpoint
 	$(BIN)/python -m demo.ask $(DEMO)
 	$(BIN)/moevlm bench latency $(DEMO) --target reference --target ort-cpu --target cpu:int8 --image-size 96

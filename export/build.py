@@ -1,6 +1,7 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import onnx_ir as ir
 
 from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, require_same_source
+from moevlm.export.destination import locked, require_new
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.request_files import request_files
@@ -38,6 +40,7 @@ def build(
     kv_cache: str = defaults.KV_CACHE,
     sparsity: str = "",
     plans: PlanOptions | None = None,
+    replace: bool = False,
     progress: Progress = _silent,
     note: Callable[[str], None] = _silent,
 ) -> Bundle:
@@ -46,13 +49,18 @@ def build(
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
     config.json to be left out of account, though what they mean is not known. block_size: weights that share a scale
     where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
-    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. note: called with
-    each thing that the user should know of the checkpoint, in a line. Memory stays at a few tensors, whatever the
-    checkpoint's size. Raises CheckpointError, UnsupportedModelError or BuildError, and
-    leaves nothing behind then.
+    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. replace: whether a
+    bundle at the destination may be replaced. note: called with each thing that the user should know of the checkpoint,
+    in a line. Memory stays at a few tensors, whatever the checkpoint's size. Raises CheckpointError,
+    UnsupportedModelError or BuildError, and leaves nothing behind then.
     """
     chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
-    with Checkpoint.open(checkpoint) as source, BundleWriter(destination) as writer:
+    require_new(Path(destination), Path(checkpoint), replace)
+    with (
+        Checkpoint.open(checkpoint) as source,
+        locked(Path(destination), progress),
+        BundleWriter(destination) as writer,
+    ):
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         facts = _model_facts(model, source)
@@ -97,13 +105,18 @@ def add_targets(
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
-    Raises CheckpointError if the checkpoint is another one, and what `build` raises.
+    Another process that changes the bundle is waited for. Raises CheckpointError if the checkpoint is another one, and
+    what `build` raises.
     """
     chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
-    existing = Bundle.open(bundle)
-    with Checkpoint.open(checkpoint) as source, BundleWriter(bundle) as writer:
+    Bundle.open(bundle)
+    with ExitStack() as stack:
+        stack.enter_context(locked(Path(bundle), progress))
+        existing = Bundle.open(bundle)
+        source = stack.enter_context(Checkpoint.open(checkpoint))
+        writer = stack.enter_context(BundleWriter(bundle, changes=existing))
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
         graphs = _trace(model, progress)

@@ -11,9 +11,10 @@ import msgspec
 import onnx_ir as ir
 
 from moevlm.export.atomic_directory import AtomicDirectory
+from moevlm.export.destination import require_replaceable
 from moevlm.export.model_file import Progress, data_bytes, graph_bytes, plan, write_data
 from moevlm.export.streamed_file import StreamedFile
-from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path, named_files
+from moevlm.runtime.bundle import MANIFEST, Bundle, is_bundle_path, named_files, unlisted
 from moevlm.runtime.errors import BuildError
 from moevlm.runtime.manifest import FileFacts, Manifest, digest_of
 
@@ -35,16 +36,23 @@ class BundleWriter:
     """A bundle under construction; use it as a context manager.
 
     Until `commit` returns, the destination is untouched; without a commit, and on any exception, KeyboardInterrupt
-    included, nothing is left behind. An existing bundle at the destination is replaced; anything else there is
-    refused with BuildError, and so is every failure of the file system, in one line.
+    included, nothing is left behind. A bundle at the destination is replaced; anything else there, or a file in it
+    that is not the bundle's, is refused with BuildError, and so is every failure of the file system, in one line.
     """
 
-    def __init__(self, destination: str | Path) -> None:
+    def __init__(self, destination: str | Path, changes: Bundle | None = None) -> None:
+        """changes: the bundle at the destination, if the new one is that one changed.
+
+        Files in it that are not the bundle's then stay, and a commit is refused if it is not the same any more.
+        """
         self.destination = Path(destination)
+        self._changes = changes
         self._files: dict[str, FileFacts] = {}
 
     def __enter__(self) -> Self:
-        self._refuse_foreign_destination()
+        self._replaces = os.path.lexists(self.destination)
+        if self._changes is None:
+            require_replaceable(self.destination)
         try:
             self._directory = AtomicDirectory(self.destination.resolve())
         except OSError as error:
@@ -123,8 +131,14 @@ class BundleWriter:
         manifest = msgspec.structs.replace(manifest, digest=digest_of(msgspec.json.encode(manifest)))
         data = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
         self._write(self._directory.path / MANIFEST, len(data), lambda file: file.write(data))
+        if self._changes is not None:
+            self._keep_others(self._changes)
+        elif self._replaces:
+            require_replaceable(self.destination)  # once more: building took its time
         try:
-            self._directory.commit()
+            self._directory.commit(self._replaces)
+        except FileExistsError as error:
+            raise BuildError(f"{self.destination} was made by somebody else meanwhile: choose another place") from error
         except OSError as error:
             self._refuse(self._directory.path, 0, error)
         return self.destination
@@ -163,22 +177,22 @@ class BundleWriter:
         wanted = f"{needed} bytes needed, " if needed else ""
         raise BuildError(f"cannot write {name}: the disk is full ({wanted}{free} free)") from error
 
-    def _refuse_foreign_destination(self) -> None:
-        """A bundle may be replaced, even a damaged one; anything else at the destination is someone's work."""
-        if not (self.destination.exists() or self.destination.is_symlink()):
-            return
-        try:
-            manifest = msgspec.json.decode((self.destination / MANIFEST).read_bytes())
-        except (OSError, ValueError):
-            manifest = None
-        if not isinstance(manifest, dict) or not {"schema", "files", "engines"} <= manifest.keys():
-            raise BuildError(f"{self.destination} exists and is not a bundle: choose another place, or remove it")
+    def _keep_others(self, bundle: Bundle) -> None:
+        """Take over what lies in the bundle and is not its own. Raises BuildError if it is not what it was."""
+        now = Bundle.open(bundle.directory)
+        if now.manifest.digest != bundle.manifest.digest:
+            raise BuildError(f"{self.destination} was changed by another process meanwhile: nothing was written")
+        for name in unlisted(bundle.directory, bundle.manifest.files):
+            try:
+                _link(bundle.directory / name, self._claim(name))
+            except OSError as error:
+                self._refuse(self._directory.path / name, 0, error)
 
 
 def _link(source: Path, target: Path) -> None:
     try:
-        target.hardlink_to(source)
+        os.link(source, target, follow_symlinks=False)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in _DISK_FULL or not (source.is_symlink() or source.is_file()):
             raise
-        shutil.copyfile(source, target)  # another file system, or one without hard links
+        shutil.copy2(source, target, follow_symlinks=False)  # another file system, or one without hard links

@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from moevlm.export.option_effects import PLANS, require_effect
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.cli import OutputFile, require, require_apart
@@ -25,6 +26,8 @@ _IGNORED = click.option(
     multiple=True,
     help="Build in spite of a field of config.json that is not supported, such as text_config.x; repeatable.",
 )
+
+_FORCE = click.option("--force", is_flag=True, help="Replace a bundle that is there, with all its engines.")
 
 _BLOCK = click.option(
     "--block-size",
@@ -48,7 +51,6 @@ _SPARSITY = click.option(
     help="Prune the dense layers: of every four weights the two smallest become zero.",
 )
 
-_PLANS = ("rtx", "trt")
 _PLAN_OPTIONS = (
     click.option(
         "--dtype",
@@ -98,9 +100,10 @@ def _plan_options(command: Any) -> Any:
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
+@_FORCE
 @_LAYOUT
 @_IGNORED
-def export(checkpoint: Path, output: Path, expert_layout: str, ignored_config: tuple[str, ...]) -> None:
+def export(checkpoint: Path, output: Path, force: bool, expert_layout: str, ignored_config: tuple[str, ...]) -> None:
     """Trace CHECKPOINT to the canonical ONNX graphs."""
     require("torch", "export")
     from moevlm.export.build import build as build_bundle
@@ -108,7 +111,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str, ignored_config: t
     notes: list[str] = []
     with progress_bar() as progress:
         reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
-        built = build_bundle(checkpoint, output, progress=progress, **reading)
+        built = build_bundle(checkpoint, output, replace=force, progress=progress, **reading)
     _report(output, built, notes)
     console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
@@ -124,6 +127,7 @@ def export(checkpoint: Path, output: Path, expert_layout: str, ignored_config: t
     help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4, rtx:sm86,sm89,... for TensorRT-RTX, "
     f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
+@_FORCE
 @_BLOCK
 @_CACHE
 @_SPARSITY
@@ -135,6 +139,7 @@ def build(
     output: Path | None,
     checkpoint: Path | None,
     targets: tuple[str, ...],
+    force: bool,
     block_size: int,
     kv_cache: str,
     sparsity: str | None,
@@ -155,17 +160,20 @@ def build(
 
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
+    require_effect(click.get_current_context(), names)
     options: Any = {"block_size": block_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
     options["plans"] = PlanOptions(**plans)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
             options |= {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
-            built = build_bundle(origin, bundle, names, progress=progress, **options)
+            built = build_bundle(origin, bundle, names, replace=force, progress=progress, **options)
         elif checkpoint is not None and output is None:
             for option, given in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
                 if given:
                     raise click.UsageError(f"{option} was decided when the bundle was made from its checkpoint")
+            if force:
+                raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
             built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
@@ -181,7 +189,7 @@ def build(
 
 def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     """Parity of what was built, on a machine that can run it."""
-    if any(name.partition(":")[0] not in _PLANS for name in names):
+    if any(name.partition(":")[0] not in PLANS for name in names):
         return parity
     sms = sorted({sm for engine in built.manifest.engines.values() if engine.tensorrt for sm in engine.tensorrt.sms})
     return f"on a machine with a GPU of {' or '.join(f'sm{sm}' for sm in sms)}: {parity}"

@@ -5,11 +5,9 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import transformers
 
 from moevlm.export.build import Progress
-from moevlm.export.bundle_writer import BundleWriter
 from moevlm.export.checkpoint import Checkpoint, require_same_source
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
@@ -23,6 +21,7 @@ from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import EXACT, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
+from moevlm.export.verdicts import note, reserve
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine, require_library
@@ -60,7 +59,8 @@ def check_parity(
         require_library(engines[name])
     for name in names:
         opened.verify(opened.engine_files(name))
-    with BundleWriter(bundle) as writer, Checkpoint.open(checkpoint) as source:
+    reserve(opened)
+    with Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
         require_same_source(opened.manifest, source)
         manifest, facts = opened.manifest, opened.manifest.model
@@ -108,8 +108,7 @@ def check_parity(
             left_out=left_out,
             costs=tuple(costs),
         )
-        writer.keep(opened)
-        writer.commit(msgspec.structs.replace(opened.manifest, parity=_verdicts(opened, names, report)))
+    note(opened, _verdicts(names, report), progress)
     return report
 
 
@@ -128,8 +127,8 @@ def _checks_of_engine(
         return list(checks(expected, name, engine, tapped, tolerance_of(entry))), []
 
 
-def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[str, Any]:
-    """The manifest's parity entries, those of the engines checked now made anew."""
+def _verdicts(names: list[str], report: ParityReport) -> dict[str, Any]:
+    """The manifest's parity entries of the engines that were checked."""
     pytorch = all(check.passed for check in report.checks if check.step not in names)
     results: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -147,4 +146,4 @@ def _verdicts(bundle: Bundle, names: list[str], report: ParityReport) -> dict[st
         if name not in report.plans:
             flips = [flip for check in ours for flip in check.flips] + [flip for cost in costs for flip in cost.flips]
             results[name]["flip_margins"] = sorted(flip.margin for flip in flips)
-    return bundle.manifest.parity | results
+    return results

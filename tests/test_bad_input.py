@@ -221,7 +221,11 @@ def larger_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("stop", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(
+    ("stop", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
+    ids=["ctrl-c", "sigterm"],
+)
 @pytest.mark.parametrize("exists", [False, True], ids=["new", "replacing"])
 def test_stopped_half_way(
     stop: signal.Signals, status: int, exists: bool, larger_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
@@ -231,7 +235,7 @@ def test_stopped_half_way(
     destination = tmp_path / "copy.moevlm"
     before = snapshot(tmp_path)
     process = subprocess.Popen(
-        [COMMAND, "build", larger_checkpoint, "-o", destination, "--target", "ort-cpu"],
+        [COMMAND, "build", larger_checkpoint, "-o", destination, "--force", "--target", "ort-cpu"],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -153,7 +153,7 @@ def test_generation_config_says_what_ends_a_turn(save_checkpoint: Callable[..., 
     checkpoint = save_checkpoint(text={"eos_token_id": 9})
     for given, expected in (([4, 5], (4, 5)), (6, (6,)), (None, (9,))):
         (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
-        assert build(checkpoint, tmp_path / "b").manifest.model.eos_token_ids == expected
+        assert build(checkpoint, tmp_path / "b", replace=True).manifest.model.eos_token_ids == expected
 
 
 def initializers(path: Path) -> dict[str, np.ndarray]:
@@ -291,7 +291,7 @@ def test_interrupt_leaves_nothing_new_and_everything_old(
     with pytest.raises(KeyboardInterrupt):
         build(tiny_checkpoint, tmp_path / "b", ["ort-cpu"], progress=progress)
     with pytest.raises(KeyboardInterrupt):
-        build(tiny_checkpoint, copy, ["ort-cpu"], progress=progress)
+        build(tiny_checkpoint, copy, ["ort-cpu"], replace=True, progress=progress)
     with pytest.raises(KeyboardInterrupt):
         add_targets(copy, tiny_checkpoint, ["ort-cpu"], progress=progress)
     assert contents(copy) == before
