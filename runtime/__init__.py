@@ -22,21 +22,39 @@ from moevlm.runtime import defaults
 
 if TYPE_CHECKING:
     from moevlm.runtime.answer import Answer, Piece, Usage
-    from moevlm.runtime.errors import MoevlmError, RequestError
+    from moevlm.runtime.errors import BundleError, Cancelled, EngineError, MoevlmError, RequestError
     from moevlm.runtime.generate import Runtime
+    from moevlm.runtime.prompt import Prompt
     from moevlm.runtime.sampling import SamplingParams
 
 # Imported when they are first asked for, so that importing this package stays quick.
 _HOMES = {
     "Answer": "answer",
+    "BundleError": "errors",
+    "Cancelled": "errors",
+    "EngineError": "errors",
     "MoevlmError": "errors",
     "Piece": "answer",
+    "Prompt": "prompt",
     "RequestError": "errors",
     "Runtime": "generate",
     "SamplingParams": "sampling",
     "Usage": "answer",
 }
-__all__ = ["Answer", "MoevlmError", "Piece", "RequestError", "Runtime", "SamplingParams", "Usage", "load"]
+__all__ = [
+    "Answer",
+    "BundleError",
+    "Cancelled",
+    "EngineError",
+    "MoevlmError",
+    "Piece",
+    "Prompt",
+    "RequestError",
+    "Runtime",
+    "SamplingParams",
+    "Usage",
+    "load",
+]
 
 
 def load(
@@ -62,6 +80,10 @@ def load(
     from moevlm.runtime.loading import load_runtime
 
     return load_runtime(path, target, threads, spinning, chunk_tokens, max_image_pixels)
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ class Decodes(Protocol):
 
     @property
     def special_ids(self) -> frozenset[int]: ...
-    def decode(self, ids: Sequence[int]) -> str: ...
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token(self, token_id: int) -> str | None: ...
 
 
@@ -27,8 +27,9 @@ class StreamDecoder:
     Each push decodes at most a fixed number of the latest tokens, however long the output already is.
     """
 
-    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Decodes, stop: Sequence[str] = (), skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._stop = tuple(stop)
         self._window: list[int] = []
         self._given = 0  # characters of the window's text that were handed to _release
@@ -37,12 +38,14 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """The text that became certain with this token; "" once stopped."""
-        if self.stopped is not None or token_id in self._tokenizer.special_ids:
+        if self.stopped is not None:
             return ""
+        if token_id in self._skipped:
+            return self._skip(token_id)
         if self._tokenizer.token(token_id) is None:  # padded rows of the vocabulary have no text
             return ""
         self._window.append(token_id)
-        text = self._tokenizer.decode(self._window)
+        text = self._decode()
         # Bytes of an unfinished character decode to exactly one U+FFFD at the end (Unicode, section 3.9);
         # what precedes it cannot change any more.
         sure = max(len(text) - text.endswith(_REPLACEMENT), self._given)
@@ -56,7 +59,7 @@ class StreamDecoder:
         """The rest of the text at the end of the sequence; "" once stopped."""
         if self.stopped is not None:
             return ""
-        rest = self._tokenizer.decode(self._window)[self._given :] if self._window else ""
+        rest = self._decode()[self._given :] if self._window else ""
         self._given += len(rest)
         released = self._release(rest)
         if self.stopped is None:
@@ -67,7 +70,20 @@ class StreamDecoder:
     def _slide(self, waiting: int) -> None:
         """Forget early tokens. A character cut in two changes only the beginning, so count from the end."""
         self._window = self._window[-_KEPT:]
-        self._given = len(self._tokenizer.decode(self._window)) - waiting
+        self._given = len(self._decode()) - waiting
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=bool(self._skipped))
+
+    def _skip(self, token_id: int) -> str:
+        """A special token has no text, but it may be a stop."""
+        name = self._tokenizer.token(token_id)
+        if name not in self._stop:
+            return ""
+        rest = self.flush()
+        if self.stopped is None:
+            self.stopped = name
+        return rest
 
     def _release(self, fresh: str) -> str:
         if not self._stop:

@@ -84,6 +84,13 @@ class Engine(Protocol):
         ...
 
 
+def check_cache(batch: int, capacity: int) -> None:
+    """Raises EngineError for a cache of no sequence or no token."""
+    for name, value in (("batch", batch), ("capacity", capacity)):
+        if value < 1:
+            raise EngineError(f"unsupported value {name} = {value} (allowed: 1 or more)")
+
+
 def check_vision(inputs: VisionInputs) -> None:
     """Raises EngineError for segment ids that are not in order."""
     if (np.diff(inputs.segment_id) < 0).any():
@@ -92,6 +99,8 @@ def check_vision(inputs: VisionInputs) -> None:
 
 def check_step(step: Step, visual: VisualFeatures | None, cache: Cache, vocabulary: int) -> None:
     """Raises EngineError, naming the value, for a step that does not fit its cache, its features or the vocabulary."""
+    if step.input_ids.ndim != 2 or step.input_ids.size == 0:
+        raise EngineError(f"input_ids has the shape {list(step.input_ids.shape)} (allowed: [B, S], 1 or more of each)")
     batch, length = step.input_ids.shape
     if batch != cache.batch:
         raise EngineError(f"a step of {batch} sequences does not fit into a cache of {cache.batch}")

@@ -51,6 +51,13 @@ def shown(value: object) -> str:
     return one_line(_SHORT.repr(value), 60)
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 57
-_SHORT.maxlevel = 2
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxtuple, self.maxother = 2, 20, 20, 60
+
+    def repr_str(self, x: str, level: int) -> str:  # noqa: ARG002
+        return repr(x[:60])  # the beginning of a text tells more than its two ends
+
+
+_SHORT = _Short()

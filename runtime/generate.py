@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -13,13 +13,15 @@ from moevlm.runtime import defaults
 from moevlm.runtime.answer import Answer, FinishReason, Meter, Piece
 from moevlm.runtime.batch import Batch, cache_capacity
 from moevlm.runtime.cancellation import Cancellation
-from moevlm.runtime.chat import ChatTemplate, Message, Tokenizer
+from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.detokenize import StreamDecoder
 from moevlm.runtime.engine import Engine, VisualFeatures
-from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.errors import BundleError, RequestError, one_line, shown
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.messages import Message
 from moevlm.runtime.prompt import Prompt, PromptBuilder
-from moevlm.runtime.sampling import Sampler, SamplingParams
+from moevlm.runtime.sampling import Sampler, SamplingOptions, SamplingParams
+from moevlm.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -70,15 +72,17 @@ class Runtime:
         self._images = images
         self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
 
-    def prompt(self, messages: Sequence[Message]) -> Prompt:
-        """Messages as the decoder takes them, images decoded and resized. Raises RequestError.
+    def prompt(self, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None) -> Prompt:
+        """Messages as the decoder takes them, images decoded and resized.
 
-        BundleError if there is no tokenizer or no template.
+        A last message of the assistant is continued. template_options: JSON values for variables of the chat template,
+        such as {"enable_thinking": False}; one that the template does not read is refused.
+        Raises RequestError, and BundleError if there is no tokenizer or no template.
         """
         if self._prompts is None:
             missing = "chat_template.jinja" if self.tokenizer else "tokenizer.json"
             raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
-        return self._prompts.build(messages)
+        return self._prompts.build(messages, template_options or {})
 
     def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> VisualFeatures | None:
         """Features of all images of all prompts, in order; None without images. Raises Cancelled."""
@@ -122,15 +126,27 @@ class Runtime:
         return Batch(self.engine, self.model, prompts, visual, capacity, cancellation)
 
     def generate(
-        self, messages: Sequence[Message] | Prompt, *, params: SamplingParams | None = None, **overrides: Any
+        self,
+        messages: Sequence[Message] | Prompt,
+        *,
+        params: SamplingParams | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Answer:
-        """Stream the assistant's answer. Overrides are fields of SamplingParams, on top of `params`.
+        """Stream the assistant's answer. Options are fields of SamplingParams, on top of `params`.
 
+        template_options: see `prompt`.
         The request is checked and its images are decoded here, before the first piece is asked for: RequestError.
         max_new_tokens is cut to what the context leaves. Closing the answer, or an exception in it, frees the cache.
         """
-        chosen = _with_overrides(params or SamplingParams(), overrides)
-        prompt = messages if isinstance(messages, Prompt) else self.prompt(messages)
+        chosen = _chosen(params, options)
+        self._check_stops(chosen)
+        if isinstance(messages, Prompt):
+            if template_options:
+                raise RequestError("template_options have no effect on a prompt that is ready (allowed: with messages)")
+            prompt = messages
+        else:
+            prompt = self.prompt(messages, template_options)
         self._check_images(prompt)
         room = self.context - len(prompt.ids)
         if room < 1:
@@ -141,6 +157,17 @@ class Runtime:
         meter, cancellation = Meter(len(prompt.ids), prompt.image_tokens), Cancellation()
         stream = self._stream(prompt, chosen, min(chosen.max_new_tokens, room), meter, cancellation)
         return Answer(stream, meter, cancellation)
+
+    def _check_stops(self, params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop needs text, and the bundle has no tokenizer.json")
+        special = self.tokenizer.special if self.tokenizer and params.skip_special_tokens else {}
+        for stop in params.stop:
+            if stop not in special and any(token in stop for token in special):
+                raise RequestError(
+                    f"unsupported value stop = {shown(stop)} (allowed: a special token alone, or text without one: "
+                    "they are left out of the text)"
+                )
 
     def _check_images(self, prompt: Prompt) -> None:
         for number, image in enumerate(prompt.images, 1):
@@ -167,7 +194,9 @@ class Runtime:
         self, prompt: Prompt, params: SamplingParams, budget: int, meter: Meter, cancellation: Cancellation
     ) -> Generator[Piece, None, None]:
         sampler = Sampler(params, prompt.ids)
-        text = None if self.tokenizer is None else StreamDecoder(self.tokenizer, params.stop)
+        text = (
+            None if self.tokenizer is None else StreamDecoder(self.tokenizer, params.stop, params.skip_special_tokens)
+        )
         with meter.timed("vision_seconds"):
             visual = self.encode([prompt], cancellation)
         prompt = dataclasses.replace(prompt, images=())  # not needed any more
@@ -208,12 +237,14 @@ class Runtime:
 def require_positive(name: str, value: object) -> None:
     """Raises RequestError unless value is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise RequestError(f"unsupported value {name} = {value!r} (allowed: a whole number, 1 or more)")
+        raise RequestError(f"unsupported value {name} = {shown(value)} (allowed: a whole number, 1 or more)")
 
 
-def _with_overrides(params: SamplingParams, overrides: dict[str, Any]) -> SamplingParams:
+def _chosen(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(f"unsupported value params = {shown(params)} (allowed: SamplingParams)")
     known = {field.name for field in dataclasses.fields(SamplingParams)}
-    for name in overrides:
+    for name in options:
         if name not in known:
-            raise RequestError(f"unsupported option {name} (supported: {', '.join(sorted(known))})")
-    return dataclasses.replace(params, **overrides)
+            raise RequestError(f"unsupported option {one_line(name, 60)} (supported: {', '.join(sorted(known))})")
+    return (params or SamplingParams()).updated(options)

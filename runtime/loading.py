@@ -10,9 +10,9 @@ from pathlib import Path
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.bundle_file import BundleFile
-from moevlm.runtime.chat import ChatTemplate, Tokenizer
+from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.engine import Engine
-from moevlm.runtime.errors import BundleError, EngineError, RequestError
+from moevlm.runtime.errors import BundleError, EngineError, RequestError, shown
 from moevlm.runtime.file_hashes import Progress
 from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.graph_file import GraphFile
@@ -24,6 +24,7 @@ from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
 from moevlm.runtime.onnxruntime_library import onnxruntime
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.selection import select
+from moevlm.runtime.tokenizer import Tokenizer
 
 
 def load_runtime(
@@ -39,7 +40,11 @@ def load_runtime(
     _require_cores(threads)
     require_positive("chunk_tokens", chunk_tokens)
     require_positive("max_image_pixels", max_image_pixels)
-    bundle = Bundle.open(os.fspath(path))
+    if not isinstance(spinning, bool):
+        raise RequestError(f"unsupported value spinning = {shown(spinning)} (allowed: true or false)")
+    if target is not None and not isinstance(target, str):
+        raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
+    bundle = Bundle.open(_directory(path))
     name, facts = select(bundle, target)
     files = bundle.manifest.files
     tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
@@ -151,8 +156,19 @@ def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> 
     return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels)
 
 
+def _directory(path: str | os.PathLike[str]) -> str:
+    """A path that the system can be asked for."""
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    try:
+        if isinstance(name, str) and b"\0" not in os.fsencode(name):
+            return name
+    except UnicodeEncodeError:
+        pass
+    raise RequestError(f"unsupported value path = {shown(path)} (allowed: the path of a bundle, as text)")
+
+
 def _require_cores(threads: int | None) -> None:
     most = cores()
     good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
     if threads is not None and not good:
-        raise RequestError(f"unsupported value threads = {threads!r} (allowed: 1 to {most}, this process's cores)")
+        raise RequestError(f"unsupported value threads = {shown(threads)} (allowed: 1 to {most}, this process's cores)")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from moevlm.runtime.cancellation import Cancellation
-from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
+from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_cache, check_step, check_vision
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
@@ -119,6 +119,7 @@ class OrtEngine:
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         """An empty cache of two buffers per layer: float32 [batch, kv_heads, capacity, head_dim], or int8 and wider."""
+        check_cache(batch, capacity)
         model = self._model
         shape = (batch, model.kv_heads, capacity, model.head_dim + self._cache_scale)
         binding = self._decoder.io_binding()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moevlm.runtime.chat import NOTHING, ChatTemplate
-from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.errors import BundleError, RequestError, shown
 from moevlm.runtime.guard import ControlGuard
 from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.messages import Message, images_of, plain_messages, texts_of
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from moevlm.runtime.images import ImageProcessor
 
 Grid = tuple[int, int]
+MAX_SIDE = 1 << 20  # patches; products of two such fit into int64
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,9 @@ class Prompt:
         cls, ids: Sequence[int] | np.ndarray, grids: Sequence[Grid], model: ModelFacts, images: Sequence[Image] = ()
     ) -> Prompt:
         """ids: [S], images already expanded. grids: each image's (h, w) in patches. Raises RequestError."""
-        tokens = np.asarray(ids, dtype=np.int64)
-        if tokens.size == 0:
-            raise RequestError("the prompt is empty")
-        unknown = tokens[(tokens < 0) | (tokens >= model.vocabulary)]
-        if unknown.size:
-            raise BundleError(f"token id {unknown[0]} is outside the model's vocabulary of {model.vocabulary}")
+        tokens = _token_ids(ids, model)
         _require_room(len(tokens), model)
+        _check_grids(grids, model)
         is_image = tokens == model.image_token_id
         visual_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
         positions, next_position = rope_positions(tokens, list(grids), model)
@@ -153,6 +150,31 @@ class PromptBuilder:
                 raise RequestError(
                     f"messages[{i}].content has {self._placeholder} as text (give images as parts of type image)"
                 )
+
+
+def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelFacts) -> np.ndarray:
+    """[S] int64, each inside the vocabulary."""
+    try:
+        tokens = np.asarray(ids)
+    except (TypeError, ValueError, OverflowError):  # lists of different lengths
+        tokens = np.empty((), object)
+    if tokens.size == 0 and tokens.ndim == 1:
+        raise RequestError("the prompt is empty")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise RequestError(f"unsupported value ids = {shown(ids)} (allowed: a list of whole numbers)")
+    unknown = tokens[(tokens < 0) | (tokens >= model.vocabulary)]
+    if unknown.size:
+        raise RequestError(f"token id {unknown[0]} is outside the model's vocabulary of {model.vocabulary}")
+    return tokens.astype(np.int64)
+
+
+def _check_grids(grids: Sequence[Grid], model: ModelFacts) -> None:
+    merge = model.vision.merge_size
+    for grid in grids if isinstance(grids, (list, tuple)) else [grids]:
+        pair = grid if isinstance(grid, (list, tuple)) else ()
+        good = len(pair) == 2 and all(isinstance(n, (int, np.integer)) and 0 < n <= MAX_SIDE for n in pair)
+        if not good or any(n % merge for n in pair):
+            raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: (h, w), multiples of {merge})")
 
 
 def _require_room(tokens: int, model: ModelFacts) -> None:

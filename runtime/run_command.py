@@ -36,6 +36,19 @@ from moevlm.runtime.errors import RequestError
 @click.option("--repetition-penalty", metavar="X", type=float, help="Above 1: tokens that occurred are less likely.")
 @click.option("--seed", metavar="N", type=int, help="The same seed gives the same text.")
 @click.option("--stop", multiple=True, help="Text that ends the answer, left out; repeatable.")
+@click.option(
+    "--skip-special-tokens/--no-skip-special-tokens",
+    default=True,
+    show_default=True,
+    help="Leave markers, such as those of thoughts, out of the text.",
+)
+@click.option(
+    "--template-option",
+    "template_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A variable of the chat template, such as enable_thinking=false; repeatable.",
+)
 @click.option("--logprobs", metavar="N", type=int, help="With --json: alternatives for each token.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
@@ -62,6 +75,7 @@ def run(
     images: tuple[Path, ...],
     system: str | None,
     messages: Any,
+    template_options: tuple[str, ...],
     target: str | None,
     threads: int | None,
     spinning: bool,
@@ -81,11 +95,12 @@ def run(
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
     pixels = _pixels(max_image_megapixels)
-    params = SamplingParams(**{name: value for name, value in sampling.items() if value is not None})
-    if params.temperature == 0:
+    if sampling["temperature"] == 0:
         for name in ("top_k", "top_p", "min_p", "seed"):
             if sampling[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
+    params = SamplingParams(**sampling)
+    options = _template_options(template_options)
     conversation = _conversation(prompt, images, system, messages)
     name, _ = select(Bundle.open(bundle), target)
     pieces = []
@@ -103,7 +118,7 @@ def run(
             )
             runtime = background.call(load)
         with runtime:
-            answer = background.call(partial(runtime.generate, conversation, params=params))
+            answer = background.call(partial(runtime.generate, conversation, params=params, template_options=options))
             while (piece := background.call(partial(next, answer, None), answer.cancel)) is not None:
                 pieces.append(piece)
                 if not as_json:
@@ -112,6 +127,22 @@ def run(
         click.echo(_run_report(name, pieces, params.logprobs is not None))
     else:
         click.echo()
+
+
+def _template_options(words: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE, the value JSON, or a text that is none."""
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            raise click.BadParameter(f"{word!r} (allowed: NAME=VALUE)", param_hint="--template-option")
+        if name in options:
+            raise click.BadParameter(f"{name} is given twice", param_hint="--template-option")
+        try:
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+    return options
 
 
 def _pixels(megapixels: float) -> int:

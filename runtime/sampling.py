@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import numpy as np
 
 from moevlm.runtime import defaults
-from moevlm.runtime.errors import EngineError, RequestError
+from moevlm.runtime.errors import EngineError, RequestError, shown
 
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
+MIN_PENALTY = 1e-3  # far below, logits leave float32
+NARROWING = ("top_k", "top_p", "min_p")
 _FIRST_NUCLEUS = 256  # candidates looked at first for top_p
 
 
@@ -22,11 +26,13 @@ _FIRST_NUCLEUS = 256  # candidates looked at first for top_p
 class SamplingParams:
     """How to continue one prompt. Raises RequestError that names the field, its value and what is allowed.
 
-    max_new_tokens: 256 by default. temperature: 0 is greedy, and then top_k, top_p, min_p and seed are accepted but
-    have no effect. top_k: 0 is off. top_p: 1 is off.
+    None stands for the default of any of them. max_new_tokens: 256 by default. temperature: 0 is greedy; then top_k,
+    top_p and min_p, which would have no effect, are refused. top_k: 0 is off. top_p: 1 is off.
     min_p: 0 is off. repetition_penalty: 1 is off; it counts the prompt's tokens too, as Hugging Face does.
-    seed: None draws a fresh one. stop: the text ends before whichever of these strings is complete first.
+    seed: the same one gives the same text; by default a fresh one is drawn. stop: the text ends before whichever of
+    these strings is complete first; one may be a special token.
     logprobs: None for none at all, else how many alternatives to report beside each chosen token.
+    skip_special_tokens: leave special tokens, such as markers of thoughts, out of the text.
     ignore_eos: go on until max_new_tokens, for benchmarks.
     """
 
@@ -39,27 +45,48 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    skip_special_tokens: bool = True
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.default)
         self._whole("max_new_tokens", 1, MAX_TOKENS)
         self._number("temperature", 0, 100)
         self._whole("top_k", 0, MAX_TOKENS)
         self._number("top_p", 0, 1, open_low=True)
         self._number("min_p", 0, 1)
-        self._number("repetition_penalty", 0, 100, open_low=True)
+        self._number("repetition_penalty", MIN_PENALTY, 100)
         if self.seed is not None:
             self._whole("seed", 0, 2**63 - 1)
         if self.logprobs is not None:
             self._whole("logprobs", 0, MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            self._refuse("ignore_eos", "true or false")
+        for name in ("skip_special_tokens", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                self._refuse(name, "true or false")
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or len(stop) > MAX_STOPS:
             self._refuse("stop", f"at most {MAX_STOPS} strings")
         if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in stop):
             self._refuse("stop", f"strings of 1 to {MAX_STOP_CHARACTERS} characters")
+        if any("\ud800" <= char <= "\udfff" for text in stop for char in text):
+            self._refuse("stop", "Unicode text: a lone surrogate never occurs")
         object.__setattr__(self, "stop", tuple(stop))
+        if self.temperature == 0:
+            for name in NARROWING:
+                if getattr(self, name) != getattr(type(self), name):
+                    self._refuse(name, "with a temperature above 0: at 0 the likeliest token is taken")
+
+    def updated(self, options: SamplingOptions) -> SamplingParams:
+        """These with other values for some options; None leaves one as it is.
+
+        A temperature of 0 switches off what narrows the choice here, unless it is among the options, too.
+        """
+        given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+        if given.get("temperature") == 0:
+            given = {name: getattr(type(self), name) for name in NARROWING} | given
+        return dataclasses.replace(self, **given)
 
     def _whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
@@ -76,9 +103,23 @@ class SamplingParams:
         object.__setattr__(self, name, float(value))
 
     def _refuse(self, name: str, allowed: str) -> None:
-        value = repr(getattr(self, name))
-        shown = value if len(value) <= 60 else value[:57] + "..."
-        raise RequestError(f"unsupported value {name} = {shown} (allowed: {allowed})")
+        raise RequestError(f"unsupported value {name} = {shown(getattr(self, name))} (allowed: {allowed})")
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of SamplingParams as keyword arguments; None is as good as absent."""
+
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    skip_special_tokens: bool | None
+    ignore_eos: bool | None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Core
 
-from moevlm.runtime.chat import Tokenizer
 from moevlm.runtime.detokenize import StreamDecoder
+from moevlm.runtime.tokenizer import Tokenizer
 
 CORPUS = [
     "the cat sat on the mat",
@@ -179,12 +179,31 @@ def test_work_per_token_does_not_grow_with_the_output(ids):
         special_ids = TOKENIZER.special_ids
         token = staticmethod(TOKENIZER.token)
 
-        def decode(self, window: list[int]) -> str:
+        def decode(self, window: list[int], skip_special_tokens: bool = True) -> str:
             decoded.append(len(window))
-            return TOKENIZER.decode(window)
+            return TOKENIZER.decode(window, skip_special_tokens)
 
     decoder = StreamDecoder(Counting(), ("never seen",))
     text = "".join(decoder.push(token) for token in ids * 500) + decoder.flush()
     assert text == TOKENIZER.decode(ids * 500)
     assert max(decoded) <= 16
     assert len(decoded) <= 2 * 500 + 1
+
+
+def test_special_tokens_are_shown_where_they_are_not_to_be_skipped():
+    end = TOKENIZER.special["<|end|>"]
+    decoder = StreamDecoder(TOKENIZER, (), skip_special_tokens=False)
+    ids = [VOCAB["a"], end, VOCAB["b"], end]
+    assert "".join([*map(decoder.push, ids), decoder.flush()]) == "a<|end|>b<|end|>"
+    decoder = StreamDecoder(TOKENIZER, ("|>b",), skip_special_tokens=False)
+    assert "".join([*map(decoder.push, ids), decoder.flush()]) == "a<|end"
+    assert decoder.stopped == "|>b"
+
+
+def test_special_token_without_text_may_be_a_stop():
+    end = TOKENIZER.special["<|end|>"]
+    decoder = StreamDecoder(TOKENIZER, ("xyz", "<|end|>"))
+    assert "".join([*map(decoder.push, [VOCAB["a"], VOCAB["x"], end, VOCAB["b"]]), decoder.flush()]) == "ax"
+    assert decoder.stopped == "<|end|>"
+    decoder = StreamDecoder(TOKENIZER, ("xyz",))
+    assert "".join([*map(decoder.push, [VOCAB["a"], VOCAB["x"], end, VOCAB["b"]]), decoder.flush()]) == "axb"

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from moevlm.runtime.answer import Piece
 from moevlm.runtime.batch import cache_capacity
-from moevlm.runtime.chat import ChatTemplate, Tokenizer
+from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.generate import Runtime
@@ -20,6 +20,7 @@ from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
 from moevlm.runtime.positions import rope_positions, rope_tables
 from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.sampling import Sampler, SamplingParams
+from moevlm.runtime.tokenizer import Tokenizer
 
 SPECIAL = ["<|end|>", "<|start|>", "<|image|>"]
 END, START, IMAGE = range(3)
@@ -455,7 +456,7 @@ def test_runtime_without_a_tokenizer_continues_prompts_of_ids():
 
 
 def test_ids_outside_the_vocabulary_and_unmatched_images_are_refused():
-    with pytest.raises(BundleError, match=f"token id {VOCABULARY} is outside"):
+    with pytest.raises(RequestError, match=f"token id {VOCABULARY} is outside"):
         Prompt.from_ids([5, VOCABULARY], [], MODEL)
     with pytest.raises(RequestError, match="image tokens"):
         Prompt.from_ids([5, IMAGE], [], MODEL)

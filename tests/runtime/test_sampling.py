@@ -1,3 +1,6 @@
+import dataclasses
+from typing import get_type_hints
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,15 @@ from transformers.generation.logits_process import (
 )
 
 from moevlm.runtime.errors import EngineError, RequestError
-from moevlm.runtime.sampling import Sampled, Sampler, SamplingParams, penalize, weights
+from moevlm.runtime.sampling import (
+    MIN_PENALTY,
+    Sampled,
+    Sampler,
+    SamplingOptions,
+    SamplingParams,
+    penalize,
+    weights,
+)
 
 
 def distribution(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
@@ -193,7 +204,8 @@ def test_tiny_temperature_is_greedy():
         ("top_p", 0, "above 0, up to 1"),
         ("top_p", 1.01, "above 0, up to 1"),
         ("min_p", 1.01, "0 to 1"),
-        ("repetition_penalty", 0.0, "above 0"),
+        ("repetition_penalty", 0.0, "0.001 to 100"),
+        ("repetition_penalty", 1e-37, "0.001 to 100"),
         ("seed", -1, "0 to"),
         ("seed", 2**63, "0 to"),
         ("stop", ("a",) * 17, "at most 16"),
@@ -201,6 +213,11 @@ def test_tiny_temperature_is_greedy():
         ("stop", ("x" * 257,), "1 to 256 characters"),
         ("stop", (3,), "1 to 256 characters"),
         ("stop", 3, "at most 16"),
+        ("stop", ("\ud800",), "lone surrogate"),
+        ("top_k", 5, "temperature above 0"),
+        ("top_p", 0.5, "temperature above 0"),
+        ("min_p", 0.5, "temperature above 0"),
+        ("skip_special_tokens", "no", "true or false"),
         ("logprobs", 21, "0 to 20"),
         ("ignore_eos", 1, "true or false"),
     ],
@@ -218,3 +235,26 @@ def test_bad_value_is_refused_in_one_line_with_field_value_and_range(field, valu
 def test_one_stop_string_or_a_list_becomes_a_tuple():
     assert SamplingParams(stop="\n\n").stop == ("\n\n",)  # type: ignore[arg-type]
     assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_none_stands_for_the_default():
+    names = [field.name for field in dataclasses.fields(SamplingParams)]
+    assert SamplingParams(**dict.fromkeys(names)) == SamplingParams()
+    chosen = SamplingParams(temperature=0.5, top_k=3, stop=("a",))
+    assert chosen.updated(dict.fromkeys(names)) == chosen
+
+
+def test_options_are_the_fields():
+    assert list(get_type_hints(SamplingOptions)) == [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+def test_temperature_of_0_switches_off_what_narrows_the_choice():
+    chosen = SamplingParams(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.1)
+    assert chosen.updated({"temperature": 0}) == SamplingParams(repetition_penalty=1.1)
+    with pytest.raises(RequestError, match=r"top_k = 4 \(allowed: with a temperature above 0"):
+        chosen.updated({"temperature": 0, "top_k": 4})
+
+
+def test_smallest_repetition_penalty_keeps_logits_finite():
+    logits = np.array([1e30, -1e30, 3.0], np.float32)
+    assert np.isfinite(penalize(logits, np.arange(3), MIN_PENALTY)).all()
