@@ -2,12 +2,12 @@
 
 import ctypes
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 from moevlm.runtime.errors import EngineError
 from moevlm.runtime.installation import install_command
 
+FOLDER = Path(__file__).parent
 OPERATORS = "cpu_operators"
 PLUGIN = "tensorrt_plugin"
 DOMAIN = "moevlm.cpu"
@@ -38,10 +38,8 @@ def plugin_path() -> Path:
 
 
 def _path(name: str) -> Path:
-    folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"{name}{suffix}"
-        if path.is_file():
-            return path
+    path = FOLDER / f"{name}.so"
+    if path.is_file():
+        return path
     others = "; targets ort-cpu do without" if name == OPERATORS else ""
-    raise EngineError(f"{name} was not built in {folder} (install g++, then {install_command()}{others})")
+    raise EngineError(f"{name} was not built in {FOLDER} (install g++, then {install_command()}{others})")

@@ -1,4 +1,3 @@
-import logging
 import os
 import signal
 from collections.abc import Callable
@@ -13,8 +12,6 @@ from tests.tiny import TinyCheckpoint
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # ONNX Runtime's telemetry is off in the tests that import it themselves, too.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-# torch.export's thousands of debug records would be formatted for the report of every test that fails.
-logging.getLogger("torch.__trace").propagate = False
 # A shell ignores interrupts for what it runs in the background, and children inherit that; some tests interrupt theirs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

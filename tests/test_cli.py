@@ -244,9 +244,9 @@ def test_inspect_shows_model_engines_and_what_to_do_next(tiny_bundle: Path) -> N
 
 
 def test_bench_without_the_operator_library_has_times_and_no_limits(
-    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(native, "EXTENSION_SUFFIXES", [])
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
     sizes = ("--prompt-tokens", "5", "--new-tokens", "2", "--image-size", "0", "--repeats", "1", "--target", "ort-cpu")
     result = call("bench", "latency", tiny_bundle, *sizes, "--json", "-")
     assert result.status == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,7 +13,6 @@ import zipfile
 from configparser import ConfigParser
 from email import message_from_bytes
 from importlib import import_module
-from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.metadata import distribution
 from pathlib import Path
 
@@ -54,9 +54,34 @@ def _run(*command: str | Path) -> str:
 def test_wheel_has_every_module_and_the_type_marker_and_nothing_else(wheel: Path) -> None:
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"moevlm/{path.relative_to(ROOT).as_posix()}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
-    libraries = {f"moevlm/runtime/{name}{EXTENSION_SUFFIXES[0]}" for name in (OPERATORS, PLUGIN)}
+    libraries = {f"moevlm/runtime/{name}.so" for name in (OPERATORS, PLUGIN)}
     assert names == modules | libraries | {"moevlm/runtime/py.typed", "moevlm/plugins/gpu/tiles.json"}
     assert "moevlm/__init__.py" not in names  # a namespace: other wheels may add parts
+
+
+def test_wheel_is_for_every_python_and_its_build_leaves_nothing_behind(wheel: Path) -> None:
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
+    left = {path.name for path in (wheel.parent / "source").iterdir()} - {
+        *PARTS, "pyproject.toml", "README.md", "tests", "bench", "demo", "moevlm.egg-info",
+    }  # fmt: skip
+    assert not left
+    assert not list((wheel.parent / "source").rglob("*.so"))
+
+
+def test_without_a_compiler_the_installation_fails_and_says_what_to_install(wheel: Path, tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", wheel.parent / "source", "-w", tmp_path]
+    offline = ["--no-build-isolation", "--no-deps", "--no-index", "--disable-pip-version-check"]
+    nowhere = os.environ | {"CC": "no-such-gcc", "CXX": "no-such-g++"}
+    done = subprocess.run([*build, *offline], capture_output=True, text=True, env=nowhere)
+    assert done.returncode != 0
+    assert "needs g++" in done.stdout + done.stderr
+    assert "MOEVLM_LIBRARIES=none" in done.stdout + done.stderr
+    bare = nowhere | {"MOEVLM_LIBRARIES": "none"}
+    done = subprocess.run([*build, *offline], capture_output=True, text=True, env=bare)
+    assert done.returncode == 0, done.stderr
+    (plain,) = tmp_path.glob("*-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(plain).namelist() if name.endswith(".so")]
 
 
 def test_wheel_is_small(wheel: Path) -> None:
@@ -102,7 +127,7 @@ def test_installed_wheel_shows_a_bundle(wheel: Path, tiny_bundle: Path, tmp_path
     python = environment / "bin/python"
     packages = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'), end='')"))
     # The dependencies come from here, by a plain path: editable installs, this package's too, are not followed.
-    (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "dependencies.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
     install = [sys.executable, "-m", "pip", "--python", python, "install", wheel]
     _run(*install, "--no-deps", "--no-index", "--disable-pip-version-check")
     where = _run(python, "-c", "import moevlm.runtime, moevlm.export; print(moevlm.runtime.__file__)")
