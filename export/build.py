@@ -1,7 +1,10 @@
 """Checkpoint to bundle: trace once, write the canonical graphs, lower and write one engine per target."""
 
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,12 +17,13 @@ from moevlm.export.destination import locked, require_new
 from moevlm.export.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.request_files import request_files
-from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, targets
+from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
 from moevlm.export.tensorrt.options import PlanOptions
+from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError, CheckpointError
-from moevlm.runtime.manifest import SCHEMA, Manifest, ModelFacts
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -74,7 +78,7 @@ def build(
         if reference not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], reference.path(name))
-        engines = {target.name: target.write(writer, graphs, facts, progress) for target in chosen}
+        engines = _build_engines(chosen, writer, graphs, facts, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -124,7 +128,7 @@ def add_targets(
         source.verify()
         require_same_source(existing.manifest, source)
         facts = existing.manifest.model
-        engines = {target.name: target.write(writer, graphs, facts, progress, existing) for target in chosen}
+        engines = _build_engines(chosen, writer, graphs, facts, progress, existing)
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -136,6 +140,22 @@ def add_targets(
         return Bundle.open(writer.commit(manifest))
 
 
+def _build_engines(
+    chosen: Iterable[Target | PlanTarget],
+    writer: BundleWriter,
+    graphs: dict[str, ir.Model],
+    model: ModelFacts,
+    progress: Progress,
+    existing: Bundle | None = None,
+) -> dict[str, EngineFacts]:
+    """Write each target's files. What the manifest says of them, by name."""
+    # Where builds have to be the same bytes, reproducible-builds.org's variable stands for the clock.
+    clock = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    built = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    engines = {target.name: target.write(writer, graphs, model, progress, existing) for target in chosen}
+    return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
+
+
 def _trace(model: CanonicalModel, progress: Progress) -> dict[str, ir.Model]:
     progress("tracing the model", 0, 0)
     graphs = model.graphs
@@ -145,7 +165,7 @@ def _trace(model: CanonicalModel, progress: Progress) -> dict[str, ir.Model]:
 
 
 def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:
-    facts = model.config.facts()
+    facts = model.facts()
     # What generation_config.json says ends a turn is what the model was tuned for; config.json names one token.
     eos = source.generation().get("eos_token_id")
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import msgspec
 import onnx_ir as ir
 import torch
 
@@ -11,9 +12,11 @@ from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import family_for
 from moevlm.export.modules.decoder import Decoder
+from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.vision import Vision
 from moevlm.export.trace import trace_decoder, trace_vision
 from moevlm.export.weights import Weight, slices
+from moevlm.runtime.manifest import ModelFacts
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ class CanonicalModel:
             "vision": trace_vision(self.vision, self.vision_weights),
             "decoder": trace_decoder(self.decoder, self.decoder_weights),
         }
+
+    def facts(self) -> ModelFacts:
+        """What the manifest says of the model: its shapes, and how many parameters it has and a token uses."""
+        parameters = sum(p.numel() for tower in (self.vision, self.decoder) for p in tower.parameters())
+        idle = sum(moe.idle_parameters for moe in self.decoder.modules() if isinstance(moe, MoE))
+        return msgspec.structs.replace(self.config.facts(), parameters=parameters, active_parameters=parameters - idle)
 
     def materialize(self) -> tuple[Vision, Decoder]:
         """Both towers with their weights in memory, float32: for parity, on models that fit."""

@@ -50,6 +50,14 @@ def bytes_text(count: int) -> str:
     return f"{size:.1f} TB"
 
 
+def count_text(count: int) -> str:
+    """A number of parameters for people: 31 thousand, 4.9 million, 30.5 billion."""
+    for size, unit in ((10**9, "billion"), (10**6, "million"), (1000, "thousand")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
 @contextmanager
 def progress_bar() -> Iterator[Show]:
     """A function (what, done, total) that shows one bar per `what`; without a terminal, one line when it starts."""

@@ -8,6 +8,8 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.errors import BundleError
+from moevlm.runtime.limits import cache_bytes_per_token
+from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.reports import EngineReport, InspectReport, to_json
 
 
@@ -58,6 +60,8 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
                 parity=_verdict(manifest.parity.get(name)),
                 block_size=engine.block_size,
                 kv_cache=engine.kv_cache,
+                cache_bytes_per_token=cache_bytes_per_token(manifest.model, engine),
+                built=engine.built,
                 sparsity=engine.sparsity,
                 tensorrt=engine.tensorrt,
                 problems=plan_problems(bundle, engine),
@@ -83,13 +87,22 @@ def _weights(engine: EngineReport) -> str:
     return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
+def _parameters(model: ModelFacts) -> str:
+    """, 30.5 B parameters, 3.3 B for a token; empty where the bundle does not say."""
+    from moevlm.runtime.console import count_text
+
+    if not model.parameters:
+        return ""
+    return f", {count_text(model.parameters)} parameters, {count_text(model.active_parameters)} active for a token"
+
+
 def _facts(manifest: Any, report: InspectReport) -> str:
     from moevlm.runtime.console import bytes_text, table
 
     model = manifest.model
     sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
     rows = [
-        ("model", model.model_type),
+        ("model", f"{model.model_type}{_parameters(model)}"),
         ("decoder", f"{model.layers} layers of width {model.hidden}, {sparse}"),
         ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
@@ -102,8 +115,21 @@ def _facts(manifest: Any, report: InspectReport) -> str:
     text = table(report.bundle, ("", ""), rows, header=False) + "\n\n"
     if not report.engines:
         return text + "no engine yet"
-    engines = [(e.target, _weights(e), e.kv_cache, bytes_text(e.bytes), e.parity) for e in report.engines]
-    text += table("engines", ("target", "weights/block", "KV cache", "size", "parity"), engines)
+    engines = [
+        (
+            e.target,
+            _weights(e),
+            e.kv_cache,
+            bytes_text(e.bytes),
+            bytes_text(e.cache_bytes_per_token),
+            bytes_text(e.bytes + e.cache_bytes_per_token * model.context),
+            e.built.replace("T", " ").removesuffix("Z") or "-",
+            e.parity,
+        )
+        for e in report.engines
+    ]
+    heads = ("target", "weights/block", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
+    text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
     return text + _plans(manifest, report)
 
 
@@ -115,7 +141,7 @@ def left_out_text(left_out: Mapping[str, int]) -> str:
 def _plans(manifest: Any, report: InspectReport) -> str:
     """What TensorRT engines were built with and for; empty without one."""
     from moevlm.runtime.console import bytes_text, table
-    from moevlm.runtime.plan_check import gpus_text
+    from moevlm.runtime.gpus import sms_text
 
     rows = []
     for engine in report.engines:
@@ -125,8 +151,8 @@ def _plans(manifest: Any, report: InspectReport) -> str:
             steps = f"{t.max_batch} x {t.chunk_tokens} tokens, {t.max_visual} of images"
             product = f"{t.product} {t.version}{versions}"
             sizes = experts, steps, str(t.capacity), str(t.max_patches)
-            rows.append((engine.target, product, gpus_text(t.sms), t.activations, *sizes))
-    heads = ("target", "runs on", "compute capability", "activations", "experts", "a step", "context", "patches")
+            rows.append((engine.target, product, sms_text(t.sms), t.activations, *sizes))
+    heads = ("target", "runs on", "GPUs", "activations", "experts", "a step", "context", "patches")
     text = "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""
     return text + "".join(
         f"\n{engine.target}: {k.count} kernels, up to {bytes_text(k.shared)} of shared memory, "

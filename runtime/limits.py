@@ -45,9 +45,7 @@ def prefill_work(model: ModelFacts, cost: CostFacts, tokens: int) -> Work:
 def decode_work(model: ModelFacts, engine: EngineFacts, cost: CostFacts, context: int, batch: int = 1) -> Work:
     """One more token for each of `batch` sequences that have `context` tokens already."""
     active = model.top_k * cost.expert_products + cost.dense_products + cost.head_products
-    int8 = engine.kv_cache == "int8"
-    width = model.head_dim + SCALE_BYTES if int8 else CACHE_BYTES[engine.kv_cache] * model.head_dim
-    cached = 2 * model.layers * model.kv_heads * width * context
+    cached = cache_bytes_per_token(model, engine) * context
     weights = cost.dense_bytes + cost.head_bytes + _experts_read(model, batch) * cost.expert_bytes
     return Work(weights + batch * cached, batch * active, batch * _attention(model, context + 1))
 
@@ -71,6 +69,13 @@ def limit(work: Work, machine: Machine | GpuMachine, engine: EngineFacts, second
         bound="memory" if memory >= arithmetic else "arithmetic",
         fraction=least / seconds,
     )
+
+
+def cache_bytes_per_token(model: ModelFacts, engine: EngineFacts) -> int:
+    """Keys and values of all layers, with the scales of an int8 cache."""
+    int8 = engine.kv_cache == "int8"
+    width = model.head_dim + SCALE_BYTES if int8 else CACHE_BYTES[engine.kv_cache] * model.head_dim
+    return 2 * model.layers * model.kv_heads * width
 
 
 def _experts_read(model: ModelFacts, tokens: int) -> float:

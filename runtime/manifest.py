@@ -46,7 +46,11 @@ class VisionFacts(_Facts, frozen=True):
 
 
 class ModelFacts(_Facts, frozen=True):
-    """Shapes and token ids. dense_layers: layers without experts."""
+    """Shapes and token ids. dense_layers: layers without experts.
+
+    parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
+    everything else. Both 0 in bundles older than these fields.
+    """
 
     model_type: str
     hidden: int
@@ -63,6 +67,8 @@ class ModelFacts(_Facts, frozen=True):
     image_token_id: int
     rope: RopeFacts
     vision: VisionFacts
+    parameters: int = 0
+    active_parameters: int = 0
 
 
 class FileFacts(_Facts, frozen=True):
@@ -119,11 +125,6 @@ class TensorRTFacts(_Facts, frozen=True):
     version_compatible: bool = False
 
 
-def capability(sm: int) -> str:
-    """8.6 for 86."""
-    return f"{sm // 10}.{sm % 10}"
-
-
 class EngineFacts(_Facts, frozen=True):
     """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
 
@@ -131,6 +132,7 @@ class EngineFacts(_Facts, frozen=True):
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
     sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     cost: None in bundles older than this field. tensorrt: None for an engine on ONNX Runtime.
+    built: date and time of the build, UTC, as in 2026-11-27T10:30:00Z; "" in bundles older than this field.
     """
 
     vision: str
@@ -143,6 +145,7 @@ class EngineFacts(_Facts, frozen=True):
     pruned_weights: int = 0
     cost: CostFacts | None = None
     tensorrt: TensorRTFacts | None = None
+    built: str = ""
 
 
 class Manifest(_Facts, frozen=True):

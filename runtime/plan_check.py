@@ -5,7 +5,8 @@ from __future__ import annotations
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.errors import BundleError
-from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
+from moevlm.runtime.gpus import sms_text
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.plan_header import HEADER_BYTES, plan_header
 
 
@@ -32,15 +33,10 @@ def _problems(file: BundleFile, facts: TensorRTFacts) -> list[str]:
         found += [
             ("version", header.version, facts.version),
             ("size", header.length, file.size),
-            ("GPUs", gpus_text(header.sms), gpus_text(facts.sms)),
+            ("GPUs", sms_text(header.sms), sms_text(facts.sms)),
         ]
     return [
         f"says {what} {says}, {'the file has' if what == 'size' else 'manifest.json says'} {other}"
         for what, says, other in found
         if says != other
     ]
-
-
-def gpus_text(sms: tuple[int, ...]) -> str:
-    """8.6, 8.9 for (89, 86)."""
-    return ", ".join(map(capability, sorted(sms))) or "none"

@@ -38,7 +38,8 @@ class RunReport(Report, frozen=True, tag="moevlm.run/1"):
 class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`.
 
-    problems: what its plans say that the manifest does not, a line each. kernels: None if the bundle does not say.
+    cache_bytes_per_token: of one sequence, all layers. problems: what its plans say that the manifest does not, a line
+    each. kernels: None if the bundle does not say.
     """
 
     target: str
@@ -51,6 +52,8 @@ class EngineReport(msgspec.Struct, frozen=True):
     tensorrt: TensorRTFacts | None = None
     problems: list[str] = []
     kernels: KernelsReport | None = None
+    cache_bytes_per_token: int = 0
+    built: str = ""
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):

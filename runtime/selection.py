@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from moevlm.runtime.bundle import Bundle, preferred
 from moevlm.runtime.errors import BundleError, EngineError
-from moevlm.runtime.manifest import EngineFacts, TensorRTFacts, capability
+from moevlm.runtime.gpus import gpu_text
+from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 
 
 def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]:
@@ -72,7 +73,7 @@ class _Machine:
         if not self.has:
             self._look()
         if self._sm not in facts.sms:
-            return f"needs compute capability {' or '.join(map(capability, facts.sms))}"
+            return f"needs {' or '.join(map(gpu_text, sorted(facts.sms)))}"
         from moevlm.runtime.tensorrt_library import find_module
 
         try:
@@ -89,4 +90,4 @@ class _Machine:
         except EngineError as error:
             self.has = f"this machine has {error}"
         else:
-            self._sm, self.has = gpu.sm, f"this machine has {gpu.name}, compute capability {capability(gpu.sm)}"
+            self._sm, self.has = gpu.sm, f"this machine has {gpu.name}, sm{gpu.sm}"

@@ -15,8 +15,9 @@ from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.cuda import Device
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_step, check_vision
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.gpus import sms_text
 from moevlm.runtime.kernel_cache import KernelCache, cache_file
-from moevlm.runtime.manifest import ModelFacts, TensorRTFacts, capability
+from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.tensorrt_decoder import Decoder, Slot
 from moevlm.runtime.tensorrt_library import Library
 from moevlm.runtime.tensorrt_plan import Execution, Plan
@@ -68,8 +69,7 @@ class TensorRTEngine:
     def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None) -> None:
         facts, gpu = self._facts, self._device.gpu
         if gpu.sm not in facts.sms:
-            built = ", ".join(map(capability, facts.sms))
-            raise EngineError(f"the engine needs compute capability {built}; {gpu.name} has {capability(gpu.sm)}")
+            raise EngineError(f"the engine needs {sms_text(facts.sms, ' or ')}; {gpu.name} is sm{gpu.sm}")
         library = Library(facts)
         resources.callback(library.close)
         path = None

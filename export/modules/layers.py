@@ -62,6 +62,12 @@ class MoE(nn.Module):
         shared = MLPConfig(config.shared_width, config.expert.activation)
         self.shared = MLP(size, shared) if config.shared_width else None
 
+    @property
+    def idle_parameters(self) -> int:
+        """Weights of the experts that a token is not sent to."""
+        each = (self.gate_up.numel() + self.down.numel()) // self.config.experts
+        return each * (self.config.experts - self.config.router.top_k)
+
     def forward(self, x: Tensor) -> Tensor:
         logits = ops.tap(self.router(x), f"{self.name}.router_logits")
         index, weight = ops.router(logits, self.correction_bias, **attributes(self.config.router))

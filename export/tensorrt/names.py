@@ -1,16 +1,15 @@
 """Names of TensorRT targets: rtx:sm86,sm89 is one pair of plans for both, trt:sm80,sm90 is one for each."""
 
 import ctypes
-import re
 
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.product import NATIVE_MOE_SMS, RTX, TENSORRT, Product, installed
 from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.plugins.gpu.devices import DEVICES
 from moevlm.runtime.errors import BuildError, EngineError
+from moevlm.runtime.gpus import gpu_text, sm_of
 from moevlm.runtime.native import plugin_path
 
-_SM = re.compile(r"sm(\d+)")
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
 
 
@@ -46,10 +45,9 @@ def plan_targets(name: str, options: PlanOptions) -> tuple[PlanTarget, ...]:
 
 def _sms(name: str, rest: str, product: Product) -> tuple[int, ...]:
     sms = []
-    allowed = ", ".join(f"sm{sm}" for sm in product.sms)
+    allowed = ", ".join(map(gpu_text, product.sms))
     for part in rest.split(","):
-        match = _SM.fullmatch(part.strip())
-        sm = int(match[1]) if match else 0
+        sm = sm_of(part) or 0
         if sm not in product.sms:
             other = f'; "trt:{part}" is built on its own GPU' if product is RTX and sm in TENSORRT.sms else ""
             raise BuildError(f'target {name}: {product.title} takes no GPU "{part}" (allowed: {allowed}{other})')

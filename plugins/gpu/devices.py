@@ -18,12 +18,11 @@ class Device:
     that a cubin runs nowhere else.
 
     shared: bytes of shared memory that a block may opt in to, static and dynamic together, without what CUDA reserves.
-    bf16: has bfloat16 arithmetic. products: some that have it.
+    bf16: has bfloat16 arithmetic. Their names: moevlm.runtime.gpus.
     """
 
     sm: int
     shared: int
-    products: str
     bf16: bool = True
 
     @property
@@ -34,17 +33,17 @@ class Device:
 DEVICES: dict[int, Device] = {
     device.sm: device
     for device in (
-        Device(75, 64 * 1024, "T4, RTX 20, GTX 16, Quadro RTX", bf16=False),
-        Device(80, 163 * 1024, "A100, A30"),
-        Device(86, 99 * 1024, "RTX 30, A10, A40, RTX A6000"),
-        Device(87, 163 * 1024, "Jetson AGX Orin"),
-        Device(89, 99 * 1024, "RTX 40, L4, L40S, RTX 6000 Ada"),
-        Device(90, 227 * 1024, "H100, H200, GH200"),
-        Device(100, 227 * 1024, "B100, B200, GB200"),
-        Device(103, 227 * 1024, "B300, GB300"),
-        Device(110, 227 * 1024, "Jetson AGX Thor"),
-        Device(120, 99 * 1024, "RTX 50, RTX PRO 6000 Blackwell"),
-        Device(121, 99 * 1024, "GB10 (DGX Spark)"),
+        Device(75, 64 * 1024, bf16=False),
+        Device(80, 163 * 1024),
+        Device(86, 99 * 1024),
+        Device(87, 163 * 1024),
+        Device(89, 99 * 1024),
+        Device(90, 227 * 1024),
+        Device(100, 227 * 1024),
+        Device(103, 227 * 1024),
+        Device(110, 227 * 1024),
+        Device(120, 99 * 1024),
+        Device(121, 99 * 1024),
     )
 }
 

@@ -139,8 +139,8 @@ def test_by_default_what_does_not_run_here_is_left_out_and_named(
     with fake_gpu(tmp_path, sm=(7, 5)):
         done = call("parity", bundle, "--checkpoint", tiny_checkpoint)
     assert done.status == 0, done.err
-    reason = "needs compute capability 8.6 or 8.9"
-    assert f"left out: {TARGET} ({reason}); this machine has Fake GPU, compute capability 7.5\n" in done.out
+    reason = "needs sm86 (RTX 30, A10, A40, RTX A6000) or sm89 (RTX 40, L4, L40S, RTX 6000 Ada)"
+    assert f"left out: {TARGET} ({reason}); this machine has Fake GPU, sm75\n" in done.out
     assert set(Bundle.open(bundle).manifest.parity) == {"reference", "ort-cpu"}
 
 
@@ -149,7 +149,11 @@ def test_without_its_gpu_an_engine_is_refused_by_name_and_where_there_is_no_othe
 ) -> None:
     with fake_gpu(tmp_path, devices=0):
         named = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
-        assert_refused(named, f"it has {TARGET} (needs compute capability 8.6 or 8.9)", "no NVIDIA GPU")
+        assert_refused(
+            named,
+            f"it has {TARGET} (needs sm86 (RTX 30, A10, A40, RTX A6000) or sm89 (RTX 40, L4, L40S, RTX 6000 Ada))",
+            "no NVIDIA GPU",
+        )
         edit_manifest(bundle, lambda manifest: [manifest["engines"].pop(name) for name in ("reference", "ort-cpu")])
         shutil.rmtree(bundle / "engines/ort-cpu")
         with pytest.raises(BundleError, match="no engine for this machine in"):

@@ -10,6 +10,7 @@ import pytest
 
 from moevlm.runtime import machine
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.gpus import gpu_text
 from moevlm.runtime.limits import decode_work
 from moevlm.runtime.plan_check import plan_problems
 from tests.bundles import edit_manifest, rehash
@@ -32,7 +33,7 @@ def test_inspect_shows_what_an_engine_was_built_for_without_a_gpu(bundle) -> Non
     assert shown.status == 0, shown.err
     (line,) = [line for line in shown.out.splitlines() if "tensorrt_rtx" in line]
     size = f"{(bundle / EXPERTS).stat().st_size / 1000:.1f} kB"
-    for text in (TARGET, "tensorrt_rtx 1.7.1.116", "8.6, 8.9", "float32", size, "3 x 16 tokens, 24 of images", "128"):
+    for text in (TARGET, "tensorrt_rtx 1.7.1.116", "sm86, sm89", "float32", size, "3 x 16 tokens, 24 of images", "128"):
         assert text in line
     report = json.loads(call("inspect", bundle, "--json").out)
     found = {engine["target"]: engine for engine in report["engines"]}
@@ -45,7 +46,7 @@ def test_inspect_shows_what_an_engine_was_built_for_without_a_gpu(bundle) -> Non
     ("change", "reason"),
     [
         ({"version": "1.6.0.1"}, "says version 1.7.1.116, manifest.json says 1.6.0.1"),
-        ({"sms": [89]}, "says GPUs 8.6, 8.9, manifest.json says 8.9"),
+        ({"sms": [89]}, "says GPUs sm86, sm89, manifest.json says sm89"),
         ({"product": "tensorrt"}, "says product tensorrt_rtx, manifest.json says tensorrt"),
     ],
 )
@@ -89,7 +90,7 @@ def test_run_answers_on_the_gpu_by_default_as_on_the_cpu(bundle, tmp_path) -> No
         theirs = call(*arguments, "--target", "reference")
         assert_refused(
             call(*arguments, "--target", "rtx"),
-            f"no engine for this machine in {bundle}: it has {TARGET} (needs compute capability 8.6 or 8.9)",
+            f"no engine for this machine in {bundle}: it has {TARGET} (needs {gpu_text(86)} or {gpu_text(89)})",
             "this machine has no NVIDIA GPU",
             "(use --target ort-cpu)",
         )

@@ -14,6 +14,7 @@ import pytest
 
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, EngineError
+from moevlm.runtime.gpus import gpu_text
 from moevlm.runtime.installation import install_command
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.selection import select
@@ -93,12 +94,12 @@ def test_where_nothing_fits_it_says_what_there_is(bundle, tmp_path) -> None:
             opened,
             "rtx",
             "no engine for this machine in",
-            "it has rtx:a (needs compute capability 8.6 or 12.0), rtx:b (needs compute capability 8.9)",
+            f"it has rtx:a (needs {gpu_text(86)} or {gpu_text(120)}), rtx:b (needs {gpu_text(89)})",
             "this machine has no NVIDIA GPU that this process may use (use --target cpu:int4)",
         )
         refused(bundle(rtx_a=engine()), None, "no engine for this machine", "no NVIDIA GPU")
     with machine(tmp_path, 90):
-        refused(opened, "rtx:b", "this machine has Fake GPU, compute capability 9.0 (use --target cpu:int4)")
+        refused(opened, "rtx:b", "this machine has Fake GPU, sm90 (use --target cpu:int4)")
 
 
 def test_a_target_is_a_full_name_or_a_beginning(bundle, tmp_path) -> None:
@@ -106,7 +107,7 @@ def test_a_target_is_a_full_name_or_a_beginning(bundle, tmp_path) -> None:
     with machine(tmp_path):
         for target in ("rtx", "rtx:sm89", "rtx:sm89:bf16"):
             assert select(opened, target)[0] == "rtx:sm89:bf16"
-        refused(opened, "rtx:sm120", "needs compute capability 12.0")
+        refused(opened, "rtx:sm120", "needs sm120 (RTX 50, RTX PRO 6000)")
         refused(opened, "cp", "no engine 'cp'", "available: cpu:int4, cpu:int8, rtx:sm120:bf16, rtx:sm89:bf16")
         refused(opened, "rtx:sm8", "no engine 'rtx:sm8'")
     exact = bundle(cpu=CPU, cpu_int8=INT8)
