@@ -18,7 +18,7 @@ from moevlm.runtime.generate import Runtime, require_positive
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.json_object import json_object
-from moevlm.runtime.machine import cores
+from moevlm.runtime.machine import cores, cpu_quota
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
 from moevlm.runtime.onnxruntime_library import onnxruntime
@@ -80,6 +80,8 @@ def load_engine(
     name, engine = select(bundle, target)
     if engine.tensorrt is not None:
         return _tensorrt_engine(bundle, name, engine, engine.tensorrt, progress)
+    if threads is None and cpu_quota() is not None:
+        threads = cores()  # ONNX Runtime counts the cores that it sees, not the time on them that it gets
     vision, decoder = open_graphs(bundle, name, progress)
     return OrtEngine(
         vision, decoder, bundle.manifest.model, threads, spinning=spinning, operators=operators_for(engine)
