@@ -5,16 +5,29 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic
 
 import click
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.text import Text
 
 from moevlm.runtime.errors import RequestError
 
 _NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # with a unit, if any; or none
 _NOTICE_SECONDS = 1.0
+_LINE_SECONDS = 15.0  # between two lines of one stage where there is no terminal
+_COUNTS = 10_000
 
 Show = Callable[[str, int, int], None]  # (what is being done, done, total; 0 and 0: no measure)
 
@@ -60,17 +73,13 @@ def count_text(count: int) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Show]:
-    """A function (what, done, total) that shows one bar per `what`; without a terminal, one line when it starts."""
+    """A function (what, done, total) that shows one bar per `what`; without a terminal, lines in place of bars.
+
+    Totals below _COUNTS are numbers of things, as layers or repeats, others are bytes.
+    """
     terminal = console(stderr=True)
     if not terminal.is_terminal:
-        seen: set[str] = set()
-
-        def tell(what: str, done: int = 0, total: int = 0) -> None:  # noqa: ARG001 - as on a terminal
-            if what not in seen:
-                seen.add(what)
-                terminal.print(what)
-
-        yield tell
+        yield _Lines(terminal).show
         return
     tasks: dict[str, TaskID] = {}
     with _bars(terminal) as bars:
@@ -130,6 +139,45 @@ def publish(shown: str, json_text: str, output: Path | None) -> None:
     console().print(f"written: {output}")
 
 
+class _Lines:
+    """A line when a stage starts, and, while it goes on, one in a while that says how far it is."""
+
+    def __init__(self, terminal: Console) -> None:
+        self._terminal = terminal
+        self._said: dict[str, float] = {}  # when, by stage
+        self._began = 0.0
+
+    def show(self, what: str, done: int = 0, total: int = 0) -> None:
+        now = monotonic()
+        if what not in self._said:
+            self._began = self._said[what] = now
+            self._terminal.print(what)
+        elif total and now - self._said[what] >= _LINE_SECONDS:
+            self._said[what] = now
+            seconds = now - self._began
+            left = seconds / done * (total - done) if done else 0.0
+            self._terminal.print(f"{what}: {amount_text(done, total, done / seconds)}, {left:.0f} s left")
+
+
+def amount_text(done: float, total: float, speed: float | None = None) -> str:
+    """How far a stage is: 12 % (1.2 of 9.9 GB, 350.0 MB/s), or 25 % (3 of 12)."""
+    if total < _COUNTS:
+        return f"{done / total:.0%} ({done:.0f} of {total:.0f})"
+    rate = f", {bytes_text(int(speed))}/s" if speed else ""
+    return f"{done / total:.0%} ({bytes_text(int(done))} of {bytes_text(int(total))}{rate})"
+
+
+class _Amount(ProgressColumn):
+    """Percent, amount, rate and time left of a stage whose end is known."""
+
+    def render(self, task: Task) -> Text:
+        if not task.total or task.finished:
+            return Text("")
+        left = f", {task.time_remaining:.0f} s left" if task.time_remaining is not None else ""
+        return Text(amount_text(task.completed, task.total, task.speed) + left)
+
+
 def _bars(terminal: Console, transient: bool = False) -> Progress:
-    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (SpinnerColumn(), name, BarColumn(), TimeElapsedColumn(), _Amount())
     return Progress(*columns, console=terminal, transient=transient)
