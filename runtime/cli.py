@@ -19,7 +19,7 @@ from moevlm.runtime.errors import MoevlmError
 from moevlm.runtime.installation import install_command
 
 # The order of a newcomer's steps; commands of other packages follow.
-_ORDER = ("export", "build", "inspect", "parity", "run", "bench")
+_ORDER = ("doctor", "export", "build", "inspect", "parity", "run", "bench")
 
 
 class _Commands(click.Group):
@@ -98,6 +98,17 @@ def require_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
         if place in written:
             raise click.UsageError(f"{output} would be written twice: choose two places")
         written.append(place)
+
+
+def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The engines of the bundle that stands on the command line, for the shell's completion of --target."""
+    from moevlm.runtime.bundle import Bundle
+
+    try:
+        engines = Bundle.open(ctx.params["bundle"]).manifest.engines
+    except (KeyError, TypeError, MoevlmError):  # no bundle yet, or none that can be read: nothing to offer
+        return []
+    return sorted(name for name in engines if name.startswith(incomplete))
 
 
 class OutputFile(click.Path):

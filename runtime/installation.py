@@ -1,7 +1,7 @@
 """How this package was installed, so that what an error tells the user to type works as it stands."""
 
 import json
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import distributions
 from urllib.parse import unquote, urlsplit
 
 
@@ -22,8 +22,6 @@ def install_command(extra: str = "") -> str:
 
 def _origin() -> dict:
     """direct_url.json of the installation, as pip writes it unless the package came from an index."""
-    try:
-        text = distribution("moevlm").read_text("direct_url.json")
-    except PackageNotFoundError:  # run from its folders, without an installation
-        return {}
-    return json.loads(text) if text else {}
+    # Several where the working directory is a clone, whose metadata of a build lies beside the installation's.
+    texts = (found.read_text("direct_url.json") for found in distributions(name="moevlm"))
+    return json.loads(next(filter(None, texts), "{}"))

@@ -1,7 +1,6 @@
 """Where the compiled libraries are. They are loaded by path, into an engine, and are no Python modules."""
 
 import ctypes
-from functools import cache
 from pathlib import Path
 
 from moevlm.runtime.errors import EngineError
@@ -18,7 +17,6 @@ def operators_path() -> Path:
     return _path(OPERATORS)
 
 
-@cache
 def instruction_set() -> str:
     """What the CPU operators use: baseline, avx2, avx512 or avx512_vnni.
 

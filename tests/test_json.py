@@ -11,10 +11,14 @@ import msgspec
 import pytest
 
 from moevlm.export.parity_report import ParityReport
+from moevlm.runtime.doctor import DoctorReport
 from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
 
 DOCS = Path(__file__).parents[1] / "docs/json.md"
-REPORTS = {report.__struct_config__.tag: report for report in (RunReport, InspectReport, ParityReport, BenchReport)}
+REPORTS = {
+    report.__struct_config__.tag: report
+    for report in (RunReport, InspectReport, ParityReport, BenchReport, DoctorReport)
+}
 _NAMES = {
     str: "string",
     int: "integer",
@@ -137,6 +141,21 @@ GOLDEN = {
         "checks[].flips[].layer": "integer",
         "checks[].flips[].token": "integer",
         "checks[].flips[].margin": "number",
+    },
+    "moevlm.doctor/1": {
+        "schema": "string",
+        **dict.fromkeys(("moevlm", "folder", "python", "system", "processor", "instruction_set"), "string"),
+        **dict.fromkeys(("compiler", "gpu_problem", "gpu.name", "targets[].target"), "string"),
+        **dict.fromkeys(("cores", "gpu.sm", "gpu.driver"), "integer"),
+        "quota": "number or null",
+        "memory": "integer or null",
+        "available_memory": "integer or null",
+        "gpu": "object or null",
+        "packages": "object",
+        "libraries": "object",
+        "targets": "array of object",
+        "targets[].missing_to_run": "array of string",
+        "targets[].missing_to_build": "array of string",
     },
     "moevlm.bench.latency/1": {
         "schema": "string",

@@ -23,7 +23,7 @@ from moevlm.runtime.native import OPERATORS, PLUGIN
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
 EXTRAS = {"cpu", "dev", "plot", "export", "gpu", "kernels", "rtx", "serve"}
-COMMANDS = {"bench", "build", "export", "inspect", "parity", "run"}
+COMMANDS = {"bench", "build", "doctor", "export", "inspect", "parity", "run"}
 
 
 @pytest.fixture(scope="module")

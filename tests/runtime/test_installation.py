@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import PackageNotFoundError
 
 import pytest
 
@@ -41,14 +40,11 @@ def test_command_installs_from_where_the_package_came(
             assert name == "direct_url.json"
             return None if origin is None else json.dumps(origin)
 
-    monkeypatch.setattr(installation, "distribution", lambda _: Distribution())
+    monkeypatch.setattr(installation, "distributions", lambda **_: [Distribution()])
     assert install_command("cpu") == with_extra
     assert install_command() == anew
 
 
 def test_without_an_installation_it_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise PackageNotFoundError(name)
-
-    monkeypatch.setattr(installation, "distribution", absent)
+    monkeypatch.setattr(installation, "distributions", lambda **_: [])
     assert install_command("export") == "pip install 'moevlm[export]'"
