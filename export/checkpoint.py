@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint directory: config.json, safetensors shards, and the tokenizer's and processor's files."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from moevlm.runtime.errors import CheckpointError
 from moevlm.runtime.manifest import FileFacts, Manifest
 
 CONFIG = "config.json"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as on the Hugging Face hub
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Checkpoint:
         """Read config.json and every shard's header; raises CheckpointError if anything is missing or inconsistent."""
         directory = Path(directory)
         if not directory.is_dir():
-            raise CheckpointError(f"no checkpoint directory at {directory}")
+            hint = (
+                f" (hf download {directory} --local-dir DIR fetches it)" if _HUB_NAME.fullmatch(str(directory)) else ""
+            )
+            raise CheckpointError(f"no checkpoint directory at {directory}{hint}")
         config = read_json(directory, CONFIG)
         shards, tensors = read_shards(directory)
         return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))

@@ -8,7 +8,7 @@ import click
 from moevlm.export.option_effects import PLANS, require_effect
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.cli import OutputFile, require, require_apart
+from moevlm.runtime.cli import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
 _LAYOUT = click.option(
@@ -198,7 +198,13 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
 @click.command(short_help="Check every engine of a bundle against Hugging Face.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Where the bundle came from.")
-@click.option("--target", "targets", multiple=True, help="Which engines; repeatable.  [default: all that run here]")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    shell_complete=complete_target,
+    help="Which engines; repeatable.  [default: all that run here]",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None) -> None:

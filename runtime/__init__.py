@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from moevlm.runtime import defaults
@@ -87,6 +88,8 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("moevlm")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"moevlm.runtime.{_HOMES[name]}"), name)

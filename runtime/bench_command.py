@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.cli import OutputFile, require, require_apart
+from moevlm.runtime.cli import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.reports import BenchReport
 
@@ -23,7 +23,11 @@ def bench() -> None:
 @click.option("--new-tokens", metavar="N", type=click.IntRange(2), default=64, show_default=True, help="Answer.")
 @click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), default=448, show_default=True, help=_SIZE)
 @click.option(
-    "--target", "targets", multiple=True, help="Which engines; repeatable.  [default: the one that run takes]"
+    "--target",
+    "targets",
+    multiple=True,
+    shell_complete=complete_target,
+    help="Which engines; repeatable.  [default: the one that run takes]",
 )
 @click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="After a first one.")
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")

@@ -104,9 +104,10 @@ def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     """The engines of the bundle that stands on the command line, for the shell's completion of --target."""
     from moevlm.runtime.bundle import Bundle
 
+    words = [ctx.params.get("bundle"), *ctx.args]  # an option without its value ends Click's parsing
     try:
-        engines = Bundle.open(ctx.params["bundle"]).manifest.engines
-    except (KeyError, TypeError, MoevlmError):  # no bundle yet, or none that can be read: nothing to offer
+        engines = Bundle.open(next(filter(None, words), "")).manifest.engines
+    except MoevlmError:  # no bundle yet, or none that can be read: nothing to offer
         return []
     return sorted(name for name in engines if name.startswith(incomplete))
 

@@ -87,7 +87,8 @@ class DoctorReport(Report, frozen=True, tag="moevlm.doctor/1"):
 def examine() -> DoctorReport:
     """Look at this machine. Raises nothing: what cannot be found out is reported as missing."""
     packages = {name: _version(name) for extra in _EXTRAS for name in _packages(extra)}
-    libraries = {name: _try(lambda path=path: str(path()), None) for name, path in _LIBRARIES.items()}
+    paths = {name: _try(path, None) for name, path in _LIBRARIES.items()}
+    libraries = {name: None if path is None else str(path) for name, path in paths.items()}
     gpu, problem = _gpu()
     missing = {_GPU: problem} if problem else {}
     for name, path in libraries.items():

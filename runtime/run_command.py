@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from moevlm.runtime import defaults
+from moevlm.runtime.cli import complete_target
 from moevlm.runtime.errors import RequestError
 
 
@@ -20,7 +21,11 @@ from moevlm.runtime.errors import RequestError
 @click.option(
     "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
 )
-@click.option("--target", help="Which engine of the bundle.  [default: for the GPU, else cpu; int8 before others]")
+@click.option(
+    "--target",
+    shell_complete=complete_target,
+    help="Which engine of the bundle.  [default: for the GPU, else cpu; int8 before others]",
+)
 @click.option(
     "--max-new-tokens",
     metavar="N",

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import moevlm.runtime
 from moevlm.export.parity_report import ParityReport
 from moevlm.runtime import load, native
 from moevlm.runtime.bundle import Bundle
@@ -30,7 +31,7 @@ from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
 from tests.bundles import copy_bundle, edit_manifest, rehash
 from tests.command_line import COMMAND, assert_refused, call, environment, spawn
 
-COMMANDS = ("export", "build", "inspect", "parity", "run", "bench", "bench latency")
+COMMANDS = ("doctor", "export", "build", "inspect", "parity", "run", "bench", "bench latency")
 TOKENS = ("--max-new-tokens", "12")
 
 
@@ -71,8 +72,27 @@ def test_help_names_every_argument_and_explains_every_option(command: str) -> No
 
 def test_help_lists_the_commands_in_the_order_of_use_with_whole_sentences() -> None:
     lines = call("--help").out.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["export", "build", "inspect", "parity", "run", "bench"]
+    assert [line.split()[0] for line in lines] == ["doctor", "export", "build", "inspect", "parity", "run", "bench"]
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
+
+
+def test_module_and_script_are_the_same_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "moevlm.runtime", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, call("--version").out)
+    assert moevlm.runtime.__version__ in done.stdout
+
+
+def test_shell_completes_the_engines_of_a_bundle(tiny_bundle: Path) -> None:
+    words = {
+        "_MOEVLM_COMPLETE": "bash_complete",
+        "COMP_WORDS": f"moevlm run {tiny_bundle} --target ort",
+        "COMP_CWORD": "4",
+    }
+    done = subprocess.run([COMMAND], capture_output=True, text=True, env=environment() | words)
+    assert done.stdout == "plain,ort-cpu\n"
+    absent = words | {"COMP_WORDS": "moevlm run nowhere --target ort"}
+    done = subprocess.run([COMMAND], capture_output=True, text=True, env=environment() | absent)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
 def test_version_is_the_package_s() -> None:
