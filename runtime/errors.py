@@ -1,6 +1,8 @@
 """Every error that a user can cause, as one small tree. The CLI prints the message as one line and exits with 2."""
 
+import operator
 import reprlib
+from typing import SupportsIndex
 
 
 class MoevlmError(Exception):
@@ -61,3 +63,9 @@ class _Short(reprlib.Repr):
 
 
 _SHORT = _Short()
+
+
+def require_positive(name: str, value: object) -> None:
+    """Raises RequestError unless value is a whole number of at least 1."""
+    if not (isinstance(value, SupportsIndex) and not isinstance(value, bool) and operator.index(value) >= 1):
+        raise RequestError(f"unsupported value {name} = {shown(value)} (allowed: a whole number, 1 or more)")

@@ -16,7 +16,7 @@ from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.detokenize import StreamDecoder
 from moevlm.runtime.engine import Engine, VisualFeatures
-from moevlm.runtime.errors import BundleError, RequestError, one_line, shown
+from moevlm.runtime.errors import BundleError, RequestError, one_line, require_positive, shown
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.messages import Message
 from moevlm.runtime.prompt import Prompt, PromptBuilder
@@ -232,12 +232,6 @@ class Runtime:
         if ends or text.stopped is not None:
             return fresh, "stop"
         return fresh, "length" if last else None
-
-
-def require_positive(name: str, value: object) -> None:
-    """Raises RequestError unless value is a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise RequestError(f"unsupported value {name} = {shown(value)} (allowed: a whole number, 1 or more)")
 
 
 def _chosen(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:

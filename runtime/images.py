@@ -3,34 +3,28 @@
 Numerically the Qwen2-VL and GLM-4V image processors of Hugging Face transformers 5.23 on their Pillow backend.
 """
 
-import io
 import json
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, NoReturn
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import ExifTags, Image
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import jpeg_factory
-from PIL.PngImagePlugin import PngImageFile
-from PIL.WebPImagePlugin import WebPImageFile
 
 from moevlm.runtime import defaults
 from moevlm.runtime.engine import VisionInputs
-from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.errors import BundleError, RequestError, require_positive, shown
+from moevlm.runtime.image_file import open_encoded
+from moevlm.runtime.image_pixels import upright_rgb
+from moevlm.runtime.image_source import ImageSource, read_source
 from moevlm.runtime.manifest import VisionFacts
 from moevlm.runtime.vision_inputs import pack_grids
 
-ImageSource = Image.Image | bytes | os.PathLike[str]
-
-_FORMATS = "PNG, JPEG, WebP, BMP or GIF"
 _MAX_ASPECT = 200
+# Bytes that an encoded image may have: no allowed one needs more, but for its metadata.
+_BYTES_PER_PIXEL = 8
+_FILE_BYTES = 1 << 26
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,16 +43,21 @@ _WITHOUT_EFFECT = {
     *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length"),
 }
 
-# Orientation in EXIF 2.32, section 4.6.4: what puts the stored rows and columns upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How large an image becomes; None: as the checkpoint says.
+
+    min_pixels, max_pixels: area of the resized image, where the processor's own limits are replaced. GLM-4V's
+    longest_edge is temporal_patch_size times as much. max_tokens: the most that the image may take of the context.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tokens: int | None = None
+
+
+NO_LIMITS = ImageLimits()
 
 
 class ImageProcessor:
@@ -66,17 +65,26 @@ class ImageProcessor:
 
     preprocessor: the bundle's preprocessor.json. max_pixels: the largest image, as its header states it, that is
     decoded. Raises BundleError naming the field that it cannot reproduce or that contradicts the manifest.
+
+    Memory for one image: its file twice, and at most 12 bytes for each pixel of it, or of its resized copy where that
+    is larger; 20 for WebP and progressive JPEG, whose decoders keep more.
     """
 
     def __init__(
-        self, preprocessor: Mapping[str, Any], vision: VisionFacts, max_pixels: int = defaults.MAX_IMAGE_PIXELS
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: VisionFacts,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
     ) -> None:
+        """max_tokens: the most that an image takes; larger ones are made smaller, as `ImageLimits` say."""
         # A null is as good as absent, but not where the reference takes it for false or fails on it.
         fields = {n: v for n, v in preprocessor.items() if v is not None or (n in _KNOWN and n != "size")}
         kind = _kind(fields)
         _check_fields(fields, kind, vision)
         self._vision = vision
         self._max_pixels = max_pixels
+        self._max_tokens = max_tokens
         self._glm = kind == "Glm4vImageProcessor"
         self._shortest, self._longest = _edges(fields, kind)
         self._resample = Image.Resampling(fields.get("resample", Image.Resampling.BICUBIC))
@@ -85,21 +93,25 @@ class ImageProcessor:
     def open(self, image: ImageSource) -> Image.Image:
         """Decode an image and turn it upright (EXIF); transparency is laid on white. The result is plain RGB.
 
-        image: encoded bytes, a pathlib.Path, or a Pillow image. Of several frames the first counts.
-        Raises RequestError if it is missing, is not an image of the supported formats, is damaged or too large.
+        Of several frames the first counts. Values of more than 8 bits are scaled, see `upright_rgb`.
+        Raises RequestError if it is missing, is not an image of the supported formats, is damaged or too large, or
+        would take far longer to decode than an image of its size should.
         """
-        with self._header(image) as (opened, name):
-            return _decode(opened, name)
+        opened, name, orientation = self._header(image)
+        return upright_rgb(opened, orientation or _orientation(opened), name, used_up=opened is not image)
 
-    def tokens(self, image: ImageSource) -> int:
+    def tokens(self, image: ImageSource, limits: ImageLimits = NO_LIMITS) -> int:
         """How many tokens an image takes, by its header alone: nothing is decoded. RequestError as `open` and `fit`."""
-        with self._header(image) as (opened, _):
-            height, width = self._resized(opened.height, opened.width)  # upright or not: the area is the same
-        return height * width // (self._vision.patch_size * self._vision.merge_size) ** 2
+        opened, _, _ = self._header(image)
+        height, width = self._resized(opened.height, opened.width, limits)  # upright or not: the area is the same
+        return height * width // self._block**2
 
-    def fit(self, image: Image.Image) -> Image.Image:
-        """Resize an image from `open` to whole patches. RequestError if it is too elongated."""
-        height, width = self._resized(image.height, image.width)
+    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> Image.Image:
+        """Resize an image from `open` to whole patches.
+
+        RequestError if it is too elongated, or cannot be made as small as `limits` say.
+        """
+        height, width = self._resized(image.height, image.width, limits)
         return image.resize((width, height), self._resample)
 
     def grid(self, image: Image.Image) -> tuple[int, int]:
@@ -121,104 +133,82 @@ class ImageProcessor:
         rows = patches.reshape(len(patches), 3 * copies * size * size)
         return VisionInputs(rows, *pack_grids(grids, self._vision)), grids
 
-    def _resized(self, height: int, width: int) -> tuple[int, int]:
+    @property
+    def _block(self) -> int:
+        """Side of what becomes one token, in pixels."""
+        return self._vision.patch_size * self._vision.merge_size
+
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         """The size nearest to (height, width) with sides of whole merge blocks and an area within the edges.
 
         The reference rounds in double precision, halves to even; so does this. GLM-4V first enlarges an image smaller
         than one block, and counts the area once per temporal copy.
         """
-        block = self._vision.patch_size * self._vision.merge_size
+        block = self._block
         frames = self._vision.temporal_patch_size if self._glm else 1
+        shortest, longest = self._limited_edges(limits, frames)
+        most = self._most_tokens(limits)
+        size = f"image is {width} x {height} pixels"
         if self._glm and min(height, width) < block:
             scale = max(block / height, block / width)
             height, width = int(height * scale), int(width * scale)
         if max(height, width) / min(height, width) > _MAX_ASPECT:
-            raise RequestError(
-                f"image is {width} x {height} pixels: one side is more than {_MAX_ASPECT} times the other"
-            )
+            raise RequestError(f"{size}: one side is more than {_MAX_ASPECT} times the other")
         rows, columns = round(height / block), round(width / block)
         area = frames * rows * columns * block * block
-        if area > self._longest:
-            shrink = math.sqrt(frames * height * width / self._longest)
+        if area > longest:
+            shrink = math.sqrt(frames * height * width / longest)
             rows, columns = (max(1, math.floor(side / shrink / block)) for side in (height, width))
-        elif area < self._shortest:
-            grow = math.sqrt(self._shortest / (frames * height * width))
+        elif area < shortest:
+            grow = math.sqrt(shortest / (frames * height * width))
             rows, columns = (math.ceil(side * grow / block) for side in (height, width))
+            if most is not None and rows * columns > most:
+                rows, columns = (max(1, math.floor(side * grow / block)) for side in (height, width))
+        if most is not None and rows * columns > most:
+            raise RequestError(f"{size}, which is too elongated for max_image_tokens = {most}")
         return rows * block, columns * block
 
-    @contextmanager
-    def _header(self, image: ImageSource) -> Iterator[tuple[Image.Image, str]]:
-        """An image of allowed size, no pixel decoded yet, and what to call it in messages."""
-        if isinstance(image, Image.Image):
-            yield self._checked(image, "image"), "image"
-        elif isinstance(image, bytes):
-            yield self._checked(_read_header(io.BytesIO(image), "image"), "image"), "image"
-        elif isinstance(image, os.PathLike):
-            path = Path(os.fsdecode(image))
-            name = f"image {str(path)!r}"
-            with _open_file(path, name) as file:
-                yield self._checked(_read_header(file, name), name), name
-        elif isinstance(image, str):
-            # Text may come from a client of the program that calls this: it must not name the program's files.
+    def _limited_edges(self, limits: ImageLimits, frames: int) -> tuple[int, int]:
+        """The smallest and the largest area that is allowed, counted as the processor does."""
+        shortest, longest = self._shortest, self._longest
+        least, largest = frames * self._block**2, frames * self._max_pixels
+        for name, value in (("min_pixels", limits.min_pixels), ("max_pixels", limits.max_pixels)):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and least <= frames * value <= max(largest, longest)):
+                raise RequestError(
+                    f"unsupported value {name} = {shown(value)} (allowed: {self._block**2}, which is one token, to "
+                    f"{max(largest, longest) // frames})"
+                )
+        if limits.max_pixels is not None:
+            longest = frames * limits.max_pixels
+        if (most := self._most_tokens(limits)) is not None:
+            longest = min(longest, most * least)
+        if limits.min_pixels is None:  # nothing is enlarged only to be too large
+            return shortest if shortest <= longest else least, longest
+        if frames * limits.min_pixels > longest:
             raise RequestError(
-                f"an image is the text {image!r:.60} (allowed: a pathlib.Path, encoded bytes, or a Pillow image; "
-                "URLs are not fetched)"
+                f"unsupported value min_pixels = {limits.min_pixels} (allowed: up to {longest // frames}, the most "
+                "pixels of an image)"
             )
-        else:
-            raise RequestError(f"an image is {image!r:.60} (allowed: a pathlib.Path, encoded bytes, or a Pillow image)")
+        return frames * limits.min_pixels, longest
 
-    def _checked(self, image: Image.Image, name: str) -> Image.Image:
+    def _most_tokens(self, limits: ImageLimits) -> int | None:
+        given = [n for n in (self._max_tokens, limits.max_tokens) if n is not None]
+        for most in given:
+            require_positive("max_image_tokens", most)
+        return min(given, default=None)
+
+    def _header(self, source: ImageSource) -> tuple[Image.Image, str, int | None]:
+        """An image of allowed size, no pixel decoded yet, what to call it in messages, and, of a file, how it lies."""
+        found, name = read_source(source, max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels))
+        image, orientation = (found, None) if isinstance(found, Image.Image) else open_encoded(found, name)
         if not image.width or not image.height:
             raise RequestError(f"{name} has no pixels")
         if image.width * image.height > self._max_pixels:
             raise RequestError(
                 f"{name} is {image.width} x {image.height} pixels; at most {self._max_pixels} pixels are allowed"
             )
-        return image
-
-
-def _open_file(path: Path, name: str) -> IO[bytes]:
-    # Only regular files: opening a pipe would block.
-    if not path.is_file():
-        raise RequestError(f"{name} {'is not a file' if path.exists() else 'does not exist'}")
-    try:
-        return path.open("rb")
-    except OSError as error:
-        raise RequestError(f"{name} cannot be read") from error
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    try:
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        image = _to_rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # Decoders of untrusted bytes: Pillow does not say what they may raise.
-        raise RequestError(f"{name} is damaged or incomplete") from error
-    image.info.clear()  # Upright and opaque now: nothing may turn or blend it again.
-    return image
-
-
-def _read_header(file: IO[bytes], name: str) -> ImageFile:
-    """Pick the decoder by the file's first bytes and let it read the header.
-
-    Not Image.open: it warns about or refuses large images by a process-wide limit, before ours can be applied.
-    """
-    start = file.read(16)
-    file.seek(0)
-    try:
-        if start.startswith(b"\x89PNG\r\n\x1a\n"):
-            return PngImageFile(file)
-        if start.startswith(b"\xff\xd8\xff"):
-            return jpeg_factory(file)
-        if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
-            return WebPImageFile(file)
-        if start.startswith((b"GIF87a", b"GIF89a")):
-            return GifImageFile(file)
-        if start.startswith(b"BM"):
-            return BmpImageFile(file)
-    except Exception as error:  # As above.
-        raise RequestError(f"{name} is damaged or incomplete") from error
-    raise RequestError(f"{name} is not a {_FORMATS} image")
+        return image, name, orientation
 
 
 def _orientation(image: Image.Image) -> int:
@@ -227,14 +217,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """A copy in RGB; any transparency shows white."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def _kind(fields: Mapping[str, Any]) -> str:

@@ -12,9 +12,9 @@ from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.engine import Engine
-from moevlm.runtime.errors import BundleError, EngineError, RequestError, shown
+from moevlm.runtime.errors import BundleError, EngineError, RequestError, require_positive, shown
 from moevlm.runtime.file_hashes import Progress
-from moevlm.runtime.generate import Runtime, require_positive
+from moevlm.runtime.generate import Runtime
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.json_object import json_object
