@@ -29,7 +29,9 @@ def bench() -> None:
     shell_complete=complete_target,
     help="Which engines; repeatable.  [default: the one that run takes]",
 )
-@click.option("--repeats", metavar="N", type=click.IntRange(1), default=5, show_default=True, help="After a first one.")
+@click.option(
+    "--repeats", metavar="N", type=click.IntRange(1, 1000), default=5, show_default=True, help="After a first one."
+)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
@@ -51,7 +53,7 @@ def latency(
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import console, progress_bar, publish
     from moevlm.runtime.latency import measure, random_prompt
-    from moevlm.runtime.loading import load_images, load_runtime
+    from moevlm.runtime.loading import load_images, load_runtime, require_cores
     from moevlm.runtime.machine import measure_gpu, measure_machine
     from moevlm.runtime.reports import to_json
     from moevlm.runtime.selection import select
@@ -62,12 +64,11 @@ def latency(
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
     engines = [select(opened, target) for target in targets or (None,)]
-    prompt = random_prompt(model, images, prompt_tokens, image_size)
+    require_cores(threads)
     context = min([model.context, *(engine.tensorrt.capacity for _, engine in engines if engine.tensorrt is not None)])
-    if len(prompt.ids) + new_tokens > context:
-        raise RequestError(
-            f"{len(prompt.ids)} prompt tokens and {new_tokens} new ones are more than the context of {context}"
-        )
+    _require_context(prompt_tokens, new_tokens, context)  # before they are made
+    prompt = random_prompt(model, images, prompt_tokens, image_size)
+    _require_context(len(prompt.ids), new_tokens, context)
     on_gpu = [name for name, engine in engines if engine.tensorrt is not None]
     notes: list[str] = []
     machine = gpu = None
@@ -124,6 +125,11 @@ def latency(
 
         plot_roofline(report, plot)
     publish(_table(report), to_json(report), output)
+
+
+def _require_context(prompt: int, new: int, context: int) -> None:
+    if prompt + new > context:
+        raise RequestError(f"{prompt} prompt tokens and {new} new ones are more than the context of {context}")
 
 
 def _table(report: BenchReport) -> str:

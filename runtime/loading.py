@@ -37,7 +37,7 @@ def load_runtime(
     progress: Progress | None = None,
 ) -> Runtime:
     """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
-    _require_cores(threads)
+    require_cores(threads)
     require_positive("chunk_tokens", chunk_tokens)
     require_positive("max_image_pixels", max_image_pixels)
     if not isinstance(spinning, bool):
@@ -76,7 +76,7 @@ def load_engine(
 
     threads, spinning: of engines on the CPU.
     """
-    _require_cores(threads)
+    require_cores(threads)
     name, engine = select(bundle, target)
     if engine.tensorrt is not None:
         return _tensorrt_engine(bundle, name, engine, engine.tensorrt, progress)
@@ -169,7 +169,8 @@ def _directory(path: str | os.PathLike[str]) -> str:
     raise RequestError(f"unsupported value path = {shown(path)} (allowed: the path of a bundle, as text)")
 
 
-def _require_cores(threads: int | None) -> None:
+def require_cores(threads: int | None) -> None:
+    """Raises RequestError for more threads than this process has cores."""
     most = cores()
     good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
     if threads is not None and not good:

@@ -17,7 +17,8 @@ import numpy as np
 
 from moevlm.runtime.native import instruction_set, operators_path
 
-READ_BYTES = 256 << 20  # per thread: larger than any cache
+READ_BYTES = 2 << 30  # of all threads together: larger than any cache
+THREAD_READ_BYTES = 256 << 20  # of one at most
 ROUNDS = 2_000_000  # a few milliseconds
 REPEATS = 5
 COPY_BYTES = 256 << 20  # larger than any GPU's cache
@@ -91,11 +92,12 @@ def measure_machine(threads: int | None = None) -> Machine:
     library.moevlm_peak_read.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     for function in (library.moevlm_peak_float32, library.moevlm_peak_int8):
         function.argtypes, function.restype = (ctypes.c_size_t,), ctypes.c_size_t
-    memory = [np.ones(READ_BYTES, np.uint8) for _ in range(count)]
+    size = min(THREAD_READ_BYTES, READ_BYTES // count // 256 * 256)
+    memory = [np.ones(size, np.uint8) for _ in range(count)]
 
     def read(i: int) -> int:
-        library.moevlm_peak_read(memory[i].ctypes.data, READ_BYTES)
-        return READ_BYTES
+        library.moevlm_peak_read(memory[i].ctypes.data, size)
+        return size
 
     with ThreadPoolExecutor(count) as pool:
         float32 = _best(pool, count, lambda _: library.moevlm_peak_float32(ROUNDS))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moevlm.runtime import load
+from moevlm.runtime import load, machine
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError, RequestError
 from moevlm.runtime.installation import install_command
@@ -113,6 +113,23 @@ def test_bench_longer_than_the_context(tiny_bundle: Path) -> None:
     context = Bundle.open(tiny_bundle).manifest.model.context
     result = call("bench", "latency", tiny_bundle, "--prompt-tokens", str(context - 10), "--image-size", "0")
     assert_refused(result, f"{context - 10} prompt tokens and 64 new ones", f"context of {context}")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--threads", 5000, ("threads = 5000 (allowed: 1 to",)),
+        ("--prompt-tokens", 10**18, (f"{10**18} prompt tokens", "context of")),
+        ("--new-tokens", 10**18, (f"{10**18} new ones", "context of")),
+        ("--image-size", 10**9, ("0<=x<=4096",)),
+        ("--repeats", 10**9, ("1<=x<=1000",)),
+    ],
+)
+def test_bench_checks_counts_before_anything_is_as_large(
+    tiny_bundle: Path, option: str, value: int, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "measure_machine", lambda _: pytest.fail("the machine was measured"))
+    assert_refused(call("bench", "latency", tiny_bundle, "--image-size", "0", option, str(value)), *words)
 
 
 def test_prompt_that_is_not_unicode(tiny_bundle: Path) -> None:

@@ -52,6 +52,16 @@ def test_operators_and_engines_of_a_lower_instruction_set(cap: str, tmp_path: Pa
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("cap", INSTRUCTION_SETS)
+def test_peak_in_bytes_is_that_of_an_instruction_for_bytes(cap: str) -> None:
+    """One round is ten instructions or pairs of them: as many multiply-adds as their vectors hold."""
+    code = "from moevlm.runtime.native import *; l = ctypes.CDLL(str(operators_path()));"
+    count = "print(instruction_set(), l.moevlm_peak_float32(1), l.moevlm_peak_int8(1))"
+    name, *found = python(cap, "-c", f"{code} {count}").stdout.split()
+    expected = {"baseline": (4, 8), "avx2": (8, 32), "avx512": (16, 64), "avx512_vnni": (16, 64)}
+    assert tuple(int(n) / 10 for n in found) == expected[name]
+
+
 def test_the_best_is_taken_without_a_cap() -> None:
     assert python("", "-c", NAME).stdout.strip() in INSTRUCTION_SETS
 
