@@ -19,13 +19,15 @@ Array = np.ndarray
 
 
 def compile_kernels(library: Path) -> Path:
-    """The kernels and their C interface as a shared library: one compiler per source, side by side.
-
-    CXX and CXXFLAGS as usual: -fsanitize=address,undefined works, with both libraries in LD_PRELOAD.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    flags = ["-std=c++17", "-O2", "-ffp-contract=fast", "-fPIC", f"-I{CPU}", *os.environ.get("CXXFLAGS", "").split()]
+    """The kernels and their C interface as a shared library. CXXFLAGS as usual."""
     sources = [*(CPU / f"{name}.cpp" for name in SOURCES), Path(__file__).with_name("matmul_interface.cpp")]
+    return compile_library(library, sources, ["-O2", *os.environ.get("CXXFLAGS", "").split()])
+
+
+def compile_library(library: Path, sources: list[Path], options: list[str]) -> Path:
+    """One compiler per source, side by side. CXX as usual."""
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-std=c++17", "-ffp-contract=fast", "-fPIC", f"-I{CPU}", *options]
     objects = [library.parent / f"{source.stem}.o" for source in sources]
     pairs = zip(sources, objects, strict=True)
     running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", out]) for source, out in pairs]
