@@ -67,6 +67,10 @@ def build(
     ):
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
+        for target in chosen:
+            target.sizes.require(model.config, target.name)
+        for pattern, count in model.left_out.items():
+            note(f"left out {count} tensors {pattern}: transformers does not load them either")
         facts = _model_facts(model, source)
         carried = request_files(source.directory, facts)
         for text in carried.notes:
@@ -123,6 +127,8 @@ def add_targets(
         writer = stack.enter_context(BundleWriter(bundle, changes=existing))
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
+        for target in chosen:
+            target.sizes.require(model.config, target.name)
         graphs = _trace(model, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()

@@ -111,8 +111,8 @@ def export(checkpoint: Path, output: Path, force: bool, expert_layout: str, igno
     notes: list[str] = []
     with progress_bar() as progress:
         reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
-        built = build_bundle(checkpoint, output, replace=force, progress=progress, **reading)
-    _report(output, built, notes)
+        build_bundle(checkpoint, output, replace=force, progress=progress, **reading)
+    _report(output, notes)
     console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
 
@@ -178,7 +178,7 @@ def build(
             built = add_targets(bundle, origin, names, progress=progress, **options)
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
-    _report(bundle, built, notes)
+    _report(bundle, notes)
     if sparsity:
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
@@ -227,11 +227,9 @@ def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, 
         console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
 
 
-def _report(bundle: Path, built: Bundle, notes: list[str]) -> None:
+def _report(bundle: Path, notes: list[str]) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     console().print(f"bundle: {bundle} ({bytes_text(size)})")
-    for pattern, count in built.manifest.left_out.items():
-        console().print(f"note: left out {count} tensors {pattern}: transformers does not load them either")
     absent = [name for name in ("tokenizer.json", "chat_template.jinja") if not (bundle / name).exists()]
     if absent:
         console().print(f"note: the checkpoint has no {' and no '.join(absent)}: moevlm run needs it")

@@ -21,11 +21,13 @@ from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
-from moevlm.export.quantization import Scheme
+from moevlm.export.quantization import SMALLEST_BLOCK, Scheme
+from moevlm.export.sizes import ANY_SIZE, Sizes
 from moevlm.export.sparsity import SPARSITIES
 from moevlm.export.tensorrt.names import plan_targets
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.target import PlanTarget
+from moevlm.plugins import cpu_limits
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
@@ -40,6 +42,12 @@ KV_CACHES = ("float32", "int8")
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
 EMBEDDING = Scheme(8, 32)
 VISION = Scheme(8, 32)
+# GroupQueryAttention reads heads in vectors of 8; QMoE has no block smaller than 16.
+_ORT_SIZES = Sizes(head_dim_multiple=8)
+_ORT_QUANTIZED_SIZES = replace(_ORT_SIZES, expert_multiple=SMALLEST_BLOCK)
+_CPU_SIZES = Sizes(
+    heads=cpu_limits.HEADS, head_dim=cpu_limits.HEAD_DIM, head_dim_multiple=2, experts=cpu_limits.EXPERTS
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,7 @@ class Target:
 
     block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
     passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
-    sparsity: "2:4" if the passes prune the dense layers, else "".
+    sparsity: "2:4" if the passes prune the dense layers, else "". sizes: that its kernels take.
     """
 
     name: str
@@ -59,6 +67,7 @@ class Target:
     passes: Mapping[str, tuple[Pass, ...]]
     operators: str = ""
     sparsity: str = ""
+    sizes: Sizes = ANY_SIZE
 
     def pruned(self, sparsity: str) -> "Target":
         """This target from weights that were pruned first. Raises BuildError for the reference."""
@@ -130,11 +139,13 @@ def _cpu(scheme: Scheme, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
 def _all(block: int, kv_cache: str) -> Iterator[Target]:
     # The reference engine is the canonical graphs themselves, with their weights.
     yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS})
-    yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None))
+    yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None), sizes=_ORT_SIZES)
     for dtype, bits in BITS.items():
         scheme = Scheme(bits, block)
-        yield Target(f"ort-cpu:{dtype}", f"engines/ort-cpu-{dtype}", dtype, block, "float32", _ort_cpu(scheme))
-        yield Target(f"cpu:{dtype}", f"engines/cpu-{dtype}", dtype, block, kv_cache, _cpu(scheme, kv_cache), CPU)
+        folder, passes, sizes = f"engines/ort-cpu-{dtype}", _ort_cpu(scheme), _ORT_QUANTIZED_SIZES
+        yield Target(f"ort-cpu:{dtype}", folder, dtype, block, "float32", passes, sizes=sizes)
+        folder, passes = f"engines/cpu-{dtype}", _cpu(scheme, kv_cache)
+        yield Target(f"cpu:{dtype}", folder, dtype, block, kv_cache, passes, CPU, sizes=_CPU_SIZES)
 
 
 PLANS = ("rtx:smNN,...", "trt:smNN")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -16,6 +17,7 @@ from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
 from moevlm.export.passes.static_cache import StaticCache
 from moevlm.export.passes.typed import Typed
+from moevlm.export.sizes import ANY_SIZE, Sizes
 from moevlm.export.tensorrt import worker
 from moevlm.export.tensorrt.kernels_file import kernels_json
 from moevlm.export.tensorrt.onnx_file import write_onnx
@@ -42,6 +44,7 @@ class PlanTarget:
     product: Product
     sms: tuple[int, ...]
     options: PlanOptions
+    sizes: ClassVar[Sizes] = ANY_SIZE  # TensorRT itself refuses what it cannot build
 
     @property
     def name(self) -> str:
