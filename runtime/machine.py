@@ -15,12 +15,13 @@ from time import perf_counter
 import msgspec
 import numpy as np
 
-from moevlm.runtime.native import instruction_set, operators_path
+from moevlm.runtime.native import operators_path
 
 READ_BYTES = 2 << 30  # of all threads together: larger than any cache
 THREAD_READ_BYTES = 256 << 20  # of one at most
 ROUNDS = 2_000_000  # a few milliseconds
 REPEATS = 5
+INSTRUCTION_SETS = (3, 2, 1, 0)  # by their numbers in plugins/cpu/instruction_set.h, the best first
 COPY_BYTES = 256 << 20  # larger than any GPU's cache
 COPIES = 20
 
@@ -87,11 +88,11 @@ def _quota(folder: Path) -> float | None:
 def measure_machine(threads: int | None = None) -> Machine:
     """Takes about a second. threads: None for all cores of this process. Raises EngineError without the library."""
     count = threads or cores()
-    instruction_set()
     library = ctypes.CDLL(str(operators_path()))
     library.moevlm_peak_read.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     for function in (library.moevlm_peak_float32, library.moevlm_peak_int8):
-        function.argtypes, function.restype = (ctypes.c_size_t,), ctypes.c_size_t
+        function.argtypes, function.restype = (ctypes.c_int, ctypes.c_size_t), ctypes.c_size_t
+    best = next(number for number in INSTRUCTION_SETS if library.moevlm_peak_float32(number, 1))
     size = min(THREAD_READ_BYTES, READ_BYTES // count // 256 * 256)
     memory = [np.ones(size, np.uint8) for _ in range(count)]
 
@@ -100,8 +101,8 @@ def measure_machine(threads: int | None = None) -> Machine:
         return size
 
     with ThreadPoolExecutor(count) as pool:
-        float32 = _best(pool, count, lambda _: library.moevlm_peak_float32(ROUNDS))
-        int8 = _best(pool, count, lambda _: library.moevlm_peak_int8(ROUNDS))
+        float32 = _best(pool, count, lambda _: library.moevlm_peak_float32(best, ROUNDS))
+        int8 = _best(pool, count, lambda _: library.moevlm_peak_int8(best, ROUNDS))
         return Machine(count, _best(pool, count, read), float32, int8)
 
 
