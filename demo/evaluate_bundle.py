@@ -41,7 +41,7 @@ def read_questions() -> list[dict]:
 def _answer(runtime: Runtime, question: dict) -> str:
     images = iter(question["images"])
     messages = [{**m, "content": _with_images(m["content"], images)} for m in question["messages"]]
-    return "".join(piece.text for piece in runtime.generate(messages, max_new_tokens=96))
+    return "".join(piece.text for piece in runtime.generate(messages, max_new_tokens=96, temperature=0))
 
 
 def _with_images(content: str | list[dict], images: Iterator[str]) -> str | list[dict]:

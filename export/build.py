@@ -22,8 +22,8 @@ from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.errors import BuildError, CheckpointError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
+from moevlm.runtime.errors import BuildError
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -71,8 +71,8 @@ def build(
             target.sizes.require(model.config, target.name)
         for pattern, count in model.left_out.items():
             note(f"left out {count} tensors {pattern}: transformers does not load them either")
-        facts = _model_facts(model, source)
-        carried = request_files(source.directory, facts)
+        carried = request_files(source.directory, model.facts())
+        facts = msgspec.structs.replace(model.facts(), eos_token_ids=carried.eos_token_ids)
         for text in carried.notes:
             note(text)
         for path, data in carried.files.items():
@@ -168,15 +168,3 @@ def _trace(model: CanonicalModel, progress: Progress) -> dict[str, ir.Model]:
     for graph in graphs.values():
         add_functions(graph)
     return graphs
-
-
-def _model_facts(model: CanonicalModel, source: Checkpoint) -> ModelFacts:
-    facts = model.facts()
-    # What generation_config.json says ends a turn is what the model was tuned for; config.json names one token.
-    eos = source.generation().get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int for i in ids):
-        raise CheckpointError(
-            f"invalid value in generation_config.json: eos_token_id = {eos!r} (a token id, or a list)"
-        )
-    return msgspec.structs.replace(facts, eos_token_ids=tuple(ids)) if ids else facts

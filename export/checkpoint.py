@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moevlm.export import side_files
-from moevlm.export.checkpoint_files import optional_json, read_json
+from moevlm.export.checkpoint_files import read_json
 from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
 from moevlm.export.safetensors_file import Stored
 from moevlm.export.shards import read_shards, some
@@ -65,10 +65,6 @@ class Checkpoint:
         """The chat template's text, from the first place that has one (see `side_files`); None if there is none."""
         found = side_files.chat_template(self.directory)
         return found.text if found else None
-
-    def generation(self) -> dict[str, Any]:
-        """generation_config.json; empty if there is none."""
-        return optional_json(self.directory, "generation_config.json")
 
     def start_hashing(self) -> None:
         """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""

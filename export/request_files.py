@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moevlm.export.checkpoint_files import optional_json
+from moevlm.export.end_tokens import end_tokens
+from moevlm.export.generation_config import GENERATION_CONFIG, sampling_defaults
 from moevlm.export.side_files import FoundPreprocessor, FoundTemplate, chat_template, preprocessor
 from moevlm.export.tokenizer_files import TokenizerFiles, tokenizer_files
 from moevlm.runtime.chat import ChatTemplate, Tokenizer
 from moevlm.runtime.errors import BundleError, CheckpointError, RequestError, shown
+from moevlm.runtime.generation_file import GENERATION
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.manifest import ModelFacts
 
@@ -26,37 +30,50 @@ _SYSTEM = [{"role": "system", "content": [{"type": "text", "text": "short answer
 
 @dataclass(frozen=True)
 class RequestFiles:
-    """files: of the bundle, by name. variables: what the chat template may use. notes: what the user should know."""
+    """files: of the bundle, by name. variables: what the chat template may use. notes: what the user should know.
+
+    eos_token_ids: tokens that end an answer, at least one.
+    """
 
     files: Mapping[str, bytes]
     variables: Mapping[str, str]
+    eos_token_ids: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
 def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
-    """Read the checkpoint's tokenizer, chat template and image preprocessing; what it has not, the bundle lacks.
+    """Read what the checkpoint says of requests and of sampling; what it has not, the bundle lacks.
 
-    Raises CheckpointError for a file that cannot be read, is not what it should be, or does not go with `model`: what
-    a request would run into is found here.
+    model: facts out of config.json. Raises CheckpointError for a file that cannot be read, is not what it should be,
+    or does not go with `model`: what a request would run into is found here.
     """
-    found = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
-    files, notes = {}, []
-    tokens, template, images = found
+    tokens, template, images = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
+    generation = optional_json(directory, GENERATION_CONFIG)
+    sampling = sampling_defaults(generation)
+    files, notes, variables = {}, list(sampling.notes), tokens.named if tokens else {}
+    tokenizer = _tokenizer(tokens, model) if tokens else None
+    named = variables.get("eos_token")
+    of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
+    ends = end_tokens(generation, model, of_tokenizer)
+    if of_tokenizer is not None and of_tokenizer not in ends:
+        notes.append(
+            f"eos_token of tokenizer_config.json, {named}, does not end an answer: eos_token_id is {list(ends)}"
+        )
     if tokens:
-        tokenizer = _tokenizer(tokens, model)
         files["tokenizer.json"] = tokens.text.encode()
     if images:
         _check_images(images, model)
         files["preprocessor.json"] = json.dumps(images.fields, indent=1).encode()
     if template:
-        variables = tokens.named if tokens else {}
         opened = _opened(template, variables)
         files["chat_template.jinja"] = template.text.encode()
         if template.others:
             notes.append(f"of the chat templates the default is taken, not {', '.join(template.others)}")
-        if tokens:
+        if tokenizer:
             notes += _try(template, opened, tokenizer, model, images is not None)
-    return RequestFiles(files, tokens.named if tokens else {}, tuple(notes))
+    if sampling.fields:
+        files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
+    return RequestFiles(files, variables, ends, tuple(notes))
 
 
 def _tokenizer(found: TokenizerFiles, model: ModelFacts) -> Tokenizer:

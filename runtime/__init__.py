@@ -4,8 +4,9 @@ runtime = moevlm.runtime.load("demo.moevlm")
 for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese: forty-two"}]):
     print(piece.text, end="")
 
-An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Images are
-pathlib.Path objects, encoded bytes or Pillow images: text never names a file. Threads may share one Runtime.
+An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Where none is given the
+model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Images are pathlib.Path objects, encoded bytes
+or Pillow images: text never names a file. Threads may share one Runtime.
 
 generate() decodes the images and returns an Answer, whose first piece encodes them and reads the prompt: an event loop
 calls both in a thread. Whoever leaves before the last piece closes the answer, which frees its cache; any thread may

@@ -50,15 +50,18 @@ class Runtime:
         chunk_tokens: int = defaults.CHUNK_TOKENS,
         built_for: TensorRTFacts | None = None,
         target: str = "",
+        sampling: SamplingParams | None = None,
     ) -> None:
         """chunk_tokens: the most prompt tokens that go through the decoder in one step. target: the engine's name.
 
+        sampling: of requests that say nothing, by default greedy.
         built_for: sizes that the engine cannot exceed. A step takes at most its chunk_tokens and max_visual, `context`
         is at most its capacity, and images with more patches than its max_patches are refused.
         """
         require_positive("chunk_tokens", chunk_tokens)
         self.model = model
         self.target = target
+        self.sampling = sampling or SamplingParams()
         self.tokenizer = tokenizer
         self.engine = engine
         self.chunk_tokens = chunk_tokens
@@ -133,13 +136,16 @@ class Runtime:
         template_options: Mapping[str, Any] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
-        """Stream the assistant's answer. Options are fields of SamplingParams, on top of `params`.
+        """Stream the assistant's answer.
+
+        params: exactly how; by default `sampling`, with which the model was released. Options are fields of
+        SamplingParams, on top: temperature=0 is greedy.
 
         template_options: see `prompt`.
         The request is checked and its images are decoded here, before the first piece is asked for: RequestError.
         max_new_tokens is cut to what the context leaves. Closing the answer, or an exception in it, frees the cache.
         """
-        chosen = _chosen(params, options)
+        chosen = _chosen(params, self.sampling, options)
         self._check_stops(chosen)
         if isinstance(messages, Prompt):
             if template_options:
@@ -234,11 +240,11 @@ class Runtime:
         return fresh, "length" if last else None
 
 
-def _chosen(params: SamplingParams | None, options: SamplingOptions) -> SamplingParams:
+def _chosen(params: SamplingParams | None, otherwise: SamplingParams, options: SamplingOptions) -> SamplingParams:
     if params is not None and not isinstance(params, SamplingParams):
         raise RequestError(f"unsupported value params = {shown(params)} (allowed: SamplingParams)")
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     for name in options:
         if name not in known:
             raise RequestError(f"unsupported option {one_line(name, 60)} (supported: {', '.join(sorted(known))})")
-    return (params or SamplingParams()).updated(options)
+    return (params or otherwise).updated(options)

@@ -10,7 +10,7 @@ from moevlm.runtime import defaults
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.limits import cache_bytes_per_token
 from moevlm.runtime.manifest import ModelFacts
-from moevlm.runtime.reports import EngineReport, InspectReport, to_json
+from moevlm.runtime.reports import EngineReport, InspectReport, SamplingReport, to_json
 
 
 @click.command(short_help="Show a bundle: model, engines, sizes, parity.")
@@ -43,10 +43,11 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
+    from moevlm.runtime.generation_file import FIELDS, bundle_sampling
     from moevlm.runtime.kernel_facts import kernels_of
     from moevlm.runtime.plan_check import plan_problems
 
-    manifest = bundle.manifest
+    manifest, sampling = bundle.manifest, bundle_sampling(bundle)
     return InspectReport(
         bundle=str(bundle.directory),
         bytes=sum(facts.size for facts in manifest.files.values()),
@@ -73,6 +74,7 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
         tools=manifest.tools,
         ignored_config=list(manifest.ignored_config),
         left_out=manifest.left_out,
+        sampling=SamplingReport(**{name: getattr(sampling, name) for name in FIELDS}),
     )
 
 
@@ -98,6 +100,7 @@ def _parameters(model: ModelFacts) -> str:
 
 def _facts(manifest: Any, report: InspectReport) -> str:
     from moevlm.runtime.console import bytes_text, table
+    from moevlm.runtime.generation_file import sampling_text
 
     model = manifest.model
     sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
@@ -107,6 +110,7 @@ def _facts(manifest: Any, report: InspectReport) -> str:
         ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
         ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
+        ("sampling", sampling_text(report.sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
         *((("left out", left_out_text(report.left_out)),) if report.left_out else ()),

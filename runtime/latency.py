@@ -17,6 +17,7 @@ from moevlm.runtime.machine import GpuMachine, Machine
 from moevlm.runtime.manifest import EngineFacts, ModelFacts
 from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.reports import LatencyReport, Limit, Seconds
+from moevlm.runtime.sampling import SamplingParams
 
 
 def random_prompt(
@@ -104,7 +105,7 @@ def _limits(
 
 def _request(runtime: Runtime, prompt: Prompt, new_tokens: int) -> tuple[float, float, float]:
     """Seconds for the image, for the prompt, and for one further token (the median of new_tokens - 1)."""
-    stream = runtime.generate(prompt, max_new_tokens=new_tokens, ignore_eos=True)
+    stream = runtime.generate(prompt, params=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     times, usage = [], None
     for piece in stream:
         times.append(perf_counter())

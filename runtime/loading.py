@@ -15,6 +15,7 @@ from moevlm.runtime.engine import Engine
 from moevlm.runtime.errors import BundleError, EngineError, RequestError, require_positive, shown
 from moevlm.runtime.file_hashes import Progress
 from moevlm.runtime.generate import Runtime
+from moevlm.runtime.generation_file import bundle_sampling
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.json_object import json_object
@@ -52,6 +53,7 @@ def load_runtime(
     if "chat_template.jinja" in files:
         template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
     images = load_images(bundle, max_image_pixels)
+    sampling = bundle_sampling(bundle)
     engine = load_engine(bundle, name, threads, spinning, progress)
     return Runtime(
         bundle.manifest.model,
@@ -62,6 +64,7 @@ def load_runtime(
         chunk_tokens=chunk_tokens,
         built_for=facts.tensorrt,
         target=name,
+        sampling=sampling,
     )
 
 

@@ -56,6 +56,16 @@ class EngineReport(msgspec.Struct, frozen=True):
     built: str = ""
 
 
+class SamplingReport(msgspec.Struct, frozen=True):
+    """What requests that say nothing start from, as `sampling.SamplingParams`. temperature: 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
     """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
 
@@ -71,6 +81,7 @@ class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
     tools: dict[str, str]
     ignored_config: list[str] = []
     left_out: dict[str, int] = {}
+    sampling: SamplingReport = SamplingReport()
 
 
 class Seconds(msgspec.Struct, frozen=True):

@@ -34,7 +34,7 @@ from moevlm.runtime.errors import RequestError
     show_default=True,
     help="The most for the answer.",
 )
-@click.option("--temperature", metavar="X", type=float, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--temperature", metavar="X", type=float, help="0 is greedy.  [default: the model's, else 0]")
 @click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
 @click.option("--top-p", metavar="X", type=float, help="Sample among the likeliest that hold this share.")
 @click.option("--min-p", metavar="X", type=float, help="Drop tokens below this share of the likeliest.")
@@ -93,21 +93,25 @@ def run(
     from moevlm.runtime.background import Background
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import notice
+    from moevlm.runtime.generation_file import bundle_sampling
     from moevlm.runtime.loading import load_runtime
-    from moevlm.runtime.sampling import SamplingParams
+    from moevlm.runtime.sampling import SamplingOptions, SamplingParams
     from moevlm.runtime.selection import select
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
     pixels = _pixels(max_image_megapixels)
-    if sampling["temperature"] == 0:
+    SamplingParams(**sampling | {"temperature": sampling["temperature"] or 1})  # before anything is opened
+    options = _template_options(template_options)
+    conversation = _conversation(prompt, images, system, messages)
+    opened = Bundle.open(bundle)
+    released = bundle_sampling(opened)
+    if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
         for name in ("top_k", "top_p", "min_p", "seed"):
             if sampling[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
-    params = SamplingParams(**sampling)
-    options = _template_options(template_options)
-    conversation = _conversation(prompt, images, system, messages)
-    name, _ = select(Bundle.open(bundle), target)
+    params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
+    name, _ = select(opened, target)
     pieces = []
     with Background() as background:
         with notice() as show:

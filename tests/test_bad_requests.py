@@ -142,9 +142,9 @@ def test_prompt_that_is_not_unicode(tiny_bundle: Path) -> None:
     [
         ("--temperature", "-1", "a number from 0 to 100"),
         ("--temperature", "nan", "a number from 0 to 100"),
-        ("--top-p", "0", "--temperature above 0"),
+        ("--top-p", "0", "a number above 0, up to 1"),
         ("--max-new-tokens", "0", "a whole number from 1"),
-        ("--seed", "-1", "--temperature above 0"),
+        ("--seed", "-1", "a whole number from 0"),
         ("--chunk-tokens", "0", "1 or more"),
         ("--stop", "", "strings of 1 to"),
         ("--threads", "0", "x>=1"),
@@ -156,6 +156,12 @@ def test_option_out_of_range(option: str, value: str, allowed: str, tiny_bundle:
     result = call("run", tiny_bundle, "--prompt", "Hi", option, value)
     assert_refused(result, allowed)
     assert name in result.err.replace("-", "_")
+
+
+@pytest.mark.parametrize("options", [["--top-k", "5"], ["--top-p", "1"], ["--min-p", ".1"], ["--seed", "0"]])
+def test_options_of_sampling_need_a_temperature(options: list[str], tiny_bundle: Path) -> None:
+    for temperature in ([], ["--temperature", "0"]):
+        refused_run(tiny_bundle, "--prompt", "Hi", *temperature, *options, words=(f"{options[0]} needs --temperature",))
 
 
 @pytest.mark.parametrize(
@@ -187,10 +193,6 @@ def test_bad_messages(content: bytes, words: tuple[str, ...], tiny_bundle: Path,
         (["run", "x", "--promt", "Hi"], ("--promt", "--prompt")),
         (["run", "x", "--prompt", "Hi", "--temperature", "hot"], ("--temperature", "'hot'")),
         (["run", "x", "--prompt", "Hi", "--logprobs", "2"], ("--logprobs needs --json",)),
-        (["run", "x", "--prompt", "Hi", "--top-k", "5"], ("--top-k needs --temperature above 0",)),
-        (["run", "x", "--prompt", "Hi", "--top-p", "1"], ("--top-p needs --temperature above 0",)),
-        (["run", "x", "--prompt", "Hi", "--temperature", "0", "--min-p", "0.1"], ("--min-p needs --temperature",)),
-        (["run", "x", "--prompt", "Hi", "--seed", "0"], ("--seed needs --temperature above 0",)),
         (["run", "x", "--prompt", "Hi", "--template-option", "thinking"], ("--template-option", "NAME=VALUE")),
         (["run", "x", "--prompt", "Hi", *["--template-option", "a=1"] * 2], ("--template-option", "a is given twice")),
         (["run", "x", "--prompt", "Hi", "--messages", "-"], ("--messages stands alone",)),

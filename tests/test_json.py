@@ -107,6 +107,12 @@ GOLDEN = {
         "tools": "object",
         "ignored_config": "array of string",
         "left_out": "object",
+        "sampling": "object",
+        "sampling.temperature": "number",
+        "sampling.top_k": "integer",
+        "sampling.top_p": "number",
+        "sampling.min_p": "number",
+        "sampling.repetition_penalty": "number",
     },
     "moevlm.parity/1": {
         "schema": "string",

@@ -52,7 +52,7 @@ def test_a_good_checkpoint_has_three_files_and_no_notes(folder: Path, model: Mod
 def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelFacts) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
         (folder / name).unlink()
-    assert request_files(folder, model) == RequestFiles({}, {}, ())
+    assert request_files(folder, model) == RequestFiles({}, {}, model.eos_token_ids, ())
 
 
 @pytest.mark.parametrize(
