@@ -23,7 +23,7 @@ from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BuildError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest
+from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")

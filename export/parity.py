@@ -16,6 +16,7 @@ from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import random_cases
 from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_checks, taps_of_prompts
 from moevlm.export.parity_report import Check, Cost, ParityReport
+from moevlm.export.parity_requests import request_checks
 from moevlm.export.quantized_checks import quantized_checks
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
@@ -69,6 +70,8 @@ def check_parity(
         prompts, limits = [case.prompt for case in cases], [engines[name].tensorrt for name in names]
         for limit in limits:
             Room.of(prompts, facts.context, limit)  # refused before any work
+        progress("comparing requests", 0, 0)
+        requests = request_checks(opened, Path(checkpoint), seed)
         progress("running transformers", 0, 0)
         oracle = Oracle(Path(checkpoint), family_for(source.config).router_suffix)
         answers = [oracle.answer(case) for case in cases]
@@ -76,7 +79,7 @@ def check_parity(
         expected = Expected(model, facts, cases, answers)
         progress("running canonical PyTorch", 0, 0)
         engine = TorchEngine(model)
-        found: list[Check] = list(checks(expected, "canonical PyTorch", engine, engine, EXACT))
+        found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, engine, EXACT)]
         expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
         del engine
         stored = {name: Storage.of(engines[name]) for name in names}

@@ -345,7 +345,7 @@ def test_export_then_build_then_parity_passes_and_is_noted(tiny_checkpoint: Path
     assert "running transformers" in proved.err
     report = decode(output.read_text(), ParityReport)
     assert report.passed
-    assert {check.step for check in report.checks} == {"canonical PyTorch", "ort-cpu"}
+    assert {check.step for check in report.checks} == {"requests", "canonical PyTorch", "ort-cpu"}
     assert decode(call("inspect", bundle, "--json").out, InspectReport).engines[0].parity == "passed"
 
 
@@ -366,6 +366,7 @@ def test_parity_exits_with_1_and_names_the_engine_that_differs(
     # Nothing of the libraries' own is among what people see.
     assert result.err.splitlines() == [
         "comparing the checkpoint with the bundle's",
+        "comparing requests",
         "running transformers",
         "running canonical PyTorch",
         "running ort-cpu",
