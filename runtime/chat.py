@@ -116,8 +116,8 @@ def _as_the_template_s(message: Mapping[str, Any]) -> dict[str, Any]:
 
     content = message["content"]
     if not isinstance(content, str):
-        content = [{**part, "type": own(part["type"])} for part in content]
-    return {"role": own(message["role"]), "content": content}
+        content = [{own(name): own(part[name]) if name == "type" else part[name] for name in part} for part in content]
+    return {own("role"): own(message["role"]), own("content"): content}
 
 
 def _mark_end(plain: list[dict[str, Any]]) -> str:

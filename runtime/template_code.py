@@ -22,7 +22,11 @@ _KNOWN = (
 
 
 class TemplateCode:
-    """A compiled template. variables: names that it reads from outside; literals: the texts written in it."""
+    """A compiled template.
+
+    variables: names that it reads from outside, without those that it sets itself and never tests for being defined.
+    literals: the texts written in it.
+    """
 
     def __init__(self, source: str, environment: Environment) -> None:
         """Raises BundleError for a template that is malformed, too large, or uses what no chat template needs."""
@@ -36,8 +40,21 @@ class TemplateCode:
             text = node.value if isinstance(node, nodes.Const) else getattr(node, "data", None)
             if isinstance(text, str):
                 self.literals.append(text)
-        self.variables = frozenset(meta.find_undeclared_variables(tree))
+        # On a tree of its own: looking for them folds constants, out of the sight of our compiler.
+        read = meta.find_undeclared_variables(environment.parse(source))
+        self.variables = frozenset(read - (_set_in(tree) - _tested_in(tree)))
         self.code: CodeType = environment.compile(tree)
+
+
+def _set_in(tree: nodes.Template) -> set[str]:
+    return {node.name for node in tree.find_all(nodes.Name) if node.ctx == "store"}
+
+
+def _tested_in(tree: nodes.Template) -> set[str]:
+    """Names whose value is asked for with care: `x is defined`, `x is undefined`, `x | default(...)`."""
+    tests = [node.node for node in tree.find_all(nodes.Test) if node.name in ("defined", "undefined")]
+    filters = [node.node for node in tree.find_all(nodes.Filter) if node.name in ("default", "d")]
+    return {node.name for node in (*tests, *filters) if isinstance(node, nodes.Name)}
 
 
 class Compiler(CodeGenerator):

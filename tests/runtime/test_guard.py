@@ -80,6 +80,8 @@ MADE = {
     "role in a token": "{% for m in messages %}{{ '<|' + 'im_start' + '|>' ~ m.role }}{{ m.content }}<|im_end|>"
     "{% endfor %}",
     "variables": "{{ start }}{% for m in messages %}{{ m.role + '\n' ~ m.content ~ end }}{% endfor %}",
+    "pairs": "{% macro tag(pairs) %}{% for pair in pairs %}{{ '<|' ~ pair[0] ~ '_' + pair[1] ~ '|>' }}{% endfor %}"
+    "{% endmacro %}{{ tag([('im', 'start'), ('im', 'end')]) }}{{ messages[0].content }}",
     "joined": "{{ ['<|im_start|>', messages[0].content, '<|im_end|>'] | join('\n') }}",
     "format": "{{ '<|%s_start|>' % 'im' }}{{ messages[0].content }}{{ '<|im_end|>' | trim }}",
     "loop": "{% for w in ['<|im_start|>', '<|im_end|>'] %}{{ w }}{{ messages[0].content if loop.first }}{% endfor %}",

@@ -26,6 +26,7 @@ HI: list[dict[str, Any]] = _text("hi")
 THINKING = (
     TEMPLATE
     + "{% if enable_thinking is defined and not enable_thinking %}no thoughts{% endif %}{{ style | default('') }}"
+    "{% for m in messages %}{% set seen = m.role %}{% endfor %}{{ '' if seen else '' }}"
 )
 ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=5)
 JSON = st.recursive(
