@@ -97,6 +97,7 @@ class Glm4vMoe(Family):
         )
 
     def _vision(self, vision: Fields) -> VisionConfig:
+        vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
         out = vision.positive("out_hidden_size")
         activation = vision.choice("hidden_act", {"silu": "silu"})
         return VisionConfig(

@@ -16,7 +16,7 @@ _COMPUTATION = (
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     *("_flash_attn_2_enabled", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict", "use_return_dict"),
-    *("output_attentions", "output_hidden_states", "output_router_logits"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "tie_last_hidden_states"),
     *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "base_model_fsdp_plan"),
 )
 # Of training alone; num_nextn_predict_layers counts layers that transformers leaves out.

@@ -86,6 +86,7 @@ class Qwen3VLMoe(Family):
         )
 
     def _vision(self, vision: Fields) -> VisionConfig:
+        vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
         hidden, merge = vision.positive("hidden_size"), vision.positive("spatial_merge_size", 2)
         positions = vision.positive("num_position_embeddings")
         if math.isqrt(positions) ** 2 != positions:

@@ -195,6 +195,38 @@ def test_fields_of_the_base_class_and_of_generation_are_harmless(model_type: str
     assert changed == parse(saved[model_type])
 
 
+# What transformers 4 wrote into every nested object, beside what the test above has.
+WRITTEN_BY_4 = {
+    "tie_word_embeddings": True,
+    "torchscript": False,
+    "pruned_heads": {},
+    "is_decoder": False,
+    "cross_attention_hidden_size": None,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "finetuning_task": None,
+    "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1},
+    "task_specific_params": None,
+    "tokenizer_class": None,
+    "prefix": None,
+    "sep_token_id": None,
+    "decoder_start_token_id": None,
+    "use_bfloat16": False,
+    "tf_legacy_loss": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "max_length": 20,
+}
+
+
+@families
+def test_nested_objects_as_transformers_4_wrote_them_are_read(model_type: str, saved: dict[str, Path]) -> None:
+    text = WRITTEN_BY_4 | {"tie_word_embeddings": False}
+    changed = parse(saved[model_type], text_config=text, vision_config=WRITTEN_BY_4)
+    assert changed == parse(saved[model_type])
+
+
 def test_number_of_layers_with_a_window_is_harmless_where_none_has_one(saved: dict[str, Path]) -> None:
     text = {"max_window_layers": 28, "use_sliding_window": False}
     assert parse(saved["qwen3_vl_moe"], text_config=text) == parse(saved["qwen3_vl_moe"])
