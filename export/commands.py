@@ -8,7 +8,7 @@ import click
 from moevlm.export.option_effects import PLANS, require_effect
 from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.cli import OutputFile, complete_target, require, require_apart
+from moevlm.runtime.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
 
 _LAYOUT = click.option(

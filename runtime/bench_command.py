@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.cli import OutputFile, complete_target, require, require_apart
+from moevlm.runtime.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.reports import BenchReport
 

@@ -1,170 +1,87 @@
-"""The `moevlm` command: a group whose commands are found by name and imported when they are called."""
+"""The `moevlm` command as a process: signals, streams, errors in one line, and the exit status.
 
-import logging
+Whatever takes a while to import is imported only where a signal is heard.
+"""
+
 import os
 import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points, version
-from pathlib import Path
-from typing import Any, NoReturn
-
-import click
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
 
 from moevlm.runtime.background import leave
 from moevlm.runtime.errors import MoevlmError
-from moevlm.runtime.installation import install_command
+from moevlm.runtime.printable import escape_unencodable, one_line
+from moevlm.runtime.stop_signals import StopSignals
 
-# The order of a newcomer's steps; commands of other packages follow.
-_ORDER = ("doctor", "export", "build", "inspect", "parity", "run", "bench")
-
-
-class _Commands(click.Group):
-    """Commands are entry points of the group moevlm.commands, so the runtime imports nothing above it."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        found = _entry_points()
-        return [name for name in _ORDER if name in found] + sorted(set(found) - set(_ORDER))
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
-        entry = _entry_points().get(name)
-        return None if entry is None else entry.load()
+_WRITERS = ("export", "build", "parity")  # what of theirs is half done is removed
 
 
-def _entry_points() -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in entry_points(group="moevlm.commands")}
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Run the command line; the exit status.
 
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(version("moevlm"), prog_name="moevlm")
-@click.option("--debug", is_flag=True, help="Show tracebacks and warnings; accepted anywhere.")
-def cli(debug: bool) -> None:  # `main` has taken --debug out of the arguments: here it only makes the help complete
-    """Deploy sparse Mixture-of-Experts vision-language models: checkpoint to verified bundle to answers."""
-
-
-def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line. A mistake of the user's is one line on standard error and exit status 2."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    debug = "--debug" in arguments
-    with _stoppable(), _quiet(debug):
-        try:
-            return cli.main([a for a in arguments if a != "--debug"], prog_name="moevlm", standalone_mode=False)
-        except click.exceptions.NoArgsIsHelpError as error:
-            error.show()
-            sys.exit(2)
-        except click.ClickException as error:
-            _fail(_click_message(error), debug)
-        except (click.Abort, KeyboardInterrupt):
-            click.echo("interrupted: nothing was left half-written", err=True)
-            leave(130)
-        except SystemExit as stop:  # of SIGTERM, among others
-            leave(stop.code)
-        except MoevlmError as error:
-            _fail(str(error), debug)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
-        except OSError as error:
-            if error.strerror is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, debug)
-
-
-def require(package: str, extra: str) -> None:
-    """Raise a usage error, naming what to install, unless `package` can be imported."""
-    from importlib.util import find_spec
-
-    if find_spec(package) is None:
-        raise click.ClickException(f"this command needs {package} ({install_command(extra)})")
-
-
-def require_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
-    """Raise a usage error if a file that will be written is one that the command reads, or lies in such a folder.
-
-    Or if two of those that will be written are one. None and "-" are no files.
+    0; 1 if parity found a mismatch, or nobody reads the output any more; 2 for a mistake of the user's, which is one
+    line on standard error; 128 and a signal's number if one ended it.
     """
-    written: list[Path] = []
-    for output in outputs:
-        if output is None or str(output) == "-":
-            continue
-        place = output.resolve()
-        for path in inputs:
-            if path is not None and place.is_relative_to(path.resolve()):
-                where = f"lies in {path}, which" if path.is_dir() else "is a file that"
-                raise click.UsageError(f"{output} {where} this command reads: choose another place")
-        if place in written:
-            raise click.UsageError(f"{output} would be written twice: choose two places")
-        written.append(place)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with StopSignals() as stop:
+        try:
+            for stream in (sys.stdout, sys.stderr):
+                escape_unencodable(stream)
+            from moevlm.runtime.command_line import run
+
+            status = run(arguments)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk is told here, or Python tells it in its own way
+        except BaseException as error:
+            if stop.status is not None:
+                if stop.status == 128 + signal.SIGINT:
+                    written = ": nothing was left half-written" if {*arguments[:2]} & {*_WRITERS} else ""
+                    _say(f"interrupted{written}")
+                leave(stop.status)
+            return _status(error, "--debug" in arguments)
+    return status
 
 
-def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
-    """The engines of the bundle that stands on the command line, for the shell's completion of --target."""
-    from moevlm.runtime.bundle import Bundle
-
-    words = [ctx.params.get("bundle"), *ctx.args]  # an option without its value ends Click's parsing
-    try:
-        engines = Bundle.open(next(filter(None, words), "")).manifest.engines
-    except MoevlmError:  # no bundle yet, or none that can be read: nothing to offer
-        return []
-    return sorted(name for name in engines if name.startswith(incomplete))
-
-
-class OutputFile(click.Path):
-    """A file to be written at the end; whether that is possible is found out at the start."""
-
-    name = "file"
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, allow_dash=True, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not os.access(path.parent, os.W_OK):
-            self.fail(f"{str(path.parent)!r} is not a directory that can be written to", param, ctx)
-        return path
-
-
-def _fail(message: str, debug: bool) -> NoReturn:
+def _status(error: BaseException, debug: bool) -> int:
+    """Say what happened; the exit status. What nobody expected is raised again."""
+    if isinstance(error, SystemExit):
+        leave(error.code)
+    if isinstance(error, OSError):
+        _drop_output()
+    if isinstance(error, BrokenPipeError):
+        return 1
+    message = _message(error)
+    if message is None:
+        raise error
     if debug:
+        import traceback
+
         traceback.print_exc()
-    click.echo("error: " + " ".join(message.splitlines()), err=True)
-    sys.exit(2)
+    _say(f"error: {one_line(message)}")
+    return 2
 
 
-def _click_message(error: click.ClickException) -> str:
-    """Click's message in our form: one line, and where to read more."""
-    message = " ".join(error.format_message().split()).removesuffix(".")
-    if message[1:2].islower():
-        message = message[0].lower() + message[1:]
-    if isinstance(error, click.UsageError) and error.ctx is not None:
-        message += f" (see {error.ctx.command_path} --help)"
-    return message
+def _message(error: BaseException) -> str | None:
+    """What to tell the user; None for an error that is not theirs."""
+    if isinstance(error, MoevlmError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "this machine has not enough memory for it"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    from moevlm.runtime.command_line import usage_message
+
+    return usage_message(error)
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """A service manager's stop is an exception like Ctrl-C's, so that half-written output is removed."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _say(line: str) -> None:
+    with suppress(OSError, ValueError):  # standard error may be closed, or full
+        print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def _quiet(debug: bool) -> Iterator[None]:
-    """Keep what libraries warn about off the screen: what matters to a user is an error, or part of the results."""
-    if debug or sys.warnoptions:
-        yield
-        return
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
+def _drop_output() -> None:
+    """What is still in the buffer cannot be written: Python would try once more at its end."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import click
 from rich.cells import cell_len
@@ -23,6 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from moevlm.runtime.errors import RequestError
+from moevlm.runtime.printable import printable
 
 _NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # with a unit, if any; or none
 _NOTICE_SECONDS = 1.0
@@ -32,15 +34,22 @@ _COUNTS = 10_000
 Show = Callable[[str, int, int], None]  # (what is being done, done, total; 0 and 0: no measure)
 
 
+class _Console(Console):
+    """Prints text of bundles and checkpoints, in which a terminal must find nothing to obey."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(part) if isinstance(part, str) else part for part in objects), **options)
+
+
 def console(stderr: bool = False) -> Console:
     """A console; progress and notes go to standard error, results to standard output."""
     # Text is printed as it is: a path may well hold [brackets].
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    return _Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> str:
     """A plain table under its title, as wide as it needs to be; columns of numbers are aligned on the right."""
-    body = [list(row) for row in rows]
+    body = [[printable(cell) for cell in row] for row in rows]
     lines = [list(columns), *body] if header else body
     widths = [max((cell_len(line[i]) for line in lines), default=0) for i in range(len(columns))]
     numeric = [bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(columns))]
@@ -88,7 +97,7 @@ def progress_bar() -> Iterator[Show]:
             if what not in tasks:
                 for earlier in tasks.values():
                     bars.update(earlier, total=1, completed=1)
-                tasks[what] = bars.add_task(what, total=total or None)
+                tasks[what] = bars.add_task(printable(what), total=total or None)
             bars.update(tasks[what], completed=done, total=total or None)
 
         yield show
@@ -104,7 +113,7 @@ def notice() -> Iterator[Show]:
     task = bars.add_task("", total=None)
 
     def show(what: str, done: int = 0, total: int = 0) -> None:
-        bars.update(task, description=what, completed=done, total=total or None)
+        bars.update(task, description=printable(what), completed=done, total=total or None)
 
     appear = threading.Timer(_NOTICE_SECONDS, bars.start)
     appear.daemon = True
@@ -121,13 +130,18 @@ def notice() -> Iterator[Show]:
             bars.stop()
 
 
+def print_json(text: str) -> None:
+    """Print JSON as UTF-8, whatever the terminal's encoding: a program reads it."""
+    click.echo(text.encode())
+
+
 def publish(shown: str, json_text: str, output: Path | None) -> None:
     """Print the results for people, and write them as JSON to `output`; with "-", print the JSON and nothing else.
 
     Raises RequestError if the file cannot be written.
     """
     if str(output) == "-":
-        click.echo(json_text)
+        print_json(json_text)
         return
     console().print(shown)
     if output is None:

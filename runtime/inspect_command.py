@@ -20,7 +20,7 @@ from moevlm.runtime.reports import EngineReport, InspectReport, SamplingReport, 
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle is: the model, its engines, sizes, and parity results."""
     from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import console, progress_bar
+    from moevlm.runtime.console import console, print_json, progress_bar
 
     opened = Bundle.open(bundle)
     if verify:
@@ -29,7 +29,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     report = _inspect_report(opened, verify)
     problems = [f"{engine.target}: {problem}" for engine in report.engines for problem in engine.problems]
     if as_json:
-        click.echo(to_json(report))
+        print_json(to_json(report))
     else:
         console().print(_facts(opened.manifest, report))
     if problems:

@@ -1,5 +1,6 @@
 """The engine protocol on ONNX Runtime's CPU provider, with KV caches that the graph updates in place."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +100,7 @@ class OrtEngine:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
         options.log_severity_level = 4  # what it says on failure is in the exception
         # ONNX Runtime wants to see the data files, and with all weights given reads none of them.
-        folder = str(graph.path.parent)
+        folder = os.fsencode(graph.path.parent)
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         try:
             if self._operators is not None:

@@ -1,6 +1,7 @@
 """`moevlm run`."""
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import click
 
 from moevlm.runtime import defaults
-from moevlm.runtime.cli import complete_target
+from moevlm.runtime.command_line import InputFile, complete_target
 from moevlm.runtime.errors import RequestError
 
 
@@ -18,9 +19,7 @@ from moevlm.runtime.errors import RequestError
 @click.option("--prompt", help="The user's text; - reads it from standard input.")
 @click.option("--image", "images", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Repeatable.")
 @click.option("--system", help="A system message.")
-@click.option(
-    "--messages", metavar="FILE", type=click.File("rb"), help="A conversation as JSON: [{role, content}, ...]."
-)
+@click.option("--messages", metavar="FILE", type=InputFile(), help="A conversation as JSON: [{role, content}, ...].")
 @click.option(
     "--target",
     shell_complete=complete_target,
@@ -92,9 +91,10 @@ def run(
     """Answer one prompt, the text streaming as it is made."""
     from moevlm.runtime.background import Background
     from moevlm.runtime.bundle import Bundle
-    from moevlm.runtime.console import notice
+    from moevlm.runtime.console import notice, print_json
     from moevlm.runtime.generation_file import bundle_sampling
     from moevlm.runtime.loading import load_runtime
+    from moevlm.runtime.printable import printable
     from moevlm.runtime.sampling import SamplingOptions, SamplingParams
     from moevlm.runtime.selection import select
 
@@ -113,6 +113,8 @@ def run(
     params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
     name, _ = select(opened, target)
     pieces = []
+    # A terminal would obey what the model writes; a file or a pipe gets it as it is.
+    shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
     with Background() as background:
         with notice() as show:
             load = partial(
@@ -131,9 +133,9 @@ def run(
             while (piece := background.call(partial(next, answer, None), answer.cancel)) is not None:
                 pieces.append(piece)
                 if not as_json:
-                    click.echo(piece.text, nl=False)  # and flushed
+                    click.echo(shown(piece.text), nl=False)  # and flushed
     if as_json:
-        click.echo(_run_report(name, pieces, params.logprobs is not None))
+        print_json(_run_report(name, pieces, params.logprobs is not None))
     else:
         click.echo()
 
@@ -172,11 +174,12 @@ def _conversation(
             raise RequestError(f"--messages is not valid JSON: {error}") from None
     if prompt is None:
         raise click.UsageError('say what to ask: --prompt "..." (and --image FILE), or --messages FILE')
-    text = _standard_input() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else _argument("--prompt", prompt)
     if not text.strip():
         raise RequestError("the prompt is empty")
     content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
-    return ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": content}]
+    said = [{"role": "system", "content": _argument("--system", system)}] if system else []
+    return [*said, {"role": "user", "content": content}]
 
 
 def _with_path(part: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +189,17 @@ def _with_path(part: dict[str, Any]) -> dict[str, Any]:
     return part
 
 
+def _argument(option: str, text: str) -> str:
+    """Text of the command line, which is UTF-8 whatever the locale takes it for. Raises RequestError."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        raise RequestError(f"{option} is not UTF-8 text") from None
+
+
 def _standard_input() -> str:
+    if sys.stdin is None:
+        raise RequestError("standard input is closed: nothing can be read from it")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")  # the newline is echo's, not the user's
     except UnicodeDecodeError as error:

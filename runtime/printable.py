@@ -1,0 +1,30 @@
+"""Text of others (a bundle's, a checkpoint's, a library's) made fit for a terminal."""
+
+import re
+from typing import TextIO
+
+MOST_CHARACTERS = 2000
+# Control characters but tab and newline; what turns the direction of writing around; halves of surrogate pairs, which
+# are the bytes of paths that are not UTF-8.
+UNFIT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """The text with every character that a terminal would obey, or cannot show, as \\x1b."""
+    return UNFIT.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+
+
+def one_line(text: str) -> str:
+    """A message as a single line of at most some thousand characters; of a longer one the middle is left out."""
+    line = " ".join(text.splitlines())
+    if len(line) > MOST_CHARACTERS:
+        head, tail = MOST_CHARACTERS * 2 // 3, MOST_CHARACTERS // 3
+        line = f"{line[:head]} [... {len(line) - head - tail} characters ...] {line[-tail:]}"
+    return printable(line)
+
+
+def escape_unencodable(stream: TextIO | None) -> None:
+    """Let a stream write characters that its encoding lacks as \\u5929, where it would raise."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
