@@ -14,6 +14,7 @@ from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.file_hashes import Progress, check_files, read_checked
 from moevlm.runtime.manifest import SCHEMA, EngineFacts, FileFacts, Manifest, digest_of
+from moevlm.runtime.manifest_limits import check_facts
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -39,12 +40,13 @@ class Bundle:
     def open(cls, path: str | Path) -> Self:
         """Read the manifest, and check every path in it and what lies under engines/.
 
-        Raises BundleError for a missing or malformed manifest, another schema version, a path that leaves the
-        bundle, an engine whose graphs are not listed, or a file under engines/ that is not listed.
+        Raises BundleError for a missing or malformed manifest, another schema version, a number that no model has, a
+        path that leaves the bundle, an engine whose graphs are not listed, or a file under engines/ that is not listed.
         """
         directory = Path(path)
         bundle = cls(directory, _read_manifest(directory))
         bundle._check_manifest()
+        check_facts(bundle.manifest)
         bundle._refuse_strangers()
         return bundle
 

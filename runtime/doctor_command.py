@@ -9,12 +9,12 @@ from moevlm.runtime.doctor import DoctorReport, examine
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
 def doctor(as_json: bool) -> None:
     """Show what this machine has, which targets it can run and build, and how to install what is missing."""
-    from moevlm.runtime.console import console
+    from moevlm.runtime.console import console, print_json
     from moevlm.runtime.reports import to_json
 
     report = examine()
     if as_json:
-        click.echo(to_json(report))
+        print_json(to_json(report))
     else:
         console().print(_text(report))
 

@@ -1,7 +1,7 @@
 """The engine protocol on ONNX Runtime's CPU provider, with KV caches that the graph updates in place."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +12,22 @@ import numpy as np
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_cache, check_step, check_vision
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.graph_check import check_decoder_graph, check_vision_graph
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
 from moevlm.runtime.onnxruntime_library import onnxruntime
 
 # Longer than from one operator, or one token, to the next. A thread that waits longer gives its core to others.
 _SPIN_MICROSECONDS = 200
+
+
+@dataclass(frozen=True)
+class _Session:
+    """inference: an InferenceSession. weights: in the memory of `file`; it has no reference of its own to them."""
+
+    inference: Any
+    weights: Mapping[str, Any]
+    file: GraphFile
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class OrtCache:
     batch: int
     capacity: int
     binding: Any
+    session: "_Session"
     held: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -57,43 +68,26 @@ class OrtEngine:
         self._operators = operators
         self._spinning = spinning
         self.files = vision, decoder
-        self._weights: list[Any] = []  # of both sessions, which keep no reference to them
-        self._vision = self._session(vision, threads)
-        self._decoder = self._session(decoder, threads)
+        self._vision: _Session | None = self._session(vision, threads)
+        self._decoder: _Session | None = self._session(decoder, threads)
         for mapped in (*vision.maps, *decoder.maps):
             mapped.forget()  # kernels that pack their weights have read them for the last time
-        inputs = self._decoder.get_inputs()
-        shapes = {value.name: value.shape for value in inputs}
-        cache_types = {value.type for value in inputs if "_cache." in value.name}
-        self._cache_dtype = np.dtype(np.int8 if cache_types == {"tensor(int8)"} else np.float32)
-        self._require_same_model(shapes)
-        self._deepstack = shapes["deepstack_embeds"][0] if "deepstack_embeds" in shapes else 0
+        check_vision_graph(self._vision.inference, model)
+        self._cache_dtype = check_decoder_graph(self._decoder.inference, model)
+        self._deepstack = model.vision.deepstack
         # A step without images still feeds one row, which no visual_index points at.
         self._no_visual = VisualFeatures(
             np.zeros((1, model.hidden), np.float32), np.zeros((self._deepstack, 1, model.hidden), np.float32)
         )
-        outputs = [value.name for value in self._decoder.get_outputs()]
+        outputs = [value.name for value in self._decoder.inference.get_outputs()]
         self._taps = [name for name in outputs if name != "logits" and "_cache_out." not in name]
-
-    def _require_same_model(self, shapes: dict[str, list[int | str]]) -> None:
-        model, cache = self._model, shapes["key_cache.0"]
-        graph = {
-            "layers": sum(name.startswith("key_cache.") for name in shapes),
-            "kv_heads": cache[1],
-            "head_dim": int(cache[3]) - self._cache_scale,
-            "hidden": shapes["visual_embeds"][1],
-            "vocabulary": self._decoder.get_outputs()[0].shape[1],
-        }
-        for name, value in graph.items():
-            if getattr(model, name) != value:
-                raise EngineError(f"the decoder graph has {name} = {value}, manifest.json says {getattr(model, name)}")
 
     @property
     def _cache_scale(self) -> int:
         """Bytes behind the values of a token and head."""
         return SCALE_BYTES if self._cache_dtype == np.int8 else 0
 
-    def _session(self, graph: GraphFile, threads: int | None) -> Any:
+    def _session(self, graph: GraphFile, threads: int | None) -> _Session:
         options = self._ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(self._spinning)))
@@ -105,29 +99,31 @@ class OrtEngine:
         try:
             if self._operators is not None:
                 options.register_custom_ops_library(str(self._operators))
-            for name, array in graph.weights.items():
-                self._weights.append(self._ort.OrtValue.ortvalue_from_numpy(array))
-                options.add_initializer(name, self._weights[-1])
-            return self._ort.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
+            weights = {name: self._ort.OrtValue.ortvalue_from_numpy(array) for name, array in graph.weights.items()}
+            for name, value in weights.items():
+                options.add_initializer(name, value)
+            inference = self._ort.InferenceSession(graph.data, options, providers=["CPUExecutionProvider"])
+            return _Session(inference, weights, graph)
         except Exception as error:
             raise EngineError(f"ONNX Runtime refused {graph.path.name}: {_first_line(error)}") from error
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for segment ids that are not in order."""
+        session = _opened(self._vision)
         check_vision(inputs)
-        self.files[0].require_whole()
         with self._running("vision", cancellation) as options:
-            outputs = self._vision.run(None, vars(inputs), options)
+            outputs = session.inference.run(None, vars(inputs), options)
         embeds = outputs[0]
         empty = np.zeros((0, *embeds.shape), np.float32)
         return VisualFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
 
     def new_cache(self, batch: int, capacity: int) -> OrtCache:
         """An empty cache of two buffers per layer: float32 [batch, kv_heads, capacity, head_dim], or int8 and wider."""
+        session = _opened(self._decoder)
         check_cache(batch, capacity)
         model = self._model
         shape = (batch, model.kv_heads, capacity, model.head_dim + self._cache_scale)
-        binding = self._decoder.io_binding()
+        binding = session.inference.io_binding()
         for name in ("logits", *self._taps):  # first, so that they lead the list of outputs
             binding.bind_output(name)
         for i in range(model.layers):
@@ -135,7 +131,7 @@ class OrtEngine:
                 buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_dtype))
                 binding.bind_ortvalue_input(f"{kind}_cache.{i}", buffer)
                 binding.bind_ortvalue_output(f"{kind}_cache_out.{i}", buffer)
-        return OrtCache(batch, capacity, binding)
+        return OrtCache(batch, capacity, binding, session)
 
     def forward(
         self, step: Step, visual: VisualFeatures | None, cache: OrtCache, cancellation: Cancellation | None = None
@@ -147,8 +143,8 @@ class OrtEngine:
         self, step: Step, visual: VisualFeatures | None, cache: OrtCache, cancellation: Cancellation | None = None
     ) -> dict[str, np.ndarray]:
         """All outputs but the caches, by name: logits, and the taps if the graph was given any."""
+        session = _opened(self._decoder)
         check_step(step, visual, cache, self._model.vocabulary)
-        self.files[1].require_whole()
         visual = visual or self._no_visual
         feeds = vars(step) | {"visual_embeds": visual.embeds}
         if self._deepstack:
@@ -157,7 +153,7 @@ class OrtEngine:
         for name in self._taps:  # again each time: a bound output keeps the last step's shape
             cache.binding.bind_output(name)
         with self._running("decoder", cancellation) as options:
-            self._decoder.run_with_iobinding(cache.binding, options)
+            session.inference.run_with_iobinding(cache.binding, options)
         outputs = {"logits": cache.held["logits"].copy()}
         if self._taps:
             values = cache.binding.get_outputs()[1 : 1 + len(self._taps)]
@@ -165,7 +161,8 @@ class OrtEngine:
         return outputs
 
     def close(self) -> None:
-        """Nothing to do: ONNX Runtime frees its sessions with the last reference to them."""
+        """Let go of the sessions; they are freed with the steps that run now and the caches. Then nothing runs."""
+        self._vision = self._decoder = None
 
     @contextmanager
     def _running(self, graph: str, cancellation: Cancellation | None) -> Iterator[Any]:
@@ -191,6 +188,14 @@ class OrtEngine:
         for name, array in feeds.items():
             held[name] = np.array(array, order="C")  # a copy: the next step writes into it
             cache.binding.bind_ortvalue_input(name, self._ort.OrtValue.ortvalue_from_numpy(held[name]))
+
+
+def _opened(session: _Session | None) -> _Session:
+    """Raises EngineError for a session that was closed, or whose weights were cut short on the disk."""
+    if session is None:
+        raise EngineError("this engine was closed")
+    session.file.require_whole()
+    return session
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
