@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, ModelConfig
+from moevlm.export.model import load
 from moevlm.export.modules.decoder import Layer
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.modules.vision import Vision
@@ -161,9 +162,7 @@ def _embedded(embedding: Weight, sequences: Sequence[Recorded]) -> list[Array]:
 def _filled(config: DecoderConfig, index: int, weights: Mapping[str, Weight]) -> Layer:
     with torch.device("meta"):
         layer = Layer(config, index).eval()
-    layer.to_empty(device="cpu")
-    for name, parameter in layer.named_parameters():
-        parameter.data.copy_(torch.from_numpy(read(weights[f"layers.{index}.{name}"])))
+    load(layer, weights, f"layers.{index}.")
     return layer
 
 

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import msgspec
+import numpy as np
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.config import ModelConfig
@@ -14,8 +16,9 @@ from moevlm.export.families import family_for
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.vision import Vision
+from moevlm.export.streaming import set_tensor
 from moevlm.export.trace import trace_decoder, trace_vision
-from moevlm.export.weights import Weight, slices
+from moevlm.export.weights import Weight, read
 from moevlm.runtime.manifest import ModelFacts
 
 
@@ -71,17 +74,15 @@ class CanonicalModel:
         idle = sum(moe.idle_parameters for moe in self.decoder.modules() if isinstance(moe, MoE))
         return msgspec.structs.replace(self.config.facts(), parameters=parameters, active_parameters=parameters - idle)
 
-    def materialize(self) -> tuple[Vision, Decoder]:
-        """Both towers with their weights in memory, float32: for parity, on models that fit."""
-        vision, decoder = _towers(self.config)
-        for module, weights in ((vision, self.vision_weights), (decoder, self.decoder_weights)):
-            module.to_empty(device="cpu")
-            for name, parameter in module.named_parameters():
-                offset, flat = 0, parameter.data.view(-1)
-                for piece in slices(weights[name]):
-                    flat[offset : offset + piece.size] = torch.from_numpy(piece.reshape(-1))
-                    offset += piece.size
-        return vision, decoder
+    def towers(self) -> tuple[Vision, Decoder]:
+        """Both modules anew, on the meta device, to be given weights by `load`."""
+        return _towers(self.config)
+
+
+def load(module: nn.Module, weights: Mapping[str, Weight], prefix: str = "") -> None:
+    """Read the parameters of a module, float32. weights: by `prefix` and the names that they have in the module."""
+    for name, _ in list(module.named_parameters()):
+        set_tensor(module, name, torch.from_numpy(read(weights[prefix + name]).astype(np.float32, copy=False)))
 
 
 def _towers(config: ModelConfig) -> tuple[Vision, Decoder]:

@@ -1,12 +1,14 @@
 """Hugging Face transformers on the same checkpoint and the same prompts: what every step is held to."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
+from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.oracle_weights import OracleWeights
 from moevlm.export.parity_cases import Case
 from moevlm.runtime.errors import CheckpointError
 
@@ -30,39 +32,76 @@ class Answer:
 
 
 class Oracle:
-    """The checkpoint in transformers, float32, attention written out. Raises CheckpointError if it does not load."""
+    """The checkpoint in transformers, float32, attention and experts written out, a layer in memory at a time.
 
-    def __init__(self, checkpoint: Path, router_suffix: str) -> None:
+    Raises CheckpointError if it does not load.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, router_suffix: str) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+        self._router_suffix = router_suffix
         try:
-            self.model = transformers.AutoModelForImageTextToText.from_pretrained(
-                checkpoint, dtype=torch.float32, attn_implementation="eager", local_files_only=True
-            ).eval()
+            config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            with torch.device("meta"):
+                self.model = transformers.AutoModelForImageTextToText.from_config(
+                    config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+                ).eval()
+            files = {name: stored.path for name, stored in checkpoint.tensors.items()}
+            self.weights = OracleWeights(self.model, files)
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"transformers cannot load {checkpoint}: {reason}") from error
-        self._routers = [m for name, m in self.model.named_modules() if name.endswith(router_suffix)]
+            raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason}") from error
 
     @torch.no_grad()
-    def answer(self, case: Case) -> Answer:
-        """Run one case alone, prompt and continuation in one pass: attention is causal, no token sees a later one."""
-        ids = torch.from_numpy(case.whole.ids)[None]
-        inputs, embeds, deepstack = {"input_ids": ids}, np.zeros((0, 0), np.float32), np.zeros((0, 0, 0), np.float32)
-        if case.grids:
-            pixels, grid = torch.from_numpy(case.patches), torch.tensor([[1, h, w] for h, w in case.grids])
-            features = self.model.model.visual(pixels, grid_thw=grid)
-            embeds = features.pooler_output.numpy()
-            levels = getattr(features, "deepstack_features", None)
-            deepstack = torch.stack(levels).numpy() if levels else deepstack
-            is_image = (ids == self.model.config.image_token_id).int()
-            inputs |= {"pixel_values": pixels, "image_grid_thw": grid, "mm_token_type_ids": is_image}
+    def answers(self, cases: list[Case], progress: Callable[[int, int], None] = lambda *_: None) -> list[Answer]:
+        """Run all cases, prompts and continuations, in one pass of the model, layer by layer; once.
+
+        Short rows are filled up with more of their last token: attention is causal, so no token sees a later one.
+        progress: called with the number of parts that ran and their total.
+        """
+        length = max(len(case.whole.ids) for case in cases)
+        filled = [np.pad(case.whole.ids, (0, length - len(case.whole.ids)), mode="edge") for case in cases]
+        ids, wanted = torch.from_numpy(np.stack(filled)), torch.zeros(len(cases), length, dtype=torch.bool)
+        for row, case in enumerate(cases):
+            wanted[row, : len(case.whole.ids)] = True
         routers: list[tuple[torch.Tensor, ...]] = []
-        hooks = [r.register_forward_hook(lambda _m, _i, out: routers.append(out)) for r in self._routers]
-        logits = self.model(**inputs, use_cache=False).logits[0].numpy()
-        for hook in hooks:
-            hook.remove()
-        size = len(case.prompt.ids)
-        routing = [index[:size].numpy() for _, _, index in routers]
-        router_logits = [scores[:size].numpy() for scores, _, _ in routers]
-        return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits)
+        features: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        for name, module in self.model.named_modules():
+            if name.endswith(self._router_suffix):
+                module.register_forward_hook(lambda _m, _i, out: routers.append(out))
+        self.model.model.visual.register_forward_hook(
+            lambda _m, _i, out: features.append((out.pooler_output, getattr(out, "deepstack_features", None) or ()))
+        )
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
+        self.weights.stream()
+        for done, part in enumerate(self.weights.parts.values()):
+            part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
+        logits = self.model(**self._inputs(ids, cases), use_cache=False).logits.numpy()
+        embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
+        deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
+        answers, row, image_row = [], 0, 0
+        for number, case in enumerate(cases):
+            size, whole = len(case.prompt.ids), len(case.whole.ids)
+            tokens = slice(number * length, number * length + size)
+            images = slice(image_row, image_row + case.prompt.image_tokens)
+            answers.append(
+                Answer(
+                    embeds=embeds.numpy()[images],
+                    deepstack=deepstack[:, images],
+                    prefill=logits[row : row + size],
+                    decode=logits[row + size : row + whole],
+                    routing=[index[tokens].numpy() for _, _, index in routers],
+                    router_logits=[scores[tokens].numpy() for scores, _, _ in routers],
+                )
+            )
+            row, image_row = row + whole, images.stop
+        return answers
+
+    def _inputs(self, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
+        inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]
+        if grids:
+            inputs["pixel_values"] = torch.from_numpy(np.concatenate([case.patches for case in cases]))
+            inputs["image_grid_thw"] = torch.tensor(grids)
+            inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        return inputs

@@ -1,7 +1,8 @@
 """Every step of the pipeline against transformers, on fresh random prompts: the first that fails is the culprit."""
 
 from collections.abc import Iterable
-from contextlib import ExitStack, closing
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import random_cases
-from moevlm.export.parity_checks import Expected, checks, hidden_states, rounding_checks, taps_of_prompts
+from moevlm.export.parity_checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
 from moevlm.export.parity_report import Check, Cost, ParityReport
 from moevlm.export.parity_requests import request_checks
 from moevlm.export.quantized_checks import quantized_checks
@@ -72,15 +73,14 @@ def check_parity(
             Room.of(prompts, facts.context, limit)  # refused before any work
         progress("comparing requests", 0, 0)
         requests = request_checks(opened, Path(checkpoint), seed)
-        progress("running transformers", 0, 0)
-        oracle = Oracle(Path(checkpoint), family_for(source.config).router_suffix)
-        answers = [oracle.answer(case) for case in cases]
+        oracle = Oracle(source, family_for(source.config).router_suffix)
+        answers = oracle.answers(cases, partial(progress, "running transformers"))
         del oracle
         expected = Expected(model, facts, cases, answers)
-        progress("running canonical PyTorch", 0, 0)
-        engine = TorchEngine(model)
-        found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, engine, EXACT)]
-        expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
+        engine = TorchEngine(model, partial(ask, expected), partial(progress, "running canonical PyTorch"))
+        taps = taps_of_prompts(expected, engine)
+        found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, taps, EXACT)]
+        expected.hidden = hidden_states(expected, taps)
         del engine
         stored = {name: Storage.of(engines[name]) for name in names}
         expected_of = {Storage(): expected}
@@ -88,8 +88,8 @@ def check_parity(
         for name, storage in stored.items():
             for needed in (storage.unrounded, storage):
                 if needed not in expected_of:
-                    progress(f"running canonical PyTorch on the weights of {name}", 0, 0)
-                    expected_of[needed] = expected_on(stored_model(model, needed), facts, cases)
+                    tell = partial(progress, f"running canonical PyTorch on the weights of {name}")
+                    expected_of[needed] = expected_on(stored_model(model, needed), facts, cases, tell)
             progress(f"running {name}", 0, 0)
             if storage.experts:
                 found += rounding_checks(name, expected_of[storage], expected_of[storage.unrounded], storage.experts)
@@ -119,15 +119,18 @@ def _checks_of_engine(
     bundle: Bundle, name: str, expected: Expected, model: CanonicalModel
 ) -> tuple[list[Check], list[Cost]]:
     """model: the canonical one that `expected` is of."""
-    entry = bundle.manifest.engines[name]
-    with ExitStack() as stack:
-        engine = stack.enter_context(closing(load_engine(bundle, name)))
-        if entry.tensorrt is not None:
-            return list(checks(expected, name, engine, None, tolerance_of(entry), entry.tensorrt)), []
-        tapped = stack.enter_context(closing(TappedEngine(bundle, name, expected.config)))
-        if entry.block_size:
+    entry, taps = bundle.manifest.engines[name], None
+    if entry.block_size and entry.tensorrt is None:
+        with (
+            closing(load_engine(bundle, name)) as engine,
+            closing(TappedEngine(bundle, name, expected.config)) as tapped,
+        ):
             return quantized_checks(expected, model, name, entry, engine, tapped)
-        return list(checks(expected, name, engine, tapped, tolerance_of(entry))), []
+    if entry.tensorrt is None:
+        with closing(TappedEngine(bundle, name, expected.config)) as tapped:
+            taps = taps_of_prompts(expected, tapped)
+    with closing(load_engine(bundle, name)) as engine:
+        return list(checks(expected, name, engine, taps, tolerance_of(entry), entry.tensorrt)), []
 
 
 def _verdicts(names: list[str], report: ParityReport) -> dict[str, Any]:

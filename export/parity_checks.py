@@ -1,7 +1,8 @@
 """What is compared in one step of the pipeline, in the order in which values arise."""
 
-from collections.abc import Iterable, Iterator
-from typing import Protocol
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from moevlm.export.parity_batches import Batches, Room
 from moevlm.export.parity_cases import Case, pack
 from moevlm.export.parity_measures import kl_divergences, relative_error, rms_error
 from moevlm.export.parity_report import Check, Flip
+from moevlm.export.taps import Tapped
 from moevlm.export.tolerances import (
     ALONE_STEPS,
     CHUNK_TOKENS,
@@ -28,14 +30,12 @@ from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 Array = np.ndarray
 
 
-class Tapped(Engine, Protocol):
-    """An engine that shows values from the inside of its last forward, by name, rows [B * S, ...].
+@dataclass(frozen=True)
+class Taps:
+    """From the inside of one prefill: rows of all prompts' tokens, by name. kernel_routes: as in `Tapped`."""
 
-    kernel_routes: it does not show its choice of experts, only the logits that it chose from.
-    """
-
-    taps: dict[str, Array]
-    kernel_routes: bool
+    values: dict[str, Array]
+    kernel_routes: bool = False
 
 
 class Expected:
@@ -79,11 +79,11 @@ def checks(
     expected: Expected,
     step: str,
     engine: Engine,
-    tapped: Tapped | None,
+    taps: Taps | None,
     tolerance: Tolerance | PlanTolerance,
     limits: TensorRTFacts | None = None,
 ) -> Iterator[Check]:
-    """All checks of one step. tapped: the same engine, or a copy; None leaves out routing and hidden states.
+    """All checks of one step. taps: of the same engine, or a copy; None leaves out routing and hidden states.
 
     limits: of an engine that was built for so much and no more.
     """
@@ -112,24 +112,46 @@ def checks(
     yield error("image features", visual.embeds, expected.embeds)
     if expected.deepstack.size:
         yield error("deepstack features", visual.deepstack, expected.deepstack)
-    if tapped is not None:
+    if taps is not None:
         assert isinstance(tolerance, Tolerance)
-        taps = taps_of_prompts(expected, tapped, visual)
-        yield _routing(expected, step, taps, tolerance, tapped.kernel_routes)
+        yield _routing(expected, step, taps, tolerance)
         if expected.hidden:
             yield _hidden(expected, step, taps, tolerance.features)
+    choices = FirstChoices()
+    for run in runs(expected, engine, visual, room):
+        yield from logits(run.quantity, run.ours, run.theirs, run.note)
+        if run.quantity in ("prefill logits", "decode logits"):
+            choices.add(run.ours, run.theirs)
+    if isinstance(tolerance, Tolerance):
+        yield choices.check(step, tolerance.logits)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Logits from one way to take the prompts through an engine, and what they should be."""
+
+    quantity: str
+    ours: Array
+    theirs: Array
+    note: str = ""
+
+
+def runs(expected: Expected, engine: Engine, visual: VisualFeatures, room: Room) -> Iterator[Run]:
+    """In one pass, in chunks and then step by step, each prompt alone. What is asked depends on no answer."""
     batch = expected.batch(engine, visual, room)
-    prefill = batch.prefill(every_position=True)
-    yield from logits("prefill logits", prefill, expected.prefill)
+    yield Run("prefill logits", batch.prefill(every_position=True), expected.prefill)
     batch = expected.batch(engine, visual, room)
-    yield from logits("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
+    yield Run("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
     steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
     note = "" if room.steps == DECODE_STEPS else f"{room.steps} steps fit into the cache"
-    yield from logits("decode logits", steps, expected.decode[: room.steps], note)
-    yield from logits("each prompt alone", *alone(expected, engine, room))
-    if isinstance(tolerance, Tolerance):
-        pairs = ((prefill, expected.prefill), (steps, expected.decode[: room.steps]))
-        yield _first_choices(step, pairs, tolerance.logits)
+    yield Run("decode logits", steps, expected.decode[: room.steps], note)
+    yield Run("each prompt alone", *alone(expected, engine, room))
+
+
+def ask(expected: Expected, tapped: Tapped) -> None:
+    """All that `taps_of_prompts` and then `checks` ask of an engine that is to know it beforehand."""
+    taps_of_prompts(expected, tapped)
+    deque(runs(expected, tapped, tapped.encode(expected.images), expected.room()), maxlen=0)
 
 
 def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: str) -> Iterator[Check]:
@@ -143,20 +165,22 @@ def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: s
     yield Check(step, f"{quantity}, 3 of 4 positions", value, limits.usual_kl, value <= limits.usual_kl)
 
 
-def taps_of_prompts(expected: Expected, tapped: Tapped, visual: VisualFeatures) -> dict[str, Array]:
+def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
     """Every tap of one prefill in one pass, prompt after prompt, without the rows of padding."""
+    visual = tapped.encode(expected.images)
     batch = Batch(tapped, expected.facts, expected.prompts, visual, expected.room().capacity)
     batch.prefill()
     valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
-    return {name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)}
+    values = {name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)}
+    return Taps(values, tapped.kernel_routes)
 
 
-def hidden_states(expected: Expected, taps: dict[str, Array]) -> list[Array]:
+def hidden_states(expected: Expected, taps: Taps) -> list[Array]:
     """Per layer [tokens, H]: the residual stream behind it."""
-    return [taps[f"layers.{i}.hidden"] for i in range(expected.facts.layers)]
+    return [taps.values[f"layers.{i}.hidden"] for i in range(expected.facts.layers)]
 
 
-def _hidden(expected: Expected, step: str, taps: dict[str, Array], limit: float) -> Check:
+def _hidden(expected: Expected, step: str, taps: Taps, limit: float) -> Check:
     """Every layer's against canonical PyTorch's, so that the first that diverges has a name."""
     pairs = zip(hidden_states(expected, taps), expected.hidden, strict=True)
     errors = [relative_error(ours, theirs) for ours, theirs in pairs]
@@ -165,18 +189,18 @@ def _hidden(expected: Expected, step: str, taps: dict[str, Array], limit: float)
     return Check(step, "hidden states", max(errors), limit, not over, note)
 
 
-def _routing(expected: Expected, step: str, taps: dict[str, Array], tolerance: Tolerance, kernel_routes: bool) -> Check:
+def _routing(expected: Expected, step: str, taps: Taps, tolerance: Tolerance) -> Check:
     """Tokens sent to another set of experts pass only at a near tie; all margins are reported."""
-    flips, total = routing_flips(expected, taps), sum(map(len, expected.routing))
+    flips, total = routing_flips(expected, taps.values), sum(map(len, expected.routing))
     widest = max((flip.margin for flip in flips), default=0.0)
-    note = f"of {total}" + (", from its logits" if kernel_routes else "")
+    note = f"of {total}" + (", from its logits" if taps.kernel_routes else "")
     if flips:
         median = np.median([flip.margin for flip in flips])
         note += f", first in layer {flips[0].layer}, widest margin {widest:.1e}, median {median:.1e}"
     return Check(step, "routings that differ", float(len(flips)), 0, widest <= tolerance.near_tie, note, flips)
 
 
-def routing_flips(expected: Expected, taps: dict[str, Array]) -> list[Flip]:
+def routing_flips(expected: Expected, taps: Mapping[str, Array]) -> list[Flip]:
     """Tokens of the prompts that went to another set of experts than in transformers, layer by layer."""
     flips: list[Flip] = []
     for sparse, layer in enumerate(expected.config.moe_layers):
@@ -212,17 +236,26 @@ def alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]
     return np.concatenate(ours), np.concatenate(theirs)
 
 
-def _first_choices(step: str, pairs: Iterable[tuple[Array, Array]], limit: float) -> Check:
-    """Counts positions whose largest logit is another one; passes where theirs are as close as `limit` allows."""
-    positions, different, widest, near = 0, 0, 0.0, float("inf")
-    for ours, theirs in pairs:
+class FirstChoices:
+    """Counts positions whose largest logit is another one than in the reference."""
+
+    def __init__(self) -> None:
+        self.positions, self.different, self.widest, self.largest = 0, 0, 0.0, float("inf")
+
+    def add(self, ours: Array, theirs: Array) -> None:
+        """Logits [..., vocabulary] of more positions."""
+        self.positions += int(np.prod(theirs.shape[:-1]))
         if ours.shape != theirs.shape:
-            return Check(step, "first choices that differ", float("inf"), 0, False, "logits of another shape")
-        chosen = np.take_along_axis(theirs, ours.argmax(-1)[..., None], -1)[..., 0]
-        gaps = theirs.max(-1) - chosen
-        positions += gaps.size
-        different += int((ours.argmax(-1) != theirs.argmax(-1)).sum())
-        widest = max(widest, float(gaps.max()))
-        near = min(near, 2 * limit * float(np.abs(theirs).max()))
-    note = f"of {positions}" + (f", widest gap between two logits {widest:.1e}" if different else "")
-    return Check(step, "first choices that differ", float(different), 0, widest <= near, note)
+            self.different, self.widest, self.largest = self.positions, float("inf"), 0.0
+            return
+        chosen = ours.argmax(-1)[..., None]
+        gaps = theirs.max(-1) - np.take_along_axis(theirs, chosen, -1)[..., 0]
+        self.different += int((chosen[..., 0] != theirs.argmax(-1)).sum())
+        self.widest = max(self.widest, float(gaps.max()))
+        self.largest = min(self.largest, float(np.abs(theirs).max()))
+
+    def check(self, step: str, limit: float) -> Check:
+        """Passes if theirs are as close there as errors of `limit`, relative to the largest logit, allow."""
+        note = f"of {self.positions}" + (f", widest gap of logits {self.widest:.1e}" if self.different else "")
+        passed = self.widest <= 2 * limit * self.largest
+        return Check(step, "first choices that differ", float(self.different), 0, passed, note)

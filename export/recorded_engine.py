@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moevlm.export.parity_checks import Tapped
 from moevlm.export.parity_measures import relative_error
+from moevlm.export.taps import Tapped
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Cache, Engine, Step, VisionInputs, VisualFeatures
 

@@ -1,5 +1,6 @@
 """Canonical PyTorch on the weights that an engine stores: what parity holds it to, where transformers has others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,9 +9,10 @@ from moevlm.export.gpu_packing import as_stored
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
 from moevlm.export.parity_cases import Case, pack
-from moevlm.export.parity_checks import Expected, hidden_states, taps_of_prompts
+from moevlm.export.parity_checks import Expected
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.export.sparsity import pruned
+from moevlm.export.taps import Tapped
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.export.weights import Weight
 from moevlm.runtime.batch import Batch, cache_capacity
@@ -61,25 +63,32 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
 
 
-def expected_on(model: CanonicalModel, facts: ModelFacts, cases: list[Case]) -> Expected:
-    """What canonical PyTorch answers, its hidden states included."""
-    engine = TorchEngine(model)
-    expected = Expected(model, facts, cases, [answer(engine, case, facts) for case in cases])
-    expected.hidden = hidden_states(expected, taps_of_prompts(expected, engine, engine.encode(expected.images)))
+def expected_on(
+    model: CanonicalModel,
+    facts: ModelFacts,
+    cases: list[Case],
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Expected:
+    """What canonical PyTorch answers, its hidden states included. progress: layers done, and their number."""
+    engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, facts) for case in cases], progress)
+    answers, hidden = zip(*(answer(engine, model, case, facts) for case in cases), strict=True)
+    expected = Expected(model, facts, cases, list(answers))
+    expected.hidden = [np.concatenate(layer) for layer in zip(*hidden, strict=True)]
     return expected
 
 
-def answer(engine: TorchEngine, case: Case, facts: ModelFacts) -> Answer:
-    """What `Oracle.answer` is for transformers: one case alone, in one pass."""
+def answer(engine: Tapped, model: CanonicalModel, case: Case, facts: ModelFacts) -> tuple[Answer, list[np.ndarray]]:
+    """What `Oracle.answers` is for transformers, of one case alone in one pass, and its hidden states, per layer."""
     images = pack([case], facts)
     visual = None if images is None else engine.encode(images)
     size, length = len(case.prompt.ids), len(case.whole.ids)
     batch = Batch(engine, facts, [case.whole], visual, cache_capacity(length, facts.context))
     logits = batch.prefill(every_position=True)
-    routing, router_logits = (
-        [engine.taps[f"layers.{i}.{name}"][:size] for i in engine.config.moe_layers]
-        for name in ("expert_index", "router_logits")
-    )
+    taps, sparse = engine.taps, model.config.moe_layers
     embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
     deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
-    return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits)
+    routing, router_logits, hidden = (
+        [taps[f"layers.{i}.{name}"][:size] for i in layers]
+        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", range(facts.layers)))
+    )
+    return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden

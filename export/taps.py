@@ -1,7 +1,8 @@
 """A shipped engine with its inside visible: the same graph and weights, with routing and hidden states as outputs."""
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import onnx
@@ -10,9 +11,21 @@ from moevlm.export.config import ModelConfig
 from moevlm.plugins import reference
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.cancellation import Cancellation
-from moevlm.runtime.engine import Cache, Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine import Cache, Engine, Step, VisionInputs, VisualFeatures
 from moevlm.runtime.loading import open_graphs, operators_for
 from moevlm.runtime.ort_engine import OrtEngine
+
+
+class Tapped(Engine, Protocol):
+    """An engine that shows values from the inside of its last forward, by name, rows [B * S, ...].
+
+    kernel_routes: it does not show its choice of experts, only the logits that it chose from.
+    """
+
+    @property
+    def taps(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def kernel_routes(self) -> bool: ...
 
 
 class TappedEngine:

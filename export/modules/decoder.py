@@ -12,6 +12,8 @@ from moevlm.export.config import AttentionConfig, DecoderConfig, MoEConfig
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, MoE, RMSNorm
 
+VisualRows = tuple[Tensor, Tensor]
+
 
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023) on a fixed-capacity cache."""
@@ -58,9 +60,19 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        x, cache = self.attend(x, cos, sin, cache, cache_position)
+        return self.feed(x), cache
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """The first half: tokens see those of their sequence."""
         y, cache = self.attention(self.attention_norm(x), cos, sin, cache, cache_position)
-        x = x + y
-        return x + self.feed_forward(self.feed_forward_norm(x)), cache
+        return x + y, cache
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The second half: every token for itself."""
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
 
 class Decoder(nn.Module):
@@ -90,16 +102,34 @@ class Decoder(nn.Module):
 
         Returns logits [N, vocabulary] and the updated caches.
         """
-        visual_index = visual_index.flatten()
-        is_visual = (visual_index >= 0).unsqueeze(-1)
-        row = visual_index.clamp(min=0)
-        x = torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids.flatten(), self.embedding))
+        visual = visual_rows(visual_index)
+        x = self.embed(input_ids, visual_embeds, visual)
         updated = []
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             x, cache = layer(x, rope_cos, rope_sin, cache, cache_position)
-            if deepstack_embeds is not None and i < self.config.deepstack:
-                x = x + torch.where(is_visual, F.embedding(row, deepstack_embeds[i]), 0.0)
-            x = ops.tap(x, f"layers.{i}.hidden")
+            x = ops.tap(self.add_deepstack(i, x, deepstack_embeds, visual), f"layers.{i}.hidden")
             updated.append(cache)
+        return self.logits(x, logits_index), updated
+
+    def embed(self, input_ids: Tensor, visual_embeds: Tensor, visual: VisualRows) -> Tensor:
+        """The residual stream before the first layer."""
+        row, is_visual = visual
+        return torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids.flatten(), self.embedding))
+
+    def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows) -> Tensor:
+        """What follows layer i: the first layers get another level of the image each (DeepStack)."""
+        if deepstack_embeds is None or i >= self.config.deepstack:
+            return x
+        row, is_visual = visual
+        return x + torch.where(is_visual, F.embedding(row, deepstack_embeds[i]), 0.0)
+
+    def logits(self, x: Tensor, logits_index: Tensor) -> Tensor:
+        """[N, vocabulary] of the rows asked for, from the residual stream behind the last layer."""
         x = self.norm(x.index_select(0, logits_index))
-        return F.linear(x, self.embedding if self.head is None else self.head), updated
+        return F.linear(x, self.embedding if self.head is None else self.head)
+
+
+def visual_rows(visual_index: Tensor) -> VisualRows:
+    """Per token the row of its visual features, 0 for text, and whether it has one: [T] and [T, 1]."""
+    visual_index = visual_index.flatten()
+    return visual_index.clamp(min=0), (visual_index >= 0).unsqueeze(-1)

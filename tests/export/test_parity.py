@@ -13,6 +13,7 @@ import pytest
 
 from moevlm.export import parity
 from moevlm.export.build import build
+from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_cases import random_cases
 from moevlm.export.parity_measures import relative_error
@@ -285,7 +286,7 @@ def test_a_checkpoint_that_transformers_reads_otherwise_fails_at_canonical_pytor
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     edit_tensors(other, lambda tensors: tensors["model.language_model.norm.weight"].mul_(1.01))
     oracle = parity.Oracle
-    monkeypatch.setattr(parity, "Oracle", lambda _, suffix: oracle(other, suffix))
+    monkeypatch.setattr(parity, "Oracle", lambda _, suffix: oracle(Checkpoint.open(other), suffix))
     report = check_parity(bundle, checkpoint)
     first = next(check for check in report.checks if not check.passed)
     assert (first.step, first.quantity) == ("canonical PyTorch", "prefill logits")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moevlm.export.parity_checks import _first_choices, _routing
+from moevlm.export.parity_checks import FirstChoices, Taps, _routing
 from moevlm.export.parity_report import Check
 from moevlm.export.tolerances import Tolerance
 from moevlm.plugins.spec import RouterSpec
@@ -22,7 +22,7 @@ def check(ours: list[list[int]], logits: list[float], theirs: list[int], bias: l
         router_logits=[np.array([logits] * len(ours), np.float32)],
         biases=[None if bias is None else np.array(bias, np.float32)],
     )
-    return _routing(expected, "engine", {"layers.3.expert_index": np.array(ours)}, TOLERANCE, kernel_routes=False)
+    return _routing(expected, "engine", Taps({"layers.3.expert_index": np.array(ours)}), TOLERANCE)
 
 
 def test_order_of_the_chosen_experts_does_not_count() -> None:
@@ -69,10 +69,15 @@ def test_margin_is_in_the_scores_that_choose_bias_included() -> None:
 )
 def test_another_first_choice_passes_at_a_near_tie_only(ours: list, different: int, passed: bool) -> None:
     theirs = np.array([[1.0, 4.0, 4.0003]], np.float32)
-    found = _first_choices("engine", [(theirs, theirs), (np.array(ours, np.float32), theirs)], 1e-4)
+    choices = FirstChoices()
+    choices.add(theirs, theirs)
+    choices.add(np.array(ours, np.float32), theirs)
+    found = choices.check("engine", 1e-4)
     assert (found.value, found.passed) == (different, passed)
     assert found.note.startswith("of 2")
 
 
 def test_first_choices_of_another_vocabulary_fail() -> None:
-    assert not _first_choices("engine", [(np.zeros((1, 3)), np.zeros((1, 4)))], 1e-4).passed
+    choices = FirstChoices()
+    choices.add(np.zeros((1, 3)), np.zeros((1, 4)))
+    assert not choices.check("engine", 1e-4).passed
