@@ -5,8 +5,8 @@ for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese
     print(piece.text, end="")
 
 An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Where none is given the
-model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Images are pathlib.Path objects, encoded bytes
-or Pillow images: text never names a file. Threads may share one Runtime.
+model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Threads may share one Runtime. Images are
+pathlib.Path objects, encoded bytes, binary files, Pillow images or arrays: text never names a file.
 
 generate() decodes the images and returns an Answer, whose first piece encodes them and reads the prompt: an event loop
 calls both in a thread. Whoever leaves before the last piece closes the answer, which frees its cache; any thread may
@@ -67,6 +67,7 @@ def load(
     spinning: bool = True,
     chunk_tokens: int = defaults.CHUNK_TOKENS,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
+    max_image_tokens: int | None = None,
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
@@ -76,12 +77,16 @@ def load(
     threads: for one operator on the CPU, by default all cores.
     spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
+    max_image_tokens: the most for an image; larger ones are resized. Without it the checkpoint's own limit holds, often
+    16,384 tokens, of which a photo from a phone takes most; a request may ask for less.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
     without that engine, and EngineError for an engine that does not load here.
     """
     from moevlm.runtime.loading import load_runtime
 
-    return load_runtime(path, target, threads, spinning, chunk_tokens, max_image_pixels)
+    return load_runtime(
+        path, target, threads, spinning, chunk_tokens, max_image_pixels, max_image_tokens=max_image_tokens
+    )
 
 
 def __dir__() -> list[str]:

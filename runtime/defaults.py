@@ -6,3 +6,4 @@ KV_CACHE = "int8"  # no answer of the demo changes, and it is a quarter of the b
 MAX_NEW_TOKENS = 256
 CHUNK_TOKENS = 512  # the most prompt tokens in one step
 MAX_IMAGE_PIXELS = 50_000_000
+LARGE_IMAGE_TOKENS = 2048  # an image of more is told on a terminal before it is encoded

@@ -19,7 +19,7 @@ from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.errors import BundleError, RequestError, one_line, require_positive, shown
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.messages import Message
-from moevlm.runtime.prompt import Prompt, PromptBuilder
+from moevlm.runtime.prompt import SMALLER_IMAGES, Prompt, PromptBuilder
 from moevlm.runtime.sampling import Sampler, SamplingOptions, SamplingParams
 from moevlm.runtime.tokenizer import Tokenizer
 
@@ -75,17 +75,23 @@ class Runtime:
         self._images = images
         self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
 
-    def prompt(self, messages: Sequence[Message], template_options: Mapping[str, Any] | None = None) -> Prompt:
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        template_options: Mapping[str, Any] | None = None,
+        max_image_tokens: int | None = None,
+    ) -> Prompt:
         """Messages as the decoder takes them, images decoded and resized.
 
         A last message of the assistant is continued. template_options: JSON values for variables of the chat template,
-        such as {"enable_thinking": False}; one that the template does not read is refused.
+        such as {"enable_thinking": False}; one that the template does not read is refused. max_image_tokens: the most
+        for an image; larger ones are resized as the model's processor does it.
         Raises RequestError, and BundleError if there is no tokenizer or no template.
         """
         if self._prompts is None:
             missing = "chat_template.jinja" if self.tokenizer else "tokenizer.json"
             raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
-        return self._prompts.build(messages, template_options or {})
+        return self._prompts.build(messages, template_options or {}, max_image_tokens)
 
     def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> VisualFeatures | None:
         """Features of all images of all prompts, in order; None without images. Raises Cancelled."""
@@ -134,6 +140,7 @@ class Runtime:
         *,
         params: SamplingParams | None = None,
         template_options: Mapping[str, Any] | None = None,
+        max_image_tokens: int | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Stream the assistant's answer.
@@ -141,24 +148,27 @@ class Runtime:
         params: exactly how; by default `sampling`, with which the model was released. Options are fields of
         SamplingParams, on top: temperature=0 is greedy.
 
-        template_options: see `prompt`.
+        template_options, max_image_tokens: see `prompt`.
         The request is checked and its images are decoded here, before the first piece is asked for: RequestError.
         max_new_tokens is cut to what the context leaves. Closing the answer, or an exception in it, frees the cache.
         """
         chosen = _chosen(params, self.sampling, options)
         self._check_stops(chosen)
         if isinstance(messages, Prompt):
-            if template_options:
-                raise RequestError("template_options have no effect on a prompt that is ready (allowed: with messages)")
+            for name, value in (("template_options", template_options), ("max_image_tokens", max_image_tokens)):
+                if value:
+                    raise RequestError(f"{name} has no effect on a prompt that is ready (allowed: with messages)")
             prompt = messages
         else:
-            prompt = self.prompt(messages, template_options)
+            prompt = self.prompt(messages, template_options, max_image_tokens)
         self._check_images(prompt)
         room = self.context - len(prompt.ids)
         if room < 1:
             whose = "model" if self.context == self.model.context else "engine"
+            remedy = f" ({SMALLER_IMAGES})" if prompt.image_tokens else ""
             raise RequestError(
                 f"the prompt has {len(prompt.ids)} tokens and leaves no room in the {whose}'s context of {self.context}"
+                f"{remedy}"
             )
         meter, cancellation = Meter(len(prompt.ids), prompt.image_tokens), Cancellation()
         stream = self._stream(prompt, chosen, min(chosen.max_new_tokens, room), meter, cancellation)
@@ -182,8 +192,8 @@ class Runtime:
             patches = math.prod(self._images.grid(image))
             if patches > self._max_patches:
                 raise RequestError(
-                    f"image {number} has {patches} patches, the engine was built for up to {self._max_patches}: "
-                    "make it smaller"
+                    f"image {number} has {patches} patches, the engine was built for up to {self._max_patches} "
+                    f"({SMALLER_IMAGES}: at most {self._max_patches // self.model.vision.merge_size**2} here)"
                 )
 
     def close(self) -> None:

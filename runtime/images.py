@@ -6,7 +6,6 @@ Numerically the Qwen2-VL and GLM-4V image processors of Hugging Face transformer
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -16,6 +15,7 @@ from moevlm.runtime import defaults
 from moevlm.runtime.engine import VisionInputs
 from moevlm.runtime.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.image_file import open_encoded
+from moevlm.runtime.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
 from moevlm.runtime.image_pixels import upright_rgb
 from moevlm.runtime.image_source import ImageSource, read_source
 from moevlm.runtime.manifest import VisionFacts
@@ -42,22 +42,6 @@ _WITHOUT_EFFECT = {
     *("processor_class", "feature_extractor_type", "auto_map", "transformers_version", "default_to_square"),
     *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length"),
 }
-
-
-@dataclass(frozen=True)
-class ImageLimits:
-    """How large an image becomes; None: as the checkpoint says.
-
-    min_pixels, max_pixels: area of the resized image, where the processor's own limits are replaced. GLM-4V's
-    longest_edge is temporal_patch_size times as much. max_tokens: the most that the image may take of the context.
-    """
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_tokens: int | None = None
-
-
-NO_LIMITS = ImageLimits()
 
 
 class ImageProcessor:
@@ -183,6 +167,8 @@ class ImageProcessor:
             longest = frames * limits.max_pixels
         if (most := self._most_tokens(limits)) is not None:
             longest = min(longest, most * least)
+        if limits.low_detail:
+            longest = max(least, min(longest, frames * LOW_DETAIL_PIXELS))
         if limits.min_pixels is None:  # nothing is enlarged only to be too large
             return shortest if shortest <= longest else least, longest
         if frames * limits.min_pixels > longest:

@@ -36,11 +36,14 @@ def load_runtime(
     chunk_tokens: int = defaults.CHUNK_TOKENS,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     progress: Progress | None = None,
+    max_image_tokens: int | None = None,
 ) -> Runtime:
     """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
     require_cores(threads)
     require_positive("chunk_tokens", chunk_tokens)
     require_positive("max_image_pixels", max_image_pixels)
+    if max_image_tokens is not None:
+        require_positive("max_image_tokens", max_image_tokens)
     if not isinstance(spinning, bool):
         raise RequestError(f"unsupported value spinning = {shown(spinning)} (allowed: true or false)")
     if target is not None and not isinstance(target, str):
@@ -52,7 +55,7 @@ def load_runtime(
     template = None
     if "chat_template.jinja" in files:
         template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
-    images = load_images(bundle, max_image_pixels)
+    images = load_images(bundle, max_image_pixels, max_image_tokens)
     sampling = bundle_sampling(bundle)
     engine = load_engine(bundle, name, threads, spinning, progress)
     return Runtime(
@@ -153,12 +156,14 @@ def operators_for(engine: EngineFacts) -> Path | None:
     return operators_path()
 
 
-def load_images(bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS) -> ImageProcessor | None:
+def load_images(
+    bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS, max_tokens: int | None = None
+) -> ImageProcessor | None:
     """The bundle's image preprocessing; None if its checkpoint came without. Raises BundleError."""
     if "preprocessor.json" not in bundle.manifest.files:
         return None
     preprocessor = json_object(bundle.read_text("preprocessor.json"), "preprocessor.json", BundleError)
-    return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels)
+    return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels, max_tokens)
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

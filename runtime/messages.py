@@ -5,18 +5,28 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from moevlm.runtime.errors import RequestError, one_line, shown
+from moevlm.runtime.image_limits import ImageLimits
 
 Message = Mapping[str, Any]
 ROLES = ("assistant", "system", "user")
 MAX_CHARACTERS = 1 << 22  # of all texts of a request
 _PART_FIELDS = {
-    "image": ("type", "image"),
-    "image_url": ("type", "image_url"),
+    "image": ("type", "image", "min_pixels", "max_pixels"),
+    "image_url": ("type", "image_url", "min_pixels", "max_pixels"),
     "text": ("type", "text"),
 }
+
+
+@dataclass(frozen=True)
+class GivenImage:
+    """An image of a request: what its part holds, or the bytes of its data: URI, and how large it may become."""
+
+    source: Any
+    limits: ImageLimits
 
 
 def plain_messages(messages: Sequence[Message], most: int = MAX_CHARACTERS) -> list[dict[str, Any]]:
@@ -51,23 +61,29 @@ def texts_of(content: str | list[dict[str, str]]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
-def images_of(messages: Sequence[Message]) -> list[Any]:
-    """Images in the order of their placeholders: what an "image" part holds, or the bytes of an "image_url" part.
+def images_of(messages: Sequence[Message]) -> list[GivenImage]:
+    """Images in the order of their placeholders.
 
     messages: checked by `plain_messages`. A URL must be a data: URI. Nothing is fetched, and no text from a URL is
-    ever taken for a file's name.
+    ever taken for a file's name. A detail of "low" allows an image the pixels of 512 x 512; "high" and "auto" change
+    nothing.
     """
     images = []
     for i, message in enumerate(messages):
         content = message.get("content")
         for j, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
             where = f"messages[{i}].content[{j}]"
+            if part["type"] == "text":
+                continue
+            low = False
             if part["type"] == "image":
-                if part.get("image") is None:
+                source = part.get("image")
+                if source is None:
                     raise RequestError(f"{where}.image is missing")
-                images.append(part["image"])
-            elif part["type"] == "image_url":
-                images.append(_data_uri(part.get("image_url"), f"{where}.image_url"))
+            else:
+                source, low = _data_uri(part.get("image_url"), f"{where}.image_url")
+            limits = ImageLimits(part.get("min_pixels"), part.get("max_pixels"), low_detail=low)
+            images.append(GivenImage(source, limits))
     return images
 
 
@@ -118,16 +134,20 @@ def _plain_text(text: object, where: str) -> str:
         raise RequestError(f"{where} is not Unicode text: lone surrogate at character {error.start}") from error
 
 
-def _data_uri(value: object, where: str) -> bytes:
+def _data_uri(value: object, where: str) -> tuple[bytes, bool]:
+    """The bytes, and whether few details are enough."""
     if isinstance(value, Mapping):
-        _require_fields(value, ("url",), where)
+        _require_fields(value, ("url", "detail"), where)
     url = value.get("url") if isinstance(value, Mapping) else value
+    detail = value.get("detail") if isinstance(value, Mapping) else None
     if not isinstance(url, str):
         raise RequestError(f"{where}.url is missing")
+    if detail is not None and not (isinstance(detail, str) and detail in ("low", "high", "auto")):
+        raise RequestError(f"unsupported value {where}.detail = {shown(detail)} (supported: auto, high, low)")
     head, comma, body = url.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
         raise RequestError(f"unsupported value {where}.url = {shown(url)} (supported: data:image/...;base64,...)")
     try:
-        return base64.b64decode(body, validate=True)
+        return base64.b64decode(body, validate=True), detail == "low"
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{where}.url is not base64: {one_line(error)}") from error

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moevlm.runtime.chat import NOTHING, ChatTemplate
-from moevlm.runtime.errors import BundleError, RequestError, shown
+from moevlm.runtime.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.guard import ControlGuard
 from moevlm.runtime.manifest import ModelFacts
-from moevlm.runtime.messages import Message, images_of, plain_messages, texts_of
+from moevlm.runtime.messages import GivenImage, Message, images_of, plain_messages, texts_of
 from moevlm.runtime.positions import rope_positions
 from moevlm.runtime.tokenizer import Tokenizer
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from moevlm.runtime.images import ImageProcessor
 
 Grid = tuple[int, int]
+
 MAX_SIDE = 1 << 20  # patches; products of two such fit into int64
+
+SMALLER_IMAGES = "max_image_tokens makes images smaller"
 
 
 @dataclass(frozen=True)
@@ -85,37 +88,41 @@ class PromptBuilder:
             },
         )
 
-    def build(self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING) -> Prompt:
-        """options: variables of the chat template.
+    def build(
+        self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING, max_image_tokens: int | None = None
+    ) -> Prompt:
+        """options: variables of the chat template. max_image_tokens: the most for an image; larger ones are reduced.
 
         Raises RequestError for messages, images or lengths that the model cannot take.
         """
+        if max_image_tokens is not None:
+            require_positive("max_image_tokens", max_image_tokens)
         plain_messages(messages, self._model.context)  # so that images_of meets messages in good order
-        given = images_of(messages)
+        given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in images_of(messages)]
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
         ids = self.prompt_ids(messages, self._image_token_counts(given), options)
-        _require_room(len(ids), self._model)
+        _require_room(len(ids), self._model, bool(given))
         images: list[Image] = []
         grids: list[Grid] = []
         if self._images is not None:
-            for source in given:
-                images.append(self._images.fit(self._images.open(source)))
+            for one in given:
+                images.append(self._images.fit(self._images.open(one.source), one.limits))
                 grids.append(self._images.grid(images[-1]))
         return Prompt.from_ids(ids, grids, self._model, images)
 
-    def _image_token_counts(self, images: Sequence[Any]) -> list[int]:
+    def _image_token_counts(self, images: Sequence[GivenImage]) -> list[int]:
         counts: list[int] = []
         total = 0
         if self._images is not None:
             for image in images:
-                counts.append(self._images.tokens(image))
+                counts.append(self._images.tokens(image.source, image.limits))
                 total += counts[-1]
                 if total > self._model.context:
                     raise RequestError(
                         f"the first {len(counts)} of the prompt's {len(images)} images have {total} tokens, "
-                        f"the model's context {self._model.context}"
+                        f"the model's context {self._model.context} ({SMALLER_IMAGES})"
                     )
         return counts
 
@@ -177,9 +184,10 @@ def _check_grids(grids: Sequence[Grid], model: ModelFacts) -> None:
             raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: (h, w), multiples of {merge})")
 
 
-def _require_room(tokens: int, model: ModelFacts) -> None:
+def _require_room(tokens: int, model: ModelFacts, images: bool = False) -> None:
     if tokens > model.context:
-        raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}")
+        remedy = f" ({SMALLER_IMAGES})" if images else ""
+        raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}{remedy}")
 
 
 def _has_content(content: str | list[dict[str, str]]) -> bool:

@@ -3,15 +3,21 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.command_line import InputFile, complete_target
 from moevlm.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from moevlm.runtime.manifest import VisionFacts
 
 
 @click.command()
@@ -72,6 +78,12 @@ from moevlm.runtime.errors import RequestError
     show_default=True,
     help="Larger images are refused.",
 )
+@click.option(
+    "--max-image-tokens",
+    metavar="N",
+    type=int,
+    help="Larger images are made smaller.  [default: the checkpoint's own limit]",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(
     bundle: Path,
@@ -85,6 +97,7 @@ def run(
     spinning: bool,
     chunk_tokens: int,
     max_image_megapixels: float,
+    max_image_tokens: int | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -100,6 +113,8 @@ def run(
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
+    if max_image_tokens is not None and not images and messages is None:
+        raise click.UsageError("--max-image-tokens needs an image: --image FILE")
     pixels = _pixels(max_image_megapixels)
     SamplingParams(**sampling | {"temperature": sampling["temperature"] or 1})  # before anything is opened
     options = _template_options(template_options)
@@ -129,7 +144,10 @@ def run(
             )
             runtime = background.call(load)
         with runtime:
-            answer = background.call(partial(runtime.generate, conversation, params=params, template_options=options))
+            request = background.call(partial(runtime.prompt, conversation, options, max_image_tokens))
+            answer = background.call(partial(runtime.generate, request, params=params))
+            _tell_large_images(request.images, runtime.model.vision)
+            del request  # and the images in it
             while (piece := background.call(partial(next, answer, None), answer.cancel)) is not None:
                 pieces.append(piece)
                 if not as_json:
@@ -138,6 +156,18 @@ def run(
         print_json(_run_report(name, pieces, params.logprobs is not None))
     else:
         click.echo()
+
+
+def _tell_large_images(images: Sequence["Image"], vision: "VisionFacts") -> None:
+    """On a terminal, before they are encoded: it may take long, and how to make it short."""
+    from moevlm.runtime.console import console
+
+    terminal = console(stderr=True)
+    for number, image in enumerate(images, 1) if terminal.is_terminal else ():
+        tokens = image.width * image.height // (vision.patch_size * vision.merge_size) ** 2
+        if tokens > defaults.LARGE_IMAGE_TOKENS:
+            size = f"{image.width} x {image.height} pixels, {tokens} tokens"
+            terminal.print(f"image {number} is read at {size}; --max-image-tokens N makes it smaller")
 
 
 def _template_options(words: tuple[str, ...]) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def test_file_that_is_no_usable_image(
 def test_image_that_does_not_exist(tiny_bundle: Path, tmp_path: Path) -> None:
     refused_run(tiny_bundle, "--prompt", "Hi", "--image", tmp_path / "no.png", words=("no.png", "does not exist"))
     refused_run(tiny_bundle, "--prompt", "Hi", "--image", tmp_path, words=(str(tmp_path), "is not a file"))
+    refused_run(tiny_bundle, "--prompt", "Hi", "--image", "http://x/a.png", words=("URLs are not fetched",))
+    refused_run(tiny_bundle, "--prompt", "Hi", "--image", "x" * 300, words=("File name too long",))
+    uri = b'[{"role": "user", "content": [{"type": "image", "image": "data:image/png;base64,%s"}]}]' % (b"A" * 10**5)
+    refused_run(tiny_bundle, "--messages", "-", stdin=uri, words=("is a data URI, not a file", "image_url"))
 
 
 def test_image_of_100_megapixels_needs_a_higher_limit(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -77,6 +81,7 @@ def test_image_of_100_megapixels_needs_a_higher_limit(tiny_bundle: Path, tmp_pat
     [
         *(("chunk_tokens", value) for value in (0, True, "8")),
         *(("max_image_pixels", value) for value in (0, 1e6, None)),
+        *(("max_image_tokens", value) for value in (0, 2.5, "8")),
         *(("threads", value) for value in (0, True, 1.0, len(os.sched_getaffinity(0)) + 1)),
     ],
 )
@@ -196,6 +201,7 @@ def test_bad_messages(content: bytes, words: tuple[str, ...], tiny_bundle: Path,
         (["run", "x", "--prompt", "Hi", "--template-option", "thinking"], ("--template-option", "NAME=VALUE")),
         (["run", "x", "--prompt", "Hi", *["--template-option", "a=1"] * 2], ("--template-option", "a is given twice")),
         (["run", "x", "--prompt", "Hi", "--messages", "-"], ("--messages stands alone",)),
+        (["run", "x", "--prompt", "Hi", "--max-image-tokens", "5"], ("--max-image-tokens needs an image",)),
         (["run", "x", "--messages", "nowhere.json"], ("--messages", "'nowhere.json'")),
         (["build", "x"], ("CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT",)),
         (["build", "x", "-o", "y", "--checkpoint", "z"], ("either CHECKPOINT -o BUNDLE",)),

@@ -178,6 +178,20 @@ def test_two_images_count_twice_and_their_order_matters(tiny_bundle: Path, image
     assert both.logprobs != swapped.logprobs
 
 
+def test_image_tokens_are_limited_on_request(tiny_bundle: Path, images: list[Path], tmp_path: Path) -> None:
+    def tokens(*options: str | Path) -> int:
+        result = call("run", tiny_bundle, *options, "--max-new-tokens", "1", "--json")
+        assert result.status == 0, result.err
+        return int(json.loads(result.out)["image_tokens"])
+
+    arguments = ("--prompt", "Hi", "--image", images[0])
+    assert tokens(*arguments) > 4 >= tokens(*arguments, "--max-image-tokens", "4") > 0
+    part = {"type": "image", "image": str(images[0]), "min_pixels": 64, "max_pixels": 256}
+    path = tmp_path / "messages.json"
+    path.write_text(json.dumps([{"role": "user", "content": [part, {"type": "text", "text": "Hi"}]}]))
+    assert 0 < tokens("--messages", path) <= 4
+
+
 def test_system_message_is_part_of_the_prompt(tiny_bundle: Path) -> None:
     plain, told = run(tiny_bundle, "--prompt", "Hi"), run(tiny_bundle, "--prompt", "Hi", "--system", "Be brief.")
     assert told.prompt_tokens > plain.prompt_tokens

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,8 @@ from moevlm.runtime.generate import Runtime
 from moevlm.runtime.manifest import VisionFacts
 from moevlm.runtime.vision_inputs import pack_grids
 from tests.runtime.test_generate import TWO_IMAGES, ToyEngine, _ids, _runtime, _text
+
+ROOT = Path(__file__).parents[2]
 
 
 class Hooked(ToyEngine):
@@ -153,6 +158,41 @@ def test_cancelling_one_request_leaves_others_alone() -> None:
     ids = [*next(one).token_ids, *next(other).token_ids][1:]
     one.cancel()
     assert ids + _ids(list(other)) == expected
+
+
+def example() -> dict[str, Any]:
+    """The functions that docs/requests.md shows for a service."""
+    code = re.search(r"```python\n(import asyncio\n.*?)```", (ROOT / "docs/requests.md").read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    return names
+
+
+def test_a_client_that_leaves_ends_the_step_that_runs() -> None:
+    engine = Waiting()
+
+    async def served() -> None:
+        async def read() -> None:
+            async for _ in await example()["respond"](_runtime(engine), _text("hi")):
+                pass
+
+        client = asyncio.create_task(read())
+        assert await asyncio.to_thread(engine.entered.wait, 60)
+        client.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await client
+
+    asyncio.run(served())  # waits for its threads
+    assert is_free(engine)
+
+
+def test_the_documented_lines_for_a_service_give_the_whole_answer() -> None:
+    async def served() -> str:
+        return "".join([text async for text in await example()["respond"](_runtime(), _text("hi"))])
+
+    expected = "".join(piece.text for piece in _runtime().generate(_text("hi")))
+    assert asyncio.run(served()) == expected != ""
 
 
 # ONNX Runtime.

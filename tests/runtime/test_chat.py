@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.errors import BundleError, RequestError
+from moevlm.runtime.image_limits import ImageLimits
 from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
 from moevlm.runtime.messages import images_of
 from moevlm.runtime.prompt import PromptBuilder
@@ -250,7 +251,7 @@ def test_images_come_in_order_from_all_turns_and_both_spellings():
         {"role": "assistant", "content": "yes"},
         *_user({"type": "image", "image": b"JPEG"}),
     ]
-    assert images_of(messages) == [Path("cat.png"), b"PNG...", b"JPEG"]
+    assert [image.source for image in images_of(messages)] == [Path("cat.png"), b"PNG...", b"JPEG"]
     assert ChatTemplate(PLAIN).render(messages).count("<|image_pad|>") == 3
 
 
@@ -274,6 +275,33 @@ def test_urls_other_than_inline_images_are_refused(url):
 def test_image_part_without_an_image_is_refused():
     with pytest.raises(RequestError, match=r"messages\[0\].content\[1\].image is missing"):
         images_of(_user("a", {"type": "image"}))
+
+
+def test_limits_of_an_image_part_are_kept_and_others_are_refused():
+    url = "data:image/png;base64,AAAA"
+    messages = _user(
+        {"type": "image", "image": b"A", "min_pixels": 5, "max_pixels": 9},
+        {"type": "image_url", "image_url": {"url": url, "detail": "low"}, "max_pixels": 7},
+        *({"type": "image_url", "image_url": {"url": url, "detail": detail}} for detail in ("high", "auto", None)),
+    )
+    assert [image.limits for image in images_of(messages)] == [
+        ImageLimits(min_pixels=5, max_pixels=9),
+        ImageLimits(max_pixels=7, low_detail=True),
+        *[ImageLimits()] * 3,
+    ]
+    for part, words in (
+        ({"type": "image", "image": b"A", "max_pixel": 9}, "content[0].max_pixel (supported: image, max_pixels, min_p"),
+        ({"type": "image", "image": b"A", "detail": "low"}, "content[0].detail"),
+        ({"type": "text", "text": "a", "max_pixels": 9}, "content[0].max_pixels"),
+        (
+            {"type": "image_url", "image_url": {"url": url, "detail": "medium"}},
+            "detail = 'medium' (supported: auto, ",
+        ),
+        ({"type": "image_url", "image_url": {"url": url, "detail": ["low"]}}, "detail = ['low']"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            _builder().build(_user(part))
+        assert words in str(caught.value)
 
 
 def test_template_sees_no_image_object():

@@ -414,11 +414,31 @@ def test_too_long_or_empty_prompt_is_refused_before_any_work():
 def test_too_many_images_are_refused_before_any_is_decoded(monkeypatch):
     monkeypatch.setattr(ImageProcessor, "open", lambda *_: pytest.fail("decoded"))
     picture = {"type": "image", "image": _picture(64, 64, 1)}  # 64 tokens
-    with pytest.raises(RequestError, match=rf"the first 4 of the prompt's 5 images have 256 tokens, .* {CONTEXT}$"):
+    remedy = r"\(max_image_tokens makes images smaller\)$"
+    with pytest.raises(RequestError, match=rf"first 4 of the prompt's 5 images have 256 tokens, .* {CONTEXT} {remedy}"):
         _runtime().generate([{"role": "user", "content": [picture] * 5}])
     text = {"type": "text", "text": "x" * 100}
-    with pytest.raises(RequestError, match=rf"^the prompt has 3\d\d tokens, the model's context {CONTEXT}$"):
+    with pytest.raises(RequestError, match=rf"^the prompt has 3\d\d tokens, the model's context {CONTEXT} {remedy}"):
         _runtime().generate([{"role": "user", "content": [*[picture] * 3, text]}])
+
+
+def test_images_are_made_smaller_on_request():
+    runtime = _runtime()
+    picture = {"type": "image", "image": _picture(64, 64, 1)}
+    small = {"type": "image", "image": _picture(24, 16, 1)}
+    sized = {**picture, "max_pixels": 5 * 64}
+    messages = [{"role": "user", "content": [*[picture] * 5, small, sized]}]
+    prompt = runtime.prompt(messages, max_image_tokens=9)
+    assert [image.size for image in prompt.images] == [(24, 24)] * 5 + [(24, 16), (16, 16)]
+    assert prompt.image_tokens == 5 * 9 + 6 + 4
+    assert runtime.generate(messages, max_image_tokens=9).usage.image_tokens == prompt.image_tokens
+    loaded = ImageProcessor(PREPROCESSOR, MODEL.vision, max_tokens=9)
+    limited = Runtime(MODEL, TOKENIZER, ChatTemplate(TEMPLATE), ToyEngine(), loaded)
+    np.testing.assert_array_equal(limited.prompt(messages).ids, prompt.ids)
+    with pytest.raises(RequestError, match=r"^unsupported value max_image_tokens = 0 \(allowed: a whole number"):
+        runtime.generate(_text("hi"), max_image_tokens=0)
+    with pytest.raises(RequestError, match="max_image_tokens has no effect on a prompt that is ready"):
+        runtime.generate(prompt, max_image_tokens=5)
 
 
 def test_prompt_keeps_resized_images_only_and_generation_none():

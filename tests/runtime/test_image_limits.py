@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from moevlm.runtime.errors import RequestError
-from moevlm.runtime.images import ImageLimits, ImageProcessor
+from moevlm.runtime.image_limits import ImageLimits
+from moevlm.runtime.images import ImageProcessor
 from tests.runtime.test_images import CHINA, CONFIGS, FLOWER, ORACLES, PNG, VISION, crop, processor
 
 BLOCK = {kind: 2 * config["patch_size"] for kind, config in CONFIGS.items()}
@@ -71,6 +72,15 @@ def test_a_limit_larger_than_the_image_changes_nothing() -> None:
     np.testing.assert_array_equal(
         packed("qwen", image, ImageLimits(max_tokens=10**9)), packed("qwen", image, ImageLimits())
     )
+
+
+def test_low_detail_reduces_to_512_by_512_pixels_and_enlarges_nothing() -> None:
+    large = {"size": {"shortest_edge": 4096, "longest_edge": 4096 * 4096}}
+    for size, tokens in (((4000, 3000), 18 * 13), ((4000, 100), 101 * 2), ((512, 512), 256), ((320, 320), 100)):
+        assert processor(**large).tokens(Image.new("RGB", size), ImageLimits(low_detail=True)) == tokens
+    assert processor().tokens(CHINA, ImageLimits(low_detail=True)) == processor().tokens(CHINA)
+    least = ImageLimits(max_pixels=1024, low_detail=True)
+    assert processor(**large).tokens(CHINA, least) == 1
 
 
 def test_an_elongated_image_that_cannot_be_made_so_small_is_refused() -> None:
