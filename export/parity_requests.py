@@ -5,6 +5,7 @@ are put together here as `ProcessorMixin.apply_chat_template` does.
 """
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import tokenizers
 import transformers
 from PIL import Image
 
@@ -54,7 +56,7 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int) -> list[Check]:
     found: list[Check] = []
     images = load_images(bundle)
     if "tokenizer.json" in files and "chat_template.jinja" in files:
-        tokenizer = Tokenizer(bundle.read_text("tokenizer.json"))
+        tokenizer = bundle.read_text("tokenizer.json")
         template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
         theirs = _TheirText.load(checkpoint)
         found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
@@ -111,13 +113,16 @@ class _TheirText:
 
 
 class _Texts:
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, theirs: _TheirText, model: ModelFacts) -> None:
-        self._tokenizer, self._theirs, self._model = tokenizer, theirs, model
-        self._builder = PromptBuilder(model, tokenizer, template, None)
+    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: _TheirText, model: ModelFacts) -> None:
+        """tokenizer: content of tokenizer.json."""
+        self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
+        self._tokenizer = Tokenizer(tokenizer)
+        self._builder = PromptBuilder(model, self._tokenizer, template, None)
+        special, ends = self._tokenizer.special_ids, model.eos_token_ids
         self._control = {
             token
-            for token, i in tokenizer.added.items()
-            if i in tokenizer.special_ids or i in model.eos_token_ids or (token.strip() and template.writes(token))
+            for token, i in self._tokenizer.added.items()
+            if i in special or i in ends or (token.strip() and template.writes(token))
         }
 
     def checks(self, seed: int) -> Iterator[Check]:
@@ -125,10 +130,17 @@ class _Texts:
         plain = [token for token in self._tokenizer.added if token not in self._control][:_TOKENS]
         conversations += [(f"added token {token}", _user(f"a{token}b {token} c")) for token in plain]
         notes = [note for name, messages in conversations if (note := self._difference(name, messages))]
-        yield _check(f"{len(conversations)} conversations whose ids differ", len(notes), 0, notes[0] if notes else "")
+        note = notes[0] + self._own_rules() if notes else ""
+        yield _check(f"{len(conversations)} conversations whose ids differ", len(notes), 0, note)
         typed = sorted(self._control - {self._tokenizer.token(self._model.image_token_id)})[:_TOKENS]
         notes = [note for token in typed if (note := self._obeyed(token))]
         yield _check(f"{len(typed)} typed control tokens that are not text", len(notes), 0, notes[0] if notes else "")
+
+    def _own_rules(self) -> str:
+        """What transformers' class brings of its own, in the place of what tokenizer.json says."""
+        ours, theirs = (json.loads(core.to_str()) for core in (self._core, self._theirs.tokenizer.backend_tokenizer))
+        own = [part for part in ("normalizer", "pre_tokenizer") if ours[part] != theirs[part]]
+        return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""
 
     def _ours(self, messages: Messages) -> list[int] | None:
         """None for messages that the template refuses. An image is one token."""

@@ -55,10 +55,8 @@ def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
     named = variables.get("eos_token")
     of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
     ends = end_tokens(generation, model, of_tokenizer)
-    if of_tokenizer is not None and of_tokenizer not in ends:
-        notes.append(
-            f"eos_token of tokenizer_config.json, {named}, does not end an answer: eos_token_id is {list(ends)}"
-        )
+    if ends.note:
+        notes.append(ends.note)
     if tokens:
         files["tokenizer.json"] = tokens.text.encode()
     if images:
@@ -73,7 +71,7 @@ def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
             notes += _try(template, opened, tokenizer, model, images is not None)
     if sampling.fields:
         files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
-    return RequestFiles(files, variables, ends, tuple(notes))
+    return RequestFiles(files, variables, ends.ids, tuple(notes))
 
 
 def _tokenizer(found: TokenizerFiles, model: ModelFacts) -> Tokenizer:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moevlm.export.checkpoint_files import find, optional_json, read_text
-from moevlm.runtime.errors import CheckpointError, one_line, shown
+from moevlm.runtime.errors import BundleError, CheckpointError, one_line, shown
+from moevlm.runtime.tokenizer import Tokenizer, library_errors
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -135,9 +136,10 @@ def _merged(text: str, listed: list[_Token], named: list[_Token], extra: list[_T
     import tokenizers
 
     try:
-        core = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
-        raise CheckpointError(f"{TOKENIZER} is not a tokenizer: {one_line(error)}") from error
+        Tokenizer(text)  # also that it does not blow texts up, before a token is given to it
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
+    core = tokenizers.Tokenizer.from_str(text)
     known = {token.content: token for token in core.get_added_tokens_decoder().values()}
     special, changed = {token.content for token in named}, False
     for token in [*listed, *(token for token in [*named, *extra] if token.content)]:
@@ -146,7 +148,8 @@ def _merged(text: str, listed: list[_Token], named: list[_Token], extra: list[_T
         if before is None or (token.file == CONFIG and token.id is not None and repr(before) != repr(added)):
             if token.content in special:
                 added = tokenizers.AddedToken(token.content, **{**token.flags, "special": True})
-            core.add_tokens([added])
+            with library_errors(CheckpointError, f"{token.file}: token {shown(token.content)} cannot be added"):
+                core.add_tokens([added])
             known[token.content], changed = added, True
         found = core.token_to_id(token.content)
         if token.id is not None and found != token.id:

@@ -28,7 +28,7 @@ class Tokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         import tokenizers
 
-        with _library_errors(BundleError, "tokenizer.json is not a tokenizer"):
+        with library_errors(BundleError, "tokenizer.json is not a tokenizer"):
             self._core = tokenizers.Tokenizer.from_str(text)
             self._core.no_truncation()
             self._core.no_padding()
@@ -51,7 +51,7 @@ class Tokenizer:
 
     def encodings(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """For each text its token ids, and which characters each came from. Other threads run meanwhile."""
-        with _library_errors(RequestError, "the tokenizer fails on this text"):
+        with library_errors(RequestError, "the tokenizer fails on this text"):
             # The library's call for a single text keeps Python's lock.
             return list(self._core.encode_batch(list(texts), add_special_tokens=False))
 
@@ -61,7 +61,7 @@ class Tokenizer:
             return True
         count = 0
         for start in range(0, len(text) if len(text) > max(tokens, _PIECE) else 0, _PIECE):
-            with _library_errors(RequestError, "the tokenizer fails on this text"):
+            with library_errors(RequestError, "the tokenizer fails on this text"):
                 piece = self._core.encode_batch_fast([text[start : start + _PIECE]], add_special_tokens=False)[0]
             count += len(piece.ids) - _SEAM
             if count > tokens:
@@ -70,7 +70,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of tokens, without special ones unless asked for; bytes that are not UTF-8 become U+FFFD."""
-        with _library_errors(BundleError, "tokenizer.json: decoding fails"):
+        with library_errors(BundleError, "tokenizer.json: decoding fails"):
             return str(self._core.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str | None:
@@ -80,7 +80,7 @@ class Tokenizer:
 
 
 @contextmanager
-def _library_errors(kind: type[MoevlmError], what: str) -> Iterator[None]:
+def library_errors(kind: type[MoevlmError], what: str) -> Iterator[None]:
     """The library raises bare Exception, and its panics are not even that."""
     try:
         yield

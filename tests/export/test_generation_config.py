@@ -119,7 +119,7 @@ def test_end_tokens_are_those_of_the_first_file_that_names_some(
     generation: Any, config: tuple[int, ...], tokenizer: int, expected: tuple[int, ...], model: ModelFacts
 ) -> None:
     facts = msgspec.structs.replace(model, eos_token_ids=config)
-    assert end_tokens({"eos_token_id": generation}, facts, tokenizer) == expected
+    assert end_tokens({"eos_token_id": generation}, facts, tokenizer).ids == expected
 
 
 @pytest.mark.parametrize("value", [10**9, -1, 263, 10**23, True, 2.0, "2", [2, "x"], [[2]], {"a": 1}])
@@ -142,9 +142,10 @@ def test_end_token_of_the_tokenizer_that_ends_no_answer_is_a_note(
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_start|>"}')
     found = request_files(tmp_path, model)
     assert found.eos_token_ids == model.eos_token_ids
-    assert found.notes == (
-        "eos_token of tokenizer_config.json, <|im_start|>, does not end an answer: eos_token_id is [2, 0]",
-    )
+    assert found.notes == ("the tokenizer's eos_token, 1, does not end answers: eos_token_id of config.json is [2, 0]",)
+    found = request_files(tmp_path, msgspec.structs.replace(model, eos_token_ids=()))
+    assert found.eos_token_ids == (1,)
+    assert found.notes == ("no file has an eos_token_id: answers end with the tokenizer's eos_token, 1",)
 
 
 @pytest.fixture

@@ -115,3 +115,15 @@ def test_variables_and_templates_are_those_that_transformers_takes(
     rehash(bundle, "chat_template.jinja")
     edit_manifest(bundle, lambda manifest: manifest.update(template_variables={"eos_token": "<|im_end|>"}))
     assert all(check.passed for check in checked(bundle, folder))
+
+
+def test_splitting_that_a_named_class_brings_is_told(tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text((tiny_checkpoint / name).read_text())
+    tokens = json.loads((tiny_checkpoint / "tokenizer.json").read_text())["added_tokens"]
+    decoder = {str(token.pop("id")): token for token in tokens}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (check, *_) = checked(tiny_bundle, tmp_path)
+    assert not check.passed
+    assert check.note.endswith("(class Qwen2Tokenizer has its own normalizer and pre_tokenizer)")

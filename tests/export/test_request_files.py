@@ -1,6 +1,7 @@
 """What requests need of a checkpoint is opened and tried at build: refused by name, or carried as it will be used."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,46 @@ def test_tokenizer_that_does_not_go_with_the_model_is_refused(
 ) -> None:
     edit_json(folder / "tokenizer.json", change)
     refused(folder, model, word)
+
+
+def endless(tokens: dict[str, Any]) -> None:
+    tokens["normalizer"] = {"type": "Prepend", "prepend": "x" * 5000}
+
+
+@pytest.mark.parametrize("added", [{}, {"eos_token": "<|new|>"}])
+def test_tokenizer_that_blows_texts_up_is_refused(added: dict[str, Any], folder: Path, model: ModelFacts) -> None:
+    edit_json(folder / "tokenizer.json", endless)
+    (folder / "tokenizer_config.json").write_text(json.dumps(added))
+    refused(folder, model, "tokenizer.json: normalizer makes a text 5000 times longer")
+
+
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.json", "processor_config.json", "preprocessor_config.json", "generation_config.json"),
+)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "5", "{", "[" * 100_000, '{"a":' * 100_000, b"\xff{}"])
+def test_damaged_files_are_refused_in_one_line(name: str, text: str | bytes, folder: Path, model: ModelFacts) -> None:
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    refused(folder, model, name)
+
+
+@pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
+def test_pipes_links_and_giants_are_refused_in_one_line(name: str, folder: Path, model: ModelFacts) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused(folder, model, f"{name} is not a regular file")
+    (folder / name).unlink()
+    secret = folder.parent / "secret"
+    secret.write_text("{}")
+    (folder / name).symlink_to(secret)
+    refused(folder, model, f"{name} is a link to")
+    (folder / name).unlink()
+    with (folder / name).open("wb") as file:
+        file.truncate(4 << 30)
+    refused(folder, model, f"{name} has more than")
 
 
 def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model: ModelFacts) -> None:
