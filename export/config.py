@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.errors import shown
 from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
 
 
@@ -111,7 +112,7 @@ class VisionConfig:
         allowed = range(self.depth)
         if len(set(self.deepstack_layers)) < len(self.deepstack_layers) or not set(self.deepstack_layers) <= {*allowed}:
             raise ValueError(
-                f"deepstack layers = {list(self.deepstack_layers)} (allowed: some of 0 to {self.depth - 1})"
+                f"deepstack layers = {shown(list(self.deepstack_layers))} (allowed: some of 0 to {self.depth - 1})"
             )
 
     @property
@@ -137,7 +138,7 @@ class ModelConfig:
         if self.vision.merger.out != self.decoder.hidden:
             raise ValueError(f"width of visual tokens = {self.vision.merger.out} (allowed: {self.decoder.hidden})")
         if self.decoder.deepstack > len(self.decoder.feed_forward):
-            levels, layers = list(self.vision.deepstack_layers), len(self.decoder.feed_forward)
+            levels, layers = shown(list(self.vision.deepstack_layers)), len(self.decoder.feed_forward)
             raise ValueError(f"deepstack layers = {levels} (allowed: at most {layers}, one per decoder layer)")
         if self.image_token_id >= self.decoder.vocabulary:
             raise ValueError(f"image_token_id = {self.image_token_id} (allowed: up to {self.decoder.vocabulary - 1})")

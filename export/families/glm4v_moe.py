@@ -55,8 +55,10 @@ class Glm4vMoe(Family):
         layers, width = text.positive("num_hidden_layers"), text.positive("moe_intermediate_size")
         text.every("layer_types", "full_attention", layers)
         experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group", 1)
-        if experts % groups or (groups > 1 and experts < 2 * groups):  # a group scores by its best two
-            raise text.invalid("n_group", groups, f"1, or a divisor of the {experts} experts up to {experts // 2}")
+        if experts < 2:  # a group scores by its best two
+            raise text.invalid("n_routed_experts", experts, "2 or more")
+        if experts % groups or experts < 2 * groups:
+            raise text.invalid("n_group", groups, f"a divisor of the {experts} experts up to {experts // 2}")
         router = RouterSpec(
             top_k=text.positive("num_experts_per_tok"),
             scoring="sigmoid",

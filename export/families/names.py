@@ -4,12 +4,14 @@ Source: transformers 5.23 `conversion_mapping.py` (the renamings "legacy") and `
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from moevlm.export.weights import Weight
 from moevlm.runtime.errors import CheckpointError, one_line
 
 _BASE, _TEXT = "model.", "model.language_model."
+_MOST_PREFIXES = 64  # that are tried to explain missing tensors
 
 
 class MissingTensorError(CheckpointError):
@@ -70,7 +72,7 @@ def missing_error(missing: Sequence[str], on_disk: Collection[str]) -> MissingTe
 
 def _prefix_note(missing: Sequence[str], on_disk: Collection[str]) -> str:
     for name in dict.fromkeys((missing[0], missing[len(missing) // 2], missing[-1])):
-        for wanted, given in _prefixes(name, on_disk):
+        for wanted, given in islice(_prefixes(name, on_disk), _MOST_PREFIXES):
             explained = sum(n.startswith(wanted) and given + n[len(wanted) :] in on_disk for n in missing)
             if 2 * explained <= len(missing):
                 continue

@@ -54,7 +54,7 @@ class Draw:
             "rope_theta": 1e4,
             "mrope_section": self.sections(head_dim // (4 if partial else 2)),
         }
-        experts = self.one_of(1, 2, 3, 7, 16, 70)
+        experts = self.one_of(2 if partial else 1, 2, 3, 7, 16, 70)
         text = {
             "hidden_size": hidden,
             "num_attention_heads": kv_heads * self.one_of(1, 2, 7, 17),
