@@ -206,20 +206,38 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     help="Which engines; repeatable.  [default: all that run here]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="Also give perplexity and KL of each engine on this file."
+)
+@click.option(
+    "--max-tokens", metavar="N", type=click.IntRange(16), help="Of --text: tokens from its beginning.  [default: 4096]"
+)
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
-def parity(bundle: Path, checkpoint: Path, targets: tuple[str, ...], seed: int, output: Path | None) -> None:
+def parity(
+    bundle: Path,
+    checkpoint: Path,
+    targets: tuple[str, ...],
+    seed: int,
+    text: Path | None,
+    max_tokens: int | None,
+    output: Path | None,
+) -> None:
     """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch.
 
-    Passed says that the kernels are right. What rounded weights cost is shown beside the checks, and has no limit.
+    Passed says that the kernels are right. What rounded weights cost is shown beside the checks, and has no limit;
+    --text shows it on a text of your own.
     """
-    require_apart([output], [bundle, checkpoint])
+    require_apart([output], [bundle, checkpoint, text])
+    if max_tokens is not None and text is None:
+        raise click.UsageError("--max-tokens is for --text")
     require("transformers", "export")
     from moevlm.export.parity import check_parity
     from moevlm.export.parity_report import table_of
     from moevlm.runtime.reports import to_json
 
     with progress_bar() as progress:
-        report = check_parity(bundle, checkpoint, targets, seed=seed, progress=progress)
+        of_text = {} if max_tokens is None else {"max_tokens": max_tokens}
+        report = check_parity(bundle, checkpoint, targets, seed=seed, text=text, progress=progress, **of_text)
     publish(table_of(report), to_json(report), output)
     if not report.passed:
         click.get_current_context().exit(1)

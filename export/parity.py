@@ -1,7 +1,7 @@
 """Every step of the pipeline against transformers, on fresh random prompts: the first that fails is the culprit."""
 
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import random_cases
 from moevlm.export.parity_checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
-from moevlm.export.parity_report import Check, Cost, ParityReport
+from moevlm.export.parity_report import Check, Cost, ParityReport, TextReport
 from moevlm.export.parity_requests import request_checks
+from moevlm.export.parity_text import Text, measure_text
 from moevlm.export.quantized_checks import quantized_checks
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
-from moevlm.export.tolerances import EXACT, tolerance_of
+from moevlm.export.tolerances import EXACT, TEXT_TOKENS, tolerance_of
 from moevlm.export.torch_engine import TorchEngine
 from moevlm.export.verdicts import note, reserve
+from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine, require_library
@@ -36,11 +38,14 @@ def check_parity(
     target_names: Iterable[str] = (),
     *,
     seed: int = 0,
+    text: str | Path | None = None,
+    max_tokens: int = TEXT_TOKENS,
     progress: Progress = lambda *_: None,
 ) -> ParityReport:
     """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
     target_names: by default all engines that run here. Of a TensorRT engine no more than its outputs can be checked.
+    text: a file whose first `max_tokens` tokens say what each engine's precision costs there; it decides nothing.
     Engines from pruned weights, or with experts that a GPU reads in blocks, are compared with canonical PyTorch on the
     same weights; what rounding the experts costs is a check of its own.
     Raises EngineError, before any work, for a package that an engine needs and is not there.
@@ -61,6 +66,9 @@ def check_parity(
         require_library(engines[name])
     for name in names:
         opened.verify(opened.engine_files(name))
+    limits = [engines[name].tensorrt for name in names]
+    capacity = min([opened.manifest.model.context, *(limit.capacity for limit in limits if limit is not None)])
+    read = None if text is None else Text.read(Path(text), opened, max_tokens, capacity)
     reserve(opened)
     with Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
@@ -68,7 +76,7 @@ def check_parity(
         manifest, facts = opened.manifest, opened.manifest.model
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
         cases = random_cases(facts, source.config, seed)
-        prompts, limits = [case.prompt for case in cases], [engines[name].tensorrt for name in names]
+        prompts = [case.prompt for case in cases]
         for limit in limits:
             Room.of(prompts, facts.context, limit)  # refused before any work
         progress("comparing requests", 0, 0)
@@ -110,6 +118,7 @@ def check_parity(
             plans=tuple(name for name in names if engines[name].tensorrt is not None),
             left_out=left_out,
             costs=tuple(costs),
+            text=None if read is None else _text_report(opened, names, read, model, progress),
         )
     note(opened, _verdicts(names, report), progress)
     return report
@@ -131,6 +140,16 @@ def _checks_of_engine(
             taps = taps_of_prompts(expected, tapped)
     with closing(load_engine(bundle, name)) as engine:
         return list(checks(expected, name, engine, taps, tolerance_of(entry), entry.tensorrt)), []
+
+
+def _text_report(bundle: Bundle, names: list[str], text: Text, model: CanonicalModel, progress: Progress) -> TextReport:
+    with ExitStack() as stack:
+        engines = {}
+        for name in names:
+            limits = bundle.manifest.engines[name].tensorrt
+            chunk_tokens = defaults.CHUNK_TOKENS if limits is None else limits.chunk_tokens
+            engines[name] = stack.enter_context(closing(load_engine(bundle, name))), chunk_tokens
+        return measure_text(text, model, bundle.manifest.model, engines, progress)
 
 
 def _verdicts(names: list[str], report: ParityReport) -> dict[str, Any]:

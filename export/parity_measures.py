@@ -9,11 +9,12 @@ def kl_divergences(ours: Array, theirs: Array) -> Array:
     """Per position KL(theirs || ours) of logits [..., vocabulary], nats."""
     if ours.shape != theirs.shape or not (np.isfinite(ours).all() and np.isfinite(theirs).all()):
         return np.full(1, np.inf)
-    p, q = _log_softmax(theirs), _log_softmax(ours)
+    p, q = log_softmax(theirs), log_softmax(ours)
     return (np.exp(p) * (p - q)).sum(-1)
 
 
-def _log_softmax(logits: Array) -> Array:
+def log_softmax(logits: Array) -> Array:
+    """log(softmax) over the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 

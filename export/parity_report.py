@@ -49,13 +49,32 @@ class Cost(msgspec.Struct, frozen=True):
     flips: list[Flip] = []
 
 
+class TextResult(msgspec.Struct, frozen=True):
+    """An engine on a text. kl: mean KL(canonical PyTorch || engine), nats. same_first_choice: a share."""
+
+    engine: str
+    perplexity: float
+    kl: float
+    same_first_choice: float
+
+
+class TextReport(msgspec.Struct, frozen=True):
+    """A text of the user's own. tokens: that were used, in so many windows. perplexity: of canonical PyTorch."""
+
+    file: str
+    tokens: int
+    windows: int
+    perplexity: float
+    engines: list[TextResult]
+
+
 class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     """All checks in the order of the pipeline; the first that failed is where to look.
 
     pruned: engines from pruned weights. rounded: those with experts in blocks for a GPU. The checks of both are against
     canonical PyTorch on the same weights. plans: engines of TensorRT, whose routing and hidden states cannot be seen.
     left_out: engines that do not run here and why, in one line, or "". costs: of quantized engines on a CPU, whose
-    checks are against canonical PyTorch on the same rounded weights.
+    checks are against canonical PyTorch on the same rounded weights. text: of `--text`, else None.
     """
 
     bundle: str
@@ -71,6 +90,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     plans: tuple[str, ...] = ()
     left_out: str = ""
     costs: tuple[Cost, ...] = ()
+    text: TextReport | None = None
 
 
 def table_of(report: ParityReport) -> str:
@@ -94,7 +114,17 @@ def table_of(report: ParityReport) -> str:
     amount = f"{report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
     title = f"against transformers {report.transformers}: {amount}"
     left_out = f"left out: {report.left_out}\n" if report.left_out else ""
-    return table(title, ("", "found", "limit", "", ""), rows) + f"\n\n{left_out}parity: {verdict_of(report)}"
+    shown = [table(title, ("", "found", "limit", "", ""), rows)]
+    if report.text is not None:
+        shown.append(_text_table(report.text))
+    return "\n\n".join([*shown, f"{left_out}parity: {verdict_of(report)}"])
+
+
+def _text_table(text: TextReport) -> str:
+    rows = [("canonical PyTorch, float32", f"{text.perplexity:.4g}", "", "")]
+    rows += [(e.engine, f"{e.perplexity:.4g}", f"{e.kl:.2g}", f"{e.same_first_choice:.1%}") for e in text.engines]
+    title = f"{text.file}: its first {text.tokens} tokens, in {text.windows} window{'s' if text.windows > 1 else ''}"
+    return table(title, ("", "perplexity", "KL", "same first choice"), rows)
 
 
 def verdict_of(report: ParityReport) -> str:

@@ -82,6 +82,7 @@ ROUNDING = {  # by dtype of the experts
 }
 DECODE_STEPS = 64  # behind every prompt
 ALONE_STEPS = 4  # decode steps of a prompt by itself
+TEXT_TOKENS = 4096  # of a text of the user's own
 CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images
 
 

@@ -29,7 +29,16 @@ _NAMES = {
     dict: "object",
 }
 # JSON has no infinity: msgspec writes null.
-_NULL_IF_INFINITE = {("moevlm.parity/1", f"{field}[].value") for field in ("checks", "costs")}
+_NULL_IF_INFINITE = {
+    ("moevlm.parity/1", field)
+    for field in (
+        "checks[].value",
+        "costs[].value",
+        "text.perplexity",
+        "text.engines[].perplexity",
+        "text.engines[].kl",
+    )
+}
 
 # What version 1 of each schema promises. Add to it; a change or a removal needs a new number.
 GOLDEN = {
@@ -128,6 +137,16 @@ GOLDEN = {
         "rounded": "array of string",
         "plans": "array of string",
         "left_out": "string",
+        "text": "object or null",
+        "text.file": "string",
+        "text.tokens": "integer",
+        "text.windows": "integer",
+        "text.perplexity": "number or null",
+        "text.engines": "array of object",
+        "text.engines[].engine": "string",
+        "text.engines[].perplexity": "number or null",
+        "text.engines[].kl": "number or null",
+        "text.engines[].same_first_choice": "number",
         "costs": "array of object",
         "costs[].step": "string",
         "costs[].quantity": "string",
