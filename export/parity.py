@@ -14,7 +14,7 @@ from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
-from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_cases import long_cases, random_cases
 from moevlm.export.parity_checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
 from moevlm.export.parity_report import Check, Cost, ParityReport, TextReport
 from moevlm.export.parity_requests import request_checks
@@ -75,7 +75,7 @@ def check_parity(
         require_same_source(opened.manifest, source)
         manifest, facts = opened.manifest, opened.manifest.model
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
-        cases = random_cases(facts, source.config, seed)
+        cases = random_cases(facts, source.config, seed) + long_cases(facts, source.config, seed, capacity)
         prompts = [case.prompt for case in cases]
         for limit in limits:
             Room.of(prompts, facts.context, limit)  # refused before any work

@@ -15,6 +15,8 @@ from moevlm.runtime.errors import RequestError
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 from moevlm.runtime.prompt import Prompt
 
+PADDING = 128  # tokens that prompts of a batch may differ by
+
 
 @dataclass(frozen=True)
 class Room:
@@ -43,28 +45,43 @@ class Room:
 
 
 class Batches:
-    """Prompts in new caches, `room.batch` of them at a time; results are those of all, in order."""
+    """Prompts in new caches, `room.batch` of them at a time; results are those of all, in order.
+
+    Prompts of very different lengths are not stepped together: the short ones would be mostly padding.
+    batches: what steps them.
+    """
 
     def __init__(
         self, engine: Engine, model: ModelFacts, prompts: Sequence[Prompt], visual: VisualFeatures | None, room: Room
     ) -> None:
         """visual: features of the images of all prompts, in order; None if there are none."""
         self._room = room
-        self._batches, seen = [], 0
-        for start in range(0, len(prompts), room.batch):
-            group = prompts[start : start + room.batch]
+        self.batches: list[Batch] = []
+        self._groups, seen = _groups(prompts, room.batch), 0
+        for part_of in self._groups:
+            group = prompts[part_of]
             rows = slice(seen, seen + sum(prompt.image_tokens for prompt in group))
             part = None if visual is None else VisualFeatures(visual.embeds[rows], visual.deepstack[:, rows])
-            self._batches.append(Batch(engine, model, group, part, room.capacity))
+            self.batches.append(Batch(engine, model, group, part, room.capacity))
             seen = rows.stop
 
     def prefill(self, chunk_tokens: int | None = None, every_position: bool = False) -> np.ndarray:
         """As `Batch.prefill`, in smaller chunks where the engine takes no larger ones."""
         size = min(chunk_tokens or self._room.chunk_tokens, self._room.chunk_tokens)
-        return np.concatenate([batch.prefill(size, every_position) for batch in self._batches])
+        return np.concatenate([batch.prefill(size, every_position) for batch in self.batches])
 
     def decode(self, tokens: Sequence[int]) -> np.ndarray:
         """As `Batch.decode`."""
-        starts = range(0, len(tokens), self._room.batch)
-        groups = [tokens[start : start + self._room.batch] for start in starts]
-        return np.concatenate([batch.decode(group) for batch, group in zip(self._batches, groups, strict=True)])
+        pairs = zip(self.batches, self._groups, strict=True)
+        return np.concatenate([batch.decode(tokens[group]) for batch, group in pairs])
+
+
+def _groups(prompts: Sequence[Prompt], most: int) -> list[slice]:
+    groups = [slice(0, 1)]
+    for i, prompt in enumerate(prompts[1:], 1):
+        last = groups[-1]
+        if i - last.start < most and abs(len(prompt.ids) - len(prompts[last.start].ids)) <= PADDING:
+            groups[-1] = slice(last.start, i + 1)
+        else:
+            groups.append(slice(i, i + 1))
+    return groups

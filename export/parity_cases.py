@@ -14,6 +14,8 @@ from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.vision_inputs import pack_grids
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
+# Kernels of attention take keys in blocks of 128 and 256, and cut a longer cache into pieces that they join.
+LONG_PROMPT = 270
 _SIDE = 5  # the largest side of an image, in visual tokens
 
 
@@ -38,10 +40,21 @@ class Case:
 
 def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int) -> list[Case]:
     """One case per entry of IMAGES. config: the checkpoint's, for the token ids that mean something to it."""
-    rng = np.random.default_rng(seed)
-    reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
-    ordinary = np.array([i for i in range(model.vocabulary) if i not in reserved])
+    rng, ordinary = np.random.default_rng(seed), _ordinary(model, config)
     return [_case(model, config, ordinary, rng, images) for images in IMAGES]
+
+
+def long_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, capacity: int) -> list[Case]:
+    """A case of text alone that no kernel takes in one block; shorter, or none, where a cache has no room for it.
+
+    capacity: the most tokens of prompt and continuation together.
+    """
+    length = min(LONG_PROMPT, capacity - DECODE_STEPS)
+    if length < 1:
+        return []
+    ids = np.random.default_rng([seed, length]).choice(_ordinary(model, config), length + DECODE_STEPS)
+    prompt, whole = (Prompt.from_ids(ids[:size], [], model) for size in (length, len(ids)))
+    return [Case(prompt, whole, [], _patches(np.random.default_rng(0), [], model))]
 
 
 def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
@@ -55,7 +68,7 @@ def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
 def _case(
     model: ModelFacts, config: Mapping[str, Any], ordinary: np.ndarray, rng: np.random.Generator, images: int
 ) -> Case:
-    merge, vision = model.vision.merge_size, model.vision
+    merge = model.vision.merge_size
     ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
     for _ in range(images):
         h, w = rng.integers(1, _SIDE, 2)
@@ -65,7 +78,18 @@ def _case(
         ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
     if len(ids) + DECODE_STEPS > model.context:
         raise RequestError(f"parity needs a context of {len(ids) + DECODE_STEPS}, the model has {model.context}")
-    patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    patches = rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)
+    patches = _patches(rng, grids, model)
     whole = [*ids, *rng.choice(ordinary, DECODE_STEPS)]
     return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
+
+
+def _ordinary(model: ModelFacts, config: Mapping[str, Any]) -> np.ndarray:
+    """Token ids without those that mean something to the checkpoint."""
+    reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
+    return np.array([i for i in range(model.vocabulary) if i not in reserved])
+
+
+def _patches(rng: np.random.Generator, grids: list[tuple[int, int]], model: ModelFacts) -> np.ndarray:
+    vision = model.vision
+    patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
+    return rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)

@@ -9,7 +9,7 @@ import numpy as np
 from moevlm.export.flip_margin import flip_margin
 from moevlm.export.model import CanonicalModel
 from moevlm.export.oracle import Answer
-from moevlm.export.parity_batches import Batches, Room
+from moevlm.export.parity_batches import PADDING, Batches, Room
 from moevlm.export.parity_cases import Case, pack
 from moevlm.export.parity_measures import kl_divergences, relative_error, rms_error
 from moevlm.export.parity_report import Check, Flip
@@ -23,7 +23,6 @@ from moevlm.export.tolerances import (
     Tolerance,
 )
 from moevlm.plugins import reference
-from moevlm.runtime.batch import Batch
 from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.manifest import ModelFacts, TensorRTFacts
 
@@ -167,11 +166,12 @@ def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: s
 
 def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
     """Every tap of one prefill in one pass, prompt after prompt, without the rows of padding."""
-    visual = tapped.encode(expected.images)
-    batch = Batch(tapped, expected.facts, expected.prompts, visual, expected.room().capacity)
-    batch.prefill()
-    valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
-    values = {name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)}
+    parts = []
+    for batch in expected.batch(tapped, tapped.encode(expected.images), expected.room()).batches:
+        batch.prefill()
+        valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
+        parts.append({name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)})
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Taps(values, tapped.kernel_routes)
 
 
@@ -222,12 +222,14 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
 
 
 def alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]:
-    """Logits of every prompt by itself, its images in a vision call of their own, and of a few decode steps.
+    """Logits of each of a batch's prompts by itself, its images in a vision call of their own, and of some steps.
 
     Kernels take other paths for one sequence than for several, and one sequence is what `moevlm run` has.
     """
     ours, theirs, steps = [], [], min(ALONE_STEPS, room.steps)
     for case, answer in zip(expected.cases, expected.answers, strict=True):
+        if len(case.prompt.ids) > PADDING:
+            continue  # it was alone before
         images = pack([case], expected.facts)
         visual = None if images is None else engine.encode(images)
         batch = Batches(engine, expected.facts, [case.prompt], visual, room)

@@ -1,10 +1,12 @@
 """Parity on random checkpoints of every shape, and what it says when something is wrong."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -15,12 +17,14 @@ from moevlm.export import parity
 from moevlm.export.build import build
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.parity import check_parity
-from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_cases import LONG_PROMPT, long_cases, random_cases
 from moevlm.export.parity_measures import relative_error
 from moevlm.export.parity_report import Check, ParityReport, table_of
-from moevlm.export.tolerances import EXACT
+from moevlm.export.tolerances import DECODE_STEPS, EXACT
 from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.engine import Step
 from moevlm.runtime.errors import BundleError, CheckpointError
+from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.reports import to_json
 from tests.bundles import rehash
 from tests.tiny import GLM, IMAGE, QWEN, TinyCheckpoint, edit_tensors
@@ -161,9 +165,9 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
     (routing,) = [cost for cost in report.costs if cost.quantity == "share of routings that differ"]
     assert routing.flips
     facts = Bundle.open(bundle).manifest.model
-    tokens = sum(
-        len(case.prompt.ids) for case in random_cases(facts, json.loads((checkpoint / "config.json").read_text()), 0)
-    )
+    config = json.loads((checkpoint / "config.json").read_text())
+    cases = random_cases(facts, config, 0) + long_cases(facts, config, 0, facts.context)
+    tokens = sum(len(case.prompt.ids) for case in cases)
     assert routing.value == len(routing.flips) / tokens  # one of the two layers is sparse
     assert {flip.layer for flip in routing.flips} == {1}
     assert all(0 < flip.margin < 0.5 for flip in routing.flips)
@@ -326,6 +330,45 @@ def test_prompts_depend_on_the_seed_alone(tiny_bundle: Path) -> None:
         assert list(case.prompt.ids) != list(different.prompt.ids)
     assert [len(case.grids) for case in first] == [0, 1, 2, 3]
     assert len({len(case.prompt.ids) for case in first}) > 1
+
+
+def test_a_prompt_is_longer_than_every_block_of_keys_that_a_kernel_takes() -> None:
+    plugins = Path(__file__).parents[2] / "plugins/cpu"
+    source = "".join(path.read_text() for path in plugins.iterdir() if path.suffix in (".h", ".cpp"))
+    blocks = dict(re.findall(r"\b(kBlock|kFewRowsBlock|kPiece) = (\d+)", source))
+    assert len(blocks) == 3
+    assert max(map(int, blocks.values())) < LONG_PROMPT
+
+
+def test_long_prompt_is_as_long_as_the_cache_allows(tiny_bundle: Path) -> None:
+    facts, config = Bundle.open(tiny_bundle).manifest.model, {"image_token_id": IMAGE}
+    for capacity, length in ((512, LONG_PROMPT), (DECODE_STEPS + 100, 100), (DECODE_STEPS + 1, 1)):
+        (case,) = long_cases(facts, config, 0, capacity)
+        assert (len(case.prompt.ids), len(case.whole.ids)) == (length, length + DECODE_STEPS)
+        assert IMAGE not in case.whole.ids
+    assert long_cases(facts, config, 0, DECODE_STEPS) == []
+
+
+@pytest.mark.parametrize("whole", [False, True])  # as shipped alone, or the engine with taps, too
+def test_fault_behind_the_first_block_of_keys_is_found(
+    whole: bool, copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = OrtEngine.run
+
+    def wrong(self: OrtEngine, step: Step, *arguments: Any) -> dict[str, np.ndarray]:
+        found = right(self, step, *arguments)
+        if whole or len(found) == 1:
+            position = step.cache_position[:, None] + np.arange(step.input_ids.shape[1])
+            late = (position >= 128).reshape(-1)
+            for name, values in found.items():
+                rows = late[step.logits_index] if name == "logits" else late
+                values[rows] *= 1 if name.endswith("index") else 1.01
+        return found
+
+    monkeypatch.setattr(OrtEngine, "run", wrong)
+    found = failures(check_parity(copy, tiny_checkpoint, ["ort-cpu"]))
+    assert {"prefill logits", "chunked prefill logits", "decode logits"} <= set(found)
+    assert ("hidden states" in found) == whole
 
 
 def test_another_checkpoint_and_an_absent_engine_are_refused(
