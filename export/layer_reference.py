@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, ModelConfig
-from moevlm.export.model import load
+from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Layer
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
-from moevlm.export.modules.vision import Vision
 from moevlm.export.quantization import rounded
 from moevlm.export.recorded_engine import Sequence as Recorded
+from moevlm.export.torch_engine import Images
 from moevlm.export.weights import Weight, read, slices
 from moevlm.runtime.engine import VisionInputs, VisualFeatures
 
@@ -107,20 +107,20 @@ def layer_deviations(
     yield _head(decoder, weights, rounding, sequences, inputs)
 
 
-@torch.no_grad()
-def vision_deviations(vision: Vision, inputs: VisionInputs, block: int, found: VisualFeatures) -> Iterator[Deviation]:
+def vision_deviations(
+    model: CanonicalModel, inputs: VisionInputs, block: int, found: VisualFeatures
+) -> Iterator[Deviation]:
     """Of image features and of each deepstack level, through the whole tower, whose layers cannot be seen.
 
-    vision: with the weights that the engine stores.
+    model: with the weights of vision that the engine stores.
     """
-    tensors = {name: torch.from_numpy(array) for name, array in vars(inputs).items()}
-    embeds, levels = vision(**tensors)
-    with rounded_inputs(vision, block):
-        other_embeds, other_levels = vision(**tensors)
-    yield Deviation.of("image features", found.embeds, embeds.numpy(), other_embeds.numpy())
-    if levels is not None:
-        for i, level in enumerate(found.deepstack):
-            yield Deviation.of(f"deepstack features {i}", level, levels[i].numpy(), other_levels[i].numpy())
+    (tower, _), (other, _) = model.towers(), model.towers()
+    exact = Images(tower, model).encode(inputs)
+    with rounded_inputs(other, block):
+        rounding = Images(other, model).encode(inputs)
+    yield Deviation.of("image features", found.embeds, exact.embeds, rounding.embeds)
+    for i, level in enumerate(found.deepstack):
+        yield Deviation.of(f"deepstack features {i}", level, exact.deepstack[i], rounding.deepstack[i])
 
 
 @contextmanager

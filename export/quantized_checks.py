@@ -1,12 +1,13 @@
 """A quantized engine against canonical PyTorch on the weights that it stores, layer by layer; and what they cost."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
 from moevlm.export.flip_margin import flip_margin
 from moevlm.export.layer_reference import Deviation, Rounding, layer_deviations, vision_deviations
-from moevlm.export.model import CanonicalModel, load
+from moevlm.export.model import CanonicalModel
 from moevlm.export.parity_checks import Expected, alone, routing_flips
 from moevlm.export.parity_measures import kl_divergences, rms_error
 from moevlm.export.parity_report import Check, Cost
@@ -51,9 +52,7 @@ def quantized_checks(
     alone(expected, recorded, room)
     sequences = recorded.sequences()
     vision, decoder = stored_weights(model, facts)
-    tower, _ = model.towers()
-    load(tower, vision)
-    features = list(vision_deviations(tower, expected.images, VISION.block, visual))
+    features = list(vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.block, visual))
     rounding = Rounding(facts.block_size, facts.kv_cache == "int8")
     rest = list(layer_deviations(model.config, decoder, rounding, sequences))
     taps = recorded.apart

@@ -14,6 +14,7 @@ from moevlm.runtime.engine import Cache, Engine, Step, VisionInputs, VisualFeatu
 
 Array = np.ndarray
 LOGITS_KEPT = 8  # rows at each end of a step's: there kernels differ, and all of them are many
+LOGITS_OF_A_CACHE = 32  # rows; a row is as long as the vocabulary
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class RecordedCache:
             for b, start in enumerate(step.cache_position):
                 self.values[name][b, start : start + shape[1]] = values[b]
         self.visual = visual or self.visual
-        for i in {*range(len(logits))[:LOGITS_KEPT], *range(len(logits))[-LOGITS_KEPT:]}:
+        kept = sum(map(len, self.logits))
+        rows = sorted({*range(len(logits))[:LOGITS_KEPT], *range(len(logits))[-LOGITS_KEPT:]})
+        for i in rows[: LOGITS_OF_A_CACHE - kept]:
             b, s = divmod(int(step.logits_index[i]), shape[1])
             self.logits[b][int(step.cache_position[b]) + s] = logits[i]
         ends = step.cache_position[step.logits_index // shape[1]] + step.logits_index % shape[1] + 1
