@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     line on standard error; 128 and a signal's number if one ended it.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _occupy_closed_streams()
     with StopSignals() as stop:
         try:
             for stream in (sys.stdout, sys.stderr):
@@ -42,6 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> Any:
                 leave(stop.status)
             return _status(error, "--debug" in arguments)
     return status
+
+
+def _occupy_closed_streams() -> None:
+    """Let no file that is opened later become number 0, 1 or 2, to which libraries write what they have to say."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes the lowest number that is free
 
 
 def _status(error: BaseException, debug: bool) -> int:

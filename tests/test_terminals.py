@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.printable import MOST_CHARACTERS, one_line, printable
 from tests.bundles import copy_bundle, edit_manifest
 from tests.command_line import COMMAND, assert_refused, call, environment
@@ -82,6 +83,12 @@ def test_a_closed_stream_is_no_traceback(closed: int, tiny_bundle: Path) -> None
         assert b"Traceback" not in done.stderr
         if closed == 0 and "-" in words:
             assert done.stderr == b"error: standard input is closed: nothing can be read from it\n"
+
+
+def test_a_build_with_closed_streams_writes_a_whole_bundle(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    words = [str(word) for word in (COMMAND, "build", tiny_checkpoint, "-o", tmp_path / "b", "--target", "ort-cpu")]
+    subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "sh", *words], env=environment(), check=True, timeout=120)
+    Bundle.open(tmp_path / "b").verify()
 
 
 def test_messages_from_a_closed_standard_input(tiny_bundle: Path) -> None:
