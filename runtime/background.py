@@ -31,6 +31,8 @@ class Background(threading.Thread):
 
     def call(self, work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
         """What work() returns or raises. Interrupted while it waits, it calls `stop` and gives the work a moment."""
+        if self.busy:  # with what was interrupted before
+            self._wait()
         self.busy = True
         self._calls.put(work)
         try:

@@ -1,9 +1,8 @@
 """`moevlm run`."""
 
-import json
-import os
+from __future__ import annotations
+
 import sys
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,9 @@ import click
 
 from moevlm.runtime import defaults
 from moevlm.runtime.command_line import InputFile, complete_target
-from moevlm.runtime.errors import RequestError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from moevlm.runtime.manifest import VisionFacts
+    from moevlm.runtime.answer_printer import AnswerPrinter
 
 
 @click.command()
@@ -84,6 +80,7 @@ if TYPE_CHECKING:
     type=int,
     help="Larger images are made smaller.  [default: the checkpoint's own limit]",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Also show the engine, the tokens, and tokens per second.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
 def run(
     bundle: Path,
@@ -98,27 +95,33 @@ def run(
     chunk_tokens: int,
     max_image_megapixels: float,
     max_image_tokens: int | None,
+    verbose: bool,
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Answer one prompt, the text streaming as it is made."""
+    """Answer one prompt, the text streaming as it is made. Without one, on a terminal, hold a conversation."""
+    from moevlm.runtime.answer_printer import AnswerPrinter
     from moevlm.runtime.background import Background
     from moevlm.runtime.bundle import Bundle
     from moevlm.runtime.console import notice, print_json
     from moevlm.runtime.generation_file import bundle_sampling
     from moevlm.runtime.loading import load_runtime
-    from moevlm.runtime.printable import printable
+    from moevlm.runtime.run_options import conversation_of, template_options_of
     from moevlm.runtime.sampling import SamplingOptions, SamplingParams
     from moevlm.runtime.selection import select
 
     if sampling["logprobs"] is not None and not as_json:
         raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
-    if max_image_tokens is not None and not images and messages is None:
+    if verbose and as_json:
+        raise click.UsageError("--verbose is for streamed text: --json has these numbers")
+    at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
+    chatting = prompt is None and messages is None and not as_json and at_a_terminal
+    if max_image_tokens is not None and not images and messages is None and not chatting:
         raise click.UsageError("--max-image-tokens needs an image: --image FILE")
     pixels = _pixels(max_image_megapixels)
     SamplingParams(**sampling | {"temperature": sampling["temperature"] or 1})  # before anything is opened
-    options = _template_options(template_options)
-    conversation = _conversation(prompt, images, system, messages)
+    options = template_options_of(template_options)
+    conversation = [] if chatting else conversation_of(prompt, images, system, messages)
     opened = Bundle.open(bundle)
     released = bundle_sampling(opened)
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
@@ -127,9 +130,6 @@ def run(
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
     name, _ = select(opened, target)
-    pieces = []
-    # A terminal would obey what the model writes; a file or a pipe gets it as it is.
-    shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
     with Background() as background:
         with notice() as show:
             load = partial(
@@ -144,96 +144,40 @@ def run(
             )
             runtime = background.call(load)
         with runtime:
-            request = background.call(partial(runtime.prompt, conversation, options, max_image_tokens))
-            answer = background.call(partial(runtime.generate, request, params=params))
-            _tell_large_images(request.images, runtime.model.vision)
-            del request  # and the images in it
-            while (piece := background.call(partial(next, answer, None), answer.cancel)) is not None:
-                pieces.append(piece)
-                if not as_json:
-                    click.echo(shown(piece.text), nl=False)  # and flushed
+            answer = AnswerPrinter(
+                background, runtime, params, options, max_image_tokens, silent=as_json, verbose=verbose
+            )
+            if chatting:
+                _chat(answer, system, images, name)
+            else:
+                pieces = answer(conversation)
     if as_json:
         print_json(_run_report(name, pieces, params.logprobs is not None))
-    else:
-        click.echo()
 
 
-def _tell_large_images(images: Sequence["Image"], vision: "VisionFacts") -> None:
-    """On a terminal, before they are encoded: it may take long, and how to make it short."""
-    from moevlm.runtime.console import console
+def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], target: str) -> None:
+    """A conversation in the terminal, until Ctrl-D or /exit."""
+    from contextlib import suppress
 
-    terminal = console(stderr=True)
-    for number, image in enumerate(images, 1) if terminal.is_terminal else ():
-        tokens = image.width * image.height // (vision.patch_size * vision.merge_size) ** 2
-        if tokens > defaults.LARGE_IMAGE_TOKENS:
-            size = f"{image.width} x {image.height} pixels, {tokens} tokens"
-            terminal.print(f"image {number} is read at {size}; --max-image-tokens N makes it smaller")
+    from moevlm.runtime.terminal_chat import TerminalChat
 
+    with suppress(ImportError):  # not everywhere: lines are then typed without history
+        import readline  # noqa: F401
 
-def _template_options(words: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE, the value JSON, or a text that is none."""
-    options = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        if not (name and equals):
-            raise click.BadParameter(f"{word!r} (allowed: NAME=VALUE)", param_hint="--template-option")
-        if name in options:
-            raise click.BadParameter(f"{name} is given twice", param_hint="--template-option")
-        try:
-            options[name] = json.loads(value)
-        except (ValueError, RecursionError):
-            options[name] = value
-    return options
+    click.echo(f"{target}; /help lists the commands, Ctrl-D leaves", err=True)
+    chat = TerminalChat(
+        lambda messages: "".join(piece.text for piece in answer(messages)), partial(click.echo, err=True), system
+    )
+    for image in images:
+        chat.add_image(image)
+    chat.run(partial(input, ">>> "))
+    click.echo(err=True)
 
 
 def _pixels(megapixels: float) -> int:
     if not 0 < megapixels <= 10_000:  # NaN fails, too
         raise click.BadParameter(f"{megapixels} (allowed: above 0, up to 10000)", param_hint="--max-image-megapixels")
     return max(1, int(megapixels * 1e6))
-
-
-def _conversation(
-    prompt: str | None, images: tuple[Path, ...], system: str | None, messages: Any
-) -> list[dict[str, Any]]:
-    if messages is not None:
-        if prompt is not None or images or system is not None:
-            raise click.UsageError("--messages stands alone: it holds the prompt, the images and the system message")
-        try:
-            return json.load(messages, object_hook=_with_path)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"--messages is not valid JSON: {error}") from None
-    if prompt is None:
-        raise click.UsageError('say what to ask: --prompt "..." (and --image FILE), or --messages FILE')
-    text = _standard_input() if prompt == "-" else _argument("--prompt", prompt)
-    if not text.strip():
-        raise RequestError("the prompt is empty")
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
-    said = [{"role": "system", "content": _argument("--system", system)}] if system else []
-    return [*said, {"role": "user", "content": content}]
-
-
-def _with_path(part: dict[str, Any]) -> dict[str, Any]:
-    """An image part of the user's own file may name an image file."""
-    if part.get("type") == "image" and isinstance(part.get("image"), str):
-        return {**part, "image": Path(part["image"])}
-    return part
-
-
-def _argument(option: str, text: str) -> str:
-    """Text of the command line, which is UTF-8 whatever the locale takes it for. Raises RequestError."""
-    try:
-        return os.fsencode(text).decode()
-    except UnicodeError:
-        raise RequestError(f"{option} is not UTF-8 text") from None
-
-
-def _standard_input() -> str:
-    if sys.stdin is None:
-        raise RequestError("standard input is closed: nothing can be read from it")
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n")  # the newline is echo's, not the user's
-    except UnicodeDecodeError as error:
-        raise RequestError(f"standard input is not UTF-8 text: {error.reason} at byte {error.start}") from None
 
 
 def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:

@@ -13,6 +13,7 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -413,13 +414,16 @@ def test_warnings_are_silent_unless_asked_for(
         assert (len(warned), len(caplog.records)) == (count, count)
 
 
-def on_a_terminal(*arguments: str | Path) -> str:
-    """What both outputs show on a terminal of 80 columns."""
+def on_a_terminal(*arguments: str | Path, typed: str = "") -> str:
+    """What both outputs show on a terminal of 80 columns. typed: at its keyboard."""
     keyboard, screen = pty.openpty()
+    os.write(keyboard, typed.encode())
     with subprocess.Popen(
         [COMMAND, *arguments], stdin=screen, stdout=screen, stderr=screen, env=environment() | {"TERM": "xterm"}
     ) as process:
         os.close(screen)
+        impatience = threading.Timer(120, process.kill)
+        impatience.start()
         shown = b""
         while True:
             try:
@@ -429,13 +433,36 @@ def on_a_terminal(*arguments: str | Path) -> str:
             if not piece:
                 break
             shown += piece
+        impatience.cancel()
     os.close(keyboard)
-    assert process.returncode == 0
-    return shown.decode()
+    assert process.returncode == 0, shown.decode()
+    return shown.decode().replace("\r\n", "\n")
 
 
-def test_a_quick_run_on_a_terminal_shows_the_text_alone(tiny_bundle: Path) -> None:
+def test_a_quick_run_on_a_terminal_shows_the_text_and_that_it_was_cut(tiny_bundle: Path) -> None:
     shown = on_a_terminal("run", tiny_bundle, "--prompt", "Hi", *TOKENS)
-    expected = printable(run(tiny_bundle, "--prompt", "Hi").text + "\n")
+    text = printable(run(tiny_bundle, "--prompt", "Hi").text)
     # A machine under load may take the second after which a notice appears: it is wiped before the text.
-    assert shown.replace("\r\n", "\n").endswith(expected.replace("\r\n", "\n"))
+    assert shown.endswith(f"{text}\nnote: the answer was cut after 12 tokens (--max-new-tokens)\n")
+
+
+def test_verbose_says_what_an_answer_cost(tiny_bundle: Path, images: list[Path]) -> None:
+    report = run(tiny_bundle, "--prompt", "Hi", "--image", images[0])
+    shown = call("run", tiny_bundle, "--prompt", "Hi", "--image", images[0], *TOKENS, "--verbose")
+    assert shown.out == report.text + "\n"
+    cost = rf"ort-cpu: {report.prompt_tokens} prompt tokens, {report.image_tokens} of them image, in [\d.]+ s; "
+    assert re.search(cost + r"12 new tokens, [\d.]+ tokens/s$", shown.err, flags=re.M)
+    assert_refused(call("run", tiny_bundle, "--prompt", "Hi", "--json", "-v"), "--verbose is for streamed text")
+
+
+def test_without_a_prompt_a_terminal_holds_a_conversation(tiny_bundle: Path, images: list[Path]) -> None:
+    typed = f"Hi\n/nonsense\n/image {images[0]}\nand this?\n/clear\nHi\n/exit\n"
+    shown = on_a_terminal("run", tiny_bundle, *TOKENS, "--system", "Be brief.", "--verbose", typed=typed)
+    assert "error: unknown command /nonsense (/help lists them)" in shown
+    assert "1 image for the next message" in shown
+    counts = [(int(a), int(b)) for a, b in re.findall(r"(\d+) prompt tokens, (\d+) of them image", shown)]
+    report = run(tiny_bundle, "--system", "Be brief.", "--prompt", "Hi")
+    assert counts[0] == counts[2] == (report.prompt_tokens, 0)  # cleared, the conversation begins anew
+    assert counts[1][1] > 0
+    assert counts[1][0] > counts[0][0] + counts[1][1]  # it carries what was said before
+    assert_refused(call("run", tiny_bundle), "say what to ask")
