@@ -38,6 +38,7 @@ _BUILD = {
     "trt": ("export", "kernels", "gpu", PLUGIN, _GPU),
 }
 _EXTRAS = ("cpu", "export", "kernels", "rtx", "gpu")
+_FAILURES = (MoevlmError, OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError)  # of probes
 _LIBRARIES = {OPERATORS: operators_path, PLUGIN: plugin_path}
 
 
@@ -61,8 +62,8 @@ class DoctorReport(Report, frozen=True, tag="moevlm.doctor/1"):
     """`moevlm doctor --json`.
 
     cores: that this process may use. quota: cores' time that its control groups allow, null for all of them.
-    memory, available_memory: bytes, null where the system does not say. instruction_set: that the operators chose, ""
-    without the library. compiler: first line of g++ --version. gpu_problem: why there is none.
+    memory, available_memory: bytes, null where the system does not say. instruction_set: that the operators chose;
+    instruction_problem: why they cannot. compiler: first line of g++ --version. gpu_problem: why there is none.
     packages: version by name, null for one that is not installed. libraries: path by name, null for one not built.
     """
 
@@ -72,6 +73,7 @@ class DoctorReport(Report, frozen=True, tag="moevlm.doctor/1"):
     system: str
     processor: str
     instruction_set: str
+    instruction_problem: str
     cores: int
     quota: float | None
     memory: int | None
@@ -104,6 +106,7 @@ def examine() -> DoctorReport:
         system=platform.platform(),
         processor=_try(_processor, "") or platform.machine(),
         instruction_set=_try(instruction_set, ""),
+        instruction_problem=_problem(instruction_set),
         cores=cores(),
         quota=cpu_quota(),
         memory=_memory("MemTotal"),
@@ -128,8 +131,17 @@ def _try(probe: Callable[[], Any], otherwise: Any) -> Any:
     """A probe's answer; `otherwise` if it fails, whatever this machine makes of it."""
     try:
         return probe()
-    except (MoevlmError, OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError):
+    except _FAILURES:
         return otherwise
+
+
+def _problem(probe: Callable[[], Any]) -> str:
+    """Why a probe fails; empty where it does not."""
+    try:
+        probe()
+    except _FAILURES as error:
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _packages(extra: str) -> list[str]:

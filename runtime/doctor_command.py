@@ -34,7 +34,12 @@ def _text(report: DoctorReport) -> str:
         ("moevlm", f"{report.moevlm} in {report.folder}"),
         ("Python", f"{report.python} on {report.system}"),
         ("processor", f"{report.processor}, {cores}"),
-        ("instructions", f"{report.instruction_set or 'unknown'}, chosen by the cpu operators"),
+        (
+            "instructions",
+            f"{report.instruction_set}, chosen by the cpu operators"
+            if report.instruction_set
+            else report.instruction_problem,
+        ),
         ("memory", memory),
         ("GPU", f"{gpu.name}, {gpu_text(gpu.sm)}, driver for CUDA {_cuda(gpu.driver)}" if gpu else report.gpu_problem),
         ("compiler", report.compiler or "no g++"),

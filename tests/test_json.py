@@ -170,6 +170,7 @@ GOLDEN = {
     "moevlm.doctor/1": {
         "schema": "string",
         **dict.fromkeys(("moevlm", "folder", "python", "system", "processor", "instruction_set"), "string"),
+        "instruction_problem": "string",
         **dict.fromkeys(("compiler", "gpu_problem", "gpu.name", "targets[].target"), "string"),
         **dict.fromkeys(("cores", "gpu.sm", "gpu.driver"), "integer"),
         "quota": "number or null",

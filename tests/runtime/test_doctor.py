@@ -13,7 +13,7 @@ from moevlm.runtime import doctor, native
 from moevlm.runtime.doctor import examine
 from moevlm.runtime.installation import install_command
 from moevlm.runtime.machine import cores
-from tests.command_line import call
+from tests.command_line import COMMAND, call, environment
 from tests.fakes.gpu import fake_gpu
 
 
@@ -54,6 +54,13 @@ def test_without_libraries_and_compiler(monkeypatch: pytest.MonkeyPatch, tmp_pat
     shown = call("doctor")
     assert shown.status == 0
     assert re.search(rf"^{re.escape(lack)} +run cpu$", shown.out, flags=re.M)
+
+
+def test_an_unknown_instruction_set_in_the_environment_is_named() -> None:
+    capped = environment() | {"MOEVLM_CPU_ISA": "sse9"}
+    shown = subprocess.run([COMMAND, "doctor"], capture_output=True, text=True, env=capped)
+    assert shown.returncode == 0
+    assert re.search(r"^instructions +.*sse9", shown.stdout, flags=re.M)
 
 
 def test_a_gpu_is_named_with_its_kind(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""The README's commands, literally and in order, beside a checkpoint and a photo; and what the commands suggest."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+COMMANDS = [line for language, block in BLOCKS if language == "" for line in block.splitlines() if line.strip()]
+SKIPPED = {
+    "make ": "sets up an environment of its own; this suite is one of them",
+    "pip install ": "needs a package index; test_packaging.py compares the extras",
+    ".venv/bin/": "the demo's bundle, which make demo builds",
+    "hf download ": "needs the hub",
+    "python -m demo.evaluate_bundle ": "550 questions take minutes",
+}
+ON_A_GPU = "on that GPU"  # in a line's comment
+
+
+def runnable(line: str) -> bool:
+    return not line.startswith(tuple(SKIPPED)) and ON_A_GPU not in line.partition("#")[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "CHECKPOINT").symlink_to(ROOT / "demo/checkpoint")
+    (folder / "demo").symlink_to(ROOT / "demo")
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(pixels).save(folder / "photo.jpg")
+    return folder
+
+
+def shell(line: str, folder: Path) -> str:
+    """Run one line as a user's shell would, in `folder`; its standard output."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=folder,
+        env=os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_line_runs_in_order_and_so_does_what_it_suggests(folder: Path) -> None:
+    lines = [line for line in COMMANDS if runnable(line)]
+    assert any(line.startswith("moevlm build") for line in lines)
+    suggested: list[str] = []
+    for line in lines:
+        suggested += re.findall(r"^next: (moevlm .+)$", shell(line, folder), flags=re.M)
+    assert suggested
+    for line in dict.fromkeys(suggested):
+        shell(line.replace("FILE", "photo.jpg"), folder)
+
+
+def test_python_examples_run(folder: Path) -> None:
+    examples = [block for language, block in BLOCKS if language == "python"]
+    assert examples
+    for number, example in enumerate(examples):
+        (folder / f"example{number}.py").write_text(example, encoding="utf-8")
+        assert shell(f"python example{number}.py", folder).strip()
+
+
+def test_what_is_skipped_is_in_the_readme() -> None:
+    assert [start for start in SKIPPED if not any(line.startswith(start) for line in COMMANDS)] == []
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)#]+)", README))
+def test_links_lead_to_files(link: str) -> None:
+    assert (ROOT / link).exists()
