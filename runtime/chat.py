@@ -13,6 +13,7 @@ from moevlm.runtime.tokenizer import Tokenizer
 __all__ = ["ChatTemplate", "Message", "Tokenizer"]
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+_MAX_VALUES, _MAX_DEPTH = 10_000, 16  # of a template option
 _GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
 
 
@@ -44,7 +45,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise BundleError(f"chat_template.jinja, line {error.lineno}: {one_line(error)}") from error
         except Exception as error:  # nested too deep for Jinja or for Python: RecursionError, SyntaxError, MemoryError
-            raise BundleError(f"chat_template.jinja cannot be compiled: {one_line(error)}") from error
+            raise BundleError(
+                f"chat_template.jinja cannot be compiled: {one_line(error) or type(error).__name__}"
+            ) from error
         self._fixed = dict(variables)
         self._max = max_characters
         self.options = self._code.variables - {*_GIVEN, *self._fixed, *environment.globals}
@@ -151,17 +154,29 @@ def _until(text: str, mark: str) -> str:
     return stripped
 
 
-def _require_json(value: Any, where: str, depth: int = 16) -> None:
-    allowed = "true, false, null, numbers, text, lists and objects"
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{where} is not Unicode text") from None
-    elif isinstance(value, (list, dict)) and type(value) in (list, dict) and depth:
-        for item in value:
-            _require_json(item, where, depth - 1)
-        for item in value.values() if isinstance(value, dict) else ():
-            _require_json(item, where, depth - 1)
-    elif not (value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1 << 63)):
-        raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: {allowed})")
+def _require_json(value: Any, where: str) -> None:
+    waiting, count = [(value, 0)], 0
+    while waiting:
+        item, depth = waiting.pop()
+        count += 1
+        inner = len(item) if type(item) in (list, dict) else 0
+        if count + len(waiting) + inner > _MAX_VALUES or depth > _MAX_DEPTH:
+            allowed = f"{_MAX_VALUES} values, {_MAX_DEPTH} in each other"
+            raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: {allowed})")
+        if type(item) is list:
+            waiting += [(one, depth + 1) for one in item]
+        elif type(item) is dict:
+            waiting += [(one, depth + 1) for pair in item.items() for one in pair]
+        elif isinstance(item, str):
+            if not _is_unicode(item) or len(item) > MAX_CHARACTERS:
+                raise RequestError(f"{where} is not Unicode text of at most {MAX_CHARACTERS} characters")
+        elif not (item is None or isinstance(item, (bool, float)) or (isinstance(item, int) and abs(item) < 1 << 63)):
+            raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: JSON)")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True

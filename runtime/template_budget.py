@@ -40,7 +40,7 @@ class Budget:
         self._known: dict[int, tuple[Any, Extent]] = {}  # by id, which holds while the value is kept here
 
     def step(self, count: int = 1) -> None:
-        self._steps -= count
+        self._steps -= max(0, count)
         if self._steps < 0:
             raise RequestError(f"the chat template takes more than {MAX_STEPS} steps for these messages")
 
@@ -50,7 +50,7 @@ class Budget:
 
     def make(self, characters: int) -> None:
         """To be called before something of so many characters is made."""
-        self._made -= characters
+        self._made -= max(0, characters)
         if self._made < 0:
             raise RequestError(f"the chat template makes more than {self._most} characters of these messages")
 
@@ -65,6 +65,8 @@ class Budget:
         if isinstance(value, int):
             self.bits(value.bit_length())
             return Extent(value.bit_length() // 3, 0, True)
+        if isinstance(value, range):
+            return Extent(CHARACTERS_OF_AN_ELEMENT * len(value), 1, True)
         if not isinstance(value, (list, tuple, Mapping)):
             return Extent(1, 0, True)
         known = self._known.get(id(value))

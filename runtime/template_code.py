@@ -10,7 +10,7 @@ from jinja2.compiler import CodeGenerator, Frame, operators
 
 from moevlm.runtime.errors import BundleError
 
-MAX_SOURCE = 1 << 20
+MAX_SOURCE = 1 << 18
 # What chat templates are made of. Jinja's other statements read files or switch the escaping of HTML on.
 _KNOWN = (
     *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.NSRef),

@@ -113,7 +113,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             **{name: partial(self._text_filter, name) for name in _TEXT},
             "indent": self._indent,
             "join": self._join,
-            "replace": partial(self._text_filter, "replace"),
+            "replace": self._replace,
             "safe": self.string,
             "string": self.string,
             "tojson": self._tojson,
@@ -188,7 +188,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, slice):
             self.budget.step()
-            self.budget.make(CHARACTERS_OF_AN_ELEMENT * len(obj))
+            self.budget.make(len(obj) * (1 if isinstance(obj, str) else CHARACTERS_OF_AN_ELEMENT))
             return template_text.cut(obj, argument) if isinstance(obj, str) else obj[argument]
         if isinstance(argument, tuple):
             self.budget.touch(argument)
@@ -259,8 +259,11 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             result = function(value, *args, **values)
         if isinstance(result, Iterator):
             result = list(self.counted(result))
-        if isinstance(result, (str, int, list, tuple, Mapping)):
-            self.budget.make(self.budget.extent(result).size)
+        if isinstance(result, (list, tuple, Mapping)):
+            self.made(result)
+        elif slow and isinstance(result, str):
+            self.budget.make(len(result))
+        self.budget.extent(result)
         if type(result) is str and all(self.budget.extent(one).own for one in (value, *args, *values.values())):
             return own(result)
         return result
@@ -275,6 +278,9 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _text_filter(self, method: str, value: Any, *args: Any, **values: Any) -> Any:
         return self._text_method(method, self.string(value), *args, **values)
+
+    def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> Any:
+        return self._text_filter("replace", value, self.string(old), self.string(new), -1 if count is None else count)
 
     def _text_method(self, name: str, text: str, *args: Any, **values: Any) -> Any:
         for value in (text, *args, *values.values()):

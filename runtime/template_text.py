@@ -7,6 +7,7 @@ template's marks, and can never give one to the text of a message.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 
@@ -26,6 +27,10 @@ class MarkedText(str):
     def __str__(self) -> str:
         return self
 
+    @cached_property
+    def is_own(self) -> bool:
+        return 0 not in self.marks
+
 
 def own(text: str) -> MarkedText:
     """text as the template's own."""
@@ -34,7 +39,7 @@ def own(text: str) -> MarkedText:
 
 def is_own(text: str) -> bool:
     """Whether the template wrote all of it."""
-    return not text or (isinstance(text, MarkedText) and 0 not in text.marks)
+    return not text or (isinstance(text, MarkedText) and text.is_own)
 
 
 def marks_of(text: str) -> bytes:

@@ -120,7 +120,16 @@ def test_options_of_the_template_reach_it_and_others_are_refused() -> None:
     for name in ("thinking", "messages", "add_generation_prompt", "tools", "range", "loop", "\n", ""):
         message = refusal(lambda name=name: runtime.generate(HI, template_options={name: True}))
         assert message.endswith("(it reads: enable_thinking, style)")
-    for value in (object(), {"a"}, 1 << 70, "\ud800", [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]], (1,)):
+    for value in (
+        object(),
+        {"a"},
+        1 << 70,
+        "\ud800",
+        [[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]],
+        (1,),
+        [1] * 20_000,
+        {3: object()},
+    ):
         assert "template_options.style" in refusal(
             lambda value=value: runtime.generate(HI, template_options={"style": value})
         )

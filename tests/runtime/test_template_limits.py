@@ -40,6 +40,9 @@ STEPS = {
     "{% endfor %}"),
     "looked up": doubled("(1,)", "(ns.x, ns.x) if i < 15 else ns.x", "{% set y = {ns.x: 1} %}"
     "{% for i in range(99999) %}{{ y[ns.x] }}{{ y.get(ns.x) }}{% endfor %}"),
+    "membership of a range": "{% for i in range(99999) %}{% if 'a' in range(99999) %}{% endif %}{% endfor %}",
+    "own text": doubled("'aa'", "ns.x ~ ns.x if i < 17 else ns.x", "{% for i in range(99999) %}{% if 'b' in ns.x %}"
+    "{% endif %}{% endfor %}"),
     "count": "{% set x = range(50000) | list %}{% for i in range(99999) %}{% if x.count(-1) %}{% endif %}{% endfor %}",
 }  # fmt: skip
 MEMORY = {
@@ -73,6 +76,8 @@ MEMORY = {
     "big number": "{{ 10 ** (10 ** 8) }}",
     "grown number": doubled("10", "ns.x * ns.x", "{{ ns.x }}"),
     "json": "{{ messages | tojson(indent=10**9) }}",
+    "negative widths": "{% for i in range(9) %}{{ [1] | tojson(indent=-10**9) }}{{ 'a' | indent(-10**9) }}"
+    "{{ 'a' * -9 }}{% endfor %}{{ 'a' * 10**8 }}",
     "json separators": "{{ range(9999) | list | tojson(separators=('a' * 100000, ':')) }}",
     "indent": "{{ 'a\nb' | indent(10**9) }}",
     "indent by text": "{{ ('a\n' * 9999) | indent('a' * 900) }}",
@@ -104,7 +109,11 @@ SYNTAX = {
     "extends": "{% extends 'a' %}",
     "autoescape": "{% autoescape true %}{{ a }}{% endautoescape %}",
     "unknown filter": "{{ 'a' | urlize }}",
-    "long": "a" * (1 << 20) + "b",
+    "elifs": "{% if a %}" + "{% elif a %}b" * 10000 + "{% endif %}",
+    "negations": "{{ " + "not " * 20000 + "1 }}",
+    "filters": "{{ 'a'" + " | trim" * 20000 + " }}",
+    "attributes": "{{ a" + ".b" * 20000 + " }}",
+    "long": "a" * (1 << 18) + "b",
 }
 
 
