@@ -157,6 +157,9 @@ def test_unsupported_architecture(checkpoint: Path) -> None:
     [
         ("hidden_act", "relu2", ('text_config.hidden_act = "relu2"', "supported:", "silu")),
         ("sliding_window", 128, ("text_config.sliding_window = 128",)),
+        ("num_hidden_layers", 10**6, ("text_config.num_hidden_layers = 1000000", "an integer from 1 to 1024")),
+        ("hidden_size", 10**30, ("text_config.hidden_size = 1000000000", "an integer from 1 to 1048576")),
+        ("rope_theta", 10**200, ("text_config.rope_theta",)),
         ("num_experts_per_tok", -1, ("text_config.num_experts_per_tok = -1", "an integer from 1 to 65536")),
     ],
 )

@@ -148,7 +148,8 @@ class Fields:
             original = next((child for child in self._children if key in child._used), None)
             found = f"unsupported field in config.json: {self._name(key)} = {shown(value)}"
             if original is None:
-                raise UnsupportedModelError(found + _NOTES.get(key, ""))
+                remedy = f" (if it leaves the arithmetic as it is: --ignore-config {self._name(key)})"
+                raise UnsupportedModelError(found + _NOTES.get(key, remedy))
             if original._used[key] != value:
                 raise UnsupportedModelError(f"{found} ({original._name(key)} = {shown(original._used[key])})")
         for child in self._children:

@@ -244,7 +244,8 @@ def test_unknown_fields_can_be_ignored_by_name_and_others_cannot(model_type: str
     assert ignoring(directory, names, **unknown) == parse(directory)
     refused(
         UnsupportedModelError,
-        "text_config.attn_logit_softcapping = 30.0",
+        "text_config.attn_logit_softcapping = 30.0 (if it leaves",
+        "--ignore-config text_config.attn_logit_softcapping)",
         act=lambda: ignoring(directory, names[:1], **unknown),
     )
     for name in ("text_config.absent", "absent", "text_config.hidden_size.x", "attn_logit_softcapping"):
