@@ -11,17 +11,20 @@ from moevlm.runtime.manifest import ModelFacts
 
 @dataclass(frozen=True)
 class EndTokens:
-    """ids: at least one, all inside the vocabulary. note: what the user should know, or ""."""
+    """ids: all inside the vocabulary, none only where there is no tokenizer. note: what the user should know, or ""."""
 
     ids: tuple[int, ...]
     note: str = ""
 
 
-def end_tokens(generation: Mapping[str, Any], model: ModelFacts, of_tokenizer: int | None) -> EndTokens:
+def end_tokens(
+    generation: Mapping[str, Any], model: ModelFacts, of_tokenizer: int | None, tokenizer: bool = True
+) -> EndTokens:
     """generation: generation_config.json, which says what the model was tuned to end with; config.json often names one
-    token. model: facts out of config.json. of_tokenizer: the id of its eos_token.
+    token. model: facts out of config.json. tokenizer: whether there is one. of_tokenizer: the id of its eos_token.
 
-    Raises CheckpointError for an id that is none, and where no file names one: an answer would never end.
+    Raises CheckpointError for an id that is none, and where no file names one though the checkpoint has a tokenizer: a
+    conversation would never end.
     """
     value = generation.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
@@ -31,6 +34,8 @@ def end_tokens(generation: Mapping[str, Any], model: ModelFacts, of_tokenizer: i
     if not ids and of_tokenizer is not None:
         ids, where = [of_tokenizer], "tokenizer_config.json"
         note = f"no file has an eos_token_id: answers end with the tokenizer's eos_token, {of_tokenizer}"
+    if not ids and not tokenizer:
+        return EndTokens((), "no file has an eos_token_id: answers end after max_new_tokens")
     if not ids:
         raise CheckpointError(
             f"no end token: neither {GENERATION_CONFIG} nor config.json has an eos_token_id, nor tokenizer_config.json "

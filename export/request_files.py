@@ -32,7 +32,7 @@ _SYSTEM = [{"role": "system", "content": [{"type": "text", "text": "short answer
 class RequestFiles:
     """files: of the bundle, by name. variables: what the chat template may use. notes: what the user should know.
 
-    eos_token_ids: tokens that end an answer, at least one.
+    eos_token_ids: tokens that end an answer.
     """
 
     files: Mapping[str, bytes]
@@ -54,7 +54,7 @@ def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
     tokenizer = _tokenizer(tokens, model) if tokens else None
     named = variables.get("eos_token")
     of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
-    ends = end_tokens(generation, model, of_tokenizer)
+    ends = end_tokens(generation, model, of_tokenizer, tokenizer is not None)
     if ends.note:
         notes.append(ends.note)
     if tokens:

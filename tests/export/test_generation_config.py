@@ -135,6 +135,12 @@ def test_implausible_end_token_of_config_json_and_none_at_all_are_refused(model:
         end_tokens({}, msgspec.structs.replace(model, eos_token_ids=()), None)
 
 
+def test_without_a_tokenizer_no_end_token_is_a_note(model: ModelFacts, tmp_path: Path) -> None:
+    found = request_files(tmp_path, msgspec.structs.replace(model, eos_token_ids=()))
+    assert found.eos_token_ids == ()
+    assert found.notes == ("no file has an eos_token_id: answers end after max_new_tokens",)
+
+
 def test_end_token_of_the_tokenizer_that_ends_no_answer_is_a_note(
     tiny_checkpoint: Path, model: ModelFacts, tmp_path: Path
 ) -> None:
