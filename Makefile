@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo.moevlm
 
-.PHONY: setup demo test lint type bench gpu-check train clean
+.PHONY: setup demo test seeds lint type bench gpu-check train clean
 
 setup: .venv/installed
 
@@ -23,6 +23,11 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest
+
+# Parity of right engines over 20 random models of each kind, on every instruction set that this machine has.
+seeds: setup
+	$(BIN)/python -m tests.parity_seeds
+	MOEVLM_CPU_ISA=avx2 $(BIN)/python -m tests.parity_seeds
 
 lint: setup
 	$(BIN)/ruff check .

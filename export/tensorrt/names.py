@@ -1,6 +1,7 @@
 """Names of TensorRT targets: rtx:sm86,sm89 is one pair of plans for both, trt:sm80,sm90 is one for each."""
 
 import ctypes
+from importlib.util import find_spec
 
 from moevlm.export.tensorrt.options import PlanOptions
 from moevlm.export.tensorrt.product import NATIVE_MOE_SMS, RTX, TENSORRT, Product, installed
@@ -8,6 +9,7 @@ from moevlm.export.tensorrt.target import PlanTarget
 from moevlm.plugins.gpu.devices import DEVICES
 from moevlm.runtime.errors import BuildError, EngineError
 from moevlm.runtime.gpus import gpu_text, sm_of
+from moevlm.runtime.installation import install_command
 from moevlm.runtime.native import plugin_path
 
 _MAJOR, _MINOR = 75, 76  # CUdevice_attribute: compute capability
@@ -29,6 +31,8 @@ def plan_targets(name: str, options: PlanOptions) -> tuple[PlanTarget, ...]:
             raise BuildError(f"target {name}: sm{sm} has no bfloat16 (use --dtype fp16)")
     _check_options(name, product, sms, options)
     installed(product)
+    if not options.native_moe and find_spec("triton") is None:
+        raise BuildError(f"target {name}: compiling its kernels needs triton ({install_command('kernels')})")
     try:
         plugin_path()
     except EngineError as error:

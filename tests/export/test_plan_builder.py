@@ -234,6 +234,14 @@ def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         plan_targets("trt:sm90", PlanOptions())
 
 
+def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(
+        BuildError, match=r"target rtx:sm89: compiling its kernels needs triton \(pip install .*\[kernels"
+    ):
+        plan_targets("rtx:sm89", PlanOptions())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
