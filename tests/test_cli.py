@@ -193,6 +193,22 @@ def test_image_tokens_are_limited_on_request(tiny_bundle: Path, images: list[Pat
     assert 0 < tokens("--messages", path) <= 4
 
 
+def test_a_large_image_is_told_on_a_terminal_before_it_is_encoded(
+    tiny_bundle: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moevlm.runtime.defaults.LARGE_IMAGE_TOKENS", 3)
+    arguments = ("run", tiny_bundle, "--prompt", "Hi", *TOKENS, "--image", images[0])
+    assert "--max-image-tokens" not in call(*arguments).err
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    told = re.search(
+        r"image 1 is read at (\d+) x (\d+) pixels, (\d+) tokens; --max-image-tokens N", call(*arguments).err
+    )
+    assert told is not None
+    width, height, tokens = map(int, told.groups())
+    assert width * height // 8**2 == tokens > 3
+    assert "image 1" not in call(*arguments, "--max-image-tokens", "3").err
+
+
 def test_system_message_is_part_of_the_prompt(tiny_bundle: Path) -> None:
     plain, told = run(tiny_bundle, "--prompt", "Hi"), run(tiny_bundle, "--prompt", "Hi", "--system", "Be brief.")
     assert told.prompt_tokens > plain.prompt_tokens
