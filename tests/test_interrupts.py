@@ -52,20 +52,20 @@ def test_a_running_step_of_run_is_cancelled(
 @SIGNALS
 def test_a_call_that_nothing_stops_does_not_hold_the_process(kind: signal.Signals, status: int) -> None:
     program = """
-import sys, threading, types
-from moevlm.runtime import cli
+import sys, threading
+from moevlm.runtime import cli, command_line
 from moevlm.runtime.background import Background
 
 def work():
     print("working", flush=True)
     threading.Event().wait()
 
-def command(*arguments, **options):
+def command(arguments):
     with Background() as background:
         background.call(work)
 
-cli.cli.main = command
-cli.main([])
+command_line.run = command
+sys.exit(cli.main([]))
 """
     process = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -109,6 +109,8 @@ def test_an_interrupted_call_is_stopped_and_not_waited_for_without_end() -> None
         assert stopped.is_set()
         assert background.busy
         release.set()
+        assert background.call(lambda: 5) == 5  # not what the other call returned
+        assert not background.busy
     background.join(60)
 
 
