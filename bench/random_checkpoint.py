@@ -30,6 +30,7 @@ def config(layers: int, hidden: int, experts: int, top_k: int, width: int, vocab
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": width,
         "vocab_size": vocabulary,
+        "eos_token_id": vocabulary - 5,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
