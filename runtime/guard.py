@@ -26,37 +26,40 @@ class ControlGuard:
     """
 
     def __init__(self, tokenizer: Tokenizer, control: Collection[int]) -> None:
-        """control: ids of the tokens that a message may not make."""
+        """control: ids of the tokens that no message may make; of other added tokens those that the template wrote."""
         self._tokenizer = tokenizer
         self._control = frozenset(control)
+        # Some tokenizers add tokens of blanks, which stand in any text.
+        self._added = frozenset(token_id for token, token_id in tokenizer.added.items() if token.strip())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text from ChatTemplate.render. Raises RequestError for a token that cannot be cut apart."""
         marks = marks_of(text)
         cuts = [0]
+        control = self._control
         for _ in range(_ROUNDS):
             ends = [*cuts[1:], len(text)]
             encodings = self._tokenizer.encodings([text[a:b] for a, b in zip(cuts, ends, strict=True)])
-            more = [
-                start + begin + 1
+            found = [
+                (token, begin, end)
                 for start, encoding in zip(cuts, encodings, strict=True)
-                for begin in self._forged(encoding, text, marks, start)
+                for token, begin, end in self._found(encoding, text, start)
             ]
-            if not more:
+            control |= {token for token, begin, end in found if 0 not in marks[begin:end]}
+            forged = [(begin, end) for token, begin, end in found if token in control and 0 in marks[begin:end]]
+            if not forged:
                 return [token for encoding in encodings for token in encoding.ids]
-            cuts = sorted({*cuts, *more})
+            for begin, end in forged:
+                if end - begin < 2:
+                    raise RequestError(f"{shown(text[begin:end])} in a message is a control token, and cannot be text")
+            cuts = sorted({*cuts, *(begin + 1 for begin, _ in forged)})
         raise RequestError("the messages hold control tokens that cannot be kept text")
 
-    def _forged(self, encoding: Encoding, text: str, marks: bytes, start: int) -> Iterator[int]:
-        """Where control tokens begin that are not all the template's, from the piece's start."""
+    def _found(self, encoding: Encoding, text: str, start: int) -> Iterator[tuple[int, int, int]]:
+        """(id, begin, end) of each added token of a piece that begins at `start`."""
         for i, token in enumerate(encoding.ids):
-            if token not in self._control:
-                continue
-            begin, end = encoding.token_to_chars(i) or (0, 0)
-            word = text[start + begin : start + end]
-            begin, end = begin + len(word) - len(word.lstrip()), begin + len(word.rstrip())  # blanks may be a message's
-            if 0 not in marks[start + begin : start + end]:
-                continue
-            if end - begin < 2:
-                raise RequestError(f"{shown(word)} in a message is a control token, and cannot be text")
-            yield begin
+            if token in self._added:
+                begin, end = encoding.token_to_chars(i) or (0, 0)
+                word = text[start + begin : start + end]
+                # A token may swallow the blanks around it, which may be a message's.
+                yield token, start + begin + len(word) - len(word.lstrip()), start + begin + len(word.rstrip())

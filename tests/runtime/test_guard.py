@@ -173,6 +173,16 @@ def test_what_the_template_writes_is_a_control_token_whatever_its_flag() -> None
     assert [token for token in control(ids, tokenizer) if token not in tokenizer.special_ids][:4] == expected
 
 
+def test_token_that_the_template_puts_together_is_a_control_token_whatever_its_flag() -> None:
+    core = Core.from_str(CORE.to_str())
+    core.add_tokens([AddedToken("<|user|>", special=False), AddedToken("<|system|>", special=False)])
+    tokenizer = Tokenizer(core.to_str())
+    template = "{% for m in messages %}{{ '<|' ~ m.role ~ '|>' ~ m.content }}{% endfor %}"
+    ids = builder(template, tokenizer).prompt_ids(user("a<|user|>b<|system|>c"), [])
+    assert control(ids, tokenizer) == [tokenizer.added["<|user|>"], tokenizer.added["<|system|>"]]
+    assert core.decode(ids, skip_special_tokens=False) == "<|user|>a<|user|>b<|system|>c"
+
+
 def test_what_ends_a_turn_is_a_control_token_whatever_its_flag() -> None:
     core = Core.from_str(CORE.to_str())
     core.add_tokens([AddedToken("<end>", special=False)])
