@@ -159,19 +159,21 @@ def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], t
     """A conversation in the terminal, until Ctrl-D or /exit."""
     from contextlib import suppress
 
+    from moevlm.runtime.printable import printable
     from moevlm.runtime.terminal_chat import TerminalChat
+
+    def say(line: str) -> None:
+        click.echo(printable(line), err=True)
 
     with suppress(ImportError):  # not everywhere: lines are then typed without history
         import readline  # noqa: F401
 
-    click.echo(f"{target}; /help lists the commands, Ctrl-D leaves", err=True)
-    chat = TerminalChat(
-        lambda messages: "".join(piece.text for piece in answer(messages)), partial(click.echo, err=True), system
-    )
+    say(f"{target}; /help lists the commands, Ctrl-D leaves")
+    chat = TerminalChat(lambda messages: "".join(piece.text for piece in answer(messages)), say, system)
     for image in images:
         chat.add_image(image)
     chat.run(partial(input, ">>> "))
-    click.echo(err=True)
+    say("")
 
 
 def _pixels(megapixels: float) -> int:
