@@ -1,5 +1,6 @@
 """`moevlm export`, `moevlm build` and `moevlm parity`."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     help="Which engines; repeatable.  [default: all that run here]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
+@click.option("--quick", is_flag=True, help="Two prompts and few steps, for a first look; notes no verdict.")
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Also give perplexity and KL of each engine on this file."
 )
@@ -218,6 +220,7 @@ def parity(
     checkpoint: Path,
     targets: tuple[str, ...],
     seed: int,
+    quick: bool,
     text: Path | None,
     max_tokens: int | None,
     output: Path | None,
@@ -231,13 +234,19 @@ def parity(
     if max_tokens is not None and text is None:
         raise click.UsageError("--max-tokens is for --text")
     require("transformers", "export")
+    # Read by torch at its import: threads that spin while they wait cost ten times the work on cores that are shared.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # And by transformers: else it reads several tensors of a layer ahead, which takes memory.
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     from moevlm.export.parity import check_parity
     from moevlm.export.parity_report import table_of
     from moevlm.runtime.reports import to_json
 
     with progress_bar() as progress:
-        of_text = {} if max_tokens is None else {"max_tokens": max_tokens}
-        report = check_parity(bundle, checkpoint, targets, seed=seed, text=text, progress=progress, **of_text)
+        options: Any = {"seed": seed, "quick": quick, "text": text, "progress": progress}
+        if max_tokens is not None:
+            options["max_tokens"] = max_tokens
+        report = check_parity(bundle, checkpoint, targets, **options)
     publish(table_of(report), to_json(report), output)
     if not report.passed:
         click.get_current_context().exit(1)

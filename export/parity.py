@@ -16,10 +16,11 @@ from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import long_cases, random_cases
 from moevlm.export.parity_checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
+from moevlm.export.parity_needs import Needs, available_memory
 from moevlm.export.parity_report import Check, Cost, ParityReport, TextReport
 from moevlm.export.parity_requests import request_checks
 from moevlm.export.parity_text import Text, measure_text
-from moevlm.export.quantized_checks import quantized_checks
+from moevlm.export.quantized_checks import Recording, quantized_checks
 from moevlm.export.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.taps import TappedEngine
 from moevlm.export.tolerances import EXACT, TEXT_TOKENS, tolerance_of
@@ -38,6 +39,7 @@ def check_parity(
     target_names: Iterable[str] = (),
     *,
     seed: int = 0,
+    quick: bool = False,
     text: str | Path | None = None,
     max_tokens: int = TEXT_TOKENS,
     progress: Progress = lambda *_: None,
@@ -48,6 +50,8 @@ def check_parity(
     text: a file whose first `max_tokens` tokens say what each engine's precision costs there; it decides nothing.
     Engines from pruned weights, or with experts that a GPU reads in blocks, are compared with canonical PyTorch on the
     same weights; what rounding the experts costs is a check of its own.
+    quick: two prompts and few decode steps; the manifest gets no verdict.
+    Raises RequestError, before any work, if there is clearly too little memory; the need is told by `progress`.
     Raises EngineError, before any work, for a package that an engine needs and is not there.
     Raises CheckpointError if the checkpoint is not the bundle's, BundleError for an engine that is absent, damaged or
     for another machine, RequestError for one without room for the prompts, BuildError, before any work, if the manifest
@@ -69,16 +73,22 @@ def check_parity(
     limits = [engines[name].tensorrt for name in names]
     capacity = min([opened.manifest.model.context, *(limit.capacity for limit in limits if limit is not None)])
     read = None if text is None else Text.read(Path(text), opened, max_tokens, capacity)
-    reserve(opened)
+    if not quick:
+        reserve(opened)
     with Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
         require_same_source(opened.manifest, source)
         manifest, facts = opened.manifest, opened.manifest.model
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
-        cases = random_cases(facts, source.config, seed) + long_cases(facts, source.config, seed, capacity)
+        cases = random_cases(facts, source.config, seed, quick)
+        if not quick:
+            cases += long_cases(facts, source.config, seed, capacity)
         prompts = [case.prompt for case in cases]
         for limit in limits:
-            Room.of(prompts, facts.context, limit)  # refused before any work
+            Room.of(prompts, facts.context, limit, len(cases[0].continuation))  # refused before any work
+        needs = Needs.of(model, cases, opened, names)
+        progress(f"parity {needs}", 0, 0)
+        needs.require(available_memory())
         progress("comparing requests", 0, 0)
         requests = request_checks(opened, Path(checkpoint), seed)
         oracle = Oracle(source, family_for(source.config).router_suffix)
@@ -119,8 +129,10 @@ def check_parity(
             left_out=left_out,
             costs=tuple(costs),
             text=None if read is None else _text_report(opened, names, read, model, progress),
+            quick=quick,
         )
-    note(opened, _verdicts(names, report), progress)
+    if not quick:
+        note(opened, _verdicts(names, report), progress)
     return report
 
 
@@ -130,11 +142,11 @@ def _checks_of_engine(
     """model: the canonical one that `expected` is of."""
     entry, taps = bundle.manifest.engines[name], None
     if entry.block_size and entry.tensorrt is None:
-        with (
-            closing(load_engine(bundle, name)) as engine,
-            closing(TappedEngine(bundle, name, expected.config)) as tapped,
-        ):
-            return quantized_checks(expected, model, name, entry, engine, tapped)
+        with closing(load_engine(bundle, name)) as engine:
+            shipped = Recording.of(engine, expected)
+        with closing(TappedEngine(bundle, name, expected.config)) as tapped:
+            inside = Recording.of(tapped, expected)
+        return quantized_checks(expected, model, name, entry, shipped, inside, tapped.kernel_routes)
     if entry.tensorrt is None:
         with closing(TappedEngine(bundle, name, expected.config)) as tapped:
             taps = taps_of_prompts(expected, tapped)

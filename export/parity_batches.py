@@ -22,7 +22,7 @@ PADDING = 128  # tokens that prompts of a batch may differ by
 class Room:
     """batch: prompts stepped together. chunk_tokens: of each in a step. capacity: tokens in a cache.
 
-    steps: decode steps behind the longest prompt, DECODE_STEPS where the cache has room for them.
+    steps: decode steps behind the longest prompt, as many as wanted where the cache has room for them.
     """
 
     batch: int
@@ -31,17 +31,19 @@ class Room:
     steps: int
 
     @classmethod
-    def of(cls, prompts: Sequence[Prompt], context: int, limits: TensorRTFacts | None) -> Self:
+    def of(
+        cls, prompts: Sequence[Prompt], context: int, limits: TensorRTFacts | None, steps: int = DECODE_STEPS
+    ) -> Self:
         """limits: None for an engine without. Raises RequestError if not one step behind a prompt fits."""
         longest = max(len(prompt.ids) for prompt in prompts)
-        batch, chunk_tokens, capacity = len(prompts), longest, cache_capacity(longest + DECODE_STEPS, context)
+        batch, chunk_tokens, capacity = len(prompts), longest, cache_capacity(longest + steps, context)
         if limits is not None:
             batch = min(batch, limits.max_batch, limits.max_visual)
             chunk_tokens = min(chunk_tokens, limits.chunk_tokens, limits.max_visual // batch)
             capacity = min(capacity, limits.capacity)
         if longest >= capacity:
             raise RequestError(f"parity needs a cache of {longest + 1} tokens, the engine has {capacity}")
-        return cls(batch, chunk_tokens, capacity, min(DECODE_STEPS, capacity - longest))
+        return cls(batch, chunk_tokens, capacity, min(steps, capacity - longest))
 
 
 class Batches:

@@ -14,6 +14,7 @@ from moevlm.runtime.prompt import Prompt
 from moevlm.runtime.vision_inputs import pack_grids
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
+QUICK_IMAGES, QUICK_STEPS = (0, 1), 8
 # Kernels of attention take keys in blocks of 128 and 256, and cut a longer cache into pieces that they join.
 LONG_PROMPT = 270
 _SIDE = 5  # the largest side of an image, in visual tokens
@@ -23,7 +24,7 @@ _SIDE = 5  # the largest side of an image, in visual tokens
 class Case:
     """A prompt and the tokens that follow it, drawn beforehand: every step gets the same ones (teacher forcing).
 
-    prompt: ids with images expanded. whole: the same with DECODE_STEPS more tokens. grids: (h, w) in patches.
+    prompt: ids with images expanded. whole: the same with more tokens. grids: (h, w) in patches.
     patches: [P, patch_dim] float32 of all its images.
     """
 
@@ -34,14 +35,18 @@ class Case:
 
     @property
     def continuation(self) -> np.ndarray:
-        """[DECODE_STEPS] int64."""
+        """[steps] int64, the tokens behind the prompt."""
         return self.whole.ids[len(self.prompt.ids) :]
 
 
-def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int) -> list[Case]:
-    """One case per entry of IMAGES. config: the checkpoint's, for the token ids that mean something to it."""
+def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, quick: bool = False) -> list[Case]:
+    """One case per entry of IMAGES, or of QUICK_IMAGES, with DECODE_STEPS, or QUICK_STEPS, tokens behind it.
+
+    config: the checkpoint's, for the token ids that mean something to it.
+    """
     rng, ordinary = np.random.default_rng(seed), _ordinary(model, config)
-    return [_case(model, config, ordinary, rng, images) for images in IMAGES]
+    steps = QUICK_STEPS if quick else DECODE_STEPS
+    return [_case(model, config, ordinary, rng, n, steps) for n in (QUICK_IMAGES if quick else IMAGES)]
 
 
 def long_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, capacity: int) -> list[Case]:
@@ -66,7 +71,12 @@ def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
 
 
 def _case(
-    model: ModelFacts, config: Mapping[str, Any], ordinary: np.ndarray, rng: np.random.Generator, images: int
+    model: ModelFacts,
+    config: Mapping[str, Any],
+    ordinary: np.ndarray,
+    rng: np.random.Generator,
+    images: int,
+    steps: int,
 ) -> Case:
     merge = model.vision.merge_size
     ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
@@ -76,10 +86,10 @@ def _case(
         marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
         start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
         ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
-    if len(ids) + DECODE_STEPS > model.context:
-        raise RequestError(f"parity needs a context of {len(ids) + DECODE_STEPS}, the model has {model.context}")
+    if len(ids) + steps > model.context:
+        raise RequestError(f"parity needs a context of {len(ids) + steps}, the model has {model.context}")
     patches = _patches(rng, grids, model)
-    whole = [*ids, *rng.choice(ordinary, DECODE_STEPS)]
+    whole = [*ids, *rng.choice(ordinary, steps)]
     return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
 
 

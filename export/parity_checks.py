@@ -17,7 +17,6 @@ from moevlm.export.taps import Tapped
 from moevlm.export.tolerances import (
     ALONE_STEPS,
     CHUNK_TOKENS,
-    DECODE_STEPS,
     ROUNDING,
     PlanTolerance,
     Tolerance,
@@ -67,7 +66,7 @@ class Expected:
 
     def room(self, limits: TensorRTFacts | None = None) -> Room:
         """How the prompts fit into an engine; see `Room.of`."""
-        return Room.of(self.prompts, self.facts.context, limits)
+        return Room.of(self.prompts, self.facts.context, limits, len(self.tokens))
 
     def batch(self, engine: Engine, visual: VisualFeatures, room: Room) -> Batches:
         """All prompts in new caches."""
@@ -142,7 +141,7 @@ def runs(expected: Expected, engine: Engine, visual: VisualFeatures, room: Room)
     batch = expected.batch(engine, visual, room)
     yield Run("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
     steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
-    note = "" if room.steps == DECODE_STEPS else f"{room.steps} steps fit into the cache"
+    note = "" if room.steps == len(expected.tokens) else f"{room.steps} steps fit into the cache"
     yield Run("decode logits", steps, expected.decode[: room.steps], note)
     yield Run("each prompt alone", *alone(expected, engine, room))
 

@@ -73,6 +73,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
 
     pruned: engines from pruned weights. rounded: those with experts in blocks for a GPU. The checks of both are against
     canonical PyTorch on the same weights. plans: engines of TensorRT, whose routing and hidden states cannot be seen.
+    quick: few prompts and steps, and no verdict in the manifest.
     left_out: engines that do not run here and why, in one line, or "". costs: of quantized engines on a CPU, whose
     checks are against canonical PyTorch on the same rounded weights. text: of `--text`, else None.
     """
@@ -91,6 +92,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     left_out: str = ""
     costs: tuple[Cost, ...] = ()
     text: TextReport | None = None
+    quick: bool = False
 
 
 def table_of(report: ParityReport) -> str:
@@ -114,6 +116,8 @@ def table_of(report: ParityReport) -> str:
     amount = f"{report.prompts} prompts, {report.tokens} tokens, seed {report.seed}"
     title = f"against transformers {report.transformers}: {amount}"
     left_out = f"left out: {report.left_out}\n" if report.left_out else ""
+    if report.quick:
+        left_out += "left out: several images in a prompt, most decode steps; the bundle notes no verdict (--quick)\n"
     shown = [table(title, ("", "found", "limit", "", ""), rows)]
     if report.text is not None:
         shown.append(_text_table(report.text))

@@ -1,7 +1,8 @@
 """A quantized engine against canonical PyTorch on the weights that it stores, layer by layer; and what they cost."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from moevlm.export.flip_margin import flip_margin
 from moevlm.export.layer_reference import Deviation, Rounding, layer_deviations, vision_deviations
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity_checks import Expected, alone, routing_flips
-from moevlm.export.parity_measures import kl_divergences, rms_error
+from moevlm.export.parity_measures import kl_divergences, relative_error, rms_error
 from moevlm.export.parity_report import Check, Cost
 from moevlm.export.recorded_engine import RecordedEngine, Sequence
 from moevlm.export.stored_weights import stored_weights
@@ -17,10 +18,45 @@ from moevlm.export.taps import Tapped
 from moevlm.export.targets import VISION
 from moevlm.export.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
 from moevlm.plugins import reference
-from moevlm.runtime.engine import Engine
+from moevlm.runtime.engine import Engine, VisualFeatures
 from moevlm.runtime.manifest import EngineFacts
 
 Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What an engine made of the prompts: nothing more is asked of it, and it can be closed.
+
+    prefill, decode: logits of all positions, as in `Expected`. prompts: its sequences then. sequences: those of chunks
+    and of each prompt alone, too.
+    """
+
+    visual: VisualFeatures
+    prefill: Array
+    decode: Array
+    prompts: list[Sequence]
+    sequences: list[Sequence]
+
+    @classmethod
+    def of(cls, engine: Engine | Tapped, expected: Expected) -> Self:
+        """Take the prompts through an engine, in all the ways that are checked."""
+        recorded, room = RecordedEngine(engine), expected.room()
+        visual = recorded.encode(expected.images)
+        batch = expected.batch(recorded, visual, room)
+        prefill = batch.prefill(every_position=True)
+        decode = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
+        prompts = recorded.sequences()
+        expected.batch(recorded, visual, room).prefill(CHUNK_TOKENS)
+        alone(expected, recorded, room)
+        return cls(visual, prefill, decode, prompts, recorded.sequences())
+
+    def apart(self, other: "Recording") -> float:
+        """The largest relative difference of the logits of the two."""
+        pairs = [(self.prefill, other.prefill), (self.decode, other.decode)]
+        for mine, theirs in zip(self.sequences, other.sequences, strict=True):
+            pairs += [(row, theirs.logits[place]) for place, row in mine.logits.items()]
+        return max(relative_error(*pair) for pair in pairs)
 
 
 def quantized_checks(
@@ -28,39 +64,32 @@ def quantized_checks(
     model: CanonicalModel,
     step: str,
     facts: EngineFacts,
-    engine: Engine,
-    tapped: Tapped,
+    shipped: Recording,
+    inside: Recording,
+    kernel_routes: bool,
     tolerance: QuantizedTolerance = QUANTIZED,
 ) -> tuple[list[Check], list[Cost]]:
     """All checks of a quantized engine on a CPU, which decide; and how far its answers are from transformers'.
 
-    model: the canonical one that the engine was made of. engine: as it is shipped; tapped: the same with its inside
-    visible.
+    model: the canonical one that the engine was made of. shipped: of the engine as it is shipped; inside: of the same
+    with taps, which tell where its kernels do not show their choice of experts (kernel_routes).
     """
-    recorded, room = RecordedEngine(engine, tapped), expected.room()
-    visual = recorded.encode(expected.images)
-    batch = expected.batch(recorded, visual, room)
-    prefill = batch.prefill(every_position=True)
-    decode = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
-    sequences = recorded.sequences()
     costs = [
-        *_costs(step, "prefill", prefill, expected.prefill),
-        *_costs(step, "decode", decode, expected.decode[: room.steps]),
-        *_inside(expected, step, sequences),
+        *_costs(step, "prefill", shipped.prefill, expected.prefill),
+        *_costs(step, "decode", shipped.decode, expected.decode[: len(shipped.decode)]),
+        *_inside(expected, step, inside.prompts),
     ]
-    expected.batch(recorded, visual, room).prefill(CHUNK_TOKENS)
-    alone(expected, recorded, room)
-    sequences = recorded.sequences()
     vision, decoder = stored_weights(model, facts)
-    features = list(vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.block, visual))
+    features = list(
+        vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.block, shipped.visual)
+    )
     rounding = Rounding(facts.block_size, facts.kv_cache == "int8")
-    rest = list(layer_deviations(model.config, decoder, rounding, sequences))
-    taps = recorded.apart
-    limit = EXACT.logits
+    rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))
+    taps, limit = shipped.apart(inside), EXACT.logits
     found = [
         *(_overall(step, kind, features, kind, tolerance) for kind in ("image features", "deepstack features")),
         Check(step, "logits with taps", taps, limit, taps <= limit, "the graph as shipped against the one with taps"),
-        _own_choices(expected, step, sequences, tapped.kernel_routes, tolerance),
+        _own_choices(expected, step, inside.sequences, kernel_routes, tolerance),
         *(_overall(step, f"{kind}s, one by one", rest, kind, tolerance) for kind in ("router", "layer")),
         _single_tokens(step, [*features, *rest], tolerance),
         _overall(step, "head", rest, "head", tolerance),

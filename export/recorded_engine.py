@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moevlm.export.parity_measures import relative_error
 from moevlm.export.taps import Tapped
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Cache, Engine, Step, VisionInputs, VisualFeatures
@@ -31,14 +30,13 @@ class Sequence:
 
 @dataclass
 class RecordedCache:
-    """The caches of both engines, and buffers as large for all that is kept: a step writes into the same places.
+    """The engine's cache, and buffers as large for all that is kept: a step writes into the same places.
 
     lengths: [B], how far sequences reach: the last token whose logits were wanted. What a step wrote behind it, the
     padding of shorter sequences, is no token.
     """
 
-    tapped: Cache
-    shipped: Cache
+    inner: Cache
     lengths: Array
     values: dict[str, Array] = field(default_factory=dict)
     visual: VisualFeatures | None = None
@@ -46,11 +44,11 @@ class RecordedCache:
 
     @property
     def batch(self) -> int:
-        return self.tapped.batch
+        return self.inner.batch
 
     @property
     def capacity(self) -> int:
-        return self.tapped.capacity
+        return self.inner.capacity
 
     def keep(self, step: Step, visual: VisualFeatures | None, taps: Mapping[str, Array], logits: Array) -> None:
         """taps: rows [B * S, ...]."""
@@ -80,32 +78,28 @@ class RecordedCache:
 
 
 class RecordedEngine:
-    """An engine as it is shipped, beside the one with taps: both run every step, and what the taps show is kept.
+    """An engine of which is kept what every step was given, what came out and, if it has taps, what they showed.
 
-    caches: all that were made. apart: the largest relative difference between logits of the two.
+    caches: all that were made.
     """
 
-    def __init__(self, shipped: Engine, tapped: Tapped) -> None:
-        self._shipped, self._tapped = shipped, tapped
+    def __init__(self, engine: Engine | Tapped) -> None:
+        self._engine = engine
         self.caches: list[RecordedCache] = []
-        self.apart = 0.0
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
-        return self._shipped.encode(inputs, cancellation)
+        return self._engine.encode(inputs, cancellation)
 
     def new_cache(self, batch: int, capacity: int) -> RecordedCache:
-        tapped, shipped = (engine.new_cache(batch, capacity) for engine in (self._tapped, self._shipped))
-        cache = RecordedCache(tapped, shipped, np.zeros(batch, np.int64), logits=[{} for _ in range(batch)])
-        self.caches.append(cache)
-        return cache
+        inner = self._engine.new_cache(batch, capacity)
+        self.caches.append(RecordedCache(inner, np.zeros(batch, np.int64), logits=[{} for _ in range(batch)]))
+        return self.caches[-1]
 
     def forward(
         self, step: Step, visual: VisualFeatures | None, cache: RecordedCache, cancellation: Cancellation | None = None
     ) -> Array:
-        """Logits of the engine as it is shipped."""
-        logits = self._shipped.forward(step, visual, cache.shipped, cancellation)
-        self.apart = max(self.apart, relative_error(self._tapped.forward(step, visual, cache.tapped), logits))
-        cache.keep(step, visual, self._tapped.taps, logits)
+        logits = self._engine.forward(step, visual, cache.inner, cancellation)
+        cache.keep(step, visual, getattr(self._engine, "taps", {}), logits)
         return logits
 
     def sequences(self) -> list[Sequence]:
@@ -113,4 +107,4 @@ class RecordedEngine:
         return [sequence for cache in self.caches for sequence in cache.sequences()]
 
     def close(self) -> None:
-        """Nothing to do: who loaded the two engines closes them."""
+        """Nothing to do: who loaded the engine closes it."""

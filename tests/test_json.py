@@ -147,6 +147,7 @@ GOLDEN = {
         "text.engines[].perplexity": "number or null",
         "text.engines[].kl": "number or null",
         "text.engines[].same_first_choice": "number",
+        "quick": "boolean",
         "costs": "array of object",
         "costs[].step": "string",
         "costs[].quantity": "string",

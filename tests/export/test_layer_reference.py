@@ -21,7 +21,6 @@ from moevlm.export.tolerances import QUANTIZED
 from moevlm.export.weights import Constant, Weight, read
 from moevlm.runtime.batch import Batch
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.loading import load_engine
 from tests.bundles import rehash
 from tests.tiny import TinyCheckpoint
 
@@ -47,7 +46,7 @@ class Recording:
             cases = random_cases(facts, source.config, 3)
             for target in TARGETS:
                 entry = bundle.manifest.engines[target]
-                engine = RecordedEngine(load_engine(bundle, target), TappedEngine(bundle, target, self.config))
+                engine = RecordedEngine(TappedEngine(bundle, target, self.config))
                 images = pack(cases, facts)
                 assert images is not None
                 batch = Batch(engine, facts, [case.prompt for case in cases], engine.encode(images), 192)

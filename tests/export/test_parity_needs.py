@@ -1,0 +1,79 @@
+"""What parity says before it starts, and what --quick leaves out."""
+
+from pathlib import Path
+
+import pytest
+
+from moevlm.export import parity
+from moevlm.export.build import build
+from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity import check_parity
+from moevlm.export.parity_cases import random_cases
+from moevlm.export.parity_needs import Needs, available_memory
+from moevlm.export.parity_report import table_of
+from moevlm.runtime.bundle import Bundle
+from moevlm.runtime.errors import RequestError
+from tests.bundles import copy_bundle
+from tests.tiny import TinyCheckpoint
+
+
+def needs(layers: int, targets: list[str], folder: Path) -> Needs:
+    checkpoint = TinyCheckpoint(text={"num_hidden_layers": layers, "hidden_size": 64}, vision={"out_hidden_size": 64})
+    path = checkpoint.save(folder / f"{layers}")
+    bundle = build(path, folder / f"{layers}.moevlm", targets)
+    with Checkpoint.open(path) as source:
+        cases = random_cases(bundle.manifest.model, source.config, 0)
+        return Needs.of(CanonicalModel.of(source), cases, bundle, targets)
+
+
+def test_memory_does_not_grow_with_the_number_of_layers_but_what_is_read_does(tmp_path: Path) -> None:
+    few, many = (needs(layers, ["ort-cpu"], tmp_path) for layers in (2, 6))
+    assert many.memory == few.memory > few.largest > 0
+    assert many.largest == few.largest
+    assert many.read > 2 * few.read
+    assert many.engines > 2 * few.engines
+    assert many.seconds > few.seconds
+
+
+def test_too_little_memory_is_refused_by_name_before_any_work(
+    tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(parity, "available_memory", lambda: 90_000_000)
+    with pytest.raises(RequestError, match=r"needs about \d+\.\d MB of memory, 90.0 MB are available \(a layer"):
+        check_parity(tiny_bundle, tiny_checkpoint, progress=lambda what, *_: said.append(what))
+    assert said[-1].startswith("parity needs about ")
+    assert not any("running" in what for what in said)
+
+
+@pytest.mark.parametrize(
+    ("files", "available"),
+    [
+        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\n"}, 2_048_000),
+        ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "1000000\n"}, 1_000_000),
+        ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "max\n"}, 2_048_000),
+        ({}, None),
+    ],
+)
+def test_available_memory_ends_at_the_limit_of_the_container(
+    files: dict[str, str], available: int | None, tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == available
+
+
+def test_quick_look_checks_every_step_on_less_and_notes_no_verdict(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    copy = copy_bundle(tiny_bundle, tmp_path)
+    before = (copy / "manifest.json").read_bytes()
+    report = check_parity(copy, tiny_checkpoint, ["ort-cpu"], quick=True)
+    assert report.passed and report.quick
+    assert report.prompts == 2
+    assert list(dict.fromkeys(check.step for check in report.checks)) == ["requests", "canonical PyTorch", "ort-cpu"]
+    assert (copy / "manifest.json").read_bytes() == before
+    assert not Bundle.open(copy).manifest.parity
+    assert "left out: several images in a prompt, most decode steps" in table_of(report)
