@@ -187,6 +187,7 @@ def test_every_step_agrees_with_transformers(name: str, tmp_path: Path) -> None:
     deepstack = tiny.model_type == "qwen3_vl_moe" and tiny.vision.get("deepstack_visual_indexes") != []
     features = FEATURES if deepstack else FEATURES[:1]
     assert [(check.step, check.quantity) for check in report.checks] == [
+        *(("requests", quantity) for quantity in ("conversations", "images")),
         *(("canonical PyTorch", quantity) for quantity in [*features, INSIDE[0], *OUTPUTS]),
         *((engine, quantity) for engine in ("reference", "ort-cpu") for quantity in [*features, *INSIDE, *OUTPUTS]),
     ]

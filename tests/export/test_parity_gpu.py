@@ -125,7 +125,7 @@ def test_by_default_all_that_run_here_are_checked_and_the_wrong_one_fails(
     with fake_gpu(tmp_path):
         report = check_parity(bundle, tiny_checkpoint)
     assert list(dict.fromkeys(check.step for check in report.checks)) == [
-        *("canonical PyTorch", "reference", "ort-cpu"),
+        *("requests", "canonical PyTorch", "reference", "ort-cpu"),
         TARGET,
     ]
     first = next(check for check in report.checks if not check.passed)
