@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/moevlm bench latency $(DEMO) --target reference --target ort-cpu --target cpu:int8 --image-size 96
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # Parity of right engines over 20 random models of each kind, on every instruction set that this machine has.
 seeds: setup
