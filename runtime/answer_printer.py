@@ -63,10 +63,10 @@ class AnswerPrinter:
         return self._background.call(partial(self._runtime.generate, request, params=self._params))
 
     def _say_how_it_went(self, last: Piece) -> None:
-        """On standard error: whether the answer was cut, and what it cost."""
+        """On standard error: whether the answer was cut, where a person may read it, and what it cost."""
         usage, context = last.usage, self._runtime.context
         assert usage is not None  # the last piece has it
-        if last.finish_reason == "length":
+        if last.finish_reason == "length" and (self._verbose or (sys.stderr and sys.stderr.isatty())):
             full = usage.prompt_tokens + usage.new_tokens >= context
             limit = f"the context of {context} is full" if full else "--max-new-tokens"
             click.echo(f"note: the answer was cut after {usage.new_tokens} tokens ({limit})", err=True)

@@ -185,7 +185,7 @@ def test_grids_are_checked(grids: Any) -> None:
     refusal(lambda: Prompt.from_ids([IMAGE], grids, MODEL))
 
 
-@pytest.mark.parametrize("path", [b"path", "a\0b", "\ud800", None, 5, Path("a\0b"), object()], ids=repr)
+@pytest.mark.parametrize("path", [b"path", "a\0b", "\ud800", None, 5, Path("a\0b"), []])
 def test_path_of_a_bundle_is_checked(path: Any) -> None:
     assert "path = " in refusal(lambda: moevlm.runtime.load(path))
 
