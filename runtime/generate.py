@@ -156,7 +156,7 @@ class Runtime:
         self._check_stops(chosen)
         if isinstance(messages, Prompt):
             for name, value in (("template_options", template_options), ("max_image_tokens", max_image_tokens)):
-                if value:
+                if value is not None and value != {}:
                     raise RequestError(f"{name} has no effect on a prompt that is ready (allowed: with messages)")
             prompt = messages
         else:

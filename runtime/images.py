@@ -5,6 +5,7 @@ Numerically the Qwen2-VL and GLM-4V image processors of Hugging Face transformer
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -84,6 +85,12 @@ class ImageProcessor:
         opened, name, orientation = self._header(image)
         return upright_rgb(opened, orientation or _orientation(opened), name, used_up=opened is not image)
 
+    def repeatable(self, image: ImageSource) -> ImageSource:
+        """The image as a source that can be read again: of a stream its bytes. RequestError as `open`."""
+        if isinstance(image, os.PathLike) or not hasattr(image, "read"):
+            return image
+        return read_source(image, self._most_bytes)[0]
+
     def tokens(self, image: ImageSource, limits: ImageLimits = NO_LIMITS) -> int:
         """How many tokens an image takes, by its header alone: nothing is decoded. RequestError as `open` and `fit`."""
         opened, _, _ = self._header(image)
@@ -121,6 +128,11 @@ class ImageProcessor:
     def _block(self) -> int:
         """Side of what becomes one token, in pixels."""
         return self._vision.patch_size * self._vision.merge_size
+
+    @property
+    def _most_bytes(self) -> int:
+        """Of an encoded image."""
+        return max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels)
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         """The size nearest to (height, width) with sides of whole merge blocks and an area within the edges.
@@ -186,7 +198,7 @@ class ImageProcessor:
 
     def _header(self, source: ImageSource) -> tuple[Image.Image, str, int | None]:
         """An image of allowed size, no pixel decoded yet, what to call it in messages, and, of a file, how it lies."""
-        found, name = read_source(source, max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels))
+        found, name = read_source(source, self._most_bytes)
         image, orientation = (found, None) if isinstance(found, Image.Image) else open_encoded(found, name)
         if not image.width or not image.height:
             raise RequestError(f"{name} has no pixels")

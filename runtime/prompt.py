@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -102,29 +103,34 @@ class PromptBuilder:
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
-        ids = self.prompt_ids(messages, self._image_token_counts(given), options)
+        counted = self._counted(given)
+        ids = self.prompt_ids(messages, [tokens for _, tokens in counted], options)
         _require_room(len(ids), self._model, bool(given))
         images: list[Image] = []
         grids: list[Grid] = []
-        if self._images is not None:
-            for one in given:
-                images.append(self._images.fit(self._images.open(one.source), one.limits))
-                grids.append(self._images.grid(images[-1]))
+        for one, tokens in counted:
+            assert self._images is not None
+            images.append(self._images.fit(self._images.open(one.source), one.limits))
+            grids.append(self._images.grid(images[-1]))
+            if math.prod(grids[-1]) != tokens * self._model.vision.merge_size**2:
+                raise RequestError(f"image {len(images)} changed while it was read")
         return Prompt.from_ids(ids, grids, self._model, images)
 
-    def _image_token_counts(self, images: Sequence[GivenImage]) -> list[int]:
-        counts: list[int] = []
+    def _counted(self, images: Sequence[GivenImage]) -> list[tuple[GivenImage, int]]:
+        """Each image, to be decoded later, and how many tokens it takes."""
+        counted: list[tuple[GivenImage, int]] = []
         total = 0
         if self._images is not None:
             for image in images:
-                counts.append(self._images.tokens(image.source, image.limits))
-                total += counts[-1]
+                kept = replace(image, source=self._images.repeatable(image.source))
+                counted.append((kept, self._images.tokens(kept.source, kept.limits)))
+                total += counted[-1][1]
                 if total > self._model.context:
                     raise RequestError(
-                        f"the first {len(counts)} of the prompt's {len(images)} images have {total} tokens, "
+                        f"the first {len(counted)} of the prompt's {len(images)} images have {total} tokens, "
                         f"the model's context {self._model.context} ({SMALLER_IMAGES})"
                     )
-        return counts
+        return counted
 
     def prompt_ids(
         self, messages: Sequence[Message], image_token_counts: Sequence[int], options: Mapping[str, Any] = NOTHING

@@ -1,4 +1,5 @@
 import gc
+import io
 import weakref
 from collections.abc import Sequence
 
@@ -437,8 +438,37 @@ def test_images_are_made_smaller_on_request():
     np.testing.assert_array_equal(limited.prompt(messages).ids, prompt.ids)
     with pytest.raises(RequestError, match=r"^unsupported value max_image_tokens = 0 \(allowed: a whole number"):
         runtime.generate(_text("hi"), max_image_tokens=0)
-    with pytest.raises(RequestError, match="max_image_tokens has no effect on a prompt that is ready"):
-        runtime.generate(prompt, max_image_tokens=5)
+    for most in (5, 0):
+        with pytest.raises(RequestError, match="max_image_tokens has no effect on a prompt that is ready"):
+            runtime.generate(prompt, max_image_tokens=most)
+
+
+def test_an_image_may_come_from_a_file_or_a_stream(tmp_path):
+    path = tmp_path / "picture.png"
+    _picture(24, 16, 1).save(path)
+    stream = io.BytesIO(b"before" + path.read_bytes())
+    stream.seek(6)
+    with path.open("rb") as file:
+        prompts = [
+            _runtime().prompt([{"role": "user", "content": [{"type": "image", "image": source}]}])
+            for source in (_picture(24, 16, 1), path, path.read_bytes(), file, stream)
+        ]
+    for prompt in prompts:
+        np.testing.assert_array_equal(prompt.ids, prompts[0].ids)
+        np.testing.assert_array_equal(prompt.images[0], prompts[0].images[0])
+
+
+def test_an_image_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path, decode = tmp_path / "picture.png", ImageProcessor.open
+    _picture(24, 16, 1).save(path)
+
+    def change(self, source):
+        _picture(64, 64, 1).save(path)
+        return decode(self, source)
+
+    monkeypatch.setattr(ImageProcessor, "open", change)
+    with pytest.raises(RequestError, match="^image 1 changed while it was read$"):
+        _runtime().prompt([{"role": "user", "content": [{"type": "image", "image": path}]}])
 
 
 def test_prompt_keeps_resized_images_only_and_generation_none():
