@@ -10,7 +10,7 @@ import transformers
 from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.oracle_weights import OracleWeights
 from moevlm.export.parity_cases import Case
-from moevlm.runtime.errors import CheckpointError
+from moevlm.runtime.errors import CheckpointError, reason
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class Oracle:
             files = {name: stored.path for name, stored in checkpoint.tensors.items()}
             self.weights = OracleWeights(self.model, files)
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason}") from error
+            raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
 
     @torch.no_grad()
     def answers(self, cases: list[Case], progress: Callable[[int, int], None] = lambda *_: None) -> list[Answer]:

@@ -21,7 +21,7 @@ from moevlm.export.checkpoint_files import optional_json
 from moevlm.export.parity_report import Check
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate
-from moevlm.runtime.errors import CheckpointError, RequestError, one_line
+from moevlm.runtime.errors import CheckpointError, RequestError, one_line, reason
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.manifest import ModelFacts
@@ -90,9 +90,7 @@ class _TheirText:
             tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
             fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
         except Exception as error:  # as for the model: it is not this project's code that refuses
-            raise CheckpointError(
-                f"transformers cannot load the tokenizer of {checkpoint}: {one_line(error)}"
-            ) from error
+            raise CheckpointError(f"transformers cannot load the tokenizer of {checkpoint}: {reason(error)}") from error
         template = fields.get("chat_template") or tokenizer.chat_template
         return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
 
@@ -210,7 +208,7 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelFacts, see
         )
     except Exception as error:
         raise CheckpointError(
-            f"transformers cannot load the image processor of {checkpoint}: {one_line(error)}"
+            f"transformers cannot load the image processor of {checkpoint}: {reason(error)}"
         ) from error
     merged, worst, notes, count = model.vision.merge_size**2, 0.0, [], 0
     for image in _images(model, seed):

@@ -11,11 +11,12 @@ from moevlm.export.end_tokens import end_tokens
 from moevlm.export.generation_config import GENERATION_CONFIG, sampling_defaults
 from moevlm.export.side_files import FoundPreprocessor, FoundTemplate, chat_template, preprocessor
 from moevlm.export.tokenizer_files import TokenizerFiles, tokenizer_files
-from moevlm.runtime.chat import ChatTemplate, Tokenizer
+from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.errors import BundleError, CheckpointError, RequestError, shown
 from moevlm.runtime.generation_file import GENERATION
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.tokenizer import Tokenizer
 
 _WORDS = "two plus three"
 _PARTS: list[dict[str, Any]] = [{"type": "text", "text": _WORDS}]

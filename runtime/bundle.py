@@ -11,7 +11,7 @@ from typing import Self
 import msgspec
 
 from moevlm.runtime.bundle_file import BundleFile
-from moevlm.runtime.errors import BundleError
+from moevlm.runtime.errors import BundleError, shown
 from moevlm.runtime.file_hashes import Progress, check_files, read_checked
 from moevlm.runtime.manifest import SCHEMA, EngineFacts, FileFacts, Manifest, digest_of
 from moevlm.runtime.manifest_limits import check_facts
@@ -65,7 +65,7 @@ class Bundle:
         engines = self.manifest.engines
         names = [target] if target in engines else sorted(name for name in engines if name.startswith(f"{target}:"))
         if not names:
-            raise BundleError(f"no engine {target!r} in {self.directory} (available: {self.available})")
+            raise BundleError(f"no engine {shown(target)} in {self.directory} (available: {self.available})")
         return names
 
     @property
@@ -128,7 +128,7 @@ class Bundle:
         where = self.directory / MANIFEST
         for name, facts in self.manifest.files.items():
             if not is_bundle_path(name):
-                raise BundleError(f"{where}: files has {name!r}, which is not a path inside the bundle")
+                raise BundleError(f"{where}: files has {shown(name)}, which is not a path inside the bundle")
             if not _SHA256.fullmatch(facts.sha256) or facts.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():

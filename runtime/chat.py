@@ -6,11 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, one_line, shown
+from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, one_line, reason, shown
 from moevlm.runtime.messages import MAX_CHARACTERS, Message, plain_messages, texts_of
-from moevlm.runtime.tokenizer import Tokenizer
-
-__all__ = ["ChatTemplate", "Message", "Tokenizer"]
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 _MAX_VALUES, _MAX_DEPTH = 10_000, 16  # of a template option
@@ -20,7 +17,7 @@ _GIVEN = ("messages", "add_generation_prompt", "tools", "documents")
 class ChatTemplate:
     """The bundle's chat_template.jinja in a sandbox, rendered as Hugging Face's `apply_chat_template` does.
 
-    variables: names that the template reads beside those that every request sets; `template_options` are among them.
+    options: names of the variables that a request may set, its `template_options`.
     """
 
     def __init__(
@@ -45,9 +42,7 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise BundleError(f"chat_template.jinja, line {error.lineno}: {one_line(error)}") from error
         except Exception as error:  # nested too deep for Jinja or for Python: RecursionError, SyntaxError, MemoryError
-            raise BundleError(
-                f"chat_template.jinja cannot be compiled: {one_line(error) or type(error).__name__}"
-            ) from error
+            raise BundleError(f"chat_template.jinja cannot be compiled: {reason(error)}") from error
         self._fixed = dict(variables)
         self._max = max_characters
         self.options = self._code.variables - {*_GIVEN, *self._fixed, *environment.globals}
@@ -108,8 +103,7 @@ class ChatTemplate:
         except jinja2.exceptions.SecurityError as error:
             raise BundleError(f"chat_template.jinja leaves its sandbox: {one_line(error)}") from error
         except Exception as error:  # a template is code: it can fail in any way on messages that it did not expect
-            reason = one_line(error) or type(error).__name__
-            raise RequestError(f"the chat template refuses these messages: {reason}") from error
+            raise RequestError(f"the chat template refuses these messages: {reason(error)}") from error
         return concatenate(pieces)
 
 

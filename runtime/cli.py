@@ -12,7 +12,7 @@ from typing import Any
 
 from moevlm.runtime.background import leave
 from moevlm.runtime.errors import MoevlmError
-from moevlm.runtime.printable import escape_unencodable, one_line
+from moevlm.runtime.printable import escape_unencodable, message_line
 from moevlm.runtime.stop_signals import StopSignals
 
 _WRITERS = ("export", "build", "parity")  # what of theirs is half done is removed
@@ -69,7 +69,7 @@ def _status(error: BaseException, debug: bool) -> int:
         import traceback
 
         traceback.print_exc()
-    _say(f"error: {one_line(message)}")
+    _say(f"error: {message_line(message)}")
     return 2
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from moevlm.runtime.errors import EngineError, MoevlmError
+from moevlm.runtime.errors import EngineError, MoevlmError, reason
 from moevlm.runtime.installation import install_command
 from moevlm.runtime.machine import cores, cpu_quota
 from moevlm.runtime.native import OPERATORS, PLUGIN, instruction_set, operators_path, plugin_path
@@ -140,7 +140,7 @@ def _problem(probe: Callable[[], Any]) -> str:
     try:
         probe()
     except _FAILURES as error:
-        return str(error) or type(error).__name__
+        return reason(error)
     return ""
 
 

@@ -48,9 +48,22 @@ def one_line(text: object, most: int = 300) -> str:
     return line if len(line) <= most else line[: most - 3] + "..."
 
 
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, for a message: one line, or its type's name if it says nothing."""
+    return one_line(error) or type(error).__name__
+
+
 def shown(value: object) -> str:
     """repr(value) for a message, shortened without ever being made as a whole."""
     return one_line(_SHORT.repr(value), 60)
+
+
+def quoted(value: object) -> str:
+    """`shown`, but for text in JSON's quotation marks."""
+    text = shown(value)
+    if not isinstance(value, str):
+        return text
+    return f'"{text[1:]}' if text.endswith("...") else f'"{text[1:-1]}"'
 
 
 class _Short(reprlib.Repr):

@@ -1,4 +1,4 @@
-"""Keeps control tokens that a message holds plain text, so that no user can close a turn or open another."""
+"""Treats control tokens in a message as plain text, so that no user can close a turn or open another."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 Numerically the Qwen2-VL and GLM-4V image processors of Hugging Face transformers 5.23 on their Pillow backend.
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from PIL import ExifTags, Image
 
 from moevlm.runtime import defaults
 from moevlm.runtime.engine import VisionInputs
-from moevlm.runtime.errors import BundleError, RequestError, require_positive, shown
+from moevlm.runtime.errors import BundleError, RequestError, one_line, quoted, require_positive, shown
 from moevlm.runtime.image_file import open_encoded
 from moevlm.runtime.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
 from moevlm.runtime.image_pixels import upright_rgb
@@ -288,6 +287,6 @@ def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float,
 
 
 def _refuse(field: str, value: Any, supported: str) -> NoReturn:
-    shown = json.dumps(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise BundleError(f"unsupported value in preprocessor.json: {field[:60]} = {shown} (supported: {supported})")
+    raise BundleError(
+        f"unsupported value in preprocessor.json: {one_line(field, 60)} = {quoted(value)} (supported: {supported})"
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from moevlm.runtime.errors import BundleError
+from moevlm.runtime.errors import BundleError, shown
 from moevlm.runtime.manifest import Manifest, TensorRTFacts
 
 _SIZE = (1, 1 << 20)
@@ -47,7 +47,7 @@ _RESAMPLINGS = ("bicubic", "bilinear")
 def check_facts(manifest: Manifest) -> None:
     """Raise BundleError, naming the field, its value and what is allowed, for a number that no model has."""
     for field, value, allowed in _refused(manifest):
-        raise BundleError(f"unsupported value in manifest.json: {field} = {value!r} (allowed: {allowed})")
+        raise BundleError(f"unsupported value in manifest.json: {field} = {shown(value)} (allowed: {allowed})")
 
 
 def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:

@@ -4,6 +4,7 @@ import os
 from types import ModuleType
 
 from moevlm.runtime.errors import EngineError
+from moevlm.runtime.installation import install_command
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
 
@@ -17,7 +18,7 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
-        raise EngineError("this engine needs onnxruntime (pip install 'moevlm[cpu]')") from error
+        raise EngineError(f"this engine needs onnxruntime ({install_command('cpu')})") from error
     except ImportError as error:
         raise EngineError(f"onnxruntime does not load here: {error}") from error
     return onnxruntime

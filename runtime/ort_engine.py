@@ -11,7 +11,7 @@ import numpy as np
 
 from moevlm.runtime.cancellation import Cancellation
 from moevlm.runtime.engine import Step, VisionInputs, VisualFeatures, check_cache, check_step, check_vision
-from moevlm.runtime.errors import EngineError
+from moevlm.runtime.errors import EngineError, one_line
 from moevlm.runtime.graph_check import check_decoder_graph, check_vision_graph
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
@@ -203,4 +203,4 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+    return one_line(str(error).strip().partition("\n")[0])

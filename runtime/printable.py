@@ -14,7 +14,7 @@ def printable(text: str) -> str:
     return UNFIT.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
 
 
-def one_line(text: str) -> str:
+def message_line(text: str) -> str:
     """A message as a single line of at most some thousand characters; of a longer one the middle is left out."""
     line = " ".join(text.splitlines())
     if len(line) > MOST_CHARACTERS:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, one_line
+from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, reason
 
 if TYPE_CHECKING:
     import tokenizers
@@ -89,7 +89,7 @@ def library_errors(kind: type[MoevlmError], what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise kind(f"{what}: {one_line(error) or type(error).__name__}") from error
+        raise kind(f"{what}: {reason(error)}") from error
 
 
 def _require_growth(core: tokenizers.Tokenizer) -> None:

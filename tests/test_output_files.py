@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moevlm.runtime.installation import install_command
 from tests.command_line import call
 
 
@@ -57,4 +58,4 @@ def test_parity_misses_a_package_before_transformers_runs(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = call("parity", tiny_bundle, "--checkpoint", tiny_checkpoint)
     assert result.status == 2
-    assert result.err.splitlines() == ["error: this engine needs onnxruntime (pip install 'moevlm[cpu]')"]
+    assert result.err.splitlines() == [f"error: this engine needs onnxruntime ({install_command('cpu')})"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.printable import MOST_CHARACTERS, one_line, printable
+from moevlm.runtime.printable import MOST_CHARACTERS, message_line, printable
 from tests.bundles import copy_bundle, edit_manifest
 from tests.command_line import COMMAND, assert_refused, call, environment
 
@@ -164,4 +164,4 @@ def test_control_characters_of_a_bundle_are_never_printed(tiny_bundle: Path, tmp
 def test_printable_keeps_what_people_write() -> None:
     text = "天 é 👩‍🚀 عربى\ttab\nline"
     assert printable(text) == text
-    assert one_line("a\nb\x1b") == "a b\\x1b"
+    assert message_line("a\nb\x1b") == "a b\\x1b"

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moevlm.export.config import ModelConfig
-from moevlm.export.families.fields import Fields, quoted
+from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
 from moevlm.export.weights import Weight, cast, slices
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, one_line
+from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, one_line, quoted
 
 # How the canonical config's own checks call a field -> its name in config.json, which is the same in every family.
 _CONFIG_NAMES = {

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moevlm.export.families.harmless import is_harmless
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, shown
+from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, quoted, shown
 
 _REQUIRED = object()
 
@@ -115,7 +115,7 @@ class Fields:
         return allowed[value] if isinstance(allowed, Mapping) else value
 
     def every(self, key: str, allowed: str, length: int) -> None:
-        """A list of `length` times `allowed`, or nothing. Raises UnsupportedModelError for any other."""
+        """Require null or a list whose `length` entries all equal `allowed`. Raises UnsupportedModelError."""
         value = self.get(key, None)
         if value is not None and value != [allowed] * length:
             names = f"{length} times {allowed}"
@@ -157,11 +157,6 @@ class Fields:
 
     def _name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
-
-
-def quoted(value: Any) -> str:
-    """`shown`, but for text in JSON's quotation marks."""
-    return f'"{shown(value)[1:-1]}"' if isinstance(value, str) and len(value) <= 60 else shown(value)
 
 
 def _is_count(value: Any) -> bool:

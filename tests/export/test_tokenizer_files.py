@@ -9,8 +9,8 @@ import transformers
 from tokenizers import Tokenizer as Core
 
 from moevlm.export.tokenizer_files import tokenizer_files
-from moevlm.runtime.chat import Tokenizer
 from moevlm.runtime.errors import CheckpointError
+from moevlm.runtime.tokenizer import Tokenizer
 from tests.tiny import SPECIAL, VOCABULARY
 
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}

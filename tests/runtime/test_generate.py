@@ -467,7 +467,7 @@ def test_an_image_file_that_changes_while_it_is_read_is_refused(tmp_path, monkey
         return decode(self, source)
 
     monkeypatch.setattr(ImageProcessor, "open", change)
-    with pytest.raises(RequestError, match="^image 1 changed while it was read$"):
+    with pytest.raises(RequestError, match=r"^image 1 changed while it was read$"):
         _runtime().prompt([{"role": "user", "content": [{"type": "image", "image": path}]}])
 
 
