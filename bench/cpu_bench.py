@@ -24,7 +24,8 @@ from bench.random_checkpoint import config, write
 from bench.systems import METRICS, SYSTEMS, Metric, System, prepare
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish, table
 from moevlm.runtime.errors import MoevlmError
-from moevlm.runtime.machine import cores, measure_machine
+from moevlm.runtime.machine import measure_machine
+from moevlm.runtime.process_limits import cores
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/bench"

@@ -16,7 +16,7 @@ from moevlm.export.oracle import Oracle
 from moevlm.export.parity_batches import Room
 from moevlm.export.parity_cases import long_cases, random_cases
 from moevlm.export.parity_checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
-from moevlm.export.parity_needs import Needs, available_memory
+from moevlm.export.parity_needs import Needs
 from moevlm.export.parity_report import Check, Cost, ParityReport, TextReport
 from moevlm.export.parity_requests import request_checks
 from moevlm.export.parity_text import Text, measure_text
@@ -30,6 +30,7 @@ from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import BundleError
 from moevlm.runtime.loading import load_engine, require_library
+from moevlm.runtime.process_limits import available_memory
 from moevlm.runtime.selection import runnable, select
 
 

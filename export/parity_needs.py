@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -71,19 +70,6 @@ class Needs:
                 f"parity needs about {bytes_text(self.memory)} of memory, {bytes_text(available)} are available "
                 f"(a layer of this model takes {bytes_text(self.largest)} in float32)"
             )
-
-
-def available_memory(system: Path = Path("/")) -> int | None:
-    """Bytes that this process may still take: what is free, within the limit of its container. None if unknown."""
-    found = []
-    try:
-        text = (system / "proc/meminfo").read_text()
-        found += [1024 * int(kilobytes) for kilobytes in re.findall(r"MemAvailable:\s+(\d+) kB", text)]
-        limit = (system / "sys/fs/cgroup/memory.max").read_text().strip()
-        found += [int(limit)] if limit.isdigit() else []
-    except OSError:
-        pass  # another system, or no container
-    return min(found, default=None)
 
 
 def _parts(weights: Mapping[str, Weight]) -> Counter[str]:

@@ -17,8 +17,8 @@ import msgspec
 
 from moevlm.runtime.errors import EngineError, MoevlmError, reason
 from moevlm.runtime.installation import install_command
-from moevlm.runtime.machine import cores, cpu_quota
 from moevlm.runtime.native import OPERATORS, PLUGIN, instruction_set, operators_path, plugin_path
+from moevlm.runtime.process_limits import available_memory, cores, cpu_quota, memory
 from moevlm.runtime.reports import Report
 
 _GPU = "an NVIDIA GPU"
@@ -62,7 +62,8 @@ class DoctorReport(Report, frozen=True, tag="moevlm.doctor/1"):
     """`moevlm doctor --json`.
 
     cores: that this process may use. quota: cores' time that its control groups allow, null for all of them.
-    memory, available_memory: bytes, null where the system does not say. instruction_set: that the operators chose;
+    memory, available_memory: bytes, the latter within the limit of its control groups; null where the system does not
+    say. instruction_set: that the operators chose;
     instruction_problem: why they cannot. compiler: first line of g++ --version. gpu_problem: why there is none.
     packages: version by name, null for one that is not installed. libraries: path by name, null for one not built.
     """
@@ -109,8 +110,8 @@ def examine() -> DoctorReport:
         instruction_problem=_problem(instruction_set),
         cores=cores(),
         quota=cpu_quota(),
-        memory=_memory("MemTotal"),
-        available_memory=_memory("MemAvailable"),
+        memory=memory("MemTotal"),
+        available_memory=available_memory(),
         compiler=_try(_compiler, ""),
         gpu=gpu,
         gpu_problem=problem,
@@ -179,12 +180,6 @@ def _processor() -> str:
     """Its name as the kernel has it (Linux); raises OSError elsewhere."""
     names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
     return names[0]
-
-
-def _memory(what: str) -> int | None:
-    text = _try(Path("/proc/meminfo").read_text, "")
-    found = re.search(rf"^{what}:\s*(\d+) kB$", text, flags=re.M)
-    return int(found[1]) * 1024 if found else None
 
 
 def _compiler() -> str:

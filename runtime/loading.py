@@ -19,11 +19,11 @@ from moevlm.runtime.generation_file import bundle_sampling
 from moevlm.runtime.graph_file import GraphFile
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.json_object import json_object
-from moevlm.runtime.machine import cores, cpu_quota
 from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
 from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
 from moevlm.runtime.onnxruntime_library import onnxruntime
 from moevlm.runtime.ort_engine import OrtEngine
+from moevlm.runtime.process_limits import cores, cpu_quota
 from moevlm.runtime.selection import select
 from moevlm.runtime.tokenizer import Tokenizer
 

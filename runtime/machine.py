@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
@@ -16,6 +13,7 @@ import msgspec
 import numpy as np
 
 from moevlm.runtime.native import operators_path
+from moevlm.runtime.process_limits import cores
 
 READ_BYTES = 2 << 30  # of all threads together: larger than any cache
 THREAD_READ_BYTES = 256 << 20  # of one at most
@@ -43,46 +41,6 @@ class GpuMachine(msgspec.Struct, frozen=True):
 
     name: str
     copied: float
-
-
-def cores() -> int:
-    """How many this process may use, which a container or taskset makes less than the machine has."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, math.ceil(cpu_quota() or allowed))
-
-
-def cpu_quota(groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """How many cores' time the control groups of this process allow, as `docker run --cpus` sets it; None for all.
-
-    Source: the kernel's documentation, cgroup-v2 (cpu.max) and cgroup-v1 (cpu.cfs_quota_us, cpu.cfs_period_us).
-    """
-    try:
-        lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
-    except OSError:
-        return None
-    quotas = []
-    for _, controllers, group in lines:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / controllers if controllers else root
-        folder = base / group.lstrip("/")
-        # A container sees its own group as the root: what its path names is not there.
-        for place in (folder, *folder.parents):
-            quotas.append(_quota(place))
-            if place == base:
-                break
-    return min((quota for quota in quotas if quota), default=None)
-
-
-def _quota(folder: Path) -> float | None:
-    try:
-        if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
-        else:
-            quota, period = ((folder / f"cpu.cfs_{what}_us").read_text().strip() for what in ("quota", "period"))
-        return None if quota in ("max", "-1") else int(quota) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
-        return None
 
 
 def measure_machine(threads: int | None = None) -> Machine:

@@ -10,7 +10,7 @@ from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity import check_parity
 from moevlm.export.parity_cases import random_cases
-from moevlm.export.parity_needs import Needs, available_memory
+from moevlm.export.parity_needs import Needs
 from moevlm.export.parity_report import table_of
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.errors import RequestError
@@ -45,24 +45,6 @@ def test_too_little_memory_is_refused_by_name_before_any_work(
         check_parity(tiny_bundle, tiny_checkpoint, progress=lambda what, *_: said.append(what))
     assert said[-1].startswith("parity needs about ")
     assert not any("running" in what for what in said)
-
-
-@pytest.mark.parametrize(
-    ("files", "available"),
-    [
-        ({"proc/meminfo": "MemTotal: 9 kB\nMemAvailable:    2000 kB\n"}, 2_048_000),
-        ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "1000000\n"}, 1_000_000),
-        ({"proc/meminfo": "MemAvailable: 2000 kB\n", "sys/fs/cgroup/memory.max": "max\n"}, 2_048_000),
-        ({}, None),
-    ],
-)
-def test_available_memory_ends_at_the_limit_of_the_container(
-    files: dict[str, str], available: int | None, tmp_path: Path
-) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert available_memory(tmp_path) == available
 
 
 def test_quick_look_checks_every_step_on_less_and_notes_no_verdict(

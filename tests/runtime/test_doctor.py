@@ -12,7 +12,7 @@ import pytest
 from moevlm.runtime import doctor, native
 from moevlm.runtime.doctor import examine
 from moevlm.runtime.installation import install_command
-from moevlm.runtime.machine import cores
+from moevlm.runtime.process_limits import cores
 from tests.command_line import COMMAND, call, environment
 from tests.fakes.gpu import fake_gpu
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime import machine
-from moevlm.runtime.machine import cores, cpu_quota
+from moevlm.runtime import process_limits
+from moevlm.runtime.process_limits import available_memory, cores, cpu_quota
 
 
 def control_groups(tmp_path: Path, lines: str, **files: str) -> dict[str, Path]:
@@ -54,6 +54,28 @@ def test_without_control_groups_there_is_no_quota(tmp_path: Path) -> None:
 def test_cores_are_those_allowed_and_no_more_than_the_quota(
     quota: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(process_limits.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(process_limits, "cpu_quota", lambda: quota)
     assert cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "lines", "files", "expected"),
+    [
+        ("MemTotal: 9 kB\nMemAvailable:    2000 kB\n", "", {}, 2_048_000),
+        ("MemAvailable: 2000 kB\n", "0::/\n", {"memory.max": "1000000\n"}, 1_000_000),
+        ("MemAvailable: 2000 kB\n", "0::/\n", {"memory.max": "max\n"}, 2_048_000),
+        ("MemAvailable: 2000 kB\n", "0::/a/b\n", {"a__b__memory.max": "max\n", "a__memory.max": "5000\n"}, 5000),
+        ("MemAvailable: 2000 kB\n", "4:memory:/x\n", {"memory__x__memory.limit_in_bytes": "7000\n"}, 7000),
+        ("nonsense", "0::/\n", {"memory.max": "nonsense"}, None),
+    ],
+)
+def test_available_memory_ends_at_the_limit_of_the_control_groups(
+    meminfo: str, lines: str, files: dict, expected: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "meminfo").write_text(meminfo)
+    assert available_memory(tmp_path / "meminfo", **control_groups(tmp_path, lines, **files)) == expected
+
+
+def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
+    assert available_memory(tmp_path / "absent", tmp_path / "absent", tmp_path) is None
