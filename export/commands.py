@@ -58,7 +58,7 @@ _PLAN_OPTIONS = (
         type=click.Choice(["bf16", "fp16"]),
         default="bf16",
         show_default=True,
-        help="rtx, trt: of activations.",
+        help="rtx, trt: dtype of weights and activations.",
     ),
     click.option(
         "--experts",
@@ -206,13 +206,13 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     shell_complete=complete_target,
     help="Which engines; repeatable.  [default: all that run here]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random prompts and images.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompts and images.")
 @click.option("--quick", is_flag=True, help="Two prompts and few steps, for a first look; notes no verdict.")
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Also give perplexity and KL of each engine on this file."
 )
 @click.option(
-    "--max-tokens", metavar="N", type=click.IntRange(16), help="Of --text: tokens from its beginning.  [default: 4096]"
+    "--max-tokens", metavar="N", type=click.IntRange(16), help="How many tokens of --text to read.  [default: 4096]"
 )
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def parity(
@@ -227,8 +227,8 @@ def parity(
 ) -> None:
     """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch.
 
-    Passed says that the kernels are right. What rounded weights cost is shown beside the checks, and has no limit;
-    --text shows it on a text of your own.
+    "passed" means that the kernels are right. What rounding the weights costs is shown beside the checks, without a
+    limit; --text shows it on a text of your own.
     """
     require_apart([output], [bundle, checkpoint, text])
     if max_tokens is not None and text is None:

@@ -22,6 +22,7 @@ from moevlm.export.parity_report import Check
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.chat import ChatTemplate
 from moevlm.runtime.errors import CheckpointError, RequestError, one_line, reason
+from moevlm.runtime.guard import control_tokens
 from moevlm.runtime.images import ImageProcessor
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.manifest import ModelFacts
@@ -116,12 +117,8 @@ class _Texts:
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
         self._builder = PromptBuilder(model, self._tokenizer, template, None)
-        special, ends = self._tokenizer.special_ids, model.eos_token_ids
-        self._control = {
-            token
-            for token, i in self._tokenizer.added.items()
-            if i in special or i in ends or (token.strip() and template.writes(token))
-        }
+        control = control_tokens(self._tokenizer, template, model.eos_token_ids)
+        self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
 
     def checks(self, seed: int) -> Iterator[Check]:
         conversations = list(_conversations(seed))

@@ -12,7 +12,21 @@ from moevlm.runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+    from moevlm.runtime.chat import ChatTemplate
+
 _ROUNDS = 16
+
+
+def control_tokens(tokenizer: Tokenizer, template: ChatTemplate, eos_token_ids: Collection[int]) -> frozenset[int]:
+    """Ids of the added tokens that steer the model: flagged special, ending a turn, or written by the template.
+
+    The flag alone says what a decoder leaves out. Some tokenizers add tokens of blanks, which stand in any text.
+    """
+    return frozenset(
+        token_id
+        for token, token_id in tokenizer.added.items()
+        if token_id in tokenizer.special_ids or token_id in eos_token_ids or (token.strip() and template.writes(token))
+    )
 
 
 class ControlGuard:
@@ -29,7 +43,6 @@ class ControlGuard:
         """control: ids of the tokens that no message may make; of other added tokens those that the template wrote."""
         self._tokenizer = tokenizer
         self._control = frozenset(control)
-        # Some tokenizers add tokens of blanks, which stand in any text.
         self._added = frozenset(token_id for token, token_id in tokenizer.added.items() if token.strip())
 
     def encode(self, text: str) -> list[int]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from moevlm.runtime.chat import NOTHING, ChatTemplate
 from moevlm.runtime.errors import BundleError, RequestError, require_positive, shown
-from moevlm.runtime.guard import ControlGuard
+from moevlm.runtime.guard import ControlGuard, control_tokens
 from moevlm.runtime.manifest import ModelFacts
 from moevlm.runtime.messages import GivenImage, Message, images_of, plain_messages, texts_of
 from moevlm.runtime.positions import rope_positions
@@ -76,18 +76,7 @@ class PromptBuilder:
         if placeholder is None or tokenizer.added.get(placeholder) != model.image_token_id:
             raise BundleError(f"tokenizer.json has no added token for image_token_id = {model.image_token_id}")
         self._placeholder = placeholder
-        # Flags say what a decoder leaves out; but all that the template writes, or that ends a turn, steers the model.
-        # (Some tokenizers add tokens of blanks, which stand in any text.)
-        self._guard = ControlGuard(
-            tokenizer,
-            {
-                token_id
-                for token, token_id in tokenizer.added.items()
-                if token_id in tokenizer.special_ids
-                or token_id in model.eos_token_ids
-                or (token.strip() and template.writes(token))
-            },
-        )
+        self._guard = ControlGuard(tokenizer, control_tokens(tokenizer, template, model.eos_token_ids))
 
     def build(
         self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING, max_image_tokens: int | None = None

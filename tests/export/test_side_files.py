@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import transformers
 
-from moevlm.export.checkpoint import Checkpoint
 from moevlm.export.side_files import chat_template, preprocessor
 from moevlm.runtime.errors import CheckpointError
 
@@ -52,9 +51,10 @@ def of_transformers(directory: Path) -> str | None:
 
 def ours(directory: Path) -> str | None:
     try:
-        return Checkpoint.open(directory).chat_template()
+        found = chat_template(directory)
     except CheckpointError:
         return REFUSED
+    return found.text if found else None
 
 
 def test_of_all_combinations_of_homes_the_template_is_the_one_of_transformers(
