@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from moevlm.runtime.command_line import OutputFile, complete_target, require, require_apart
+from moevlm.runtime.command_line import SPINNING, THREADS, OutputFile, complete_target, require, require_apart
 from moevlm.runtime.errors import EngineError, RequestError
 from moevlm.runtime.reports import BenchReport
 
@@ -19,8 +19,22 @@ def bench() -> None:
 
 @bench.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt-tokens", metavar="N", type=click.IntRange(1), default=256, show_default=True, help="Text.")
-@click.option("--new-tokens", metavar="N", type=click.IntRange(2), default=64, show_default=True, help="Answer.")
+@click.option(
+    "--prompt-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Length of the random prompt, in tokens.",
+)
+@click.option(
+    "--new-tokens",
+    metavar="N",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Length of the answer, in tokens.",
+)
 @click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), default=448, show_default=True, help=_SIZE)
 @click.option(
     "--target",
@@ -30,10 +44,15 @@ def bench() -> None:
     help="Which engines; repeatable.  [default: the one that run takes]",
 )
 @click.option(
-    "--repeats", metavar="N", type=click.IntRange(1, 1000), default=5, show_default=True, help="After a first one."
+    "--repeats",
+    metavar="N",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Timed requests, after one that is not.",
 )
-@click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
-@click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 @click.option("--plot", type=OutputFile(), help="Write a roofline of the stages here, as PNG.")
 def latency(

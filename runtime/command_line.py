@@ -18,6 +18,10 @@ from moevlm.runtime.installation import install_command
 # The order of a newcomer's steps; commands of other packages follow.
 _ORDER = ("doctor", "export", "build", "inspect", "parity", "run", "bench")
 
+# Help of options that commands share.
+THREADS = "Threads for one operator.  [default: one for each core, within a container's CPU quota]"
+SPINNING = "Let idle threads spin for a moment before they sleep."
+
 
 class _Commands(click.Group):
     """Commands are entry points of the group moevlm.commands, so the runtime imports nothing above it."""

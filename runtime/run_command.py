@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moevlm.runtime import defaults
-from moevlm.runtime.command_line import InputFile, complete_target
+from moevlm.runtime.command_line import SPINNING, THREADS, InputFile, complete_target
 
 if TYPE_CHECKING:
     from moevlm.runtime.answer_printer import AnswerPrinter
@@ -19,7 +19,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", help="The user's text; - reads it from standard input.")
-@click.option("--image", "images", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Repeatable.")
+@click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An image of the message; repeatable.",
+)
 @click.option("--system", help="A system message.")
 @click.option("--messages", metavar="FILE", type=InputFile(), help="A conversation as JSON: [{role, content}, ...].")
 @click.option(
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
     type=int,
     default=defaults.MAX_NEW_TOKENS,
     show_default=True,
-    help="The most for the answer.",
+    help="The most tokens of the answer.",
 )
 @click.option("--temperature", metavar="X", type=float, help="0 is greedy.  [default: the model's, else 0]")
 @click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
@@ -55,9 +62,9 @@ if TYPE_CHECKING:
     multiple=True,
     help="A variable of the chat template, such as enable_thinking=false; repeatable.",
 )
-@click.option("--logprobs", metavar="N", type=int, help="With --json: alternatives for each token.")
-@click.option("--threads", metavar="N", type=click.IntRange(1), help="Cores for one operator.  [default: all]")
-@click.option("--spinning/--no-spinning", default=True, show_default=True, help="Threads wait awake.")
+@click.option("--logprobs", metavar="N", type=int, help="With --json: report so many alternatives for each token.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option(
     "--chunk-tokens",
     metavar="N",
@@ -107,7 +114,7 @@ def run(
     from moevlm.runtime.generation_file import bundle_sampling
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.run_options import conversation_of, template_options_of
-    from moevlm.runtime.sampling import SamplingOptions, SamplingParams
+    from moevlm.runtime.sampling import NARROWING, SamplingOptions, SamplingParams
     from moevlm.runtime.selection import select
 
     if sampling["logprobs"] is not None and not as_json:
@@ -125,7 +132,7 @@ def run(
     opened = Bundle.open(bundle)
     released = bundle_sampling(opened)
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
-        for name in ("top_k", "top_p", "min_p", "seed"):
+        for name in (*NARROWING, "seed"):
             if sampling[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
