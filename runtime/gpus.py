@@ -38,7 +38,7 @@ def sms_text(sms: Iterable[int], between: str = ", ") -> str:
 def sm_of(name: str) -> int | None:
     """The kind that a name means: sm89, sm_89, 8.9, 89, RTX 4090, 4090, l40s; None for one that is not known."""
     plain = re.sub(r"[\s_-]", "", name.lower())
-    if match := re.fullmatch(r"(?:sm)?(\d{2,3})", plain.replace(".", "") if "." in plain else plain):
+    if match := re.fullmatch(r"(?:sm)?(\d{2,3})", plain.replace(".", "")):
         return int(match[1])
     for prefix in _PREFIXES:
         plain = plain.removeprefix(prefix)
