@@ -7,10 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.runtime.machine import GpuMachine, Machine
-from moevlm.runtime.manifest import SCALE_BYTES, CostFacts, EngineFacts, ModelFacts
+from moevlm.runtime.manifest import CACHE_BYTES, SCALE_BYTES, CostFacts, EngineFacts, ModelFacts
 from moevlm.runtime.reports import Limit
-
-CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ def limit(work: Work, machine: Machine | GpuMachine, engine: EngineFacts, second
 
 def cache_bytes_per_token(model: ModelFacts, engine: EngineFacts) -> int:
     """Keys and values of all layers, with the scales of an int8 cache."""
-    int8 = engine.kv_cache == "int8"
-    width = model.head_dim + SCALE_BYTES if int8 else CACHE_BYTES[engine.kv_cache] * model.head_dim
+    scale = SCALE_BYTES if engine.kv_cache == "int8" else 0
+    width = CACHE_BYTES[engine.kv_cache] * model.head_dim + scale
     return 2 * model.layers * model.kv_heads * width
 
 

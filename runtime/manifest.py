@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 SCHEMA = 1
+CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a value in a KV cache
 SCALE_BYTES = 4  # an int8 cache keeps a float32 scale behind the values of each token and head
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moevlm.runtime.errors import BundleError, shown
-from moevlm.runtime.manifest import Manifest, TensorRTFacts
+from moevlm.runtime.manifest import CACHE_BYTES, Manifest, TensorRTFacts
 
 _SIZE = (1, 1 << 20)
 _TOKENS = (1, 1 << 30)
@@ -80,6 +80,8 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     for name, engine in manifest.engines.items():
         where = f"engines.{name}"
         yield from _outside(where, engine, {"block_size": (0, 1 << 16), "pruned_weights": _COUNT})
+        if engine.kv_cache not in CACHE_BYTES:
+            yield f"{where}.kv_cache", engine.kv_cache, ", ".join(CACHE_BYTES)
         if engine.cost is not None:
             yield from _outside(f"{where}.cost", engine.cost, dict.fromkeys(engine.cost.__struct_fields__, _COUNT))
         if engine.tensorrt is not None:

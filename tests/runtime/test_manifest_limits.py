@@ -38,6 +38,7 @@ VALUES: list[tuple[str, Any]] = [
     ("model.vision.rope_theta", 0.0),
     ("model.vision.position_resampling", "nearest"),
     ("engines.ort-cpu.block_size", -1),
+    ("engines.ort-cpu.kv_cache", "float8"),
 ]  # fmt: skip
 
 
