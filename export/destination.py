@@ -31,7 +31,8 @@ def require_new(destination: Path, checkpoint: Path, replace: bool) -> None:
                 f"{destination} is a bundle already: moevlm build {destination} --checkpoint {checkpoint} --target ... "
                 "adds an engine to it, --force replaces it with all its engines"
             )
-    real, source = destination.resolve(), checkpoint.resolve()
+    # Path.resolve raises for a link that leads to itself; what is wrong with it is told when it is opened.
+    real, source = (Path(os.path.realpath(path)) for path in (destination, checkpoint))
     if real.is_relative_to(source):
         raise BuildError(f"{destination} lies inside the checkpoint {checkpoint}: choose another place")
     for parent in real.parents:

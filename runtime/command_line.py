@@ -88,14 +88,19 @@ def require_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
     for output in outputs:
         if output is None or str(output) == "-":
             continue
-        place = output.resolve()
+        place = _real(output)
         for path in inputs:
-            if path is not None and place.is_relative_to(path.resolve()):
+            if path is not None and place.is_relative_to(_real(path)):
                 where = f"lies in {path}, which" if path.is_dir() else "is a file that"
                 raise click.UsageError(f"{output} {where} this command reads: choose another place")
         if place in written:
             raise click.UsageError(f"{output} would be written twice: choose two places")
         written.append(place)
+
+
+def _real(path: Path) -> Path:
+    """As Path.resolve, which raises for a link to itself: what is wrong with it is told when it is opened."""
+    return Path(os.path.realpath(path))
 
 
 def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -134,7 +139,8 @@ class OutputFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not os.access(path.parent, os.W_OK):
+        new = str(path) != "-" and not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
+        if new and not os.access(path.parent, os.W_OK):
             self.fail(f"{str(path.parent)!r} is not a directory that can be written to", param, ctx)
         return path
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moevlm.runtime.errors import RequestError
+from moevlm.runtime.errors import RequestError, shown
 
 HELP = """\
 /image FILE   add an image to the next message; several are allowed
@@ -31,8 +32,8 @@ class TerminalChat:
 
     def add_image(self, path: Path) -> None:
         """To the next message. Raises RequestError for what is no file."""
-        if not path.is_file():
-            raise RequestError(f"image {str(path)!r} does not exist or is no file")
+        if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+            raise RequestError(f"image {shown(str(path))} does not exist or is no file")
         self._images.append(path)
 
     def run(self, read: Callable[[], str]) -> None:
@@ -58,7 +59,7 @@ class TerminalChat:
             case "":
                 pass
             case "/image":
-                self.add_image(Path(rest.strip()).expanduser())
+                self.add_image(Path(os.path.expanduser(rest.strip())))  # noqa: PTH111 - Path.expanduser raises
                 self._say(f"{len(self._images)} image{'s' * (len(self._images) > 1)} for the next message")
             case "/clear":
                 self._messages, self._images = list(self._first), []

@@ -1,10 +1,13 @@
 """A file of results never replaces what a command reads; what is missing is told before the work."""
 
+import os
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from moevlm.runtime.command_line import OutputFile
 from moevlm.runtime.installation import install_command
 from tests.command_line import call
 
@@ -30,6 +33,25 @@ def test_results_are_not_written_through_a_link_into_the_bundle(tiny_bundle: Pat
     result = call("bench", "latency", tiny_bundle, "--json", tmp_path / "report.json")
     assert result.status == 2
     assert untouched(tiny_bundle) == before
+
+
+def test_standard_output_and_existing_files_need_no_writable_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    existing = tmp_path / "out.json"
+    existing.touch()
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) == existing)  # as root every folder is writable
+    for place in ("-", str(existing)):
+        assert str(OutputFile().convert(place, None, None)) == place
+    with pytest.raises(click.BadParameter, match="not a directory that can be written to"):
+        OutputFile().convert(str(tmp_path / "new.json"), None, None)
+
+
+def test_a_link_to_itself_is_no_place_for_results(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    result = call("bench", "latency", tmp_path / "loop", "--json", tmp_path / "loop")
+    assert (result.status, len(result.errors)) == (2, 1)
+    assert "this command reads: choose another place" in result.errors[0]
 
 
 def test_parity_writes_neither_into_the_bundle_nor_into_the_checkpoint(

@@ -98,6 +98,13 @@ def test_other_files_stay_when_a_bundle_is_changed(bundle: Path) -> None:
     assert "README.md" not in Bundle.open(bundle).manifest.files
 
 
+def test_a_checkpoint_that_is_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    assert_refused(call("build", tmp_path / "loop", "-o", tmp_path / "new.moevlm"), "no checkpoint directory at")
+    assert_refused(call("build", tmp_path / "loop/x", "-o", tmp_path / "loop/new"), "no checkpoint directory at")
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 @pytest.mark.parametrize("place", ["inside", "inside/engines/deeper"])
 def test_a_bundle_inside_a_bundle_is_refused(place: str, bundle: Path, tiny_checkpoint: Path) -> None:
     before = contents(bundle)

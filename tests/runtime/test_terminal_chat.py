@@ -77,9 +77,15 @@ def test_images_go_with_the_next_message_and_no_further(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("line", "said"),
-    [("/image absent.png", "error: image 'absent.png' does not exist"), ("/nonsense", "error: unknown command"),
-     ("too long", "error: the prompt is too long")],
-)  # fmt: skip
+    [
+        ("/image absent.png", "error: image 'absent.png' does not exist"),
+        (f"/image {'a' * 300}.png", "error: image 'aaa"),
+        ("/image ~nobody-has-this-name/a.png", "error: image '~nobody"),
+        ("/nonsense", "error: unknown command"),
+        ("too long", "error: the prompt is too long"),
+    ],
+    ids=lambda text: text[:20],
+)
 def test_a_mistake_is_said_and_forgotten(line: str, said: str) -> None:
     terminal = Terminal(line, "one").chat()
     assert terminal.said[0].startswith(said)
