@@ -67,7 +67,6 @@ class OrtEngine:
         self._model = model
         self._operators = operators
         self._spinning = spinning
-        self.files = vision, decoder
         self._vision: _Session | None = self._session(vision, threads)
         self._decoder: _Session | None = self._session(decoder, threads)
         for mapped in (*vision.maps, *decoder.maps):

@@ -139,7 +139,7 @@ def test_bench_checks_counts_before_anything_is_as_large(
 
 def test_prompt_that_is_not_unicode(tiny_bundle: Path) -> None:
     refused_run(tiny_bundle, "--prompt", "-", stdin=b"ok \xff", words=("standard input is not UTF-8", "byte 3"))
-    assert_refused(spawn("run", tiny_bundle, "--prompt", os.fsdecode(b"ok \xff")), "not Unicode text")
+    assert_refused(spawn("run", tiny_bundle, "--prompt", os.fsdecode(b"ok \xff")), "--prompt is not UTF-8 text")
 
 
 @pytest.mark.parametrize(

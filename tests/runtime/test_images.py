@@ -1,5 +1,6 @@
 """Preprocessing is Hugging Face's, bit for bit, on real photos and on awkward files; what is no image is refused."""
 
+import copy
 import io
 import os
 import struct
@@ -68,7 +69,8 @@ def assert_same_as_hugging_face(
     kind: str, sources: list[Any], expected: list[Image.Image] | None = None, **fields: Any
 ) -> None:
     """Our `open` and `pack` of `sources` against Hugging Face's processor on `expected` (the sources by default)."""
-    config = {name: value for name, value in (CONFIGS[kind] | fields).items() if not name.endswith(("_type", "_class"))}
+    config = copy.deepcopy(CONFIGS[kind] | fields)  # transformers writes into `size`
+    config = {name: value for name, value in config.items() if not name.endswith(("_type", "_class"))}
     wanted = ORACLES[kind](**config)(sources if expected is None else expected, return_tensors="np")
     ours = processor(kind, **fields)
     inputs, grids = ours.pack([ours.fit(ours.open(source)) for source in sources])

@@ -1,5 +1,6 @@
 """The engine on ONNX Runtime: what it computes, where it keeps its caches, and what it refuses."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from moevlm.runtime.loading import load_runtime, open_graphs
 from moevlm.runtime.ort_engine import OrtEngine
 from moevlm.runtime.positions import rope_tables
 from moevlm.runtime.vision_inputs import pack_grids
-from tests.bundles import rehash
+from tests.bundles import copy_bundle, rehash
 
 ENGINES = ("reference", "ort-cpu")
 # Rows of a batch may meet other kernels than a row alone.
@@ -303,12 +304,19 @@ def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
         engine.encode(inputs)
 
 
-def test_weights_are_mapped_and_not_copied(tiny_bundle: Path) -> None:
-    engine = load(tiny_bundle, "ort-cpu")
-    sizes = {str(mapped.path): len(mapped.memory) for graph in engine.files for mapped in graph.maps}
-    assert len(sizes) == 2
-    shown = Path("/proc/self/maps").read_text()
-    assert all(path in shown for path in sizes)
+def test_weights_are_mapped_and_not_copied_and_let_go_when_an_engine_closes(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = copy_bundle(tiny_bundle, tmp_path)  # other tests' engines may be alive
+    folder = str(copy / "engines/ort-cpu")
+
+    def mapped() -> set[str]:
+        gc.collect()
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        return {line.split(maxsplit=5)[-1] for line in lines if folder in line}
+
+    engine = load(copy, "ort-cpu")
+    assert mapped() == {f"{folder}/vision.onnx.data", f"{folder}/decoder.onnx.data"}
+    engine.close()
+    assert not mapped()
 
 
 def test_threads_share_one_runtime(tiny_bundle: Path) -> None:
