@@ -40,7 +40,7 @@ class ChatTemplate:
         except BundleError:
             raise
         except jinja2.TemplateSyntaxError as error:
-            raise BundleError(f"chat_template.jinja, line {error.lineno}: {one_line(error)}") from error
+            raise BundleError(f"chat_template.jinja, line {error.lineno}: {one_line(error.message)}") from error
         except Exception as error:  # nested too deep for Jinja or for Python: RecursionError, SyntaxError, MemoryError
             raise BundleError(f"chat_template.jinja cannot be compiled: {reason(error)}") from error
         self._fixed = dict(variables)
@@ -97,7 +97,7 @@ class ChatTemplate:
                     raise RequestError(f"prompt has more than {self._max} characters (the most that is allowed)")
         except BundleError as error:
             supported = ", ".join(["messages of role and content", "add_generation_prompt", *self._fixed])
-            raise BundleError(f"chat_template.jinja: {error} (supported: {supported})") from error
+            raise BundleError(f"chat_template.jinja: {one_line(error)} (supported: {supported})") from error
         except MoevlmError:
             raise
         except jinja2.exceptions.SecurityError as error:

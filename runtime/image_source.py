@@ -65,7 +65,7 @@ def _read_file(path: str, most: int, name: str) -> bytes:
                 raise RequestError(f"{name} is not a file")
             if found.st_size > most:
                 raise _too_large(name, most)
-            return file.read(most + 1)
+            return file.read(most + 1) or b""  # None of a file in /proc that has nothing yet
     except (OSError, ValueError) as error:  # ValueError: a null character
         if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError) or _URL.match(path):
             raise RequestError(f"{name} {_absent(path)}") from error
