@@ -110,7 +110,7 @@ def _remove_stale(destination: Path) -> None:
 
 
 def _is_dead(path: Path, descriptor: int) -> bool:
-    """Whether its writer lives no more. A new one is locked at once, a partial one from the beginning."""
+    """Tell whether its writer is dead. A new one is locked at once, a partial one from the beginning."""
     old = time.time() - os.fstat(descriptor).st_mtime > _STALE_SECONDS
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

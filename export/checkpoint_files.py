@@ -71,10 +71,10 @@ def read_json(directory: Path, name: str) -> dict[str, Any]:
 
 
 def optional_json(directory: Path, name: str) -> dict[str, Any]:
-    """As `read_json`; empty if there is no such file."""
+    """`read_json`, but an empty object if there is no such file."""
     return read_json(directory, name) if find(directory, name) else {}
 
 
 def _blobs(root: Path) -> list[Path]:
-    """Of a folder models--organization--name/snapshots/revision of the cache, or one inside it."""
+    """Folders of blobs that a snapshot may link to: models--organization--name/snapshots/revision, or inside it."""
     return [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]

@@ -1,4 +1,4 @@
-"""Where a bundle may be written: never over, or into, what is somebody else's."""
+"""Checks of the place where a bundle is written: never over, or into, somebody else's files."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def require_replaceable(destination: Path) -> None:
 
 
 def _files_of(directory: Path) -> dict[str, Any] | None:
-    """What the manifest of a bundle lists, whatever its schema; None if there is no bundle."""
+    """The files that the manifest of a bundle lists, whatever its schema; None if there is no bundle."""
     try:
         with BundleFile(directory, MANIFEST) as file:
             manifest = msgspec.json.decode(file.read(MAX_MANIFEST_BYTES))

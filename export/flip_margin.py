@@ -1,4 +1,4 @@
-"""How near a tie a token was that went to other experts than its reference scores say."""
+"""The distance from a tie of a token that went to other experts than its reference scores say."""
 
 import numpy as np
 

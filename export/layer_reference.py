@@ -31,7 +31,7 @@ FLOAT32 = 1e-5  # what float32 sums may differ by, relative to their result
 
 @dataclass(frozen=True)
 class Rounding:
-    """How an engine rounds what flows between its weights: activations to int8 in blocks, and maybe the cache."""
+    """The rounding in an engine besides its weights: activations to int8 in blocks, and maybe the cache."""
 
     block: int
     int8_cache: bool
@@ -85,7 +85,7 @@ class Deviation:
 def layer_deviations(
     config: ModelConfig, weights: Mapping[str, Weight], rounding: Rounding, sequences: Sequence[Recorded]
 ) -> Iterator[Deviation]:
-    """Of every decoder layer and its router, in order, and of the head.
+    """Yield the deviation of every decoder layer and its router, in order, and of the head.
 
     weights: of the decoder as the engine stores them, by parameter name; head: also where the embedding is the head.
     """
@@ -109,7 +109,7 @@ def layer_deviations(
 def vision_deviations(
     model: CanonicalModel, inputs: VisionInputs, block: int, found: VisualFeatures
 ) -> Iterator[Deviation]:
-    """Of image features and of each deepstack level, through the whole tower, whose layers cannot be seen.
+    """Yield the deviation of image features and each deepstack level, through the whole tower: its layers are not seen.
 
     model: with the weights of vision that the engine stores.
     """
@@ -152,7 +152,7 @@ def _joined(sequences: Sequence[Recorded], name: str) -> Array:
 
 
 def _embedded(embedding: Weight, sequences: Sequence[Recorded]) -> list[Array]:
-    """What the first layer is given: rows of the embedding, and of the engine's image features."""
+    """The first layer's input: rows of the embedding, and of the engine's image features."""
     rows = []
     for sequence in sequences:
         ids, place = sequence.values["input_ids"], sequence.values["visual_index"]

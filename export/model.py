@@ -69,7 +69,7 @@ class CanonicalModel:
         }
 
     def facts(self) -> ModelFacts:
-        """What the manifest says of the model: its shapes, and how many parameters it has and a token uses."""
+        """The manifest's facts of the model: its shapes, its parameters, and those that a token uses."""
         parameters = sum(p.numel() for tower in (self.vision, self.decoder) for p in tower.parameters())
         idle = sum(moe.idle_parameters for moe in self.decoder.modules() if isinstance(moe, MoE))
         return msgspec.structs.replace(self.config.facts(), parameters=parameters, active_parameters=parameters - idle)

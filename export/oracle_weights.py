@@ -59,7 +59,7 @@ class OracleWeights:
                 raise CheckpointError(f"transformers finds no tensor of the right shape for {target} in the checkpoint")
 
     def _on_disk(self, target: str) -> dict[str, str]:
-        """What a tensor of the model is made of: names that transformers' loader takes for it, to names on disk."""
+        """The parts of a tensor of the model: names that transformers' loader takes for it, to names on disk."""
         if target in self._stored:
             return {name: name for name in self._stored[target]}
         twin = self._model.all_tied_weights_keys.get(target, "")

@@ -30,7 +30,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Taps:
-    """From the inside of one prefill: rows of all prompts' tokens, by name. kernel_routes: as in `Tapped`."""
+    """Inner values of one prefill: rows of all prompts' tokens, by name. kernel_routes: as in `Tapped`."""
 
     values: dict[str, Array]
     kernel_routes: bool = False
@@ -210,7 +210,7 @@ def routing_flips(expected: Expected, taps: Mapping[str, Array]) -> list[Flip]:
 
 
 def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array) -> float:
-    """How near a tie a token was, by the scores of transformers, see `flip_margin`.
+    """The token's distance from a tie, by the scores of transformers, see `flip_margin`.
 
     Both choices have to follow from them: a router that is read wrongly finds no tie in its own.
     """

@@ -1,4 +1,4 @@
-"""What parity of a model takes, known before it starts: memory, bytes to read, time."""
+"""An estimate of what parity of a model takes, before it starts: memory, bytes to read, time."""
 
 import re
 from collections import Counter

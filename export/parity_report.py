@@ -36,8 +36,8 @@ class Check(msgspec.Struct, frozen=True):
 
 
 class Cost(msgspec.Struct, frozen=True):
-    """How far an engine with rounded weights is from transformers in one respect. No limit: whether it is still good
-    enough is for who uses it to say.
+    """The distance of an engine with rounded weights from transformers in one respect. It has no limit: whether it is
+    good enough is for the user to say.
 
     value: mean KL divergence in nats, a share, or a relative error. flips: of the share of routings, every one.
     """

@@ -132,7 +132,7 @@ class _Texts:
         yield _check(f"{len(typed)} typed control tokens that are not text", len(notes), 0, notes[0] if notes else "")
 
     def _own_rules(self) -> str:
-        """What transformers' class brings of its own, in the place of what tokenizer.json says."""
+        """Name the parts that transformers' class has of its own, instead of those of tokenizer.json."""
         ours, theirs = (json.loads(core.to_str()) for core in (self._core, self._theirs.tokenizer.backend_tokenizer))
         own = [part for part in ("normalizer", "pre_tokenizer") if ours[part] != theirs[part]]
         return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""

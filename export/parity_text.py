@@ -1,4 +1,4 @@
-"""What engines make of a text of the user's own: perplexity, and how far they are from the checkpoint in float32."""
+"""Measures engines on a text of the user's own: perplexity, and divergence from the checkpoint in float32."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

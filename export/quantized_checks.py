@@ -26,7 +26,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Recording:
-    """What an engine made of the prompts: nothing more is asked of it, and it can be closed.
+    """An engine's results for the prompts: nothing more is asked of it, and it can be closed.
 
     prefill, decode: logits of all positions, as in `Expected`. prompts: its sequences then. sequences: those of chunks
     and of each prompt alone, too.
@@ -148,7 +148,7 @@ def _costs(step: str, what: str, ours: Array, theirs: Array) -> Iterator[Cost]:
 
 
 def _inside(expected: Expected, step: str, sequences: list[Sequence]) -> Iterator[Cost]:
-    """How the prompts' tokens went another way than in transformers. sequences: those of the prompts."""
+    """Compare routing and last hidden states of the prompts with transformers. sequences: those of the prompts."""
     taps = {
         name: np.concatenate([s.values[name][: len(p.ids)] for s, p in zip(sequences, expected.prompts, strict=True)])
         for name in sequences[0].values

@@ -1,4 +1,4 @@
-"""What an engine's decoder was given and what it made of it, token by token, kept while parity's prompts run."""
+"""Keeps inputs and outputs of an engine's decoder, token by token, while parity's prompts run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bundle carries beside graphs to turn requests into tokens and patches: read, opened and tried at build."""
+"""The bundle's files that turn requests into tokens and patches: read from the checkpoint, opened and tried."""
 
 import json
 from collections.abc import Iterator, Mapping

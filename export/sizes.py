@@ -8,7 +8,7 @@ from moevlm.runtime.errors import BuildError
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the kernels of a target take; the default is everything.
+    """The sizes that the kernels of a target take; all by default.
 
     head_dim_multiple: of the decoder's head_dim. expert_multiple: of the inner sizes of an expert's two matrices.
     """

@@ -69,7 +69,7 @@ def expected_on(
     cases: list[Case],
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Expected:
-    """What canonical PyTorch answers, its hidden states included. progress: layers done, and their number."""
+    """The results of canonical PyTorch, its hidden states included. progress: layers done, and their number."""
     engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, facts) for case in cases], progress)
     answers, hidden = zip(*(answer(engine, model, case, facts) for case in cases), strict=True)
     expected = Expected(model, facts, cases, list(answers))
@@ -78,7 +78,7 @@ def expected_on(
 
 
 def answer(engine: Tapped, model: CanonicalModel, case: Case, facts: ModelFacts) -> tuple[Answer, list[np.ndarray]]:
-    """What `Oracle.answers` is for transformers, of one case alone in one pass, and its hidden states, per layer."""
+    """The counterpart of `Oracle.answers`, for one case alone in one pass; and its hidden states, per layer."""
     images = pack([case], facts)
     visual = None if images is None else engine.encode(images)
     size, length = len(case.prompt.ids), len(case.whole.ids)

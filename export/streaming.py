@@ -22,7 +22,7 @@ def parts_of(root: nn.Module, containers: tuple[type[nn.Module], ...]) -> dict[s
 
 
 def stream(parts: Mapping[str, nn.Module], load: Callable[[str], None]) -> None:
-    """From now on `load(name)` is called before a part runs, to set its tensors, and they are released behind it."""
+    """Call `load(name)` before a part runs, from now on, to set its tensors; release them after it."""
     for name, part in parts.items():
         part.register_forward_pre_hook(lambda _part, _arguments, name=name: load(name))
         part.register_forward_hook(lambda part, _arguments, _output: release(part))

@@ -20,7 +20,7 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class QuantizedTolerance:
-    """What an engine with rounded weights on a CPU may do, against canonical PyTorch on the same rounded weights.
+    """Limits of an engine with rounded weights on a CPU, against canonical PyTorch on the same rounded weights.
 
     What is left there is the rounding of activations to int8. It is repeated in PyTorch on the engine's own inputs of
     each layer, so a limit is in units of what that rounding changes: an engine that rounds in all the same places is
@@ -88,7 +88,7 @@ CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images
 
 
 def tolerance_of(engine: EngineFacts) -> Tolerance | PlanTolerance:
-    """By its arithmetic, of an engine that is held to transformers itself, or a plan.
+    """The limits of an engine that is held to transformers itself, or of a plan, by its arithmetic.
 
     What rounding a plan's experts costs is a limit of its own, ROUNDING.
     """

@@ -60,7 +60,7 @@ def route(logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[A
 
 
 def choice_scores(logits: Array, spec: RouterSpec, bias: Array | None = None) -> Array:
-    """What experts are chosen by, [T, E] float32: their scores, and the bias. Groups are not looked at."""
+    """The scores that experts are chosen by, [T, E] float32, the bias included. Groups are not looked at."""
     scores = _scores(logits, spec)
     return scores if bias is None else scores + bias.astype(np.float32)
 
@@ -81,7 +81,7 @@ def _scores(logits: Array, spec: RouterSpec) -> Array:
 
 
 def group_scores(choice: Array, spec: RouterSpec) -> Array:
-    """[T, n_group]: what groups are chosen by, from choice scores [T, E]."""
+    """The scores that groups are chosen by, [T, n_group], from choice scores [T, E]."""
     tokens, experts = choice.shape
     best = -np.sort(-choice.reshape(tokens, spec.n_group, experts // spec.n_group), axis=2)
     return best[:, :, 0] if spec.group_score == "max" else best[:, :, 0] + best[:, :, 1]

@@ -21,7 +21,7 @@ Phase = Literal["vision_seconds", "prefill_seconds", "decode_seconds"]
 
 @dataclass(frozen=True)
 class Usage:
-    """What a request cost. Seconds are the runtime's own work, without the time its reader took between pieces.
+    """The cost of a request. Seconds are the runtime's own work, without the time its reader took between pieces.
 
     prompt_tokens include image_tokens; new_tokens include the end-of-sequence token. vision_seconds: cutting the
     images into patches and encoding them. prefill_seconds: the prompt up to and with the choice of the first token.
@@ -38,7 +38,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one step added. text may be "" while a character or a possible stop string is unfinished.
+    """The output of one step. text may be "" while a character or a possible stop string is unfinished.
 
     token_ids include the end-of-sequence token; sampled has one entry for each of them.
     finish_reason and usage are None on all pieces but the last.
@@ -92,7 +92,7 @@ class Answer(Iterator[Piece]):
 
     @property
     def usage(self) -> Usage:
-        """What the request cost so far; whole once it has ended, in whatever way."""
+        """The cost of the request so far; complete once it has ended, in whatever way."""
         return self._meter.usage
 
     def __iter__(self) -> Answer:

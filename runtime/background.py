@@ -30,7 +30,7 @@ class Background(threading.Thread):
         self.busy = False
 
     def call(self, work: Callable[[], T], stop: Callable[[], None] | None = None) -> T:
-        """What work() returns or raises. Interrupted while it waits, it calls `stop` and gives the work a moment."""
+        """Return or raise what work() does. Interrupted while it waits, it calls `stop` and gives the work a moment."""
         if self.busy:  # with what was interrupted before
             self._wait()
         self.busy = True

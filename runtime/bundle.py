@@ -94,7 +94,7 @@ class Bundle:
         return BundleFile(self.directory, name)
 
     def path(self, name: str) -> Path:
-        """Where a listed file lies. Raises BundleError as `open_file`, which is to be preferred."""
+        """The path of a listed file. Raises BundleError as `open_file`, which is to be preferred."""
         with self.open_file(name) as file:
             return file.path
 
@@ -146,7 +146,7 @@ class Bundle:
 
 
 def unlisted(directory: Path, listed: Container[str], folder: str = "") -> Iterator[str]:
-    """What lies in `folder` of a bundle and is no folder and not listed: by its path inside the bundle.
+    """Yield each file in `folder` of a bundle that is not listed, by its path inside the bundle.
 
     The manifest is not among them, nor is what file managers leave in every folder. Raises BundleError for a folder
     that cannot be read.
@@ -169,7 +169,7 @@ def unlisted(directory: Path, listed: Container[str], folder: str = "") -> Itera
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file manager writes files of this name: never opened, and not kept when a bundle is written anew."""
+    """Tell whether file managers write files of this name: never opened, and not kept when a bundle is rewritten."""
     return name in _CLUTTER or name.startswith("._")
 
 

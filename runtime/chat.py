@@ -48,7 +48,7 @@ class ChatTemplate:
         self.options = self._code.variables - {*_GIVEN, *self._fixed, *environment.globals}
 
     def writes(self, text: str) -> bool:
-        """Whether the template has this text in its own words."""
+        """Tell whether the template's own words contain this text."""
         return any(text in literal for literal in (*self._code.literals, *self._fixed.values()))
 
     def render(self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING) -> str:

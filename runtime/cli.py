@@ -74,7 +74,7 @@ def _status(error: BaseException, debug: bool) -> int:
 
 
 def _message(error: BaseException) -> str | None:
-    """What to tell the user; None for an error that is not theirs."""
+    """The message for the user; None for an error that is not theirs."""
     if isinstance(error, MoevlmError):
         return str(error)
     if isinstance(error, MemoryError):
@@ -92,6 +92,6 @@ def _say(line: str) -> None:
 
 
 def _drop_output() -> None:
-    """What is still in the buffer cannot be written: Python would try once more at its end."""
+    """Drop what is still in the buffer and cannot be written: Python would try once more at its end."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

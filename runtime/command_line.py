@@ -99,7 +99,7 @@ def require_apart(outputs: Iterable[Path | None], inputs: Iterable[Path | None])
 
 
 def _real(path: Path) -> Path:
-    """As Path.resolve, which raises for a link to itself: what is wrong with it is told when it is opened."""
+    """Path.resolve, without its exception for a link to itself: that is told when the path is opened."""
     return Path(os.path.realpath(path))
 
 

@@ -174,7 +174,7 @@ class _Lines:
 
 
 def amount_text(done: float, total: float, speed: float | None = None) -> str:
-    """How far a stage is: 12 % (1.2 of 9.9 GB, 350.0 MB/s), or 25 % (3 of 12)."""
+    """The progress of a stage: 12 % (1.2 of 9.9 GB, 350.0 MB/s), or 25 % (3 of 12)."""
     if total < _COUNTS:
         return f"{done / total:.0%} ({done:.0f} of {total:.0f})"
     rate = f", {bytes_text(int(speed))}/s" if speed else ""

@@ -1,4 +1,4 @@
-"""What this machine has, what each kind of target needs, and the command that installs what is missing.
+"""Finds what this machine has, what each kind of target needs, and the command that installs what is missing.
 
 Every probe answers for itself: one that fails says so in its place, and the others go on.
 """

@@ -59,7 +59,7 @@ def _verdict(missing: list[str]) -> str:
 
 
 def _needed(report: DoctorReport, line: str) -> list[str]:
-    """What a missing thing is needed for: run rtx, build rtx."""
+    """The uses that need a missing thing: run rtx, build rtx."""
     uses = []
     for target in report.targets:
         verbs = [

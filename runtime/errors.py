@@ -49,7 +49,7 @@ def one_line(text: object, most: int = 300) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an exception of a library says, for a message: one line, or its type's name if it says nothing."""
+    """The text of a library's exception, for a message: one line, or its type's name if it has none."""
     return one_line(error) or type(error).__name__
 
 

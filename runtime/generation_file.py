@@ -13,7 +13,7 @@ FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 def bundle_sampling(bundle: Bundle) -> SamplingParams:
-    """What a request that says nothing is answered with; greedy where the bundle has no generation.json.
+    """The sampling of a request that asks for none; greedy where the bundle has no generation.json.
 
     Raises BundleError for a file that is damaged or has other fields than FIELDS.
     """

@@ -1,4 +1,4 @@
-"""Whether two graphs are the vision tower and the decoder of the manifest's model: known at load, not at a request."""
+"""Checks at load that two graphs are the vision tower and the decoder of the manifest's model."""
 
 from collections.abc import Mapping
 from typing import Any

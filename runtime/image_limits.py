@@ -1,4 +1,4 @@
-"""How large an image of a request may become."""
+"""Limits of the size of a request's images."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where an image may come from: files, bytes, streams, Pillow images and arrays. Text never names a file."""
+"""Reads images from files, bytes, streams, Pillow images and arrays. Text never names a file."""
 
 from __future__ import annotations
 

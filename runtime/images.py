@@ -130,7 +130,7 @@ class ImageProcessor:
 
     @property
     def _most_bytes(self) -> int:
-        """Of an encoded image."""
+        """The most bytes of an encoded image."""
         return max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels)
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""How this package was installed, so that what an error tells the user to type works as it stands."""
+"""The pip command for the way this package was installed, so that what an error suggests works as printed."""
 
 import json
 from importlib.metadata import distributions

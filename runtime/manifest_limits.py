@@ -1,4 +1,4 @@
-"""What the numbers of a manifest may be: the runtime computes with them before an engine could object."""
+"""Limits of the values in a manifest: the runtime computes with them before an engine could object."""
 
 from collections.abc import Iterator
 from typing import Any

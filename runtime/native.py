@@ -18,7 +18,7 @@ def operators_path() -> Path:
 
 
 def instruction_set() -> str:
-    """What the CPU operators use: baseline, avx2, avx512 or avx512_vnni.
+    """The instruction set that the CPU operators use: baseline, avx2, avx512 or avx512_vnni.
 
     The best that the processor has, and at most what the environment variable MOEVLM_CPU_ISA says. Raises EngineError.
     """

@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores, their time, and memory."""
+"""The cores, processor time and memory that this process may use."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _MEMINFO, _CONTROL_GROUPS, _ROOT = Path("/proc/meminfo"), Path("/proc/self/cgrou
 
 
 def cores() -> int:
-    """How many this process may use, which a container or taskset makes less than the machine has."""
+    """The number of cores for this process, which a container or taskset makes less than the machine has."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, math.ceil(cpu_quota() or allowed))
 
 
 def cpu_quota(groups: Path = _CONTROL_GROUPS, root: Path = _ROOT) -> float | None:
-    """How many cores' time the control groups of this process allow, as `docker run --cpus` sets it; None for all.
+    """Processor time in cores that the control groups of this process allow (`docker run --cpus`); None for no limit.
 
     Source: the kernel's documentation, cgroup-v2 (cpu.max) and cgroup-v1 (cpu.cfs_quota_us, cpu.cfs_period_us).
     """
@@ -45,7 +45,7 @@ def memory(field: str, meminfo: Path = _MEMINFO) -> int | None:
 
 
 def _folders(controller: str, groups: Path, root: Path) -> Iterator[Path]:
-    """Those of this process's control groups that may limit what `controller` shares out."""
+    """Yield the folders of this process's control groups, and of their parents, for a controller."""
     try:
         lines = [line.split(":", 2) for line in groups.read_text().splitlines()]
     except OSError:

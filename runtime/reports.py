@@ -60,7 +60,7 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class SamplingReport(msgspec.Struct, frozen=True):
-    """What requests that say nothing start from, as `sampling.SamplingParams`. temperature: 0 is greedy."""
+    """The sampling of requests that ask for none, as `sampling.SamplingParams`. temperature: 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -1,4 +1,4 @@
-"""What the options of `moevlm run` say: a conversation, and variables of the chat template."""
+"""From the options of `moevlm run` to a conversation, and to variables of the chat template."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _standard_input() -> str:
 
 
 def template_options_of(words: tuple[str, ...]) -> dict[str, Any]:
-    """From words NAME=VALUE, the value JSON, or a text that is none. Raises a usage error for other words."""
+    """Parse words NAME=VALUE; a value that is not JSON is text. Raises a usage error for other words."""
     options = {}
     for word in words:
         name, equals, value = word.partition("=")

@@ -1,4 +1,4 @@
-"""What a rendering of a chat template may cost, counted as it happens: the same on every machine, in every thread."""
+"""Limits of the work of a chat template, counted as it happens: the same on every machine, in every thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHARACTERS_OF_AN_ELEMENT = 8  # a list needs as much memory for one
 
 
 class Extent(NamedTuple):
-    """Of a value with all that is in it, an element counted as often as it is reached.
+    """The extent of a value with all that is in it; an element counts as often as it is reached.
 
     size: in characters. depth: of lists and objects in each other. own: all text in it is the template's own.
     """

@@ -162,7 +162,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return value
 
     def counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        """What a loop goes through."""
+        """Yield the items of a loop, a step for each."""
         for item in items:
             self.budget.step()
             yield item

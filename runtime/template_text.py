@@ -38,7 +38,7 @@ def own(text: str) -> MarkedText:
 
 
 def is_own(text: str) -> bool:
-    """Whether the template wrote all of it."""
+    """Tell whether the template wrote all of it."""
     return not text or (isinstance(text, MarkedText) and text.is_own)
 
 

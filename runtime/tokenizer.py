@@ -56,7 +56,7 @@ class Tokenizer:
             return list(self._core.encode_batch(list(texts), add_special_tokens=False))
 
     def exceeds(self, text: str, tokens: int) -> bool:
-        """Whether a text has certainly more than so many tokens; not much more than these are ever made."""
+        """Tell whether a text certainly has more than so many tokens; not many more than these are ever made."""
         if len(text) > tokens * self.longest:
             return True
         count = 0

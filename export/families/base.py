@@ -115,7 +115,7 @@ class Family(ABC):
         return Binding(bound, self._left_out(on_disk.keys() - tensors.used))
 
     def _left_out(self, unused: Collection[str]) -> dict[str, int]:
-        """How many tensors fit each pattern of `left_out`. Raises CheckpointError for one that fits none."""
+        """Count the tensors that fit each pattern of `left_out`. Raises CheckpointError for one that fits none."""
         found = {name: next((p for p in self.left_out if re.search(p, name)), None) for name in sorted(unused)}
         strangers = [name for name, pattern in found.items() if pattern is None]
         if strangers:

@@ -46,5 +46,5 @@ _MARKS = ("unsloth_",)  # a trainer's own
 
 
 def is_harmless(field: str) -> bool:
-    """Whether a field of this name, with any value and in any part of config.json, leaves the maths as it is."""
+    """Tell whether a field of this name, with any value and in any part of config.json, changes no arithmetic."""
     return field in _HARMLESS or field.startswith(_MARKS)

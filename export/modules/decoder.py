@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         return torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids.flatten(), self.embedding))
 
     def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows) -> Tensor:
-        """What follows layer i: the first layers get another level of the image each (DeepStack)."""
+        """Add the image features of layer i: the first layers get another level each (DeepStack)."""
         if deepstack_embeds is None or i >= self.config.deepstack:
             return x
         row, is_visual = visual

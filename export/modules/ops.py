@@ -19,7 +19,7 @@ from moevlm.plugins.spec import ExpertsSpec, RouterSpec
 
 @dataclass(frozen=True, eq=False)
 class Arithmetic:
-    """Where an engine computes in another way than the canonical modules; the default is nowhere.
+    """The places where an engine computes otherwise than the canonical modules; none by default.
 
     chosen: [T, k] int32, the experts that tokens go to, instead of the router's own choice.
     block: experts round activations to int8 on their way into weights, with a scale for so many; 0: they do not.
@@ -36,7 +36,7 @@ _arithmetic: ContextVar[Arithmetic | None] = ContextVar("arithmetic", default=No
 
 @contextmanager
 def computing(arithmetic: Arithmetic) -> Iterator[None]:
-    """What the ops in the block compute with."""
+    """Let the ops in the block compute with this arithmetic."""
     token = _arithmetic.set(arithmetic)
     try:
         yield
