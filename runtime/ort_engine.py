@@ -18,7 +18,7 @@ from moevlm.runtime.manifest import SCALE_BYTES, ModelFacts
 from moevlm.runtime.onnxruntime_library import onnxruntime
 
 # Longer than from one operator, or one token, to the next. A thread that waits longer gives its core to others.
-_SPIN_MICROSECONDS = 200
+_SPIN_MICROSECONDS = 500
 
 
 @dataclass(frozen=True)
