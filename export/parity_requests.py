@@ -90,10 +90,10 @@ class _TheirText:
         try:
             tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
             fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
+            template = fields.get("chat_template") or tokenizer.chat_template
+            return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
         except Exception as error:  # as for the model: it is not this project's code that refuses
             raise CheckpointError(f"transformers cannot load the tokenizer of {checkpoint}: {reason(error)}") from error
-        template = fields.get("chat_template") or tokenizer.chat_template
-        return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
 
     def rendered(self, messages: Messages) -> str | None:
         """None for messages that the template refuses."""

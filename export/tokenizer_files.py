@@ -160,4 +160,4 @@ def _merged(text: str, listed: list[_Token], named: list[_Token], extra: list[_T
 
 
 def _invalid(file: str, field: str, value: Any, allowed: str) -> CheckpointError:
-    return CheckpointError(f"invalid value in {file}: {field} = {shown(value)} (allowed: {allowed})")
+    return CheckpointError(f"invalid value in {file}: {one_line(field, 80)} = {shown(value)} (allowed: {allowed})")

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from moevlm.runtime.bundle_file import BundleFile, MappedFile
-from moevlm.runtime.errors import EngineError
+from moevlm.runtime.errors import EngineError, one_line, shown
 
 # Fields of onnx.proto, which never change.
 _GRAPH = 7  # of ModelProto
@@ -55,13 +55,14 @@ class GraphFile:
                 place = (folder / tensor.location).as_posix()
                 if place not in files:
                     raise EngineError(
-                        f"{path}: {tensor.name} lies in {tensor.location!r}, which is no file of its engine"
+                        f"{path}: {one_line(tensor.name, 80)} lies in {shown(tensor.location)}, "
+                        "which is no file of its engine"
                     )
                 if place not in maps:
                     maps[place] = files[place].map()
                 weights[tensor.name] = tensor.array(maps[place])
         except ValueError as error:
-            raise EngineError(f"{path} is no ONNX graph: {error}") from None
+            raise EngineError(f"{path} is no ONNX graph: {one_line(error)}") from None
         return cls(path, data, weights, tuple(maps.values()))
 
     def require_whole(self) -> None:

@@ -22,6 +22,7 @@ from moevlm.runtime.manifest import VisionFacts
 from moevlm.runtime.vision_inputs import pack_grids
 
 _MAX_ASPECT = 200
+_MOST = 1e6  # that means and scales may be, and what deviations may divide by: results are far inside of float32
 # Bytes that an encoded image may have: no allowed one needs more, but for its metadata.
 _BYTES_PER_PIXEL = 8
 _FILE_BYTES = 1 << 26
@@ -268,8 +269,8 @@ def _pixel_values(fields: Mapping[str, Any]) -> np.ndarray:
     table = np.repeat(value.astype(np.float32)[None], 3, axis=0)
     if fields.get("do_normalize", True):
         mean, std = _numbers(fields, "image_mean", _CLIP_MEAN), _numbers(fields, "image_std", _CLIP_STD)
-        if not std.all():
-            _refuse("image_std", fields["image_std"], "numbers other than 0")
+        if not (np.abs(std) > 1 / _MOST).all():
+            _refuse("image_std", fields["image_std"], f"numbers of more than {1 / _MOST:g}")
         table = (table - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
     return table
 
@@ -281,8 +282,8 @@ def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float,
         numbers = np.broadcast_to(np.asarray(value, np.float64), 3)
     except (TypeError, ValueError):
         numbers = np.full(3, np.nan)
-    if not np.isfinite(numbers).all():  # null makes NaN
-        _refuse(name, value, "a number or three")
+    if not (np.abs(numbers) < _MOST).all():  # null makes NaN, which is not less either
+        _refuse(name, value, f"a number or three, below {_MOST:g}")
     return numbers
 
 

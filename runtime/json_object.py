@@ -12,8 +12,8 @@ MAX_DIGITS = 300  # of an integer: one that float can hold, for it will meet flo
 def json_object(text: str | bytes, name: str, error: type[MoevlmError]) -> dict[str, Any]:
     """Parse a JSON object, given as text or as bytes of UTF-8. name: what to call it in messages.
 
-    Raises `error`, in one line, for text that is not UTF-8 or not JSON, a value of another type, and a depth or a
-    number that no file of this kind has: a recursion or a conversion to float would fail on it later.
+    Raises `error`, in one line, for text that is not UTF-8 or not JSON, a value of another type, and a depth, a
+    number or a text that no file of this kind has: a recursion, a conversion to float or to UTF-8 would fail later.
     """
     try:
         value = json.loads(text if isinstance(text, str) else text.decode(), parse_int=_integer, parse_float=_number)
@@ -27,6 +27,8 @@ def json_object(text: str | bytes, name: str, error: type[MoevlmError]) -> dict[
         raise error(f"{name} is not a JSON object")
     if _deeper_than(MAX_DEPTH, value):
         raise error(_too_deep(name))
+    if ("\\u" if isinstance(text, str) else b"\\u") in text and not _is_unicode(value):  # type: ignore[operator]
+        raise error(f"{name} has a text that is not Unicode: half of a surrogate pair")
     return value
 
 
@@ -45,6 +47,14 @@ def _number(digits: str) -> float:
     if value in (float("inf"), float("-inf")):
         raise ValueError(f"the number {digits[:20]} is too large")
     return value
+
+
+def _is_unicode(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _deeper_than(limit: int, value: Any) -> bool:

@@ -149,7 +149,7 @@ def _opened(
 def operators_for(engine: EngineFacts) -> Path | None:
     """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
     if engine.operators not in ("", DOMAIN):
-        raise EngineError(f"the engine needs operators of {engine.operators} (there are: {DOMAIN})")
+        raise EngineError(f"the engine needs operators of {shown(engine.operators)} (there are: {DOMAIN})")
     if not engine.operators:
         return None
     instruction_set()

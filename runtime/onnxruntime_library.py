@@ -3,7 +3,7 @@
 import os
 from types import ModuleType
 
-from moevlm.runtime.errors import EngineError
+from moevlm.runtime.errors import EngineError, reason
 from moevlm.runtime.installation import install_command
 
 TELEMETRY = "ORT_DISABLE_TELEMETRY"
@@ -20,5 +20,5 @@ def onnxruntime() -> ModuleType:
     except ModuleNotFoundError as error:
         raise EngineError(f"this engine needs onnxruntime ({install_command('cpu')})") from error
     except ImportError as error:
-        raise EngineError(f"onnxruntime does not load here: {error}") from error
+        raise EngineError(f"onnxruntime does not load here: {reason(error)}") from error
     return onnxruntime

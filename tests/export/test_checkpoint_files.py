@@ -59,6 +59,8 @@ def test_a_plain_object_is_read(folder: Path) -> None:
         ("[" * 100_000, f"nested more than {MAX_DEPTH} deep"),
         ('{"a": 1' + "0" * 400 + "}", "401 digits"),
         ('{"a": 1' + "0" * 5000 + "}", "5001 digits"),
+        (r'{"a": {"b": ["\ud800"]}}', "not Unicode"),
+        (r'{"\udfff": 1}', "not Unicode"),
         ('{"a": 1e400}', "1e400 is too large"),
         ('{"a": -1e400}', "-1e400 is too large"),
     ],

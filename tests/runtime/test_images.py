@@ -270,7 +270,10 @@ def test_configuration_saved_by_hugging_face_is_accepted(kind: str) -> None:
         ("size", {"height": 448, "width": 448}),
         ("max_pixels", "big"),
         ("image_mean", [0.5, 0.5]),
+        ("image_mean", 1e300),
         ("image_std", [0.5, 0.0, 0.5]),
+        ("image_std", 1e-60),
+        ("rescale_factor", -1e300),
         ("rescale_factor", "1/255"),
     ],
 )
