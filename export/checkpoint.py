@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from moevlm.export import side_files
 from moevlm.export.checkpoint_files import read_json
 from moevlm.export.checkpoint_hashes import Fingerprint, require_known_hashes
 from moevlm.export.safetensors_file import Stored
@@ -59,6 +60,11 @@ class Checkpoint:
             return self.tensors[name]
         except KeyError:
             raise CheckpointError(f"{self.directory} has no tensor {name}, which its config.json calls for") from None
+
+    def chat_template(self) -> str | None:
+        """The text of the chat template that counts, see `side_files`; None without one. Raises CheckpointError."""
+        found = side_files.chat_template(self.directory)
+        return found.text if found else None
 
     def start_hashing(self) -> None:
         """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""

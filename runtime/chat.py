@@ -8,6 +8,9 @@ from typing import Any
 
 from moevlm.runtime.errors import BundleError, MoevlmError, RequestError, one_line, reason, shown
 from moevlm.runtime.messages import MAX_CHARACTERS, Message, plain_messages, texts_of
+from moevlm.runtime.tokenizer import Tokenizer
+
+__all__ = ("ChatTemplate", "Message", "Tokenizer")  # where programs have imported them from since 0.1
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 _MAX_VALUES, _MAX_DEPTH = 10_000, 16  # of a template option
