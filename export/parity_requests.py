@@ -213,7 +213,10 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelFacts, see
         name = f"{image.mode} of {image.width} x {image.height}"
         file = io.BytesIO()
         image.save(file, "PNG")
-        wanted = theirs(images=[image], return_tensors="np")
+        try:
+            wanted = theirs(images=[image], return_tensors="np")
+        except Exception as error:  # of fields that changed since the bundle was built
+            raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
         grid = tuple(int(side) for side in wanted["image_grid_thw"][0][1:])
         inputs, grids = ours.pack([ours.fit(ours.open(file.getvalue()))])
         tokens = ours.tokens(file.getvalue())
