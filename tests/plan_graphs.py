@@ -177,10 +177,12 @@ def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generato
 
 
 def usual_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Of the median row: at a near tie a rounded router takes another expert, and that row is another one."""
+    """Relative error that three of four rows exceed: a fault is in every row, but at a near tie a rounded router takes
+    another expert, and that row and all behind it in its sequence are other ones.
+    """
     assert got.shape == want.shape
     off, size = (np.linalg.norm(x.reshape(-1, x.shape[-1]), axis=1) for x in (got.astype(np.float64) - want, want))
-    return float(np.median(off) / np.median(size))
+    return float(np.quantile(off / size, 0.25))
 
 
 def error(got: np.ndarray, want: np.ndarray) -> float:
