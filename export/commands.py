@@ -11,6 +11,7 @@ from moevlm.runtime import defaults
 from moevlm.runtime.bundle import Bundle
 from moevlm.runtime.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.console import bytes_text, console, progress_bar, publish
+from moevlm.runtime.gpus import gpu_text
 
 _LAYOUT = click.option(
     "--expert-layout",
@@ -177,6 +178,8 @@ def build(
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
             built = add_targets(bundle, origin, names, progress=progress, **options)
+        elif checkpoint is None:
+            raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle, notes)
@@ -185,15 +188,15 @@ def build(
         console().print(
             f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
         )
-    console().print(f"next: {_next_step(names, built, f'moevlm parity {bundle} --checkpoint {origin}')}")
+    console().print(_next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}"))
 
 
 def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     """Parity of what was built, on a machine that can run it."""
     if any(name.partition(":")[0] not in PLANS for name in names):
-        return parity
+        return f"next: {parity}"
     sms = sorted({sm for engine in built.manifest.engines.values() if engine.tensorrt for sm in engine.tensorrt.sms})
-    return f"on a machine with a GPU of {' or '.join(f'sm{sm}' for sm in sms)}: {parity}"
+    return f"next, on a machine with {' or '.join(map(gpu_text, sms))}: {parity}"
 
 
 @click.command(short_help="Check every engine of a bundle against Hugging Face.")

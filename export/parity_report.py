@@ -140,7 +140,7 @@ def verdict_of(report: ParityReport) -> str:
     if not quantized:
         return "passed"
     return (
-        f"passed: {quantized} compute what their rounded weights say; how good those are, costs show, not this verdict"
+        f"passed: the kernels of {quantized} are right; what rounding the weights costs is shown above, without a limit"
     )
 
 

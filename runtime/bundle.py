@@ -13,6 +13,7 @@ import msgspec
 from moevlm.runtime.bundle_file import BundleFile
 from moevlm.runtime.errors import BundleError, shown
 from moevlm.runtime.file_hashes import Progress, check_files, read_checked
+from moevlm.runtime.gpus import sm_of
 from moevlm.runtime.manifest import SCHEMA, EngineFacts, FileFacts, Manifest, digest_of
 from moevlm.runtime.manifest_limits import check_facts
 
@@ -61,9 +62,14 @@ class Bundle:
         return name, engines[name]
 
     def matches(self, target: str) -> list[str]:
-        """The engine of that name, or all whose names begin with it and a colon. Raises BundleError without one."""
+        """The engine of that name, or all whose names begin with it and a colon. Raises BundleError without one.
+
+        Without either, those whose plans are for the GPUs that `target` names: rtx:4090, rtx:sm89 and rtx:4090:bf16
+        find rtx:sm86,sm89:bf16.
+        """
         engines = self.manifest.engines
         names = [target] if target in engines else sorted(name for name in engines if name.startswith(f"{target}:"))
+        names = names or sorted(name for name, facts in engines.items() if _is_plan_for(name, facts, target))
         if not names:
             raise BundleError(f"no engine {shown(target)} in {self.directory} (available: {self.available})")
         return names
@@ -201,6 +207,17 @@ def is_bundle_path(name: str) -> bool:
     """Whether `name` is a plain relative path, a/b/c, that a bundle may list (its manifest cannot list itself)."""
     parts = name.split("/")
     return name != MANIFEST and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
+
+
+def _is_plan_for(name: str, facts: EngineFacts, target: str) -> bool:
+    """Whether `target`, such as rtx:4090,l40s or rtx:4090:bf16, means this engine."""
+    kind, _, rest = target.partition(":")
+    gpus, _, precision = rest.partition(":")
+    if facts.tensorrt is None or name.partition(":")[0] != kind:
+        return False
+    return {sm_of(gpu) for gpu in gpus.split(",")} <= set(facts.tensorrt.sms) and (
+        not precision or name.endswith(f":{precision}")
+    )
 
 
 def _read_manifest(directory: Path) -> Manifest:

@@ -136,7 +136,10 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     out = tmp_path / "glm.moevlm"
     arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--block-size", "128"]
     done = call("build", checkpoint, "-o", out, *arguments)
-    assert f"next: on a machine with a GPU of sm75: moevlm parity {out} --checkpoint {checkpoint}" in done.out
+    assert (
+        f"next, on a machine with sm75 (T4, RTX 20, GTX 16, Quadro RTX): moevlm parity {out} --checkpoint {checkpoint}"
+        in done.out
+    )
     built = Bundle.open(out)
     engine = built.manifest.engines["rtx:sm75:fp16-int4"]
     assert (engine.dtype, engine.block_size, engine.kv_cache) == ("int4", 128, "float16")

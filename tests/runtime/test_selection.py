@@ -114,6 +114,20 @@ def test_a_target_is_a_full_name_or_a_beginning(bundle, tmp_path) -> None:
     assert select(exact, "cpu")[0] == "cpu"
 
 
+def test_a_target_may_name_a_gpu_as_people_do(bundle, tmp_path) -> None:
+    plans = {"rtx_sm86,sm89_bf16": engine(), "rtx_sm86,sm89_bf16-int4": engine(), "rtx_sm120_bf16": engine(sms=(120,))}
+    opened = bundle(cpu_int8=CPU, **plans)
+    both = ["rtx:sm86,sm89:bf16", "rtx:sm86,sm89:bf16-int4"]
+    for target in ("rtx:4090", "rtx:RTX 4090", "rtx:sm89", "rtx:8.9", "rtx:L40S,3090", "rtx:sm89,sm86"):
+        assert opened.matches(target) == both, target
+    assert opened.matches("rtx:4090:bf16") == both[:1]
+    assert opened.matches("rtx:5090") == ["rtx:sm120:bf16"]
+    for target in ("rtx:4090,5090", "rtx:4090:fp16", "rtx:4090:int4", "trt:4090", "rtx:nothing", "rtx:", "4090"):
+        refused(opened, target, "no engine")
+    with machine(tmp_path, 89):
+        assert select(opened, "rtx:4090")[0] in both
+
+
 def test_of_several_that_run_int8_comes_first_and_the_fastest_kind(bundle, tmp_path) -> None:
     on_cpu = {"reference": CPU, "ort-cpu": CPU, "ort-cpu_int8": INT8, "cpu_int4": INT4, "cpu_int8": INT8}
     with machine(tmp_path, 89):
