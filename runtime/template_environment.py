@@ -45,6 +45,7 @@ _ASKED = (
     *("count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier"),
     *("islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "rfind", "rindex", "startswith"),
 )
+_CUTS = ("split", "rsplit", "splitlines")
 _PADDED = ("center", "ljust", "rjust", "zfill")
 _COLLECTIONS = ("count", "get", "index", "items", "keys", "values")
 
@@ -299,6 +300,9 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if name == "replace":
             old, new = (*args, values.get("old"), values.get("new"))[:2] if len(args) < 2 else args[:2]
             self.budget.make(len(text) + text.count(old) * len(new))
+        if name in _CUTS:  # plain strings are quick: what marked ones cost is known before they are made
+            self.budget.make(self.budget.extent(getattr(str, name)(text, *args, **values)).size)
+            return template_text.METHODS[name](text, *args, **values)
         result = template_text.METHODS[name](text, *args, **values)
         self.budget.make(self.budget.extent(result).size)
         return result

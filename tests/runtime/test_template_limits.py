@@ -46,6 +46,7 @@ STEPS = {
     "count": "{% set x = range(50000) | list %}{% for i in range(99999) %}{% if x.count(-1) %}{% endif %}{% endfor %}",
 }  # fmt: skip
 MEMORY = {
+    "one split": "{{ ('a ' * 500000).split() | length }}",
     "text times number": "{{ 'a' * 10**9 }}",
     "number times text": "{{ 10**9 * 'a' }}",
     "list times number": "{{ [1] * 10**9 }}",
