@@ -7,7 +7,7 @@ DEMO := build/demo.moevlm
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml $(wildcard plugins/cpu/* plugins/tensorrt/*)
+.venv/installed: pyproject.toml $(wildcard plugins/cpu/*.h plugins/cpu/*/* plugins/tensorrt/*)
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel

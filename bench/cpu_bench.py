@@ -22,10 +22,10 @@ from bench.peers.client import Peer, PeerError
 from bench.peers.protocol import Reply, Request
 from bench.random_checkpoint import config, write
 from bench.systems import METRICS, SYSTEMS, Metric, System, prepare
-from moevlm.runtime.console import bytes_text, console, progress_bar, publish, table
-from moevlm.runtime.errors import MoevlmError
-from moevlm.runtime.machine import measure_machine
-from moevlm.runtime.process_limits import cores
+from moevlm.runtime.cli.console import bytes_text, console, progress_bar, publish, table
+from moevlm.runtime.core.errors import MoevlmError
+from moevlm.runtime.perf.machine import measure_machine
+from moevlm.runtime.perf.process_limits import cores
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build/bench"

@@ -11,12 +11,12 @@ from time import perf_counter
 import click
 import numpy as np
 
-from moevlm.runtime.batch import Batch
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.console import bytes_text, console
+from moevlm.runtime.backends.selection import select
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.console import bytes_text, console
+from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.loading import load_engine
-from moevlm.runtime.prompt import Prompt
-from moevlm.runtime.selection import select
+from moevlm.runtime.request.prompt import Prompt
 
 TOKENS = 256
 

@@ -4,7 +4,7 @@ import os
 import platform
 from pathlib import Path
 
-from moevlm.runtime.process_limits import cores
+from moevlm.runtime.perf.process_limits import cores
 
 
 def facts() -> dict[str, object]:

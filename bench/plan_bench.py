@@ -22,8 +22,8 @@ import click
 from bench.export_bench import FOLDER, ONE_BILLION
 from bench.random_checkpoint import config, write
 from bench.scale_bench import BANKS, QWEN
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.console import bytes_text, console, table
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.console import bytes_text, console, table
 
 SECONDS_BETWEEN_SAMPLES = 0.05
 BUILD = """

@@ -18,12 +18,12 @@ import numpy as np
 
 from bench.export_bench import FOLDER, measure
 from bench.random_checkpoint import config, write
-from moevlm.runtime.batch import Batch
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.console import bytes_text, console, table
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.console import bytes_text, console, table
+from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.loading import load_engine
-from moevlm.runtime.machine import measure_machine
-from moevlm.runtime.prompt import Prompt
+from moevlm.runtime.perf.machine import measure_machine
+from moevlm.runtime.request.prompt import Prompt
 
 QWEN = {"hidden": 2048, "experts": 128, "top_k": 8, "width": 768, "vocabulary": 151936}  # Qwen3-VL-30B-A3B
 LAYERS = 48

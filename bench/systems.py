@@ -87,7 +87,7 @@ METRICS = (
 def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
     """What the systems need before they start: our bundle, the peers and their files. Does what is not done yet."""
     from moevlm.export.build import add_targets, build
-    from moevlm.runtime.bundle import Bundle
+    from moevlm.runtime.bundle.reader import Bundle
 
     for block in sorted({system.block for system in systems if system.target}):
         ours = [system.target for system in systems if system.target and system.block == block]

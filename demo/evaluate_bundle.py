@@ -15,8 +15,8 @@ from rich.progress import track
 
 import moevlm.runtime
 from demo.checkpoint import HERE
-from moevlm.runtime.console import console, table
-from moevlm.runtime.generate import Runtime
+from moevlm.runtime.cli.console import console, table
+from moevlm.runtime.engine.generate import Runtime
 
 QUESTIONS = HERE / "eval" / "questions.jsonl"
 RECORD = HERE / "training.json"

@@ -11,19 +11,19 @@ from pathlib import Path
 import msgspec
 import onnx_ir as ir
 
-from moevlm.export.bundle_writer import BundleWriter
-from moevlm.export.checkpoint import Checkpoint, require_same_source
-from moevlm.export.destination import locked, require_new
-from moevlm.export.functions import add_functions
+from moevlm.export.backends.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
+from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt.target import PlanTarget
+from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
+from moevlm.export.checkpoint.request_files import request_files
+from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
-from moevlm.export.request_files import request_files
-from moevlm.export.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
-from moevlm.export.tensorrt.options import PlanOptions
-from moevlm.export.tensorrt.target import PlanTarget
-from moevlm.runtime import defaults
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.errors import BuildError
-from moevlm.runtime.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
+from moevlm.export.writing.bundle_writer import BundleWriter
+from moevlm.export.writing.destination import locked, require_new
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from moevlm.export.option_effects import PLANS, require_effect
-from moevlm.runtime import defaults
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.command_line import OutputFile, complete_target, require, require_apart
-from moevlm.runtime.console import bytes_text, console, progress_bar, publish
-from moevlm.runtime.gpus import gpu_text
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
+from moevlm.runtime.cli.console import bytes_text, console, progress_bar, publish
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.gpus import gpu_text
 
 _LAYOUT = click.option(
     "--expert-layout",
@@ -156,9 +156,9 @@ def build(
     moevlm build BUNDLE --checkpoint CHECKPOINT [--target ...]
     """
     require("torch", "export")
+    from moevlm.export.backends.tensorrt.options import PlanOptions
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
-    from moevlm.export.tensorrt.options import PlanOptions
 
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
@@ -241,9 +241,9 @@ def parity(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # And by transformers: else it reads several tensors of a layer ahead, which takes memory.
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    from moevlm.export.parity import check_parity
-    from moevlm.export.parity_report import table_of
-    from moevlm.runtime.reports import to_json
+    from moevlm.export.parity.report import table_of
+    from moevlm.export.parity.run import check_parity
+    from moevlm.runtime.core.reports import to_json
 
     with progress_bar() as progress:
         options: Any = {"seed": seed, "quick": quick, "text": text, "progress": progress}

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
-from moevlm.runtime.errors import shown
-from moevlm.runtime.manifest import ModelFacts, RopeFacts, VisionFacts
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.errors import shown
+from moevlm.runtime.core.manifest import ModelFacts, RopeFacts, VisionFacts
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class VisionConfig:
 
     norm: layer or rms. outer_norms: RMS norms right after the patch embedding and after the last block (GLM-4V).
     deepstack_layers: blocks whose output also goes through a merger of its own.
-    position_resampling: bilinear or bicubic, see `runtime.manifest.VisionFacts`.
+    position_resampling: bilinear or bicubic, see `runtime.core.manifest.VisionFacts`.
     """
 
     hidden: int

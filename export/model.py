@@ -10,16 +10,16 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import family_for
+from moevlm.export.graph.trace import trace_decoder, trace_vision
+from moevlm.export.graph.weights import Weight, read
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.layers import MoE
+from moevlm.export.modules.streaming import set_tensor
 from moevlm.export.modules.vision import Vision
-from moevlm.export.streaming import set_tensor
-from moevlm.export.trace import trace_decoder, trace_vision
-from moevlm.export.weights import Weight, read
-from moevlm.runtime.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelFacts
 
 
 @dataclass(frozen=True)

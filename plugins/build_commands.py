@@ -36,6 +36,13 @@ class BuildLibraries(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        for ext in self.extensions:
+            folder = Path(*Path(ext.sources[0]).parts[:2])
+            ext.sources = sorted(map(str, folder.rglob("*.cpp")))
+            ext.depends = sorted(map(str, folder.rglob("*.h")))
+
     def run(self) -> None:
         if not _without_libraries():
             super().run()

@@ -5,8 +5,8 @@ for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese
     print(piece.text, end="")
 
 An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Where none is given the
-model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Threads may share one Runtime. Images are
-pathlib.Path objects, encoded bytes, binary files, Pillow images or arrays: text never names a file.
+model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Threads may share one Runtime. Images
+are pathlib.Path objects, encoded bytes, binary files, Pillow images or arrays: text never names a file.
 
 generate() decodes the images and returns an Answer, whose first piece encodes them and reads the prompt: an event loop
 calls both in a thread. Whoever leaves before the last piece closes the answer, which frees its cache; any thread may
@@ -20,28 +20,28 @@ import os
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from moevlm.runtime import defaults
+from moevlm.runtime.core import defaults
 
 if TYPE_CHECKING:
-    from moevlm.runtime.answer import Answer, Piece, Usage
-    from moevlm.runtime.errors import BundleError, Cancelled, EngineError, MoevlmError, RequestError
-    from moevlm.runtime.generate import Runtime
-    from moevlm.runtime.prompt import Prompt
-    from moevlm.runtime.sampling import SamplingParams
+    from moevlm.runtime.core.errors import BundleError, Cancelled, EngineError, MoevlmError, RequestError
+    from moevlm.runtime.engine.answer import Answer, Piece, Usage
+    from moevlm.runtime.engine.generate import Runtime
+    from moevlm.runtime.request.prompt import Prompt
+    from moevlm.runtime.request.sampling import SamplingParams
 
 # Imported when they are first asked for, so that importing this package stays quick.
 _HOMES = {
-    "Answer": "answer",
-    "BundleError": "errors",
-    "Cancelled": "errors",
-    "EngineError": "errors",
-    "MoevlmError": "errors",
-    "Piece": "answer",
-    "Prompt": "prompt",
-    "RequestError": "errors",
-    "Runtime": "generate",
-    "SamplingParams": "sampling",
-    "Usage": "answer",
+    "Answer": "engine.answer",
+    "BundleError": "core.errors",
+    "Cancelled": "core.errors",
+    "EngineError": "core.errors",
+    "MoevlmError": "core.errors",
+    "Piece": "engine.answer",
+    "Prompt": "request.prompt",
+    "RequestError": "core.errors",
+    "Runtime": "engine.generate",
+    "SamplingParams": "request.sampling",
+    "Usage": "engine.answer",
 }
 __all__ = [
     "Answer",

@@ -2,7 +2,7 @@
 
 import sys
 
-from moevlm.runtime.cli import main
+from moevlm.runtime.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

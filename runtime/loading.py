@@ -7,25 +7,25 @@ from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from moevlm.runtime import defaults
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.bundle_file import BundleFile
-from moevlm.runtime.chat import ChatTemplate
-from moevlm.runtime.engine import Engine
-from moevlm.runtime.errors import BundleError, EngineError, RequestError, require_positive, shown
-from moevlm.runtime.file_hashes import Progress
-from moevlm.runtime.generate import Runtime
-from moevlm.runtime.generation_file import bundle_sampling
-from moevlm.runtime.graph_file import GraphFile
-from moevlm.runtime.images import ImageProcessor
-from moevlm.runtime.json_object import json_object
-from moevlm.runtime.manifest import EngineFacts, TensorRTFacts
-from moevlm.runtime.native import DOMAIN, instruction_set, operators_path
-from moevlm.runtime.onnxruntime_library import onnxruntime
-from moevlm.runtime.ort_engine import OrtEngine
-from moevlm.runtime.process_limits import cores, cpu_quota
-from moevlm.runtime.selection import select
-from moevlm.runtime.tokenizer import Tokenizer
+from moevlm.runtime.backends.libraries import DOMAIN, instruction_set, operators_path
+from moevlm.runtime.backends.ort.engine import OrtEngine
+from moevlm.runtime.backends.ort.library import onnxruntime
+from moevlm.runtime.backends.selection import select
+from moevlm.runtime.bundle.file_hashes import Progress
+from moevlm.runtime.bundle.graph_file import GraphFile
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import BundleError, EngineError, RequestError, require_positive, shown
+from moevlm.runtime.core.json_object import json_object
+from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.perf.process_limits import cores, cpu_quota
+from moevlm.runtime.request.chat import ChatTemplate
+from moevlm.runtime.request.generation_file import bundle_sampling
+from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.tokenizer import Tokenizer
 
 
 def load_runtime(
@@ -97,7 +97,7 @@ def load_engine(
 def require_library(engine: EngineFacts) -> None:
     """Find out at once whether what the engine runs on is installed. Raises EngineError, naming what to install."""
     if engine.tensorrt is not None:
-        from moevlm.runtime.tensorrt_library import find_module
+        from moevlm.runtime.backends.tensorrt.library import find_module
 
         find_module(engine.tensorrt)
         return
@@ -122,7 +122,7 @@ def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> 
 def _tensorrt_engine(
     bundle: Bundle, name: str, engine: EngineFacts, facts: TensorRTFacts, progress: Progress | None
 ) -> Engine:
-    from moevlm.runtime.tensorrt_engine import PlanFile, TensorRTEngine
+    from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
 
     graphs = engine.vision, engine.decoder
     with _opened(bundle, name, graphs, progress) as files:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import TinyCheckpoint
+from tests.support.tiny import TinyCheckpoint
 
 # Read when torch is first imported. At these sizes threads only wait for each other: twenty times the time, where the
 # cores are shared.

@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 
 from moevlm.export.build import build
-from moevlm.export.parity import check_parity
-from moevlm.export.parity_report import Check
-from tests.tiny import TinyCheckpoint
+from moevlm.export.parity.report import Check
+from moevlm.export.parity.run import check_parity
+from tests.support.tiny import TinyCheckpoint
 
 TARGETS = ("cpu:int8", "cpu:int4", "ort-cpu:int8", "ort-cpu:int4")
 MODELS = {

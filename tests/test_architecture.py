@@ -23,7 +23,7 @@ HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors"
 # What runs Triton kernels from Python, for checks alone: no part of a build or of the runtime imports it.
 USES_TORCH = {ROOT / "plugins/gpu/launch.py"}
 # The one place that imports ONNX Runtime: it switches the telemetry off first.
-IMPORTS_ONNXRUNTIME = ROOT / "runtime/onnxruntime_library.py"
+IMPORTS_ONNXRUNTIME = ROOT / "runtime/backends/ort/library.py"
 MAX_LINES = 400
 # Assembled, so that this file does not find itself.
 MACHINE_PATHS = re.compile(
@@ -122,7 +122,7 @@ print("numpy" in sys.modules, all(getattr(runtime, name).__name__ == name for na
     [
         "moevlm.runtime",
         "moevlm.runtime.loading",
-        "moevlm.runtime.cli",
+        "moevlm.runtime.cli.main",
         "moevlm.export.commands",
         "moevlm.plugins.gpu.packing",
         "moevlm.plugins.gpu.planning",

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 
 from bench.random_checkpoint import config, write
-from moevlm.runtime.bundle import Bundle
-from tests.bundles import copy_bundle, edit_manifest, rehash
-from tests.command_line import COMMAND, assert_refused, call, environment, refused_run, spawn
-from tests.tiny import TinyCheckpoint, edit_json
+from moevlm.runtime.bundle.reader import Bundle
+from tests.support.bundles import copy_bundle, edit_manifest, rehash
+from tests.support.command_line import COMMAND, assert_refused, call, environment, refused_run, spawn
+from tests.support.tiny import TinyCheckpoint, edit_json
 
 WEIGHTS = "model.safetensors"
 

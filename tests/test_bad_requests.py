@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from moevlm.runtime import load, machine
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.errors import BundleError, RequestError
-from moevlm.runtime.installation import install_command
-from tests.bundles import copy_bundle
-from tests.command_line import assert_refused, call, refused_run, spawn
+from moevlm.runtime import load
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.installation import install_command
+from moevlm.runtime.perf import machine
+from tests.support.bundles import copy_bundle
+from tests.support.command_line import assert_refused, call, refused_run, spawn
 
 
 def png(width: int, height: int) -> bytes:

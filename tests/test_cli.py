@@ -24,14 +24,15 @@ import pytest
 from PIL import Image
 
 import moevlm.runtime
-from moevlm.export.parity_report import ParityReport
-from moevlm.runtime import load, native
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.installation import install_command
-from moevlm.runtime.printable import printable
-from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
-from tests.bundles import copy_bundle, edit_manifest, rehash
-from tests.command_line import COMMAND, assert_refused, call, environment, spawn
+from moevlm.export.parity.report import ParityReport
+from moevlm.runtime import load
+from moevlm.runtime.backends import libraries as native
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.installation import install_command
+from moevlm.runtime.core.printable import printable
+from moevlm.runtime.core.reports import BenchReport, InspectReport, Report, RunReport
+from tests.support.bundles import copy_bundle, edit_manifest, rehash
+from tests.support.command_line import COMMAND, assert_refused, call, environment, spawn
 
 COMMANDS = ("doctor", "export", "build", "inspect", "parity", "run", "bench", "bench latency")
 TOKENS = ("--max-new-tokens", "12")
@@ -118,8 +119,8 @@ def test_streamed_text_and_json_agree(tiny_bundle: Path, images: list[Path]) -> 
 
 
 def test_text_is_written_as_it_is_made(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from moevlm.runtime.answer import Answer, Piece
-    from moevlm.runtime.cli import main
+    from moevlm.runtime.cli.main import main
+    from moevlm.runtime.engine.answer import Answer, Piece
 
     events, following = [], Answer.__next__
 
@@ -196,7 +197,7 @@ def test_image_tokens_are_limited_on_request(tiny_bundle: Path, images: list[Pat
 def test_a_large_image_is_told_on_a_terminal_before_it_is_encoded(
     tiny_bundle: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moevlm.runtime.defaults.LARGE_IMAGE_TOKENS", 3)
+    monkeypatch.setattr("moevlm.runtime.core.defaults.LARGE_IMAGE_TOKENS", 3)
     arguments = ("run", tiny_bundle, "--prompt", "Hi", *TOKENS, "--image", images[0])
     assert "--max-image-tokens" not in call(*arguments).err
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
@@ -229,7 +230,7 @@ def test_filters_leave_only_the_likeliest_token(tiny_bundle: Path) -> None:
 
 def test_command_line_and_python_have_the_same_defaults() -> None:
     from moevlm.runtime import SamplingParams
-    from moevlm.runtime.run_command import run as command
+    from moevlm.runtime.cli.run_command import run as command
 
     defaults = {option.name: option.default for option in command.params}
     assert defaults["max_new_tokens"] == SamplingParams().max_new_tokens == 256

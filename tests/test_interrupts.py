@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from moevlm.runtime.background import Background
-from moevlm.runtime.errors import Cancelled, RequestError
-from moevlm.runtime.ort_engine import OrtEngine
-from tests.command_line import call
+from moevlm.runtime.backends.ort.engine import OrtEngine
+from moevlm.runtime.cli.background import Background
+from moevlm.runtime.core.errors import Cancelled, RequestError
+from tests.support.command_line import call
 
 SIGNALS = pytest.mark.parametrize(
     ("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
@@ -53,8 +53,9 @@ def test_a_running_step_of_run_is_cancelled(
 def test_a_call_that_nothing_stops_does_not_hold_the_process(kind: signal.Signals, status: int) -> None:
     program = """
 import sys, threading
-from moevlm.runtime import cli, command_line
-from moevlm.runtime.background import Background
+from moevlm.runtime.cli import main as cli
+from moevlm.runtime.cli import command_line
+from moevlm.runtime.cli.background import Background
 
 def work():
     print("working", flush=True)

@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from moevlm.export.parity_report import ParityReport
-from moevlm.runtime.doctor import DoctorReport
-from moevlm.runtime.reports import BenchReport, InspectReport, Report, RunReport
+from moevlm.export.parity.report import ParityReport
+from moevlm.runtime.cli.doctor import DoctorReport
+from moevlm.runtime.core.reports import BenchReport, InspectReport, Report, RunReport
 
 DOCS = Path(__file__).parents[1] / "docs/json.md"
 REPORTS = {

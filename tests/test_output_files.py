@@ -7,9 +7,9 @@ from pathlib import Path
 import click
 import pytest
 
-from moevlm.runtime.command_line import OutputFile
-from moevlm.runtime.installation import install_command
-from tests.command_line import call
+from moevlm.runtime.cli.command_line import OutputFile
+from moevlm.runtime.core.installation import install_command
+from tests.support.command_line import call
 
 
 def untouched(folder: Path) -> dict[Path, bytes]:
@@ -75,7 +75,7 @@ def test_one_place_is_not_written_twice(tiny_bundle: Path, tmp_path: Path) -> No
 def test_parity_misses_a_package_before_transformers_runs(
     tiny_bundle: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import moevlm.export.parity  # noqa: F401 - what follows is about what engines need, not about what parity does
+    import moevlm.export.parity.run  # noqa: F401 - what follows is about what engines need, not about what parity does
 
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     result = call("parity", tiny_bundle, "--checkpoint", tiny_checkpoint)

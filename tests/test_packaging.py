@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.native import OPERATORS, PLUGIN
+from moevlm.runtime.backends.libraries import OPERATORS, PLUGIN
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.printable import MOST_CHARACTERS, message_line, printable
-from tests.bundles import copy_bundle, edit_manifest
-from tests.command_line import COMMAND, assert_refused, call, environment
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.printable import MOST_CHARACTERS, message_line, printable
+from tests.support.bundles import copy_bundle, edit_manifest
+from tests.support.command_line import COMMAND, assert_refused, call, environment
 
 LOCALES: dict[str, dict[str, str]] = {
     "C": {"LC_ALL": "C"},
@@ -63,7 +63,7 @@ def test_any_path_and_any_text_under_any_locale(locale: dict[str, str], named: b
 
 
 def test_an_answer_that_the_encoding_lacks_is_escaped(tiny_bundle: Path) -> None:
-    code = "import sys, moevlm.runtime.printable as p; p.escape_unencodable(sys.stdout); print('天 ok')"
+    code = "import sys, moevlm.runtime.core.printable as p; p.escape_unencodable(sys.stdout); print('天 ok')"
     variables = environment() | {"PYTHONIOENCODING": "latin-1"}
     shown = subprocess.run([COMMAND.with_name("python"), "-c", code], env=variables, capture_output=True, check=True)
     assert shown.stdout == b"\\u5929 ok\n"

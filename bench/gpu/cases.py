@@ -5,11 +5,11 @@ from itertools import cycle, islice
 import numpy as np
 import torch
 
-from moevlm.plugins import reference, variants
 from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, BLOCKS, FORMATS, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.packing import quantize, rounded, unpack
 from moevlm.plugins.gpu.plan import Plan
-from moevlm.plugins.spec import RouterSpec
+from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops.spec import RouterSpec
 
 Op = RouterOp | ExpertsOp
 # experts, k, hidden, inner: round, with short last blocks, and odd.

@@ -22,12 +22,12 @@ from bench.gpu.cases import (
 )
 from bench.gpu.driver import CubinRunner
 from bench.gpu.facts import launcher_missing
-from moevlm.plugins import reference
 from moevlm.plugins.gpu import launch
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
 from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.ops import reference
 
 ROUTER_TOKENS = (1, 7, 300)
 SKEWED_FROM = 9  # tokens that are all sent to the same experts, too

@@ -33,8 +33,8 @@ def run(sm: int) -> Iterator[dict[str, Any]]:
 
 def _measure(target: str, dtype: str) -> dict[str, Any]:
     import moevlm.runtime
+    from moevlm.export.backends.tensorrt.options import PlanOptions
     from moevlm.export.build import build
-    from moevlm.export.tensorrt.options import PlanOptions
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "demo.moevlm"

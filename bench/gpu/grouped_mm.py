@@ -7,7 +7,7 @@ Sorted rows, one product over all experts, activation, a second product, weights
 import torch
 from torch.nn import functional
 
-from moevlm.plugins.spec import RouterSpec
+from moevlm.plugins.ops.spec import RouterSpec
 
 ACTIVATIONS = {"silu": functional.silu, "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh")}
 Tensor = torch.Tensor

@@ -12,10 +12,10 @@ import torch
 from bench.gpu.cases import ALLOWED, Op, describe, deviation, experts_case, experts_ops, router_case, router_ops
 from bench.gpu.driver import POISON, empty_outputs
 from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library, compiler
-from moevlm.plugins import reference
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.gpu.program import Program
+from moevlm.plugins.ops import reference
 
 FOLDER = Path(__file__).parents[2] / "build" / "check"
 MOST_TOKENS = 1024  # of the optimization profile

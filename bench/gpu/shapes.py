@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.program import TOKENS, Tensor
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4}
 

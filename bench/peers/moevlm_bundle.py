@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image
 
 from bench.peers.protocol import System, Timed, arguments, serve
-from moevlm.runtime.batch import Batch
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.generate import Runtime
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.engine.batch import Batch
+from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.loading import load_images, load_runtime
-from moevlm.runtime.prompt import Prompt
+from moevlm.runtime.request.prompt import Prompt
 
 
 def bundle_of(checkpoint: Path, block: int) -> Path:

@@ -13,8 +13,8 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
-from moevlm.export.weights import Weight, cast, slices
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, one_line, quoted
+from moevlm.export.graph.weights import Weight, cast, slices
+from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError, one_line, quoted
 
 # How the canonical config's own checks call a field -> its name in config.json, which is the same in every family.
 _CONFIG_NAMES = {

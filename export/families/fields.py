@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moevlm.export.families.harmless import is_harmless
-from moevlm.runtime.errors import CheckpointError, UnsupportedModelError, quoted, shown
+from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError, quoted, shown
 
 _REQUIRED = object()
 

@@ -19,7 +19,7 @@ from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
 from moevlm.export.families.sources import Experts, Source, channels_last, flattened
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
 _EXPERTS = Experts(_LAYER + "mlp.experts", per_expert=True)

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
-from moevlm.export.weights import Weight
-from moevlm.runtime.errors import CheckpointError, one_line
+from moevlm.export.graph.weights import Weight
+from moevlm.runtime.core.errors import CheckpointError, one_line
 
 _BASE, _TEXT = "model.", "model.language_model."
 _MOST_PREFIXES = 64  # that are tried to explain missing tensors

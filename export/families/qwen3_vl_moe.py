@@ -20,7 +20,7 @@ from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta, mrope
 from moevlm.export.families.sources import Experts, Source, flattened
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 _LAYER = "model.language_model.layers.{i}."
 _BLOCK = "model.visual.blocks.{i}."

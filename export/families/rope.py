@@ -1,7 +1,7 @@
 """Rotary embedding fields of config.json: the new `rope_parameters` and the older `rope_scaling` with `rope_theta`."""
 
 from moevlm.export.families.fields import Fields
-from moevlm.runtime.manifest import RopeFacts
+from moevlm.runtime.core.manifest import RopeFacts
 
 
 def mrope(

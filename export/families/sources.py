@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.safetensors_file import DTYPES
-from moevlm.export.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
-from moevlm.runtime.errors import CheckpointError
+from moevlm.export.checkpoint.safetensors_file import DTYPES
+from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
+from moevlm.runtime.core.errors import CheckpointError
 
 # The last two axes of fused expert tensors: out_in is [E, 2I, H] and [E, H, I], in_out is [E, H, 2I] and [E, I, H].
 LAYOUTS = ("auto", "out_in", "in_out")

@@ -98,7 +98,7 @@ class Decoder(nn.Module):
         logits_index: Tensor,
         caches: list[tuple[Tensor, Tensor]],
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Shapes and dtypes as `runtime.engine.Step`; caches: per layer key and value [B, kv_heads, C, D].
+        """Shapes and dtypes as `runtime.engine.protocol.Step`; caches: per layer key and value [B, kv_heads, C, D].
 
         Returns logits [N, vocabulary] and the updated caches.
         """

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from moevlm.export.config import MLPConfig, MoEConfig
 from moevlm.export.modules import ops
-from moevlm.plugins.spec import attributes
+from moevlm.plugins.ops.spec import attributes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,

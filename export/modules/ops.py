@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moevlm.export.quantization import rounded
-from moevlm.plugins import reference
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.export.formats.quantization import rounded
+from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 
 @dataclass(frozen=True, eq=False)

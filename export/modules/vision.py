@@ -100,7 +100,7 @@ class Vision(nn.Module):
         rope_sin: Tensor,
         segment_id: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Shapes and dtypes as `runtime.engine.VisionInputs`. Returns embeds [V, H] and deepstack [L, V, H] or None."""
+        """Embeds [V, H] and deepstack [L, V, H] or None; inputs as `runtime.engine.protocol.VisionInputs`."""
         x = self.first_norm(self.patch_embedding(pixel_patches))
         x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
         levels = []

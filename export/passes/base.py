@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moevlm.export.functions import add_functions
+from moevlm.export.graph.functions import add_functions
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
@@ -15,8 +15,8 @@ class Pass(ABC):
     """One rewrite of a whole model, in place.
 
     The docstring of each pass says what it Requires of a model and what it Ensures. A pass reads no weight: where it
-    rearranges one, it wraps the initializer's recipe (`moevlm.export.weights`). What it leaves without a user stays
-    in the graph until `run` ends.
+    rearranges one, it wraps the initializer's recipe (`moevlm.export.graph.weights`). What it leaves without a user
+    stays in the graph until `run` ends.
     """
 
     @abstractmethod

@@ -5,9 +5,9 @@ from collections import defaultdict
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.functions import ROUTER, is_op
+from moevlm.export.graph.functions import ROUTER, is_op
+from moevlm.export.graph.weights import Concat, initializer, weight_of
 from moevlm.export.passes.base import Pass
-from moevlm.export.weights import Concat, initializer, weight_of
 
 
 class PackProjections(Pass):

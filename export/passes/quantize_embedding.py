@@ -3,10 +3,10 @@
 import onnx_ir as ir
 from onnx_ir import tape
 
+from moevlm.export.formats.quantization import Scheme
+from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass
 from moevlm.export.passes.quantize_linear import quantized
-from moevlm.export.quantization import Scheme
-from moevlm.export.weights import weight_of
 
 
 class QuantizeEmbedding(NodePass):

@@ -2,11 +2,11 @@
 
 import onnx_ir as ir
 
+from moevlm.export.formats.quantization import SMALLEST_BLOCK, Scheme
+from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, substitute
 from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, quantized
-from moevlm.export.quantization import SMALLEST_BLOCK, Scheme
-from moevlm.export.weights import weight_of
-from moevlm.runtime.errors import BuildError
+from moevlm.runtime.core.errors import BuildError
 
 
 class QuantizeExperts(NodePass):

@@ -2,10 +2,10 @@
 
 import onnx_ir as ir
 
+from moevlm.export.formats.quantization import Quantized, Scheme
+from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, substitute
 from moevlm.export.passes.pack_projections import is_projection
-from moevlm.export.quantization import Quantized, Scheme
-from moevlm.export.weights import initializer, weight_of
 
 # The kernel may round activations to int8 per block: twice the speed of level 0 and an error below the weights' own.
 ACCURACY_LEVEL = 4

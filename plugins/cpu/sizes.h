@@ -1,4 +1,4 @@
-// The largest sizes that the operators take, and products of sizes. moevlm.plugins.cpu_limits is the same table for
+// The largest sizes that the operators take, and products of sizes. moevlm.plugins.cpu.limits is the same table for
 // Python.
 #pragma once
 #include <cstdint>

@@ -18,7 +18,7 @@ class Device:
     that a cubin runs nowhere else.
 
     shared: bytes of shared memory that a block may opt in to, static and dynamic together, without what CUDA reserves.
-    bf16: has bfloat16 arithmetic. Their names: moevlm.runtime.gpus.
+    bf16: has bfloat16 arithmetic. Their names: moevlm.runtime.core.gpus.
     """
 
     sm: int

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moevlm.plugins.gpu.program import TOKENS, Tensor
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 BLOCKS = (32, 128)
@@ -37,7 +37,7 @@ class RouterOp:
 
 @dataclass(frozen=True)
 class ExpertsOp:
-    """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.reference.experts`.
+    """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.reference.experts`.
 
     weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in blocks of `block` values along the input axis, the last
     one short where `block` does not divide it; a block's scale is in `dtype` (float32 activations: float32).

@@ -19,12 +19,12 @@ import torch
 from bench import gpu_check
 from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
-from moevlm.plugins import reference, variants
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver, image
 
 ROOT = Path(__file__).parents[2]
@@ -182,7 +182,7 @@ import json
 from bench.gpu import cases, checks
 from moevlm.plugins.gpu import launch
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 checks.token_counts = lambda planned: [1, 3, 9]
 checks.ROUTER_TOKENS = (1, 5)
 experts = ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32)

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import FAMILIES
-from tests.tiny import TinyCheckpoint
+from tests.support.checkpoints import FAMILIES
+from tests.support.tiny import TinyCheckpoint
 
 
 @pytest.fixture(scope="session")

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from moevlm.export.build import add_targets, build
-from moevlm.export.checkpoint import Checkpoint
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity import check_parity
+from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import CONTRIB
-from moevlm.export.weights import read
-from moevlm.plugins.spec import DOMAIN
-from moevlm.runtime.bundle import Bundle
-from moevlm.runtime.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
-from tests.command_line import assert_refused, call
-from tests.tiny import END, STOP, edit_json, edit_tensors
+from moevlm.plugins.ops.spec import DOMAIN
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
+from tests.support.command_line import assert_refused, call
+from tests.support.tiny import END, STOP, edit_json, edit_tensors
 
 SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
 GRAPHS = {"graphs/vision.onnx", "graphs/decoder.onnx"}

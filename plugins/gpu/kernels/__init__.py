@@ -4,10 +4,10 @@ A constant INTERPRETED is set by the launcher: Triton's interpreter has no arith
 float32 there between a load and a store.
 """
 
-from moevlm.plugins.gpu.kernels.few import few_down, few_gate_up, single_down
-from moevlm.plugins.gpu.kernels.grouped import combine, grouped_down, grouped_gate_up
-from moevlm.plugins.gpu.kernels.permutation import count_rows, place_rows, start_rows
-from moevlm.plugins.gpu.kernels.router import route
+from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
+from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
+from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
+from moevlm.plugins.gpu.kernels.moe.router import route
 
 __all__ = [
     "combine",

@@ -16,7 +16,7 @@ from moevlm.plugins.gpu.devices import DEVICES, device
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.program import Kernel, Launch, Program
 from moevlm.plugins.gpu.resources import Resources
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.gpu import program_reader
 from tests.plugins.gpu import toy_kernels as toy
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moevlm.plugins import reference
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
-from moevlm.plugins.spec import ExpertsSpec
-from moevlm.plugins.variants import BLOCKS, expert_weights, hidden_states
+from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.plugins.ops.variants import BLOCKS, expert_weights, hidden_states
 from tests.plugins.gpu.interpreter import Interpreter
 
 # Relative Frobenius norm. Interpreted bfloat16 is cut off, not rounded.

@@ -4,10 +4,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moevlm.export import quantization
+from moevlm.export.formats import quantization
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import BLOCKS, ExpertsOp
-from moevlm.plugins.spec import ExpertsSpec
+from moevlm.plugins.ops.spec import ExpertsSpec
 
 FORMATS = ("int8", "int4", "fp8")
 # Half a step over the largest value of a block; fp8: half of its last place, over the value itself.

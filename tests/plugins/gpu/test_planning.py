@@ -12,7 +12,7 @@ from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Fill, Image, Launch, Variant
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 QWEN3 = ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768)
 SMS = sorted(tiles.FAMILIES)

@@ -21,7 +21,7 @@ from moevlm.plugins.gpu.program import (
     Program,
     Variant,
 )
-from moevlm.plugins.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.tensorrt.fake_cuda import image
 
 EXPERTS = ExpertsOp(ExpertsSpec(), experts=8, top_k=2, hidden=12, inner=6, dtype="float16", has_biases=True)

@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from moevlm.plugins.gpu.program import TOKENS, Program, Tensor
-from moevlm.runtime.native import plugin_path
+from moevlm.runtime.backends.libraries import plugin_path
 from tests.plugins.tensorrt.programs import MAX_TOKENS, experts_program, router_program
 
 TYPES = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.native import plugin_path
+from moevlm.runtime.backends.libraries import plugin_path
 from tests.plugins.tensorrt.programs import experts_program, router_program
 
 # In a process of its own, as another TensorRT may be loaded in this one.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.native import plugin_path
+from moevlm.runtime.backends.libraries import plugin_path
 
 ROOT = Path(__file__).parents[3]
 EXECUTION = """

@@ -1,0 +1,1 @@
+"""What a target writes, a folder for each backend."""

@@ -1,0 +1,35 @@
+"""Projections on moevlm's own CPU kernel."""
+
+import onnx_ir as ir
+
+from moevlm.export.formats.cpu_packing import PackedRows
+from moevlm.export.formats.quantization import Scheme
+from moevlm.export.graph.weights import initializer, weight_of
+from moevlm.export.passes.base import NodePass, substitute
+from moevlm.export.passes.pack_projections import is_projection
+from moevlm.runtime.backends.libraries import DOMAIN as CPU
+
+
+class CpuLinear(NodePass):
+    """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it.
+
+    Requires: moevlm routers are still there. Ensures: of the Gemms with stored weights, only routers' are left.
+    """
+
+    domain = CPU
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_projection(node)
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        x, weight, *bias = node.inputs
+        assert weight is not None
+        rows, width = weight_of(weight).shape
+        packed = initializer(f"{weight.name}.int{self.scheme.bits}", PackedRows(weight_of(weight), self.scheme))
+        graph.register_initializer(packed)
+        attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
+        substitute(graph, node, new)

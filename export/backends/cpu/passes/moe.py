@@ -1,0 +1,45 @@
+"""Router and experts on moevlm's own CPU kernels."""
+
+import onnx_ir as ir
+
+from moevlm.export.formats.cpu_packing import PackedExperts
+from moevlm.export.formats.quantization import Scheme
+from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op
+from moevlm.export.graph.weights import initializer, weight_of
+from moevlm.export.passes.base import NodePass, substitute
+from moevlm.runtime.backends.libraries import DOMAIN as CPU
+
+
+class CpuMoE(NodePass):
+    """moevlm::MoERouter -> moevlm.cpu::MoERouter, moevlm::MoEExperts -> moevlm.cpu::MoEExperts, one for one.
+
+    Every variant of both ops has a kernel, and the routing stays a value of the graph.
+    Requires: expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
+    """
+
+    domain = CPU
+
+    def __init__(self, scheme: Scheme) -> None:
+        self.scheme = scheme
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, ROUTER) or is_op(node, EXPERTS)
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        if is_op(node, ROUTER):
+            node.domain = CPU
+            return
+        x, index, weight, gate_up, down, *biases = node.inputs
+        assert gate_up is not None
+        assert down is not None
+        gated = experts_spec(node).gated
+        _, hidden, width = weight_of(down).shape
+        packed = []
+        for value, interleaved in ((gate_up, gated), (down, False)):
+            recipe = PackedExperts(weight_of(value), self.scheme, interleaved)
+            packed.append(initializer(f"{value.name}.int{self.scheme.bits}", recipe))
+            graph.register_initializer(packed[-1])
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        attributes |= {"hidden": hidden, "width": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        new = ir.node(EXPERTS, [x, index, weight, *packed, *biases], attributes=attributes, domain=CPU)
+        substitute(graph, node, new)

@@ -1,0 +1,1 @@
+"""Targets on ONNX Runtime as it comes."""

@@ -1,0 +1,174 @@
+"""moevlm::MoERouter + moevlm::MoEExperts -> com.microsoft::MoE on ONNX Runtime's CPU."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir import tape
+
+from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
+from moevlm.export.graph.weights import PerRow, initializer, weight_of
+from moevlm.export.passes.base import CONTRIB, Pass
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.errors import BuildError
+
+# Softmax takes this to exactly 0 beside any log(weight), and it is finite, so that no NaN can arise.
+NOT_CHOSEN = -1e30
+# A weight of 0 has no logarithm; this one, the smallest normal float32, is 0 beside any other.
+SMALLEST = 1.17549435e-38
+HALF_ULP = 2.0**-25
+
+
+class LowerMoE(Pass):
+    """Run the experts in ONNX Runtime's own sparse kernel, which reads the weights of chosen experts only.
+
+    That kernel takes router logits, does softmax and top-k itself, and knows no other routing. Two forms:
+    - direct, the router's logits straight in: softmax over all or over the chosen experts, no correction bias, no
+      groups, an epsilon too small to show in float32; a scale is multiplied on afterwards. Equal logits are the one
+      difference: there the kernel takes the higher index, and the moevlm ops the lower.
+    - routed, everything else: the router's body stays, and the kernel gets log(weight) at the chosen experts and
+      NOT_CHOSEN elsewhere, whose softmax is weight / sum(weight); the sum is multiplied on afterwards where it is not
+      1. This also holds where the router's outputs have another user, so that a tap shows the routing that was used.
+    With the weight on the input, each token becomes k scaled rows that see one expert each, and these are added up.
+
+    The kernel's swiglu (interleaved rows only) is gated silu with alpha 1, beta 0 and no limit, and swiglu_clamped with
+    beta 1. Its silu is ungated silu, and its gelu is the tanh form (measured on [-6, 6]: within 4.3e-7 of tanh, 4.7e-4
+    away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies, a loop over the chosen experts
+    that takes 1.4 times the kernel's time for 1 token, 1.1 times for 256 (H 1024, I 384, 8 of 64 experts, 1 thread).
+
+    Requires: the nodes stand in the main graph; expert weights and biases are initializers; expert_index and
+    expert_weight come from one MoERouter.
+    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh.
+    """
+
+    def apply(self, model: ir.Model) -> int:
+        interleaved: dict[ir.Value, ir.Value] = {}
+        lowered = 0
+        for node in [n for n in model.graph if is_op(n, EXPERTS)]:
+            attributes = kernel_attributes(experts_spec(node))
+            if attributes is not None:
+                _lower(model.graph, node, attributes, interleaved)
+                lowered += 1
+        if lowered:
+            model.graph.opset_imports[CONTRIB] = 1
+        return lowered
+
+
+def kernel_attributes(spec: ExpertsSpec) -> dict[str, int | float | str] | None:
+    """What tells com.microsoft::MoE on a CPU to compute these experts; None where it cannot."""
+    if spec.activation == "swiglu_clamped":
+        swiglu = {"activation_alpha": spec.alpha, "activation_beta": 1.0, "swiglu_limit": spec.limit}
+        return {"activation_type": "swiglu", "swiglu_fusion": 1, **swiglu}
+    if not spec.gated:
+        return {"activation_type": {"silu": "silu", "gelu_tanh": "gelu"}[spec.activation]}
+    if spec.activation == "silu":
+        return {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+    return None
+
+
+def is_direct(spec: RouterSpec, experts: int, has_bias: bool) -> bool:
+    """Whether the kernel's own softmax and top-k over the router's logits are this router (its scale left out)."""
+    grouped = spec.topk_group < spec.n_group
+    if spec.scoring == "sigmoid" or has_bias or grouped:
+        return False
+    # The k best of E softmax scores add up to at least k / E.
+    smallest_sum = 1.0 if spec.scoring == "softmax_after_topk" else spec.top_k / experts
+    return not spec.renormalize or spec.epsilon < HALF_ULP * smallest_sum
+
+
+def _lower(
+    graph: ir.Graph, node: ir.Node, attributes: Mapping[str, Any], interleaved: dict[ir.Value, ir.Value]
+) -> None:
+    """Put a com.microsoft::MoE node, and what its routing needs around it, in the place of a MoEExperts node."""
+    t = tape.Tape()
+    x, index, weight, gate_up, down = (_input(node, i) for i in range(5))
+    gate_up_bias, down_bias = [*node.inputs[5:], None, None][:2]
+    router = index.producer()
+    if router is None or not is_op(router, ROUTER) or weight.producer() is not router:
+        raise BuildError(f"node {node.name}: expert_index and expert_weight must come from one {ROUTER}")
+    spec, routing = experts_spec(node), router_spec(router)
+    experts = weight_of(gate_up).shape[0]
+    if spec.gated:
+        gate_up = _interleaved(graph, gate_up, interleaved)
+        gate_up_bias = gate_up_bias and _interleaved(graph, gate_up_bias, interleaved)
+
+    def kernel(rows: ir.Value, probs: ir.Value, k: int, normalize: bool) -> ir.Value:
+        """rows [R, H] f32, probs [R, E] f32 -> [R, H] f32."""
+        inputs = [rows, probs, gate_up, gate_up_bias, down, down_bias]
+        routed = {"k": k, "normalize_routing_weights": int(normalize)}
+        return t.op("MoE", inputs, {**attributes, **routed}, domain=CONTRIB)
+
+    if spec.weight_on == "input":
+        y = _one_row_per_choice(t, x, index, weight, experts, kernel)
+    elif is_direct(routing, experts, has_bias=any(router.inputs[1:])) and _only_user(router, node):
+        renormalize = routing.renormalize or routing.scoring == "softmax_after_topk"
+        y = kernel(x, _input(router, 0), routing.top_k, renormalize)
+        if routing.scale != 1:
+            y = t.op("Mul", [y, _constant(t, np.float32(routing.scale))])
+    else:
+        y = kernel(x, _log_probs(t, index, weight, experts), routing.top_k, normalize=True)
+        if not _sums_to_one(routing):
+            y = t.op("Mul", [y, t.op("ReduceSum", [weight, _constant(t, [1])], {"keepdims": 1})])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
+
+
+def _input(node: ir.Node, i: int) -> ir.Value:
+    value = node.inputs[i] if i < len(node.inputs) else None
+    if value is None:
+        raise BuildError(f"node {node.name}: input {i} of {node.op_type} is missing")
+    return value
+
+
+def _only_user(router: ir.Node, node: ir.Node) -> bool:
+    return all(set(v.consumers()) <= {node} and not v.is_graph_output() for v in router.outputs)
+
+
+def _sums_to_one(spec: RouterSpec) -> bool:
+    shares = (spec.renormalize and spec.epsilon == 0) or (spec.scoring == "softmax_after_topk" and not spec.renormalize)
+    return shares and spec.scale == 1
+
+
+def _log_probs(t: tape.Tape, index: ir.Value, weight: ir.Value | None, experts: int) -> ir.Value:
+    """[R, k] index and weight (None: k = 1, weight 1) -> [R, E] f32, whose softmax is weight / sum(weight) at index."""
+    shape = t.op("Concat", [t.op("Shape", [index], {"start": 0, "end": 1}), _constant(t, [experts])], {"axis": 0})
+    nothing = t.op("Expand", [_constant(t, np.float32(NOT_CHOSEN)), shape])
+    if weight is None:
+        logs = t.op("Expand", [_constant(t, np.float32(0)), t.op("Shape", [index])])
+    else:
+        logs = t.op("Log", [t.op("Max", [weight, _constant(t, np.float32(SMALLEST))])])
+    return t.op("ScatterElements", [nothing, index, logs], {"axis": 1})
+
+
+def _one_row_per_choice(
+    t: tape.Tape, x: ir.Value, index: ir.Value, weight: ir.Value, experts: int, kernel: Callable[..., ir.Value]
+) -> ir.Value:
+    """x [T, H] times weight [T, k] as T * k rows, each through the one expert in index, added up per token: [T, H]."""
+    last, middle = _constant(t, [2]), _constant(t, [1])
+    weighted = t.op("Mul", [t.op("Unsqueeze", [x, middle]), t.op("Unsqueeze", [weight, last])])
+    hidden = t.op("Shape", [x], {"start": 1, "end": 2})
+    rows = t.op("Reshape", [weighted, t.op("Concat", [_constant(t, [-1]), hidden], {"axis": 0})])
+    choices = t.op("Reshape", [index, _constant(t, [-1, 1])])
+    out = kernel(rows, _log_probs(t, choices, None, experts), k=1, normalize=True)
+    per_choice = t.op("Reshape", [out, t.op("Shape", [weighted])], {"allowzero": 1})
+    return t.op("ReduceSum", [per_choice, middle], {"keepdims": 0})
+
+
+def _constant(t: tape.Tape, value: np.float32 | list[int]) -> ir.Value:
+    array = np.array(value, None if isinstance(value, np.float32) else np.int64)
+    return t.op("Constant", [], {"value": ir.tensor(array)})
+
+
+def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The initializer [E, 2I, ...] with rows g0, u0, g1, u1 in the place of all gate rows, then all up rows."""
+    if value not in known:
+        source = weight_of(value)
+        known[value] = initializer(f"{value.name}.interleaved", PerRow(source, source.shape, source.dtype, _interleave))
+        graph.register_initializer(known[value])
+    return known[value]
+
+
+def _interleave(array: np.ndarray) -> np.ndarray:
+    """[n, 2I, ...]: gate rows then up rows -> gate and up rows in turn."""
+    n, rows = array.shape[:2]
+    return array.reshape(n, 2, rows // 2, *array.shape[2:]).swapaxes(1, 2).reshape(array.shape)

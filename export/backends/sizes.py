@@ -1,0 +1,39 @@
+"""Sizes that a target's kernels take, held to a model before anything is traced for it."""
+
+from dataclasses import dataclass
+
+from moevlm.export.config import ModelConfig
+from moevlm.runtime.core.errors import BuildError
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that the kernels of a target take; all by default.
+
+    head_dim_multiple: of the decoder's head_dim. expert_multiple: of the inner sizes of an expert's two matrices.
+    """
+
+    heads: int | None = None
+    head_dim: int | None = None
+    head_dim_multiple: int = 1
+    experts: int | None = None
+    expert_multiple: int = 1
+
+    def require(self, config: ModelConfig, target: str) -> None:
+        """Raise BuildError for the first size of the model that is too large or no multiple, by its field."""
+        attention = config.decoder.attention
+        _require(target, "text_config.num_attention_heads", attention.heads, self.heads)
+        _require(target, "text_config.head_dim", attention.head_dim, self.head_dim, self.head_dim_multiple)
+        for moe in dict.fromkeys(config.moe.values()):
+            _require(target, "text_config.hidden_size", config.decoder.hidden, multiple=self.expert_multiple)
+            _require(target, "text_config.moe_intermediate_size", moe.width, multiple=self.expert_multiple)
+            _require(target, "the number of experts", moe.experts, self.experts)
+
+
+ANY_SIZE = Sizes()
+
+
+def _require(target: str, field: str, value: int, most: int | None = None, multiple: int = 1) -> None:
+    allowed = [f"a multiple of {multiple}"] * (multiple > 1) + [f"up to {most}"] * (most is not None)
+    if value % multiple or (most is not None and value > most):
+        raise BuildError(f"{target} cannot run this model: {field} = {value} (allowed: {', '.join(allowed)})")

@@ -1,0 +1,80 @@
+"""What a TensorRT engine is built for, beyond its target's name."""
+
+from dataclasses import dataclass
+
+from moevlm.plugins.gpu.ops import BLOCKS
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import BuildError
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+EXPERTS = ("same", "int8", "int4", "fp8")
+MIN_LOGITS = 64
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """dtype: of weights and activations. experts: how the experts' weights are stored, in blocks of `block`.
+
+    capacity: tokens in the cache of a sequence. max_batch: sequences in a step. chunk_tokens: of each in prefill.
+    version_compatible: plans for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
+    sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises BuildError, naming a value and what is allowed.
+    """
+
+    dtype: str = "bf16"
+    experts: str = "same"
+    block: int = defaults.BLOCK_SIZE
+    capacity: int = 4096
+    max_batch: int = 8
+    chunk_tokens: int = defaults.CHUNK_TOKENS
+    version_compatible: bool = False
+    native_moe: bool = False
+    sparsity: str = ""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("dtype", self.dtype, tuple(DTYPES)),
+            ("experts", self.experts, EXPERTS),
+            ("block size", self.block, BLOCKS),
+        ):
+            if value not in allowed:
+                raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
+        for name, value in (("max batch", self.max_batch), ("chunk tokens", self.chunk_tokens)):
+            if value < 1:
+                raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")
+        if self.capacity < self.chunk_tokens:
+            raise BuildError(
+                f"unsupported capacity {self.capacity} (allowed: the {self.chunk_tokens} tokens of a chunk, or more)"
+            )
+
+    @property
+    def activations(self) -> str:
+        """Of activations and caches, as numpy names it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def weights(self) -> str:
+        """Of the experts, as in `ExpertsOp`."""
+        return "" if self.experts == "same" else self.experts
+
+    @property
+    def precision(self) -> str:
+        """bf16, or bf16-int4."""
+        return f"{self.dtype}-{self.weights}" if self.weights else self.dtype
+
+    @property
+    def experts_path(self) -> str:
+        """The file with the experts' weights, the same for all GPUs.
+
+        A bundle that has it keeps it: another layout of the weights needs another name.
+        """
+        return f"experts/{self.precision}{f'-b{self.block}' if self.weights else ''}.safetensors"
+
+    @property
+    def max_logits(self) -> int:
+        """A place costs a row of the vocabulary in float32, and a step wants one of each sequence."""
+        return max(self.max_batch, MIN_LOGITS)
+
+    @property
+    def max_visual(self) -> int:
+        """Rows of visual embeddings: as many as a step has tokens."""
+        return self.max_batch * self.chunk_tokens

@@ -1,0 +1,64 @@
+"""Experts as TensorRT's own MoE layer, which some GPUs have."""
+
+import onnx_ir as ir
+from onnx_ir import tape
+
+from moevlm.export.graph.functions import EXPERTS, experts_spec, is_op
+from moevlm.export.graph.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
+from moevlm.export.passes.base import Pass
+from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.runtime.core.errors import BuildError
+
+SILU = 1  # as nvinfer1::MoEActType counts; the parser takes a name for 0, no activation at all
+
+
+class NativeMoE(Pass):
+    """moevlm::MoEExperts -> TRT_MoE on [1, T, H], whose weights [E, H, I], [E, H, I], [E, I, H] are part of the plan.
+
+    Raises BuildError for experts that it does not compute.
+    Requires: Typed. Ensures: no moevlm::MoEExperts is left. Routing is another pass's.
+    """
+
+    def apply(self, model: ir.Model) -> int:
+        found = [node for node in model.graph if is_op(node, EXPERTS)]
+        for node in found:
+            _replace(model.graph, node)
+        return len(found)
+
+
+def _replace(graph: ir.Graph, node: ir.Node) -> None:
+    spec = experts_spec(node)
+    if spec != ExpertsSpec(alpha=spec.alpha, limit=spec.limit):
+        raise BuildError(
+            f"TensorRT's own MoE cannot compute {node.name}: activation = {spec.activation}, gated = {spec.gated}, "
+            f"weight_on = {spec.weight_on} (allowed: silu, gated, weight on the output)"
+        )
+    x, index, weight, gate_up, down, *biases = node.inputs
+    assert x is not None and x.dtype is not None and gate_up is not None and down is not None
+    rows, inner = weight_of(gate_up), weight_of(down).shape[2]
+    parts = {
+        "gate": swap_last(_rows(rows, 0, inner)),
+        "up": swap_last(_rows(rows, inner, 2 * inner)),
+        "down": swap_last(weight_of(down)),
+    }
+    if biases:
+        assert biases[0] is not None and biases[1] is not None
+        bias = weight_of(biases[0])
+        parts |= {"gate_bias": _rows(bias, 0, inner), "up_bias": _rows(bias, inner, 2 * inner)}
+        parts["down_bias"] = weight_of(biases[1])
+    t, stored = tape.Tape(), []
+    for name, part in parts.items():
+        stored.append(initializer(f"{gate_up.name}.native.{name}", cast(part, x.dtype.numpy())))
+        graph.register_initializer(stored[-1])
+    first = t.op("Constant", [], {"value_ints": [0]})
+    scores = t.op("Cast", [weight], {"to": int(x.dtype)})
+    batched = [t.op("Unsqueeze", [value, first]) for value in (x, index, scores)]
+    batched_y = t.op("TRT_MoE", [*batched, *stored], {"activation_type": SILU})
+    y = t.op("Squeeze", [batched_y, first])
+    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
+
+
+def _rows(source: Weight, start: int, stop: int) -> Weight:
+    """[E, n, ...] -> [E, stop - start, ...]"""
+    shape = (source.shape[0], stop - start, *source.shape[2:])
+    return PerRow(source, shape, source.dtype, lambda a: a[:, start:stop])

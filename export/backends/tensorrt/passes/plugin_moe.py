@@ -1,0 +1,98 @@
+"""Router and experts as TensorRT plugins, the experts' weights as inputs of the graph."""
+
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from moevlm.export.formats.gpu_packing import expert_tensors
+from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
+from moevlm.export.graph.weights import Weight, weight_of
+from moevlm.export.passes.base import NodePass, substitute
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+
+DOMAIN = "moevlm.tensorrt"  # has no function bodies: TensorRT finds its plugins from any domain
+_WEIGHT = "moevlm.weight"
+
+
+class PluginMoE(NodePass):
+    """moevlm::MoERouter and moevlm::MoEExperts -> nodes of the same names that carry a GPU program.
+
+    Every weight and bias of the experts becomes an input of the graph, stored as the kernels read it: `expert_weights`.
+    Requires: Typed; expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
+    """
+
+    domain = DOMAIN
+
+    def __init__(self, dtype: str, weights: str, block: int, program: Callable[[RouterOp | ExpertsOp], bytes]) -> None:
+        """dtype: of the activations. weights, block: as in ExpertsOp. program: bytes of an op's program."""
+        self.dtype, self.weights, self.block, self.program = dtype, weights, block, program
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, ROUTER) or is_op(node, EXPERTS)
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        if is_op(node, ROUTER):
+            op: RouterOp | ExpertsOp = router_op(node)
+            inputs = list(node.inputs)
+        else:
+            op = self._experts_op(node)
+            inputs = [*node.inputs[:3], *_weight_inputs(graph, node, op)]
+        new = ir.node(op.name, inputs, domain=DOMAIN, num_outputs=len(op.outputs), name=node.name, version=1)
+        # Bytes in the place of text: TensorRT's parser hands a string over as it is, NUL bytes too.
+        new.attributes["program"] = ir.AttrString("program", self.program(op))  # type: ignore[arg-type]
+        for old, made in zip(node.outputs, new.outputs, strict=True):
+            made.type, made.shape = old.type, old.shape
+        substitute(graph, node, new)
+
+    def _experts_op(self, node: ir.Node) -> ExpertsOp:
+        experts, hidden, inner = weight_of(_value(node, 4)).shape
+        return ExpertsOp(
+            experts_spec(node),
+            experts,
+            _size(_value(node, 1), 1),
+            hidden,
+            inner,
+            self.dtype,
+            self.weights,
+            self.block,
+            len(node.inputs) == 7,
+        )
+
+
+def router_op(node: ir.Node) -> RouterOp:
+    """What a moevlm::MoERouter node computes."""
+    return RouterOp(router_spec(node), _size(_value(node, 0), 1), len(node.inputs) == 2)
+
+
+def expert_weights(model: ir.Model) -> dict[str, Weight]:
+    """The inputs that `PluginMoE` added, by name, scales right behind their values."""
+    return {str(value.name): value.meta[_WEIGHT] for value in model.graph.inputs if _WEIGHT in value.meta}
+
+
+def _weight_inputs(graph: ir.Graph, node: ir.Node, op: ExpertsOp) -> list[ir.Value]:
+    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    values = dict(zip(names, node.inputs[3:], strict=False))
+    prefix = str(_value(node, 3).name).rpartition(".")[0] or str(node.name)
+    stored = expert_tensors(op, {name: weight_of(value) for name, value in values.items() if value is not None})
+    made = {}
+    for name, weight in stored.items():
+        made[name] = ir.Value(
+            name=f"{prefix}.{name}",
+            shape=ir.Shape(weight.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(weight.dtype)),
+        )
+        made[name].meta[_WEIGHT] = weight
+        graph.inputs.append(made[name])
+    return [made[tensor.name] for tensor in op.inputs[3:]]
+
+
+def _value(node: ir.Node, i: int) -> ir.Value:
+    value = node.inputs[i]
+    assert value is not None
+    return value
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    size = None if value.shape is None else value.shape[axis]
+    assert isinstance(size, int)
+    return size

@@ -1,0 +1,90 @@
+"""The float32 graph in the dtype of a GPU's matrix units, every conversion a node of its own."""
+
+import onnx_ir as ir
+
+from moevlm.export.graph.functions import EXPERTS, ROUTER, is_op
+from moevlm.export.graph.weights import cast, initializer, weight_of
+from moevlm.export.passes.base import Pass
+
+FLOAT = ir.DataType.FLOAT
+DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
+_ATTENTION = ("CachedAttention", "SegmentAttention")
+# By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the choice; and the
+# experts' own, which the next pass stores in its way.
+_EXACT_INPUTS = {**dict.fromkeys(_ATTENTION, (3, 4)), EXPERTS: (2, 3, 4, 5, 6)}
+
+
+class Typed(Pass):
+    """Weights and activations in `dtype`; router logits, routing and rotary tables in float32.
+
+    The caches become `dtype`; every other float32 input and output of the graph stays so, behind a Cast. Weights are
+    cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are computed in
+    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small. Without
+    exact_router only the sum is widened: TensorRT has no float32 products for SM75.
+    Requires: moevlm ops are still there; no other subgraph. Ensures: all float inputs of a standard op have one dtype;
+    the experts' own weights are as they were.
+    """
+
+    def __init__(self, dtype: str, exact_router: bool = True) -> None:
+        self.dtype, self.exact_router = DTYPES[dtype], exact_router
+
+    def apply(self, model: ir.Model) -> int:
+        graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
+        for given in graph.inputs:
+            if "_cache." in str(given.name):
+                given.type = ir.TensorType(self.dtype)
+        nodes = list(graph)
+        for node in nodes:
+            own = self._dtype_of(node)
+            for i, value in enumerate(node.inputs):
+                if value is None or value.dtype not in (FLOAT, self.dtype):
+                    continue
+                wanted = FLOAT if own is FLOAT or i in _exact_inputs(node) else own
+                if value.dtype is not wanted:
+                    if (value, wanted) not in known:
+                        known[value, wanted] = _converted(graph, node, value, wanted)
+                    node.replace_input_with(i, known[value, wanted])
+            for made in node.outputs:
+                if made.dtype is FLOAT:
+                    made.type = ir.TensorType(own)
+        for i, out in enumerate(graph.outputs):
+            if out.dtype is self.dtype and "_cache_out." not in str(out.name):
+                graph.outputs[i] = _widened(graph, out)
+        return len(nodes)
+
+    def _dtype_of(self, node: ir.Node) -> ir.DataType:
+        routes = any(is_op(user, ROUTER) for value in node.outputs for user in value.consumers())
+        if is_op(node, ROUTER) or (routes and self.exact_router):
+            return FLOAT
+        data = node.inputs[0] if node.op_type == "Gather" else None
+        # Rows of an input are converted after they are picked.
+        return FLOAT if data is not None and data.dtype is FLOAT and not data.is_initializer() else self.dtype
+
+
+def _exact_inputs(node: ir.Node) -> tuple[int, ...]:
+    return _EXACT_INPUTS.get(node.op_type, ()) if is_op(node, node.op_type) else ()
+
+
+def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    if value.is_initializer():
+        name = f"{value.name}.{dtype.name.lower()}"
+        made = initializer(name, cast(weight_of(value), dtype.numpy()))
+        graph.register_initializer(made)
+        return made
+    node = _cast(value, dtype)
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _widened(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A float32 graph output in the place of `value`, under its name."""
+    name, value.name = value.name, f"{value.name}.narrow"
+    node = _cast(value, FLOAT)
+    node.outputs[0].name = name
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+    out = ir.Value(shape=value.shape, type=ir.TensorType(dtype))
+    return ir.node("Cast", [value], {"to": int(dtype)}, outputs=[out])

@@ -1,0 +1,1 @@
+"""Reads a Hugging Face checkpoint: its directory, tensors and side files."""

@@ -1,0 +1,106 @@
+"""A Hugging Face checkpoint directory: config.json, safetensors shards, and the hashes of both."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from moevlm.export.checkpoint import side_files
+from moevlm.export.checkpoint.files import read_json
+from moevlm.export.checkpoint.hashes import Fingerprint, require_known_hashes
+from moevlm.export.checkpoint.safetensors_file import Stored
+from moevlm.export.checkpoint.shards import read_shards, some
+from moevlm.runtime.core.errors import CheckpointError
+from moevlm.runtime.core.manifest import FileFacts, Manifest
+
+CONFIG = "config.json"
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as on the Hugging Face hub
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """config: config.json as it is. tensors: every tensor, by its name on disk, unread. shards: file names.
+
+    Nothing is held open. `close` (or leaving a `with` block) stops hashing that is still under way.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+    shards: tuple[str, ...]
+    _fingerprint: Fingerprint
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Self:
+        """Read config.json and every shard's header; raises CheckpointError if anything is missing or inconsistent."""
+        directory = Path(directory)
+        if not directory.is_dir():
+            hint = (
+                f" (hf download {directory} --local-dir DIR fetches it)" if _HUB_NAME.fullmatch(str(directory)) else ""
+            )
+            raise CheckpointError(f"no checkpoint directory at {directory}{hint}")
+        config = read_json(directory, CONFIG)
+        shards, tensors = read_shards(directory)
+        return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop hashing in the background."""
+        self._fingerprint.cancel()
+
+    def weight(self, name: str) -> Stored:
+        """The tensor of that name; the same object each time. Raises CheckpointError if there is none."""
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.directory} has no tensor {name}, which its config.json calls for") from None
+
+    def chat_template(self) -> str | None:
+        """The text of the chat template that counts, see `side_files`; None without one. Raises CheckpointError."""
+        found = side_files.chat_template(self.directory)
+        return found.text if found else None
+
+    def start_hashing(self) -> None:
+        """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""
+        self._fingerprint.start()
+
+    def fingerprint(self) -> dict[str, FileFacts]:
+        """sha256 and size of config.json and of every shard, by file name. Computed at most once."""
+        return dict(self._fingerprint.result())
+
+    def verify(self) -> tuple[str, ...]:
+        """Compare with the hashes known beforehand (see `known_hashes`); returns the names that were compared.
+
+        Raises CheckpointError on a mismatch, naming the file and both hashes. Computes nothing if none is known.
+        """
+        return require_known_hashes(self._fingerprint)
+
+
+def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
+    names = (CONFIG, *checkpoint.shards)
+    if set(names) != set(manifest.source):
+        raise CheckpointError(
+            f"{checkpoint.directory} is not the checkpoint that the bundle was exported from: "
+            f"it has {some(sorted(names))}, the bundle says {some(sorted(manifest.source))}"
+        )
+    for name, expected in manifest.source.items():
+        size = (checkpoint.directory / name).stat().st_size
+        if size != expected.size:  # known at once, while a hash takes a second per gigabyte
+            raise CheckpointError(
+                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"it has {size} bytes, the bundle says {expected.size}"
+            )
+    actual = checkpoint.fingerprint()
+    for name, expected in manifest.source.items():
+        if actual[name].sha256 != expected.sha256:
+            raise CheckpointError(
+                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"its sha256 is {actual[name].sha256}, the bundle says {expected.sha256}"
+            )

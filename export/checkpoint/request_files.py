@@ -1,0 +1,154 @@
+"""The bundle's files that turn requests into tokens and patches: read from the checkpoint, opened and tried."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moevlm.export.checkpoint.end_tokens import end_tokens
+from moevlm.export.checkpoint.files import optional_json
+from moevlm.export.checkpoint.generation_config import GENERATION_CONFIG, sampling_defaults
+from moevlm.export.checkpoint.side_files import FoundPreprocessor, FoundTemplate, chat_template, preprocessor
+from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
+from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
+from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.request.chat import ChatTemplate
+from moevlm.runtime.request.generation_file import GENERATION
+from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.tokenizer import Tokenizer
+
+_WORDS = "two plus three"
+_PARTS: list[dict[str, Any]] = [{"type": "text", "text": _WORDS}]
+_PICTURES: list[dict[str, Any]] = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+_TURNS = [
+    {"role": "user", "content": [{"type": "image"}, *_PARTS]},
+    {"role": "assistant", "content": [{"type": "text", "text": "five"}]},
+    {"role": "user", "content": [*_PICTURES, *_PARTS]},
+]
+_SYSTEM = [{"role": "system", "content": [{"type": "text", "text": "short answers"}]}]
+
+
+@dataclass(frozen=True)
+class RequestFiles:
+    """files: of the bundle, by name. variables: what the chat template may use. notes: what the user should know.
+
+    eos_token_ids: tokens that end an answer.
+    """
+
+    files: Mapping[str, bytes]
+    variables: Mapping[str, str]
+    eos_token_ids: tuple[int, ...]
+    notes: tuple[str, ...] = ()
+
+
+def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
+    """Read what the checkpoint says of requests and of sampling; what it has not, the bundle lacks.
+
+    model: facts out of config.json. Raises CheckpointError for a file that cannot be read, is not what it should be,
+    or does not go with `model`: what a request would run into is found here.
+    """
+    tokens, template, images = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
+    generation = optional_json(directory, GENERATION_CONFIG)
+    sampling = sampling_defaults(generation)
+    files, notes, variables = {}, list(sampling.notes), tokens.named if tokens else {}
+    tokenizer = _tokenizer(tokens, model) if tokens else None
+    named = variables.get("eos_token")
+    of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
+    ends = end_tokens(generation, model, of_tokenizer, tokenizer is not None)
+    if ends.note:
+        notes.append(ends.note)
+    if tokens:
+        files["tokenizer.json"] = tokens.text.encode()
+    if images:
+        _check_images(images, model)
+        files["preprocessor.json"] = json.dumps(images.fields, indent=1).encode()
+    if template:
+        opened = _opened(template, variables)
+        files["chat_template.jinja"] = template.text.encode()
+        if template.others:
+            notes.append(f"of the chat templates the default is taken, not {', '.join(template.others)}")
+        if tokenizer:
+            notes += _try(template, opened, tokenizer, model, images is not None)
+    if sampling.fields:
+        files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
+    return RequestFiles(files, variables, ends.ids, tuple(notes))
+
+
+def _tokenizer(found: TokenizerFiles, model: ModelFacts) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer(found.text)
+    except BundleError as error:
+        raise CheckpointError(str(error)) from error
+    largest = tokenizer.largest_id
+    if largest >= model.vocabulary:
+        raise CheckpointError(
+            f"tokenizer.json has token ids up to {largest}, with the tokens of the files beside it "
+            f"(allowed: up to {model.vocabulary - 1}, for config.json says vocab_size = {model.vocabulary})"
+        )
+    placeholder = tokenizer.token(model.image_token_id)
+    if placeholder is None or tokenizer.added.get(placeholder) != model.image_token_id:
+        raise CheckpointError(
+            f"tokenizer.json has no added token for image_token_id = {model.image_token_id} of config.json "
+            f"(to it that id is {shown(placeholder)})"
+        )
+    named = found.named.get("image_token", placeholder)
+    if named != placeholder:
+        raise CheckpointError(
+            f"tokenizer_config.json says image_token = {shown(named)}, but image_token_id = {model.image_token_id} of "
+            f"config.json is {shown(placeholder)}"
+        )
+    return tokenizer
+
+
+def _check_images(found: FoundPreprocessor, model: ModelFacts) -> None:
+    try:
+        ImageProcessor(found.fields, model.vision)
+    except BundleError as error:
+        raise CheckpointError(f"{found.file} does not go with the model: {error}") from error
+
+
+def _opened(template: FoundTemplate, variables: Mapping[str, str]) -> ChatTemplate:
+    try:
+        return ChatTemplate(template.text, variables)
+    except BundleError as error:
+        raise CheckpointError(f"the chat template of {template.file} cannot be used: {error}") from error
+
+
+def _try(
+    template: FoundTemplate, opened: ChatTemplate, tokenizer: Tokenizer, model: ModelFacts, images: bool
+) -> Iterator[str]:
+    """Render conversations of each kind; yields what the template refuses. Raises CheckpointError if it cannot work.
+
+    A template may refuse system messages. It must render a user's question, and write one placeholder for each image.
+    """
+    for name, messages, refusable in _samples(images):
+        try:
+            text = opened.render(messages)
+        except BundleError as error:
+            raise CheckpointError(f"the chat template of {template.file} cannot be used: {error}") from error
+        except RequestError as error:
+            if not refusable:
+                raise CheckpointError(f"the chat template of {template.file} cannot be used: {error}") from error
+            yield f"the chat template takes no {name}: {error}"
+            continue
+        if _WORDS not in text:
+            raise CheckpointError(f"the chat template of {template.file} leaves out the user's text, of {name}")
+        expected = sum(part["type"] == "image" for message in messages for part in message["content"])
+        found = tokenizer.encode(text).count(model.image_token_id)
+        if found != expected:
+            raise CheckpointError(
+                f"the chat template of {template.file} writes {found} image placeholders for the {expected} images of "
+                f"{name} (allowed: one {tokenizer.token(model.image_token_id)} for each)"
+            )
+
+
+def _samples(images: bool) -> Iterator[tuple[str, list[dict[str, Any]], bool]]:
+    """(name, messages, whether a template may refuse them)."""
+    question = [{"role": "user", "content": _PARTS}]
+    yield "a question", question, False
+    yield "system messages", [*_SYSTEM, *question], True
+    if images:
+        yield "a question about two images", [{"role": "user", "content": [*_PICTURES, *_PARTS]}], False
+        yield "several turns", _TURNS, True
+        yield "system messages before several turns", [*_SYSTEM, *_TURNS], True

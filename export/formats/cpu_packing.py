@@ -1,0 +1,146 @@
+"""Quantized weights in the byte order that the CPU kernels read: plugins/cpu/matmul/packed.h states the layout.
+
+Panels of 32 rows; in a panel, blocks along K; in a block, 32 fp16 scales, then lines of 32 rows x 4 bytes. A panel
+depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from moevlm.export.formats.quantization import Scheme, quantize
+from moevlm.export.graph.weights import Weight
+
+Array = np.ndarray
+PANEL = 32
+BITS = (4, 8)
+
+
+def panel_bytes(columns: int, bits: int, block: int) -> int:
+    """Size of 32 packed rows of `columns` values."""
+    return -(-columns // block) * PANEL * (2 + block * bits // 8)
+
+
+def packed_bytes(rows: int, columns: int, bits: int, block: int) -> int:
+    """Size of a packed weight."""
+    return -(-rows // PANEL) * panel_bytes(columns, bits, block)
+
+
+def pack(q: Array, scales: Array, bits: int, block: int) -> Array:
+    """Values and scales -> packed bytes [panels, panel_bytes].
+
+    q: [N, K] uint8; a weight is scale * (q - 2**(bits - 1)). scales: [N, ceil(K / block)], rounded to fp16 here.
+    Rows are padded to a multiple of 32 with scale 0, columns to a multiple of the block with the zero point.
+    """
+    _check(bits, block)
+    rows, columns = q.shape
+    panels, blocks = -(-rows // PANEL), -(-columns // block)
+    if scales.shape != (rows, blocks):
+        raise ValueError(f"scales has shape {list(scales.shape)} (allowed: [{rows}, {blocks}])")
+    if (panels * PANEL, blocks * block) != q.shape:
+        padded = np.full((panels * PANEL, blocks * block), 1 << (bits - 1), np.uint8)
+        padded[:rows, :columns] = q
+        q = padded
+        scales = np.concatenate([scales, np.zeros((panels * PANEL - rows, blocks), scales.dtype)])
+    out = np.empty((panels, blocks, PANEL * (2 + block * bits // 8)), np.uint8)
+    if np.abs(scales).max(initial=0) > np.finfo(np.float16).max:
+        raise ValueError(f"a scale is {np.abs(scales).max():.3g} (allowed: up to {np.finfo(np.float16).max}, for fp16)")
+    out[..., : 2 * PANEL].view(np.float16)[:] = scales.reshape(panels, PANEL, blocks).transpose(0, 2, 1)
+    if bits == 4:
+        # Eight values of k are a 64-bit word: its low half gives the low nibbles, its high half the high ones.
+        word = np.ascontiguousarray(q).view(np.uint64).reshape(panels, PANEL, blocks, block // 8)
+        values = (word | (word >> np.uint64(28))).astype(np.uint32)
+    else:
+        values = np.ascontiguousarray(q).view(np.uint32).reshape(panels, PANEL, blocks, block // 4)
+    lines = out[..., 2 * PANEL :].view(np.uint32).reshape(panels, blocks, values.shape[3], PANEL)
+    lines[:] = values.transpose(0, 2, 3, 1)
+    return out.reshape(panels, -1)
+
+
+def unpack(packed: Array, rows: int, columns: int, bits: int, block: int) -> tuple[Array, Array]:
+    """The inverse of `pack`: q [rows, columns] uint8 and scales [rows, ceil(columns / block)] float16."""
+    _check(bits, block)
+    panels, blocks = -(-rows // PANEL), -(-columns // block)
+    parts = packed.reshape(panels, blocks, PANEL * (2 + block * bits // 8))
+    scales = np.ascontiguousarray(parts[..., : 2 * PANEL]).view(np.float16).transpose(0, 2, 1)
+    lines = np.ascontiguousarray(parts[..., 2 * PANEL :]).reshape(panels, blocks, -1, PANEL, 4)
+    if bits == 4:
+        lines = np.concatenate([lines & 15, lines >> 4], axis=4)
+    q = lines.transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, blocks * block)
+    return q[:rows, :columns], scales.reshape(panels * PANEL, blocks)[:rows]
+
+
+def interleave(gate_up: Array) -> Array:
+    """Rows [2I, ...], gate first, then up -> the order of a gated expert's panels: 16 gate rows, 16 up rows, and so on.
+
+    I is padded to a multiple of 16 with zeros: rows whose scales are 0, so their values do not matter.
+    """
+    width = len(gate_up) // 2
+    half = PANEL // 2
+    halves = gate_up.reshape(2, width, *gate_up.shape[1:])
+    padding = [(0, 0), (0, -width % half), *[(0, 0)] * (gate_up.ndim - 1)]
+    halves = np.pad(halves, padding) if width % half else halves
+    panels = halves.reshape(2, -1, half, *gate_up.shape[1:])
+    return panels.swapaxes(0, 1).reshape(-1, *gate_up.shape[1:])
+
+
+def pack_gate_up(q: Array, scales: Array, bits: int, block: int) -> Array:
+    """`pack` for the gate_up weight of a gated expert: q [2I, K], gate rows first, then up rows."""
+    return pack(interleave(q), interleave(scales), bits, block)
+
+
+def _check(bits: int, block: int) -> None:
+    if bits not in BITS:
+        raise ValueError(f"bits = {bits} (allowed: 4, 8)")
+    if block % 16 or not 16 <= block <= 256:
+        raise ValueError(f"block = {block} (allowed: a multiple of 16 up to 256)")
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """A weight [N, K] as [panels, panel bytes], quantized and packed as it is read."""
+
+    source: Weight
+    scheme: Scheme
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.block)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def rows(self, start: int, stop: int) -> Array:
+        rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        q, scales = quantize(rows.astype(np.float32, copy=False), self.scheme)
+        return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.block)
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """A weight [E, N, K] as [E, bytes], one expert after the other. interleaved: N is gate rows, then up rows."""
+
+    source: Weight
+    scheme: Scheme
+    interleaved: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        experts, rows, columns = self.source.shape
+        if self.interleaved:
+            rows = -(-rows // PANEL) * PANEL
+        return experts, packed_bytes(rows, columns, self.scheme.bits, self.scheme.block)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8)
+
+    def rows(self, start: int, stop: int) -> Array:
+        make = pack_gate_up if self.interleaved else pack
+        out = np.empty((stop - start, self.shape[1]), np.uint8)
+        for i, expert in enumerate(self.source.rows(start, stop)):
+            q, scales = quantize(expert.astype(np.float32, copy=False), self.scheme)
+            out[i] = make(q.reshape(len(expert), -1), scales, self.scheme.bits, self.scheme.block).reshape(-1)
+        return out

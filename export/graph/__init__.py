@@ -1,0 +1,1 @@
+"""Canonical ONNX graphs: weights, trace, translation, bodies of ops."""

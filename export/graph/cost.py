@@ -1,0 +1,95 @@
+"""What one token and one patch cost an engine: the bytes of weights it reads, the multiplications it does."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from moevlm.export.graph.functions import EXPERTS, is_op
+from moevlm.runtime.core.manifest import CostFacts
+
+_LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
+_SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
+
+
+def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], merge_size: int) -> CostFacts:
+    """Bytes as the lowered graphs store weights, multiplications as the canonical graphs have them.
+
+    Both by name, vision and decoder. merge_size: a visual token is merge_size**2 patches.
+    """
+    read = _sum(lowered["decoder"], _bytes)
+    multiplied = _sum(canonical["decoder"], _elements)
+    return CostFacts(
+        dense_bytes=read["dense"],
+        expert_bytes=read["expert"],
+        head_bytes=read["head"],
+        dense_products=multiplied["dense"],
+        expert_products=multiplied["expert"],
+        head_products=multiplied["head"],
+        vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
+        patch_products=_patch_products(canonical["vision"], merge_size**2),
+        patch_pair_products=_patch_pair_products(canonical["vision"]),
+    )
+
+
+def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
+    """Of the large initializers: those of every token, of one expert in each sparse layer, and of the logits."""
+    totals = {"dense": 0, "expert": 0, "head": 0}
+    for node in model.graph:
+        if node.op_type in _LOOKUPS:
+            continue
+        sparse = node.op_type in _SPARSE
+        weights = [value for value in node.inputs if value is not None and _is_weight(value, sparse)]
+        size = sum(measure(value) for value in weights if len(value.shape or ()) > 1)
+        if sparse:
+            experts = next(value.shape[0] for value in weights if value.shape is not None)
+            assert isinstance(experts, int)
+            totals["expert"] += size // experts
+        else:
+            totals["head" if _makes_logits(node) else "dense"] += size
+    return totals
+
+
+def _is_weight(value: ir.Value, sparse: bool) -> bool:
+    """Experts' weights may be inputs of the graph, of a fixed shape."""
+    return value.is_initializer() or (
+        sparse and value.is_graph_input() and value.shape is not None and value.shape.is_static()
+    )
+
+
+def _makes_logits(node: ir.Node) -> bool:
+    casts = (user.outputs[0] for value in node.outputs for user in value.consumers() if user.op_type == "Cast")
+    return any(value.name == "logits" for value in (*node.outputs, *casts))
+
+
+def _bytes(value: ir.Value) -> int:
+    assert value.dtype is not None
+    return _elements(value) * int(value.dtype.bitwidth) // 8
+
+
+def _elements(value: ir.Value) -> int:
+    assert value.shape is not None
+    return math.prod(value.shape.numpy())
+
+
+def _patch_products(vision: ir.Model, patches_per_token: int) -> int:
+    total = 0
+    for node in vision.graph:
+        if node.op_type == "Gemm":
+            weight, rows = node.inputs[1], (node.outputs[0].shape or [None])[0]
+            assert weight is not None
+            per_patch = 1 if str(rows) == "patches" else 1 / patches_per_token
+            total += math.ceil(_elements(weight) * per_patch)
+    return total
+
+
+def _patch_pair_products(vision: ir.Model) -> int:
+    """Attention: a query and a key, and a weight and a value, for every patch with every other of its image."""
+    total = 0
+    for node in vision.graph:
+        queries = node.inputs[0] if is_op(node, "SegmentAttention") else None
+        if queries is not None and queries.shape is not None:
+            width = queries.shape[1]
+            assert isinstance(width, int)
+            total += 2 * width
+    return total

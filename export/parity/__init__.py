@@ -1,0 +1,1 @@
+"""Holds every step of the pipeline to the one before it."""

@@ -1,0 +1,105 @@
+"""Random prompts for parity: text alone, one image, several of different sizes, all in one ragged batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moevlm.export.parity.tolerances import DECODE_STEPS
+from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.engine.protocol import VisionInputs
+from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.vision_inputs import pack_grids
+
+IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
+QUICK_IMAGES, QUICK_STEPS = (0, 1), 8
+# Kernels of attention take keys in blocks of 128 and 256, and cut a longer cache into pieces that they join.
+LONG_PROMPT = 270
+_SIDE = 5  # the largest side of an image, in visual tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt and the tokens that follow it, drawn beforehand: every step gets the same ones (teacher forcing).
+
+    prompt: ids with images expanded. whole: the same with more tokens. grids: (h, w) in patches.
+    patches: [P, patch_dim] float32 of all its images.
+    """
+
+    prompt: Prompt
+    whole: Prompt
+    grids: list[tuple[int, int]]
+    patches: np.ndarray
+
+    @property
+    def continuation(self) -> np.ndarray:
+        """[steps] int64, the tokens behind the prompt."""
+        return self.whole.ids[len(self.prompt.ids) :]
+
+
+def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, quick: bool = False) -> list[Case]:
+    """One case per entry of IMAGES, or of QUICK_IMAGES, with DECODE_STEPS, or QUICK_STEPS, tokens behind it.
+
+    config: the checkpoint's, for the token ids that mean something to it.
+    """
+    rng, ordinary = np.random.default_rng(seed), _ordinary(model, config)
+    steps = QUICK_STEPS if quick else DECODE_STEPS
+    return [_case(model, config, ordinary, rng, n, steps) for n in (QUICK_IMAGES if quick else IMAGES)]
+
+
+def long_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, capacity: int) -> list[Case]:
+    """A case of text alone that no kernel takes in one block; shorter, or none, where a cache has no room for it.
+
+    capacity: the most tokens of prompt and continuation together.
+    """
+    length = min(LONG_PROMPT, capacity - DECODE_STEPS)
+    if length < 1:
+        return []
+    ids = np.random.default_rng([seed, length]).choice(_ordinary(model, config), length + DECODE_STEPS)
+    prompt, whole = (Prompt.from_ids(ids[:size], [], model) for size in (length, len(ids)))
+    return [Case(prompt, whole, [], _patches(np.random.default_rng(0), [], model))]
+
+
+def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
+    """All images of all cases in one vision call; None if there are none."""
+    grids = [grid for case in cases for grid in case.grids]
+    if not grids:
+        return None
+    return VisionInputs(np.concatenate([case.patches for case in cases]), *pack_grids(grids, model.vision))
+
+
+def _case(
+    model: ModelFacts,
+    config: Mapping[str, Any],
+    ordinary: np.ndarray,
+    rng: np.random.Generator,
+    images: int,
+    steps: int,
+) -> Case:
+    merge = model.vision.merge_size
+    ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
+    for _ in range(images):
+        h, w = rng.integers(1, _SIDE, 2)
+        grids.append((int(h) * merge, int(w) * merge))
+        marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
+        start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
+        ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
+    if len(ids) + steps > model.context:
+        raise RequestError(f"parity needs a context of {len(ids) + steps}, the model has {model.context}")
+    patches = _patches(rng, grids, model)
+    whole = [*ids, *rng.choice(ordinary, steps)]
+    return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
+
+
+def _ordinary(model: ModelFacts, config: Mapping[str, Any]) -> np.ndarray:
+    """Token ids without those that mean something to the checkpoint."""
+    reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
+    return np.array([i for i in range(model.vocabulary) if i not in reserved])
+
+
+def _patches(rng: np.random.Generator, grids: list[tuple[int, int]], model: ModelFacts) -> np.ndarray:
+    vision = model.vision
+    patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
+    return rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)

@@ -1,0 +1,262 @@
+"""What is compared in one step of the pipeline, in the order in which values arise."""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batches import PADDING, Batches, Room
+from moevlm.export.parity.cases import Case, pack
+from moevlm.export.parity.flip_margin import flip_margin
+from moevlm.export.parity.measures import kl_divergences, relative_error, rms_error
+from moevlm.export.parity.oracle import Answer
+from moevlm.export.parity.report import Check, Flip
+from moevlm.export.parity.taps import Tapped
+from moevlm.export.parity.tolerances import (
+    ALONE_STEPS,
+    CHUNK_TOKENS,
+    ROUNDING,
+    PlanTolerance,
+    Tolerance,
+)
+from moevlm.plugins.ops import reference
+from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Inner values of one prefill: rows of all prompts' tokens, by name. kernel_routes: as in `Tapped`."""
+
+    values: dict[str, Array]
+    kernel_routes: bool = False
+
+
+class Expected:
+    """The prompts, what transformers answers to them, joined over the prompts, and the routers' parameters.
+
+    hidden: per layer [tokens, H], of canonical PyTorch; empty until that step itself has been checked.
+    """
+
+    def __init__(self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]) -> None:
+        self.facts, self.config, self.cases, self.answers = facts, model.config, cases, answers
+        self.prompts = [case.prompt for case in cases]
+        images = pack(cases, facts)
+        assert images is not None  # some of the cases have images
+        self.images = images
+        seen = [answer for answer in answers if len(answer.embeds)]
+        self.embeds = np.concatenate([answer.embeds for answer in seen])
+        self.deepstack = np.concatenate([answer.deepstack for answer in seen], axis=1)
+        self.prefill = np.concatenate([answer.prefill for answer in answers])
+        self.decode = np.stack([answer.decode for answer in answers], axis=1)  # [steps, B, vocabulary]
+        self.tokens = np.stack([case.continuation for case in cases], axis=1)  # [steps, B]
+        layers = range(len(answers[0].routing))
+        self.routing = [np.concatenate([answer.routing[i] for answer in answers]) for i in layers]
+        self.router_logits = [np.concatenate([answer.router_logits[i] for answer in answers]) for i in layers]
+        biases = {name: weight for name, weight in model.decoder_weights.items() if name.endswith("correction_bias")}
+        self.biases = [
+            weight.rows(0, weight.shape[0]) if weight is not None else None
+            for weight in (biases.get(f"layers.{i}.feed_forward.correction_bias") for i in model.config.moe_layers)
+        ]
+        self.hidden: list[Array] = []
+
+    def room(self, limits: TensorRTFacts | None = None) -> Room:
+        """How the prompts fit into an engine; see `Room.of`."""
+        return Room.of(self.prompts, self.facts.context, limits, len(self.tokens))
+
+    def batch(self, engine: Engine, visual: VisualFeatures, room: Room) -> Batches:
+        """All prompts in new caches."""
+        return Batches(engine, self.facts, self.prompts, visual, room)
+
+
+def checks(
+    expected: Expected,
+    step: str,
+    engine: Engine,
+    taps: Taps | None,
+    tolerance: Tolerance | PlanTolerance,
+    limits: TensorRTFacts | None = None,
+) -> Iterator[Check]:
+    """All checks of one step. taps: of the same engine, or a copy; None leaves out routing and hidden states.
+
+    limits: of an engine that was built for so much and no more.
+    """
+    room = expected.room(limits)
+    measure = relative_error if isinstance(tolerance, Tolerance) else rms_error
+
+    def error(quantity: str, ours: Array, theirs: Array) -> Check:
+        value = measure(ours, theirs)
+        return Check(step, quantity, value, tolerance.features, value <= tolerance.features)
+
+    def logits(quantity: str, ours: Array, theirs: Array, note: str = "") -> Iterator[Check]:
+        if isinstance(tolerance, Tolerance):
+            value = relative_error(ours, theirs)
+            yield Check(step, quantity, value, tolerance.logits, value <= tolerance.logits, note)
+            return
+        quantity = f"{quantity.removesuffix(' logits')} KL"
+        found = kl_divergences(ours, theirs)
+        value, same = float(found.mean()), ours.argmax(-1) == theirs.argmax(-1)
+        first = f"first choice differs in {1 - same.mean():.1%}"
+        note = f"{first}, {note}" if note else first
+        yield Check(step, quantity, value, tolerance.kl, value <= tolerance.kl, note)
+        value, limit = float(np.quantile(found, 0.75)), tolerance.usual_kl
+        yield Check(step, f"{quantity}, 3 of 4 positions", value, limit, value <= limit)
+
+    visual = engine.encode(expected.images)
+    yield error("image features", visual.embeds, expected.embeds)
+    if expected.deepstack.size:
+        yield error("deepstack features", visual.deepstack, expected.deepstack)
+    if taps is not None:
+        assert isinstance(tolerance, Tolerance)
+        yield _routing(expected, step, taps, tolerance)
+        if expected.hidden:
+            yield _hidden(expected, step, taps, tolerance.features)
+    choices = FirstChoices()
+    for run in runs(expected, engine, visual, room):
+        yield from logits(run.quantity, run.ours, run.theirs, run.note)
+        if run.quantity in ("prefill logits", "decode logits"):
+            choices.add(run.ours, run.theirs)
+    if isinstance(tolerance, Tolerance):
+        yield choices.check(step, tolerance.logits)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Logits from one way to take the prompts through an engine, and what they should be."""
+
+    quantity: str
+    ours: Array
+    theirs: Array
+    note: str = ""
+
+
+def runs(expected: Expected, engine: Engine, visual: VisualFeatures, room: Room) -> Iterator[Run]:
+    """In one pass, in chunks and then step by step, each prompt alone. What is asked depends on no answer."""
+    batch = expected.batch(engine, visual, room)
+    yield Run("prefill logits", batch.prefill(every_position=True), expected.prefill)
+    batch = expected.batch(engine, visual, room)
+    yield Run("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
+    steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
+    note = "" if room.steps == len(expected.tokens) else f"{room.steps} steps fit into the cache"
+    yield Run("decode logits", steps, expected.decode[: room.steps], note)
+    yield Run("each prompt alone", *alone(expected, engine, room))
+
+
+def ask(expected: Expected, tapped: Tapped) -> None:
+    """All that `taps_of_prompts` and then `checks` ask of an engine that is to know it beforehand."""
+    taps_of_prompts(expected, tapped)
+    deque(runs(expected, tapped, tapped.encode(expected.images), expected.room()), maxlen=0)
+
+
+def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: str) -> Iterator[Check]:
+    """How far rounded experts alone take the answers, whatever runs them. experts: how they are stored."""
+    limits, quantity = ROUNDING[experts], "rounded experts KL"
+    found = kl_divergences(stored.prefill, unrounded.prefill)
+    other = 1 - (stored.prefill.argmax(-1) == unrounded.prefill.argmax(-1)).mean()
+    value, note = float(found.mean()), f"{experts} against unrounded: first choice differs in {other:.1%}"
+    yield Check(step, quantity, value, limits.kl, value <= limits.kl, note)
+    value = float(np.quantile(found, 0.75))
+    yield Check(step, f"{quantity}, 3 of 4 positions", value, limits.usual_kl, value <= limits.usual_kl)
+
+
+def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
+    """Every tap of one prefill in one pass, prompt after prompt, without the rows of padding."""
+    parts = []
+    for batch in expected.batch(tapped, tapped.encode(expected.images), expected.room()).batches:
+        batch.prefill()
+        valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
+        parts.append({name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)})
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Taps(values, tapped.kernel_routes)
+
+
+def hidden_states(expected: Expected, taps: Taps) -> list[Array]:
+    """Per layer [tokens, H]: the residual stream behind it."""
+    return [taps.values[f"layers.{i}.hidden"] for i in range(expected.facts.layers)]
+
+
+def _hidden(expected: Expected, step: str, taps: Taps, limit: float) -> Check:
+    """Every layer's against canonical PyTorch's, so that the first that diverges has a name."""
+    pairs = zip(hidden_states(expected, taps), expected.hidden, strict=True)
+    errors = [relative_error(ours, theirs) for ours, theirs in pairs]
+    over = [i for i, error in enumerate(errors) if not error <= limit]
+    note = f"first over the limit: layer {over[0]}" if over else ""
+    return Check(step, "hidden states", max(errors), limit, not over, note)
+
+
+def _routing(expected: Expected, step: str, taps: Taps, tolerance: Tolerance) -> Check:
+    """Tokens sent to another set of experts pass only at a near tie; all margins are reported."""
+    flips, total = routing_flips(expected, taps.values), sum(map(len, expected.routing))
+    widest = max((flip.margin for flip in flips), default=0.0)
+    note = f"of {total}" + (", from its logits" if taps.kernel_routes else "")
+    if flips:
+        median = np.median([flip.margin for flip in flips])
+        note += f", first in layer {flips[0].layer}, widest margin {widest:.1e}, median {median:.1e}"
+    return Check(step, "routings that differ", float(len(flips)), 0, widest <= tolerance.near_tie, note, flips)
+
+
+def routing_flips(expected: Expected, taps: Mapping[str, Array]) -> list[Flip]:
+    """Tokens of the prompts that went to another set of experts than in transformers, layer by layer."""
+    flips: list[Flip] = []
+    for sparse, layer in enumerate(expected.config.moe_layers):
+        mine, theirs = np.sort(taps[f"layers.{layer}.expert_index"], -1), np.sort(expected.routing[sparse], -1)
+        rows = [int(row) for row in np.flatnonzero((mine != theirs).any(-1))]
+        flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row], theirs[row])) for row in rows]
+    return flips
+
+
+def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array) -> float:
+    """The token's distance from a tie, by the scores of transformers, see `flip_margin`.
+
+    Both choices have to follow from them: a router that is read wrongly finds no tie in its own.
+    """
+    router = expected.config.moe[expected.config.moe_layers[layer]].router
+    logits, bias = expected.router_logits[layer][row, None], expected.biases[layer]
+    (choice,) = reference.choice_scores(logits, router, bias)
+    return max(flip_margin(choice, mine, router), flip_margin(choice, theirs, router))
+
+
+def alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]:
+    """Logits of each of a batch's prompts by itself, its images in a vision call of their own, and of some steps.
+
+    Kernels take other paths for one sequence than for several, and one sequence is what `moevlm run` has.
+    """
+    ours, theirs, steps = [], [], min(ALONE_STEPS, room.steps)
+    for case, answer in zip(expected.cases, expected.answers, strict=True):
+        if len(case.prompt.ids) > PADDING:
+            continue  # it was alone before
+        images = pack([case], expected.facts)
+        visual = None if images is None else engine.encode(images)
+        batch = Batches(engine, expected.facts, [case.prompt], visual, room)
+        ours += [batch.prefill(every_position=True), *(batch.decode([t]) for t in case.continuation[:steps])]
+        theirs += [answer.prefill, answer.decode[:steps]]
+    return np.concatenate(ours), np.concatenate(theirs)
+
+
+class FirstChoices:
+    """Counts positions whose largest logit is another one than in the reference."""
+
+    def __init__(self) -> None:
+        self.positions, self.different, self.widest, self.largest = 0, 0, 0.0, float("inf")
+
+    def add(self, ours: Array, theirs: Array) -> None:
+        """Logits [..., vocabulary] of more positions."""
+        self.positions += int(np.prod(theirs.shape[:-1]))
+        if ours.shape != theirs.shape:
+            self.different, self.widest, self.largest = self.positions, float("inf"), 0.0
+            return
+        chosen = ours.argmax(-1)[..., None]
+        gaps = theirs.max(-1) - np.take_along_axis(theirs, chosen, -1)[..., 0]
+        self.different += int((chosen[..., 0] != theirs.argmax(-1)).sum())
+        self.widest = max(self.widest, float(gaps.max()))
+        self.largest = min(self.largest, float(np.abs(theirs).max()))
+
+    def check(self, step: str, limit: float) -> Check:
+        """Passes if theirs are as close there as errors of `limit`, relative to the largest logit, allow."""
+        note = f"of {self.positions}" + (f", widest gap of logits {self.widest:.1e}" if self.different else "")
+        passed = self.widest <= 2 * limit * self.largest
+        return Check(step, "first choices that differ", float(self.different), 0, passed, note)

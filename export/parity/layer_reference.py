@@ -1,0 +1,216 @@
+"""Canonical PyTorch one layer at a time, on the inputs that an engine's own layers had and the weights that it stores.
+
+An error inside a layer is seen there, alone: none is carried on, and a token that went to other experts at a near tie
+changes nothing, because the reference sends it to the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from moevlm.export.config import DecoderConfig, ModelConfig
+from moevlm.export.formats.quantization import rounded
+from moevlm.export.graph.weights import Weight, read, slices
+from moevlm.export.model import CanonicalModel, load
+from moevlm.export.modules.decoder import Layer
+from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
+from moevlm.export.parity.recorded_engine import Sequence as Recorded
+from moevlm.export.parity.torch_engine import Images
+from moevlm.runtime.engine.protocol import VisionInputs, VisualFeatures
+
+Array = np.ndarray
+FLOAT32 = 1e-5  # what float32 sums may differ by, relative to their result
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """The rounding in an engine besides its weights: activations to int8 in blocks, and maybe the cache."""
+
+    block: int
+    int8_cache: bool
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Rows of one value. All fields [rows], Euclidean lengths.
+
+    found: from exact arithmetic to the engine. rounding: from there to the same arithmetic with rounded activations.
+    size: of what was computed; of a layer, of what it adds to its input.
+    """
+
+    name: str
+    found: Array
+    rounding: Array
+    size: Array
+
+    @classmethod
+    def of(cls, name: str, engine: Array, exact: Array, rounding: Array, start: Array | float = 0.0) -> Deviation:
+        """Rows [T, N] of the value in the engine and in both references. start: what they were added to.
+
+        Infinitely far where the engine's are not finite or of another shape.
+        """
+        if engine.shape != exact.shape or not (np.isfinite(engine).all() and np.isfinite(exact).all()):
+            return cls(name, *(np.array([length]) for length in (np.inf, 1.0, 1.0)))
+        return cls(name, _lengths(engine - exact), _lengths(rounding - exact), _lengths(exact - start))
+
+    @property
+    def allowed(self) -> Array:
+        """`rounding`, but never less than what float32 itself loses."""
+        usual = FLOAT32 * np.sqrt(np.mean(self.size**2))
+        return np.maximum(self.rounding, max(usual, float(np.finfo(np.float32).tiny)))
+
+    @property
+    def overall(self) -> float:
+        """Root mean square of what was found, over that of what rounding explains."""
+        return float(np.linalg.norm(self.found) / np.linalg.norm(self.allowed))
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of what was found, over that of what was computed."""
+        return float(np.linalg.norm(self.found) / max(np.linalg.norm(self.size), np.finfo(np.float32).tiny))
+
+    @property
+    def worst_row(self) -> float:
+        """The same for the row where it is largest. Its rounding may be small by chance: the usual one is added."""
+        return float((self.found / (self.allowed + np.median(self.allowed))).max())
+
+
+def layer_deviations(
+    config: ModelConfig, weights: Mapping[str, Weight], rounding: Rounding, sequences: Sequence[Recorded]
+) -> Iterator[Deviation]:
+    """Yield the deviation of every decoder layer and its router, in order, and of the head.
+
+    weights: of the decoder as the engine stores them, by parameter name; head: also where the embedding is the head.
+    """
+    decoder = config.decoder
+    inputs = _embedded(weights["embedding"], sequences)
+    for i in range(len(decoder.feed_forward)):
+        layer = _filled(decoder, i, weights)
+        chosen = _joined(sequences, f"layers.{i}.expert_index") if i in config.moe else None
+        exact, logits = _outputs(layer, decoder, i, sequences, inputs, Arithmetic(chosen))
+        with rounded_inputs(layer, rounding.block):
+            arithmetic = Arithmetic(chosen, rounding.block, rounding.int8_cache)
+            others, other_logits = _outputs(layer, decoder, i, sequences, inputs, arithmetic)
+        if logits is not None and other_logits is not None:
+            yield Deviation.of(f"router of layer {i}", _joined(sequences, _logits(i)), logits, other_logits)
+        found = [s.values[f"layers.{i}.hidden"] for s in sequences]
+        yield Deviation.of(f"layer {i}", np.concatenate(found), exact, others, np.concatenate(inputs))
+        inputs = found
+    yield _head(decoder, weights, rounding, sequences, inputs)
+
+
+def vision_deviations(
+    model: CanonicalModel, inputs: VisionInputs, block: int, found: VisualFeatures
+) -> Iterator[Deviation]:
+    """Yield the deviation of image features and each deepstack level, through the whole tower: its layers are not seen.
+
+    model: with the weights of vision that the engine stores.
+    """
+    (tower, _), (other, _) = model.towers(), model.towers()
+    exact = Images(tower, model).encode(inputs)
+    with rounded_inputs(other, block):
+        rounding = Images(other, model).encode(inputs)
+    yield Deviation.of("image features", found.embeds, exact.embeds, rounding.embeds)
+    for i, level in enumerate(found.deepstack):
+        yield Deviation.of(f"deepstack features {i}", level, exact.deepstack[i], rounding.deepstack[i])
+
+
+@contextmanager
+def rounded_inputs(module: nn.Module, block: int) -> Iterator[None]:
+    """Activations are rounded to int8 on their way into every linear layer but routers."""
+
+    def through(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return torch.from_numpy(rounded(inputs[0].numpy(), block))
+
+    linear = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and not name.endswith("router")]
+    hooks = [m.register_forward_pre_hook(through) for m in linear]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _lengths(rows: Array) -> Array:
+    """Added up in float64, without a copy of the rows: those of logits are many."""
+    return np.sqrt(np.einsum("...i,...i->...", rows, rows, dtype=np.float64))
+
+
+def _logits(layer: int) -> str:
+    return f"layers.{layer}.router_logits"
+
+
+def _joined(sequences: Sequence[Recorded], name: str) -> Array:
+    return np.concatenate([sequence.values[name] for sequence in sequences])
+
+
+def _embedded(embedding: Weight, sequences: Sequence[Recorded]) -> list[Array]:
+    """The first layer's input: rows of the embedding, and of the engine's image features."""
+    rows = []
+    for sequence in sequences:
+        ids, place = sequence.values["input_ids"], sequence.values["visual_index"]
+        x = np.stack([embedding.rows(i, i + 1)[0] for i in ids]).astype(np.float32)
+        if sequence.visual is not None:
+            x[place >= 0] = sequence.visual.embeds[place[place >= 0]]
+        rows.append(x)
+    return rows
+
+
+def _filled(config: DecoderConfig, index: int, weights: Mapping[str, Weight]) -> Layer:
+    with torch.device("meta"):
+        layer = Layer(config, index).eval()
+    load(layer, weights, f"layers.{index}.")
+    return layer
+
+
+@torch.no_grad()
+def _outputs(
+    layer: Layer,
+    config: DecoderConfig,
+    index: int,
+    sequences: Sequence[Recorded],
+    inputs: list[Array],
+    arithmetic: Arithmetic,
+) -> tuple[Array, Array | None]:
+    """Rows of all sequences behind a layer, and its router's logits if it has one."""
+    attended, added = [], []
+    heads, size = config.attention.kv_heads, config.attention.head_dim
+    with computing(arithmetic), recorded_taps() as taps:
+        for sequence, rows in zip(sequences, inputs, strict=True):
+            x = torch.from_numpy(rows)
+            cos, sin = (torch.from_numpy(sequence.values[f"rope_{name}"])[None] for name in ("cos", "sin"))
+            cache = (torch.zeros(1, heads, len(x), size), torch.zeros(1, heads, len(x), size))
+            y, _ = layer.attention(layer.attention_norm(x), cos, sin, cache, torch.zeros(1, dtype=torch.int64))
+            attended.append(x + y)
+            added.append(torch.zeros_like(x))
+            place = sequence.values["visual_index"]
+            if sequence.visual is not None and index < config.deepstack:
+                added[-1][place >= 0] = torch.from_numpy(sequence.visual.deepstack[index][place[place >= 0]])
+        x = torch.cat(attended)
+        x = x + layer.feed_forward(layer.feed_forward_norm(x)) + torch.cat(added)
+    logits = taps.get(_logits(index))
+    return x.numpy(), None if logits is None else logits.numpy()
+
+
+def _head(
+    config: DecoderConfig,
+    weights: Mapping[str, Weight],
+    rounding: Rounding,
+    sequences: Sequence[Recorded],
+    hidden: list[Array],
+) -> Deviation:
+    rows = np.stack([x[place] for s, x in zip(sequences, hidden, strict=True) for place in s.logits])
+    found = np.stack([row for sequence in sequences for row in sequence.logits.values()])
+    norm = torch.from_numpy(read(weights["norm.weight"]).astype(np.float32))
+    normed = F.rms_norm(torch.from_numpy(rows), norm.shape, norm, config.epsilon).numpy()
+    both, parts = np.concatenate([normed, rounded(normed, rounding.block)]), []
+    parts = [both @ piece.reshape(-1, config.hidden).T for piece in slices(weights["head"])]
+    exact, other = np.split(np.concatenate(parts, axis=1), 2)
+    return Deviation.of("head", found, exact, other)

@@ -1,0 +1,106 @@
+"""Hugging Face transformers on the same checkpoint and the same prompts: what every step is held to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.parity.cases import Case
+from moevlm.export.parity.oracle_weights import OracleWeights
+from moevlm.runtime.core.errors import CheckpointError, reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What transformers computes for one case, float32.
+
+    embeds [V, H], deepstack [L, V, H]: of its images. prefill [S, vocabulary], decode [DECODE_STEPS, vocabulary]:
+    logits of the prompt's positions and of those behind it.
+    routing, router_logits: per sparse layer of the prompt expert indices [S, k], in no particular order, and logits
+    [S, E].
+    """
+
+    embeds: np.ndarray
+    deepstack: np.ndarray
+    prefill: np.ndarray
+    decode: np.ndarray
+    routing: list[np.ndarray]
+    router_logits: list[np.ndarray]
+
+
+class Oracle:
+    """The checkpoint in transformers, float32, attention and experts written out, a layer in memory at a time.
+
+    Raises CheckpointError if it does not load.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, router_suffix: str) -> None:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self._router_suffix = router_suffix
+        try:
+            config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            with torch.device("meta"):
+                self.model = transformers.AutoModelForImageTextToText.from_config(
+                    config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+                ).eval()
+            files = {name: stored.path for name, stored in checkpoint.tensors.items()}
+            self.weights = OracleWeights(self.model, files)
+        except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
+            raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
+
+    @torch.no_grad()
+    def answers(self, cases: list[Case], progress: Callable[[int, int], None] = lambda *_: None) -> list[Answer]:
+        """Run all cases, prompts and continuations, in one pass of the model, layer by layer; once.
+
+        Short rows are filled up with more of their last token: attention is causal, so no token sees a later one.
+        progress: called with the number of parts that ran and their total.
+        """
+        length = max(len(case.whole.ids) for case in cases)
+        filled = [np.pad(case.whole.ids, (0, length - len(case.whole.ids)), mode="edge") for case in cases]
+        ids, wanted = torch.from_numpy(np.stack(filled)), torch.zeros(len(cases), length, dtype=torch.bool)
+        for row, case in enumerate(cases):
+            wanted[row, : len(case.whole.ids)] = True
+        routers: list[tuple[torch.Tensor, ...]] = []
+        features: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        for name, module in self.model.named_modules():
+            if name.endswith(self._router_suffix):
+                module.register_forward_hook(lambda _m, _i, out: routers.append(out))
+        self.model.model.visual.register_forward_hook(
+            lambda _m, _i, out: features.append((out.pooler_output, getattr(out, "deepstack_features", None) or ()))
+        )
+        self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
+        self.weights.stream()
+        for done, part in enumerate(self.weights.parts.values()):
+            part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
+        logits = self.model(**self._inputs(ids, cases), use_cache=False).logits.numpy()
+        embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
+        deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
+        answers, row, image_row = [], 0, 0
+        for number, case in enumerate(cases):
+            size, whole = len(case.prompt.ids), len(case.whole.ids)
+            tokens = slice(number * length, number * length + size)
+            images = slice(image_row, image_row + case.prompt.image_tokens)
+            answers.append(
+                Answer(
+                    embeds=embeds.numpy()[images],
+                    deepstack=deepstack[:, images],
+                    prefill=logits[row : row + size],
+                    decode=logits[row + size : row + whole],
+                    routing=[index[tokens].numpy() for _, _, index in routers],
+                    router_logits=[scores[tokens].numpy() for scores, _, _ in routers],
+                )
+            )
+            row, image_row = row + whole, images.stop
+        return answers
+
+    def _inputs(self, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
+        inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]
+        if grids:
+            inputs["pixel_values"] = torch.from_numpy(np.concatenate([case.patches for case in cases]))
+            inputs["image_grid_thw"] = torch.tensor(grids)
+            inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
+        return inputs

@@ -1,0 +1,240 @@
+"""Requests against transformers: the bundle's tokenizer, chat template and image preprocessing, and the checkpoint's.
+
+transformers' processor classes need torchvision, for videos; so its tokenizer, its template and its image processor
+are put together here as `ProcessorMixin.apply_chat_template` does.
+"""
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import tokenizers
+import transformers
+from PIL import Image
+
+from moevlm.export.checkpoint.files import optional_json
+from moevlm.export.parity.report import Check
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
+from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.loading import load_images
+from moevlm.runtime.request.chat import ChatTemplate
+from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.special_tokens import control_tokens
+from moevlm.runtime.request.tokenizer import Tokenizer
+
+STEP = "requests"
+PATCH_LIMIT = 1e-6  # of a normalised value
+_TOKENS = 64  # of each kind that are tried
+_CONTEXT = 1 << 20  # texts are compared whatever their length
+_TEXTS = (
+    "What is 12 + 345? It's 1,000.5 or 1234567890.",
+    "na\u00efve cafe\u0301 \u2014 \ufb01 \u212b",
+    "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u3002 \ud55c\uad6d\uc5b4 \u0627\u0644\u0639 \u0e44\u0e17\u0e22",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \U0001f600",
+    "def f(x):\n\treturn x  +  1\r\n\n\n  # I'LL we've a_b-c/d\\e\n",
+    "  blanks before and behind \n",
+)
+_BLOCKS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F300, 0x1F650))
+_PICTURE = {"type": "image"}
+
+Messages = list[dict[str, Any]]
+
+
+def request_checks(bundle: Bundle, checkpoint: Path, seed: int) -> list[Check]:
+    """Token ids of conversations, control tokens typed by a user, and patches of images. Raises CheckpointError.
+
+    What neither bundle nor checkpoint has is one check that passes, and its note says what was not compared.
+    """
+    transformers.logging.set_verbosity_error()
+    files, model = bundle.manifest.files, bundle.manifest.model
+    found: list[Check] = []
+    images = load_images(bundle)
+    if "tokenizer.json" in files and "chat_template.jinja" in files:
+        tokenizer = bundle.read_text("tokenizer.json")
+        template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
+        theirs = _TheirText.load(checkpoint)
+        found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
+    else:
+        found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no tokenizer or no chat template"))
+    if images is None:
+        found.append(_check("images", 0, 0, "not compared: the checkpoint has no image processor"))
+    else:
+        found += _image_checks(images, checkpoint, model, seed)
+    return found
+
+
+def _check(quantity: str, value: float, limit: float, note: str = "") -> Check:
+    return Check(STEP, quantity, value, limit, value <= limit, note)
+
+
+@dataclass(frozen=True)
+class _TheirText:
+    """transformers' tokenizer, and the template that its processor renders with."""
+
+    tokenizer: Any
+    template: str
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> "_TheirText":
+        # Without a class transformers takes one by the kind of model, whose own normalizer and splitting take the place
+        # of those in tokenizer.json; what the file says counts then.
+        named = "tokenizer_class" in optional_json(checkpoint, "tokenizer_config.json")
+        kind = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
+        try:
+            tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+            fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
+            template = fields.get("chat_template") or tokenizer.chat_template
+            return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
+        except Exception as error:  # as for the model: it is not this project's code that refuses
+            raise CheckpointError(f"transformers cannot load the tokenizer of {checkpoint}: {reason(error)}") from error
+
+    def rendered(self, messages: Messages) -> str | None:
+        """None for messages that the template refuses."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
+            )
+        except Exception:  # a template is code
+            return None
+        return str(text)
+
+    def ids(self, text: str) -> list[int]:
+        bos = self.tokenizer.bos_token
+        has_bos = bos is not None and text.startswith(bos)
+        return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
+
+
+class _Texts:
+    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: _TheirText, model: ModelFacts) -> None:
+        """tokenizer: content of tokenizer.json."""
+        self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
+        self._tokenizer = Tokenizer(tokenizer)
+        self._builder = PromptBuilder(model, self._tokenizer, template, None)
+        control = control_tokens(self._tokenizer, template, model.eos_token_ids)
+        self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
+
+    def checks(self, seed: int) -> Iterator[Check]:
+        conversations = list(_conversations(seed))
+        plain = [token for token in self._tokenizer.added if token not in self._control][:_TOKENS]
+        conversations += [(f"added token {token}", _user(f"a{token}b {token} c")) for token in plain]
+        notes = [note for name, messages in conversations if (note := self._difference(name, messages))]
+        note = notes[0] + self._own_rules() if notes else ""
+        yield _check(f"{len(conversations)} conversations whose ids differ", len(notes), 0, note)
+        typed = sorted(self._control - {self._tokenizer.token(self._model.image_token_id)})[:_TOKENS]
+        notes = [note for token in typed if (note := self._obeyed(token))]
+        yield _check(f"{len(typed)} typed control tokens that are not text", len(notes), 0, notes[0] if notes else "")
+
+    def _own_rules(self) -> str:
+        """Name the parts that transformers' class has of its own, instead of those of tokenizer.json."""
+        ours, theirs = (json.loads(core.to_str()) for core in (self._core, self._theirs.tokenizer.backend_tokenizer))
+        own = [part for part in ("normalizer", "pre_tokenizer") if ours[part] != theirs[part]]
+        return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""
+
+    def _ours(self, messages: Messages) -> list[int] | None:
+        """None for messages that the template refuses. An image is one token."""
+        images = sum(part["type"] == "image" for message in messages for part in message["content"])
+        try:
+            return self._builder.prompt_ids(messages, [1] * images)
+        except RequestError:
+            return None
+
+    def _difference(self, name: str, messages: Messages) -> str:
+        ours, text = self._ours(messages), self._theirs.rendered(messages)
+        theirs = None if text is None else self._theirs.ids(text)
+        if ours == theirs:
+            return ""
+        if ours is None or theirs is None:
+            return f"{one_line(name, 40)}: {'transformers refuses it' if ours else 'refused, not so by transformers'}"
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        here, there = (str(ids[at]) if at < len(ids) else "the end" for ids in (ours, theirs))
+        return f"{one_line(name, 40)}: token {at} is {here}, of transformers {there}"
+
+    def _obeyed(self, token: str) -> str:
+        """transformers obeys such a token, so texts are compared, and control tokens are counted."""
+        messages = _user(f"a {token} b")
+        ours, text, without = self._ours(messages), self._theirs.rendered(messages), self._ours(_user("a b"))
+        if ours is None or text is None or without is None:
+            return ""  # a token of one character cannot be text, and is refused
+        control = [self._tokenizer.added[name] for name in self._control]
+        if any(ours.count(i) != without.count(i) for i in control):
+            return f"{one_line(token, 40)} of a message is a control token"
+        spelled, meant = (
+            self._tokenizer.decode(ids, skip_special_tokens=False) for ids in (ours, self._theirs.ids(text))
+        )
+        return "" if spelled == meant else f"{one_line(token, 40)} of a message is spelled otherwise"
+
+
+def _user(text: str) -> Messages:
+    return [{"role": "user", "content": [{"type": "text", "text": text}]}]
+
+
+def _conversations(seed: int) -> Iterator[tuple[str, Messages]]:
+    rng = np.random.default_rng(seed)
+    texts = [*_TEXTS, *(_random_text(rng) for _ in range(6))]
+    for number, text in enumerate(texts):
+        parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+        question: Messages = [{"role": "user", "content": parts}]
+        system: Messages = [{"role": "system", "content": [{"type": "text", "text": texts[number - 1]}]}]
+        two: Messages = [{"role": "user", "content": [_PICTURE, *parts, _PICTURE, *parts]}]
+        answer: Messages = [{"role": "assistant", "content": [{"type": "text", "text": texts[number - 2]}]}]
+        yield f"text {number}", question
+        yield f"text {number} after a system message", system + question
+        yield f"text {number} about two images", two
+        yield f"text {number} after a turn", question + answer + two
+        yield f"text {number} after a system message and two turns", system + two + answer + question + answer + two
+
+
+def _random_text(rng: np.random.Generator) -> str:
+    blocks = rng.integers(0, len(_BLOCKS), 24)
+    return "".join(chr(rng.integers(*_BLOCKS[block])) + (" " if rng.random() < 0.2 else "") for block in blocks)
+
+
+def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelFacts, seed: int) -> Iterator[Check]:
+    try:
+        theirs = transformers.AutoImageProcessor.from_pretrained(
+            checkpoint, backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise CheckpointError(
+            f"transformers cannot load the image processor of {checkpoint}: {reason(error)}"
+        ) from error
+    merged, worst, notes, count = model.vision.merge_size**2, 0.0, [], 0
+    for image in _images(model, seed):
+        count += 1
+        name = f"{image.mode} of {image.width} x {image.height}"
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        try:
+            wanted = theirs(images=[image], return_tensors="np")
+        except Exception as error:  # of fields that changed since the bundle was built
+            raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
+        grid = tuple(int(side) for side in wanted["image_grid_thw"][0][1:])
+        inputs, grids = ours.pack([ours.fit(ours.open(file.getvalue()))])
+        tokens = ours.tokens(file.getvalue())
+        if grids != [grid] or tokens != grid[0] * grid[1] // merged:
+            notes.append(f"{name}: {grids[0][0]} x {grids[0][1]} patches, of transformers {grid[0]} x {grid[1]}")
+        else:
+            worst = max(worst, float(np.abs(inputs.pixel_patches - wanted["pixel_values"]).max()))
+    yield _check(f"{count} images cut otherwise", len(notes), 0, notes[0] if notes else "")
+    yield _check("values of their patches", worst, PATCH_LIMIT)
+
+
+def _images(model: ModelFacts, seed: int) -> Iterator[Image.Image]:
+    """Sizes below one block, between blocks, elongated, and larger; the modes that both sides take alike."""
+    rng = np.random.default_rng(seed)
+    unit = model.vision.patch_size * model.vision.merge_size
+    sizes: Sequence[tuple[int, int]] = [
+        (unit, unit), (3 * unit + 1, 2 * unit - 1), (1, 1), (unit // 2, 3), (5, 990), (1400, 9), (640, 480), (333, 1024)
+    ]  # fmt: skip
+    for size, mode in zip(sizes, ("RGB", "L", "RGB", "P", "RGB", "1", "RGB", "RGBA"), strict=True):
+        noise = rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+        yield Image.fromarray(noise).convert(mode)

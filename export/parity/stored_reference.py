@@ -1,0 +1,94 @@
+"""Canonical PyTorch on the weights that an engine stores: what parity holds it to, where transformers has others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moevlm.export.formats.gpu_packing import as_stored
+from moevlm.export.formats.sparsity import pruned
+from moevlm.export.graph.weights import Weight
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.cases import Case, pack
+from moevlm.export.parity.checks import Expected
+from moevlm.export.parity.oracle import Answer
+from moevlm.export.parity.taps import Tapped
+from moevlm.export.parity.torch_engine import TorchEngine
+from moevlm.export.passes.prune_2_4 import prunable
+from moevlm.runtime.core.manifest import EngineFacts, ModelFacts
+from moevlm.runtime.engine.batch import Batch, cache_capacity
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What happened to an engine's weights; the default is nothing.
+
+    sparsity: "2:4" or "". experts, block: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0 if not so.
+    scales: the dtype that a block's scale is rounded to.
+    """
+
+    sparsity: str = ""
+    experts: str = ""
+    block: int = 0
+    scales: str = ""
+
+    @classmethod
+    def of(cls, engine: EngineFacts) -> "Storage":
+        """On a CPU activations are rounded like the weights, so there it is no more than pruning."""
+        if engine.tensorrt is None or not engine.block_size:
+            return cls(engine.sparsity)
+        return cls(engine.sparsity, engine.dtype, engine.block_size, engine.tensorrt.activations)
+
+    @property
+    def unrounded(self) -> "Storage":
+        """The same but for the experts."""
+        return Storage(self.sparsity)
+
+
+def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
+    """The same model with its weights as they are stored."""
+    changed: dict[str, dict[str, Weight]] = {
+        "vision": dict(model.vision_weights),
+        "decoder": dict(model.decoder_weights),
+    }
+    if storage.sparsity:
+        for tower, graph in model.graphs.items():
+            weights = changed[tower]
+            weights |= {name: pruned(weights[name]) for name in (str(value.name) for value in prunable(graph))}
+    if storage.experts:
+        weights = changed["decoder"]
+        for layer in model.config.moe_layers:
+            for name in (f"layers.{layer}.feed_forward.gate_up", f"layers.{layer}.feed_forward.down"):
+                weights[name] = as_stored(weights[name], storage.experts, storage.block, storage.scales)
+    return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
+
+
+def expected_on(
+    model: CanonicalModel,
+    facts: ModelFacts,
+    cases: list[Case],
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Expected:
+    """The results of canonical PyTorch, its hidden states included. progress: layers done, and their number."""
+    engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, facts) for case in cases], progress)
+    answers, hidden = zip(*(answer(engine, model, case, facts) for case in cases), strict=True)
+    expected = Expected(model, facts, cases, list(answers))
+    expected.hidden = [np.concatenate(layer) for layer in zip(*hidden, strict=True)]
+    return expected
+
+
+def answer(engine: Tapped, model: CanonicalModel, case: Case, facts: ModelFacts) -> tuple[Answer, list[np.ndarray]]:
+    """The counterpart of `Oracle.answers`, for one case alone in one pass; and its hidden states, per layer."""
+    images = pack([case], facts)
+    visual = None if images is None else engine.encode(images)
+    size, length = len(case.prompt.ids), len(case.whole.ids)
+    batch = Batch(engine, facts, [case.whole], visual, cache_capacity(length, facts.context))
+    logits = batch.prefill(every_position=True)
+    taps, sparse = engine.taps, model.config.moe_layers
+    embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
+    deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
+    routing, router_logits, hidden = (
+        [taps[f"layers.{i}.{name}"][:size] for i in layers]
+        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", range(facts.layers)))
+    )
+    return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden

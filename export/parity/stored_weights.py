@@ -1,0 +1,47 @@
+"""A model's weights as an engine of ONNX Runtime stores them: rounded by the same rules, from the checkpoint anew."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from torch import nn
+
+from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
+from moevlm.export.backends.targets import BITS, EMBEDDING, VISION
+from moevlm.export.formats.quantization import Scheme, stored
+from moevlm.export.graph.weights import Weight
+from moevlm.export.model import CanonicalModel
+from moevlm.export.passes.quantize_experts import shared_scheme
+from moevlm.runtime.core.manifest import EngineFacts
+
+
+def stored_weights(model: CanonicalModel, engine: EngineFacts) -> tuple[Mapping[str, Weight], Mapping[str, Weight]]:
+    """Weights of vision and decoder by parameter name, and `head` where the embedding is the head.
+
+    engine: quantized, on a CPU. Projections and experts have its bits, the embedding and all of vision 8; routers,
+    norms and biases are as they were.
+    """
+    ours = bool(engine.operators)
+    scales = np.dtype(np.float16 if ours else np.float32)  # our kernels' scales are halves
+    scheme = Scheme(BITS[engine.dtype], engine.block_size)
+    vision, decoder = dict(model.vision_weights), dict(model.decoder_weights)
+    for name in _projections(model.vision):
+        vision[name] = stored(vision[name], VISION, scales)
+    for name in _projections(model.decoder):
+        decoder[name] = stored(decoder[name], scheme, scales)
+    for layer, moe in model.config.moe.items():
+        if not ours and kernel_attributes(moe.expert) is None:
+            continue  # `LowerMoE` leaves these experts as they are
+        names = [f"layers.{layer}.feed_forward.{name}" for name in ("gate_up", "down")]
+        of_both = scheme if ours else shared_scheme(scheme, *(decoder[name].shape[-1] for name in names))
+        assert of_both is not None  # the build would have failed
+        for name in names:
+            decoder[name] = stored(decoder[name], of_both, scales)
+    decoder["head"] = stored(decoder.get("head", decoder["embedding"]), scheme, scales)
+    decoder["embedding"] = stored(decoder["embedding"], EMBEDDING, np.dtype(np.float32))
+    return vision, decoder
+
+
+def _projections(tower: nn.Module) -> Iterator[str]:
+    for name, module in tower.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith("router"):
+            yield f"{name}.weight"

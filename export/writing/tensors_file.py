@@ -1,0 +1,46 @@
+"""A safetensors file, written one slice of a tensor at a time."""
+
+import json
+import math
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from moevlm.export.graph.weights import Weight, slices
+from moevlm.export.writing.model_file import PAGE, Progress
+from moevlm.export.writing.streamed_file import StreamedFile
+from moevlm.runtime.core.errors import BuildError
+
+_NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT8": "I8"}
+
+
+def tensor_bytes(weight: Weight) -> int:
+    """Its size in the file."""
+    return math.prod(weight.shape) * weight.dtype.itemsize
+
+
+def header_of(tensors: Mapping[str, Weight]) -> bytes:
+    """The file up to its first tensor, which begins at a page."""
+    entries, end = {}, 0
+    for name, weight in tensors.items():
+        begin, end = end, end + tensor_bytes(weight)
+        dtype = _NAMES[ir.DataType.from_numpy(weight.dtype).name]
+        entries[name] = {"dtype": dtype, "shape": weight.shape, "data_offsets": (begin, end)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    size = -(-(8 + len(text)) // PAGE) * PAGE - 8
+    return size.to_bytes(8, "little") + text.ljust(size)
+
+
+def write_tensors(tensors: Mapping[str, Weight], file: StreamedFile, progress: Progress | None = None) -> None:
+    """All tensors in order. Raises BuildError, by name, for one that cannot be what its recipe makes of it; OSError."""
+    header = header_of(tensors)
+    total = len(header) + sum(map(tensor_bytes, tensors.values()))
+    file.write(header)
+    for name, weight in tensors.items():
+        try:
+            for piece in slices(weight):
+                file.write(piece)
+                if progress is not None:
+                    progress(file.size, total)
+        except ValueError as error:
+            raise BuildError(f"{name}: {error}") from error

@@ -1,0 +1,10 @@
+// The operators Linear, MoEExperts and MoERouter of domain moevlm.cpu.
+#pragma once
+#include "ort/abi.h"
+
+namespace moevlm::quantized {
+
+// Null after the last.
+const ort::CustomOp* const* matmul_operators();
+
+}  // namespace moevlm::quantized

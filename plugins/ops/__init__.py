@@ -1,0 +1,1 @@
+"""What each op computes: a spec and a numpy reference."""

@@ -1,0 +1,1 @@
+"""What engines run on, a folder each."""

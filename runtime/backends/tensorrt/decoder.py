@@ -1,0 +1,259 @@
+"""The decoder's plan with everything that stays on the device: expert weights, KV caches, recorded decode steps."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+
+from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, DeviceMemory
+from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
+from moevlm.runtime.bundle.tensor_file import open_tensors
+from moevlm.runtime.bundle.verified_file import MappedFile
+from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.engine.protocol import Step, VisualFeatures
+
+PREFILL, DECODE = 0, 1  # profiles
+ACTIVATIONS = {"bfloat16": ("BF16", 2), "float16": ("HALF", 2), "float32": ("FLOAT", 4)}
+UPLOAD_BYTES = 32 << 20  # of each of the two buffers that expert weights go through
+
+Bindings = dict[str, tuple[int, tuple[int, ...]]]  # address and shape
+
+
+class Slot:
+    """Caches of `batch` sequences on the device, and the context that decodes with them: its addresses never change."""
+
+    def __init__(self, batch: int, memory: DeviceMemory, caches: Bindings, decode: Execution) -> None:
+        self.batch, self.memory, self.caches, self.decode = batch, memory, caches, decode
+
+    def free(self) -> None:
+        try:
+            self.decode.close()
+        finally:
+            self.memory.free()
+
+
+class Decoder:
+    """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
+
+    def __init__(self, plan: Plan, experts: MappedFile | None, model: ModelFacts, facts: TensorRTFacts) -> None:
+        """experts: a file whose hash was checked, if the plan needs one.
+
+        Raises EngineError if it or the plan is not what the facts say.
+        """
+        self._plan, self._device, self._model, self._facts = plan, plan.device, model, facts
+        self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
+        self._slots: list[Slot] = []
+        self._idle: list[Slot] = []
+        self._returned: deque[Slot] = deque()  # appended to by finalizers, at any time and in any thread
+        self._fixed: Bindings = {}
+        self._resources = ExitStack()
+        try:
+            weights = _weights(plan, experts, model)
+            self._require_what_was_said()
+            self._fixed = self._upload(weights)
+            self._blank = self._allocate_blank()
+            self._prefill = plan.execution(PREFILL)
+            self._resources.callback(self._prefill.close)
+            self._bind_fixed(self._prefill)
+        except BaseException:
+            self._resources.close()
+            raise
+
+    @property
+    def graphs(self) -> str:
+        """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
+        refused = next((slot.decode.graph_refused for slot in self._slots if slot.decode.graph_refused), None)
+        if refused is not None:
+            return f"refused: {refused}"
+        return "replayed" if any(slot.decode.replays for slot in self._slots) else "not yet"
+
+    def take(self, batch: int) -> Slot:
+        """Caches full of zeros: those of an earlier request of as many sequences, or new ones."""
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        slot = next((slot for slot in self._idle if slot.batch == batch), None)
+        if slot is not None:
+            self._idle.remove(slot)
+        else:
+            try:
+                slot = self._new_slot(batch)
+            except EngineError:
+                if not self._idle:
+                    raise
+                while self._idle:
+                    unused = self._idle.pop()
+                    self._slots.remove(unused)
+                    unused.free()
+                slot = self._new_slot(batch)
+            self._slots.append(slot)
+        self._device.clear(slot.memory)
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """May be called from a finalizer: it does nothing but to note it."""
+        self._returned.append(slot)
+
+    def step(self, step: Step, visual: VisualFeatures | None, slot: Slot) -> np.ndarray:
+        """Logits [N, vocabulary] float32. The step was checked before."""
+        arrays = dict(vars(step))
+        used = np.unique(step.visual_index[step.visual_index >= 0])
+        if not len(used) and step.input_ids.shape[1] == 1 and len(step.logits_index) == slot.batch:
+            return slot.decode.run(arrays)["logits"]
+        for name, (address, shape) in slot.caches.items():
+            self._prefill.bind(name, address, shape)
+        if visual is not None and len(used):
+            arrays |= self._rows(step, visual, used)
+        else:
+            for name, (address, shape) in self._blank.items():
+                self._prefill.bind(name, address, shape)
+        return np.concatenate([self._prefill.run(arrays | group)["logits"] for group in self._groups(step)])
+
+    def _groups(self, step: Step) -> Iterator[dict[str, np.ndarray]]:
+        """As many positions at a time as the profile has room for. A step writes the same caches each time."""
+        most = self._facts.max_logits
+        for start in range(0, len(step.logits_index), most):
+            yield {"logits_index": step.logits_index[start : start + most]}
+
+    def _rows(self, step: Step, visual: VisualFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
+        """The visual rows that the step uses and no others, and where it finds them."""
+        if len(used) > self._facts.max_visual:
+            raise EngineError(
+                f"the step uses {len(used)} visual rows (allowed: up to {self._facts.max_visual}; "
+                "fewer sequences or fewer tokens in a step use fewer)"
+            )
+        index = np.where(step.visual_index >= 0, np.searchsorted(used, step.visual_index), -1)
+        rows = {"visual_embeds": visual.embeds[used], "visual_index": index}
+        return rows | ({"deepstack_embeds": visual.deepstack[:, used]} if self._deepstack else {})
+
+    def _require_what_was_said(self) -> None:
+        """That the plan's shapes and profiles are those of the manifest."""
+        plan, model, facts = self._plan, self._model, self._facts
+        if facts.activations not in ACTIVATIONS:
+            allowed = ", ".join(ACTIVATIONS)
+            raise EngineError(f"unsupported value activations = {facts.activations!r} (supported: {allowed})")
+        dtype = ACTIVATIONS[facts.activations][0]
+        cache = (-1, model.kv_heads, facts.capacity, model.head_dim)
+        for name in _cache_names(model):
+            if (plan.inputs[name], plan.dtypes[name]) != (cache, dtype):
+                shown = f"{plan.dtypes[name]} {plan.inputs[name]}"
+                raise EngineError(f"{plan.name} has {name} {shown}, manifest.json says {dtype} {cache}")
+        for what, found, said in (
+            ("hidden", plan.inputs["visual_embeds"][1], model.hidden),
+            ("vocabulary", plan.outputs["logits"][1], model.vocabulary),
+            ("deepstack", self._deepstack, model.vision.deepstack),
+        ):
+            if found != said:
+                raise EngineError(f"{plan.name} has {what} = {found}, manifest.json says {said}")
+        for name, profile, wanted in (
+            ("input_ids", PREFILL, (facts.max_batch, facts.chunk_tokens)),
+            ("input_ids", DECODE, (facts.max_batch, 1)),
+            ("logits_index", PREFILL, (facts.max_logits,)),
+            ("logits_index", DECODE, (facts.max_batch,)),
+            ("visual_embeds", PREFILL, (facts.max_visual, model.hidden)),
+        ):
+            most = plan.most(name, profile)
+            if any(a < b for a, b in zip(most, wanted, strict=True)):
+                raise EngineError(f"{plan.name} takes {name} up to {most}, manifest.json says {wanted}")
+
+    def _upload(self, weights: dict[str, np.ndarray]) -> Bindings:
+        """Expert weights, once for all contexts: from the mapped file through two pinned buffers in turn."""
+        places, end = {}, 0
+        for name, data in weights.items():
+            places[name] = end
+            end += -(-len(data) // ALIGNMENT) * ALIGNMENT
+        if not weights:
+            return {}
+        memory = self._device.allocate(end)
+        self._resources.callback(memory.free)
+        with ExitStack() as stack:
+            buffers = []
+            for _ in range(2):
+                buffer = self._device.allocate_host(min(UPLOAD_BYTES, end))
+                stack.callback(buffer.free)
+                buffers.append((buffer, stack.enter_context(self._device.event())))
+            stack.callback(self._device.synchronize)  # before the buffers go
+            turn = 0
+            for name, data in weights.items():
+                for start in range(0, len(data), UPLOAD_BYTES):
+                    piece = data[start : start + UPLOAD_BYTES]
+                    buffer, copied = buffers[turn % 2]
+                    copied.wait()
+                    buffer.array[: len(piece)] = piece
+                    self._device.copy_in(memory.address + places[name] + start, buffer.address, len(piece))
+                    copied.record()
+                    turn += 1
+        return {name: (memory.address + places[name], self._plan.inputs[name]) for name in weights}
+
+    def _allocate_blank(self) -> Bindings:
+        """One row of zeros that no visual_index points at, for steps without images."""
+        hidden = self._model.hidden
+        memory = self._device.allocate(max(1, self._deepstack) * hidden * 4)
+        self._resources.callback(memory.free)
+        self._device.clear(memory)
+        blank: Bindings = {"visual_embeds": (memory.address, (1, hidden))}
+        return blank | ({"deepstack_embeds": (memory.address, (self._deepstack, 1, hidden))} if self._deepstack else {})
+
+    def _new_slot(self, batch: int) -> Slot:
+        model, facts = self._model, self._facts
+        shape = (batch, model.kv_heads, facts.capacity, model.head_dim)
+        size = int(np.prod(shape)) * ACTIVATIONS[facts.activations][1]
+        stride = -(-size // ALIGNMENT) * ALIGNMENT
+        names = _cache_names(model)
+        with ExitStack() as undo:
+            memory = self._device.allocate(stride * len(names))
+            undo.callback(memory.free)
+            caches: Bindings = {}
+            for i, name in enumerate(names):
+                caches[name] = caches[name.replace("_cache.", "_cache_out.")] = memory.address + i * stride, shape
+            decode = self._plan.execution(DECODE, graphs=True)
+            undo.callback(decode.close)
+            self._bind_fixed(decode)
+            for name, (address, bound) in (caches | self._blank).items():
+                decode.bind(name, address, bound)
+            undo.pop_all()
+        return Slot(batch, memory, caches, decode)
+
+    def _bind_fixed(self, execution: Execution) -> None:
+        for name, (address, shape) in self._fixed.items():
+            execution.bind(name, address, shape)
+
+    def close(self) -> None:
+        with self._resources, ExitStack() as stack:
+            for slot in self._slots:
+                stack.callback(slot.free)
+            self._slots.clear()
+
+
+def _cache_names(model: ModelFacts) -> list[str]:
+    return [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
+
+
+def _weights(plan: Plan, experts: MappedFile | None, model: ModelFacts) -> dict[str, np.ndarray]:
+    """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
+    caches = _cache_names(model)
+    step = {"visual_embeds", *Step.__dataclass_fields__}
+    for names, given, kind in (
+        ((*step, *caches), plan.inputs, "input"),
+        (("logits", *(name.replace("_cache.", "_cache_out.") for name in caches)), plan.outputs, "output"),
+    ):
+        if missing := sorted(set(names) - set(given)):
+            raise EngineError(f"{plan.name} has no {kind} {missing[0]}")
+    wanted = [name for name in plan.inputs if name not in {*step, *caches, "deepstack_embeds"}]
+    if not wanted:
+        return {}
+    if experts is None:
+        raise EngineError(f"{plan.name} has an input {wanted[0]}, and manifest.json names no file with expert weights")
+    tensors = open_tensors(experts)
+    for name in wanted:
+        if name not in tensors:
+            raise EngineError(f"{plan.name} has an input {name}, which {experts.path.name} does not have")
+        if len(tensors[name].data) != plan.size(name):
+            raise EngineError(
+                f"{plan.name} takes {plan.size(name)} bytes for {name} {plan.inputs[name]}, "
+                f"{experts.path.name} has {len(tensors[name].data)}"
+            )
+    return {name: tensors[name].data for name in wanted}

@@ -1,0 +1,116 @@
+"""A TensorRT module: which of them fits an engine, what it says when it refuses, its plugins, its plans."""
+
+from __future__ import annotations
+
+import importlib
+import threading
+from collections import deque
+from typing import Any
+
+from moevlm.runtime.backends.tensorrt.plugin_library import checked_plugin_path
+from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.installation import install_command
+from moevlm.runtime.core.manifest import TensorRTFacts
+
+# By product.
+MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
+EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+PLUGINS = ("MoERouter", "MoEExperts")
+PLUGIN_VERSION = "1"
+
+_lock = threading.Lock()
+_loggers: dict[str, Any] = {}  # TensorRT keeps the first logger that a process gives it
+_plugins: dict[str, Any] = {}  # handles, by module: a library is registered once in a process
+
+
+def find_module(facts: TensorRTFacts) -> Any:
+    """The installed module that can run the engine. Raises EngineError, naming what there is."""
+    if facts.product not in MODULES:
+        raise EngineError(f"unsupported value product = {facts.product!r} (supported: {', '.join(MODULES)})")
+    installed = []
+    for name in MODULES[facts.product]:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError):  # of the libraries that it loads, too
+            continue
+        if _runs(name, module.__version__, facts):
+            return module
+        installed.append(f"{name} {module.__version__}")
+    hint = f"installed: {', '.join(installed)}" if installed else install_command(EXTRAS[facts.product])
+    raise EngineError(f"the engine needs {facts.product} {facts.version} ({hint})")
+
+
+def _runs(name: str, version: str, facts: TensorRTFacts) -> bool:
+    """A plan runs on the version that built it; a version-compatible one on the lean module of that version, too.
+
+    Later versions would hand it to that lean module, whose code our plans do not carry: none of theirs is ever run.
+    """
+    return version == facts.version and (facts.version_compatible or name != "tensorrt_lean")
+
+
+class Library:
+    """A module with its runtime object and this package's plugins. A device must be there, and its context current."""
+
+    def __init__(self, facts: TensorRTFacts) -> None:
+        """Raises EngineError if no module fits, or if the plugins do not load."""
+        self.module = find_module(facts)
+        self.is_rtx = facts.product == "tensorrt_rtx"
+        self._logger = _logger(self.module)
+        _load_plugins(self.module, self._logger)
+        # Code inside of plans stays switched off, as it is by default: engine_host_code_allowed.
+        self._runtime = self.module.Runtime(self._logger)
+
+    def deserialize(self, name: str, plan: bytes) -> Any:
+        """An ICudaEngine from the bytes of a plan whose hash was checked. Raises EngineError."""
+        self._logger.errors.clear()
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self.refused(f"load {name}")
+        return engine
+
+    def refused(self, what: str) -> EngineError:
+        """The error for a call that returned None or False, with what TensorRT said first."""
+        reason = next(iter(self._logger.errors), "it gave no reason")
+        return EngineError(f"{self.module.__name__} {self.module.__version__} could not {what}: {reason}")
+
+    def forget_errors(self) -> None:
+        self._logger.errors.clear()
+
+    def close(self) -> None:
+        self._runtime = None
+
+
+def _logger(module: Any) -> Any:
+    with _lock:
+        if module.__name__ not in _loggers:
+
+            class Logger(module.ILogger):
+                """Keeps the last errors; everything less is dropped."""
+
+                def __init__(self) -> None:
+                    module.ILogger.__init__(self)
+                    self.errors: deque[str] = deque(maxlen=16)
+
+                def log(self, severity: Any, msg: str) -> None:
+                    if severity in (module.ILogger.INTERNAL_ERROR, module.ILogger.ERROR):
+                        self.errors.append(" ".join(msg.split()))
+
+            _loggers[module.__name__] = Logger()
+        return _loggers[module.__name__]
+
+
+def _load_plugins(module: Any, logger: Any) -> None:
+    """Register the package's plugins, unless they are, as after a build in this process."""
+    with _lock:
+        registry = module.get_plugin_registry()
+        if module.__name__ in _plugins or all(
+            registry.get_creator(name, PLUGIN_VERSION, "") is not None for name in PLUGINS
+        ):
+            return
+        path = checked_plugin_path()
+        logger.errors.clear()
+        handle = registry.load_library(str(path))
+        if handle is None:
+            reason = next(iter(logger.errors), "it gave no reason")
+            raise EngineError(f"{module.__name__} could not load the plugins in {path}: {reason}")
+        _plugins[module.__name__] = handle

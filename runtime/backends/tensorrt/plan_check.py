@@ -1,0 +1,42 @@
+"""Whether the plans of a bundle are what its manifest says, as far as their first bytes tell; no GPU is needed."""
+
+from __future__ import annotations
+
+from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.errors import BundleError
+from moevlm.runtime.core.gpus import sms_text
+from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+
+
+def plan_problems(bundle: Bundle, engine: EngineFacts) -> list[str]:
+    """One line for each contradiction; none for an engine without plans."""
+    if engine.tensorrt is None:
+        return []
+    problems = []
+    for name in (engine.vision, engine.decoder):
+        try:
+            with bundle.open_file(name) as file:
+                problems += [f"{name} {problem}" for problem in _problems(file, engine.tensorrt)]
+        except BundleError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _problems(file: BundleFile, facts: TensorRTFacts) -> list[str]:
+    header = plan_header(file.read(HEADER_BYTES))
+    if header is None:
+        return [f"is no plan of TensorRT, manifest.json says {facts.product} {facts.version}"]
+    found: list[tuple[str, object, object]] = [("product", header.product, facts.product)]
+    if header.product == facts.product == "tensorrt_rtx":  # of others no more was observed
+        found += [
+            ("version", header.version, facts.version),
+            ("size", header.length, file.size),
+            ("GPUs", sms_text(header.sms), sms_text(facts.sms)),
+        ]
+    return [
+        f"says {what} {says}, {'the file has' if what == 'size' else 'manifest.json says'} {other}"
+        for what, says, other in found
+        if says != other
+    ]

@@ -1,0 +1,1 @@
+"""Reads a bundle: its manifest, the hashes of its files, mapped tensors."""

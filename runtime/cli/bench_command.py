@@ -1,0 +1,211 @@
+"""`moevlm bench`."""
+
+from functools import partial
+from pathlib import Path
+
+import click
+
+from moevlm.runtime.cli.command_line import SPINNING, THREADS, OutputFile, complete_target, require, require_apart
+from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.core.reports import BenchReport
+
+_SIZE = "Side of a square image, in pixels; 0 for none."
+
+
+@click.group()
+def bench() -> None:
+    """Measure a bundle on this machine."""
+
+
+@bench.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt-tokens",
+    metavar="N",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="Length of the random prompt, in tokens.",
+)
+@click.option(
+    "--new-tokens",
+    metavar="N",
+    type=click.IntRange(2),
+    default=64,
+    show_default=True,
+    help="Length of the answer, in tokens.",
+)
+@click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), default=448, show_default=True, help=_SIZE)
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    shell_complete=complete_target,
+    help="Which engines; repeatable.  [default: the one that run takes]",
+)
+@click.option(
+    "--repeats",
+    metavar="N",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Timed requests, after one that is not.",
+)
+@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
+@click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
+@click.option("--plot", type=OutputFile(), help="Write a roofline of the stages here, as PNG.")
+def latency(
+    bundle: Path,
+    prompt_tokens: int,
+    new_tokens: int,
+    image_size: int,
+    targets: tuple[str, ...],
+    repeats: int,
+    threads: int | None,
+    spinning: bool,
+    output: Path | None,
+    plot: Path | None,
+) -> None:
+    """Time one request, stage by stage: medians of several, beside the least that this machine would need."""
+    from moevlm.runtime.backends.selection import select
+    from moevlm.runtime.bundle.reader import Bundle
+    from moevlm.runtime.cli.background import Background
+    from moevlm.runtime.cli.console import console, progress_bar, publish
+    from moevlm.runtime.core.reports import to_json
+    from moevlm.runtime.loading import load_images, load_runtime, require_cores
+    from moevlm.runtime.perf.latency import measure, random_prompt
+    from moevlm.runtime.perf.machine import measure_gpu, measure_machine
+
+    require_apart([output, plot], [bundle])
+    if plot is not None:
+        require("matplotlib", "plot")
+    opened = Bundle.open(bundle)
+    model, images = opened.manifest.model, load_images(opened)
+    engines = [select(opened, target) for target in targets or (None,)]
+    require_cores(threads)
+    context = min([model.context, *(engine.tensorrt.capacity for _, engine in engines if engine.tensorrt is not None)])
+    _require_context(prompt_tokens, new_tokens, context)  # before they are made
+    prompt = random_prompt(model, images, prompt_tokens, image_size)
+    _require_context(len(prompt.ids), new_tokens, context)
+    on_gpu = [name for name, engine in engines if engine.tensorrt is not None]
+    notes: list[str] = []
+    machine = gpu = None
+    with progress_bar() as progress:
+        if len(on_gpu) < len(engines):
+            progress("measuring this machine", 0, 0)
+            try:
+                machine = measure_machine(threads)
+            except EngineError as error:
+                if plot is not None:
+                    raise
+                notes.append(f"note: no limits beside the times: {error}")
+        if on_gpu:
+            progress("measuring this GPU", 0, 0)
+            try:
+                gpu = measure_gpu()
+            except EngineError as error:
+                notes.append(f"note: no limits beside the times of {', '.join(on_gpu)}: {error}")
+        with Background() as background:
+            results = [
+                background.call(
+                    partial(
+                        measure,
+                        name,
+                        engine,
+                        partial(load_runtime, bundle, name, threads, spinning),
+                        prompt,
+                        new_tokens,
+                        repeats,
+                        gpu if name in on_gpu else machine,
+                        None if name in on_gpu else threads,
+                        partial(progress, f"measuring {name}"),
+                    )
+                )
+                for name, engine in engines
+            ]
+    refused = [result for result in results if result.graphs and result.graphs.startswith("refused")]
+    notes += [f"note: {result.target} queues every step anew: recording was {result.graphs}" for result in refused]
+    for note in notes:
+        console(stderr=True).print(note)
+    report = BenchReport(
+        bundle=str(bundle),
+        prompt_tokens=len(prompt.ids),
+        image_tokens=prompt.image_tokens,
+        image_size=image_size,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        results=results,
+        machine=machine,
+        gpu=gpu,
+    )
+    if plot is not None:
+        from moevlm.runtime.perf.roofline import plot as plot_roofline
+
+        plot_roofline(report, plot)
+    publish(_table(report), to_json(report), output)
+
+
+def _require_context(prompt: int, new: int, context: int) -> None:
+    if prompt + new > context:
+        raise RequestError(f"{prompt} prompt tokens and {new} new ones are more than the context of {context}")
+
+
+def _table(report: BenchReport) -> str:
+    from moevlm.runtime.cli.console import table
+
+    rows = [
+        (
+            r.target,
+            f"{r.vision.median * 1e3:.2f}" if r.vision else "-",
+            f"{r.prefill.median * 1e3:.2f}",
+            f"{r.prefill_tokens_per_second:.0f}",
+            f"{r.first_token.median * 1e3:.2f}",
+            f"{r.decode_token.median * 1e3:.2f}",
+            f"{r.decode_tokens_per_second:.0f}",
+            f"{r.load_seconds:.2f} s",
+        )
+        for r in report.results
+    ]
+    prompt = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
+    title = f"{prompt}; {report.new_tokens} new; ms, medians of {report.repeats}"
+    text = table(title, ("target", "image", "prompt", "tok/s", "first", "token", "tok/s", "load"), rows)
+    return text + _limits_table(report)
+
+
+def _limits_table(report: BenchReport) -> str:
+    """How near each stage came to what this machine can do."""
+    from moevlm.runtime.cli.console import table
+
+    rows = []
+    for result in report.results:
+        stages = {
+            "image": (result.vision_limit, result.vision),
+            "prompt": (result.prefill_limit, result.prefill),
+            "token": (result.decode_limit, result.decode_token),
+        }
+        for stage, (found, seconds) in stages.items():
+            if found is not None and seconds is not None:
+                rows.append(
+                    (
+                        f"{result.target} {stage}",
+                        f"{found.bytes / 1e6:.1f}",
+                        f"{found.flops / 1e9:.2f}",
+                        f"{found.bytes / seconds.median / 1e9:.1f}",
+                        f"{found.flops / seconds.median / 1e9:.0f}",
+                        f"{found.seconds * 1e3:.2f}",
+                        f"{found.fraction:.0%}",
+                        found.bound,
+                    )
+                )
+    limits = []
+    if (machine := report.machine) is not None:
+        limits += [
+            f"this machine, {machine.threads} threads: {machine.read / 1e9:.1f} GB/s from memory",
+            f"{2 * machine.int8 / 1e9:.0f} GOP/s in bytes, {2 * machine.float32 / 1e9:.0f} GFLOP/s in float32",
+        ]
+    if (gpu := report.gpu) is not None:
+        limits.append(f"{gpu.name}: {gpu.copied / 1e9:.1f} GB/s copying its memory, matrix peak not measured")
+    title = "; ".join(limits)
+    heads = ("stage", "MB", "GFLOP", "GB/s", "GFLOP/s", "least ms", "of limit", "bound by")
+    return "\n\n" + table(title, heads, rows) if rows else ""

@@ -1,0 +1,208 @@
+"""`moevlm run`."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moevlm.runtime.cli.command_line import SPINNING, THREADS, InputFile, complete_target
+from moevlm.runtime.core import defaults
+
+if TYPE_CHECKING:
+    from moevlm.runtime.cli.answer_printer import AnswerPrinter
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prompt", help="The user's text; - reads it from standard input.")
+@click.option(
+    "--image",
+    "images",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="An image of the message; repeatable.",
+)
+@click.option("--system", help="A system message.")
+@click.option("--messages", metavar="FILE", type=InputFile(), help="A conversation as JSON: [{role, content}, ...].")
+@click.option(
+    "--target",
+    shell_complete=complete_target,
+    help="Which engine of the bundle.  [default: for the GPU, else cpu; int8 before others]",
+)
+@click.option(
+    "--max-new-tokens",
+    metavar="N",
+    type=int,
+    default=defaults.MAX_NEW_TOKENS,
+    show_default=True,
+    help="The most tokens of the answer.",
+)
+@click.option("--temperature", metavar="X", type=float, help="0 is greedy.  [default: the model's, else 0]")
+@click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
+@click.option("--top-p", metavar="X", type=float, help="Sample among the likeliest that hold this share.")
+@click.option("--min-p", metavar="X", type=float, help="Drop tokens below this share of the likeliest.")
+@click.option("--repetition-penalty", metavar="X", type=float, help="Above 1: tokens that occurred are less likely.")
+@click.option("--seed", metavar="N", type=int, help="The same seed gives the same text.")
+@click.option("--stop", multiple=True, help="Text that ends the answer, left out; repeatable.")
+@click.option(
+    "--skip-special-tokens/--no-skip-special-tokens",
+    default=True,
+    show_default=True,
+    help="Leave markers, such as those of thoughts, out of the text.",
+)
+@click.option(
+    "--template-option",
+    "template_options",
+    metavar="NAME=VALUE",
+    multiple=True,
+    help="A variable of the chat template, such as enable_thinking=false; repeatable.",
+)
+@click.option("--logprobs", metavar="N", type=int, help="With --json: report so many alternatives for each token.")
+@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
+@click.option(
+    "--chunk-tokens",
+    metavar="N",
+    type=int,
+    default=defaults.CHUNK_TOKENS,
+    show_default=True,
+    help="Prompt tokens in one step.",
+)
+@click.option(
+    "--max-image-megapixels",
+    metavar="X",
+    type=float,
+    default=defaults.MAX_IMAGE_PIXELS / 1e6,
+    show_default=True,
+    help="Larger images are refused.",
+)
+@click.option(
+    "--max-image-tokens",
+    metavar="N",
+    type=int,
+    help="Larger images are made smaller.  [default: the checkpoint's own limit]",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Also show the engine, the tokens, and tokens per second.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
+def run(
+    bundle: Path,
+    prompt: str | None,
+    images: tuple[Path, ...],
+    system: str | None,
+    messages: Any,
+    template_options: tuple[str, ...],
+    target: str | None,
+    threads: int | None,
+    spinning: bool,
+    chunk_tokens: int,
+    max_image_megapixels: float,
+    max_image_tokens: int | None,
+    verbose: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt, the text streaming as it is made. Without one, on a terminal, hold a conversation."""
+    from moevlm.runtime.backends.selection import select
+    from moevlm.runtime.bundle.reader import Bundle
+    from moevlm.runtime.cli.answer_printer import AnswerPrinter
+    from moevlm.runtime.cli.background import Background
+    from moevlm.runtime.cli.console import notice, print_json
+    from moevlm.runtime.cli.run_options import conversation_of, template_options_of
+    from moevlm.runtime.loading import load_runtime
+    from moevlm.runtime.request.generation_file import bundle_sampling
+    from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
+
+    if sampling["logprobs"] is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json: streamed text has no place for them")
+    if verbose and as_json:
+        raise click.UsageError("--verbose is for streamed text: --json has these numbers")
+    at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
+    chatting = prompt is None and messages is None and not as_json and at_a_terminal
+    if max_image_tokens is not None and not images and messages is None and not chatting:
+        raise click.UsageError("--max-image-tokens needs an image: --image FILE")
+    pixels = _pixels(max_image_megapixels)
+    SamplingParams(**sampling | {"temperature": sampling["temperature"] or 1})  # before anything is opened
+    options = template_options_of(template_options)
+    conversation = [] if chatting else conversation_of(prompt, images, system, messages)
+    opened = Bundle.open(bundle)
+    released = bundle_sampling(opened)
+    if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
+        for name in (*NARROWING, "seed"):
+            if sampling[name] is not None:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
+    params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
+    name, _ = select(opened, target)
+    with Background() as background:
+        with notice() as show:
+            load = partial(
+                load_runtime,
+                bundle,
+                name,
+                threads,
+                spinning,
+                chunk_tokens,
+                pixels,
+                lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
+            )
+            runtime = background.call(load)
+        with runtime:
+            answer = AnswerPrinter(
+                background, runtime, params, options, max_image_tokens, silent=as_json, verbose=verbose
+            )
+            if chatting:
+                _chat(answer, system, images, name)
+            else:
+                pieces = answer(conversation)
+    if as_json:
+        print_json(_run_report(name, pieces, params.logprobs is not None))
+
+
+def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], target: str) -> None:
+    """A conversation in the terminal, until Ctrl-D or /exit."""
+    from contextlib import suppress
+
+    from moevlm.runtime.cli.terminal_chat import TerminalChat
+    from moevlm.runtime.core.printable import printable
+
+    def say(line: str) -> None:
+        click.echo(printable(line), err=True)
+
+    with suppress(ImportError):  # not everywhere: lines are then typed without history
+        import readline  # noqa: F401
+
+    say(f"{target}; /help lists the commands, Ctrl-D leaves")
+    chat = TerminalChat(lambda messages: "".join(piece.text for piece in answer(messages)), say, system)
+    for image in images:
+        chat.add_image(image)
+    chat.run(partial(input, ">>> "))
+    say("")
+
+
+def _pixels(megapixels: float) -> int:
+    if not 0 < megapixels <= 10_000:  # NaN fails, too
+        raise click.BadParameter(f"{megapixels} (allowed: above 0, up to 10000)", param_hint="--max-image-megapixels")
+    return max(1, int(megapixels * 1e6))
+
+
+def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:
+    from moevlm.runtime.core.reports import RunReport, TokenReport, to_json
+
+    usage = pieces[-1].usage
+    sampled = [token for piece in pieces for token in piece.sampled]
+    return to_json(
+        RunReport(
+            target=target,
+            text="".join(piece.text for piece in pieces),
+            token_ids=[token.token_id for token in sampled],
+            finish_reason=pieces[-1].finish_reason,
+            logprobs=[TokenReport(id=t.token_id, logprob=t.logprob, top=list(t.top)) for t in sampled]
+            if logprobs
+            else None,
+            **vars(usage),
+        )
+    )

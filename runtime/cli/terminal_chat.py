@@ -1,0 +1,84 @@
+"""A conversation in the terminal: a line is a message, and a line that begins with / is a command."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moevlm.runtime.core.errors import RequestError, shown
+
+HELP = """\
+/image FILE   add an image to the next message; several are allowed
+/clear        forget the conversation and the images not yet sent
+/help         show this
+/exit         leave, as Ctrl-D does; Ctrl-C stops an answer"""
+
+Message = dict[str, Any]
+
+
+class TerminalChat:
+    """The messages so far, and what a typed line does to them."""
+
+    def __init__(
+        self, answer: Callable[[list[Message]], str], say: Callable[[str], None], system: str | None = None
+    ) -> None:
+        """answer: prints the reply to a conversation while it is made, and returns it. say: prints a line."""
+        self._answer, self._say = answer, say
+        self._first: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._first)
+        self._images: list[Path] = []
+
+    def add_image(self, path: Path) -> None:
+        """To the next message. Raises RequestError for what is no file."""
+        if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
+            raise RequestError(f"image {shown(str(path))} does not exist or is no file")
+        self._images.append(path)
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Until `read` raises EOFError, or /exit. A mistake is said, and the conversation goes on."""
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._say("\n(Ctrl-D or /exit leaves)")
+                continue
+            if line == "/exit":
+                return
+            try:
+                self._take(line)
+            except RequestError as error:
+                self._say(f"error: {error}")
+
+    def _take(self, line: str) -> None:
+        command, _, rest = line.partition(" ")
+        match command:
+            case "":
+                pass
+            case "/image":
+                self.add_image(Path(os.path.expanduser(rest.strip())))  # noqa: PTH111 - Path.expanduser raises
+                self._say(f"{len(self._images)} image{'s' * (len(self._images) > 1)} for the next message")
+            case "/clear":
+                self._messages, self._images = list(self._first), []
+                self._say("the conversation begins anew")
+            case "/help":
+                self._say(HELP)
+            case _ if command.startswith("/") and "/" not in command[1:]:
+                raise RequestError(f"unknown command {command} (/help lists them)")
+            case _:
+                self._send(line)
+
+    def _send(self, text: str) -> None:
+        """A message that is refused, or whose answer is interrupted, is not part of the conversation."""
+        content = [*({"type": "image", "image": path} for path in self._images), {"type": "text", "text": text}]
+        messages = [*self._messages, {"role": "user", "content": content if self._images else text}]
+        try:
+            reply = self._answer(messages)
+        except KeyboardInterrupt:
+            self._say("\n(stopped; the message and what there was of the answer are forgotten)")
+            return
+        self._messages = [*messages, {"role": "assistant", "content": reply}]
+        self._images = []

@@ -1,0 +1,1 @@
+"""What an engine is, and the loop that generates with one."""

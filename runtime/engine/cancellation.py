@@ -1,0 +1,41 @@
+"""Stops one request from any thread: between steps, and inside a step where the engine can be interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from moevlm.runtime.core.errors import Cancelled
+
+
+class Cancellation:
+    """Belongs to one request. It has no lock, so that a signal handler may cancel, too."""
+
+    def __init__(self) -> None:
+        self._cancelled = False
+        self._stops: list[Callable[[], None]] = []
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    def cancel(self) -> None:
+        """Return at once; the work ends at its next check. Once more does nothing."""
+        self._cancelled = True
+        for stop in tuple(self._stops):
+            stop()
+
+    def check(self) -> None:
+        """Raises Cancelled after `cancel`."""
+        if self._cancelled:
+            raise Cancelled("the request was cancelled")
+
+    @contextmanager
+    def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
+        """Call `stop` if the request is cancelled while the block runs. Raises Cancelled if it was before."""
+        self._stops.append(stop)
+        try:
+            self.check()  # after the line above: whoever cancels in between finds `stop`
+            yield
+        finally:
+            self._stops.remove(stop)

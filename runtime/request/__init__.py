@@ -1,0 +1,1 @@
+"""From messages to a step's numbers, and from numbers to text."""

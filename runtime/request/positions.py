@@ -1,0 +1,113 @@
+"""Where each token of a prompt stands on the (time, height, width) axes, and the decoder's rotary tables from it."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.manifest import ModelFacts, RopeFacts
+
+# Tokens per step of the table computation: the angles of one step stay in the L2 cache.
+_CHUNK = 4096
+
+
+def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
+    """theta ** -(2i / dim) for i < dim / 2 (RoFormer, section 3.2.2), [ceil(dim / 2)] float32.
+
+    Exponent, power and reciprocal are each rounded to float32, like PyTorch's: an angle is position * frequency, so
+    one more digit here would move far positions away from what the model was trained with. The power itself is
+    correctly rounded, which PyTorch's is for all but a few frequencies (there it is one unit in the last place off).
+    """
+    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
+    power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
+    return np.float32(1) / power
+
+
+def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: ModelFacts) -> tuple[np.ndarray, int]:
+    """Place a prompt's tokens on the three axes of multimodal rope (Qwen2-VL, section 2.1).
+
+    Text advances all axes by one per token. An image's tokens, row by row after the merge, share the start position
+    and add (0, row, column) to it; what follows the image starts max(rows, columns) later.
+
+    ids: [S] integer, the prompt with one image token per merged patch. grids: (h, w) in patches for each image.
+    Returns (positions [3, S] int64, the position of the token after the prompt).
+    Raises RequestError unless the image tokens of `ids` are exactly those of `grids`, each image's in one piece.
+    """
+    merge = model.vision.merge_size
+    shapes = [(h // merge, w // merge) for h, w in grids]
+    ends = np.cumsum([rows * columns for rows, columns in shapes], dtype=np.int64)
+    image_at = np.flatnonzero(np.asarray(ids) == model.image_token_id)
+    wanted = int(ends[-1]) if shapes else 0
+    if len(image_at) != wanted:
+        raise RequestError(
+            f"the prompt has {len(image_at)} image tokens (id {model.image_token_id}), its {len(shapes)} images need "
+            f"{wanted}"
+        )
+    advance = np.ones(len(ids), np.int64)
+    advance[image_at] = 0
+    first = image_at[ends - [rows * columns for rows, columns in shapes]] if shapes else image_at
+    advance[first] = [max(shape) for shape in shapes]
+    end = np.cumsum(advance)
+    positions = np.repeat((end - advance)[None], 3, axis=0)
+    for number, (begin, (rows, columns)) in enumerate(zip(first.tolist(), shapes, strict=True)):
+        stop = begin + rows * columns
+        if image_at[ends[number] - 1] != stop - 1:
+            raise RequestError(f"the prompt's tokens of image {number + 1} are not in one piece")
+        start = positions[0, begin]
+        positions[0, begin:stop] = start
+        positions[1, begin:stop] = start + np.repeat(np.arange(rows), columns)
+        positions[2, begin:stop] = start + np.tile(np.arange(columns), rows)
+    return positions, int(end[-1]) if len(end) else 0
+
+
+def rope_tables(positions: np.ndarray, rope: RopeFacts) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine for each token and frequency, every frequency turned by the position on its own axis.
+
+    positions: [3, ...] integer, any shape behind the axes. Returns (cos, sin), each [..., rope.dim / 2] float32.
+    Raises BundleError if the sections do not cover the frequencies.
+    """
+    spread = _spread(rope)
+    tokens = positions.reshape(3, -1).T.astype(np.float32)
+    cos = np.empty((len(tokens), spread.shape[1]), np.float32)
+    sin = np.empty_like(cos)
+    for begin in range(0, len(tokens), _CHUNK):
+        piece = slice(begin, begin + _CHUNK)
+        angle = tokens[piece] @ spread
+        np.cos(angle, out=cos[piece])
+        np.sin(angle, out=sin[piece])
+    shape = (*positions.shape[1:], spread.shape[1])
+    return cos.reshape(shape), sin.reshape(shape)
+
+
+@lru_cache(maxsize=16)  # decoding asks for it at every token
+def _spread(rope: RopeFacts) -> np.ndarray:
+    """[3, dim / 2] float32: one column per frequency with a single non-zero row, its axis.
+
+    The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
+    """
+    frequencies = inverse_frequencies(rope.dim, rope.theta)
+    spread = np.zeros((3, len(frequencies)), np.float32)
+    spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
+    spread.setflags(write=False)
+    return spread
+
+
+def _frequency_axis(rope: RopeFacts) -> np.ndarray:
+    """[dim / 2] int64: 0 time, 1 height, 2 width.
+
+    Interleaved, height and width take every third frequency up to 3 * their section, and time the rest; sections that
+    are longer than the table are cut off there, as in Qwen3-VL.
+    """
+    count = (rope.dim + 1) // 2
+    if rope.interleaved:
+        axis = np.zeros(count, np.int64)
+        for number in (1, 2):
+            axis[number : 3 * rope.sections[number] : 3] = number
+        return axis
+    if sum(rope.sections) != count:
+        raise BundleError(
+            f"unsupported value in manifest.json: model.rope.sections = {list(rope.sections)} "
+            f"(supported: three numbers that add up to dim / 2 = {count})"
+        )
+    return np.repeat(np.arange(3), rope.sections)

@@ -1,0 +1,71 @@
+"""com.microsoft::MultiHeadAttention, image by image, in the place of moevlm::SegmentAttention, in ONNX Runtime."""
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from moevlm.export.backends.ort.passes.lower_segment_attention import LowerSegmentAttention
+from moevlm.export.graph.functions import ONNX_OPSET, add_functions
+from moevlm.export.parity.measures import relative_error
+from moevlm.export.passes.base import run
+from moevlm.plugins.ops.spec import DOMAIN
+
+HEADS, HEAD_DIM = 4, 16
+# float32 on both sides, sums in another order.
+TOLERANCE = 2e-6
+
+
+def graph() -> ir.Model:
+    widths = dict.fromkeys("qkv", HEADS * HEAD_DIM) | dict.fromkeys(("cos", "sin"), HEAD_DIM // 2)
+    values = [
+        ir.Value(name=name, shape=ir.Shape(["patches", width]), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, width in widths.items()
+    ]
+    values.append(ir.Value(name="segment_id", shape=ir.Shape(["patches"]), type=ir.TensorType(ir.DataType.INT64)))
+    node = ir.node("SegmentAttention", values, attributes={"heads": HEADS}, domain=DOMAIN)
+    node.outputs[0].name = "y"
+    node.outputs[0].type, node.outputs[0].shape = values[0].type, values[0].shape
+    model = ir.Model(
+        ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": ONNX_OPSET, DOMAIN: 1}), ir_version=11
+    )
+    add_functions(model)
+    return model
+
+
+def feeds(sizes: list[int], seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    patches = sum(sizes)
+    angle = rng.uniform(0, 6, (patches, HEAD_DIM // 2))
+    arrays = {name: rng.standard_normal((patches, HEADS * HEAD_DIM), np.float32) for name in "qkv"}
+    arrays |= {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+    return arrays | {"segment_id": np.repeat(np.arange(len(sizes)), sizes)}
+
+
+def outputs_of(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    data = ir.serde.serialize_model(model).SerializeToString()
+    return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def lowered() -> ir.Model:
+    model = graph()
+    assert run([LowerSegmentAttention()], model) == {"LowerSegmentAttention": 1}
+    return model
+
+
+@pytest.mark.parametrize("sizes", [[4], [4, 4], [16, 4, 40], [200, 1, 3], [1]], ids=str)
+def test_images_of_any_sizes_agree_with_the_masked_form(sizes):
+    inputs = feeds(sizes, seed=sum(sizes))
+    assert relative_error(outputs_of(lowered(), inputs), outputs_of(graph(), inputs)) <= TOLERANCE
+
+
+def test_an_image_sees_nothing_of_its_neighbours():
+    inputs = feeds([12, 20, 8], seed=3)
+    together = outputs_of(lowered(), inputs)
+    alone = outputs_of(lowered(), {name: array[12:32] for name, array in inputs.items()})
+    assert relative_error(together[12:32], alone) <= TOLERANCE
+
+
+def test_a_graph_without_images_is_left_as_it_is():
+    model = lowered()
+    assert run([LowerSegmentAttention()], model) == {"LowerSegmentAttention": 0}

@@ -1,0 +1,212 @@
+"""The graphs that TensorRT is given, held to the canonical ones."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
+from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
+from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
+from moevlm.export.backends.tensorrt.passes.typed import Typed
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.graph.functions import EXPERTS, add_functions, is_op
+from moevlm.export.model import CanonicalModel
+from moevlm.export.passes.base import run
+from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.plugins.ops.variants import BLOCKS, MODELS
+from moevlm.runtime.core.errors import BuildError
+from tests.support.moe_cases import Case
+from tests.support.plan_graphs import (
+    canonical_outputs,
+    error,
+    evaluate,
+    in_question,
+    named,
+    random_feeds,
+    usual_error,
+    with_stored_experts,
+)
+from tests.support.tiny import TinyCheckpoint
+
+CAPACITY = 16
+DECODER = {"batch": 2, "sequence": 3, "visual": 5, "logits": 4, "capacity": CAPACITY}
+MANY = DECODER | {"batch": 4, "sequence": 6, "logits": 24}  # rows enough for a median
+VISION = {"patches": 24}
+# Activations are rounded after every operator: 2**-9 and 2**-12 of a value, and a few dozen of them add up.
+TOLERANCE = {"bfloat16": 0.03, "float16": 0.004}
+# Random weights are the hardest to quantize: 4 bits leave 8 % of a weight's size as error.
+WEIGHTS = {"": 0.0, "int8": 0.006, "fp8": 0.04, "int4": 0.1}
+FLOAT16 = (Typed("float16"), StaticCache(CAPACITY), ScatterAttention())
+FAMILIES = ("qwen3_vl_moe", "glm4v_moe")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ir.Model]:
+    path: Path = TinyCheckpoint(model_type=request.param).save(tmp_path_factory.mktemp("checkpoint"))
+    with Checkpoint.open(path) as source:
+        made = CanonicalModel.of(source).graphs
+        for graph in made.values():
+            add_functions(graph)
+        yield made
+
+
+def lowered(graph: ir.Model, *passes: object) -> ir.Model:
+    model = graph.clone()
+    run(passes, model)  # type: ignore[arg-type]
+    assert not model.functions
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(
+    graphs: dict[str, ir.Model], dtype: str, weights: str
+) -> None:
+    canonical = graphs["decoder"]
+    model = lowered(
+        canonical, Typed(dtype), StaticCache(CAPACITY), ScatterAttention(), PluginMoE(dtype, weights, 32, named)
+    )
+    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    stored = with_stored_experts(canonical, model)
+    want, got = canonical_outputs(stored, feeds), evaluate(model, feeds)
+    assert got.keys() == want.keys()
+    for name in want:
+        ours, theirs = (in_question(name, outputs[name], feeds) for outputs in (got, want))
+        assert usual_error(ours, theirs) < TOLERANCE[dtype], name
+    for node in stored.graph:
+        for value in node.inputs[3:] if is_op(node, EXPERTS) else ():
+            rounded, exact = (graph.graph.initializers[value.name].const_value.numpy() for graph in (stored, canonical))
+            assert error(rounded, exact) < TOLERANCE[dtype] + WEIGHTS[weights], value.name
+    caches = {v.dtype for v in (*model.graph.inputs, *model.graph.outputs) if "_cache" in str(v.name)}
+    assert caches == {ir.DataType[dtype.upper()]}
+
+
+def test_decoder_with_float32_everywhere_is_the_canonical_one(graphs: dict[str, ir.Model]) -> None:
+    canonical = graphs["decoder"]
+    model = lowered(canonical, StaticCache(CAPACITY), ScatterAttention(), PluginMoE("float32", "", 32, named))
+    for sizes in (DECODER, DECODER | {"batch": 3, "sequence": 1, "logits": 3}):
+        feeds = random_feeds(canonical, sizes, np.random.default_rng())
+        want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
+        for name in want:
+            assert error(got[name], want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_vision_equals_the_canonical_one(graphs: dict[str, ir.Model], dtype: str) -> None:
+    canonical = graphs["vision"]
+    typed = () if dtype == "float32" else (Typed(dtype),)
+    model = lowered(canonical, *typed, SegmentMaskAttention())
+    feeds = random_feeds(canonical, VISION, np.random.default_rng())
+    want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert error(got[name], want[name]) < TOLERANCE.get(dtype, 1e-5), name
+
+
+def test_what_later_tokens_left_in_the_cache_is_not_seen(graphs: dict[str, ir.Model]) -> None:
+    model = lowered(graphs["decoder"], *FLOAT16, PluginMoE("float16", "", 32, named))
+    feeds = random_feeds(graphs["decoder"], DECODER, np.random.default_rng())
+    feeds["cache_position"] = np.array([4, 1])
+    want = evaluate(model, feeds)["logits"]
+    for name in feeds:
+        if "_cache." in name:
+            feeds[name][0, :, 7:], feeds[name][1, :, 4:] = 99.0, -99.0
+    np.testing.assert_array_equal(evaluate(model, feeds)["logits"], want)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_only_what_decides_the_routing_stays_float32(graphs: dict[str, ir.Model], exact: bool) -> None:
+    canonical, moe = graphs["decoder"], PluginMoE("float16", "", 32, named)
+    model = lowered(canonical, Typed("float16", exact), StaticCache(CAPACITY), ScatterAttention(), moe)
+    wide = [v for v in model.graph.initializers.values() if v.dtype is ir.DataType.FLOAT and len(v.shape or ())]
+    assert {user.op_type for value in wide for user in value.consumers()} <= {"Gemm", "MoERouter"}
+    for node in model.graph:
+        if node.op_type == "Gemm":
+            routes = any(user.op_type == "MoERouter" for user in node.outputs[0].consumers())
+            assert (node.inputs[1].dtype is ir.DataType.FLOAT) == (routes and exact)  # type: ignore[union-attr]
+    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    got, want = evaluate(model, feeds)["logits"], canonical_outputs(canonical, feeds)["logits"]
+    assert usual_error(got, want) < TOLERANCE["float16"]
+
+
+def test_weights_beyond_float16_are_named(graphs: dict[str, ir.Model]) -> None:
+    model = graphs["vision"].clone()
+    value = next(v for v in model.graph.initializers.values() if v.name == "patch_embedding.weight")
+    value.const_value = ir.tensor(np.full(value.shape.numpy(), 1e5, np.float32))  # type: ignore[union-attr]
+    Typed("float16").apply(model)
+    with pytest.raises(BuildError, match=r"patch_embedding.weight.*: float16 has no numbers beyond 65504"):
+        model.graph.initializers["patch_embedding.weight.float16"].const_value.numpy()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("weights", ["", "int4"])
+def test_plugins_compute_every_router(name: str, weights: str) -> None:
+    _check_block(Case(MODELS[name], router_bias=name.startswith(("glm", "deepseek_v3")), hidden=20, inner=12), weights)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("weights", ["", "fp8"])
+def test_plugins_compute_every_kind_of_experts(name: str, weights: str) -> None:
+    _check_block(Case(MODELS["qwen3_vl_moe"], BLOCKS[name], expert_biases=True, hidden=20, inner=12), weights)
+
+
+def with_sizes(case: Case) -> ir.Model:
+    """The block as a traced model has it: only the number of tokens is open."""
+    model = case.model()
+    sizes = {"E": case.experts, "H": case.hidden, "k": case.router.top_k}
+    for value in (*model.graph.inputs, *(value for node in model.graph for value in node.outputs)):
+        assert value.shape is not None
+        value.shape = ir.Shape([sizes.get(str(size.value), "T") for size in value.shape])
+    return model
+
+
+def _check_block(case: Case, weights: str) -> None:
+    """The weights lie outside of the graph, and are all that it gets beside its inputs."""
+    model = lowered(with_sizes(case), PluginMoE("float32", weights, 32, named))
+    assert {node.domain for node in model.graph} == {DOMAIN}
+    assert all(value.shape.is_static() for value in model.graph.inputs[2:])  # type: ignore[union-attr]
+    assert [v.name for v in model.graph.inputs[2:]] == [*expert_weights(model)]
+    for tokens in (1, 7):
+        inputs = case.inputs(tokens)
+        assert error(evaluate(model, inputs)["y"], case.want(inputs)) < 1e-6 + 2 * WEIGHTS[weights]
+
+
+def test_native_moe_equals_the_canonical_one(graphs: dict[str, ir.Model]) -> None:
+    canonical = graphs["decoder"]
+    model = lowered(canonical, *FLOAT16, NativeMoE(), PluginMoE("float16", "", 32, named))
+    assert not expert_weights(model)
+    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
+    for name in want:
+        ours, theirs = (in_question(name, outputs[name], feeds) for outputs in (got, want))
+        assert usual_error(ours, theirs) < TOLERANCE["float16"], name
+
+
+def test_native_moe_with_biases() -> None:
+    case = Case(MODELS["qwen3_vl_moe"], expert_biases=True)
+    model = lowered(with_sizes(case), NativeMoE(), PluginMoE("float32", "", 32, named))
+    inputs = case.inputs(5)
+    assert error(evaluate(model, inputs)["y"], case.want(inputs)) < 1e-6
+
+
+def test_native_moe_refuses_what_it_does_not_compute() -> None:
+    case = Case(MODELS["qwen3_vl_moe"], ExpertsSpec("gelu_tanh"))
+    with pytest.raises(BuildError, match=r"layers.0.moe: activation = gelu_tanh, .*\(allowed: silu, gated"):
+        NativeMoE().apply(case.model())
+
+
+def test_ops_are_those_of_the_nodes(graphs: dict[str, ir.Model]) -> None:
+    ops: list[object] = []
+
+    def program(op: object) -> bytes:
+        ops.append(op)
+        return b"x"
+
+    typed, moe = Typed("bfloat16"), PluginMoE("bfloat16", "int4", 128, program)
+    lowered(graphs["decoder"], typed, moe, StaticCache(8), ScatterAttention())
+    experts = [op for op in ops if isinstance(op, ExpertsOp)]
+    assert set(experts) == {ExpertsOp(ExpertsSpec(), 8, 2, 32, 24, "bfloat16", "int4", 128)}

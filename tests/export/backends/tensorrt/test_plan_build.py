@@ -1,0 +1,238 @@
+"""Real TensorRT-RTX plans, built here without a GPU, with the package's own plugins and kernels."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from moevlm.export.backends.tensorrt import names, target, worker
+from moevlm.export.backends.tensorrt.onnx_file import write_onnx
+from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt.passes import scatter_attention
+from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE
+from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
+from moevlm.export.build import add_targets, build
+from moevlm.export.checkpoint.safetensors_file import read_header
+from moevlm.export.passes.base import run
+from moevlm.plugins.gpu import compiler
+from moevlm.plugins.gpu.compiler import compile_program
+from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.plugins.ops.variants import MODELS
+from moevlm.runtime.backends.libraries import plugin_path
+from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, plan_header
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.console import bytes_text
+from moevlm.runtime.core.errors import BuildError, BundleError
+from tests.export.backends.tensorrt.test_passes import with_sizes
+from tests.support.bundles import copy_bundle, rehash
+from tests.support.command_line import assert_refused, call
+from tests.support.fake_tensorrt import FakeTensorRT
+from tests.support.moe_cases import Case
+from tests.support.tiny import edit_tensors
+
+DEMO = Path(__file__).parents[4] / "demo" / "checkpoint"
+NAME = "rtx:sm86,sm89:bf16"
+KERNELS = "engines/rtx-sm86-sm89-bf16/kernels.json"
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("plans") / "tiny.moevlm", ["rtx:sm89,sm86"])
+
+
+def header(bundle: Bundle, name: str) -> PlanHeader:
+    data = bundle.path(name).read_bytes()
+    found = plan_header(data[:HEADER_BYTES])
+    assert found is not None
+    assert found.length == len(data) == bundle.manifest.files[name].size
+    return found
+
+
+def test_one_plan_is_for_all_gpus_asked_for(bundle: Bundle) -> None:
+    assert [*bundle.manifest.engines] == [NAME]
+    engine = bundle.manifest.engines[NAME]
+    assert engine.tensorrt is not None
+    for plan in (engine.vision, engine.decoder):
+        found = header(bundle, plan)
+        assert (found.product, found.sms) == ("tensorrt_rtx", (86, 89))
+        assert found.version == engine.tensorrt.version
+    assert (engine.dtype, engine.kv_cache, engine.tensorrt.sms) == ("bfloat16", "bfloat16", (86, 89))
+    assert (engine.tensorrt.capacity, engine.tensorrt.max_batch) == (bundle.manifest.model.context, 8)
+
+
+def test_experts_lie_beside_the_plans_and_belong_to_the_engine(bundle: Bundle) -> None:
+    engine = bundle.manifest.engines[NAME]
+    assert engine.tensorrt is not None
+    experts = engine.tensorrt.experts
+    assert experts == "experts/bf16.safetensors"
+    assert set(bundle.engine_files(NAME)) == {engine.vision, engine.decoder, experts, KERNELS}
+    tensors = read_header(bundle.path(experts))
+    assert {name: stored.shape for name, stored in tensors.items()} == {
+        f"layers.{i}.feed_forward.{name}": shape
+        for i in range(2)
+        for name, shape in (("gate_up", (8, 48, 32)), ("down", (8, 32, 24)))
+    }
+    bundle.verify()
+
+
+def test_kernels_are_listed_with_what_they_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler, "_Worker", None)  # nothing is compiled again
+    ops = json.loads(bundle.read_bytes(KERNELS))
+    assert [op["op"] for op in ops] == ["MoERouter", "MoEExperts"]
+    assert (ops[1]["attributes"]["hidden"], ops[1]["attributes"]["inner"]) == (32, 24)
+    experts = ExpertsOp(ExpertsSpec(), 8, 2, 32, 24)
+    taken = [(kernel["sm"], kernel["registers"], kernel["shared"], kernel["spilled"]) for kernel in ops[1]["kernels"]]
+    assert taken == [(r.sm, r.registers, r.shared, r.spilled) for r in compiler.resources(experts, (86, 89))]
+    named = {(kernel["sm"], kernel["kernel"]) for op in ops for kernel in op["kernels"]}
+    assert named >= {(sm, kernel) for sm in (86, 89) for kernel in ("route", "few_gate_up", "grouped_down")}
+    tiles = [kernel["tile"] for kernel in ops[1]["kernels"] if kernel["kernel"] == "grouped_down"]
+    assert all(set(tile) == {"BM", "BN", "BK"} for tile in tiles)
+    shared, spilled = max(shared for _, _, shared, _ in taken), max(spilled for *_, spilled in taken)
+    (line,) = [line for line in call("inspect", bundle.directory).out.splitlines() if " kernels, " in line]
+    assert line.startswith(f"{NAME}: {sum(len(op['kernels']) for op in ops)} kernels, up to {bytes_text(shared)} of")
+    assert line.endswith("no spills" if not spilled else f"{spilled} bytes a thread")
+
+
+def test_kernels_that_are_no_list_are_named(bundle: Bundle, tmp_path: Path) -> None:
+    copy = copy_bundle(bundle.directory, tmp_path)
+    (copy / KERNELS).write_text("{}")
+    rehash(copy, KERNELS)
+    assert_refused(call("inspect", copy), f"{KERNELS}: Expected `array`, got `object`")
+
+
+def test_damaged_experts_are_found(bundle: Bundle) -> None:
+    path = bundle.path("experts/bf16.safetensors")
+    data = path.read_bytes()
+    try:
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(BundleError, match=r"experts/bf16.safetensors is damaged"):
+            bundle.verify(bundle.engine_files(NAME))
+    finally:
+        path.write_bytes(data)
+
+
+def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, bundle: Bundle) -> None:
+    before = bundle.path("experts/bf16.safetensors").stat().st_ino
+    grown = add_targets(
+        bundle.directory, tiny_checkpoint, ["rtx:sm89"], plans=PlanOptions(capacity=256, chunk_tokens=64, max_batch=2)
+    )
+    assert {NAME, "rtx:sm89:bf16"} == {*grown.manifest.engines}
+    assert grown.path("experts/bf16.safetensors").stat().st_ino == before
+    added = grown.manifest.engines["rtx:sm89:bf16"]
+    assert header(grown, added.decoder).sms == (89,)
+    assert added.tensorrt is not None
+    assert (added.tensorrt.capacity, added.tensorrt.max_batch, added.tensorrt.max_visual) == (256, 2, 128)
+    assert [name for name in grown.manifest.files if name.startswith("experts/")] == ["experts/bf16.safetensors"]
+
+
+def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = save_checkpoint(model_type="glm4v_moe")
+    out = tmp_path / "glm.moevlm"
+    arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--block-size", "128"]
+    done = call("build", checkpoint, "-o", out, *arguments)
+    assert (
+        f"next, on a machine with sm75 (T4, RTX 20, GTX 16, Quadro RTX): moevlm parity {out} --checkpoint {checkpoint}"
+        in done.out
+    )
+    built = Bundle.open(out)
+    engine = built.manifest.engines["rtx:sm75:fp16-int4"]
+    assert (engine.dtype, engine.block_size, engine.kv_cache) == ("int4", 128, "float16")
+    tensors = read_header(built.path("experts/fp16-int4-b128.safetensors"))
+    stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
+    assert stored == {
+        "gate_up": ("int8", (8, 48, 64)),
+        "gate_up_scale": ("float16", (8, 48, 1)),
+        "down": ("int8", (8, 32, 64)),
+        "down_scale": ("float16", (8, 32, 1)),
+    }
+    assert header(built, engine.decoder).sms == (75,)
+
+
+def test_demo_checkpoint_builds(tmp_path: Path) -> None:
+    built = build(DEMO, tmp_path / "demo.moevlm", ["rtx:sm89"])
+    engine = built.manifest.engines["rtx:sm89:bf16"]
+    assert header(built, engine.decoder).sms == header(built, engine.vision).sms == (89,)
+    assert engine.cost is not None
+    experts = built.manifest.files["experts/bf16.safetensors"].size
+    assert 0 < engine.cost.expert_bytes * built.manifest.model.experts < experts
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_block_of_every_router_builds_with_its_plugins(name: str, tmp_path: Path) -> None:
+    bias = name.startswith(("glm", "deepseek_v3"))
+    case = Case(replace(MODELS[name], top_k=2), ExpertsSpec(), router_bias=bias, hidden=32, inner=32)
+    model = with_sizes(case)
+    x = model.graph.inputs[1]
+    for value in (x, model.graph.outputs[0]):
+        value.type = ir.TensorType(ir.DataType.FLOAT16)
+    run([PluginMoE("float16", "", 32, lambda op: compile_program(op, [89]).to_bytes())], model)
+    assert {node.domain for node in model.graph} == {DOMAIN}
+    write_onnx(model, tmp_path / "block.onnx")
+    shapes = {"logits": tuple((t, case.experts) for t in (1, 8, 64)), "x": tuple((t, 32) for t in (1, 8, 64))}
+    job = Job(
+        product="tensorrt_rtx",
+        onnx=str(tmp_path / "block.onnx"),
+        plan=str(tmp_path / "block.plan"),
+        sms=(89,),
+        profiles=[shapes, shapes],  # type: ignore[list-item]
+        links=str(tmp_path),
+        plugins=str(plugin_path()),
+        plugin_layers=2,
+    )
+    built = worker.run(job, lambda *_: None)
+    assert built.file.size == (tmp_path / "block.plan").stat().st_size
+
+
+def test_nothing_is_left_where_tensorrt_refuses_a_graph(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def strict(o: Any, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
+        return o.op("Attention", q, k, v, mask, scale=1.0)
+
+    monkeypatch.setattr(scatter_attention._Ops, "attention", strict)  # no kernel has the 8 dimensions of its heads
+    with pytest.raises(BuildError, match=r"^TensorRT-RTX [\d.]+ refused vision.onnx: .*not supported by a dedicated"):
+        build(tiny_checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_where_float16_cannot_hold_a_weight(
+    tmp_path: Path, save_checkpoint: Callable[..., Path]
+) -> None:
+    checkpoint = save_checkpoint()
+    edit_tensors(checkpoint, lambda tensors: tensors["model.visual.patch_embed.proj.weight"].fill_(1e6))
+    with pytest.raises(BuildError, match=r"patch_embedding.weight.*float16 has no numbers beyond 65504"):
+        build(checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"], plans=PlanOptions(dtype="fp16"))
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
+
+
+def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT is a fake, everything in front of it real."""
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
+    monkeypatch.setattr(names, "current_sm", lambda: 100)
+    decoders = []
+
+    def in_this_process(job: Job, progress: Callable[[int, int], None]) -> object:
+        if "decoder" in job.onnx:
+            decoders.append(ir.load(job.onnx))
+            return build_plan(job, progress)
+        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1"))
+        built = build_plan(job, progress)
+        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
+        return built
+
+    monkeypatch.setattr(target.worker, "run", in_this_process)
+    options = PlanOptions(native_moe=True, version_compatible=True)
+    built = build(tiny_checkpoint, tmp_path / "b200.moevlm", ["trt:sm100"], plans=options)
+    facts = built.manifest.engines["trt:sm100:bf16"].tensorrt
+    assert facts is not None
+    assert (facts.product, facts.version, facts.sms, facts.experts) == ("tensorrt", "11.4.0.1", (100,), "")
+    assert facts.version_compatible
+    assert [node.op_type for node in decoders[0].graph].count("TRT_MoE") == 2

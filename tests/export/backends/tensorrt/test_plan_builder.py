@@ -1,0 +1,257 @@
+"""Plans built through TensorRT's API: a strict fake of TensorRT's, and the errors of the real TensorRT-RTX."""
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from moevlm.export.backends.tensorrt import names, worker
+from moevlm.export.backends.tensorrt.names import plan_targets
+from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
+from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
+from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.graph.functions import ONNX_OPSET
+from moevlm.runtime.core.errors import BuildError
+from tests.support.fake_tensorrt import PLAN, FakeTensorRT
+
+VERSIONS = ("10.15.1.29", "11.4.0.1")
+PROFILES = [{"x": ((1, 4), (2, 4), (8, 4))}, {"x": ((1, 4), (1, 4), (1, 4))}]
+
+
+def job(folder: Path, **changes: object) -> Job:
+    onnx = folder / "decoder.onnx"
+    if not onnx.exists():
+        onnx.write_bytes(b"")
+    fields = {
+        "product": "tensorrt",
+        "onnx": str(onnx),
+        "plan": str(folder / "decoder.plan"),
+        "sms": (90,),
+        "profiles": PROFILES,
+        "links": str(folder),
+    }
+    return Job(**(fields | changes))  # type: ignore[arg-type]
+
+
+def use(monkeypatch: pytest.MonkeyPatch, version: str, **behaviour: object) -> FakeTensorRT:
+    fake = FakeTensorRT(version, **behaviour)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    return fake
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_tensorrt_is_asked_for_a_strongly_typed_plan_with_plugins(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = use(monkeypatch, version, plugin_layers=2)
+    library = tmp_path / "plugins.so"
+    library.write_bytes(b"")
+    steps: list[tuple[int, int]] = []
+    flags = ("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME", "SPARSE_WEIGHTS")
+    asked = job(tmp_path, plugins=str(library), plugin_layers=2, flags=flags)
+    built = build_plan(asked, lambda *step: steps.append(step))
+    assert (built.version, built.file.size) == (version, len(PLAN))
+    assert (tmp_path / "decoder.plan").read_bytes() == PLAN
+    assert (fake.parsed, fake.libraries) == ([asked.onnx], [str(library)])
+    (config,) = fake.configs
+    assert tuple(config.flags_set) == flags
+    assert config.flags_cleared == ["TF32"]
+    assert [profile.shapes for profile in config.profiles] == PROFILES
+    assert steps[-1] == (2, 2)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("refuses", "message"),
+    [
+        ("parse", 'node layers.0.scatter (TensorScatter): Assertion failed: mode == "linear"'),
+        ("build", "Error Code 9: no kernel"),
+    ],
+)
+def test_what_tensorrt_refuses_is_one_line(
+    version: str, refuses: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, version, refuses=refuses)
+    with pytest.raises(BuildError) as caught:
+        build_plan(job(tmp_path), lambda *_: None)
+    assert str(caught.value) == f"TensorRT {version} refused decoder.onnx: {message}"
+
+
+def test_nodes_that_became_no_plugins_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, VERSIONS[0], plugin_layers=1)
+    with pytest.raises(BuildError, match="it made 1 plugin layers of 2 nodes"):
+        build_plan(job(tmp_path, plugin_layers=2), lambda *_: None)
+
+
+def test_library_that_does_not_load_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, VERSIONS[0])
+    with pytest.raises(BuildError, match=r"cannot load .*absent.so"):
+        build_plan(job(tmp_path, plugins=str(tmp_path / "absent.so")), lambda *_: None)
+
+
+def test_full_disk_ends_a_streamed_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, VERSIONS[1])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("moevlm.export.backends.tensorrt.plan_builder.StreamedFile.write", full)
+    with pytest.raises(OSError, match="No space left"):
+        build_plan(job(tmp_path), lambda *_: None)
+
+
+def test_rtx_names_the_node_that_it_refuses(tmp_path: Path) -> None:
+    write_scatter(tmp_path / "decoder.onnx", "circular")
+    with pytest.raises(BuildError, match=r"^TensorRT-RTX [\d.]+ refused decoder.onnx: node layers.0.scatter \(Tensor"):
+        worker.run(job(tmp_path, product="tensorrt_rtx", sms=(89,), profiles=[]), lambda *_: None)
+
+
+def test_system_s_errors_in_the_process_that_builds_are_raised_here(tmp_path: Path) -> None:
+    write_scatter(tmp_path / "decoder.onnx", "linear")
+    asked = job(
+        tmp_path, product="tensorrt_rtx", sms=(89,), profiles=[], plan=str(tmp_path / "absent" / "decoder.plan")
+    )
+    with pytest.raises(FileNotFoundError):
+        worker.run(asked, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [(((1, 4), (8, 4), (2, 4)), "MIN<=OPT<=MAX"), (((1, 4), (1, 4), (-2, 4)), r"key up to \(-2, 4\): ")],
+)
+def test_sizes_that_tensorrt_refuses_are_one_line(sizes: Range, message: str, tmp_path: Path) -> None:
+    write_scatter(tmp_path / "decoder.onnx", "linear")
+    asked = job(tmp_path, product="tensorrt_rtx", sms=(89,), profiles=[{"key": sizes}])
+    with pytest.raises(BuildError, match=rf"refused decoder.onnx: .*{message}") as caught:
+        worker.run(asked, lambda *_: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_folder_that_it_runs_in_brings_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('another module of that name')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BuildError, match=r"refused decoder.onnx: "):
+        worker.run(job(tmp_path, product="tensorrt_rtx", sms=(89,)), lambda *_: None)
+
+
+def test_process_that_ends_without_a_word_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with pytest.raises(BuildError, match=r"^tensorrt ended while it built decoder.plan \(1\): it said nothing"):
+        worker.run(job(tmp_path), lambda *_: None)
+
+
+def test_rtx_that_was_imported_before_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_libs", FakeTensorRT("1.7"))
+    with pytest.raises(BuildError, match="tensorrt_rtx was imported before"):
+        load(RTX, tmp_path)
+
+
+def write_scatter(path: Path, mode: str) -> None:
+    cache = ir.Shape([2, 4, 8, 16])
+    half = ir.TensorType(ir.DataType.FLOAT16)
+    x, new = ir.Value(name="x", shape=cache, type=half), ir.Value(name="new", shape=ir.Shape([2, 4, 1, 16]), type=half)
+    at = ir.Value(name="at", shape=ir.Shape([2]), type=ir.TensorType(ir.DataType.INT64))
+    y = ir.Value(name="y", shape=cache, type=half)
+    node = ir.node("TensorScatter", [x, new, at], {"mode": mode}, outputs=[y], name="layers.0.scatter")
+    graph = ir.Graph([x, new, at], [y], nodes=[node], opset_imports={"": ONNX_OPSET}, name="g")
+    path.write_bytes(ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString())
+
+
+def model(**shapes: list[int | str]) -> ir.Model:
+    inputs = [ir.Value(name=name, shape=ir.Shape(shape)) for name, shape in shapes.items()]
+    return ir.Model(ir.Graph(inputs, [], nodes=[], name="g"), ir_version=11)
+
+
+def test_profiles_cover_prefill_and_decode() -> None:
+    decoder = model(
+        input_ids=["batch", "sequence"],
+        visual=["visual", 64],
+        logits_index=["logits"],
+        weight=[4, 8],
+        key=["batch", 2, 9],
+    )
+    prefill, decode = decoder_profiles(decoder, PlanOptions(max_batch=4, chunk_tokens=128))
+    assert prefill == {
+        "input_ids": ((1, 1), (1, 128), (4, 128)),
+        "visual": ((1, 64), (128, 64), (512, 64)),
+        "logits_index": ((1,), (1,), (64,)),
+        "key": ((1, 2, 9), (1, 2, 9), (4, 2, 9)),
+    }
+    assert decode["input_ids"] == ((1, 1), (1, 1), (4, 1))
+    assert decode["logits_index"] == ((1,), (1,), (4,))
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_vision_takes_whole_visual_tokens(merge: int) -> None:
+    ((name, ranges),) = vision_profiles(model(pixel_patches=["patches", 24]), merge)[0].items()
+    assert name == "pixel_patches"
+    assert all(patches % merge**2 == 0 and width == 24 for patches, width in ranges)
+    assert ranges[2][0] == max_patches(merge)
+
+
+def test_rtx_plans_are_for_several_gpus_and_tensorrt_s_for_the_one_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, VERSIONS[1])
+    options = PlanOptions(experts="int4")
+    (rtx,) = plan_targets("rtx:sm120,sm86,sm86", options)
+    assert (rtx.name, rtx.sms) == ("rtx:sm86,sm120:bf16-int4", (86, 120))
+    assert rtx.path("decoder") == "engines/rtx-sm86-sm120-bf16-int4/decoder.plan"
+    monkeypatch.setattr(names, "current_sm", lambda: 90)
+    (trt,) = plan_targets("trt:sm90", options)
+    assert (trt.name, trt.product) == ("trt:sm90:bf16-int4", TENSORRT)
+    assert plan_targets("cpu:int8", options) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rtx:sm90", {}, r'takes no GPU "sm90" \(allowed: sm75 \(T4, .*; "trt:sm90" is built on its own GPU\)'),
+        ("rtx:", {}, 'takes no GPU ""'),
+        ("rtx:sm89,90", {}, 'takes no GPU "90"'),
+        ("rtx:sm75,sm89", {}, "sm75 has no bfloat16 .use --dtype fp16"),
+        ("rtx:sm89", {"version_compatible": True}, "version compatible: trt only"),
+        ("rtx:sm120", {"native_moe": True}, "allowed: trt:sm100, trt:sm103, trt:sm110"),
+        ("trt:sm90", {"native_moe": True}, "allowed: trt:sm100, trt:sm103, trt:sm110"),
+        ("trt:sm100", {"native_moe": True, "experts": "int8"}, "experts = int8 with TensorRT's own MoE"),
+        ("trt:sm80", {}, "this machine has sm90, not sm80"),
+    ],
+)
+def test_target_that_cannot_be_built_is_refused_by_name(
+    name: str, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, VERSIONS[1])
+    monkeypatch.setattr(names, "current_sm", lambda: 90)
+    with pytest.raises(BuildError, match=message):
+        plan_targets(name, PlanOptions(**options))
+
+
+def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    with pytest.raises(BuildError, match=r"needs tensorrt \(pip install .*\[gpu\]'\)"):
+        plan_targets("trt:sm90", PlanOptions())
+
+
+def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(
+        BuildError, match=r"target rtx:sm89: compiling its kernels needs triton \(pip install .*\[kernels"
+    ):
+        plan_targets("rtx:sm89", PlanOptions())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp32"}, r"dtype fp32 \(supported: bf16, fp16\)"),
+        ({"experts": "int2"}, r"experts int2 \(supported: same, int8, int4, fp8\)"),
+        ({"block": 64}, r"block size 64 \(supported: 32, 128\)"),
+        ({"max_batch": 0}, r"max batch 0 \(allowed: 1 or more\)"),
+        ({"capacity": 100}, r"capacity 100 \(allowed: the 512 tokens of a chunk, or more\)"),
+    ],
+)
+def test_option_that_there_is_not_is_refused_by_name(options: dict, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        PlanOptions(**options)

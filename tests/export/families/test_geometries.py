@@ -1,0 +1,157 @@
+"""Models of any sizes: what a target cannot run is refused before it is traced, everything else builds and runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moevlm.export.backends.targets import targets
+from moevlm.export.build import build
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.cases import Case, pack, random_cases
+from moevlm.export.parity.torch_engine import TorchEngine
+from moevlm.plugins.cpu import limits as cpu_limits
+from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.engine.batch import Batch
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.loading import load_engine
+from tests.support.tiny import TinyCheckpoint
+
+EXACT, ROUNDED = ("reference", "ort-cpu"), ("ort-cpu:int8", "ort-cpu:int4", "cpu:int8", "cpu:int4")
+
+
+class Draw:
+    """Sizes of a model, drawn without regard to what any kernel likes."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def one_of(self, *values: Any) -> Any:
+        return values[int(self._rng.integers(len(values)))]
+
+    def upto(self, most: int) -> int:
+        return int(self._rng.integers(1, most + 1))
+
+    def width(self) -> int:
+        return self.one_of(self.upto(100), 4 * self.upto(20), 16 * self.upto(8), 32)
+
+    def sections(self, total: int) -> list[int]:
+        first = self.upto(total)
+        second = self.upto(total - first + 1) - 1
+        return [first, second, total - first - second]
+
+    def checkpoint(self, model_type: str) -> TinyCheckpoint:
+        hidden, kv_heads, partial = self.width(), self.one_of(1, 2, 3, 5), model_type == "glm4v_moe"
+        head_dim = self.one_of(4, 12, 20, 24, 64, 72, 100, 144, 192, 256) if partial else 2 * self.upto(140)
+        rope = {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": self.sections(head_dim // (4 if partial else 2)),
+        }
+        experts = self.one_of(2 if partial else 1, 2, 3, 7, 16, 70)
+        text = {
+            "hidden_size": hidden,
+            "num_attention_heads": kv_heads * self.one_of(1, 2, 7, 17),
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "intermediate_size": self.width(),
+            "moe_intermediate_size": self.width(),
+            "num_experts_per_tok": self.one_of(experts, self.upto(experts)),
+            "vocab_size": 7 + self.upto(300),
+            "eos_token_id": 2,
+        }
+        heads = self.one_of(1, 2, 3)
+        vision = {
+            "hidden_size": heads * 4 * self.upto(20),
+            "num_heads": heads,
+            "intermediate_size": self.width(),
+            "out_hidden_size": hidden,
+        }
+        if partial:
+            text |= {
+                "n_routed_experts": experts,
+                "n_group": 1,
+                "rope_parameters": rope | {"partial_rotary_factor": 0.5},
+            }
+        else:
+            text |= {"num_experts": experts, "rope_parameters": rope | {"mrope_interleaved": True}}
+            vision["deepstack_visual_indexes"] = self.one_of([], [1], [0, 1])
+        return TinyCheckpoint(model_type, text=text, vision=vision)
+
+
+def answers(engine: Engine, model: ModelFacts, cases: list[Case]) -> np.ndarray:
+    """Logits of all positions of two prompts, one with an image, and of a step behind them: [N, vocabulary]."""
+    images = pack(cases, model)
+    assert images is not None
+    batch = Batch(engine, model, [case.prompt for case in cases], engine.encode(images), 128)
+    try:
+        rows = [*batch.prefill(every_position=True), *batch.decode([6, 3])]
+        return np.concatenate([row.reshape(-1, model.vocabulary) for row in rows])
+    finally:
+        batch.release()
+
+
+@pytest.mark.parametrize(("model_type", "seed"), [("qwen3_vl_moe", 1), ("qwen3_vl_moe", 2), ("glm4v_moe", 3)])
+def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
+    model_type: str, seed: int, tmp_path: Path
+) -> None:
+    checkpoint = Draw(seed).checkpoint(model_type).save(tmp_path / "checkpoint")
+    with Checkpoint.open(checkpoint) as source:
+        model = CanonicalModel.of(source)
+    facts = model.config.facts()
+    cases = random_cases(facts, source.config, seed)[:2]
+    expected = answers(TorchEngine(model, lambda engine: answers(engine, facts, cases)), facts, cases)
+    built = []
+    for name in (*EXACT, *ROUNDED):
+        try:
+            targets([name])[0].sizes.require(model.config, name)
+        except BuildError:
+            with pytest.raises(BuildError, match=f"{name} cannot run this model"):
+                build(checkpoint, tmp_path / "refused", [name])
+        else:
+            built.append(name)
+    bundle = build(checkpoint, tmp_path / "bundle", built)
+    assert not (tmp_path / "refused").exists()
+    for name in built:
+        engine = load_engine(bundle, name, threads=1)
+        found = answers(engine, facts, cases)
+        engine.close()
+        if name in EXACT:
+            np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std(), err_msg=name)
+        else:  # a wrong place or a wrong width leaves nothing alike; rounding, with experts that flip, leaves 0.75
+            assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.5, name
+
+
+HEADS, HEAD_DIM, EXPERTS = cpu_limits.HEADS, cpu_limits.HEAD_DIM, cpu_limits.EXPERTS
+TOO_MUCH = [
+    ("cpu:int8", {"num_attention_heads": HEADS + 2}, f"num_attention_heads = {HEADS + 2} (allowed: up to {HEADS})"),
+    ("cpu:int4", {"head_dim": HEAD_DIM + 2}, f"head_dim = {HEAD_DIM + 2} (allowed: a multiple of 2, up to {HEAD_DIM})"),
+    ("cpu:int8", {"num_experts": EXPERTS + 1}, f"number of experts = {EXPERTS + 1} (allowed: up to {EXPERTS})"),
+    ("ort-cpu", {"head_dim": 20}, "text_config.head_dim = 20 (allowed: a multiple of 8)"),
+    ("ort-cpu:int8", {"head_dim": 20}, "text_config.head_dim = 20 (allowed: a multiple of 8)"),
+    ("ort-cpu:int4", {"hidden_size": 40}, "text_config.hidden_size = 40 (allowed: a multiple of 16)"),
+    ("ort-cpu:int8", {"moe_intermediate_size": 8}, "moe_intermediate_size = 8 (allowed: a multiple of 16)"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "told"), TOO_MUCH, ids=[f"{name} {told[:30]}" for name, _, told in TOO_MUCH])
+def test_size_that_a_target_cannot_run_is_named_with_what_is_allowed(
+    name: str, text: dict[str, int], told: str
+) -> None:
+    rotated = text.get("head_dim", 16) // 2
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [rotated, 0, 0], "mrope_interleaved": True}
+    plain = {"moe_intermediate_size": 32, "rope_parameters": rope}
+    vision = {"out_hidden_size": text.get("hidden_size", 32)}
+    values = TinyCheckpoint(text=plain | text, vision=vision).config().to_dict()
+    config = family_for(values).config(values)
+    with pytest.raises(BuildError) as raised:
+        targets([name])[0].sizes.require(config, name)
+    assert str(raised.value).startswith(f"{name} cannot run this model: ")
+    assert told in str(raised.value)
+    targets(["reference"])[0].sizes.require(config, "reference")

@@ -1,0 +1,307 @@
+"""Parity of TensorRT engines: on the strict fake of a GPU, and on the graphs that TensorRT is given."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moevlm.export.backends.tensorrt.options import DTYPES, PlanOptions
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.formats import gpu_packing
+from moevlm.export.formats.gpu_packing import as_stored
+from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.weights import Constant, read
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batches import Room
+from moevlm.export.parity.cases import Case, random_cases
+from moevlm.export.parity.checks import Expected, checks, rounding_checks
+from moevlm.export.parity.measures import relative_error
+from moevlm.export.parity.report import Check, table_of
+from moevlm.export.parity.run import check_parity
+from moevlm.export.parity.stored_reference import Storage, expected_on, stored_model
+from moevlm.export.parity.tolerances import DECODE_STEPS, EXACT, PLAN_TOLERANCES
+from moevlm.export.parity.torch_engine import TorchEngine
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.manifest import TensorRTFacts
+from moevlm.runtime.engine.protocol import Engine
+from tests.support.bundles import edit_manifest, rehash
+from tests.support.command_line import assert_refused, call
+from tests.support.fakes.gpu import EXPERTS, TARGET, fake_gpu, gpu_bundle
+from tests.support.simulated_plan import SimulatedPlan, lowered
+from tests.support.tiny import TinyCheckpoint
+
+OUTPUTS = ["image features", "deepstack features", "prefill logits", "chunked prefill logits", "decode logits"]
+AS_GIVEN = Storage()
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return gpu_bundle(tiny_bundle, tmp_path)
+
+
+def test_a_right_engine_passes_within_what_it_was_built_for(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path) as gpu:
+        done = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "rtx", "--seed", "3")
+        assert not gpu.held()
+    assert done.status == 0, done.err
+    assert "left out" not in done.out
+    lines = done.out.splitlines()
+    (note,) = [line for line in lines if "not visible in a plan" in line]
+    assert "routing, hidden states" in note
+    assert TARGET in lines[lines.index(note) - 1]
+    noted = Bundle.open(bundle).manifest.parity
+    assert set(noted) == {TARGET}
+    assert (noted[TARGET]["result"], noted[TARGET]["seed"]) == ("passed", 3)
+    assert list(noted[TARGET]["checks"])[:6] == [*OUTPUTS, "each prompt alone"]
+    assert list(noted[TARGET]["checks"])[6] == "first choices that differ"
+    (shown,) = [line for line in call("inspect", bundle).out.splitlines() if TARGET in line and "passed" in line]
+    assert "float32" in shown
+
+
+def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET].update(dtype="int8", block_size=32))
+    with fake_gpu(tmp_path):
+        exact = check_parity(bundle, tiny_checkpoint, [TARGET])
+        tensors = load_file(bundle / EXPERTS)
+        for name, array in tensors.items():
+            tensors[name] = read(as_stored(Constant(array), "int8", 32, "float32"))
+        save_file(tensors, bundle / EXPERTS)
+        rehash(bundle, EXPERTS)
+        rounded = check_parity(bundle, tiny_checkpoint, [TARGET])
+    assert not exact.passed
+    assert rounded.passed, table_of(rounded)
+    assert rounded.rounded == (TARGET,)
+    cost, usual = [check for check in rounded.checks if check.step == TARGET][:2]
+    assert cost.quantity == "rounded experts KL" and cost.note.startswith("int8 against unrounded")
+    assert 0 < usual.value < usual.limit < cost.limit
+    lines = table_of(rounded).splitlines()
+    assert "rounded experts: against canonical PyTorch on the same weights" in next(x for x in lines if TARGET in x)
+
+
+def swap_experts(bundle: Path) -> None:
+    tensors = load_file(bundle / EXPERTS)
+    name = next(name for name in tensors if name.endswith("down"))
+    tensors[name] = tensors[name][::-1].copy()
+    save_file(tensors, bundle / EXPERTS)
+    rehash(bundle, EXPERTS)
+
+
+def damage(graph: str, weight: str) -> Callable[[Path], None]:
+    def change(bundle: Path) -> None:
+        path = bundle.parent / f"graphs/{graph}.onnx"
+        model = onnx.load(path)
+        (tensor,) = [tensor for tensor in model.graph.initializer if tensor.name == weight]
+        array = onnx.numpy_helper.to_array(tensor).copy()
+        array.reshape(-1)[array.size // 3] += 1
+        tensor.CopyFrom(onnx.numpy_helper.from_array(array, weight))
+        onnx.save(model, path)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "quantity"),
+    [
+        (swap_experts, "prefill logits"),
+        (damage("vision", "blocks.0.mlp.up.weight"), "image features"),
+    ],
+)
+def test_by_default_all_that_run_here_are_checked_and_the_wrong_one_fails(
+    change: Callable[[Path], None], quantity: str, bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    change(bundle)
+    with fake_gpu(tmp_path):
+        report = check_parity(bundle, tiny_checkpoint)
+    assert list(dict.fromkeys(check.step for check in report.checks)) == [
+        *("requests", "canonical PyTorch", "reference", "ort-cpu"),
+        TARGET,
+    ]
+    first = next(check for check in report.checks if not check.passed)
+    assert (first.step, first.quantity) == (TARGET, quantity)
+    results = {name: entry["result"] for name, entry in Bundle.open(bundle).manifest.parity.items()}
+    assert results == {"reference": "passed", "ort-cpu": "passed", TARGET: "failed"}
+
+
+def test_by_default_what_does_not_run_here_is_left_out_and_named(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path, sm=(7, 5)):
+        done = call("parity", bundle, "--checkpoint", tiny_checkpoint)
+    assert done.status == 0, done.err
+    reason = "needs sm86 (RTX 30, A10, A40, RTX A6000) or sm89 (RTX 40, L4, L40S, RTX 6000 Ada)"
+    assert f"left out: {TARGET} ({reason}); this machine has Fake GPU, sm75\n" in done.out
+    assert set(Bundle.open(bundle).manifest.parity) == {"reference", "ort-cpu"}
+
+
+def test_without_its_gpu_an_engine_is_refused_by_name_and_where_there_is_no_other(
+    bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    with fake_gpu(tmp_path, devices=0):
+        named = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
+        assert_refused(
+            named,
+            f"it has {TARGET} (needs sm86 (RTX 30, A10, A40, RTX A6000) or sm89 (RTX 40, L4, L40S, RTX 6000 Ada))",
+            "no NVIDIA GPU",
+        )
+        edit_manifest(bundle, lambda manifest: [manifest["engines"].pop(name) for name in ("reference", "ort-cpu")])
+        shutil.rmtree(bundle / "engines/ort-cpu")
+        with pytest.raises(BundleError, match="no engine for this machine in"):
+            check_parity(bundle, tiny_checkpoint)
+
+
+def test_prompts_without_room_are_refused_before_any_work(bundle: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(capacity=20))
+    with fake_gpu(tmp_path) as gpu:
+        refused = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
+        assert_refused(refused, "parity needs a cache of", "tokens, the engine has 20")
+        assert not gpu.trt.state["deserialized"]
+
+
+@pytest.fixture(scope="module")
+def seed() -> int:
+    return int(np.random.default_rng().integers(1 << 31))
+
+
+class Canonical:
+    """Canonical PyTorch on fresh weights, what it answers to fresh prompts, and the graphs."""
+
+    def __init__(self, model: CanonicalModel, cases: list[Case]) -> None:
+        self.graphs, self._model, self._cases = model.graphs, model, cases
+        self._known: dict[Storage, Expected] = {}
+        for graph in self.graphs.values():
+            add_functions(graph)
+
+    def engine(self, ask: Callable[[Engine], object]) -> TorchEngine:
+        return TorchEngine(self._model, ask)
+
+    def expected(self, storage: Storage = AS_GIVEN) -> Expected:
+        """What it answers with its weights as they are stored."""
+        if storage not in self._known:
+            self._known[storage] = self.computed(storage)
+        return self._known[storage]
+
+    def computed(self, storage: Storage) -> Expected:
+        """The same, not remembered."""
+        return expected_on(stored_model(self._model, storage), self._model.config.facts(), self._cases)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
+def canonical(
+    seed: int, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Canonical]:
+    checkpoint = TinyCheckpoint(request.param, text={"vocab_size": 96}, seed=seed)
+    with Checkpoint.open(checkpoint.save(tmp_path_factory.mktemp("checkpoint"))) as source:
+        model = CanonicalModel.of(source)
+        yield Canonical(model, random_cases(model.config.facts(), source.config, seed))
+
+
+def storage(dtype: str, experts: str) -> Storage:
+    return AS_GIVEN if experts == "same" else Storage("", experts, 32, DTYPES[dtype])
+
+
+def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
+    options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
+    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().facts, options.capacity)
+
+
+def found(canonical: Canonical, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
+    """All checks of a plan, against the weights that it should have."""
+    expected = canonical.expected(storage(dtype, experts))
+    made = list(checks(expected, "plan", plan, None, PLAN_TOLERANCES[DTYPES[dtype]], limits(capacity=192)))
+    assert len(made) == (10 if expected.deepstack.size else 9)
+    return made
+
+
+def limits(**sizes: int) -> TensorRTFacts:
+    """Of an engine that takes two sequences and steps of few tokens."""
+    small = {"max_batch": 2, "chunk_tokens": 24, "max_logits": 8, "max_visual": 48, "max_patches": 256}
+    return TensorRTFacts(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
+
+
+PRECISIONS = [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4"), ("fp16", "int4")]
+
+
+@pytest.mark.parametrize(("dtype", "experts"), PRECISIONS)
+def test_what_rounding_costs_is_within_the_limits(canonical, seed: int, dtype: str, experts: str) -> None:
+    made = found(canonical, simulated(canonical, dtype, experts), dtype, experts)
+    assert [check for check in made if not check.passed] == [], f"seed {seed}"
+
+
+@pytest.mark.parametrize("experts", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("sparsity", ["", "2:4"])
+def test_storing_experts_costs_as_little_as_it_should(canonical, seed: int, sparsity: str, experts: str) -> None:
+    stored = Storage(sparsity, experts, 32, "bfloat16")
+    unrounded = canonical.expected(stored.unrounded)
+    cost = list(rounding_checks("plan", canonical.expected(stored), unrounded, experts))
+    assert all(check.passed and check.value > 0 for check in cost), f"seed {seed}"
+
+
+@pytest.mark.parametrize("experts", ["int8", "fp8"])
+def test_scales_that_belong_to_other_weights_are_found(
+    canonical, seed: int, experts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = gpu_packing._encode
+
+    def misplaced(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        values, scales = encode(*arguments)
+        return values, np.roll(scales, 1, axis=0)
+
+    monkeypatch.setattr(gpu_packing, "_encode", misplaced)
+    wrong = canonical.computed(Storage("", experts, 32, "float16"))
+    cost = list(rounding_checks("plan", wrong, canonical.expected(), experts))
+    assert not all(check.passed for check in cost), f"seed {seed}"
+
+
+@pytest.mark.parametrize(("dtype", "experts"), PRECISIONS)
+def test_a_kernel_that_takes_gate_for_up_is_found(canonical, seed: int, dtype: str, experts: str) -> None:
+    plan = simulated(canonical, dtype, experts)
+    for name, array in plan.experts.items():
+        if "gate_up" in name:
+            plan.experts[name] = np.roll(array, array.shape[1] // 2, axis=1)
+    assert not all(check.passed for check in found(canonical, plan, dtype, experts)), f"seed {seed}"
+
+
+def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> None:
+    expected = canonical.expected()
+    longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.facts.context
+    free = Room.of(expected.prompts, context, None)
+    assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, DECODE_STEPS)
+    for sizes, room in (
+        ({"capacity": 192}, (2, min(longest, 24), free.capacity, DECODE_STEPS)),
+        ({"capacity": longest + 9}, (2, min(longest, 24), longest + 9, 9)),
+        ({"capacity": 192, "max_visual": 1}, (1, 1, free.capacity, DECODE_STEPS)),
+        ({"capacity": 192, "max_visual": 20, "max_batch": 3}, (3, 6, free.capacity, DECODE_STEPS)),
+    ):
+        assert Room.of(expected.prompts, context, limits(**sizes)) == Room(*room)
+    with pytest.raises(RequestError, match=f"parity needs a cache of {longest + 1} tokens, the engine has {longest}"):
+        Room.of(expected.prompts, context, limits(capacity=longest))
+
+
+def test_groups_of_prompts_equal_all_of_them_together(canonical) -> None:
+    expected = canonical.expected()
+    longest = max(len(prompt.ids) for prompt in expected.prompts)
+    small = expected.room(limits(capacity=longest + 5, max_batch=3))
+    assert small.batch == 3
+
+    def groups_and_all(engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
+        visual = engine.encode(expected.images)
+        groups, together = (expected.batch(engine, visual, room) for room in (small, expected.room()))
+        return [
+            (groups.prefill(every_position=True), together.prefill(every_position=True)),
+            (groups.decode(expected.tokens[0]), together.decode(expected.tokens[0])),
+        ]
+
+    for ours, theirs in groups_and_all(canonical.engine(groups_and_all)):
+        assert relative_error(ours, theirs) < EXACT.logits

@@ -1,0 +1,163 @@
+"""Quantized kernels of ONNX Runtime in the place of float32 ones, against the same integers in float32."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
+from moevlm.export.formats.quantization import Scheme
+from moevlm.export.passes.base import run
+from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
+from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
+from moevlm.export.passes.quantize_experts import QuantizeExperts
+from moevlm.export.passes.quantize_linear import QuantizeLinear
+from moevlm.plugins.ops import variants
+from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
+from moevlm.runtime.core.errors import BuildError
+from tests.support.graphs import gemm, graph, matrix, rounded
+from tests.support.moe_cases import Case, assert_close, ops, session, value
+
+# The kernels round activations to int8 per block, in both of an expert's matrices.
+ACTIVATIONS = 0.04
+SCHEMES = [Scheme(4, 32), Scheme(8, 32), Scheme(4, 128)]
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.block}")
+rng = np.random.default_rng
+
+
+def quantized_block(case: Case, scheme: Scheme) -> ir.Model:
+    model = case.model()
+    assert run([LowerMoE(), QuantizeExperts(scheme)], model)["QuantizeExperts"] == 1
+    for name in ("gate_up", "down"):
+        case.weights[name] = rounded(case.weights[name], scheme)
+    return model
+
+
+ROUTERS = {
+    "renormalized": RouterSpec(2),
+    "softmax over all": RouterSpec(2, renormalize=False),
+    "scaled": RouterSpec(2, renormalize=False, scale=2.5),
+    "sigmoid": variants.MODELS["deepseek_v3"],
+    "softmax after top-k": variants.MODELS["gpt_oss"],
+}
+
+
+@schemes
+@pytest.mark.parametrize("name", ROUTERS)
+def test_quantized_experts_of_every_kind_of_router(name, scheme):
+    case = Case(ROUTERS[name], router_bias=name == "sigmoid", hidden=128, inner=128)
+    model = quantized_block(case, scheme)
+    assert "QMoE" in ops(model)
+    assert "MoE" not in ops(model)
+    case.check(model, ACTIVATIONS)
+
+
+KERNELS = [name for name in variants.BLOCKS if not name.startswith("gelu_tanh-gated")]
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_quantized_experts_of_every_kind(name, has_bias):
+    case = Case(RouterSpec(2), variants.BLOCKS[name], expert_biases=has_bias, hidden=64, inner=32)
+    case.check(quantized_block(case, Scheme(8, 32)), ACTIVATIONS)
+
+
+def test_experts_that_no_block_fits_are_refused_by_name():
+    model = Case(RouterSpec(2)).model()
+    LowerMoE().apply(model)
+    with pytest.raises(BuildError, match=r"experts of down: their sizes are 12 and 6 \(allowed: multiples of 16\)"):
+        QuantizeExperts(Scheme(4, 32)).apply(model)
+
+
+@schemes
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("width", [128, 80])
+def test_projection_is_quantized(scheme, has_bias, width):
+    x, y = value("x", ["T", width]), value("y", ["T", 48])
+    arrays = {"w": matrix(48, width)} | ({"b": matrix(48)} if has_bias else {})
+    model = graph([gemm(x, "w", y, "b" if has_bias else None)], [x], [y], **arrays)
+    assert run([QuantizeLinear(scheme)], model) == {"QuantizeLinear": 1}
+    assert ops(model) == ["MatMulNBits"]
+    assert "w" not in model.graph.initializers
+    rows = matrix(9, width)
+    want = rows @ rounded(arrays["w"], scheme).T + arrays.get("b", np.float32(0))
+    assert_close(session(model).run(None, {"x": rows})[0], want, ACTIVATIONS)
+
+
+@pytest.mark.parametrize("width", [64, 48, 33, 5])
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(8, 32)], ids=["int4", "int8"])
+def test_embedding_is_quantized_and_keeps_its_width(scheme, width):
+    ids, y = value("ids", ["T"], ir.DataType.INT64), value("y", ["T", width])
+    table = matrix(20, width)
+    node = ir.node("Gather", [ir.Value(name="table"), ids], {"axis": 0}, outputs=[y])
+    model = graph([node], [ids], [y], table=table)
+    assert run([QuantizeEmbedding(scheme)], model) == {"QuantizeEmbedding": 1}
+    cut = [] if width % 32 == 0 else ["Constant"] * 3 + ["Slice"]
+    assert sorted(ops(model)) == sorted(["GatherBlockQuantized", *cut])
+    chosen = np.array([3, 0, 19, 3])
+    assert_close(session(model).run(None, {"ids": chosen})[0], rounded(table, scheme)[chosen])
+
+
+def test_router_and_small_lookups_stay_float32():
+    x, ids = value("x", ["T", 64]), value("ids", ["T"], ir.DataType.INT64)
+    logits, picked = value("logits", ["T", 8]), value("picked", ["T"])
+    index, weight = value("index", ["T", 2], ir.DataType.INT32), value("weight", ["T", 2])
+    router = ir.node("MoERouter", [logits], attributes(RouterSpec(2)), domain=DOMAIN, outputs=[index, weight])
+    lookup = ir.node("Gather", [ir.Value(name="vector"), ids], {"axis": 0}, outputs=[picked])
+    model = graph(
+        [gemm(x, "w", logits), router, lookup], [x, ids], [index, weight, picked], w=matrix(8, 64), vector=matrix(512)
+    )
+    assert run([PackProjections(), QuantizeLinear(Scheme(4, 32)), QuantizeEmbedding(Scheme(4, 32))], model) == {
+        "PackProjections": 0,
+        "QuantizeLinear": 0,
+        "QuantizeEmbedding": 0,
+    }
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+def test_projections_of_one_input_are_packed(has_bias):
+    x = value("x", ["T", 32])
+    outs = {name: value(name, ["T", rows]) for name, rows in (("q", 48), ("k", 16), ("v", 16))}
+    arrays = {f"w{name}": matrix(int(out.shape[1]), 32) for name, out in outs.items()}
+    biases = {f"b{name}": matrix(int(out.shape[1])) for name, out in outs.items()} if has_bias else {}
+    nodes = [gemm(x, f"w{name}", out, f"b{name}" if has_bias else None) for name, out in outs.items()]
+    model = graph(nodes, [x], list(outs.values()), **arrays, **biases)
+    assert run([PackProjections()], model) == {"PackProjections": 1}
+    assert sorted(op for op in ops(model) if op != "Constant") == ["Gemm", "Split"]
+    rows = matrix(5, 32)
+    for got, name in zip(session(model).run(None, {"x": rows}), outs, strict=True):
+        assert_close(got, rows @ arrays[f"w{name}"].T + biases.get(f"b{name}", np.float32(0)))
+
+
+def test_projections_with_and_without_a_bias_are_not_packed_together():
+    x, y, z = value("x", ["T", 16]), value("y", ["T", 16]), value("z", ["T", 16])
+    model = graph(
+        [gemm(x, "w", y, "b"), gemm(x, "v", z)], [x], [y, z], w=matrix(16, 16), v=matrix(16, 16), b=matrix(16)
+    )
+    assert run([PackProjections()], model) == {"PackProjections": 0}
+
+
+def test_residual_sum_and_norm_are_fused_and_the_sum_keeps_its_name():
+    a, b, total, y = (value(name, ["T", 32]) for name in ("a", "b", "total", "y"))
+    add = ir.node("Add", [a, b], outputs=[total])
+    norm = ir.node("RMSNormalization", [total, ir.Value(name="g")], {"axis": -1, "epsilon": 1e-5}, outputs=[y])
+    gain = matrix(32)
+    model = graph([add, norm], [a, b], [y, total], g=gain)
+    assert run([FuseSkipNorm()], model) == {"FuseSkipNorm": 1}
+    assert ops(model) == ["SkipSimplifiedLayerNormalization"]
+    left, right = matrix(6, 32), matrix(6, 32)
+    got, kept = session(model).run(["y", "total"], {"a": left, "b": right})
+    summed = left + right
+    assert_close(kept, summed)
+    assert_close(got, summed / np.sqrt((summed**2).mean(-1, keepdims=True) + np.float32(1e-5)) * gain)
+
+
+def test_norm_of_anything_else_is_left():
+    x, y = value("x", ["T", 32]), value("y", ["T", 32])
+    norm = ir.node("RMSNormalization", [x, ir.Value(name="g")], {"axis": -1, "epsilon": 1e-5}, outputs=[y])
+    assert FuseSkipNorm().apply(graph([norm], [x], [y], g=matrix(32))) == 0
+
+
+def test_gated_gelu_has_no_quantized_kernel_and_stays():
+    model = Case(RouterSpec(2), ExpertsSpec("gelu_tanh")).model()
+    assert run([LowerMoE(), QuantizeExperts(Scheme(4, 32))], model) == {"LowerMoE": 0, "QuantizeExperts": 0}

@@ -1,0 +1,89 @@
+"""Expert weights as a mapped safetensors file: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from moevlm.runtime.bundle.tensor_file import Tensor, open_tensors
+from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.errors import BundleError
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    with BundleFile(path.parent, path.name) as file:
+        return open_tensors(file.map())
+
+
+def written(path: Path, header: object, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def test_tensors_are_those_that_safetensors_wrote(tmp_path) -> None:
+    rng = np.random.default_rng(3)
+    tensors = {
+        "a": rng.standard_normal((3, 5), np.float32),
+        "b": rng.standard_normal((2, 2)).astype(ml_dtypes.bfloat16),
+        "c": rng.integers(-128, 128, 7, np.int8),
+        "d": np.zeros((0, 4), np.float16),
+        "e": rng.standard_normal(6).astype(ml_dtypes.float8_e4m3fn),
+    }
+    save_file(tensors, tmp_path / "x.safetensors", {"note": "metadata"})
+    found = read(tmp_path / "x.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+        "a": ("F32", (3, 5)),
+        "b": ("BF16", (2, 2)),
+        "c": ("I8", (7,)),
+        "d": ("F16", (0, 4)),
+        "e": ("F8_E4M3", (6,)),
+    }
+    assert all(found[name].data.tobytes() == array.tobytes() for name, array in tensors.items())
+    assert not any(tensor.data.flags.writeable for tensor in found.values())
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"{", "its header is not JSON"),
+        (b"[" * 100_000, "its header is not JSON"),
+        (b"\xff", "its header is not JSON"),
+        ([], "not a JSON object"),
+        (entry(dtype="F64"), "x has dtype 'F64' (supported:"),
+        (entry(dtype=None), "x has dtype None"),
+        ({"x": 3}, "x has dtype None"),
+        (entry(shape=[2, -1]), "x has no shape"),
+        (entry(shape=[True]), "x has no shape"),
+        (entry(shape="2"), "x has no shape"),
+        (entry(data_offsets=[0]), "no data_offsets"),
+        (entry(data_offsets=[0, 8.0]), "no data_offsets"),
+        (entry(data_offsets=[8, 0]), "x lies at 8 to 0, outside"),
+        (entry(data_offsets=[16, 24]), "x lies at 16 to 24, outside the file's 16 bytes"),
+        (entry(data_offsets=[0, 4]), "x has 4 bytes, its shape [2] of F32 needs 8"),
+        (entry(shape=[1 << 62, 1 << 62]), "x has 8 bytes"),
+        (entry() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "x and y overlap"),
+    ],
+)
+def test_a_header_that_is_not_right_is_refused(tmp_path, header, reason) -> None:
+    with pytest.raises(BundleError) as info:
+        read(written(tmp_path / "x.safetensors", header, bytes(16)))
+    assert reason in str(info.value)
+
+
+def test_files_without_a_header_are_refused(tmp_path) -> None:
+    for name, data in (("empty", b""), ("short", b"\1\0\0"), ("long", (10**6).to_bytes(8, "little") + b"{}")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(BundleError, match=r"it is empty|does not fit into the file"):
+            read(tmp_path / name)
+    with pytest.raises(BundleError, match="absent is missing"):
+        read(tmp_path / "absent")

@@ -1,0 +1,123 @@
+"""The CPU kernels as numpy functions: what the tests and the benchmark call."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
+
+CPU = Path(__file__).parents[2] / "plugins" / "cpu"
+MATMULS = ("avx512", "avx2", "generic", "kernels", "linear", "experts", "router")
+SOURCES = (*(f"matmul/{name}" for name in MATMULS), "simd/instruction_set")
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")  # by their numbers in instruction_set.h
+Array = np.ndarray
+
+
+def compile_kernels(library: Path) -> Path:
+    """The kernels and their C interface as a shared library. CXXFLAGS as usual."""
+    sources = [*(CPU / f"{name}.cpp" for name in SOURCES), Path(__file__).with_name("matmul_interface.cpp")]
+    return compile_library(library, sources, ["-O2", *os.environ.get("CXXFLAGS", "").split()])
+
+
+def compile_library(library: Path, sources: list[Path], options: list[str]) -> Path:
+    """One compiler per source, side by side. CXX as usual."""
+    compiler = os.environ.get("CXX", "g++")
+    flags = ["-std=c++17", "-ffp-contract=fast", "-fPIC", f"-I{CPU}", *options]
+    objects = [library.parent / f"{source.stem}.o" for source in sources]
+    pairs = zip(sources, objects, strict=True)
+    running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", out]) for source, out in pairs]
+    assert not any([process.wait() for process in running]), "the compiler failed"
+    subprocess.run([compiler, *flags, "-shared", "-pthread", *objects, "-o", library], check=True)
+    return library
+
+
+def _pointer(array: Array | None) -> ctypes.c_void_p | None:
+    assert array is None or array.flags.c_contiguous
+    return None if array is None else ctypes.c_void_p(array.ctypes.data)
+
+
+def _sizes(*values: int) -> list[ctypes.c_size_t]:
+    return [ctypes.c_size_t(value) for value in values]
+
+
+class Kernels:
+    """One instruction set's kernels. Arrays are contiguous, of the dtypes that the C functions take."""
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str, threads: int = 1) -> None:
+        self.library, self.threads = library, threads
+        self.instruction_set = INSTRUCTION_SETS.index(instruction_set) if instruction_set else -1  # the best
+        library.has_instruction_set.restype = ctypes.c_bool
+        library.run_experts.restype = ctypes.c_size_t
+
+    def available(self) -> bool:
+        return self.library.has_instruction_set(self.instruction_set)
+
+    def quantize(self, x: Array, bits: int, block: int) -> Array:
+        """[T, blocks, 8 + block] uint8: scale, start, values."""
+        tokens, columns = x.shape
+        rows = np.empty((tokens, -(-columns // block), 8 + block), np.uint8)
+        self.library.run_quantize(
+            self.instruction_set, bits, block, *_sizes(tokens, columns), _pointer(x), _pointer(rows)
+        )
+        return rows
+
+    def linear(self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int) -> Array:
+        y = np.full((len(x), n), np.nan, np.float32)
+        sizes = _sizes(n, x.shape[1], len(x))
+        arrays = map(_pointer, (x, packed, bias, y))
+        self.library.run_linear(self.instruction_set, *_sizes(self.threads), bits, block, *sizes, *arrays)
+        return y
+
+    def experts(
+        self,
+        x: Array,
+        index: Array,
+        weight: Array,
+        gate_up: Array,
+        down: Array,
+        spec: ExpertsSpec,
+        width: int,
+        bits: int,
+        block: int,
+        gate_up_bias: Array | None = None,
+        down_bias: Array | None = None,
+    ) -> tuple[Array, int]:
+        """y, and where the first index stands that is no expert (or how many indices there are)."""
+        y = np.full(x.shape, np.nan, np.float32)
+        settings = (ACTIVATIONS.index(spec.activation), int(spec.gated), int(spec.weight_on == "input"))
+        checked = self.library.run_experts(
+            self.instruction_set,
+            *_sizes(self.threads),
+            bits,
+            block,
+            *_sizes(len(gate_up), x.shape[1], width),
+            *settings,
+            ctypes.c_float(spec.alpha),
+            ctypes.c_float(spec.limit),
+            *_sizes(*index.shape),
+            *map(_pointer, (x, index, weight, gate_up, down, gate_up_bias, down_bias, y)),
+        )
+        return y, checked
+
+    def route(self, logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[Array, Array] | None:
+        """None: refused."""
+        shape = (len(logits), spec.top_k)
+        index, weight = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
+        refused = self.library.run_router(
+            self.instruction_set,
+            *_sizes(self.threads, spec.top_k),
+            SCORINGS.index(spec.scoring),
+            int(spec.renormalize),
+            ctypes.c_float(spec.epsilon),
+            ctypes.c_float(spec.scale),
+            *_sizes(spec.n_group, spec.topk_group),
+            int(spec.group_score == "top2_sum"),
+            *_sizes(*logits.shape),
+            *map(_pointer, (logits, bias, index, weight)),
+        )
+        return None if refused else (index, weight)

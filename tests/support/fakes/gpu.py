@@ -1,0 +1,130 @@
+"""A machine with a GPU, as far as the runtime can tell, and bundles for it."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+import onnx
+import pytest
+from safetensors.numpy import save_file
+
+from moevlm.runtime.backends.tensorrt import library as tensorrt_library
+from moevlm.runtime.backends.tensorrt import plugin_library
+from moevlm.runtime.bundle.reader import Bundle
+from tests.support.bundles import edit_manifest, rehash
+from tests.support.fakes.cuda_driver import Driver
+from tests.support.fakes.tensorrt_rtx import VERSION, fake_module, plan_bytes
+
+TARGET = "rtx:sm86,sm89:fp32"
+EXPERTS = "engines/experts-fp32/experts.safetensors"
+LIMITS = {"max_batch": 3, "chunk_tokens": 16, "max_logits": 5, "capacity": 128, "max_visual": 24, "max_patches": 100}
+
+
+@dataclass
+class FakeGpu:
+    """driver and trt: the fake modules that are installed."""
+
+    driver: Driver
+    trt: ModuleType
+
+    def held(self) -> dict[str, int]:
+        """What is not freed: memory, handles, TensorRT's objects; empty if nothing."""
+        objects = len(self.trt.alive)
+        return self.driver.leaks() | ({"objects": objects} if objects else {})
+
+
+@contextmanager
+def fake_gpu(folder: Path, **options: Any) -> Iterator[FakeGpu]:
+    """A GPU and TensorRT-RTX inside of the block. folder: for the cache of kernels and the plugin library."""
+    driver = Driver(**options)
+    trt = fake_module(driver)
+    library = folder / "tensorrt_plugin.so"
+    library.write_bytes(b"the plugins")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings.driver", driver)  # type: ignore[arg-type]
+        patch.setitem(sys.modules, "tensorrt_rtx", trt)
+        patch.setattr(plugin_library, "plugin_path", lambda: library)
+        patch.setattr(tensorrt_library, "_loggers", {})
+        patch.setattr(tensorrt_library, "_plugins", {})
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield FakeGpu(driver, trt)
+
+
+def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), target: str = TARGET) -> Path:
+    """A copy of `bundle`, whose target reference is there, with its graphs as an engine of the fake TensorRT-RTX."""
+    copy = Path(shutil.copytree(bundle, folder / "gpu.moevlm"))
+    engines = copy / "engines" / target.replace(":", "-").replace(",", "-")
+    engines.mkdir(parents=True)
+    opened = Bundle.open(bundle)
+    reference, model = opened.manifest.engines["reference"], opened.manifest.model
+    decoder, vision = (onnx.load(opened.path(graph)) for graph in (reference.decoder, reference.vision))
+    experts = _experts_as_inputs(decoder, copy / EXPERTS)
+    graphs = folder / "graphs"
+    graphs.mkdir()
+    for name, graph in (("decoder", decoder), ("vision", vision)):
+        onnx.save(graph, graphs / f"{name}.onnx")
+    batch, chunk, cache = LIMITS["max_batch"], LIMITS["chunk_tokens"], LIMITS["capacity"]
+    most = {"batch": (batch, batch), "sequence": (chunk, 1), "visual": (LIMITS["max_visual"],) * 2}
+    most |= {"logits": (LIMITS["max_logits"], batch), "capacity": (cache, cache)}
+    outputs: dict[str, Any] = {"logits": ("FLOAT", [["logits_index", 0, 1], model.vocabulary])}
+    for value in decoder.graph.output[1:]:
+        shape = [["input_ids", 0, 1], model.kv_heads, cache, model.head_dim]
+        outputs[value.name] = "FLOAT", shape
+    inputs = _inputs(decoder, most, {"capacity"}, experts)
+    (engines / "decoder.plan").write_bytes(plan_bytes(graphs / "decoder.onnx", inputs, outputs, 2, list(sms)))
+    rows = ["pixel_patches", 0, model.vision.merge_size**2]
+    outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
+    if model.vision.deepstack:
+        outputs["deepstack_embeds"] = "FLOAT", [model.vision.deepstack, rows, model.hidden]
+    inputs = _inputs(vision, {"patches": (LIMITS["max_patches"],)}, set(), set())
+    (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
+    paths = [(engines / f"{name}.plan").relative_to(copy).as_posix() for name in ("vision", "decoder")]
+    facts = {
+        "product": "tensorrt_rtx",
+        "version": VERSION,
+        "sms": list(sms),
+        "activations": "float32",
+        "experts": EXPERTS,
+        **LIMITS,
+    }
+    for path in (*paths, EXPERTS):
+        rehash(copy, path)
+    engine = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": facts}
+    engine["cost"] = msgspec.to_builtins(reference.cost)
+    edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
+    return copy
+
+
+def _experts_as_inputs(decoder: onnx.ModelProto, path: Path) -> set[str]:
+    """Take the experts' weights out of the graph into a safetensors file."""
+    names = {name for node in decoder.graph.node if node.op_type == "MoEExperts" for name in node.input[3:]}
+    weights = [tensor for tensor in decoder.graph.initializer if tensor.name in names]
+    path.parent.mkdir(parents=True)
+    save_file({tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in weights}, path)
+    for tensor in weights:
+        decoder.graph.initializer.remove(tensor)
+        decoder.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    assert names
+    return names
+
+
+def _inputs(model: onnx.ModelProto, most: dict[str, tuple[int, ...]], fixed: set[str], weights: set[str]) -> Any:
+    """Every input as `plan_bytes` takes it."""
+    found = {}
+    for value in model.graph.input:
+        tensor = value.type.tensor_type
+        dims = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        shape = [(most[dim][0] if dim in fixed else -1) if isinstance(dim, str) else dim for dim in dims]
+        profiles = range(len(next(iter(most.values()))))
+        largest = [[most[dim][i] if isinstance(dim, str) else dim for dim in dims] for i in profiles]
+        dtype = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.INT64: "INT64"}[tensor.elem_type]
+        found[value.name] = dtype, shape, None if value.name in weights else largest
+    return found

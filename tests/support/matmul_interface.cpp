@@ -1,0 +1,68 @@
+// The kernels of plugins/cpu as plain C functions, so that tests reach every instruction set without an engine.
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "matmul/experts.h"
+#include "matmul/linear.h"
+#include "matmul/router.h"
+
+using namespace moevlm::quantized;
+
+namespace {
+
+// The engine's pool stands in here: threads that take the next task as they become free.
+void run_on_threads(void* self, size_t total, void (*task)(void*, size_t), void* argument) {
+  std::atomic<size_t> next{0};
+  auto work = [&] {
+    for (size_t i; (i = next.fetch_add(1)) < total;) task(argument, i);
+  };
+  std::vector<std::thread> helpers;
+  for (size_t t = 1; t < *static_cast<size_t*>(self); ++t) helpers.emplace_back(work);
+  work();
+  for (std::thread& helper : helpers) helper.join();
+}
+
+const Kernels& chosen(int set) {
+  return kernels(set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set));
+}
+
+}  // namespace
+
+extern "C" {
+
+bool has_instruction_set(int set) { return moevlm::has(static_cast<moevlm::InstructionSet>(set)); }
+
+void run_quantize(int set, int bits, int block, size_t tokens, size_t k, const float* x, uint8_t* rows) {
+  size_t threads = 1;
+  quantize_rows(chosen(set), {&threads, threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
+}
+
+void run_linear(int set, size_t threads, int bits, int block, size_t n, size_t k, size_t tokens, const float* x,
+                const uint8_t* weight, const float* bias, float* y) {
+  const LinearShape shape{n, k, {bits, block}};
+  std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
+  linear(shape, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
+}
+
+size_t run_experts(int set, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,
+                   int activation, int gated, int weight_on_input, float alpha, float limit, size_t tokens,
+                   size_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,
+                   const uint8_t* down, const float* up_bias, const float* down_bias, float* y) {
+  const ExpertsShape shape{experts_count, hidden, width, {bits, block},
+                           {static_cast<Activation>(activation), gated != 0, alpha, limit}, weight_on_input != 0};
+  std::vector<uint8_t> scratch(shape.scratch_bytes(tokens, top_k));
+  const ExpertsInputs in{x, index, weight, gate_up, down, up_bias, down_bias, tokens, top_k};
+  return experts(shape, chosen(set), {&threads, threads, run_on_threads}, in, y, scratch.data());
+}
+
+int run_router(int set, size_t threads, size_t top_k, int scoring, int renormalize, float epsilon, float scale,
+               size_t n_group, size_t topk_group, int top2_sum, size_t tokens, size_t experts_count,
+               const float* logits, const float* bias, int32_t* index, float* weight) {
+  const RouterShape shape{top_k, static_cast<Scoring>(scoring), renormalize != 0, epsilon, scale,
+                          n_group, topk_group, top2_sum != 0};
+  if (!shape.valid(experts_count)) return 1;
+  route(shape, chosen(set), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
+  return 0;
+}
+}

@@ -1,0 +1,247 @@
+"""Random nodes of the CPU operators in ONNX Runtime, a third of them not valid; run by test_cpu_sanitizers.py.
+
+A process of its own, because a sanitizer ends it: python -m tests.support.random_operators LIBRARY EXAMPLES SEED. Each
+example is printed before it runs, so that the last line says which one failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from moevlm.export.formats import cpu_packing
+from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS
+from tests.plugins.cpu import test_attention as attention
+
+TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
+TYPES |= {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8}
+SPECIAL = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-40, 0.0]
+OUT_OF_RANGE = [-1, 2**31, 2**32, 2**61, 2**62, 2**63 - 1, -(2**63)]
+
+
+@dataclass
+class Node:
+    op: str
+    attributes: dict[str, Any]
+    inputs: dict[str, np.ndarray]  # in the operator's order
+    outputs: dict[str, str]  # their types
+    case: attention.Case | None = None
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in self.inputs.items())
+        return f"{self.op} {self.attributes}: {shapes}"
+
+
+def run(node: Node, library: str, threads: int) -> list[np.ndarray]:
+    made = helper.make_node(node.op, list(node.inputs), list(node.outputs), domain="moevlm.cpu", **node.attributes)
+    graph = helper.make_graph(
+        [made],
+        "graph",
+        [
+            helper.make_tensor_value_info(name, TYPES[array.dtype.name], [None] * array.ndim)
+            for name, array in node.inputs.items()
+        ],
+        [helper.make_tensor_value_info(name, TYPES[kind], None) for name, kind in node.outputs.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("moevlm.cpu", 1)]
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # or what is behind an output is the arena's
+    options.log_severity_level = 4
+    options.register_custom_ops_library(library)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, node.inputs)
+
+
+sizes = st.one_of(st.integers(1, 20), st.integers(20, 150), st.integers(150, 300))
+rows = st.one_of(st.integers(0, 2), st.integers(3, 60))
+
+
+@st.composite
+def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    length = draw(st.one_of(st.integers(0, 3), st.integers(4, 40), st.integers(90, 130)))
+    kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 256))
+    if draw(st.booleans()):
+        head_dim = -(-head_dim // 16) * 16
+    heads = kv_heads * draw(st.one_of(st.just(1), st.integers(1, 20)))
+    if heads * length * head_dim > 200_000:  # seconds under a sanitizer
+        heads = kv_heads
+    case = attention.Case(
+        batch=draw(st.integers(1, 2)),
+        length=length,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
+        past=draw(st.one_of(st.integers(0, 40), st.integers(230, 300))),
+        norm=draw(st.booleans()),
+        dtype=draw(st.sampled_from(["float32", "int8"])),
+    )
+    attributes = {name: getattr(case, name) for name in ("heads", "kv_heads", "rotary_dim", "epsilon")}
+    outputs = {"y": "float32", "key_out": case.dtype, "value_out": case.dtype}
+    return Node("CachedAttention", attributes, attention.make_inputs(case, rng), outputs, case=case)
+
+
+def packing(draw: st.DrawFn) -> dict[str, int]:
+    return {"bits": draw(st.sampled_from([4, 8])), "block_size": 16 * draw(st.integers(1, 16))}
+
+
+@st.composite
+def linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    n, k, tokens, packed = draw(sizes), draw(sizes), draw(rows), packing(draw)
+    size = cpu_packing.packed_bytes(n, k, *packed.values())
+    inputs = {"x": rng.standard_normal((tokens, k), np.float32), "weight": rng.integers(0, 256, size, np.uint8)}
+    if draw(st.booleans()):
+        inputs["bias"] = rng.standard_normal(n, np.float32)
+    return Node("Linear", {"N": n, "K": k, **packed}, inputs, {"y": "float32"})
+
+
+@st.composite
+def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    experts, hidden, width = draw(st.integers(1, 9)), draw(sizes), draw(sizes)
+    tokens, top_k, packed = draw(rows), draw(st.integers(1, 4)), packing(draw)
+    activation = draw(st.sampled_from(ACTIVATIONS))
+    gated = int(activation == "swiglu_clamped" or draw(st.booleans()))
+    up_rows = -(-width // 16) * 32 if gated else width
+    up = cpu_packing.packed_bytes(up_rows, hidden, *packed.values())
+    down = cpu_packing.packed_bytes(hidden, width, *packed.values())
+    inputs = {
+        "x": rng.standard_normal((tokens, hidden), np.float32),
+        "index": rng.integers(0, experts, (tokens, top_k), np.int32),
+        "weight": rng.standard_normal((tokens, top_k), np.float32),
+        "gate_up": rng.integers(0, 256, (experts, up), np.uint8),
+        "down": rng.integers(0, 256, (experts, down), np.uint8),
+    }
+    if draw(st.booleans()):
+        inputs["gate_up_bias"] = rng.standard_normal((experts, width * (1 + gated)), np.float32)
+        inputs["down_bias"] = rng.standard_normal((experts, hidden), np.float32)
+    numbers = {name: draw(st.sampled_from([1.0, *SPECIAL])) for name in ("alpha", "limit")}
+    attributes = {"hidden": hidden, "width": width, **packed, "activation": activation, "gated": gated}
+    attributes |= {"weight_on": draw(st.sampled_from(["input", "output"])), **numbers}
+    return Node("MoEExperts", attributes, inputs, {"y": "float32"})
+
+
+@st.composite
+def routers(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    n_group, size = draw(st.integers(1, 12)), draw(st.integers(2, 40))
+    topk_group = draw(st.integers(1, n_group))
+    attributes = {
+        "top_k": draw(st.integers(1, topk_group * size)),
+        "scoring": draw(st.sampled_from(SCORINGS)),
+        "renormalize": draw(st.integers(0, 1)),
+        "n_group": n_group,
+        "topk_group": topk_group,
+        "group_score": draw(st.sampled_from(["max", "top2_sum"])),
+    }
+    inputs = {"logits": rng.standard_normal((draw(rows), n_group * size), np.float32)}
+    if draw(st.booleans()):
+        inputs["bias"] = rng.standard_normal(n_group * size, np.float32)
+    return Node("MoERouter", attributes, inputs, {"index": "int32", "weight": "float32"})
+
+
+def poison(draw: st.DrawFn, rng: np.random.Generator, node: Node) -> None:
+    """NaN, infinity or the like in some values of a float input, or in the scales of an int8 cache."""
+    name = draw(st.sampled_from([name for name, array in node.inputs.items() if array.dtype in (np.float32, np.int8)]))
+    array = node.inputs[name]
+    values = np.ascontiguousarray(array[..., -4:]).view(np.float32) if array.dtype == np.int8 else array
+    values[rng.random(values.shape) < draw(st.sampled_from([0.01, 0.3, 1.0]))] = draw(st.sampled_from(SPECIAL))
+    if array.dtype == np.int8:
+        array[..., -4:] = values.view(np.int8)
+
+
+def break_attribute(draw: st.DrawFn, node: Node) -> bool:
+    names = [name for name, value in node.attributes.items() if isinstance(value, int)]
+    node.attributes[draw(st.sampled_from(names))] = draw(st.sampled_from(OUT_OF_RANGE))
+    return True
+
+
+def break_index(draw: st.DrawFn, node: Node) -> bool:
+    """An expert or a position that there is not."""
+    for name in ("index", "cache_position"):
+        if name in node.inputs and node.inputs[name].size:
+            array = node.inputs[name]
+            limits = np.iinfo(array.dtype)
+            at = draw(st.integers(0, array.size - 1))
+            array.reshape(-1)[at] = draw(st.sampled_from([-1, limits.min, limits.max, 2**30]))
+            return True
+    return break_attribute(draw, node)
+
+
+def break_shape(draw: st.DrawFn, node: Node) -> bool:
+    """One axis more or less, or of another size: not always wrong. Huge ones are of tensors without elements."""
+    name = draw(st.sampled_from(list(node.inputs)))
+    array, shape = node.inputs[name], list(node.inputs[name].shape)
+    axis = draw(st.integers(0, len(shape) - 1))
+    kind = draw(st.sampled_from(["more", "less", "larger", "smaller", "empty", "huge"]))
+    if kind == "more":
+        shape.insert(axis, 1)
+    elif kind == "less":
+        del shape[axis]
+    elif kind == "larger":
+        shape[axis] += 1
+    elif kind == "smaller":
+        shape[axis] = max(shape[axis] - 1, 0)
+    elif kind == "empty":
+        shape[axis] = 0
+    else:
+        shape = [1] * len(shape)
+        shape[axis] = 2 ** draw(st.integers(40, 60 - array.itemsize.bit_length()))
+        shape[axis - 1 if len(shape) > 1 else axis] = 0
+    node.inputs[name] = np.zeros(shape, array.dtype)
+    return False
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
+    """A node; whether it must be refused; whether its results can be checked; and threads."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    make = draw(st.sampled_from([attentions, attentions, linears, banks, routers]))
+    node, kind = draw(make(rng)), draw(st.integers(0, 8))
+    refused = False
+    if kind in (0, 1):
+        poison(draw, rng, node)
+    elif kind in (2, 3, 4):
+        refused = [break_attribute, break_index, break_shape][kind - 2](draw, node)
+    return node, refused, kind > 4, draw(st.sampled_from([1, 1, 2]))
+
+
+def check(node: Node, outputs: list[np.ndarray]) -> None:
+    if node.case is not None and node.inputs["qkv"].size:
+        attention.check(node.case, node.inputs, outputs)
+    if node.op == "MoERouter":
+        index = np.sort(outputs[0], axis=1)
+        assert ((index >= 0) & (index < node.inputs["logits"].shape[1])).all()
+        assert (np.diff(index, axis=1) > 0).all()
+
+
+def main(library: str, examples: int, number: int) -> None:
+    # Nothing is shrunk: the process does not survive what a sanitizer finds.
+    @seed(number)
+    @settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(nodes())
+    def every_node_runs_or_is_refused(drawn: tuple[Node, bool, bool, int]) -> None:
+        node, refused, checked, threads = drawn
+        print(node, flush=True)
+        try:
+            outputs = run(node, library, threads)
+        except Exception as error:
+            assert f"{node.op}: " in str(error) or "ShapeInferenceError" in str(error), error
+            assert not checked, error
+        else:
+            assert not refused
+            if checked:
+                check(node, outputs)
+
+    every_node_runs_or_is_refused()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
