@@ -25,9 +25,9 @@ def thin(curve: list[dict[str, float]], points: int = 150) -> list[dict[str, flo
     return [{"step": part[-1]["step"], **{k: round(v, 4) for k, v in mean_of(part).items()}} for part in parts]
 
 
-def write(facts: dict, path: Path) -> None:
+def write(metadata: dict, path: Path) -> None:
     """JSON with one line per fact."""
-    lines = [f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in facts.items()]
+    lines = [f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False)}" for k, v in metadata.items()]
     path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 

@@ -164,7 +164,7 @@ def main(
     checkpoint.save(model, words, out)
     click.echo(f"{len(curve)} steps in {spent / 60:.1f} minutes")
     result = evaluate.evaluate(*checkpoint.load(out))
-    facts = {
+    metadata = {
         "parameters": parameters,
         "seed": seed,
         "continued": start is not None,
@@ -177,7 +177,7 @@ def main(
         "curve": report.thin(curve),
     }
     folder = checkpoint.HERE if out == checkpoint.CHECKPOINT else out
-    report.write(facts, folder / "training.json")
+    report.write(metadata, folder / "training.json")
     report.plot(curve, folder / "loss.png")
     evaluate.show(result)
 

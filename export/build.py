@@ -23,7 +23,7 @@ from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import SCHEMA, EngineFacts, Manifest, ModelFacts
+from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -71,8 +71,8 @@ def build(
             target.sizes.require(model.config, target.name)
         for pattern, count in model.left_out.items():
             note(f"left out {count} tensors {pattern}: transformers does not load them either")
-        carried = request_files(source.directory, model.facts())
-        facts = msgspec.structs.replace(model.facts(), eos_token_ids=carried.eos_token_ids)
+        carried = request_files(source.directory, model.metadata())
+        metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
         for text in carried.notes:
             note(text)
         for path, data in carried.files.items():
@@ -82,12 +82,12 @@ def build(
         if reference not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], reference.path(name))
-        engines = _build_engines(chosen, writer, graphs, facts, progress)
+        engines = _build_engines(chosen, writer, graphs, metadata, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
             schema=SCHEMA,
-            model=facts,
+            model=metadata,
             source=source.fingerprint(),
             files={},
             engines=engines,
@@ -133,8 +133,8 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        facts = existing.manifest.model
-        engines = _build_engines(chosen, writer, graphs, facts, progress, existing)
+        metadata = existing.manifest.model
+        engines = _build_engines(chosen, writer, graphs, metadata, progress, existing)
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -150,10 +150,10 @@ def _build_engines(
     chosen: Iterable[Target | PlanTarget],
     writer: BundleWriter,
     graphs: dict[str, ir.Model],
-    model: ModelFacts,
+    model: ModelMetadata,
     progress: Progress,
     existing: Bundle | None = None,
-) -> dict[str, EngineFacts]:
+) -> dict[str, EngineMetadata]:
     """Write each target's files. What the manifest says of them, by name."""
     # Where builds have to be the same bytes, reproducible-builds.org's variable stands for the clock.
     clock = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import shown
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class DecoderConfig:
     epsilon: float
     tied_head: bool
     attention: AttentionConfig
-    rope: RopeFacts
+    rope: RopeMetadata
     feed_forward: tuple[MLPConfig | MoEConfig, ...]
     deepstack: int = 0
 
@@ -84,7 +84,7 @@ class VisionConfig:
 
     norm: layer or rms. outer_norms: RMS norms right after the patch embedding and after the last block (GLM-4V).
     deepstack_layers: blocks whose output also goes through a merger of its own.
-    position_resampling: bilinear or bicubic, see `runtime.core.manifest.VisionFacts`.
+    position_resampling: bilinear or bicubic, see `runtime.core.manifest.VisionMetadata`.
     """
 
     hidden: int
@@ -152,11 +152,11 @@ class ModelConfig:
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(self.moe)
 
-    def facts(self) -> ModelFacts:
+    def metadata(self) -> ModelMetadata:
         """What the runtime must know, for the manifest."""
         decoder, vision, attention = self.decoder, self.vision, self.decoder.attention
         moe = list(self.moe.values())
-        return ModelFacts(
+        return ModelMetadata(
             model_type=self.model_type,
             hidden=decoder.hidden,
             layers=len(decoder.feed_forward),
@@ -171,7 +171,7 @@ class ModelConfig:
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
             rope=decoder.rope,
-            vision=VisionFacts(
+            vision=VisionMetadata(
                 patch_size=vision.patch_size,
                 temporal_patch_size=vision.temporal_patch_size,
                 merge_size=vision.merge_size,

@@ -19,7 +19,7 @@ from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.streaming import set_tensor
 from moevlm.export.modules.vision import Vision
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ class CanonicalModel:
             "decoder": trace_decoder(self.decoder, self.decoder_weights),
         }
 
-    def facts(self) -> ModelFacts:
-        """The manifest's facts of the model: its shapes, its parameters, and those that a token uses."""
+    def metadata(self) -> ModelMetadata:
+        """The manifest's metadata of the model: its shapes, its parameters, and those that a token uses."""
         parameters = sum(p.numel() for tower in (self.vision, self.decoder) for p in tower.parameters())
         idle = sum(moe.idle_parameters for moe in self.decoder.modules() if isinstance(moe, MoE))
-        return msgspec.structs.replace(self.config.facts(), parameters=parameters, active_parameters=parameters - idle)
+        return msgspec.structs.replace(
+            self.config.metadata(), parameters=parameters, active_parameters=parameters - idle
+        )
 
     def towers(self) -> tuple[Vision, Decoder]:
         """Both modules anew, on the meta device, to be given weights by `load`."""

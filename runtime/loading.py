@@ -18,7 +18,7 @@ from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError, require_positive, shown
 from moevlm.runtime.core.json_object import json_object
-from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.perf.process_limits import cores, cpu_quota
@@ -49,7 +49,7 @@ def load_runtime(
     if target is not None and not isinstance(target, str):
         raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
     bundle = Bundle.open(_directory(path))
-    name, facts = select(bundle, target)
+    name, metadata = select(bundle, target)
     files = bundle.manifest.files
     tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
     template = None
@@ -65,7 +65,7 @@ def load_runtime(
         engine,
         images,
         chunk_tokens=chunk_tokens,
-        built_for=facts.tensorrt,
+        built_for=metadata.tensorrt,
         target=name,
         sampling=sampling,
     )
@@ -94,7 +94,7 @@ def load_engine(
     )
 
 
-def require_library(engine: EngineFacts) -> None:
+def require_library(engine: EngineMetadata) -> None:
     """Find out at once whether what the engine runs on is installed. Raises EngineError, naming what to install."""
     if engine.tensorrt is not None:
         from moevlm.runtime.backends.tensorrt.library import find_module
@@ -120,18 +120,18 @@ def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> 
 
 
 def _tensorrt_engine(
-    bundle: Bundle, name: str, engine: EngineFacts, facts: TensorRTFacts, progress: Progress | None
+    bundle: Bundle, name: str, engine: EngineMetadata, metadata: TensorRTMetadata, progress: Progress | None
 ) -> Engine:
     from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
 
     graphs = engine.vision, engine.decoder
     with _opened(bundle, name, graphs, progress) as files:
-        experts = files[facts.experts].map() if facts.experts else None
+        experts = files[metadata.experts].map() if metadata.experts else None
     # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
     vision, decoder = (
         PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
     )
-    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, facts)
+    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, metadata)
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _opened(
         yield files
 
 
-def operators_for(engine: EngineFacts) -> Path | None:
+def operators_for(engine: EngineMetadata) -> Path | None:
     """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
     if engine.operators not in ("", DOMAIN):
         raise EngineError(f"the engine needs operators of {shown(engine.operators)} (there are: {DOMAIN})")

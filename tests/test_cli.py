@@ -271,7 +271,7 @@ def test_inspect_json_agrees_with_the_manifest(tiny_bundle: Path) -> None:
     assert (result.status, result.err) == (0, "")
     assert report.bundle == str(tiny_bundle)
     assert report.model == manifest.model
-    assert report.source == {name: facts.sha256 for name, facts in manifest.source.items()}
+    assert report.source == {name: metadata.sha256 for name, metadata in manifest.source.items()}
     assert report.bytes == sum(
         p.stat().st_size for p in tiny_bundle.rglob("*") if p.is_file() and "manifest" not in p.name
     )

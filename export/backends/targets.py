@@ -32,7 +32,7 @@ from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import CostFacts, EngineFacts, ModelFacts
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
 
 REFERENCE = "reference"
 GRAPHS = ("vision", "decoder")
@@ -76,10 +76,10 @@ class Target:
         passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
         return replace(self, sparsity=sparsity, passes=passes)
 
-    def facts(self, cost: CostFacts, canonical: Mapping[str, ir.Model]) -> EngineFacts:
+    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model]) -> EngineMetadata:
         """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
-        return EngineFacts(
+        return EngineMetadata(
             vision=vision,
             decoder=decoder,
             dtype=self.dtype,
@@ -95,15 +95,15 @@ class Target:
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelFacts,
+        model: ModelMetadata,
         progress: Callable[[str, int, int], None],
         existing: Bundle | None = None,  # noqa: ARG002 - nothing of it is of use here
-    ) -> EngineFacts:
+    ) -> EngineMetadata:
         """Add its graphs to a bundle. canonical: by name."""
         lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
         for name, graph in lowered.items():
             writer.add_model(graph, self.path(name), partial(progress, f"writing {self.name} {name}"))
-        return self.facts(cost(canonical, lowered, model.vision.merge_size), canonical)
+        return self.metadata(cost(canonical, lowered, model.vision.merge_size), canonical)
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""

@@ -12,7 +12,7 @@ from moevlm.export.checkpoint.hashes import Fingerprint, require_known_hashes
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.checkpoint.shards import read_shards, some
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import FileFacts, Manifest
+from moevlm.runtime.core.manifest import FileMetadata, Manifest
 
 CONFIG = "config.json"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as on the Hugging Face hub
@@ -70,7 +70,7 @@ class Checkpoint:
         """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""
         self._fingerprint.start()
 
-    def fingerprint(self) -> dict[str, FileFacts]:
+    def fingerprint(self) -> dict[str, FileMetadata]:
         """sha256 and size of config.json and of every shard, by file name. Computed at most once."""
         return dict(self._fingerprint.result())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from moevlm.export.checkpoint.generation_config import GENERATION_CONFIG
 from moevlm.runtime.core.errors import CheckpointError, shown
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class EndTokens:
 
 
 def end_tokens(
-    generation: Mapping[str, Any], model: ModelFacts, of_tokenizer: int | None, tokenizer: bool = True
+    generation: Mapping[str, Any], model: ModelMetadata, of_tokenizer: int | None, tokenizer: bool = True
 ) -> EndTokens:
     """generation: generation_config.json, which says what the model was tuned to end with; config.json often names one
-    token. model: facts out of config.json. tokenizer: whether there is one. of_tokenizer: the id of its eos_token.
+    token. model: metadata out of config.json. tokenizer: whether there is one. of_tokenizer: the id of its eos_token.
 
     Raises CheckpointError for an id that is none, and where no file names one though the checkpoint has a tokenizer: a
     conversation would never end.

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from moevlm.export.checkpoint.files import find, read_text
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import FileFacts
+from moevlm.runtime.core.manifest import FileMetadata
 
 _PIECE_BYTES = 4 << 20
 _SUMS = "SHA256SUMS"
@@ -23,7 +23,7 @@ class Fingerprint:
     def __init__(self, directory: Path, names: Sequence[str]) -> None:
         self.directory = directory
         self.names = tuple(names)
-        self._facts: dict[str, FileFacts] = {}
+        self._metadata: dict[str, FileMetadata] = {}
         self._failure: Exception | None = None
         self._cancelled = threading.Event()
         self._thread: threading.Thread | None = None
@@ -35,7 +35,7 @@ class Fingerprint:
             self._thread = threading.Thread(target=self._run, name="checkpoint-hash", daemon=True)
             self._thread.start()
 
-    def result(self) -> Mapping[str, FileFacts]:
+    def result(self) -> Mapping[str, FileMetadata]:
         """Wait for the hashes, by file name. Raises CheckpointError when a file cannot be read."""
         self.start()
         assert self._thread is not None
@@ -44,7 +44,7 @@ class Fingerprint:
             raise self._failure
         if self._cancelled.is_set():
             raise CheckpointError(f"hashing {self.directory} was stopped")
-        return MappingProxyType(self._facts)
+        return MappingProxyType(self._metadata)
 
     def cancel(self) -> None:
         """Stop hashing soon; `result` raises from then on if it was not complete."""
@@ -55,15 +55,15 @@ class Fingerprint:
     def _run(self) -> None:
         try:
             for name in self.names:
-                facts = file_facts(self.directory / name, self._cancelled)
-                if facts is None:
+                metadata = file_facts(self.directory / name, self._cancelled)
+                if metadata is None:
                     return
-                self._facts[name] = facts
+                self._metadata[name] = metadata
         except Exception as error:  # handed to the thread that asks for the result
             self._failure = error
 
 
-def file_facts(path: Path, cancelled: threading.Event | None = None) -> FileFacts | None:
+def file_facts(path: Path, cancelled: threading.Event | None = None) -> FileMetadata | None:
     """sha256 and size of one file, in constant memory; None once `cancelled` is set. Raises CheckpointError."""
     digest, size, piece = hashlib.sha256(), 0, bytearray(_PIECE_BYTES)
     view = memoryview(piece)
@@ -76,7 +76,7 @@ def file_facts(path: Path, cancelled: threading.Event | None = None) -> FileFact
                 size += count
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    return FileFacts(sha256=digest.hexdigest(), size=size)
+    return FileMetadata(sha256=digest.hexdigest(), size=size)
 
 
 def known_hashes(directory: Path, names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -123,11 +123,11 @@ def require_known_hashes(fingerprint: Fingerprint) -> tuple[str, ...]:
     known = known_hashes(fingerprint.directory, fingerprint.names)
     if not known:
         return ()
-    facts = fingerprint.result()
+    metadata = fingerprint.result()
     for name, (expected, where) in known.items():
-        if facts[name].sha256 != expected:
+        if metadata[name].sha256 != expected:
             raise CheckpointError(
-                f"{fingerprint.directory / name} is damaged or was changed: its sha256 is {facts[name].sha256}, "
+                f"{fingerprint.directory / name} is damaged or was changed: its sha256 is {metadata[name].sha256}, "
                 f"expected {expected} ({where})"
             )
     return tuple(known)

@@ -12,7 +12,7 @@ from moevlm.export.checkpoint.generation_config import GENERATION_CONFIG, sampli
 from moevlm.export.checkpoint.side_files import FoundPreprocessor, FoundTemplate, chat_template, preprocessor
 from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION
 from moevlm.runtime.request.images import ImageProcessor
@@ -42,10 +42,10 @@ class RequestFiles:
     notes: tuple[str, ...] = ()
 
 
-def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
+def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
     """Read what the checkpoint says of requests and of sampling; what it has not, the bundle lacks.
 
-    model: facts out of config.json. Raises CheckpointError for a file that cannot be read, is not what it should be,
+    model: metadata out of config.json. Raises CheckpointError for a file that cannot be read, is not what it should be,
     or does not go with `model`: what a request would run into is found here.
     """
     tokens, template, images = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
@@ -75,7 +75,7 @@ def request_files(directory: Path, model: ModelFacts) -> RequestFiles:
     return RequestFiles(files, variables, ends.ids, tuple(notes))
 
 
-def _tokenizer(found: TokenizerFiles, model: ModelFacts) -> Tokenizer:
+def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
     try:
         tokenizer = Tokenizer(found.text)
     except BundleError as error:
@@ -101,7 +101,7 @@ def _tokenizer(found: TokenizerFiles, model: ModelFacts) -> Tokenizer:
     return tokenizer
 
 
-def _check_images(found: FoundPreprocessor, model: ModelFacts) -> None:
+def _check_images(found: FoundPreprocessor, model: ModelMetadata) -> None:
     try:
         ImageProcessor(found.fields, model.vision)
     except BundleError as error:
@@ -116,7 +116,7 @@ def _opened(template: FoundTemplate, variables: Mapping[str, str]) -> ChatTempla
 
 
 def _try(
-    template: FoundTemplate, opened: ChatTemplate, tokenizer: Tokenizer, model: ModelFacts, images: bool
+    template: FoundTemplate, opened: ChatTemplate, tokenizer: Tokenizer, model: ModelMetadata, images: bool
 ) -> Iterator[str]:
     """Render conversations of each kind; yields what the template refuses. Raises CheckpointError if it cannot work.
 

@@ -1,7 +1,7 @@
 """Rotary embedding fields of config.json: the new `rope_parameters` and the older `rope_scaling` with `rope_theta`."""
 
 from moevlm.export.families.fields import Fields
-from moevlm.runtime.core.manifest import RopeFacts
+from moevlm.runtime.core.manifest import RopeMetadata
 
 
 def mrope(
@@ -11,7 +11,7 @@ def mrope(
     interleaved: bool,
     default_sections: tuple[int, int, int],
     default_partial: float | None = None,
-) -> RopeFacts:
+) -> RopeMetadata:
     """Multimodal rope with (time, height, width) sections. Raises UnsupportedModelError for a scaled variant.
 
     default_partial: `partial_rotary_factor` where config.json has none; None for a family that rotates whole heads.
@@ -37,7 +37,7 @@ def mrope(
     sections = rope.counts("mrope_section", default_sections)
     if len(sections) != 3 or sum(sections) != dim // 2:
         raise rope.invalid("mrope_section", list(sections), f"three numbers that add up to {dim // 2}")
-    return RopeFacts(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
+    return RopeMetadata(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
 
 
 def axial_theta(vision: Fields) -> float:

@@ -6,29 +6,29 @@ from collections.abc import Callable, Mapping
 import onnx_ir as ir
 
 from moevlm.export.graph.functions import EXPERTS, is_op
-from moevlm.runtime.core.manifest import CostFacts
+from moevlm.runtime.core.manifest import CostMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
 _SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
 
 
-def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], merge_size: int) -> CostFacts:
+def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], merge_size: int) -> CostMetadata:
     """Bytes as the lowered graphs store weights, multiplications as the canonical graphs have them.
 
     Both by name, vision and decoder. merge_size: a visual token is merge_size**2 patches.
     """
     read = _sum(lowered["decoder"], _bytes)
     multiplied = _sum(canonical["decoder"], _elements)
-    return CostFacts(
+    return CostMetadata(
         dense_bytes=read["dense"],
         expert_bytes=read["expert"],
         head_bytes=read["head"],
-        dense_products=multiplied["dense"],
-        expert_products=multiplied["expert"],
-        head_products=multiplied["head"],
+        dense_macs=multiplied["dense"],
+        expert_macs=multiplied["expert"],
+        head_macs=multiplied["head"],
         vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
-        patch_products=_patch_products(canonical["vision"], merge_size**2),
-        patch_pair_products=_patch_pair_products(canonical["vision"]),
+        patch_macs=_patch_macs(canonical["vision"], merge_size**2),
+        patch_pair_macs=_patch_pair_macs(canonical["vision"]),
     )
 
 
@@ -72,7 +72,7 @@ def _elements(value: ir.Value) -> int:
     return math.prod(value.shape.numpy())
 
 
-def _patch_products(vision: ir.Model, patches_per_token: int) -> int:
+def _patch_macs(vision: ir.Model, patches_per_token: int) -> int:
     total = 0
     for node in vision.graph:
         if node.op_type == "Gemm":
@@ -83,7 +83,7 @@ def _patch_products(vision: ir.Model, patches_per_token: int) -> int:
     return total
 
 
-def _patch_pair_products(vision: ir.Model) -> int:
+def _patch_pair_macs(vision: ir.Model) -> int:
     """Attention: a query and a key, and a weight and a value, for every patch with every other of its image."""
     total = 0
     for node in vision.graph:

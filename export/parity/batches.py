@@ -10,7 +10,7 @@ import numpy as np
 
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.batch import Batch, cache_capacity
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 from moevlm.runtime.request.prompt import Prompt
@@ -32,7 +32,7 @@ class Room:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[Prompt], context: int, limits: TensorRTFacts | None, steps: int = DECODE_STEPS
+        cls, prompts: Sequence[Prompt], context: int, limits: TensorRTMetadata | None, steps: int = DECODE_STEPS
     ) -> Self:
         """limits: None for an engine without. Raises RequestError if not one step behind a prompt fits."""
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -54,7 +54,7 @@ class Batches:
     """
 
     def __init__(
-        self, engine: Engine, model: ModelFacts, prompts: Sequence[Prompt], visual: VisualFeatures | None, room: Room
+        self, engine: Engine, model: ModelMetadata, prompts: Sequence[Prompt], visual: VisualFeatures | None, room: Room
     ) -> None:
         """visual: features of the images of all prompts, in order; None if there are none."""
         self._room = room

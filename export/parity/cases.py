@@ -8,7 +8,7 @@ import numpy as np
 
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import VisionInputs
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.vision_inputs import pack_grids
@@ -39,7 +39,7 @@ class Case:
         return self.whole.ids[len(self.prompt.ids) :]
 
 
-def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, quick: bool = False) -> list[Case]:
+def random_cases(model: ModelMetadata, config: Mapping[str, Any], seed: int, quick: bool = False) -> list[Case]:
     """One case per entry of IMAGES, or of QUICK_IMAGES, with DECODE_STEPS, or QUICK_STEPS, tokens behind it.
 
     config: the checkpoint's, for the token ids that mean something to it.
@@ -49,7 +49,7 @@ def random_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, quick:
     return [_case(model, config, ordinary, rng, n, steps) for n in (QUICK_IMAGES if quick else IMAGES)]
 
 
-def long_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, capacity: int) -> list[Case]:
+def long_cases(model: ModelMetadata, config: Mapping[str, Any], seed: int, capacity: int) -> list[Case]:
     """A case of text alone that no kernel takes in one block; shorter, or none, where a cache has no room for it.
 
     capacity: the most tokens of prompt and continuation together.
@@ -62,7 +62,7 @@ def long_cases(model: ModelFacts, config: Mapping[str, Any], seed: int, capacity
     return [Case(prompt, whole, [], _patches(np.random.default_rng(0), [], model))]
 
 
-def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
+def pack(cases: list[Case], model: ModelMetadata) -> VisionInputs | None:
     """All images of all cases in one vision call; None if there are none."""
     grids = [grid for case in cases for grid in case.grids]
     if not grids:
@@ -71,7 +71,7 @@ def pack(cases: list[Case], model: ModelFacts) -> VisionInputs | None:
 
 
 def _case(
-    model: ModelFacts,
+    model: ModelMetadata,
     config: Mapping[str, Any],
     ordinary: np.ndarray,
     rng: np.random.Generator,
@@ -93,13 +93,13 @@ def _case(
     return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
 
 
-def _ordinary(model: ModelFacts, config: Mapping[str, Any]) -> np.ndarray:
+def _ordinary(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
     """Token ids without those that mean something to the checkpoint."""
     reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
     return np.array([i for i in range(model.vocabulary) if i not in reserved])
 
 
-def _patches(rng: np.random.Generator, grids: list[tuple[int, int]], model: ModelFacts) -> np.ndarray:
+def _patches(rng: np.random.Generator, grids: list[tuple[int, int]], model: ModelMetadata) -> np.ndarray:
     vision = model.vision
     patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
     return rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)

@@ -22,7 +22,7 @@ from moevlm.export.parity.tolerances import (
     Tolerance,
 )
 from moevlm.plugins.ops import reference
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
 Array = np.ndarray
@@ -42,10 +42,12 @@ class Expected:
     hidden: per layer [tokens, H], of canonical PyTorch; empty until that step itself has been checked.
     """
 
-    def __init__(self, model: CanonicalModel, facts: ModelFacts, cases: list[Case], answers: list[Answer]) -> None:
-        self.facts, self.config, self.cases, self.answers = facts, model.config, cases, answers
+    def __init__(
+        self, model: CanonicalModel, metadata: ModelMetadata, cases: list[Case], answers: list[Answer]
+    ) -> None:
+        self.metadata, self.config, self.cases, self.answers = metadata, model.config, cases, answers
         self.prompts = [case.prompt for case in cases]
-        images = pack(cases, facts)
+        images = pack(cases, metadata)
         assert images is not None  # some of the cases have images
         self.images = images
         seen = [answer for answer in answers if len(answer.embeds)]
@@ -64,13 +66,13 @@ class Expected:
         ]
         self.hidden: list[Array] = []
 
-    def room(self, limits: TensorRTFacts | None = None) -> Room:
+    def room(self, limits: TensorRTMetadata | None = None) -> Room:
         """How the prompts fit into an engine; see `Room.of`."""
-        return Room.of(self.prompts, self.facts.context, limits, len(self.tokens))
+        return Room.of(self.prompts, self.metadata.context, limits, len(self.tokens))
 
     def batch(self, engine: Engine, visual: VisualFeatures, room: Room) -> Batches:
         """All prompts in new caches."""
-        return Batches(engine, self.facts, self.prompts, visual, room)
+        return Batches(engine, self.metadata, self.prompts, visual, room)
 
 
 def checks(
@@ -79,7 +81,7 @@ def checks(
     engine: Engine,
     taps: Taps | None,
     tolerance: Tolerance | PlanTolerance,
-    limits: TensorRTFacts | None = None,
+    limits: TensorRTMetadata | None = None,
 ) -> Iterator[Check]:
     """All checks of one step. taps: of the same engine, or a copy; None leaves out routing and hidden states.
 
@@ -176,7 +178,7 @@ def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
 
 def hidden_states(expected: Expected, taps: Taps) -> list[Array]:
     """Per layer [tokens, H]: the residual stream behind it."""
-    return [taps.values[f"layers.{i}.hidden"] for i in range(expected.facts.layers)]
+    return [taps.values[f"layers.{i}.hidden"] for i in range(expected.metadata.layers)]
 
 
 def _hidden(expected: Expected, step: str, taps: Taps, limit: float) -> Check:
@@ -229,9 +231,9 @@ def alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]
     for case, answer in zip(expected.cases, expected.answers, strict=True):
         if len(case.prompt.ids) > PADDING:
             continue  # it was alone before
-        images = pack([case], expected.facts)
+        images = pack([case], expected.metadata)
         visual = None if images is None else engine.encode(images)
-        batch = Batches(engine, expected.facts, [case.prompt], visual, room)
+        batch = Batches(engine, expected.metadata, [case.prompt], visual, room)
         ours += [batch.prefill(every_position=True), *(batch.decode([t]) for t in case.continuation[:steps])]
         theirs += [answer.prefill, answer.decode[:steps]]
     return np.concatenate(ours), np.concatenate(theirs)

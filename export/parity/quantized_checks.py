@@ -18,7 +18,7 @@ from moevlm.export.parity.stored_weights import stored_weights
 from moevlm.export.parity.taps import Tapped
 from moevlm.export.parity.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
 from moevlm.plugins.ops import reference
-from moevlm.runtime.core.manifest import EngineFacts
+from moevlm.runtime.core.manifest import EngineMetadata
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
 Array = np.ndarray
@@ -63,7 +63,7 @@ def quantized_checks(
     expected: Expected,
     model: CanonicalModel,
     step: str,
-    facts: EngineFacts,
+    metadata: EngineMetadata,
     shipped: Recording,
     inside: Recording,
     kernel_routes: bool,
@@ -79,11 +79,11 @@ def quantized_checks(
         *_costs(step, "decode", shipped.decode, expected.decode[: len(shipped.decode)]),
         *_inside(expected, step, inside.prompts),
     ]
-    vision, decoder = stored_weights(model, facts)
+    vision, decoder = stored_weights(model, metadata)
     features = list(
         vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.block, shipped.visual)
     )
-    rounding = Rounding(facts.block_size, facts.kv_cache == "int8")
+    rounding = Rounding(metadata.block_size, metadata.kv_cache == "int8")
     rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))
     taps, limit = shipped.apart(inside), EXACT.logits
     found = [
@@ -160,5 +160,5 @@ def _inside(expected: Expected, step: str, sequences: list[Sequence]) -> Iterato
         note = f"widest margin {max(margins):.1e}, median {np.median(margins):.1e}"
     share = len(flips) / sum(map(len, expected.routing))
     yield Cost(step, "share of routings that differ", share, note, flips)
-    last = f"layers.{expected.facts.layers - 1}.hidden"
+    last = f"layers.{expected.metadata.layers - 1}.hidden"
     yield Cost(step, "last hidden states", rms_error(taps[last], expected.hidden[-1]))

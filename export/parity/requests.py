@@ -21,7 +21,7 @@ from moevlm.export.checkpoint.files import optional_json
 from moevlm.export.parity.report import Check
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images import ImageProcessor
@@ -112,7 +112,7 @@ class _TheirText:
 
 
 class _Texts:
-    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: _TheirText, model: ModelFacts) -> None:
+    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: _TheirText, model: ModelMetadata) -> None:
         """tokenizer: content of tokenizer.json."""
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
@@ -198,7 +198,7 @@ def _random_text(rng: np.random.Generator) -> str:
     return "".join(chr(rng.integers(*_BLOCKS[block])) + (" " if rng.random() < 0.2 else "") for block in blocks)
 
 
-def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelFacts, seed: int) -> Iterator[Check]:
+def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, seed: int) -> Iterator[Check]:
     try:
         theirs = transformers.AutoImageProcessor.from_pretrained(
             checkpoint, backend="pil", local_files_only=True, trust_remote_code=False
@@ -228,7 +228,7 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelFacts, see
     yield _check("values of their patches", worst, PATCH_LIMIT)
 
 
-def _images(model: ModelFacts, seed: int) -> Iterator[Image.Image]:
+def _images(model: ModelMetadata, seed: int) -> Iterator[Image.Image]:
     """Sizes below one block, between blocks, elongated, and larger; the modes that both sides take alike."""
     rng = np.random.default_rng(seed)
     unit = model.vision.patch_size * model.vision.merge_size

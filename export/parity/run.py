@@ -79,14 +79,14 @@ def check_parity(
     with Checkpoint.open(checkpoint) as source:
         progress("comparing the checkpoint with the bundle's", 0, 0)
         require_same_source(opened.manifest, source)
-        manifest, facts = opened.manifest, opened.manifest.model
+        manifest, metadata = opened.manifest, opened.manifest.model
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
-        cases = random_cases(facts, source.config, seed, quick)
+        cases = random_cases(metadata, source.config, seed, quick)
         if not quick:
-            cases += long_cases(facts, source.config, seed, capacity)
+            cases += long_cases(metadata, source.config, seed, capacity)
         prompts = [case.prompt for case in cases]
         for limit in limits:
-            Room.of(prompts, facts.context, limit, len(cases[0].continuation))  # refused before any work
+            Room.of(prompts, metadata.context, limit, len(cases[0].continuation))  # refused before any work
         needs = Needs.of(model, cases, opened, names)
         progress(f"parity {needs}", 0, 0)
         needs.require(available_memory())
@@ -95,7 +95,7 @@ def check_parity(
         oracle = Oracle(source, family_for(source.config).router_suffix)
         answers = oracle.answers(cases, partial(progress, "running transformers"))
         del oracle
-        expected = Expected(model, facts, cases, answers)
+        expected = Expected(model, metadata, cases, answers)
         engine = TorchEngine(model, partial(ask, expected), partial(progress, "running canonical PyTorch"))
         taps = taps_of_prompts(expected, engine)
         found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, taps, EXACT)]
@@ -108,7 +108,7 @@ def check_parity(
             for needed in (storage.unrounded, storage):
                 if needed not in expected_of:
                     tell = partial(progress, f"running canonical PyTorch on the weights of {name}")
-                    expected_of[needed] = expected_on(stored_model(model, needed), facts, cases, tell)
+                    expected_of[needed] = expected_on(stored_model(model, needed), metadata, cases, tell)
             progress(f"running {name}", 0, 0)
             if storage.experts:
                 found += rounding_checks(name, expected_of[storage], expected_of[storage.unrounded], storage.experts)

@@ -15,7 +15,7 @@ from moevlm.export.parity.oracle import Answer
 from moevlm.export.parity.taps import Tapped
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
-from moevlm.runtime.core.manifest import EngineFacts, ModelFacts
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.engine.batch import Batch, cache_capacity
 
 
@@ -33,7 +33,7 @@ class Storage:
     scales: str = ""
 
     @classmethod
-    def of(cls, engine: EngineFacts) -> "Storage":
+    def of(cls, engine: EngineMetadata) -> "Storage":
         """On a CPU activations are rounded like the weights, so there it is no more than pruning."""
         if engine.tensorrt is None or not engine.block_size:
             return cls(engine.sparsity)
@@ -65,30 +65,32 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
 
 def expected_on(
     model: CanonicalModel,
-    facts: ModelFacts,
+    metadata: ModelMetadata,
     cases: list[Case],
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Expected:
     """The results of canonical PyTorch, its hidden states included. progress: layers done, and their number."""
-    engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, facts) for case in cases], progress)
-    answers, hidden = zip(*(answer(engine, model, case, facts) for case in cases), strict=True)
-    expected = Expected(model, facts, cases, list(answers))
+    engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, metadata) for case in cases], progress)
+    answers, hidden = zip(*(answer(engine, model, case, metadata) for case in cases), strict=True)
+    expected = Expected(model, metadata, cases, list(answers))
     expected.hidden = [np.concatenate(layer) for layer in zip(*hidden, strict=True)]
     return expected
 
 
-def answer(engine: Tapped, model: CanonicalModel, case: Case, facts: ModelFacts) -> tuple[Answer, list[np.ndarray]]:
+def answer(
+    engine: Tapped, model: CanonicalModel, case: Case, metadata: ModelMetadata
+) -> tuple[Answer, list[np.ndarray]]:
     """The counterpart of `Oracle.answers`, for one case alone in one pass; and its hidden states, per layer."""
-    images = pack([case], facts)
+    images = pack([case], metadata)
     visual = None if images is None else engine.encode(images)
     size, length = len(case.prompt.ids), len(case.whole.ids)
-    batch = Batch(engine, facts, [case.whole], visual, cache_capacity(length, facts.context))
+    batch = Batch(engine, metadata, [case.whole], visual, cache_capacity(length, metadata.context))
     logits = batch.prefill(every_position=True)
     taps, sparse = engine.taps, model.config.moe_layers
     embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
     deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
     routing, router_logits, hidden = (
         [taps[f"layers.{i}.{name}"][:size] for i in layers]
-        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", range(facts.layers)))
+        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", range(metadata.layers)))
     )
     return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden

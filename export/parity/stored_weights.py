@@ -11,10 +11,10 @@ from moevlm.export.formats.quantization import Scheme, stored
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.quantize_experts import shared_scheme
-from moevlm.runtime.core.manifest import EngineFacts
+from moevlm.runtime.core.manifest import EngineMetadata
 
 
-def stored_weights(model: CanonicalModel, engine: EngineFacts) -> tuple[Mapping[str, Weight], Mapping[str, Weight]]:
+def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mapping[str, Weight], Mapping[str, Weight]]:
     """Weights of vision and decoder by parameter name, and `head` where the embedding is the head.
 
     engine: quantized, on a CPU. Projections and experts have its bits, the embedding and all of vision 8; routers,

@@ -13,7 +13,7 @@ from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.batch import Batch, cache_capacity
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.request.prompt import Prompt
@@ -58,7 +58,7 @@ class Text:
 def measure_text(
     text: Text,
     model: CanonicalModel,
-    facts: ModelFacts,
+    metadata: ModelMetadata,
     engines: Mapping[str, tuple[Engine, int]],
     progress: Callable[[str, int, int], None],
 ) -> TextReport:
@@ -66,11 +66,11 @@ def measure_text(
 
     engines: by name, each with the most tokens that it takes in a step.
     """
-    prompts = [Prompt.from_ids(window, [], facts) for window in text.windows]
+    prompts = [Prompt.from_ids(window, [], metadata) for window in text.windows]
 
     def ask(engine: Engine, chunk_tokens: int | None = None) -> Iterator[Array]:
         for prompt in prompts:
-            batch = Batch(engine, facts, [prompt], None, cache_capacity(len(prompt.ids), facts.context))
+            batch = Batch(engine, metadata, [prompt], None, cache_capacity(len(prompt.ids), metadata.context))
             yield batch.prefill(chunk_tokens, every_position=True)
 
     reference = TorchEngine(

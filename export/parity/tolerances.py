@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moevlm.runtime.core.manifest import EngineFacts
+from moevlm.runtime.core.manifest import EngineMetadata
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ TEXT_TOKENS = 4096  # of a text of the user's own
 CHUNK_TOKENS = 7  # small and odd, so that chunks end inside images
 
 
-def tolerance_of(engine: EngineFacts) -> Tolerance | PlanTolerance:
+def tolerance_of(engine: EngineMetadata) -> Tolerance | PlanTolerance:
     """The limits of an engine that is held to transformers itself, or of a plan, by its arithmetic.
 
     What rounding a plan's experts costs is a limit of its own, ROUNDING.

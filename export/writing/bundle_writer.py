@@ -16,17 +16,17 @@ from moevlm.export.writing.model_file import Progress, data_bytes, graph_bytes, 
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle.reader import MANIFEST, Bundle, is_bundle_path, named_files, unlisted
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import FileFacts, Manifest, digest_of
+from moevlm.runtime.core.manifest import FileMetadata, Manifest, digest_of
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SCRATCH = ".scratch"
 
 
 class _Built(Protocol):
-    """What was built, and the facts of its file."""
+    """What was built, and the metadata of its file."""
 
     @property
-    def file(self) -> FileFacts: ...
+    def file(self) -> FileMetadata: ...
 
 
 Made = TypeVar("Made", bound=_Built)
@@ -47,7 +47,7 @@ class BundleWriter:
         """
         self.destination = Path(destination)
         self._changes = changes
-        self._files: dict[str, FileFacts] = {}
+        self._files: dict[str, FileMetadata] = {}
 
     def __enter__(self) -> Self:
         self._replaces = os.path.lexists(self.destination)
@@ -154,7 +154,7 @@ class BundleWriter:
             self._refuse(target, 0, error)
         return target
 
-    def _write(self, target: Path, needed: int, fill: Callable[[StreamedFile], None]) -> FileFacts:
+    def _write(self, target: Path, needed: int, fill: Callable[[StreamedFile], None]) -> FileMetadata:
         file = None
         try:
             if shutil.disk_usage(self._directory.path).free < needed:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import FileFacts
+from moevlm.runtime.core.manifest import FileMetadata
 
 # Direct writes took half the time of buffered ones with fsync, and a sixth of the kernel's CPU time: no page of the
 # cache is allocated, filled and written back for each page of the file.
@@ -22,7 +22,7 @@ _SYNC_BYTES = 64 << 20
 
 
 class StreamedFile:
-    """A new file. `write` pieces, then `close` for the facts, or `abort`. Raises OSError as the system reports it."""
+    """A new file. `write` pieces, then `close` for its hash and size, or `abort`. Raises OSError as the system says."""
 
     def __init__(self, path: Path) -> None:
         self.size = 0
@@ -64,7 +64,7 @@ class StreamedFile:
         if offset > self.size:
             self.write(bytes(offset - self.size))
 
-    def close(self) -> FileFacts:
+    def close(self) -> FileMetadata:
         """Wait until everything is on the disk; sha256 and size."""
         self._leave_direct()  # the end of the file is not a whole block
         self._flush()
@@ -75,7 +75,7 @@ class StreamedFile:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
         self._descriptor = -1
-        return FileFacts(sha256=self._digest.hexdigest(), size=self.size)
+        return FileMetadata(sha256=self._digest.hexdigest(), size=self.size)
 
     def abort(self) -> None:
         """Drop the contents and release everything; harmless after `close`."""

@@ -9,7 +9,7 @@ from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import EngineFacts, FileFacts
+from moevlm.runtime.core.manifest import EngineMetadata, FileMetadata
 
 
 def reserve(bundle: Bundle) -> None:
@@ -30,14 +30,14 @@ def note(checked: Bundle, verdicts: Mapping[str, Any], progress: Callable[[str, 
     with locked(bundle, progress):
         now = Bundle.open(bundle)
         for name in verdicts:
-            if name not in now.manifest.engines or _facts(now, name) != _facts(checked, name):
+            if name not in now.manifest.engines or _metadata(now, name) != _metadata(checked, name):
                 raise BuildError(f"{name} of {bundle} was built anew while it was checked: its verdict is not noted")
         with BundleWriter(bundle, changes=now) as writer:
             writer.keep(now)
             writer.commit(msgspec.structs.replace(now.manifest, parity={**now.manifest.parity, **verdicts}))
 
 
-def _facts(bundle: Bundle, name: str) -> tuple[EngineFacts, dict[str, FileFacts]]:
+def _metadata(bundle: Bundle, name: str) -> tuple[EngineMetadata, dict[str, FileMetadata]]:
     """All that the manifest says of an engine, hashes included."""
     files = bundle.manifest.files
     return bundle.manifest.engines[name], {path: files[path] for path in bundle.engine_files(name)}

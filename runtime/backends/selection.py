@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from moevlm.runtime.bundle.reader import Bundle, preferred
 from moevlm.runtime.core.errors import BundleError, EngineError
 from moevlm.runtime.core.gpus import gpu_text
-from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 
 
-def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineFacts]:
+def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineMetadata]:
     """The engine that `target` names, in full or up to a colon, and that runs here; the first of `preferred`.
 
     Without a target the first of all that run here. The GPU is looked for only where an engine needs one. Raises
@@ -54,30 +54,30 @@ class _Machine:
         self.has = ""
 
     def sorted(
-        self, engines: Mapping[str, EngineFacts], names: Iterable[str]
+        self, engines: Mapping[str, EngineMetadata], names: Iterable[str]
     ) -> tuple[list[str], list[str], dict[str, str]]:
         """Of `names` those on the CPU, those on a GPU that run here, and why the others do not."""
         on_cpu, on_gpu, misfits = [], [], {}
         for name in names:
-            facts = engines[name].tensorrt
-            if facts is None:
+            metadata = engines[name].tensorrt
+            if metadata is None:
                 on_cpu.append(name)
-            elif reason := self._misfit(facts):
+            elif reason := self._misfit(metadata):
                 misfits[name] = reason
             else:
                 on_gpu.append(name)
         return on_cpu, on_gpu, misfits
 
-    def _misfit(self, facts: TensorRTFacts) -> str | None:
+    def _misfit(self, metadata: TensorRTMetadata) -> str | None:
         """What the engine needs and this machine does not have; None if it runs here."""
         if not self.has:
             self._look()
-        if self._sm not in facts.sms:
-            return f"needs {' or '.join(map(gpu_text, sorted(facts.sms)))}"
+        if self._sm not in metadata.sms:
+            return f"needs {' or '.join(map(gpu_text, sorted(metadata.sms)))}"
         from moevlm.runtime.backends.tensorrt.library import find_module
 
         try:
-            find_module(facts)
+            find_module(metadata)
         except EngineError as error:
             return str(error).removeprefix("the engine ")
         return None

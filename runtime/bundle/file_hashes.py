@@ -8,24 +8,24 @@ from pathlib import Path
 
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import FileFacts
+from moevlm.runtime.core.manifest import FileMetadata
 
 Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
 
 
 def check_files(
-    directory: Path, facts: Mapping[str, FileFacts], progress: Progress | None = None, *, keep: bool = False
+    directory: Path, metadata: Mapping[str, FileMetadata], progress: Progress | None = None, *, keep: bool = False
 ) -> dict[str, BundleFile]:
-    """Hash the files of `facts`, two at a time. keep: return them open, for the caller to close; else nothing.
+    """Hash the files of `metadata`, two at a time. keep: return them open, for the caller to close; else nothing.
 
     progress: called with (bytes read, bytes in total), from the threads that read, one call at a time.
     Raises BundleError, naming the first file found that is missing or differs.
     """
-    names = sorted(facts, key=lambda name: -facts[name].size)
+    names = sorted(metadata, key=lambda name: -metadata[name].size)
     for name in names:  # sizes first: they cost nothing
         with BundleFile(directory, name) as file:
-            _require_size(file, facts[name])
-    total, done = sum(facts[name].size for name in names), 0
+            _require_size(file, metadata[name])
+    total, done = sum(metadata[name].size for name in names), 0
     opened: dict[str, BundleFile] = {}
     lock, stop = threading.Lock(), threading.Event()
 
@@ -40,9 +40,9 @@ def check_files(
     def check(name: str) -> None:
         file = BundleFile(directory, name)
         try:
-            _require_size(file, facts[name])
+            _require_size(file, metadata[name])
             if found := file.sha256(advance):
-                _require_hash(file, found, facts[name])
+                _require_hash(file, found, metadata[name])
             if keep:
                 opened[name] = file
         finally:
@@ -66,22 +66,22 @@ def check_files(
     return opened
 
 
-def read_checked(directory: Path, name: str, facts: FileFacts) -> bytes:
+def read_checked(directory: Path, name: str, metadata: FileMetadata) -> bytes:
     """A whole file: what is returned is what was hashed. Raises BundleError if it is missing or differs."""
     with BundleFile(directory, name) as file:
-        _require_size(file, facts)
-        data = file.read(facts.size)
-        _require_hash(file, hashlib.sha256(data).hexdigest(), facts)
+        _require_size(file, metadata)
+        data = file.read(metadata.size)
+        _require_hash(file, hashlib.sha256(data).hexdigest(), metadata)
     return data
 
 
-def _require_size(file: BundleFile, facts: FileFacts) -> None:
-    if file.size != facts.size:
-        raise BundleError(f"{file.path} is damaged: it has {file.size} bytes, manifest.json says {facts.size}")
+def _require_size(file: BundleFile, metadata: FileMetadata) -> None:
+    if file.size != metadata.size:
+        raise BundleError(f"{file.path} is damaged: it has {file.size} bytes, manifest.json says {metadata.size}")
 
 
-def _require_hash(file: BundleFile, sha256: str, facts: FileFacts) -> None:
-    if sha256 != facts.sha256:
+def _require_hash(file: BundleFile, sha256: str, metadata: FileMetadata) -> None:
+    if sha256 != metadata.sha256:
         raise BundleError(
-            f"{file.path} is damaged or was changed: its sha256 is {sha256}, manifest.json says {facts.sha256}"
+            f"{file.path} is damaged or was changed: its sha256 is {sha256}, manifest.json says {metadata.sha256}"
         )

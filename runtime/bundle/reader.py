@@ -14,7 +14,7 @@ from moevlm.runtime.bundle.file_hashes import Progress, check_files, read_checke
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.gpus import sm_of
-from moevlm.runtime.core.manifest import SCHEMA, EngineFacts, FileFacts, Manifest, digest_of
+from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, FileMetadata, Manifest, digest_of
 from moevlm.runtime.core.manifest_limits import check_facts
 
 MANIFEST = "manifest.json"
@@ -51,7 +51,7 @@ class Bundle:
         bundle._refuse_strangers()
         return bundle
 
-    def engine(self, target: str) -> tuple[str, EngineFacts]:
+    def engine(self, target: str) -> tuple[str, EngineMetadata]:
         """The engine that `target` names, in full or up to a colon; of several the first of `preferred`.
 
         Raises BundleError, listing the engines that there are, if none fits. What this machine has does not matter
@@ -69,7 +69,7 @@ class Bundle:
         """
         engines = self.manifest.engines
         names = [target] if target in engines else sorted(name for name in engines if name.startswith(f"{target}:"))
-        names = names or sorted(name for name, facts in engines.items() if _is_plan_for(name, facts, target))
+        names = names or sorted(name for name, metadata in engines.items() if _is_plan_for(name, metadata, target))
         if not names:
             raise BundleError(f"no engine {shown(target)} in {self.directory} (available: {self.available})")
         return names
@@ -96,7 +96,7 @@ class Bundle:
 
         Raises BundleError if it is not listed, missing, no regular file, or behind a link.
         """
-        self._facts([name])
+        self._metadata([name])
         return BundleFile(self.directory, name)
 
     def path(self, name: str) -> Path:
@@ -113,17 +113,17 @@ class Bundle:
 
     def read_bytes(self, name: str) -> bytes:
         """A listed file: what is returned is what was checked against its hash. Raises BundleError."""
-        return read_checked(self.directory, name, self._facts([name])[name])
+        return read_checked(self.directory, name, self._metadata([name])[name])
 
     def verify(self, names: Iterable[str] | None = None, progress: Progress | None = None) -> None:
         """Compare files with their hashes in the manifest; by default all. Progress and errors as `check_files`."""
-        check_files(self.directory, self._facts(names), progress)
+        check_files(self.directory, self._metadata(names), progress)
 
     def open_verified(self, names: Iterable[str], progress: Progress | None = None) -> dict[str, BundleFile]:
         """Like `verify`, and leaves the files open, for the caller to close: what was checked is what they read."""
-        return check_files(self.directory, self._facts(names), progress, keep=True)
+        return check_files(self.directory, self._metadata(names), progress, keep=True)
 
-    def _facts(self, names: Iterable[str] | None) -> dict[str, FileFacts]:
+    def _metadata(self, names: Iterable[str] | None) -> dict[str, FileMetadata]:
         files = self.manifest.files
         try:
             return {name: files[name] for name in (files if names is None else names)}
@@ -132,10 +132,10 @@ class Bundle:
 
     def _check_manifest(self) -> None:
         where = self.directory / MANIFEST
-        for name, facts in self.manifest.files.items():
+        for name, metadata in self.manifest.files.items():
             if not is_bundle_path(name):
                 raise BundleError(f"{where}: files has {shown(name)}, which is not a path inside the bundle")
-            if not _SHA256.fullmatch(facts.sha256) or facts.size < 0:
+            if not _SHA256.fullmatch(metadata.sha256) or metadata.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():
             for path in named_files(engine):
@@ -179,13 +179,13 @@ def is_clutter(name: str) -> bool:
     return name in _CLUTTER or name.startswith("._")
 
 
-def named_files(engine: EngineFacts) -> tuple[str, ...]:
-    """The files that an engine's facts name, as paths inside the bundle."""
+def named_files(engine: EngineMetadata) -> tuple[str, ...]:
+    """The files that an engine's metadata name, as paths inside the bundle."""
     experts = engine.tensorrt.experts if engine.tensorrt is not None else ""
     return (engine.vision, engine.decoder, *((experts,) if experts else ()))
 
 
-def preferred(engines: Mapping[str, EngineFacts], names: Iterable[str]) -> list[str]:
+def preferred(engines: Mapping[str, EngineMetadata], names: Iterable[str]) -> list[str]:
     """`names` in the order in which an engine is taken where several would do.
 
     Plans for a GPU come first, then the CPU's fast engines, then those for checks. Of one kind int8 comes first, which
@@ -209,13 +209,13 @@ def is_bundle_path(name: str) -> bool:
     return name != MANIFEST and "\0" not in name and "\\" not in name and not {"", ".", ".."} & set(parts)
 
 
-def _is_plan_for(name: str, facts: EngineFacts, target: str) -> bool:
+def _is_plan_for(name: str, metadata: EngineMetadata, target: str) -> bool:
     """Whether `target`, such as rtx:4090,l40s or rtx:4090:bf16, means this engine."""
     kind, _, rest = target.partition(":")
     gpus, _, precision = rest.partition(":")
-    if facts.tensorrt is None or name.partition(":")[0] != kind:
+    if metadata.tensorrt is None or name.partition(":")[0] != kind:
         return False
-    return {sm_of(gpu) for gpu in gpus.split(",")} <= set(facts.tensorrt.sms) and (
+    return {sm_of(gpu) for gpu in gpus.split(",")} <= set(metadata.tensorrt.sms) and (
         not precision or name.endswith(f":{precision}")
     )
 

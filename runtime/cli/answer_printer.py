@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from moevlm.runtime.cli.background import Background
-    from moevlm.runtime.core.manifest import VisionFacts
+    from moevlm.runtime.core.manifest import VisionMetadata
     from moevlm.runtime.engine.answer import Answer, Piece
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.sampling import SamplingParams
@@ -80,7 +80,7 @@ class AnswerPrinter:
             )
 
 
-def _tell_large_images(images: Sequence[Image], vision: VisionFacts) -> None:
+def _tell_large_images(images: Sequence[Image], vision: VisionMetadata) -> None:
     """On a terminal, before they are encoded: it may take long, and how to make it short."""
     from moevlm.runtime.cli.console import console
 

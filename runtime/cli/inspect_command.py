@@ -8,7 +8,7 @@ import click
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.reports import EngineReport, InspectReport, SamplingReport, to_json
 from moevlm.runtime.perf.limits import cache_bytes_per_token
 
@@ -31,7 +31,7 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         print_json(to_json(report))
     else:
-        console().print(_facts(opened.manifest, report))
+        console().print(_metadata(opened.manifest, report))
     if problems:
         raise BundleError(f"{bundle}: {'; '.join(problems)}")
     if as_json:
@@ -43,14 +43,14 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
-    from moevlm.runtime.backends.tensorrt.kernel_facts import kernels_of
+    from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
     from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
     from moevlm.runtime.request.generation_file import FIELDS, bundle_sampling
 
     manifest, sampling = bundle.manifest, bundle_sampling(bundle)
     return InspectReport(
         bundle=str(bundle.directory),
-        bytes=sum(facts.size for facts in manifest.files.values()),
+        bytes=sum(metadata.size for metadata in manifest.files.values()),
         verified=verified,
         model=manifest.model,
         engines=[
@@ -70,7 +70,7 @@ def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
             )
             for name, engine in sorted(manifest.engines.items())
         ],
-        source={name: facts.sha256 for name, facts in manifest.source.items()},
+        source={name: metadata.sha256 for name, metadata in manifest.source.items()},
         tools=manifest.tools,
         ignored_config=list(manifest.ignored_config),
         left_out=manifest.left_out,
@@ -89,7 +89,7 @@ def _weights(engine: EngineReport) -> str:
     return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
-def _parameters(model: ModelFacts) -> str:
+def _parameters(model: ModelMetadata) -> str:
     """, 30.5 B parameters, 3.3 B for a token; empty where the bundle does not say."""
     from moevlm.runtime.cli.console import count_text
 
@@ -98,7 +98,7 @@ def _parameters(model: ModelFacts) -> str:
     return f", {count_text(model.parameters)} parameters, {count_text(model.active_parameters)} active for a token"
 
 
-def _facts(manifest: Any, report: InspectReport) -> str:
+def _metadata(manifest: Any, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import bytes_text, table
     from moevlm.runtime.request.generation_file import sampling_text
 

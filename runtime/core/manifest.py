@@ -10,11 +10,11 @@ CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a val
 SCALE_BYTES = 4  # an int8 cache keeps a float32 scale behind the values of each token and head
 
 
-class _Facts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class _Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pass
 
 
-class RopeFacts(_Facts, frozen=True):
+class RopeMetadata(_Metadata, frozen=True):
     """Rotary embedding of the decoder.
 
     dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
@@ -27,7 +27,7 @@ class RopeFacts(_Facts, frozen=True):
     interleaved: bool
 
 
-class VisionFacts(_Facts, frozen=True):
+class VisionMetadata(_Metadata, frozen=True):
     """What it takes to turn an image into the vision graph's inputs.
 
     position_grid: side of the learned position table, [position_grid**2, hidden].
@@ -46,7 +46,7 @@ class VisionFacts(_Facts, frozen=True):
     deepstack: int
 
 
-class ModelFacts(_Facts, frozen=True):
+class ModelMetadata(_Metadata, frozen=True):
     """Shapes and token ids. dense_layers: layers without experts.
 
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
@@ -66,40 +66,40 @@ class ModelFacts(_Facts, frozen=True):
     dense_layers: tuple[int, ...]
     eos_token_ids: tuple[int, ...]
     image_token_id: int
-    rope: RopeFacts
-    vision: VisionFacts
+    rope: RopeMetadata
+    vision: VisionMetadata
     parameters: int = 0
     active_parameters: int = 0
 
 
-class FileFacts(_Facts, frozen=True):
+class FileMetadata(_Metadata, frozen=True):
     """sha256 in hexadecimal, size in bytes."""
 
     sha256: str
     size: int
 
 
-class CostFacts(_Facts, frozen=True):
+class CostMetadata(_Metadata, frozen=True):
     """What a token or a patch costs an engine.
 
     Bytes of weights as they are stored, and multiplications by a weight: dense for every token, expert for one expert
     in each sparse layer, head for every position whose logits are wanted.
-    vision_bytes: all weights of the vision graph. patch_products: multiplications by a weight for a patch.
-    patch_pair_products: multiplications in attention for a patch and another of its image.
+    vision_bytes: all weights of the vision graph. patch_macs: multiplications by a weight for a patch.
+    patch_pair_macs: multiplications in attention for a patch and another of its image.
     """
 
     dense_bytes: int
     expert_bytes: int
     head_bytes: int
-    dense_products: int
-    expert_products: int
-    head_products: int
+    dense_macs: int
+    expert_macs: int
+    head_macs: int
     vision_bytes: int
-    patch_products: int
-    patch_pair_products: int
+    patch_macs: int
+    patch_pair_macs: int
 
 
-class TensorRTFacts(_Facts, frozen=True):
+class TensorRTMetadata(_Metadata, frozen=True):
     """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
 
     product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible tensorrt_lean of that
@@ -126,7 +126,7 @@ class TensorRTFacts(_Facts, frozen=True):
     version_compatible: bool = False
 
 
-class EngineFacts(_Facts, frozen=True):
+class EngineMetadata(_Metadata, frozen=True):
     """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
 
     block_size: weights that share a scale, 0 if they are not quantized.
@@ -144,12 +144,12 @@ class EngineFacts(_Facts, frozen=True):
     operators: str = ""
     sparsity: str = ""
     pruned_weights: int = 0
-    cost: CostFacts | None = None
-    tensorrt: TensorRTFacts | None = None
+    cost: CostMetadata | None = None
+    tensorrt: TensorRTMetadata | None = None
     built: str = ""
 
 
-class Manifest(_Facts, frozen=True):
+class Manifest(_Metadata, frozen=True):
     """manifest.json. `files` covers every other file of the bundle, by its path inside it.
 
     expert_layout: how the checkpoint's fused experts were read; every engine of the bundle has to read them so.
@@ -160,10 +160,10 @@ class Manifest(_Facts, frozen=True):
     """
 
     schema: int
-    model: ModelFacts
-    source: dict[str, FileFacts]
-    files: dict[str, FileFacts]
-    engines: dict[str, EngineFacts]
+    model: ModelMetadata
+    source: dict[str, FileMetadata]
+    files: dict[str, FileMetadata]
+    engines: dict[str, EngineMetadata]
     tools: dict[str, str]
     expert_layout: str = "auto"
     ignored_config: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moevlm.runtime.core.errors import BundleError, shown
-from moevlm.runtime.core.manifest import CACHE_BYTES, Manifest, TensorRTFacts
+from moevlm.runtime.core.manifest import CACHE_BYTES, Manifest, TensorRTMetadata
 
 _SIZE = (1, 1 << 20)
 _TOKENS = (1, 1 << 30)
@@ -88,15 +88,15 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
             yield from _plans(f"{where}.tensorrt", engine.tensorrt)
 
 
-def _plans(where: str, facts: TensorRTFacts) -> Iterator[tuple[str, Any, str]]:
-    yield from _outside(where, facts, _PLANS)
-    if not facts.sms or not all(10 <= sm < 1000 for sm in facts.sms):
-        yield f"{where}.sms", list(facts.sms), "one or more numbers like 86 for compute capability 8.6"
+def _plans(where: str, metadata: TensorRTMetadata) -> Iterator[tuple[str, Any, str]]:
+    yield from _outside(where, metadata, _PLANS)
+    if not metadata.sms or not all(10 <= sm < 1000 for sm in metadata.sms):
+        yield f"{where}.sms", list(metadata.sms), "one or more numbers like 86 for compute capability 8.6"
 
 
-def _outside(where: str, facts: Any, ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, Any, str]]:
+def _outside(where: str, metadata: Any, ranges: dict[str, tuple[float, float]]) -> Iterator[tuple[str, Any, str]]:
     for field, (low, high) in ranges.items():
-        value = facts
+        value = metadata
         for part in field.split("."):
             value = getattr(value, part)
         if not low <= value <= high:  # NaN is not, either

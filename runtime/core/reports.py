@@ -4,8 +4,8 @@ from typing import Any
 
 import msgspec
 
-from moevlm.runtime.backends.tensorrt.kernel_facts import KernelsReport
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.backends.tensorrt.kernel_resources import KernelsReport
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.printable import UNFIT
 from moevlm.runtime.perf.machine import GpuMachine, Machine
 
@@ -39,7 +39,7 @@ class RunReport(Report, frozen=True, tag="moevlm.run/1"):
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineFacts`.
+    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineMetadata`.
 
     cache_bytes_per_token: of one sequence, all layers. problems: what its plans say that the manifest does not, a line
     each. kernels: None if the bundle does not say.
@@ -52,7 +52,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     block_size: int = 0
     kv_cache: str = "float32"
     sparsity: str = ""
-    tensorrt: TensorRTFacts | None = None
+    tensorrt: TensorRTMetadata | None = None
     problems: list[str] = []
     kernels: KernelsReport | None = None
     cache_bytes_per_token: int = 0
@@ -78,7 +78,7 @@ class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
     bundle: str
     bytes: int
     verified: bool
-    model: ModelFacts
+    model: ModelMetadata
     engines: list[EngineReport]
     source: dict[str, str]
     tools: dict[str, str]

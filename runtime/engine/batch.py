@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moevlm.runtime.core.errors import EngineError, RequestError
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Cache, Engine, Step, VisualFeatures
 from moevlm.runtime.request.positions import rope_tables
@@ -32,7 +32,7 @@ class Batch:
     def __init__(
         self,
         engine: Engine,
-        model: ModelFacts,
+        model: ModelMetadata,
         prompts: Sequence[Prompt],
         visual: VisualFeatures | None,
         capacity: int,
@@ -147,7 +147,7 @@ class _DecodeSteps:
     pushed everything else out of the CPU's caches, and every call of numpy costs many times what it costs alone.
     """
 
-    def __init__(self, rope: RopeFacts, first: np.ndarray) -> None:
+    def __init__(self, rope: RopeMetadata, first: np.ndarray) -> None:
         """first: [B] int64, the position on every axis of the first token after the prompt."""
         self._rope, self._first = rope, first
         self._text = np.full((len(first), 1), -1, np.int64)

@@ -11,7 +11,7 @@ import numpy as np
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, RequestError, one_line, require_positive, shown
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.answer import Answer, FinishReason, Meter, Piece
 from moevlm.runtime.engine.batch import Batch, cache_capacity
 from moevlm.runtime.engine.cancellation import Cancellation
@@ -41,14 +41,14 @@ class Runtime:
 
     def __init__(
         self,
-        model: ModelFacts,
+        model: ModelMetadata,
         tokenizer: Tokenizer | None,
         template: ChatTemplate | None,
         engine: Engine,
         images: ImageProcessor | None = None,
         *,
         chunk_tokens: int = defaults.CHUNK_TOKENS,
-        built_for: TensorRTFacts | None = None,
+        built_for: TensorRTMetadata | None = None,
         target: str = "",
         sampling: SamplingParams | None = None,
     ) -> None:

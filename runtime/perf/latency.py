@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import EngineFacts, ModelFacts
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.reports import LatencyReport, Limit, Seconds
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.perf.limits import decode_work, limit, prefill_work, vision_work
@@ -21,7 +21,7 @@ from moevlm.runtime.request.sampling import SamplingParams
 
 
 def random_prompt(
-    model: ModelFacts, images: ImageProcessor | None, text_tokens: int, image_size: int, seed: int = 0
+    model: ModelMetadata, images: ImageProcessor | None, text_tokens: int, image_size: int, seed: int = 0
 ) -> Prompt:
     """A random square image of image_size pixels a side (0: none), then random text. Raises RequestError."""
     rng = np.random.default_rng(seed)
@@ -39,7 +39,7 @@ def random_prompt(
 
 def measure(
     target: str,
-    engine: EngineFacts,
+    engine: EngineMetadata,
     load: Callable[[], Runtime],
     prompt: Prompt,
     new_tokens: int,
@@ -78,8 +78,8 @@ def measure(
 
 
 def _limits(
-    model: ModelFacts,
-    engine: EngineFacts,
+    model: ModelMetadata,
+    engine: EngineMetadata,
     machine: Machine | GpuMachine | None,
     prompt: Prompt,
     new_tokens: int,

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, RequestError, one_line, quoted, require_positive, shown
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.engine.protocol import VisionInputs
 from moevlm.runtime.request.image_file import open_encoded
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
@@ -58,7 +58,7 @@ class ImageProcessor:
     def __init__(
         self,
         preprocessor: Mapping[str, Any],
-        vision: VisionFacts,
+        vision: VisionMetadata,
         max_pixels: int = defaults.MAX_IMAGE_PIXELS,
         max_tokens: int | None = None,
     ) -> None:
@@ -225,7 +225,7 @@ def _kind(fields: Mapping[str, Any]) -> str:
     return kind
 
 
-def _check_fields(fields: Mapping[str, Any], kind: str, vision: VisionFacts) -> None:
+def _check_fields(fields: Mapping[str, Any], kind: str, vision: VisionMetadata) -> None:
     """Refuse what `pack` does not do. Absent fields have the reference's defaults."""
     edges = {"min_pixels", "max_pixels"} if kind == "Qwen2VLImageProcessor" else set()
     for name, value in fields.items():

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata
 
 # Tokens per step of the table computation: the angles of one step stay in the L2 cache.
 _CHUNK = 4096
@@ -24,7 +24,7 @@ def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
     return np.float32(1) / power
 
 
-def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: ModelFacts) -> tuple[np.ndarray, int]:
+def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: ModelMetadata) -> tuple[np.ndarray, int]:
     """Place a prompt's tokens on the three axes of multimodal rope (Qwen2-VL, section 2.1).
 
     Text advances all axes by one per token. An image's tokens, row by row after the merge, share the start position
@@ -61,7 +61,7 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
     return positions, int(end[-1]) if len(end) else 0
 
 
-def rope_tables(positions: np.ndarray, rope: RopeFacts) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(positions: np.ndarray, rope: RopeMetadata) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine for each token and frequency, every frequency turned by the position on its own axis.
 
     positions: [3, ...] integer, any shape behind the axes. Returns (cos, sin), each [..., rope.dim / 2] float32.
@@ -81,7 +81,7 @@ def rope_tables(positions: np.ndarray, rope: RopeFacts) -> tuple[np.ndarray, np.
 
 
 @lru_cache(maxsize=16)  # decoding asks for it at every token
-def _spread(rope: RopeFacts) -> np.ndarray:
+def _spread(rope: RopeMetadata) -> np.ndarray:
     """[3, dim / 2] float32: one column per frequency with a single non-zero row, its axis.
 
     The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
@@ -93,7 +93,7 @@ def _spread(rope: RopeFacts) -> np.ndarray:
     return spread
 
 
-def _frequency_axis(rope: RopeFacts) -> np.ndarray:
+def _frequency_axis(rope: RopeMetadata) -> np.ndarray:
     """[dim / 2] int64: 0 time, 1 height, 2 width.
 
     Interleaved, height and width take every third frequency up to 3 * their section, and time the rest; sections that

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
 from moevlm.runtime.request.messages import GivenImage, Message, images_of, plain_messages, texts_of
 from moevlm.runtime.request.positions import rope_positions
@@ -50,7 +50,7 @@ class Prompt:
 
     @classmethod
     def from_ids(
-        cls, ids: Sequence[int] | np.ndarray, grids: Sequence[Grid], model: ModelFacts, images: Sequence[Image] = ()
+        cls, ids: Sequence[int] | np.ndarray, grids: Sequence[Grid], model: ModelMetadata, images: Sequence[Image] = ()
     ) -> Prompt:
         """ids: [S], images already expanded. grids: each image's (h, w) in patches. Raises RequestError."""
         tokens = _token_ids(ids, model)
@@ -66,7 +66,7 @@ class PromptBuilder:
     """Messages to prompts, for one bundle."""
 
     def __init__(
-        self, model: ModelFacts, tokenizer: Tokenizer, template: ChatTemplate, images: ImageProcessor | None
+        self, model: ModelMetadata, tokenizer: Tokenizer, template: ChatTemplate, images: ImageProcessor | None
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
@@ -154,7 +154,7 @@ class PromptBuilder:
                 )
 
 
-def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelFacts) -> np.ndarray:
+def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndarray:
     """[S] int64, each inside the vocabulary."""
     try:
         tokens = np.asarray(ids)
@@ -170,7 +170,7 @@ def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelFacts) -> np.ndarray
     return tokens.astype(np.int64)
 
 
-def _check_grids(grids: Sequence[Grid], model: ModelFacts) -> None:
+def _check_grids(grids: Sequence[Grid], model: ModelMetadata) -> None:
     merge = model.vision.merge_size
     for grid in grids if isinstance(grids, (list, tuple)) else [grids]:
         pair = grid if isinstance(grid, (list, tuple)) else ()
@@ -179,7 +179,7 @@ def _check_grids(grids: Sequence[Grid], model: ModelFacts) -> None:
             raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: (h, w), multiples of {merge})")
 
 
-def _require_room(tokens: int, model: ModelFacts, images: bool = False) -> None:
+def _require_room(tokens: int, model: ModelMetadata, images: bool = False) -> None:
     if tokens > model.context:
         remedy = f" ({SMALLER_IMAGES})" if images else ""
         raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}{remedy}")

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.request.positions import inverse_frequencies
 
 # Keys' cubic kernel (1981, eq. 4) with the free parameter that PyTorch uses.
@@ -28,7 +28,7 @@ class PatchTables(NamedTuple):
     segment_id: np.ndarray
 
 
-def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionFacts) -> PatchTables:
+def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionMetadata) -> PatchTables:
     """Tables for one packed vision call.
 
     grids: (h, w) in patches for each image, both multiples of the merge size; no image gives tables of no rows.
@@ -76,7 +76,7 @@ def _block_order(grids: Sequence[tuple[int, int]], merge: int) -> tuple[np.ndarr
     return rows, columns
 
 
-def _axis_taps(sides: Sequence[int], vision: VisionFacts) -> tuple[np.ndarray, np.ndarray]:
+def _axis_taps(sides: Sequence[int], vision: VisionMetadata) -> tuple[np.ndarray, np.ndarray]:
     """Resample one axis of the position table to each of `sides` lengths, one after the other.
 
     Returns (tap, weight), [sum(sides), 2 or 4], int64 and float32: table rows, clamped to the border, and their share.

@@ -74,14 +74,14 @@ def test_checkpoint_answers_a_handful_of_held_out_questions(loaded):
 
 
 def test_recorded_accuracy_meets_the_promise():
-    facts = json.loads((checkpoint.HERE / "training.json").read_text())
-    assert facts["questions"] == len(LINES)
-    assert facts["exact_per_task"]["digit"] >= 0.97
-    assert facts["exact"] >= 0.90
+    metadata = json.loads((checkpoint.HERE / "training.json").read_text())
+    assert metadata["questions"] == len(LINES)
+    assert metadata["exact_per_task"]["digit"] >= 0.97
+    assert metadata["exact"] >= 0.90
 
 
 def test_no_expert_is_idle():
-    facts = json.loads((checkpoint.HERE / "training.json").read_text())
-    for shares in facts["expert_share_per_layer"]:
+    metadata = json.loads((checkpoint.HERE / "training.json").read_text())
+    for shares in metadata["expert_share_per_layer"]:
         assert abs(sum(shares) - 1) < 0.01
         assert min(shares) > 0.005

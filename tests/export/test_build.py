@@ -79,8 +79,8 @@ def test_manifest_says_what_the_runtime_needs(tiny_bundle: Path, tiny_checkpoint
     assert (model.vision.position_grid, model.vision.deepstack, model.vision.merge_size) == (5, 2, 2)
     assert model.eos_token_ids == (STOP, END)
     assert set(manifest.source) == {"config.json", "model.safetensors"}
-    for name, facts in manifest.source.items():
-        assert facts.size == (tiny_checkpoint / name).stat().st_size
+    for name, metadata in manifest.source.items():
+        assert metadata.size == (tiny_checkpoint / name).stat().st_size
     assert {"moevlm", "torch", "onnx", "onnx-ir"} <= set(manifest.tools)
 
 

@@ -27,5 +27,5 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> N
 def rehash(bundle: Path, name: str) -> None:
     """Make manifest.json agree with a file that was changed."""
     data = (bundle / name).read_bytes()
-    facts = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
-    edit_manifest(bundle, lambda manifest: manifest["files"].update({name: facts}))
+    metadata = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({name: metadata}))

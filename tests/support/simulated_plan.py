@@ -11,7 +11,7 @@ import onnx_ir as ir
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.product import RTX
 from moevlm.export.backends.tensorrt.target import PlanTarget
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
 from tests.support.plan_graphs import Evaluator, named
 
@@ -33,7 +33,7 @@ class SimulatedCache:
 class SimulatedPlan:
     """The engine protocol on lowered graphs, for caches of `capacity` tokens. experts: their weights, by name."""
 
-    def __init__(self, graphs: Mapping[str, ir.Model], model: ModelFacts, capacity: int) -> None:
+    def __init__(self, graphs: Mapping[str, ir.Model], model: ModelMetadata, capacity: int) -> None:
         self._vision, self._decoder = Evaluator(graphs["vision"]), Evaluator(graphs["decoder"])
         self._model, self._capacity = model, capacity
         self.experts = self._decoder.experts

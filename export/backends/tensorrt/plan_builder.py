@@ -10,7 +10,7 @@ from moevlm.export.backends.tensorrt.product import PRODUCTS, configure, load
 from moevlm.export.backends.tensorrt.profiles import Profile
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import FileFacts
+from moevlm.runtime.core.manifest import FileMetadata
 
 Progress = Callable[[int, int], None]  # (steps done, steps in total)
 
@@ -36,7 +36,7 @@ class Built(msgspec.Struct, frozen=True):
     """version: of TensorRT. file: the plan."""
 
     version: str
-    file: FileFacts
+    file: FileMetadata
 
 
 def build_plan(job: Job, progress: Progress) -> Built:

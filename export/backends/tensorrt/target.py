@@ -29,10 +29,10 @@ from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.runtime.backends.libraries import plugin_path
-from moevlm.runtime.backends.tensorrt.kernel_facts import KERNELS
+from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import EngineFacts, ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
 
 Progress = Callable[[str, int, int], None]
 
@@ -64,10 +64,10 @@ class PlanTarget:
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelFacts,
+        model: ModelMetadata,
         progress: Progress,
         existing: Bundle | None = None,
-    ) -> EngineFacts:
+    ) -> EngineMetadata:
         """Build both plans into the bundle, and the experts' weights unless it, or `existing`, has them already.
 
         A cache has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
@@ -80,10 +80,10 @@ class PlanTarget:
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelFacts,
+        model: ModelMetadata,
         progress: Progress,
         existing: Bundle | None,
-    ) -> EngineFacts:
+    ) -> EngineMetadata:
         programs = _Programs(self.sms, progress)
         graphs = self.lower(canonical, programs.of)
         experts = expert_weights(graphs["decoder"])
@@ -101,7 +101,7 @@ class PlanTarget:
             for name, graph in graphs.items()
         }
         o = self.options
-        return EngineFacts(
+        return EngineMetadata(
             vision=self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
@@ -110,7 +110,7 @@ class PlanTarget:
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
             cost=cost(canonical, graphs, merge),
-            tensorrt=TensorRTFacts(
+            tensorrt=TensorRTMetadata(
                 product=self.product.module,
                 version=built["decoder"].version,
                 sms=self.sms,

@@ -13,7 +13,7 @@ from moevlm.runtime.backends.ort.graph_check import check_decoder_graph, check_v
 from moevlm.runtime.backends.ort.library import onnxruntime
 from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.core.errors import EngineError, one_line
-from moevlm.runtime.core.manifest import SCALE_BYTES, ModelFacts
+from moevlm.runtime.core.manifest import SCALE_BYTES, ModelMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures, check_cache, check_step, check_vision
 
@@ -56,7 +56,7 @@ class OrtEngine:
         self,
         vision: GraphFile,
         decoder: GraphFile,
-        model: ModelFacts,
+        model: ModelMetadata,
         threads: int | None = None,
         *,
         spinning: bool = True,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import SCALE_BYTES, ModelFacts
+from moevlm.runtime.core.manifest import SCALE_BYTES, ModelMetadata
 
 _FLOAT, _INT64, _INT8 = "tensor(float)", "tensor(int64)", "tensor(int8)"
 _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
@@ -15,7 +15,7 @@ _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
 Shape = tuple[str, tuple[int | None, ...]]
 
 
-def check_vision_graph(session: Any, model: ModelFacts) -> None:
+def check_vision_graph(session: Any, model: ModelMetadata) -> None:
     """Raise EngineError unless an InferenceSession takes and gives what the model's vision tower does."""
     vision = model.vision
     width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
@@ -31,7 +31,7 @@ def check_vision_graph(session: Any, model: ModelFacts) -> None:
     _require("vision", "output", session.get_outputs(), _features(model))
 
 
-def check_decoder_graph(session: Any, model: ModelFacts) -> np.dtype:
+def check_decoder_graph(session: Any, model: ModelMetadata) -> np.dtype:
     """The dtype of the KV cache. Raises EngineError as `check_vision_graph`; more outputs are allowed."""
     inputs = {value.name: value for value in session.get_inputs()}
     on_bytes = "key_cache.0" in inputs and inputs["key_cache.0"].type == _INT8
@@ -55,7 +55,7 @@ def check_decoder_graph(session: Any, model: ModelFacts) -> np.dtype:
     return np.dtype(np.int8 if on_bytes else np.float32)
 
 
-def _features(model: ModelFacts) -> dict[str, Shape]:
+def _features(model: ModelMetadata) -> dict[str, Shape]:
     """Visual features, from one graph to the other."""
     features: dict[str, Shape] = {"visual_embeds": (_FLOAT, (None, model.hidden))}
     if model.vision.deepstack:

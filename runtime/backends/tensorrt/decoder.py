@@ -13,7 +13,7 @@ from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
 from moevlm.runtime.bundle.tensor_file import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.protocol import Step, VisualFeatures
 
 PREFILL, DECODE = 0, 1  # profiles
@@ -39,12 +39,14 @@ class Slot:
 class Decoder:
     """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
 
-    def __init__(self, plan: Plan, experts: MappedFile | None, model: ModelFacts, facts: TensorRTFacts) -> None:
+    def __init__(
+        self, plan: Plan, experts: MappedFile | None, model: ModelMetadata, metadata: TensorRTMetadata
+    ) -> None:
         """experts: a file whose hash was checked, if the plan needs one.
 
-        Raises EngineError if it or the plan is not what the facts say.
+        Raises EngineError if it or the plan is not what the metadata say.
         """
-        self._plan, self._device, self._model, self._facts = plan, plan.device, model, facts
+        self._plan, self._device, self._model, self._metadata = plan, plan.device, model, metadata
         self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
         self._slots: list[Slot] = []
         self._idle: list[Slot] = []
@@ -114,15 +116,15 @@ class Decoder:
 
     def _groups(self, step: Step) -> Iterator[dict[str, np.ndarray]]:
         """As many positions at a time as the profile has room for. A step writes the same caches each time."""
-        most = self._facts.max_logits
+        most = self._metadata.max_logits
         for start in range(0, len(step.logits_index), most):
             yield {"logits_index": step.logits_index[start : start + most]}
 
     def _rows(self, step: Step, visual: VisualFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
         """The visual rows that the step uses and no others, and where it finds them."""
-        if len(used) > self._facts.max_visual:
+        if len(used) > self._metadata.max_visual:
             raise EngineError(
-                f"the step uses {len(used)} visual rows (allowed: up to {self._facts.max_visual}; "
+                f"the step uses {len(used)} visual rows (allowed: up to {self._metadata.max_visual}; "
                 "fewer sequences or fewer tokens in a step use fewer)"
             )
         index = np.where(step.visual_index >= 0, np.searchsorted(used, step.visual_index), -1)
@@ -131,12 +133,12 @@ class Decoder:
 
     def _require_what_was_said(self) -> None:
         """That the plan's shapes and profiles are those of the manifest."""
-        plan, model, facts = self._plan, self._model, self._facts
-        if facts.activations not in ACTIVATIONS:
+        plan, model, metadata = self._plan, self._model, self._metadata
+        if metadata.activations not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
-            raise EngineError(f"unsupported value activations = {facts.activations!r} (supported: {allowed})")
-        dtype = ACTIVATIONS[facts.activations][0]
-        cache = (-1, model.kv_heads, facts.capacity, model.head_dim)
+            raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
+        dtype = ACTIVATIONS[metadata.activations][0]
+        cache = (-1, model.kv_heads, metadata.capacity, model.head_dim)
         for name in _cache_names(model):
             if (plan.inputs[name], plan.dtypes[name]) != (cache, dtype):
                 shown = f"{plan.dtypes[name]} {plan.inputs[name]}"
@@ -149,11 +151,11 @@ class Decoder:
             if found != said:
                 raise EngineError(f"{plan.name} has {what} = {found}, manifest.json says {said}")
         for name, profile, wanted in (
-            ("input_ids", PREFILL, (facts.max_batch, facts.chunk_tokens)),
-            ("input_ids", DECODE, (facts.max_batch, 1)),
-            ("logits_index", PREFILL, (facts.max_logits,)),
-            ("logits_index", DECODE, (facts.max_batch,)),
-            ("visual_embeds", PREFILL, (facts.max_visual, model.hidden)),
+            ("input_ids", PREFILL, (metadata.max_batch, metadata.chunk_tokens)),
+            ("input_ids", DECODE, (metadata.max_batch, 1)),
+            ("logits_index", PREFILL, (metadata.max_logits,)),
+            ("logits_index", DECODE, (metadata.max_batch,)),
+            ("visual_embeds", PREFILL, (metadata.max_visual, model.hidden)),
         ):
             most = plan.most(name, profile)
             if any(a < b for a, b in zip(most, wanted, strict=True)):
@@ -198,9 +200,9 @@ class Decoder:
         return blank | ({"deepstack_embeds": (memory.address, (self._deepstack, 1, hidden))} if self._deepstack else {})
 
     def _new_slot(self, batch: int) -> Slot:
-        model, facts = self._model, self._facts
-        shape = (batch, model.kv_heads, facts.capacity, model.head_dim)
-        size = int(np.prod(shape)) * ACTIVATIONS[facts.activations][1]
+        model, metadata = self._model, self._metadata
+        shape = (batch, model.kv_heads, metadata.capacity, model.head_dim)
+        size = int(np.prod(shape)) * ACTIVATIONS[metadata.activations][1]
         stride = -(-size // ALIGNMENT) * ALIGNMENT
         names = _cache_names(model)
         with ExitStack() as undo:
@@ -228,11 +230,11 @@ class Decoder:
             self._slots.clear()
 
 
-def _cache_names(model: ModelFacts) -> list[str]:
+def _cache_names(model: ModelMetadata) -> list[str]:
     return [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
 
 
-def _weights(plan: Plan, experts: MappedFile | None, model: ModelFacts) -> dict[str, np.ndarray]:
+def _weights(plan: Plan, experts: MappedFile | None, model: ModelMetadata) -> dict[str, np.ndarray]:
     """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
     caches = _cache_names(model)
     step = {"visual_embeds", *Step.__dataclass_fields__}

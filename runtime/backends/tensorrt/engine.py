@@ -18,7 +18,7 @@ from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
-from moevlm.runtime.core.manifest import ModelFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures, check_step, check_vision
 
@@ -48,13 +48,18 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None, model: ModelFacts, facts: TensorRTFacts
+        self,
+        vision: PlanFile,
+        decoder: PlanFile,
+        experts: MappedFile | None,
+        model: ModelMetadata,
+        metadata: TensorRTMetadata,
     ) -> None:
         """experts: a file whose hash was checked; None if the plan has all weights.
 
-        Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the facts say.
+        Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the metadata say.
         """
-        self._model, self._facts = model, facts
+        self._model, self._metadata = model, metadata
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()
@@ -67,14 +72,14 @@ class TensorRTEngine:
             raise
 
     def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None) -> None:
-        facts, gpu = self._facts, self._device.gpu
-        if gpu.sm not in facts.sms:
-            raise EngineError(f"the engine needs {sms_text(facts.sms, ' or ')}; {gpu.name} is sm{gpu.sm}")
-        library = Library(facts)
+        metadata, gpu = self._metadata, self._device.gpu
+        if gpu.sm not in metadata.sms:
+            raise EngineError(f"the engine needs {sms_text(metadata.sms, ' or ')}; {gpu.name} is sm{gpu.sm}")
+        library = Library(metadata)
         resources.callback(library.close)
         path = None
         if library.is_rtx:
-            path = cache_file(decoder.sha256, vision.sha256, facts.version, gpu.name, gpu.sm, gpu.driver)
+            path = cache_file(decoder.sha256, vision.sha256, metadata.version, gpu.name, gpu.sm, gpu.driver)
         kernels = KernelCache(path)
         resources.callback(kernels.close)
         plans = []
@@ -87,7 +92,7 @@ class TensorRTEngine:
             resources.callback(scratch.free)
             for plan in plans:
                 plan.scratch = scratch
-        self._decoder = Decoder(plans[0], experts, self._model, facts)
+        self._decoder = Decoder(plans[0], experts, self._model, metadata)
         resources.callback(self._decoder.close)
         self._vision = _vision(plans[1])
         resources.callback(self._vision.close)
@@ -109,7 +114,7 @@ class TensorRTEngine:
         with self._lock:
             self._require_open()
             with self._device:
-                for part in _parts(inputs.segment_id, self._facts.max_patches):
+                for part in _parts(inputs.segment_id, self._metadata.max_patches):
                     cancellation.check()
                     outputs.append(self._vision.run({name: array[part] for name, array in vars(inputs).items()}))
         embeds = np.concatenate([output["visual_embeds"] for output in outputs])
@@ -120,8 +125,8 @@ class TensorRTEngine:
     def new_cache(self, batch: int, capacity: int) -> TensorRTCache:
         """An empty cache. Raises EngineError for more sequences or tokens than the engine was built for."""
         for name, value, most in (
-            ("batch", batch, self._facts.max_batch),
-            ("capacity", capacity, self._facts.capacity),
+            ("batch", batch, self._metadata.max_batch),
+            ("capacity", capacity, self._metadata.capacity),
         ):
             if not 1 <= value <= most:
                 raise EngineError(f"unsupported value {name} = {value} (the engine was built for 1 to {most})")
@@ -142,8 +147,10 @@ class TensorRTEngine:
         """
         check_step(step, visual, cache, self._model.vocabulary)
         length = step.input_ids.shape[1]
-        if length > self._facts.chunk_tokens:
-            raise EngineError(f"a step of {length} tokens (the engine was built for up to {self._facts.chunk_tokens})")
+        if length > self._metadata.chunk_tokens:
+            raise EngineError(
+                f"a step of {length} tokens (the engine was built for up to {self._metadata.chunk_tokens})"
+            )
         # Kernels read where they are told to: nothing on the device would notice.
         if int(step.cache_position.min()) < 0:
             raise EngineError(f"cache_position has {step.cache_position.min()} (allowed: 0 or more)")

@@ -10,7 +10,7 @@ from typing import Any
 from moevlm.runtime.backends.tensorrt.plugin_library import checked_plugin_path
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.installation import install_command
-from moevlm.runtime.core.manifest import TensorRTFacts
+from moevlm.runtime.core.manifest import TensorRTMetadata
 
 # By product.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
@@ -23,38 +23,38 @@ _loggers: dict[str, Any] = {}  # TensorRT keeps the first logger that a process 
 _plugins: dict[str, Any] = {}  # handles, by module: a library is registered once in a process
 
 
-def find_module(facts: TensorRTFacts) -> Any:
+def find_module(metadata: TensorRTMetadata) -> Any:
     """The installed module that can run the engine. Raises EngineError, naming what there is."""
-    if facts.product not in MODULES:
-        raise EngineError(f"unsupported value product = {facts.product!r} (supported: {', '.join(MODULES)})")
+    if metadata.product not in MODULES:
+        raise EngineError(f"unsupported value product = {metadata.product!r} (supported: {', '.join(MODULES)})")
     installed = []
-    for name in MODULES[facts.product]:
+    for name in MODULES[metadata.product]:
         try:
             module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError):  # of the libraries that it loads, too
             continue
-        if _runs(name, module.__version__, facts):
+        if _runs(name, module.__version__, metadata):
             return module
         installed.append(f"{name} {module.__version__}")
-    hint = f"installed: {', '.join(installed)}" if installed else install_command(EXTRAS[facts.product])
-    raise EngineError(f"the engine needs {facts.product} {facts.version} ({hint})")
+    hint = f"installed: {', '.join(installed)}" if installed else install_command(EXTRAS[metadata.product])
+    raise EngineError(f"the engine needs {metadata.product} {metadata.version} ({hint})")
 
 
-def _runs(name: str, version: str, facts: TensorRTFacts) -> bool:
+def _runs(name: str, version: str, metadata: TensorRTMetadata) -> bool:
     """A plan runs on the version that built it; a version-compatible one on the lean module of that version, too.
 
     Later versions would hand it to that lean module, whose code our plans do not carry: none of theirs is ever run.
     """
-    return version == facts.version and (facts.version_compatible or name != "tensorrt_lean")
+    return version == metadata.version and (metadata.version_compatible or name != "tensorrt_lean")
 
 
 class Library:
     """A module with its runtime object and this package's plugins. A device must be there, and its context current."""
 
-    def __init__(self, facts: TensorRTFacts) -> None:
+    def __init__(self, metadata: TensorRTMetadata) -> None:
         """Raises EngineError if no module fits, or if the plugins do not load."""
-        self.module = find_module(facts)
-        self.is_rtx = facts.product == "tensorrt_rtx"
+        self.module = find_module(metadata)
+        self.is_rtx = metadata.product == "tensorrt_rtx"
         self._logger = _logger(self.module)
         _load_plugins(self.module, self._logger)
         # Code inside of plans stays switched off, as it is by default: engine_host_code_allowed.

@@ -7,10 +7,10 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.gpus import sms_text
-from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 
 
-def plan_problems(bundle: Bundle, engine: EngineFacts) -> list[str]:
+def plan_problems(bundle: Bundle, engine: EngineMetadata) -> list[str]:
     """One line for each contradiction; none for an engine without plans."""
     if engine.tensorrt is None:
         return []
@@ -24,16 +24,16 @@ def plan_problems(bundle: Bundle, engine: EngineFacts) -> list[str]:
     return problems
 
 
-def _problems(file: BundleFile, facts: TensorRTFacts) -> list[str]:
+def _problems(file: BundleFile, metadata: TensorRTMetadata) -> list[str]:
     header = plan_header(file.read(HEADER_BYTES))
     if header is None:
-        return [f"is no plan of TensorRT, manifest.json says {facts.product} {facts.version}"]
-    found: list[tuple[str, object, object]] = [("product", header.product, facts.product)]
-    if header.product == facts.product == "tensorrt_rtx":  # of others no more was observed
+        return [f"is no plan of TensorRT, manifest.json says {metadata.product} {metadata.version}"]
+    found: list[tuple[str, object, object]] = [("product", header.product, metadata.product)]
+    if header.product == metadata.product == "tensorrt_rtx":  # of others no more was observed
         found += [
-            ("version", header.version, facts.version),
+            ("version", header.version, metadata.version),
             ("size", header.length, file.size),
-            ("GPUs", sms_text(header.sms), sms_text(facts.sms)),
+            ("GPUs", sms_text(header.sms), sms_text(metadata.sms)),
         ]
     return [
         f"says {what} {says}, {'the file has' if what == 'size' else 'manifest.json says'} {other}"

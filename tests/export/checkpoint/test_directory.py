@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import Manifest, ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import Manifest, ModelMetadata, RopeMetadata, VisionMetadata
 from tests.support.tiny import edit_json
 
 RNG = np.random.default_rng(7)
@@ -208,7 +208,7 @@ def test_every_flipped_bit_in_the_header_is_refused_or_changes_a_name(tmp_path: 
     path = save_single(tmp_path / "m", {"w": TENSORS["a.weight"], "v": TENSORS["c.weight"]}) / "model.safetensors"
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
-    facts = {n: (w.shape, w.dtype) for n, w in Checkpoint.open(path.parent).tensors.items()}
+    metadata = {n: (w.shape, w.dtype) for n, w in Checkpoint.open(path.parent).tensors.items()}
     refusals = 0
     for position in range(8, 8 + len(content[8 : 8 + length].rstrip())):
         flip(path, position, 2)
@@ -218,7 +218,7 @@ def test_every_flipped_bit_in_the_header_is_refused_or_changes_a_name(tmp_path: 
             assert str(path) in str(error)
             refusals += 1
         else:
-            assert {n: (w.shape, w.dtype) for n, w in tensors.items()} != facts
+            assert {n: (w.shape, w.dtype) for n, w in tensors.items()} != metadata
         path.write_bytes(content)
     assert refusals > 0.8 * length
 
@@ -370,20 +370,20 @@ def test_file_replaced_while_in_use_is_noticed(tmp_path: Path) -> None:
 def test_fingerprint_covers_config_and_shards(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(save_sharded(tmp_path / "m"))
     checkpoint.start_hashing()
-    facts = checkpoint.fingerprint()
-    assert set(facts) == {"config.json", *checkpoint.shards}
-    for name, entry in facts.items():
+    metadata = checkpoint.fingerprint()
+    assert set(metadata) == {"config.json", *checkpoint.shards}
+    for name, entry in metadata.items():
         content = (checkpoint.directory / name).read_bytes()
         assert (entry.sha256, entry.size) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
 def manifest_of(checkpoint: Checkpoint) -> Manifest:
-    rope = RopeFacts(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
-    vision = VisionFacts(
+    rope = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
+    vision = VisionMetadata(
         patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
         position_grid=2, position_resampling="bilinear", deepstack=0,
     )  # fmt: skip
-    model = ModelFacts(
+    model = ModelMetadata(
         model_type="toy", hidden=4, layers=1, heads=1, kv_heads=1, head_dim=4, vocabulary=8, context=16, experts=2,
         top_k=1, dense_layers=(), eos_token_ids=(0,), image_token_id=1, rope=rope, vision=vision,
     )  # fmt: skip

@@ -18,7 +18,7 @@ from moevlm.export.checkpoint.request_files import request_files
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.generation_file import GENERATION, bundle_sampling
 from moevlm.runtime.request.sampling import SamplingParams, penalize, weights
@@ -29,8 +29,8 @@ QWEN = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repet
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> ModelFacts:
-    return CanonicalModel.of(Checkpoint.open(tiny_checkpoint)).config.facts()
+def model(tiny_checkpoint: Path) -> ModelMetadata:
+    return CanonicalModel.of(Checkpoint.open(tiny_checkpoint)).config.metadata()
 
 
 @pytest.mark.parametrize(
@@ -116,33 +116,33 @@ def test_values_out_of_range_are_refused(config: dict[str, Any], word: str) -> N
     ],
 )
 def test_end_tokens_are_those_of_the_first_file_that_names_some(
-    generation: Any, config: tuple[int, ...], tokenizer: int, expected: tuple[int, ...], model: ModelFacts
+    generation: Any, config: tuple[int, ...], tokenizer: int, expected: tuple[int, ...], model: ModelMetadata
 ) -> None:
-    facts = msgspec.structs.replace(model, eos_token_ids=config)
-    assert end_tokens({"eos_token_id": generation}, facts, tokenizer).ids == expected
+    metadata = msgspec.structs.replace(model, eos_token_ids=config)
+    assert end_tokens({"eos_token_id": generation}, metadata, tokenizer).ids == expected
 
 
 @pytest.mark.parametrize("value", [10**9, -1, 263, 10**23, True, 2.0, "2", [2, "x"], [[2]], {"a": 1}])
-def test_implausible_end_tokens_are_refused(value: Any, model: ModelFacts) -> None:
+def test_implausible_end_tokens_are_refused(value: Any, model: ModelMetadata) -> None:
     with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id = .* \(allowed: .* 0 to 262\)$"):
         end_tokens({"eos_token_id": value}, model, None)
 
 
-def test_implausible_end_token_of_config_json_and_none_at_all_are_refused(model: ModelFacts) -> None:
+def test_implausible_end_token_of_config_json_and_none_at_all_are_refused(model: ModelMetadata) -> None:
     with pytest.raises(CheckpointError, match=r"config.json: eos_token_id = 263"):
         end_tokens({}, msgspec.structs.replace(model, eos_token_ids=(263,)), None)
     with pytest.raises(CheckpointError, match=r"no end token: neither .* \(name one in generation_config.json\)$"):
         end_tokens({}, msgspec.structs.replace(model, eos_token_ids=()), None)
 
 
-def test_without_a_tokenizer_no_end_token_is_a_note(model: ModelFacts, tmp_path: Path) -> None:
+def test_without_a_tokenizer_no_end_token_is_a_note(model: ModelMetadata, tmp_path: Path) -> None:
     found = request_files(tmp_path, msgspec.structs.replace(model, eos_token_ids=()))
     assert found.eos_token_ids == ()
     assert found.notes == ("no file has an eos_token_id: answers end after max_new_tokens",)
 
 
 def test_end_token_of_the_tokenizer_that_ends_no_answer_is_a_note(
-    tiny_checkpoint: Path, model: ModelFacts, tmp_path: Path
+    tiny_checkpoint: Path, model: ModelMetadata, tmp_path: Path
 ) -> None:
     shutil.copy(tiny_checkpoint / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|im_start|>"}')

@@ -13,14 +13,14 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.request_files import RequestFiles, request_files
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from tests.support.command_line import call
 from tests.support.tiny import CHAT_TEMPLATE, IMAGE, edit_json
 
 
 @pytest.fixture(scope="module")
-def model(tiny_checkpoint: Path) -> ModelFacts:
-    return CanonicalModel.of(Checkpoint.open(tiny_checkpoint)).config.facts()
+def model(tiny_checkpoint: Path) -> ModelMetadata:
+    return CanonicalModel.of(Checkpoint.open(tiny_checkpoint)).config.metadata()
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint", ignore=ignored))
 
 
-def refused(folder: Path, model: ModelFacts, *words: str) -> None:
+def refused(folder: Path, model: ModelMetadata, *words: str) -> None:
     with pytest.raises(CheckpointError) as raised:
         request_files(folder, model)
     message = str(raised.value)
@@ -44,13 +44,13 @@ def template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def test_a_good_checkpoint_has_three_files_and_no_notes(folder: Path, model: ModelFacts) -> None:
+def test_a_good_checkpoint_has_three_files_and_no_notes(folder: Path, model: ModelMetadata) -> None:
     found = request_files(folder, model)
     assert set(found.files) == {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
     assert found.notes == ()
 
 
-def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelFacts) -> None:
+def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelMetadata) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
         (folder / name).unlink()
     assert request_files(folder, model) == RequestFiles({}, {}, model.eos_token_ids, ())
@@ -70,7 +70,7 @@ def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelFact
     ],
 )
 def test_preprocessor_that_does_not_go_with_the_model_is_refused(
-    change: dict[str, Any], word: str, folder: Path, model: ModelFacts
+    change: dict[str, Any], word: str, folder: Path, model: ModelMetadata
 ) -> None:
     edit_json(folder / "preprocessor_config.json", lambda fields: fields.update(change))
     refused(folder, model, "preprocessor_config.json does not go with the model", word)
@@ -96,7 +96,7 @@ def larger(tokens: dict[str, Any]) -> None:
     ],
 )
 def test_tokenizer_that_does_not_go_with_the_model_is_refused(
-    change: Callable[[dict[str, Any]], object], word: str, folder: Path, model: ModelFacts
+    change: Callable[[dict[str, Any]], object], word: str, folder: Path, model: ModelMetadata
 ) -> None:
     edit_json(folder / "tokenizer.json", change)
     refused(folder, model, word)
@@ -107,7 +107,7 @@ def endless(tokens: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("added", [{}, {"eos_token": "<|new|>"}])
-def test_tokenizer_that_blows_texts_up_is_refused(added: dict[str, Any], folder: Path, model: ModelFacts) -> None:
+def test_tokenizer_that_blows_texts_up_is_refused(added: dict[str, Any], folder: Path, model: ModelMetadata) -> None:
     edit_json(folder / "tokenizer.json", endless)
     (folder / "tokenizer_config.json").write_text(json.dumps(added))
     refused(folder, model, "tokenizer.json: normalizer makes a text 5000 times longer")
@@ -121,13 +121,15 @@ FILES = (
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "5", "{", "[" * 100_000, '{"a":' * 100_000, b"\xff{}"])
-def test_damaged_files_are_refused_in_one_line(name: str, text: str | bytes, folder: Path, model: ModelFacts) -> None:
+def test_damaged_files_are_refused_in_one_line(
+    name: str, text: str | bytes, folder: Path, model: ModelMetadata
+) -> None:
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     refused(folder, model, name)
 
 
 @pytest.mark.parametrize("name", [*FILES, "chat_template.jinja"])
-def test_pipes_links_and_giants_are_refused_in_one_line(name: str, folder: Path, model: ModelFacts) -> None:
+def test_pipes_links_and_giants_are_refused_in_one_line(name: str, folder: Path, model: ModelMetadata) -> None:
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
     refused(folder, model, f"{name} is not a regular file")
@@ -142,7 +144,7 @@ def test_pipes_links_and_giants_are_refused_in_one_line(name: str, folder: Path,
     refused(folder, model, f"{name} has more than")
 
 
-def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model: ModelFacts) -> None:
+def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model: ModelMetadata) -> None:
     (folder / "tokenizer_config.json").write_text('{"image_token": "<|video_pad|>"}')
     refused(folder, model, "image_token = '<|video_pad|>'", "image_token_id = 5", "<|image_pad|>")
 
@@ -161,18 +163,18 @@ def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model:
     ],
 )
 def test_template_that_cannot_work_is_refused(
-    text: str, words: tuple[str, ...], folder: Path, model: ModelFacts
+    text: str, words: tuple[str, ...], folder: Path, model: ModelMetadata
 ) -> None:
     template(folder, text)
     refused(folder, model, "the chat template of chat_template.jinja", *words)
 
 
-def test_file_of_the_template_is_named(folder: Path, model: ModelFacts) -> None:
+def test_file_of_the_template_is_named(folder: Path, model: ModelMetadata) -> None:
     (folder / "processor_config.json").write_text('{"chat_template": "{% if %}"}')
     refused(folder, model, "the chat template of processor_config.json cannot be used")
 
 
-def test_what_a_template_refuses_of_its_own_is_a_note(folder: Path, model: ModelFacts) -> None:
+def test_what_a_template_refuses_of_its_own_is_a_note(folder: Path, model: ModelMetadata) -> None:
     text = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHAT_TEMPLATE
     template(folder, text)
     notes = request_files(folder, model).notes
@@ -181,7 +183,7 @@ def test_what_a_template_refuses_of_its_own_is_a_note(folder: Path, model: Model
     assert notes[0].endswith("no system role")
 
 
-def test_templates_that_are_not_taken_are_a_note(folder: Path, model: ModelFacts) -> None:
+def test_templates_that_are_not_taken_are_a_note(folder: Path, model: ModelMetadata) -> None:
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates/tool_use.jinja").write_text("x")
     assert request_files(folder, model).notes == ("of the chat templates the default is taken, not tool_use",)

@@ -17,7 +17,7 @@ from moevlm.export.parity.cases import Case, pack, random_cases
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import ModelFacts
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.loading import load_engine
@@ -85,7 +85,7 @@ class Draw:
         return TinyCheckpoint(model_type, text=text, vision=vision)
 
 
-def answers(engine: Engine, model: ModelFacts, cases: list[Case]) -> np.ndarray:
+def answers(engine: Engine, model: ModelMetadata, cases: list[Case]) -> np.ndarray:
     """Logits of all positions of two prompts, one with an image, and of a step behind them: [N, vocabulary]."""
     images = pack(cases, model)
     assert images is not None
@@ -104,9 +104,9 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     checkpoint = Draw(seed).checkpoint(model_type).save(tmp_path / "checkpoint")
     with Checkpoint.open(checkpoint) as source:
         model = CanonicalModel.of(source)
-    facts = model.config.facts()
-    cases = random_cases(facts, source.config, seed)[:2]
-    expected = answers(TorchEngine(model, lambda engine: answers(engine, facts, cases)), facts, cases)
+    metadata = model.config.metadata()
+    cases = random_cases(metadata, source.config, seed)[:2]
+    expected = answers(TorchEngine(model, lambda engine: answers(engine, metadata, cases)), metadata, cases)
     built = []
     for name in (*EXACT, *ROUNDED):
         try:
@@ -120,7 +120,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     assert not (tmp_path / "refused").exists()
     for name in built:
         engine = load_engine(bundle, name, threads=1)
-        found = answers(engine, facts, cases)
+        found = answers(engine, metadata, cases)
         engine.close()
         if name in EXACT:
             np.testing.assert_allclose(found, expected, atol=1e-3 * expected.std(), err_msg=name)

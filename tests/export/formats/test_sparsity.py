@@ -97,11 +97,11 @@ def test_engine_is_two_of_four_where_layers_are_dense_and_as_given_elsewhere(
                 zeros += after[name].size // 2
             else:
                 assert after[name].tobytes() == array.tobytes(), name
-    facts = sparse.manifest.engines["ort-cpu"]
-    assert (facts.sparsity, facts.pruned_weights) == ("2:4", zeros)
+    metadata = sparse.manifest.engines["ort-cpu"]
+    assert (metadata.sparsity, metadata.pruned_weights) == ("2:4", zeros)
     assert zeros > 5000
-    facts = dense.manifest.engines["ort-cpu"]
-    assert (facts.sparsity, facts.pruned_weights) == ("", 0)
+    metadata = dense.manifest.engines["ort-cpu"]
+    assert (metadata.sparsity, metadata.pruned_weights) == ("", 0)
 
 
 def test_pruned_engines_are_held_to_the_pruned_model_and_dense_ones_to_transformers(tmp_path: Path) -> None:
@@ -188,6 +188,6 @@ def test_tensorrt_rtx_is_given_pruned_weights_and_the_flag_for_them(
             pruned_fours = (array.reshape(-1, 4) == 0).sum(1) == 2
             assert pruned_fours.all() != any(part in name for part in KEPT), name
             zeros += array.size // 2 if pruned_fours.all() else 0
-    facts = built.manifest.engines["rtx:sm89:bf16"]
-    assert (facts.sparsity, facts.pruned_weights) == ("2:4", zeros)
+    metadata = built.manifest.engines["rtx:sm89:bf16"]
+    assert (metadata.sparsity, metadata.pruned_weights) == ("2:4", zeros)
     assert zeros > 5000

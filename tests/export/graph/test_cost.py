@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moevlm.export.build import build
-from moevlm.runtime.core.manifest import CostFacts
+from moevlm.runtime.core.manifest import CostMetadata
 
 HIDDEN, EXPERTS, WIDTH, VOCABULARY = 64, 8, 32, 96
 QKV, OUT = HIDDEN * (4 + 2 + 2) * 16, 4 * 16 * HIDDEN
@@ -17,7 +17,7 @@ BITS = {"cpu:int4": 4.5, "cpu:int8": 8.5, "ort-cpu:int4": 5, "ort-cpu:int8": 9}
 
 
 @pytest.fixture(scope="module")
-def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CostFacts]:
+def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CostMetadata]:
     from tests.support.tiny import TinyCheckpoint
 
     text = {"hidden_size": HIDDEN, "moe_intermediate_size": WIDTH, "vocab_size": VOCABULARY}
@@ -25,31 +25,31 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CostFacts]:
     folder = tmp_path_factory.mktemp("cost")
     checkpoint = TinyCheckpoint(text=text, vision=vision).save(folder / "checkpoint")
     found = build(checkpoint, folder / "b", ["reference", "ort-cpu", *BITS]).manifest.engines
-    return {name: facts.cost for name, facts in found.items()}
+    return {name: metadata.cost for name, metadata in found.items()}
 
 
 @pytest.mark.parametrize("target", ["reference", "ort-cpu", *BITS])
-def test_multiplications_are_those_of_the_model(target: str, engines: dict[str, CostFacts]) -> None:
+def test_multiplications_are_those_of_the_model(target: str, engines: dict[str, CostMetadata]) -> None:
     cost = engines[target]
-    assert cost.dense_products == LAYERS * (QKV + OUT + EXPERTS * HIDDEN)
-    assert cost.expert_products == LAYERS * EXPERT
-    assert cost.head_products == VOCABULARY * HIDDEN
+    assert cost.dense_macs == LAYERS * (QKV + OUT + EXPERTS * HIDDEN)
+    assert cost.expert_macs == LAYERS * EXPERT
+    assert cost.head_macs == VOCABULARY * HIDDEN
     patch, merged = 3 * 2 * 4 * 4, 4 * 16
     blocks = 2 * (3 * 16 * 16 + 16 * 16 + 2 * 16 * 24)
-    assert cost.patch_products == pytest.approx(patch * 16 + blocks + (merged * merged + merged * HIDDEN) / 4, abs=2)
-    assert cost.patch_pair_products == 2 * 2 * 16
+    assert cost.patch_macs == pytest.approx(patch * 16 + blocks + (merged * merged + merged * HIDDEN) / 4, abs=2)
+    assert cost.patch_pair_macs == 2 * 2 * 16
 
 
 @pytest.mark.parametrize("target", ["reference", "ort-cpu"])
-def test_float32_reads_four_bytes_a_weight(target: str, engines: dict[str, CostFacts]) -> None:
+def test_float32_reads_four_bytes_a_weight(target: str, engines: dict[str, CostMetadata]) -> None:
     cost = engines[target]
-    assert cost.dense_bytes == 4 * cost.dense_products
-    assert cost.expert_bytes == 4 * cost.expert_products
-    assert cost.head_bytes == 4 * cost.head_products
+    assert cost.dense_bytes == 4 * cost.dense_macs
+    assert cost.expert_bytes == 4 * cost.expert_macs
+    assert cost.head_bytes == 4 * cost.head_macs
 
 
 @pytest.mark.parametrize("target", BITS)
-def test_quantized_weights_read_their_bits_and_scales(target: str, engines: dict[str, CostFacts]) -> None:
+def test_quantized_weights_read_their_bits_and_scales(target: str, engines: dict[str, CostMetadata]) -> None:
     cost, byte = engines[target], BITS[target] / 8
     router = 4 * LAYERS * EXPERTS * HIDDEN
     assert cost.expert_bytes == byte * LAYERS * EXPERT

@@ -42,14 +42,14 @@ class Recording:
         self.rounding: dict[str, Rounding] = {}
         with Checkpoint.open(self.checkpoint) as source:
             model = CanonicalModel.of(source)
-            self.config, facts = model.config, bundle.manifest.model
-            cases = random_cases(facts, source.config, 3)
+            self.config, metadata = model.config, bundle.manifest.model
+            cases = random_cases(metadata, source.config, 3)
             for target in TARGETS:
                 entry = bundle.manifest.engines[target]
                 engine = RecordedEngine(TappedEngine(bundle, target, self.config))
-                images = pack(cases, facts)
+                images = pack(cases, metadata)
                 assert images is not None
-                batch = Batch(engine, facts, [case.prompt for case in cases], engine.encode(images), 192)
+                batch = Batch(engine, metadata, [case.prompt for case in cases], engine.encode(images), 192)
                 batch.prefill(every_position=True)
                 for token in range(8, 16):
                     batch.decode([token] * len(cases))

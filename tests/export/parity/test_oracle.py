@@ -32,7 +32,7 @@ DEEP = {"vocab_size": 96, "num_hidden_layers": 6}
 def opened(tiny: TinyCheckpoint, folder: Path) -> Iterator[tuple[Checkpoint, CanonicalModel, list[Case]]]:
     with Checkpoint.open(tiny.save(folder / "checkpoint")) as source:
         model = CanonicalModel.of(source)
-        yield source, model, random_cases(model.config.facts(), source.config, tiny.seed)
+        yield source, model, random_cases(model.config.metadata(), source.config, tiny.seed)
 
 
 def by_from_pretrained(checkpoint: Path, cases: list[Case]) -> list[np.ndarray]:
@@ -103,7 +103,7 @@ def test_canonical_pytorch_never_has_more_than_a_layer_in_memory(
     monkeypatch.setattr(Layer, "attend", attending)
     hook = register_module_forward_hook(lambda *_: counts.append(alive(towers[0].blocks)))
     with opened(TinyCheckpoint(text=DEEP, top=top), tmp_path) as (_, model, cases):
-        expected_on(model, model.config.facts(), cases)
+        expected_on(model, model.config.metadata(), cases)
     hook.remove()
     vision, decoder = towers
     assert len({id(layer) for layer in layers}) == 6
@@ -117,7 +117,7 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
     checkpoint = TinyCheckpoint(text={"vocab_size": 96}).save(tmp_path / "checkpoint")
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
     with Checkpoint.open(checkpoint) as source:
-        cases = random_cases(CanonicalModel.of(source).config.facts(), source.config, 0)
+        cases = random_cases(CanonicalModel.of(source).config.metadata(), source.config, 0)
     edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
     with Checkpoint.open(checkpoint) as source, pytest.raises(CheckpointError, match=f"no tensor .* for {name}"):
         Oracle(source, ROUTER).answers(cases)
@@ -125,16 +125,18 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
 
 def test_canonical_pytorch_answers_the_calls_that_were_announced_and_no_others(tmp_path: Path) -> None:
     with opened(TinyCheckpoint(text={"vocab_size": 96}), tmp_path) as (_, model, cases):
-        case, facts = cases[0], model.config.facts()
+        case, metadata = cases[0], model.config.metadata()
 
         def calls(token: int) -> Callable[[TorchEngine], object]:
             def make(engine: TorchEngine) -> list[np.ndarray]:
-                batch = Batch(engine, facts, [case.prompt], None, 128)
+                batch = Batch(engine, metadata, [case.prompt], None, 128)
                 return [batch.prefill(), batch.decode([token])]
 
             return make
 
-        whole, _ = answer(TorchEngine(model, lambda engine: answer(engine, model, case, facts)), model, case, facts)
+        whole, _ = answer(
+            TorchEngine(model, lambda engine: answer(engine, model, case, metadata)), model, case, metadata
+        )
         token = int(case.continuation[0])
         prefill, decode = calls(token)(TorchEngine(model, calls(token)))
         assert relative_error(prefill[0], whole.prefill[-1]) < 2e-6

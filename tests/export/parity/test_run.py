@@ -164,9 +164,9 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
     report = check_parity(bundle, checkpoint)
     (routing,) = [cost for cost in report.costs if cost.quantity == "share of routings that differ"]
     assert routing.flips
-    facts = Bundle.open(bundle).manifest.model
+    metadata = Bundle.open(bundle).manifest.model
     config = json.loads((checkpoint / "config.json").read_text())
-    cases = random_cases(facts, config, 0) + long_cases(facts, config, 0, facts.context)
+    cases = random_cases(metadata, config, 0) + long_cases(metadata, config, 0, metadata.context)
     tokens = sum(len(case.prompt.ids) for case in cases)
     assert routing.value == len(routing.flips) / tokens  # one of the two layers is sparse
     assert {flip.layer for flip in routing.flips} == {1}
@@ -322,8 +322,8 @@ def test_verdict_lands_in_the_manifest_and_every_other_file_stays(copy: Path, ti
 
 
 def test_prompts_depend_on_the_seed_alone(tiny_bundle: Path) -> None:
-    facts = Bundle.open(tiny_bundle).manifest.model
-    first, again, other = (random_cases(facts, {"image_token_id": IMAGE}, seed) for seed in (1, 1, 2))
+    metadata = Bundle.open(tiny_bundle).manifest.model
+    first, again, other = (random_cases(metadata, {"image_token_id": IMAGE}, seed) for seed in (1, 1, 2))
     for case, same, different in zip(first, again, other, strict=True):
         np.testing.assert_array_equal(case.prompt.ids, same.prompt.ids)
         np.testing.assert_array_equal(case.patches, same.patches)
@@ -342,12 +342,12 @@ def test_a_prompt_is_longer_than_every_block_of_keys_that_a_kernel_takes() -> No
 
 
 def test_long_prompt_is_as_long_as_the_cache_allows(tiny_bundle: Path) -> None:
-    facts, config = Bundle.open(tiny_bundle).manifest.model, {"image_token_id": IMAGE}
+    metadata, config = Bundle.open(tiny_bundle).manifest.model, {"image_token_id": IMAGE}
     for capacity, length in ((512, LONG_PROMPT), (DECODE_STEPS + 100, 100), (DECODE_STEPS + 1, 1)):
-        (case,) = long_cases(facts, config, 0, capacity)
+        (case,) = long_cases(metadata, config, 0, capacity)
         assert (len(case.prompt.ids), len(case.whole.ids)) == (length, length + DECODE_STEPS)
         assert IMAGE not in case.whole.ids
-    assert long_cases(facts, config, 0, DECODE_STEPS) == []
+    assert long_cases(metadata, config, 0, DECODE_STEPS) == []
 
 
 @pytest.mark.parametrize("whole", [False, True])  # as shipped alone, or the engine with taps, too

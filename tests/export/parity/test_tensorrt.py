@@ -30,7 +30,7 @@ from moevlm.export.parity.tolerances import DECODE_STEPS, EXACT, PLAN_TOLERANCES
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import TensorRTFacts
+from moevlm.runtime.core.manifest import TensorRTMetadata
 from moevlm.runtime.engine.protocol import Engine
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.command_line import assert_refused, call
@@ -194,7 +194,7 @@ class Canonical:
 
     def computed(self, storage: Storage) -> Expected:
         """The same, not remembered."""
-        return expected_on(stored_model(self._model, storage), self._model.config.facts(), self._cases)
+        return expected_on(stored_model(self._model, storage), self._model.config.metadata(), self._cases)
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
@@ -204,7 +204,7 @@ def canonical(
     checkpoint = TinyCheckpoint(request.param, text={"vocab_size": 96}, seed=seed)
     with Checkpoint.open(checkpoint.save(tmp_path_factory.mktemp("checkpoint"))) as source:
         model = CanonicalModel.of(source)
-        yield Canonical(model, random_cases(model.config.facts(), source.config, seed))
+        yield Canonical(model, random_cases(model.config.metadata(), source.config, seed))
 
 
 def storage(dtype: str, experts: str) -> Storage:
@@ -213,7 +213,7 @@ def storage(dtype: str, experts: str) -> Storage:
 
 def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
     options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
-    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().facts, options.capacity)
+    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().metadata, options.capacity)
 
 
 def found(canonical: Canonical, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
@@ -224,10 +224,10 @@ def found(canonical: Canonical, plan: SimulatedPlan, dtype: str, experts: str) -
     return made
 
 
-def limits(**sizes: int) -> TensorRTFacts:
+def limits(**sizes: int) -> TensorRTMetadata:
     """Of an engine that takes two sequences and steps of few tokens."""
     small = {"max_batch": 2, "chunk_tokens": 24, "max_logits": 8, "max_visual": 48, "max_patches": 256}
-    return TensorRTFacts(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
+    return TensorRTMetadata(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
 
 
 PRECISIONS = [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4"), ("fp16", "int4")]
@@ -275,7 +275,7 @@ def test_a_kernel_that_takes_gate_for_up_is_found(canonical, seed: int, dtype: s
 
 def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> None:
     expected = canonical.expected()
-    longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.facts.context
+    longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.metadata.context
     free = Room.of(expected.prompts, context, None)
     assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, DECODE_STEPS)
     for sizes, room in (

@@ -27,23 +27,23 @@ from moevlm.export.writing.model_file import INLINE_BYTES, PAGE
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError, CheckpointError, ExportError
-from moevlm.runtime.core.manifest import EngineFacts, Manifest, ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import EngineMetadata, Manifest, ModelMetadata, RopeMetadata, VisionMetadata
 
 RNG = np.random.default_rng(11)
 FLOAT = np.dtype(np.float32)
-ROPE = RopeFacts(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
-VISION = VisionFacts(
+ROPE = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
+VISION = VisionMetadata(
     patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
     position_grid=2, position_resampling="bilinear", deepstack=0,
 )  # fmt: skip
-MODEL = ModelFacts(
+MODEL = ModelMetadata(
     model_type="toy", hidden=4, layers=1, heads=1, kv_heads=1, head_dim=4, vocabulary=8, context=16, experts=2,
     top_k=1, dense_layers=(), eos_token_ids=(0,), image_token_id=1, rope=ROPE, vision=VISION,
 )  # fmt: skip
 
 
 def manifest(*targets: str) -> Manifest:
-    engines = {t: EngineFacts(vision=f"{t}.txt", decoder=f"{t}.txt", dtype="float32") for t in targets}
+    engines = {t: EngineMetadata(vision=f"{t}.txt", decoder=f"{t}.txt", dtype="float32") for t in targets}
     return Manifest(schema=1, model=MODEL, source={}, files={}, engines=engines, tools={})
 
 
@@ -167,10 +167,10 @@ def test_file_written_in_odd_pieces_has_their_bytes_and_hash(
     file = StreamedFile(tmp_path / "f")
     for piece in pieces:
         file.write(piece)
-    facts = file.close()
+    metadata = file.close()
     expected = b"".join(piece.tobytes() for piece in pieces)
     assert (tmp_path / "f").read_bytes() == expected
-    assert (facts.sha256, facts.size) == (hashlib.sha256(expected).hexdigest(), len(expected))
+    assert (metadata.sha256, metadata.size) == (hashlib.sha256(expected).hexdigest(), len(expected))
 
 
 def test_new_bundle_replaces_the_old_one_whole(old: Path) -> None:

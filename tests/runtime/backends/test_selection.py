@@ -18,10 +18,10 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, EngineError
 from moevlm.runtime.core.gpus import gpu_text
 from moevlm.runtime.core.installation import install_command
-from moevlm.runtime.core.manifest import EngineFacts, TensorRTFacts
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from tests.support.fakes.gpu import FakeGpu, fake_gpu
 
-RTX = TensorRTFacts(
+RTX = TensorRTMetadata(
     product="tensorrt_rtx",
     version="1.7.1.116",
     sms=(86, 89),
@@ -34,11 +34,11 @@ RTX = TensorRTFacts(
     max_visual=1,
     max_patches=1,
 )
-CPU = EngineFacts(vision="v", decoder="d", dtype="float32")
+CPU = EngineMetadata(vision="v", decoder="d", dtype="float32")
 INT8, INT4 = (msgspec.structs.replace(CPU, dtype=dtype) for dtype in ("int8", "int4"))
 
 
-def engine(**changes: object) -> EngineFacts:
+def engine(**changes: object) -> EngineMetadata:
     return msgspec.structs.replace(CPU, tensorrt=msgspec.structs.replace(RTX, **changes))
 
 
@@ -149,7 +149,7 @@ def test_a_bundle_without_engines_says_how_to_build_one(bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("installed", "facts", "expected"),
+    ("installed", "metadata", "expected"),
     [
         ({"tensorrt": "11.4.0.5"}, {"version": "11.4.0.5"}, "tensorrt"),
         ({"tensorrt": "11.4.0.5", "tensorrt_lean": "11.4.0.5"}, {"version": "11.4.0.5"}, "tensorrt"),
@@ -166,7 +166,7 @@ def test_a_bundle_without_engines_says_how_to_build_one(bundle) -> None:
         ({}, {"version": "11.4.0.5"}, None),
     ],
 )
-def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, facts, expected) -> None:
+def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, metadata, expected) -> None:
     import sys
 
     for name in ("tensorrt", "tensorrt_lean"):
@@ -174,13 +174,13 @@ def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, facts, expect
         if module is not None:
             module.__version__ = installed[name]  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module)
-    wanted = msgspec.structs.replace(RTX, product="tensorrt", **facts)
+    wanted = msgspec.structs.replace(RTX, product="tensorrt", **metadata)
     if expected is not None:
         assert find_module(wanted).__name__ == expected
         return
     shown = ", ".join(f"{name} {version}" for name, version in installed.items())
     text = f"installed: {shown}" if installed else install_command("gpu")
-    with pytest.raises(EngineError, match=re.escape(f"needs tensorrt {facts['version']} ({text})")):
+    with pytest.raises(EngineError, match=re.escape(f"needs tensorrt {metadata['version']} ({text})")):
         find_module(wanted)
 
 

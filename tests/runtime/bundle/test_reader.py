@@ -33,7 +33,7 @@ MODEL = {
 }  # fmt: skip
 
 
-def facts(data: bytes) -> dict[str, Any]:
+def metadata(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
@@ -49,7 +49,7 @@ def demo(tmp_path: Path) -> Path:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
     manifest = {
-        "schema": 1, "model": MODEL, "source": {}, "files": {name: facts(data) for name, data in FILES.items()},
+        "schema": 1, "model": MODEL, "source": {}, "files": {name: metadata(data) for name, data in FILES.items()},
         "engines": {target: engine(target) for target in ("reference", "ort-cpu")}, "tools": {}, "parity": {},
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -89,7 +89,7 @@ def test_changed_byte_in_any_file_is_refused_by_name(demo: Path, name: str, posi
     content = bytearray(FILES[name])
     content[position] ^= 1
     (demo / name).write_bytes(bytes(content))
-    expected = facts(FILES[name])["sha256"]
+    expected = metadata(FILES[name])["sha256"]
     refused(Bundle.open(demo).verify, name, expected, hashlib.sha256(content).hexdigest())
     refused(lambda: Bundle.open(demo).verify([name]), name)
     Bundle.open(demo).verify([other for other in FILES if other != name])
@@ -153,7 +153,7 @@ def test_directory_without_manifest_and_missing_directory_are_refused(tmp_path: 
 @pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "a/../../outside", "", "a//b", "./a", "a\\b", "a\0b"])
 def test_path_that_leaves_the_bundle_is_refused(demo: Path, name: str) -> None:
     (demo.parent / "outside").write_bytes(b"x")
-    edit_manifest(demo, lambda m: m["files"].update({name: facts(b"x")}))
+    edit_manifest(demo, lambda m: m["files"].update({name: metadata(b"x")}))
     refused(lambda: Bundle.open(demo), repr(name), "not a path inside the bundle")
 
 
@@ -175,7 +175,7 @@ def test_linked_folder_outside_engines_is_refused(demo: Path) -> None:
     (demo.parent / "outside").mkdir()
     (demo.parent / "outside" / "notes.txt").write_bytes(b"x")
     (demo / "graphs").symlink_to(demo.parent / "outside")
-    edit_manifest(demo, lambda m: m["files"].update({"graphs/notes.txt": facts(b"x")}))
+    edit_manifest(demo, lambda m: m["files"].update({"graphs/notes.txt": metadata(b"x")}))
     refused(lambda: Bundle.open(demo).read_text("graphs/notes.txt"), "outside the bundle")
 
 

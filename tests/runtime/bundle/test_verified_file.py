@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.backends.tensorrt.kernel_facts import kernels_of
+from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
 from moevlm.runtime.bundle.reader import MAX_MANIFEST_BYTES, Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError

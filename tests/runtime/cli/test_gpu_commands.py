@@ -159,8 +159,8 @@ def test_experts_that_no_file_lists_make_no_bundle(copy) -> None:
 
 def test_an_engine_s_files_include_the_experts(bundle) -> None:
     opened = Bundle.open(bundle)
-    facts = opened.manifest.engines[TARGET]
-    assert {facts.vision, facts.decoder, EXPERTS} == set(opened.engine_files(TARGET))
+    metadata = opened.manifest.engines[TARGET]
+    assert {metadata.vision, metadata.decoder, EXPERTS} == set(opened.engine_files(TARGET))
     assert EXPERTS not in opened.engine_files("ort-cpu")
 
 

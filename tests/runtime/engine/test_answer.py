@@ -17,7 +17,7 @@ import pytest
 
 from moevlm.runtime import load
 from moevlm.runtime.core.errors import Cancelled
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.engine.answer import Answer
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
@@ -203,7 +203,7 @@ def runtime(tiny_bundle: Path) -> Runtime:
     return load(tiny_bundle, "ort-cpu", chunk_tokens=16)
 
 
-def many_patches(vision: VisionFacts, side: int) -> VisionInputs:
+def many_patches(vision: VisionMetadata, side: int) -> VisionInputs:
     width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
     return VisionInputs(np.zeros((side * side, width), np.float32), *pack_grids([(side, side)], vision))
 

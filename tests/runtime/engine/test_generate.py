@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.batch import cache_capacity
 from moevlm.runtime.engine.generate import Runtime
@@ -41,7 +41,7 @@ TEMPLATE = """\
 {% if add_generation_prompt %}<|start|>assistant
 {% endif %}
 """
-MODEL = ModelFacts(
+MODEL = ModelMetadata(
     model_type="toy",
     hidden=HIDDEN,
     layers=1,
@@ -55,8 +55,8 @@ MODEL = ModelFacts(
     dense_layers=(),
     eos_token_ids=(END,),
     image_token_id=IMAGE,
-    rope=RopeFacts(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),
-    vision=VisionFacts(
+    rope=RopeMetadata(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),
+    vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import CostFacts, EngineFacts, ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.core.reports import BenchReport, LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.latency import measure, random_prompt
 from moevlm.runtime.perf.limits import Work, decode_work, limit, prefill_work, vision_work
 from moevlm.runtime.perf.machine import Machine, measure_machine
 from moevlm.runtime.perf.roofline import plot
 
-MODEL = ModelFacts(
+MODEL = ModelMetadata(
     model_type="qwen3_vl_moe",
     hidden=64,
     layers=2,
@@ -26,8 +26,8 @@ MODEL = ModelFacts(
     dense_layers=(),
     eos_token_ids=(0,),
     image_token_id=5,
-    rope=RopeFacts(dim=16, theta=1e4, sections=(4, 2, 2), interleaved=True),
-    vision=VisionFacts(
+    rope=RopeMetadata(dim=16, theta=1e4, sections=(4, 2, 2), interleaved=True),
+    vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,
@@ -39,30 +39,30 @@ MODEL = ModelFacts(
         deepstack=0,
     ),
 )
-COST = CostFacts(
+COST = CostMetadata(
     dense_bytes=1000,
     expert_bytes=300,
     head_bytes=50,
-    dense_products=2000,
-    expert_products=600,
-    head_products=100,
+    dense_macs=2000,
+    expert_macs=600,
+    head_macs=100,
     vision_bytes=700,
-    patch_products=40,
-    patch_pair_products=6,
+    patch_macs=40,
+    patch_pair_macs=6,
 )
 
 
-def engine(**fields: object) -> EngineFacts:
-    return EngineFacts(vision="v", decoder="d", dtype="int4", block_size=32, **fields)
+def engine(**fields: object) -> EngineMetadata:
+    return EngineMetadata(vision="v", decoder="d", dtype="int4", block_size=32, **fields)
 
 
 def test_decoding_reads_the_weights_of_the_chosen_experts_and_the_cache() -> None:
     work = decode_work(MODEL, engine(), COST, context=100)
     cached = 2 * 2 * 2 * 16 * 4 * 100  # keys and values, layers, heads of the cache, values, bytes, tokens
     assert work.bytes == pytest.approx(1000 + 50 + 2 * 300 + cached)
-    assert work.weight_products == 2000 + 2 * 600 + 100
-    assert work.attention_products == 2 * 101 * 2 * 4 * 16
-    assert work.flops == 2 * (work.weight_products + work.attention_products)
+    assert work.weight_macs == 2000 + 2 * 600 + 100
+    assert work.attention_macs == 2 * 101 * 2 * 4 * 16
+    assert work.flops == 2 * (work.weight_macs + work.attention_macs)
 
 
 def test_an_int8_cache_is_a_byte_a_value_and_a_scale() -> None:
@@ -84,13 +84,13 @@ def test_several_tokens_share_experts() -> None:
 
 def test_prefill_multiplies_for_each_token_and_makes_logits_once() -> None:
     work = prefill_work(MODEL, COST, 10)
-    assert work.weight_products == 10 * (2000 + 2 * 600) + 100
-    assert work.attention_products == 2 * 55 * 2 * 4 * 16
+    assert work.weight_macs == 10 * (2000 + 2 * 600) + 100
+    assert work.attention_macs == 2 * 55 * 2 * 4 * 16
 
 
 def test_images_attend_to_themselves_only() -> None:
     work = vision_work(COST, [4, 12])
-    assert (work.bytes, work.weight_products, work.attention_products) == (700, 16 * 40, (16 + 144) * 6)
+    assert (work.bytes, work.weight_macs, work.attention_macs) == (700, 16 * 40, (16 + 144) * 6)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_images_attend_to_themselves_only() -> None:
 )
 def test_the_slower_of_memory_and_arithmetic_is_the_limit(work, block_size, bound, least) -> None:
     machine = Machine(threads=2, read=100, float32=1000, int8=4000)
-    facts = EngineFacts(vision="v", decoder="d", dtype="x", block_size=block_size)
-    found = limit(work, machine, facts, seconds=50.0)
+    metadata = EngineMetadata(vision="v", decoder="d", dtype="x", block_size=block_size)
+    found = limit(work, machine, metadata, seconds=50.0)
     assert (found.bound, found.seconds, found.fraction) == (bound, pytest.approx(least), pytest.approx(least / 50))
 
 
@@ -160,10 +160,12 @@ def test_measured_stages_name_their_limits(tiny_bundle: Path) -> None:
     from moevlm.runtime.loading import load_images, load_runtime
 
     bundle = Bundle.open(tiny_bundle)
-    name, facts = bundle.engine("ort-cpu")
+    name, metadata = bundle.engine("ort-cpu")
     prompt = random_prompt(bundle.manifest.model, load_images(bundle), 12, 16)
     machine = Machine(threads=1, read=1e10, float32=1e10, int8=4e10)
-    found = measure(name, facts, lambda: load_runtime(tiny_bundle, name, 1), prompt, 3, 1, machine, 1, lambda *_: None)
+    found = measure(
+        name, metadata, lambda: load_runtime(tiny_bundle, name, 1), prompt, 3, 1, machine, 1, lambda *_: None
+    )
     for stage in (found.vision_limit, found.prefill_limit, found.decode_limit):
         assert stage is not None
         assert 0 < stage.fraction < 1

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.messages import images_of
@@ -81,7 +81,7 @@ def _core() -> Core:
 
 CORE = _core()
 TOKENIZER = Tokenizer(CORE.to_str())
-MODEL = ModelFacts(
+MODEL = ModelMetadata(
     model_type="toy",
     hidden=4,
     layers=1,
@@ -95,8 +95,8 @@ MODEL = ModelFacts(
     dense_layers=(),
     eos_token_ids=(2,),
     image_token_id=IMAGE,
-    rope=RopeFacts(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),
-    vision=VisionFacts(
+    rope=RopeMetadata(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),
+    vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,

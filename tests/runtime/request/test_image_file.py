@@ -186,14 +186,14 @@ PEAK = """
 import sys
 from pathlib import Path
 from moevlm.runtime.request.images import ImageProcessor
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 size = {"shortest_edge": 4096, "longest_edge": 1 << 24}
 config = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "size": size}
-ours = ImageProcessor(config, VisionFacts(16, 2, 2, 3, 8, 1e4, 6, "bilinear", 0))
+ours = ImageProcessor(config, VisionMetadata(16, 2, 2, 3, 8, 1e4, 6, "bilinear", 0))
 for name in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()

@@ -20,10 +20,10 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.request.images import ImageProcessor
 
-VISION = VisionFacts(
+VISION = VisionMetadata(
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,

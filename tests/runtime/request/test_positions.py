@@ -8,18 +8,18 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel, Glm4
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel, Qwen3VLMoeTextRotaryEmbedding
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelFacts, RopeFacts, VisionFacts
+from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.request.positions import inverse_frequencies, rope_positions, rope_tables
 
 IMAGE = 9
-INTERLEAVED = RopeFacts(dim=128, theta=5e6, sections=(24, 20, 20), interleaved=True)
-SECTIONED = RopeFacts(dim=64, theta=1e4, sections=(8, 12, 12), interleaved=False)
-TINY = RopeFacts(dim=16, theta=5e5, sections=(24, 20, 20), interleaved=True)
+INTERLEAVED = RopeMetadata(dim=128, theta=5e6, sections=(24, 20, 20), interleaved=True)
+SECTIONED = RopeMetadata(dim=64, theta=1e4, sections=(8, 12, 12), interleaved=False)
+TINY = RopeMetadata(dim=16, theta=5e5, sections=(24, 20, 20), interleaved=True)
 MERGES = pytest.mark.parametrize("merge", [1, 2, 3])
 
 
-def model_facts(merge: int) -> ModelFacts:
-    vision = VisionFacts(
+def model_facts(merge: int) -> ModelMetadata:
+    vision = VisionMetadata(
         patch_size=16,
         temporal_patch_size=2,
         merge_size=merge,
@@ -30,7 +30,7 @@ def model_facts(merge: int) -> ModelFacts:
         position_resampling="bilinear",
         deepstack=0,
     )
-    return ModelFacts(
+    return ModelMetadata(
         model_type="test",
         hidden=8,
         layers=1,
@@ -118,7 +118,7 @@ def test_image_tokens_that_do_not_match_the_images_are_refused(
         rope_positions(np.array(ids), grids, model_facts(2))
 
 
-def rotary_module(rope: RopeFacts) -> torch.nn.Module:
+def rotary_module(rope: RopeMetadata) -> torch.nn.Module:
     parameters = {"rope_type": "default", "rope_theta": rope.theta, "mrope_section": list(rope.sections)}
     if rope.interleaved:
         text = {"head_dim": rope.dim, "rope_parameters": parameters}
@@ -128,7 +128,7 @@ def rotary_module(rope: RopeFacts) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("rope", [INTERLEAVED, SECTIONED, TINY], ids=["interleaved", "sectioned", "short interleaved"])
-def test_tables_equal_hugging_faces_rotary_module(rope: RopeFacts) -> None:
+def test_tables_equal_hugging_faces_rotary_module(rope: RopeMetadata) -> None:
     positions = np.random.default_rng(2).integers(0, 260_000, (3, 2, 5_000))
     positions[:, :, :100] = np.arange(100)
     module = rotary_module(rope)
@@ -144,7 +144,7 @@ def test_tables_equal_hugging_faces_rotary_module(rope: RopeFacts) -> None:
 
 
 @pytest.mark.parametrize("rope", [INTERLEAVED, SECTIONED], ids=["interleaved", "sectioned"])
-def test_tables_of_short_prompts_equal_the_unchanged_module(rope: RopeFacts) -> None:
+def test_tables_of_short_prompts_equal_the_unchanged_module(rope: RopeMetadata) -> None:
     positions = np.random.default_rng(6).integers(0, 4_096, (3, 500))
     theirs = rotary_module(rope)(torch.zeros(1), torch.from_numpy(positions)[:, None])
     # One unit in the last place of a frequency, at the longest angle.
@@ -171,6 +171,6 @@ def test_text_positions_make_ordinary_rope() -> None:
 
 
 def test_sections_that_do_not_cover_the_frequencies_are_refused() -> None:
-    rope = RopeFacts(dim=64, theta=1e4, sections=(8, 12, 11), interleaved=False)
+    rope = RopeMetadata(dim=64, theta=1e4, sections=(8, 12, 11), interleaved=False)
     with pytest.raises(BundleError, match=r"model\.rope\.sections = \[8, 12, 11\].*add up to dim / 2 = 32"):
         rope_tables(np.zeros((3, 1), np.int64), rope)

@@ -94,9 +94,9 @@ ATTEMPTS = (
 )
 
 
-def builder(template: str, tokenizer: Tokenizer = TOKENIZER, **facts: Any) -> PromptBuilder:
+def builder(template: str, tokenizer: Tokenizer = TOKENIZER, **metadata: Any) -> PromptBuilder:
     fixed = {"start": "<|im_start|>", "end": "<|im_end|>"}
-    return PromptBuilder(msgspec.structs.replace(MODEL, **facts), tokenizer, ChatTemplate(template, fixed), None)
+    return PromptBuilder(msgspec.structs.replace(MODEL, **metadata), tokenizer, ChatTemplate(template, fixed), None)
 
 
 def control(ids: list[int], tokenizer: Tokenizer = TOKENIZER) -> list[int]:

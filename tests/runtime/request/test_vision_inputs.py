@@ -18,10 +18,10 @@ from transformers.vision_utils import (
 )
 
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import VisionFacts
+from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.request.vision_inputs import pack_grids
 
-QWEN = VisionFacts(
+QWEN = VisionMetadata(
     patch_size=16,
     temporal_patch_size=2,
     merge_size=2,
@@ -33,7 +33,7 @@ QWEN = VisionFacts(
     deepstack=3,
 )
 GLM = msgspec.structs.replace(QWEN, patch_size=14, head_dim=128, position_grid=24, position_resampling="bicubic")
-FAMILIES = pytest.mark.parametrize("facts", [QWEN, GLM], ids=["qwen", "glm"])
+FAMILIES = pytest.mark.parametrize("metadata", [QWEN, GLM], ids=["qwen", "glm"])
 
 
 def random_grids(merge: int, seed: int = 5) -> list[tuple[int, int]]:
@@ -47,28 +47,32 @@ def thw(grids: list[tuple[int, int]]) -> torch.Tensor:
     return torch.tensor([(1, h, w) for h, w in grids])
 
 
-def resampled(grids: list[tuple[int, int]], facts: VisionFacts, table: torch.Tensor) -> np.ndarray:
+def resampled(grids: list[tuple[int, int]], metadata: VisionMetadata, table: torch.Tensor) -> np.ndarray:
     """[P, hidden]: what the vision graph makes of the taps."""
-    tables = pack_grids(grids, facts)
+    tables = pack_grids(grids, metadata)
     return np.einsum("pt,pth->ph", tables.position_weight, table.numpy()[tables.position_index])
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @FAMILIES
-def test_taps_equal_hugging_faces_interpolation_table(facts: VisionFacts, merge: int) -> None:
-    facts = msgspec.structs.replace(facts, merge_size=merge)
+def test_taps_equal_hugging_faces_interpolation_table(metadata: VisionMetadata, merge: int) -> None:
+    metadata = msgspec.structs.replace(metadata, merge_size=merge)
     grids = [(h * merge, w * merge) for h, w in random_grids(1)]
-    tables = pack_grids(grids, facts)
-    bilinear = facts.position_resampling == "bilinear"
+    tables = pack_grids(grids, metadata)
+    bilinear = metadata.position_resampling == "bilinear"
     index, weight = get_vision_interpolation_indices_and_weights(
-        thw(grids), facts.position_grid, facts.position_resampling, align_corners=bilinear, spatial_merge_size=merge
+        thw(grids),
+        metadata.position_grid,
+        metadata.position_resampling,
+        align_corners=bilinear,
+        spatial_merge_size=merge,
     )
     assert (tables.position_index.dtype, tables.position_weight.dtype) == (np.int64, np.float32)
     if bilinear:
         np.testing.assert_array_equal(tables.position_index, index)
         np.testing.assert_allclose(tables.position_weight, weight, rtol=0, atol=1e-6)
     # Half-pixel coordinates that are a table row up to rounding may be put on either side of it, with the same sum.
-    table = np.random.default_rng(4).uniform(-1, 1, (facts.position_grid**2, 3))
+    table = np.random.default_rng(4).uniform(-1, 1, (metadata.position_grid**2, 3))
     ours = np.einsum("pt,pth->ph", tables.position_weight, table[tables.position_index])
     theirs = np.einsum("pt,pth->ph", weight.numpy(), table[index.numpy()])
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -87,11 +91,11 @@ def test_bicubic_positions_equal_glm_embeddings_module() -> None:
 
 
 @FAMILIES
-def test_positions_equal_a_plain_resize_of_the_table(facts: VisionFacts) -> None:
-    side = facts.position_grid
+def test_positions_equal_a_plain_resize_of_the_table(metadata: VisionMetadata) -> None:
+    side = metadata.position_grid
     table = torch.from_numpy(np.random.default_rng(1).standard_normal((side * side, 5)).astype(np.float32))
-    options: dict[str, Any] = {"mode": facts.position_resampling, "align_corners": facts is QWEN}
-    raster = msgspec.structs.replace(facts, merge_size=1)
+    options: dict[str, Any] = {"mode": metadata.position_resampling, "align_corners": metadata is QWEN}
+    raster = msgspec.structs.replace(metadata, merge_size=1)
     for grid in [(1, 1), (2, 7), (side, side), (3 * side, 5), (31, 62)]:
         wanted = F.interpolate(table.T.reshape(1, 5, side, side), size=grid, **options)
         np.testing.assert_allclose(
@@ -100,32 +104,32 @@ def test_positions_equal_a_plain_resize_of_the_table(facts: VisionFacts) -> None
 
 
 @FAMILIES
-def test_weights_of_a_patch_sum_to_one(facts: VisionFacts) -> None:
-    weight = pack_grids(random_grids(2), facts).position_weight
+def test_weights_of_a_patch_sum_to_one(metadata: VisionMetadata) -> None:
+    weight = pack_grids(random_grids(2), metadata).position_weight
     np.testing.assert_allclose(weight.sum(axis=1, dtype=np.float64), 1, rtol=0, atol=1e-6)
 
 
 @FAMILIES
-def test_rope_equals_hugging_faces_rotary_module(facts: VisionFacts) -> None:
-    hidden = {"hidden_size": facts.head_dim * 2, "num_heads": 2}
+def test_rope_equals_hugging_faces_rotary_module(metadata: VisionMetadata) -> None:
+    hidden = {"hidden_size": metadata.head_dim * 2, "num_heads": 2}
     module = (
         Qwen3VLMoeVisionRotaryEmbedding(Qwen3VLMoeVisionConfig(**hidden))
-        if facts is QWEN
+        if metadata is QWEN
         else Glm4vMoeVisionRotaryEmbedding(Glm4vMoeVisionConfig(**hidden))
     )
     grids = random_grids(2)
     places = get_vision_position_ids(thw(grids), 2)
-    half = facts.head_dim // 2
-    tables = pack_grids(grids, facts)
+    half = metadata.head_dim // 2
+    tables = pack_grids(grids, metadata)
     for ours, theirs in zip((tables.rope_cos, tables.rope_sin), module(torch.zeros(1), places), strict=True):
         assert (ours.dtype, ours.shape) == (np.float32, (len(places), half))
         np.testing.assert_allclose(ours, theirs[:, :half], rtol=0, atol=1.2e-7)
 
 
 @FAMILIES
-def test_segments_equal_hugging_faces_sequence_boundaries(facts: VisionFacts) -> None:
+def test_segments_equal_hugging_faces_sequence_boundaries(metadata: VisionMetadata) -> None:
     grids = random_grids(2)
-    segment_id = pack_grids(grids, facts).segment_id
+    segment_id = pack_grids(grids, metadata).segment_id
     assert segment_id.dtype == np.int64
     bounds = np.flatnonzero(np.diff(segment_id, prepend=-1, append=len(grids)))
     np.testing.assert_array_equal(bounds, get_vision_cu_seqlens(thw(grids)))
@@ -133,19 +137,19 @@ def test_segments_equal_hugging_faces_sequence_boundaries(facts: VisionFacts) ->
 
 
 @FAMILIES
-def test_packed_tables_are_the_single_tables_one_after_the_other(facts: VisionFacts) -> None:
+def test_packed_tables_are_the_single_tables_one_after_the_other(metadata: VisionMetadata) -> None:
     grids = random_grids(2)
-    singles = [pack_grids([grid], facts) for grid in grids]
-    for name, packed in pack_grids(grids, facts)._asdict().items():
+    singles = [pack_grids([grid], metadata) for grid in grids]
+    for name, packed in pack_grids(grids, metadata)._asdict().items():
         if name != "segment_id":
             np.testing.assert_array_equal(packed, np.concatenate([getattr(one, name) for one in singles]), err_msg=name)
 
 
 @FAMILIES
-def test_no_grid_gives_tables_of_no_rows(facts: VisionFacts) -> None:
-    tables = pack_grids([], facts)
-    taps = 4 if facts is QWEN else 16
-    shapes = [(0, taps), (0, taps), (0, facts.head_dim // 2), (0, facts.head_dim // 2), (0,)]
+def test_no_grid_gives_tables_of_no_rows(metadata: VisionMetadata) -> None:
+    tables = pack_grids([], metadata)
+    taps = 4 if metadata is QWEN else 16
+    shapes = [(0, taps), (0, taps), (0, metadata.head_dim // 2), (0, metadata.head_dim // 2), (0,)]
     assert [table.shape for table in tables] == shapes
     assert [table.dtype for table in tables] == [np.int64, np.float32, np.float32, np.float32, np.int64]
 

@@ -87,7 +87,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     inputs = _inputs(vision, {"patches": (LIMITS["max_patches"],)}, set(), set())
     (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
     paths = [(engines / f"{name}.plan").relative_to(copy).as_posix() for name in ("vision", "decoder")]
-    facts = {
+    metadata = {
         "product": "tensorrt_rtx",
         "version": VERSION,
         "sms": list(sms),
@@ -97,7 +97,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     }
     for path in (*paths, EXPERTS):
         rehash(copy, path)
-    engine = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": facts}
+    engine = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": metadata}
     engine["cost"] = msgspec.to_builtins(reference.cost)
     edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
     return copy

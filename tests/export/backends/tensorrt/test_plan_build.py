@@ -231,8 +231,8 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
     monkeypatch.setattr(target.worker, "run", in_this_process)
     options = PlanOptions(native_moe=True, version_compatible=True)
     built = build(tiny_checkpoint, tmp_path / "b200.moevlm", ["trt:sm100"], plans=options)
-    facts = built.manifest.engines["trt:sm100:bf16"].tensorrt
-    assert facts is not None
-    assert (facts.product, facts.version, facts.sms, facts.experts) == ("tensorrt", "11.4.0.1", (100,), "")
-    assert facts.version_compatible
+    metadata = built.manifest.engines["trt:sm100:bf16"].tensorrt
+    assert metadata is not None
+    assert (metadata.product, metadata.version, metadata.sms, metadata.experts) == ("tensorrt", "11.4.0.1", (100,), "")
+    assert metadata.version_compatible
     assert [node.op_type for node in decoders[0].graph].count("TRT_MoE") == 2

@@ -344,9 +344,9 @@ def test_without_a_device_nothing_of_tensorrt_is_made(bundle, tmp_path) -> None:
         with pytest.raises(BundleError, match=r"no engine for this machine in .*this machine has no NVIDIA GPU"):
             load_engine(Bundle.open(bundle), TARGET)
         opened = Bundle.open(bundle)
-        facts = opened.manifest.engines[TARGET].tensorrt
+        metadata = opened.manifest.engines[TARGET].tensorrt
         with pytest.raises(EngineError, match="no NVIDIA GPU that this process may use"):
-            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, facts)  # type: ignore[arg-type]
+            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, metadata)  # type: ignore[arg-type]
         assert "logger" not in gpu.trt.state
         assert not gpu.trt.state["libraries"]
 

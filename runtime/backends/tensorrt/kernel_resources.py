@@ -8,7 +8,7 @@ import msgspec
 
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import EngineFacts
+from moevlm.runtime.core.manifest import EngineMetadata
 
 KERNELS = "kernels.json"
 
@@ -38,7 +38,7 @@ class KernelsReport(msgspec.Struct, frozen=True):
     spilled: int
 
 
-def kernels_of(bundle: Bundle, engine: EngineFacts) -> KernelsReport | None:
+def kernels_of(bundle: Bundle, engine: EngineMetadata) -> KernelsReport | None:
     """None where the bundle does not say. Raises BundleError if the file is damaged."""
     name = str(PurePosixPath(engine.decoder).with_name(KERNELS))
     if engine.tensorrt is None or name not in bundle.manifest.files:
