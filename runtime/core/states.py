@@ -1,0 +1,80 @@
+"""What a sequence keeps between steps, layer by layer: pages of keys and values, or a row of a recurrent state."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+PAGE_SIZE = 64  # tokens; a power of two, and every kernel takes its keys in blocks that pages divide
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a value
+_SCALE_BYTES = 4  # an int8 cache keeps a float32 scale beside the values of each token and head
+
+
+class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="paged_kv"):
+    """Keys and values of one layer's tokens, in pages that the sequences of a step share one pool of.
+
+    key_dim, value_dim: of a head. value_in_key: a value is the first value_dim dimensions of its key, and there is no
+    value cache (MLA). window: how many tokens back a query sees, itself included; 0 for all. dtype: float32, bfloat16,
+    float16, or int8 with a float32 scale for each token and head.
+    """
+
+    layer: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    value_in_key: bool = False
+    window: int = 0
+    dtype: str = "float32"
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Elements of a token and head in each cache, an int8 scale included, by the name of the graph's input."""
+        scale = _SCALE_BYTES if self.dtype == "int8" else 0
+        widths = {f"key_cache.{self.layer}": self.key_dim + scale}
+        if not self.value_in_key:
+            widths[f"value_cache.{self.layer}"] = self.value_dim + scale
+        return widths
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token takes in this layer."""
+        return self.kv_heads * sum(self.widths.values()) * _BYTES[self.dtype]
+
+
+class Recurrent(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="recurrent"
+):
+    """A state of one layer with a fixed size for a sequence, whatever its length: one row of [rows, *shape].
+
+    name: of the graph's input `NAME_state.LAYER`. A sequence's row is zero before its first token.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def tensor(self) -> str:
+        """The name of the graph's input; the output ends in `_out` before the layer's number."""
+        return f"{self.name}_state.{self.layer}"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one sequence takes in this layer."""
+        return math.prod(self.shape) * _BYTES[self.dtype]
+
+
+StateSpec = PagedKV | Recurrent
+
+
+def output_name(tensor: str) -> str:
+    """The graph's output that replaces a state: key_cache_out.3 for key_cache.3."""
+    name, _, layer = tensor.rpartition(".")
+    return f"{name}_out.{layer}"
+
+
+def page_bytes(states: tuple[StateSpec, ...], page_size: int = PAGE_SIZE) -> int:
+    """Bytes of one page in all layers together."""
+    return page_size * sum(state.token_bytes for state in states if isinstance(state, PagedKV))

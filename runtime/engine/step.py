@@ -1,0 +1,87 @@
+"""One step of an engine: T tokens of N sequences, packed side by side, and what comes out of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What a step may hold, and how tokens are kept. A target's numbers are data, not code.
+
+    max_sequences, max_tokens, max_logits: of one step. max_context: tokens of one sequence. page_size: tokens of a
+    page. max_visual: rows of visual features in a step; max_patches: of one vision call; None for any number.
+    packed: rows give the same bits whatever else is in a step, so prompts may be cut at any page's border; else they
+    are cut at multiples of max_tokens alone.
+    """
+
+    max_sequences: int
+    max_tokens: int
+    max_logits: int
+    max_context: int
+    page_size: int
+    max_visual: int | None = None
+    max_patches: int | None = None
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """T tokens of N sequences; sequence n owns the rows query_start[n] to query_start[n + 1].
+
+    input_ids: [T] int64. visual_index: [T] int64, row of the step's visual features, -1 for text.
+    rope: by rope group, cos and sin, each [T, R / 2] float32.
+    query_start: [N + 1] int32. context_len: [N] int32, tokens kept before this step.
+    page_table: [N, M] int32, each sequence's pages in order; unused places are 0.
+    state_row: [N] int32, row in recurrent states. logits_index: [L] int32, rows of T whose logits are wanted.
+    copies: (source, target) pages copied before the step. cleared: state rows set to zero before the step.
+    """
+
+    input_ids: np.ndarray
+    visual_index: np.ndarray
+    rope: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    query_start: np.ndarray
+    context_len: np.ndarray
+    page_table: np.ndarray
+    state_row: np.ndarray
+    logits_index: np.ndarray
+    copies: tuple[tuple[int, int], ...] = ()
+    cleared: tuple[int, ...] = ()
+
+    @property
+    def sequences(self) -> int:
+        """N."""
+        return len(self.context_len)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The likeliest tokens of L rows: enough for nearly every choice, at any vocabulary.
+
+    values: [L, C] float32 logits, falling. ids: [L, C] int32, of equal logits the lower first.
+    log_sum_exp: [L] float32, over the whole row.
+    """
+
+    values: np.ndarray
+    ids: np.ndarray
+    log_sum_exp: np.ndarray
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """candidates: of the rows of logits_index. logits: one such row, [vocabulary] float32, until the next step runs.
+
+    outputs: debug outputs by name, rows [T, ...], of an engine that was asked for them.
+    """
+
+    candidates: Candidates
+    logits: Callable[[int], np.ndarray]
+    outputs: Mapping[str, np.ndarray] = field(default_factory=dict)
