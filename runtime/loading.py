@@ -23,7 +23,7 @@ from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.perf.process_limits import cores, cpu_quota
 from moevlm.runtime.request.chat import ChatTemplate
-from moevlm.runtime.request.generation_file import bundle_sampling
+from moevlm.runtime.request.generation_file import GENERATION, released_sampling
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -50,18 +50,16 @@ def load_runtime(
         raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
     bundle = Bundle.open(_directory(path))
     name, metadata = select(bundle, target)
-    files = bundle.manifest.files
-    tokenizer = Tokenizer(bundle.read_text("tokenizer.json")) if "tokenizer.json" in files else None
-    template = None
-    if "chat_template.jinja" in files:
-        template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
+    vocabulary, template = (bundle.optional_text(file) for file in ("tokenizer.json", "chat_template.jinja"))
+    tokenizer = None if vocabulary is None else Tokenizer(vocabulary)
+    chat = None if template is None else ChatTemplate(template, bundle.manifest.template_variables)
     images = load_images(bundle, max_image_pixels, max_image_tokens)
-    sampling = bundle_sampling(bundle)
+    sampling = released_sampling(bundle.optional_text(GENERATION))
     engine = load_engine(bundle, name, threads, spinning, progress)
     return Runtime(
         bundle.manifest.model,
         tokenizer,
-        template,
+        chat,
         engine,
         images,
         chunk_tokens=chunk_tokens,

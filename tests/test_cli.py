@@ -28,9 +28,12 @@ from moevlm.export.parity.report import ParityReport
 from moevlm.runtime import load
 from moevlm.runtime.backends import libraries as native
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.cli.inspect_report import InspectReport
+from moevlm.runtime.cli.run_report import RunReport
 from moevlm.runtime.core.installation import install_command
 from moevlm.runtime.core.printable import printable
-from moevlm.runtime.core.reports import BenchReport, InspectReport, Report, RunReport
+from moevlm.runtime.core.reports import Report
+from moevlm.runtime.perf.latency_report import BenchReport
 from tests.support.bundles import copy_bundle, edit_manifest, rehash
 from tests.support.command_line import COMMAND, assert_refused, call, environment, spawn
 

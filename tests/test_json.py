@@ -12,7 +12,10 @@ import pytest
 
 from moevlm.export.parity.report import ParityReport
 from moevlm.runtime.cli.doctor import DoctorReport
-from moevlm.runtime.core.reports import BenchReport, InspectReport, Report, RunReport
+from moevlm.runtime.cli.inspect_report import InspectReport
+from moevlm.runtime.cli.run_report import RunReport
+from moevlm.runtime.core.reports import Report
+from moevlm.runtime.perf.latency_report import BenchReport
 
 DOCS = Path(__file__).parents[1] / "docs/json.md"
 REPORTS = {

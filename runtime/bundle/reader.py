@@ -111,6 +111,10 @@ class Bundle:
         except ValueError:
             raise BundleError(f"{self.directory / name} is not UTF-8 text") from None
 
+    def optional_text(self, name: str) -> str | None:
+        """As `read_text`; None for a file that is not listed."""
+        return self.read_text(name) if name in self.manifest.files else None
+
     def read_bytes(self, name: str) -> bytes:
         """A listed file: what is returned is what was checked against its hash. Raises BundleError."""
         return read_checked(self.directory, name, self._metadata([name])[name])

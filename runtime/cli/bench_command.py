@@ -1,13 +1,18 @@
 """`moevlm bench`."""
 
+from __future__ import annotations
+
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moevlm.runtime.cli.command_line import SPINNING, THREADS, OutputFile, complete_target, require, require_apart
 from moevlm.runtime.core.errors import EngineError, RequestError
-from moevlm.runtime.core.reports import BenchReport
+
+if TYPE_CHECKING:
+    from moevlm.runtime.perf.latency_report import BenchReport
 
 _SIZE = "Side of a square image, in pixels; 0 for none."
 
@@ -75,6 +80,7 @@ def latency(
     from moevlm.runtime.core.reports import to_json
     from moevlm.runtime.loading import load_images, load_runtime, require_cores
     from moevlm.runtime.perf.latency import measure, random_prompt
+    from moevlm.runtime.perf.latency_report import BenchReport
     from moevlm.runtime.perf.machine import measure_gpu, measure_machine
 
     require_apart([output, plot], [bundle])

@@ -1,16 +1,19 @@
 """`moevlm inspect`."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.core.reports import EngineReport, InspectReport, SamplingReport, to_json
-from moevlm.runtime.perf.limits import cache_bytes_per_token
+from moevlm.runtime.core.manifest import Manifest, ModelMetadata
+
+if TYPE_CHECKING:
+    from moevlm.runtime.cli.inspect_report import EngineReport, InspectReport
 
 
 @click.command(short_help="Show a bundle: model, engines, sizes, parity.")
@@ -21,12 +24,14 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle is: the model, its engines, sizes, and parity results."""
     from moevlm.runtime.bundle.reader import Bundle
     from moevlm.runtime.cli.console import console, print_json, progress_bar
+    from moevlm.runtime.cli.inspect_report import inspect_report
+    from moevlm.runtime.core.reports import to_json
 
     opened = Bundle.open(bundle)
     if verify:
         with progress_bar() as progress:
             opened.verify(progress=lambda done, total: progress("verifying", done, total))
-    report = _inspect_report(opened, verify)
+    report = inspect_report(opened, verify)
     problems = [f"{engine.target}: {problem}" for engine in report.engines for problem in engine.problems]
     if as_json:
         print_json(to_json(report))
@@ -40,47 +45,6 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
     elif any(engine.parity == "not checked" and engine.tensorrt is None for engine in report.engines):
         console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
-
-
-def _inspect_report(bundle: Any, verified: bool) -> InspectReport:
-    from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
-    from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
-    from moevlm.runtime.request.generation_file import FIELDS, bundle_sampling
-
-    manifest, sampling = bundle.manifest, bundle_sampling(bundle)
-    return InspectReport(
-        bundle=str(bundle.directory),
-        bytes=sum(metadata.size for metadata in manifest.files.values()),
-        verified=verified,
-        model=manifest.model,
-        engines=[
-            EngineReport(
-                target=name,
-                dtype=engine.dtype,
-                bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
-                parity=_verdict(manifest.parity.get(name)),
-                block_size=engine.block_size,
-                kv_cache=engine.kv_cache,
-                cache_bytes_per_token=cache_bytes_per_token(manifest.model, engine),
-                built=engine.built,
-                sparsity=engine.sparsity,
-                tensorrt=engine.tensorrt,
-                problems=plan_problems(bundle, engine),
-                kernels=kernels_of(bundle, engine),
-            )
-            for name, engine in sorted(manifest.engines.items())
-        ],
-        source={name: metadata.sha256 for name, metadata in manifest.source.items()},
-        tools=manifest.tools,
-        ignored_config=list(manifest.ignored_config),
-        left_out=manifest.left_out,
-        sampling=SamplingReport(**{name: getattr(sampling, name) for name in FIELDS}),
-    )
-
-
-def _verdict(parity: Any) -> str:
-    result = parity.get("result") if isinstance(parity, dict) else None
-    return result if result in ("passed", "failed") else "not checked"
 
 
 def _weights(engine: EngineReport) -> str:
@@ -98,11 +62,13 @@ def _parameters(model: ModelMetadata) -> str:
     return f", {count_text(model.parameters)} parameters, {count_text(model.active_parameters)} active for a token"
 
 
-def _metadata(manifest: Any, report: InspectReport) -> str:
+def _metadata(manifest: Manifest, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import bytes_text, table
-    from moevlm.runtime.request.generation_file import sampling_text
+    from moevlm.runtime.request.generation_file import FIELDS, sampling_text
+    from moevlm.runtime.request.sampling import SamplingParams
 
     model = manifest.model
+    sampling = SamplingParams(**{name: getattr(report.sampling, name) for name in FIELDS})
     sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
     rows = [
         ("model", f"{model.model_type}{_parameters(model)}"),
@@ -110,7 +76,7 @@ def _metadata(manifest: Any, report: InspectReport) -> str:
         ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
         ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
-        ("sampling", sampling_text(report.sampling)),
+        ("sampling", sampling_text(sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
         *((("left out", left_out_text(report.left_out)),) if report.left_out else ()),
@@ -142,7 +108,7 @@ def left_out_text(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} tensors {pattern}" for pattern, count in left_out.items())
 
 
-def _plans(manifest: Any, report: InspectReport) -> str:
+def _plans(manifest: Manifest, report: InspectReport) -> str:
     """What TensorRT engines were built with and for; empty without one."""
     from moevlm.runtime.cli.console import bytes_text, table
     from moevlm.runtime.core.gpus import sms_text

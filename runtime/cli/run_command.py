@@ -113,8 +113,10 @@ def run(
     from moevlm.runtime.cli.background import Background
     from moevlm.runtime.cli.console import notice, print_json
     from moevlm.runtime.cli.run_options import conversation_of, template_options_of
+    from moevlm.runtime.cli.run_report import run_report
+    from moevlm.runtime.core.reports import to_json
     from moevlm.runtime.loading import load_runtime
-    from moevlm.runtime.request.generation_file import bundle_sampling
+    from moevlm.runtime.request.generation_file import GENERATION, released_sampling
     from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
 
     if sampling["logprobs"] is not None and not as_json:
@@ -130,7 +132,7 @@ def run(
     options = template_options_of(template_options)
     conversation = [] if chatting else conversation_of(prompt, images, system, messages)
     opened = Bundle.open(bundle)
-    released = bundle_sampling(opened)
+    released = released_sampling(opened.optional_text(GENERATION))
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
         for name in (*NARROWING, "seed"):
             if sampling[name] is not None:
@@ -159,7 +161,7 @@ def run(
             else:
                 pieces = answer(conversation)
     if as_json:
-        print_json(_run_report(name, pieces, params.logprobs is not None))
+        print_json(to_json(run_report(name, pieces, params.logprobs is not None)))
 
 
 def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], target: str) -> None:
@@ -187,22 +189,3 @@ def _pixels(megapixels: float) -> int:
     if not 0 < megapixels <= 10_000:  # NaN fails, too
         raise click.BadParameter(f"{megapixels} (allowed: above 0, up to 10000)", param_hint="--max-image-megapixels")
     return max(1, int(megapixels * 1e6))
-
-
-def _run_report(target: str, pieces: list[Any], logprobs: bool) -> str:
-    from moevlm.runtime.core.reports import RunReport, TokenReport, to_json
-
-    usage = pieces[-1].usage
-    sampled = [token for piece in pieces for token in piece.sampled]
-    return to_json(
-        RunReport(
-            target=target,
-            text="".join(piece.text for piece in pieces),
-            token_ids=[token.token_id for token in sampled],
-            finish_reason=pieces[-1].finish_reason,
-            logprobs=[TokenReport(id=t.token_id, logprob=t.logprob, top=list(t.top)) for t in sampled]
-            if logprobs
-            else None,
-            **vars(usage),
-        )
-    )

@@ -11,8 +11,8 @@ from PIL import Image
 
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.reports import LatencyReport, Limit, Seconds
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.perf.latency_report import LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import decode_work, limit, prefill_work, vision_work
 from moevlm.runtime.perf.machine import GpuMachine, Machine
 from moevlm.runtime.request.images import ImageProcessor

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.runtime.core.manifest import CACHE_BYTES, SCALE_BYTES, CostMetadata, EngineMetadata, ModelMetadata
-from moevlm.runtime.core.reports import Limit
+from moevlm.runtime.perf.latency_report import Limit
 from moevlm.runtime.perf.machine import GpuMachine, Machine
 
 

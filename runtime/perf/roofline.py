@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.installation import install_command
-from moevlm.runtime.core.reports import BenchReport, Limit
+from moevlm.runtime.perf.latency_report import BenchReport, Limit
 from moevlm.runtime.perf.machine import Machine
 
 if TYPE_CHECKING:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, RequestError, one_line
 from moevlm.runtime.core.json_object import json_object
-from moevlm.runtime.core.reports import SamplingReport
 from moevlm.runtime.request.sampling import SamplingParams
 
 GENERATION = "generation.json"
 FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def bundle_sampling(bundle: Bundle) -> SamplingParams:
-    """The sampling of a request that asks for none; greedy where the bundle has no generation.json.
+def released_sampling(text: str | None) -> SamplingParams:
+    """The sampling of a request that asks for none. text: generation.json's, None for a bundle without: greedy.
 
     Raises BundleError for a file that is damaged or has other fields than FIELDS.
     """
-    if GENERATION not in bundle.manifest.files:
+    if text is None:
         return SamplingParams()
-    fields = json_object(bundle.read_text(GENERATION), GENERATION, BundleError)
+    fields = json_object(text, GENERATION, BundleError)
     for name in fields:
         if name not in FIELDS:
             raise BundleError(
@@ -31,7 +29,7 @@ def bundle_sampling(bundle: Bundle) -> SamplingParams:
         raise BundleError(f"{GENERATION}: {error}") from error
 
 
-def sampling_text(sampling: SamplingParams | SamplingReport) -> str:
+def sampling_text(sampling: SamplingParams) -> str:
     """For people: greedy, or what differs from it."""
     greedy = SamplingParams()
     names = FIELDS if sampling.temperature else ("repetition_penalty",)

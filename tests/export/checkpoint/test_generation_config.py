@@ -20,7 +20,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.generation_file import GENERATION, bundle_sampling
+from moevlm.runtime.request.generation_file import GENERATION, released_sampling
 from moevlm.runtime.request.sampling import SamplingParams, penalize, weights
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import call
@@ -217,5 +217,5 @@ def test_commands_know_the_bundle_s_sampling(tiny_bundle: Path, sampling_bundle:
 def test_damaged_sampling_of_a_bundle_is_refused(content: Any, word: str, sampling_bundle: Path) -> None:
     write(sampling_bundle, content)
     with pytest.raises(BundleError, match=r"generation\.json") as raised:
-        bundle_sampling(Bundle.open(sampling_bundle))
+        released_sampling(Bundle.open(sampling_bundle).optional_text(GENERATION))
     assert word in str(raised.value)

@@ -6,8 +6,8 @@ import pytest
 
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata, RopeMetadata, VisionMetadata
-from moevlm.runtime.core.reports import BenchReport, LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.latency import measure, random_prompt
+from moevlm.runtime.perf.latency_report import BenchReport, LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import Work, decode_work, limit, prefill_work, vision_work
 from moevlm.runtime.perf.machine import Machine, measure_machine
 from moevlm.runtime.perf.roofline import plot

@@ -1,0 +1,100 @@
+"""What `moevlm inspect` writes as JSON."""
+
+from typing import Any
+
+import msgspec
+
+from moevlm.runtime.backends.tensorrt.kernel_resources import KernelsReport, kernels_of
+from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.reports import Report
+from moevlm.runtime.perf.limits import cache_bytes_per_token
+from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_sampling
+
+
+class EngineReport(msgspec.Struct, frozen=True):
+    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineMetadata`.
+
+    cache_bytes_per_token: of one sequence, all layers. problems: what its plans say that the manifest does not, a line
+    each. kernels: None if the bundle does not say.
+    """
+
+    target: str
+    dtype: str
+    bytes: int
+    parity: str
+    block_size: int = 0
+    kv_cache: str = "float32"
+    sparsity: str = ""
+    tensorrt: TensorRTMetadata | None = None
+    problems: list[str] = []
+    kernels: KernelsReport | None = None
+    cache_bytes_per_token: int = 0
+    built: str = ""
+
+
+class SamplingReport(msgspec.Struct, frozen=True):
+    """The sampling of requests that ask for none, as `sampling.SamplingParams`. temperature: 0 is greedy."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
+    """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
+
+    verified: whether all hashes were checked now.
+    """
+
+    bundle: str
+    bytes: int
+    verified: bool
+    model: ModelMetadata
+    engines: list[EngineReport]
+    source: dict[str, str]
+    tools: dict[str, str]
+    ignored_config: list[str]
+    left_out: dict[str, int]
+    sampling: SamplingReport
+
+
+def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
+    """What the manifest and the small files say. verified: whether all hashes were checked. Raises BundleError."""
+    manifest, sampling = bundle.manifest, released_sampling(bundle.optional_text(GENERATION))
+    return InspectReport(
+        bundle=str(bundle.directory),
+        bytes=sum(metadata.size for metadata in manifest.files.values()),
+        verified=verified,
+        model=manifest.model,
+        engines=[
+            EngineReport(
+                target=name,
+                dtype=engine.dtype,
+                bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
+                parity=_verdict(manifest.parity.get(name)),
+                block_size=engine.block_size,
+                kv_cache=engine.kv_cache,
+                cache_bytes_per_token=cache_bytes_per_token(manifest.model, engine),
+                built=engine.built,
+                sparsity=engine.sparsity,
+                tensorrt=engine.tensorrt,
+                problems=plan_problems(bundle, engine),
+                kernels=kernels_of(bundle, engine),
+            )
+            for name, engine in sorted(manifest.engines.items())
+        ],
+        source={name: metadata.sha256 for name, metadata in manifest.source.items()},
+        tools=manifest.tools,
+        ignored_config=list(manifest.ignored_config),
+        left_out=manifest.left_out,
+        sampling=SamplingReport(**{name: getattr(sampling, name) for name in FIELDS}),
+    )
+
+
+def _verdict(parity: Any) -> str:
+    result = parity.get("result") if isinstance(parity, dict) else None
+    return result if result in ("passed", "failed") else "not checked"
