@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moevlm.plugins.gpu.program import DTYPES, TOKENS, Tensor
+from moevlm.plugins.gpu.program import TOKENS, Tensor
+from moevlm.runtime.core.dtypes import DTYPES
 
 SOURCES = Path(__file__).parents[1] / "plugins" / "tensorrt"
 INT8, INT32, CHAR = 3, 5, 6  # types of plugin fields
@@ -81,7 +82,7 @@ class TensorDesc(ctypes.Structure):
     @classmethod
     def of(cls, dtype: str, shape: Sequence[int], format: int = 0) -> TensorDesc:
         """format: 0 is linear."""
-        return cls(Dims.of(shape), DTYPES[dtype], format, 1.0)
+        return cls(Dims.of(shape), DTYPES[dtype].tensorrt_number, format, 1.0)
 
 
 class DynamicTensorDesc(ctypes.Structure):

@@ -9,13 +9,6 @@ import torch
 from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Fill, Image, Kernel, Program, Variant
 
 POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int8": torch.int8,
-    "int32": torch.int32,
-}
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _WITHOUT_OPTING_IN = 48 * 1024
 
@@ -52,7 +45,7 @@ def empty_outputs(program: Program, tokens: int, device: str = "cuda") -> list[t
     outputs = []
     for tensor in program.outputs:
         shape = [tokens if length == TOKENS else length for length in tensor.shape]
-        outputs.append(torch.empty(shape, dtype=_DTYPES[tensor.dtype], device=device))
+        outputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device=device))
         outputs[-1].view(torch.uint8).fill_(POISON)
     return outputs
 

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.program import TOKENS, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4}
+from moevlm.runtime.core.dtypes import DTYPES
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ TOKEN_COUNTS = tuple(1 << n for n in range(13))
 
 def tensor_bytes(tensor: Tensor, tokens: int) -> int:
     """Bytes of an op's input or output for so many tokens."""
-    size = ITEM_BYTES[tensor.dtype]
+    size = DTYPES[tensor.dtype].bytes
     for length in tensor.shape:
         size *= tokens if length == TOKENS else length
     return size

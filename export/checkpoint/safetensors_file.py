@@ -11,41 +11,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import ml_dtypes
 import numpy as np
 
+from moevlm.runtime.core.dtypes import SAFETENSORS
 from moevlm.runtime.core.errors import CheckpointError, one_line, shown
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the format's reference implementation
 MAX_RANK = 16
 
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "BOOL": np.dtype(np.bool_),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I16": np.dtype(np.int16),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "U32": np.dtype(np.uint32),
-    "U64": np.dtype(np.uint64),
-    "U8": np.dtype(np.uint8),
-}
-
 # Bits of +infinity (of +NaN for float8_e4m3fn, which has no infinity): this and everything above it, sign aside,
 # is not a finite number.
 _FIRST_NON_FINITE = {
-    DTYPES["BF16"]: 0x7F80,
-    DTYPES["F16"]: 0x7C00,
-    DTYPES["F32"]: 0x7F800000,
-    DTYPES["F64"]: 0x7FF0000000000000,
-    DTYPES["F8_E4M3"]: 0x7F,
-    DTYPES["F8_E5M2"]: 0x7C,
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+    "float32": 0x7F800000,
+    "float64": 0x7FF0000000000000,
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7C,
 }
 
 
@@ -100,7 +82,7 @@ class Stored:
             raise CheckpointError(f"cannot read tensor {self.name} of {self.path}: {error.strerror}") from error
 
     def _check_finite(self, array: np.ndarray, first_item: int) -> None:
-        limit = _FIRST_NON_FINITE.get(self.dtype)
+        limit = _FIRST_NON_FINITE.get(self.dtype.name)
         if limit is None or not array.size:
             return
         # Two reductions over the bits, without a temporary array: as signed integers only positive values reach
@@ -177,18 +159,18 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         _refuse(path, f"tensor {told} needs exactly the fields dtype, shape, data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS:
         raise CheckpointError(
-            f"{path}: tensor {told} has dtype {shown(dtype)} (supported: {', '.join(sorted(DTYPES))})"
+            f"{path}: tensor {told} has dtype {shown(dtype)} (supported: {', '.join(sorted(SAFETENSORS))})"
         )
     if not _is_sizes(shape):
         _refuse(path, f"tensor {told} has shape {shown(shape)}")
     if not _is_sizes(offsets) or len(offsets) != 2:
         _refuse(path, f"tensor {told} has data_offsets {shown(offsets)}")
-    needed = math.prod(shape) * DTYPES[dtype].itemsize
+    needed = math.prod(shape) * SAFETENSORS[dtype].bytes
     if offsets[1] - offsets[0] != needed:
         _refuse(path, f"tensor {told}, {dtype} {shape}, needs {needed} bytes, its data_offsets are {offsets}")
-    return DTYPES[dtype], tuple(shape), (offsets[0], offsets[1])
+    return SAFETENSORS[dtype].numpy, tuple(shape), (offsets[0], offsets[1])
 
 
 def _is_sizes(value: Any) -> bool:

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.checkpoint.safetensors_file import DTYPES
 from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
+from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
 # The last two axes of fused expert tensors: out_in is [E, 2I, H] and [E, H, I], in_out is [E, H, 2I] and [E, I, H].
 LAYOUTS = ("auto", "out_in", "in_out")
 
 # What can be widened to float32 as it is; integers and fp8 mean something only together with their scales.
-_FLOATS = tuple(DTYPES[name] for name in ("BF16", "F16", "F32", "F64"))
+_FLOATS = tuple(DTYPES[name].numpy for name in ("bfloat16", "float16", "float32", "float64"))
 
 Shape = tuple[int, ...]
 Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]

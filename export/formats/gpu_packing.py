@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-import onnx_ir as ir
 
 from moevlm.export.formats.quantization import Coded, Scheme, quantize
 from moevlm.export.graph.weights import PerRow, Weight, cast
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.runtime.core.dtypes import DTYPES
 
 BITS = {"int8": 8, "int4": 4}
 
@@ -19,7 +19,7 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
     weights: gate_up [E, 2I, H] (not gated: [E, I, H]), down [E, H, I], and, with biases, gate_up_bias, down_bias.
     """
     stored: dict[str, Weight] = {}
-    shapes = {tensor.name: (tensor.shape, numpy_dtype(tensor.dtype)) for tensor in op.inputs}
+    shapes = {tensor.name: (tensor.shape, DTYPES[tensor.dtype].numpy) for tensor in op.inputs}
     for name, weight in weights.items():
         if op.weights and not name.endswith("_bias"):
             scale = f"{name}_scale"
@@ -50,8 +50,3 @@ def _encode(rows: np.ndarray, weights: str, block: int, dtype: str) -> tuple[np.
         return packing.quantize(rows, weights, block, dtype)
     q, scales = quantize(rows, Scheme(BITS[weights], block))
     return packing.pack_codes(q, weights), scales
-
-
-def numpy_dtype(name: str) -> np.dtype:
-    """bfloat16 and the dtypes that numpy has itself."""
-    return ir.DataType[{"float32": "FLOAT"}.get(name, name.upper())].numpy()

@@ -15,18 +15,12 @@ import torch
 from moevlm.export.graph.weights import Constant, Weight, initializer
 from moevlm.export.modules import ops  # noqa: F401 - defines torch.ops.moevlm
 from moevlm.plugins.ops.spec import DOMAIN, OPSET_VERSION
+from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import ExportError
 
 ONNX_OPSET = 24
 IR_VERSION = 11
 aten, moe = torch.ops.aten, torch.ops.moevlm
-
-_DTYPES = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.int64: ir.DataType.INT64,
-    torch.int32: ir.DataType.INT32,
-    torch.bool: ir.DataType.BOOL,
-}
 
 
 class Translator:
@@ -104,7 +98,7 @@ class Translator:
 
     def _typed(self, value: ir.Value, tensor: torch.Tensor) -> ir.Value:
         """Dtype and shape from the trace; a dimension keeps its name, or stays open if it is computed from others."""
-        value.type = ir.TensorType(_DTYPES[tensor.dtype])
+        value.type = ir.TensorType(ir.DataType(DTYPES[str(tensor.dtype).removeprefix("torch.")].onnx))
         value.shape = ir.Shape([d if isinstance(d, int) else self.symbols.get(str(d)) for d in tensor.shape])
         return value
 

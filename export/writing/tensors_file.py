@@ -4,14 +4,11 @@ import json
 import math
 from collections.abc import Mapping
 
-import onnx_ir as ir
-
 from moevlm.export.graph.weights import Weight, slices
 from moevlm.export.writing.model_file import PAGE, Progress
 from moevlm.export.writing.streamed_file import StreamedFile
+from moevlm.runtime.core.dtypes import dtype_of
 from moevlm.runtime.core.errors import BuildError
-
-_NAMES = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16", "INT8": "I8"}
 
 
 def tensor_bytes(weight: Weight) -> int:
@@ -24,7 +21,7 @@ def header_of(tensors: Mapping[str, Weight]) -> bytes:
     entries, end = {}, 0
     for name, weight in tensors.items():
         begin, end = end, end + tensor_bytes(weight)
-        dtype = _NAMES[ir.DataType.from_numpy(weight.dtype).name]
+        dtype = dtype_of(weight.dtype).safetensors
         entries[name] = {"dtype": dtype, "shape": weight.shape, "data_offsets": (begin, end)}
     text = json.dumps(entries, separators=(",", ":")).encode()
     size = -(-(8 + len(text)) // PAGE) * PAGE - 8

@@ -9,6 +9,7 @@ from triton import knobs
 from moevlm.plugins.gpu import kernels
 from moevlm.plugins.gpu.plan import KernelSpec, Plan
 from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Argument, Fill, Tensor, Variant
+from moevlm.runtime.core.dtypes import DTYPES
 
 
 def variant_for(plan: Plan, tokens: int) -> Variant:
@@ -63,7 +64,7 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return outputs
 
 
-_DTYPES = {"*i32": torch.int32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float32}
+_DTYPES = {DTYPES[name].pointer: getattr(torch, name) for name in ("int32", "float16", "bfloat16", "float32")}
 
 
 def _shape(tensor: Tensor, tokens: int) -> tuple[int, ...]:

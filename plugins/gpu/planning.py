@@ -6,9 +6,8 @@ from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import KernelSpec, Plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Launch, Variant
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
+from moevlm.runtime.core.dtypes import DTYPES
 
-TRITON = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "int8": "*i8", "int32": "*i32"}
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 MAX_TOKENS = 1 << 20
 ROWS_STEP = 1024  # rows that one program counts or places
 COMBINE_STEP = 1024  # columns that one program adds up
@@ -64,7 +63,7 @@ class _Experts:
         self.op, self.sm, self.max_tokens = op, sm, max_tokens
         self.kernels: list[KernelSpec] = []
         self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
-        self.dtype = TRITON[op.dtype]
+        self.dtype = DTYPES[op.dtype].pointer
 
     def plan(self) -> Plan:
         op = self.op
@@ -182,7 +181,7 @@ class _Experts:
         )
 
     def _row_bytes(self, width: int) -> Count:
-        return Count(slope=self.op.top_k * width * BYTES[self.op.dtype])
+        return Count(slope=self.op.top_k * width * DTYPES[self.op.dtype].bytes)
 
     def _combine(self) -> Launch:
         op = self.op
@@ -248,7 +247,7 @@ class _Experts:
             return Argument("output", 0), self.dtype
         if isinstance(argument, str):
             place = self.places[argument]
-            return Argument("input", place), TRITON[op.inputs[place].dtype]
+            return Argument("input", place), DTYPES[op.inputs[place].dtype].pointer
         if isinstance(argument, int):
             return Argument("workspace", argument), self.dtype if argument < self.COUNTS else "*i32"
         return Argument(*argument), "i32"

@@ -8,19 +8,21 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moevlm.runtime.core.dtypes import DTYPES
+
 TOKENS = -1  # in a tensor's shape: the number of tokens T
 MAGIC, VERSION = b"MOEVLMGP", 1
 NO_LIMIT = (1 << 63) - 1
 ALIGNMENT = 256  # of every workspace buffer, in bytes
 _FILL = 0xFFFFFFFF
-# Numbers as in TensorRT's DataType.
-DTYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "float8_e4m3fn": 6, "bfloat16": 7}
+# Of the tensors that a kernel takes.
+TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "float8_e4m3fn", "bfloat16")
 ARGUMENTS = ("input", "output", "workspace", "tokens", "null", "constant")
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of the op. dtype: a key of DTYPES. shape: with TOKENS where the number of tokens stands."""
+    """An input or output of the op. dtype: one of TENSOR_DTYPES. shape: with TOKENS for the number of tokens."""
 
     name: str
     dtype: str
@@ -145,7 +147,7 @@ class Program:
             out.u32(len(tensors))
             for tensor in tensors:
                 out.blob(tensor.name.encode())
-                out.u32(DTYPES[tensor.dtype])
+                out.u32(DTYPES[tensor.dtype].tensorrt_number)
                 out.u32(len(tensor.shape))
                 out.i64(*tensor.shape)
         out.u32(len(self.images))

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from moevlm.runtime.bundle.verified_file import MappedFile
+from moevlm.runtime.core.dtypes import SAFETENSORS
 from moevlm.runtime.core.errors import BundleError
 
 MAX_HEADER_BYTES = 100_000_000
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ def _checked(path: Path, name: str, entry: Any, size: int) -> tuple[str, tuple[i
     shape: Any
     offsets: Any
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if dtype not in ITEM_BYTES:
-        raise BundleError(f"{path}: {name} has dtype {dtype!r} (supported: {', '.join(ITEM_BYTES)})")
+    if dtype not in SAFETENSORS:
+        raise BundleError(f"{path}: {name} has dtype {dtype!r} (supported: {', '.join(SAFETENSORS)})")
     if not _sizes(shape) or not _sizes(offsets) or len(offsets) != 2:
         raise BundleError(f"{path}: {name} has no shape or no data_offsets")
     start, end = offsets
     if not start <= end <= size:
         raise BundleError(f"{path}: {name} lies at {start} to {end}, outside the file's {size} bytes of data")
-    wanted = math.prod(shape) * ITEM_BYTES[dtype]
+    wanted = math.prod(shape) * SAFETENSORS[dtype].bytes
     if end - start != wanted:
         raise BundleError(f"{path}: {name} has {end - start} bytes, its shape {shape} of {dtype} needs {wanted}")
     return dtype, tuple(shape), (start, end)

@@ -6,8 +6,9 @@ import math
 
 import msgspec
 
+from moevlm.runtime.core.dtypes import DTYPES
+
 PAGE_SIZE = 64  # tokens; a power of two, and every kernel takes its keys in blocks that pages divide
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a value
 _SCALE_BYTES = 4  # an int8 cache keeps a float32 scale beside the values of each token and head
 
 
@@ -39,7 +40,7 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     @property
     def token_bytes(self) -> int:
         """Bytes that one token takes in this layer."""
-        return self.kv_heads * sum(self.widths.values()) * _BYTES[self.dtype]
+        return self.kv_heads * sum(self.widths.values()) * DTYPES[self.dtype].bytes
 
 
 class Recurrent(
@@ -63,7 +64,7 @@ class Recurrent(
     @property
     def row_bytes(self) -> int:
         """Bytes that one sequence takes in this layer."""
-        return math.prod(self.shape) * _BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].bytes
 
 
 StateSpec = PagedKV | Recurrent

@@ -11,12 +11,12 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention as StandardAttention
 
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, expert_weights
-from moevlm.export.formats.gpu_packing import numpy_dtype
 from moevlm.export.graph.functions import EXPERTS, is_op
 from moevlm.export.graph.weights import read
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.ops import reference
+from moevlm.runtime.core.dtypes import DTYPES
 
 _OPS: dict[str, Any] = {}
 
@@ -91,7 +91,7 @@ class TRT_MoE(OpRun):
 
 def _check(tensors: Any, inputs: tuple[np.ndarray, ...]) -> None:
     for tensor, array in zip(tensors, inputs, strict=True):
-        assert array.dtype == numpy_dtype(tensor.dtype)
+        assert array.dtype == DTYPES[tensor.dtype].numpy
         assert tuple(size for size in tensor.shape if size >= 0) == array.shape[tensor.shape.count(-1) :]
 
 

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from moevlm.plugins.gpu.ops import BLOCKS
-from moevlm.runtime.core import defaults
+from moevlm.runtime.core import defaults, dtypes
 from moevlm.runtime.core.errors import BuildError
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
 EXPERTS = ("same", "int8", "int4", "fp8")
 MIN_LOGITS = 64
 

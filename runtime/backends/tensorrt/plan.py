@@ -12,14 +12,10 @@ from moevlm.runtime.backends.tensorrt.cuda import Device, DeviceMemory, Graph
 from moevlm.runtime.backends.tensorrt.kernel_cache import KernelCache
 from moevlm.runtime.backends.tensorrt.library import Library
 from moevlm.runtime.backends.tensorrt.staging import Staging
+from moevlm.runtime.core.dtypes import TENSORRT
 from moevlm.runtime.core.errors import EngineError
 
-BITS = {"FLOAT": 32, "HALF": 16, "BF16": 16, "FP8": 8, "INT8": 8, "INT4": 4, "INT32": 32, "INT64": 64}
-HOST_DTYPES: dict[str, np.dtype] = {
-    "FLOAT": np.dtype(np.float32),
-    "INT32": np.dtype(np.int32),
-    "INT64": np.dtype(np.int64),
-}
+HOST_DTYPES = {name: TENSORRT[name].numpy for name in ("FLOAT", "INT32", "INT64")}  # of arrays that a call takes
 
 
 class Plan:
@@ -65,7 +61,7 @@ class Plan:
 
     def size(self, name: str) -> int:
         """Bytes of an input whose shape is fixed."""
-        return math.prod(self.inputs[name]) * BITS.get(self.dtypes[name], 0) // 8
+        return math.prod(self.inputs[name]) * TENSORRT[self.dtypes[name]].bits // 8
 
     def execution(self, profile: int, graphs: bool = False) -> Execution:
         """A context for a profile. graphs: calls whose shapes stay are recorded once and replayed."""

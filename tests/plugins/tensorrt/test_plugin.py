@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
-from moevlm.plugins.gpu.program import DTYPES, TOKENS, Count, Fill, Image, Program, Variant
+from moevlm.plugins.gpu.program import TENSOR_DTYPES, TOKENS, Count, Fill, Image, Program, Variant
+from moevlm.runtime.core.dtypes import DTYPES
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.programs import (
     MAX_TOKENS,
@@ -68,7 +69,10 @@ def test_plugins_say_who_they_are(library: PluginLibrary, op: str) -> None:
 def test_outputs_are_those_of_the_program(library: PluginLibrary, op: str) -> None:
     program = PROGRAMS[op]
     plugin = create(library, program)
-    assert plugin.output_types([DTYPES[t.dtype] for t in program.inputs]) == [DTYPES[t.dtype] for t in program.outputs]
+    inputs, outputs = (
+        [DTYPES[tensor.dtype].tensorrt_number for tensor in side] for side in (program.inputs, program.outputs)
+    )
+    assert plugin.output_types(inputs) == outputs
     shapes = [[17 if dim == TOKENS else dim for dim in t.shape] for t in program.inputs]
     expected = [tuple(17 if dim == TOKENS else dim for dim in t.shape) for t in program.outputs]
     assert plugin.output_shapes(shapes) == expected
@@ -81,7 +85,7 @@ def test_only_linear_tensors_of_the_right_dtype_are_supported(library: PluginLib
     plugin = create(library, program)
     tensors = (*program.inputs, *program.outputs)
     for position, tensor in enumerate(tensors):
-        for dtype in DTYPES:
+        for dtype in TENSOR_DTYPES:
             for layout in (0, 1):
                 io = io_of(program, 4)
                 described = [*io.inputs, *io.outputs]

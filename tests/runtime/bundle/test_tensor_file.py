@@ -59,7 +59,7 @@ def entry(**changes: object) -> dict[str, object]:
         (b"[" * 100_000, "its header is not JSON"),
         (b"\xff", "its header is not JSON"),
         ([], "not a JSON object"),
-        (entry(dtype="F64"), "x has dtype 'F64' (supported:"),
+        (entry(dtype="F6"), "x has dtype 'F6' (supported:"),
         (entry(dtype=None), "x has dtype None"),
         ({"x": 3}, "x has dtype None"),
         (entry(shape=[2, -1]), "x has no shape"),

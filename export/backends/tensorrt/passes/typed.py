@@ -5,9 +5,9 @@ import onnx_ir as ir
 from moevlm.export.graph.functions import EXPERTS, ROUTER, is_op
 from moevlm.export.graph.weights import cast, initializer, weight_of
 from moevlm.export.passes.base import Pass
+from moevlm.runtime.core.dtypes import DTYPES
 
 FLOAT = ir.DataType.FLOAT
-DTYPES = {"bfloat16": ir.DataType.BFLOAT16, "float16": ir.DataType.FLOAT16}
 _ATTENTION = ("CachedAttention", "SegmentAttention")
 # By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the choice; and the
 # experts' own, which the next pass stores in its way.
@@ -26,7 +26,7 @@ class Typed(Pass):
     """
 
     def __init__(self, dtype: str, exact_router: bool = True) -> None:
-        self.dtype, self.exact_router = DTYPES[dtype], exact_router
+        self.dtype, self.exact_router = ir.DataType(DTYPES[dtype].onnx), exact_router
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
