@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.so")
     for name in (*PARTS, "tests", "bench", "demo"):
@@ -63,7 +63,7 @@ def test_wheel_is_for_every_python_and_its_build_leaves_nothing_behind(wheel: Pa
     assert wheel.name.split("-")[2:4] == ["py3", "none"]
     assert wheel.name.endswith(f"{sysconfig.get_platform().replace('-', '_').replace('.', '_')}.whl")
     left = {path.name for path in (wheel.parent / "source").iterdir()} - {
-        *PARTS, "pyproject.toml", "README.md", "tests", "bench", "demo", "moevlm.egg-info",
+        *PARTS, "pyproject.toml", "README.md", "LICENSE", "tests", "bench", "demo", "moevlm.egg-info",
     }  # fmt: skip
     assert not left
     assert not list((wheel.parent / "source").rglob("*.so"))

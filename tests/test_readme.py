@@ -1,4 +1,4 @@
-"""The README's commands, literally and in order, beside a checkpoint and a photo; and what the commands suggest."""
+"""Commands of the README and the pages behind it, literally and in order, and what the commands suggest."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+PAGES = ("README.md", "docs/gpu.md", "docs/sparsity.md")
+TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.M | re.S)
 COMMANDS = [line for language, block in BLOCKS if language == "" for line in block.splitlines() if line.strip()]
 SKIPPED = {
-    "make ": "sets up an environment of its own; this suite is one of them",
     "pip install ": "needs a package index; test_packaging.py compares the extras",
-    ".venv/bin/": "the demo's bundle, which make demo builds",
     "hf download ": "needs the hub",
     "python -m demo.evaluate_bundle ": "550 questions take minutes",
 }
+DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
 ON_A_GPU = "on that GPU"  # in a line's comment
 
 
@@ -75,10 +75,11 @@ def test_python_examples_run(folder: Path) -> None:
         assert shell(f"python example{number}.py", folder).strip()
 
 
-def test_what_is_skipped_is_in_the_readme() -> None:
+def test_what_is_skipped_is_there() -> None:
     assert [start for start in SKIPPED if not any(line.startswith(start) for line in COMMANDS)] == []
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(((?!http)[^)#]+)", README))
-def test_links_lead_to_files(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *sorted(map(str, DOCS))])
+def test_links_lead_to_files(page: str) -> None:
+    links = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]

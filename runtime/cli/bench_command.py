@@ -46,7 +46,7 @@ def bench() -> None:
     "targets",
     multiple=True,
     shell_complete=complete_target,
-    help="Which engines; repeatable.  [default: the one that run takes]",
+    help="Engine to measure; repeatable.  [default: the one that run takes]",
 )
 @click.option(
     "--repeats",
@@ -54,12 +54,12 @@ def bench() -> None:
     type=click.IntRange(1, 1000),
     default=5,
     show_default=True,
-    help="Timed requests, after one that is not.",
+    help="Number of timed requests; one before them is not timed.",
 )
 @click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
-@click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
-@click.option("--plot", type=OutputFile(), help="Write a roofline of the stages here, as PNG.")
+@click.option("--json", "output", type=OutputFile(), help="Write the results to this file, too; - prints only them.")
+@click.option("--plot", type=OutputFile(), help="Draw a roofline of the stages into this PNG file.")
 def latency(
     bundle: Path,
     prompt_tokens: int,

@@ -19,8 +19,8 @@ from moevlm.runtime.core.installation import install_command
 _ORDER = ("doctor", "export", "build", "inspect", "parity", "run", "bench")
 
 # Help of options that commands share.
-THREADS = "Threads for one operator.  [default: one for each core, within a container's CPU quota]"
-SPINNING = "Let idle threads spin for a moment before they sleep."
+THREADS = "Use N threads.  [default: one for each core, within a container's CPU quota]"
+SPINNING = "Keep waiting threads awake for half a millisecond: faster, and takes the cores from other processes."
 
 
 class _Commands(click.Group):
@@ -41,7 +41,7 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("moevlm"), prog_name="moevlm")
-@click.option("--debug", is_flag=True, help="Show tracebacks and warnings; accepted anywhere.")
+@click.option("--debug", is_flag=True, help="Show tracebacks and warnings; accepted after any command, too.")
 def cli(debug: bool) -> None:  # `run` has taken --debug out of the arguments: here it only makes the help complete
     """Deploy sparse Mixture-of-Experts vision-language models: checkpoint to verified bundle to answers."""
 

@@ -6,7 +6,7 @@ from moevlm.runtime.cli.doctor import DoctorReport, examine
 
 
 @click.command(short_help="Show what this machine has and what is missing.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def doctor(as_json: bool) -> None:
     """Show what this machine has, which targets it can run and build, and how to install what is missing."""
     from moevlm.runtime.cli.console import console, print_json

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Show a bundle: model, engines, sizes, parity.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Read every file and check its hash.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of tables.")
+@click.option("--verify", is_flag=True, help="Read every file of the bundle and check its hash.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of tables.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what a bundle is: the model, its engines, sizes, and parity results."""
     from moevlm.runtime.bundle.reader import Bundle

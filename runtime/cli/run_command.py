@@ -18,21 +18,23 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", help="The user's text; - reads it from standard input.")
+@click.option("--prompt", help="Text of the user's message; - reads it from standard input.")
 @click.option(
     "--image",
     "images",
     metavar="FILE",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="An image of the message; repeatable.",
+    help="Image file to put before the text; repeatable.",
 )
-@click.option("--system", help="A system message.")
-@click.option("--messages", metavar="FILE", type=InputFile(), help="A conversation as JSON: [{role, content}, ...].")
+@click.option("--system", help="Text of a system message before it.")
+@click.option(
+    "--messages", metavar="FILE", type=InputFile(), help="JSON file with a whole conversation: [{role, content}, ...]."
+)
 @click.option(
     "--target",
     shell_complete=complete_target,
-    help="Which engine of the bundle.  [default: for the GPU, else cpu; int8 before others]",
+    help="Engine of the bundle to use.  [default: one for this GPU, else cpu; int8 before others]",
 )
 @click.option(
     "--max-new-tokens",
@@ -40,29 +42,41 @@ if TYPE_CHECKING:
     type=int,
     default=defaults.MAX_NEW_TOKENS,
     show_default=True,
-    help="The most tokens of the answer.",
+    help="End the answer after N tokens.",
 )
-@click.option("--temperature", metavar="X", type=float, help="0 is greedy.  [default: the model's, else 0]")
-@click.option("--top-k", metavar="N", type=int, help="Sample among the k likeliest tokens.")
-@click.option("--top-p", metavar="X", type=float, help="Sample among the likeliest that hold this share.")
-@click.option("--min-p", metavar="X", type=float, help="Drop tokens below this share of the likeliest.")
-@click.option("--repetition-penalty", metavar="X", type=float, help="Above 1: tokens that occurred are less likely.")
-@click.option("--seed", metavar="N", type=int, help="The same seed gives the same text.")
-@click.option("--stop", multiple=True, help="Text that ends the answer, left out; repeatable.")
+@click.option(
+    "--temperature",
+    metavar="X",
+    type=float,
+    help="Sampling temperature; 0 always takes the likeliest token.  [default: the model's, else 0]",
+)
+@click.option("--top-k", metavar="N", type=int, help="Sample among the N likeliest tokens.")
+@click.option("--top-p", metavar="X", type=float, help="Sample among the fewest tokens with a total probability of X.")
+@click.option("--min-p", metavar="X", type=float, help="Drop tokens less likely than X times the likeliest.")
+@click.option(
+    "--repetition-penalty", metavar="X", type=float, help="Divide the logits of tokens that already occurred by X."
+)
+@click.option("--seed", metavar="N", type=int, help="Seed of the sampling: the same seed gives the same text.")
+@click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
 @click.option(
     "--skip-special-tokens/--no-skip-special-tokens",
     default=True,
     show_default=True,
-    help="Leave markers, such as those of thoughts, out of the text.",
+    help="Leave special tokens, such as markers of thoughts, out of the text.",
 )
 @click.option(
     "--template-option",
     "template_options",
     metavar="NAME=VALUE",
     multiple=True,
-    help="A variable of the chat template, such as enable_thinking=false; repeatable.",
+    help="Set a variable of the chat template, such as enable_thinking=false; repeatable.",
 )
-@click.option("--logprobs", metavar="N", type=int, help="With --json: report so many alternatives for each token.")
+@click.option(
+    "--logprobs",
+    metavar="N",
+    type=int,
+    help="With --json: report log-probabilities, and of N alternatives for each token.",
+)
 @click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option(
@@ -71,7 +85,7 @@ if TYPE_CHECKING:
     type=int,
     default=defaults.CHUNK_TOKENS,
     show_default=True,
-    help="Prompt tokens in one step.",
+    help="Read at most N prompt tokens in one step.",
 )
 @click.option(
     "--max-image-megapixels",
@@ -79,16 +93,16 @@ if TYPE_CHECKING:
     type=float,
     default=defaults.MAX_IMAGE_PIXELS / 1e6,
     show_default=True,
-    help="Larger images are refused.",
+    help="Refuse images of more than X million pixels.",
 )
 @click.option(
     "--max-image-tokens",
     metavar="N",
     type=int,
-    help="Larger images are made smaller.  [default: the checkpoint's own limit]",
+    help="Make larger images smaller, to at most N tokens each.  [default: the checkpoint's own limit]",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Also show the engine, the tokens, and tokens per second.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object instead of streamed text.")
+@click.option("-v", "--verbose", is_flag=True, help="Show the engine, the number of tokens and tokens per second, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of streamed text.")
 def run(
     bundle: Path,
     prompt: str | None,
