@@ -3,7 +3,22 @@
 What a target cannot do better runs as written here: RotaryEmbedding, TensorScatter, Attention (opset 24).
 """
 
+from dataclasses import dataclass
+
 from onnx import FunctionProto, parser
+
+from moevlm.export.graph.op import Op, register
+from moevlm.plugins.ops.spec import SegmentAttentionSpec
+
+
+@dataclass(frozen=True)
+class CachedAttentionSpec:
+    """Field names are the op's attribute names."""
+
+    heads: int
+    kv_heads: int
+    rotary_dim: int
+
 
 _HEADER = '<domain: "moevlm", opset_import: ["" : 24]>'
 
@@ -139,3 +154,8 @@ SegmentFlashAttention <heads> (q, k, v, cos, sin, segment_id) => (y)
 }
 """
     )
+
+
+register(Op("CachedAttention", CachedAttentionSpec, lambda *_: cached_attention_function(), "cached_attention"))
+register(Op("SegmentAttention", SegmentAttentionSpec, lambda *_: segment_attention_function(), "segment_attention"))
+register(Op("SegmentFlashAttention", SegmentAttentionSpec, lambda *_: segment_flash_attention_function()))

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
-from moevlm.export.graph.functions import EXPERTS, is_op
+from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.op import is_op
 from moevlm.runtime.core.manifest import CostMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read

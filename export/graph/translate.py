@@ -6,19 +6,21 @@ optimiser to undo, and every initializer keeps its parameter's name.
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from moevlm.export.graph import functions  # noqa: F401 - its imports register the ops
+from moevlm.export.graph.op import ONNX_OPSET, traced_op
 from moevlm.export.graph.weights import Constant, Weight, initializer
 from moevlm.export.modules import ops  # noqa: F401 - defines torch.ops.moevlm
 from moevlm.plugins.ops.spec import DOMAIN, OPSET_VERSION
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import ExportError
 
-ONNX_OPSET = 24
 IR_VERSION = 11
 aten, moe = torch.ops.aten, torch.ops.moevlm
 
@@ -90,7 +92,7 @@ class Translator:
         if node.target is operator.getitem:
             source, index = node.args
             return self._typed(self._argument(source)[index], node.meta["val"])
-        rule = _RULES.get(node.target)
+        rule = _RULES.get(node.target) or _registered(node)
         if rule is None:
             raise ExportError(f"no ONNX translation for {node.target} (known: {', '.join(map(str, _RULES))})")
         result = rule(self, *(self._argument(a) for a in node.args), **node.kwargs)
@@ -111,6 +113,29 @@ class Translator:
 
 
 _RULES: dict[Any, Callable[..., Any]] = {}
+
+
+def _registered(node: torch.fx.Node) -> Callable[..., Any] | None:
+    """The rule of a registered op: one node, whose arguments are its inputs and then its attributes."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != DOMAIN:
+        return None
+    schema = node.target._schema
+    op = traced_op(schema.name.removeprefix(f"{DOMAIN}::"))
+    if op is None:
+        return None
+    names, attributes = [argument.name for argument in schema.arguments], {field.name for field in fields(op.spec)}
+    made = node.meta["val"]
+
+    def rule(t: Translator, *values: Any) -> Any:
+        given = dict(zip(names, values, strict=True))
+        inputs = [value for name, value in given.items() if name not in attributes]
+        while inputs and inputs[-1] is None:
+            inputs.pop()
+        outputs = len(made) if isinstance(made, list | tuple) else 1
+        spec = {name: value for name, value in given.items() if name in attributes}
+        return t.op(op.name, *inputs, outputs=outputs, domain=DOMAIN, **spec)
+
+    return rule
 
 
 def _rule(*targets: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -230,35 +255,7 @@ def _flatten(t: Translator, x: ir.Value, start: int = 0, *_: int) -> ir.Value:
     return t.op("Reshape", x, t.constant([0] * start + [-1]))
 
 
-@_rule(moe.router.default)
-def _router(t: Translator, logits: ir.Value, bias: ir.Value | None, *values: Any) -> list[ir.Value]:
-    inputs = (logits,) if bias is None else (logits, bias)
-    return t.op("MoERouter", *inputs, outputs=2, domain=DOMAIN, **_schema_attributes(moe.router, 2, values))
-
-
-@_rule(moe.experts.default)
-def _experts(t: Translator, *arguments: Any) -> ir.Value:
-    return t.op("MoEExperts", *arguments[:5], domain=DOMAIN, **_schema_attributes(moe.experts, 5, arguments[5:]))
-
-
-@_rule(moe.cached_attention.default)
-def _cached_attention(t: Translator, *arguments: Any) -> list[ir.Value]:
-    attributes = _schema_attributes(moe.cached_attention, 8, arguments[8:])
-    return t.op("CachedAttention", *arguments[:8], outputs=3, domain=DOMAIN, **attributes)
-
-
-@_rule(moe.segment_attention.default)
-def _segment_attention(t: Translator, *arguments: Any) -> ir.Value:
-    attributes = _schema_attributes(moe.segment_attention, 6, arguments[6:])
-    return t.op("SegmentAttention", *arguments[:6], domain=DOMAIN, **attributes)
-
-
 @_rule(moe.tap.default)
 def _tap(_: Translator, x: ir.Value, name: str) -> ir.Value:
     x.name = name
     return x
-
-
-def _schema_attributes(packet: Any, inputs: int, values: tuple[Any, ...]) -> dict[str, Any]:
-    names = [argument.name for argument in packet.default._schema.arguments[inputs:]]
-    return dict(zip(names, values, strict=True))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from moevlm.export.formats.quantization import rounded
 from moevlm.plugins.ops import reference
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.attention import attention
+from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +105,69 @@ def experts(
 @experts.register_fake
 def _(x: Tensor, *_: object) -> Tensor:
     return torch.empty_like(x)
+
+
+@torch.library.custom_op("moevlm::paged_attention", mutates_args=())
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    query_start: Tensor,
+    context_len: Tensor,
+    page_table: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    sinks: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rotary_dim: int,
+    rotary_start: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    value_in_key: int,
+    value_dim: int,
+    epsilon: float,
+) -> list[Tensor]:
+    """y [T, heads * Dv], then the caches with this step's tokens; see `plugins.ops.attention` and `AttentionSpec`."""
+    spec = AttentionSpec(
+        *(heads, kv_heads, rotary_dim, rotary_start, scale, window, softcap),
+        *(bool(value_in_key), value_dim, epsilon),
+    )
+    tensors = {
+        **{"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "key_cache": key_cache, "value_cache": value_cache},
+        **{"query_start": query_start, "context_len": context_len, "page_table": page_table},
+        **{"q_norm": q_norm, "k_norm": k_norm, "sinks": sinks},
+    }
+    arrays: Any = {name: None if tensor is None else tensor.detach().numpy() for name, tensor in tensors.items()}
+    int8 = _computing().int8_cache
+
+    def stored(rows: np.ndarray) -> np.ndarray:
+        return rounded(rows, rows.shape[-1]) if int8 else rows
+
+    made = attention(**arrays, spec=spec, stored=stored)
+    return [torch.from_numpy(array) for array in made if array is not None]
+
+
+@paged_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor | None,
+    *others: Any,
+) -> list[Tensor]:
+    heads, value_dim = others[6], others[14]
+    width = value_dim if value_cache is None else value_cache.shape[-1]
+    caches = [torch.empty_like(cache) for cache in (key_cache, value_cache) if cache is not None]
+    return [q.new_empty((q.shape[0], heads * width)), *caches]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from collections import defaultdict
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.graph.functions import ROUTER, is_op
+from moevlm.export.graph.moe_functions import ROUTER
+from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
 from moevlm.export.passes.base import Pass
 

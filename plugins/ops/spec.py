@@ -1,4 +1,4 @@
-"""What the two MoE ops compute, as data: the attributes of `moevlm::MoERouter` and `moevlm::MoEExperts`."""
+"""What each op computes, as data: the attributes of its nodes in domain `moevlm`."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -82,7 +82,49 @@ class ExpertsSpec:
             raise ValueError('activation = "swiglu_clamped" needs gated = true')
 
 
-def attributes(spec: RouterSpec | ExpertsSpec) -> dict[str, Any]:
-    """The spec as ONNX node attributes: booleans become 0 or 1."""
+@dataclass(frozen=True)
+class AttentionSpec:
+    """How queries attend to their sequence's pages of keys and values. Field names are the op's attribute names.
+
+    rotary_dim, rotary_start: how many dimensions of a head are rotated, and the first of them.
+    scale: of the scores; 0 for key_dim**-0.5. window: tokens that a query sees, itself included; 0 for all before it.
+    softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+    value_in_key: a value is the first value_dim dimensions of its key, and there is no value cache (MLA).
+    epsilon: of the norms of queries and keys, where there are any.
+    """
+
+    heads: int
+    kv_heads: int
+    rotary_dim: int
+    rotary_start: int = 0
+    scale: float = 0.0
+    window: int = 0
+    softcap: float = 0.0
+    value_in_key: bool = False
+    value_dim: int = 0
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads = {self.kv_heads} (allowed: a divisor of the {self.heads} heads)")
+        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_start < 0:
+            start = f"rotary_start = {self.rotary_start}"
+            raise ValueError(f"rotary_dim = {self.rotary_dim}, {start} (allowed: even and positive, from 0)")
+        if min(self.scale, self.window, self.softcap) < 0:
+            values = f"scale = {self.scale}, window = {self.window}, softcap = {self.softcap}"
+            raise ValueError(f"{values} (allowed: 0 or more)")
+        if self.value_in_key != (self.value_dim > 0):
+            raise ValueError(f"value_dim = {self.value_dim} (allowed: 1 or more with value_in_key, else 0)")
+
+
+@dataclass(frozen=True)
+class SegmentAttentionSpec:
+    """Attention among the patches of one image. The field is the op's attribute."""
+
+    heads: int
+
+
+def attributes(spec: Any) -> dict[str, Any]:
+    """The spec, a dataclass, as ONNX node attributes: booleans become 0 or 1."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)}
     return {name: int(value) if isinstance(value, bool) else value for name, value in values.items()}

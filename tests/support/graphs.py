@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.formats.quantization import Scheme, dequantize, quantize
-from moevlm.export.graph.functions import ONNX_OPSET
+from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.plugins.ops.spec import DOMAIN
 

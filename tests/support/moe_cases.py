@@ -6,7 +6,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from moevlm.export.graph import functions
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.plugins.ops import reference, variants
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
@@ -41,9 +42,9 @@ def moe_block(
         value("y", ["T", "H"]),
     )
     nodes = [
-        ir.node(functions.ROUTER, routing, attributes(router), domain=DOMAIN, outputs=[index, weight]),
+        ir.node(ROUTER, routing, attributes(router), domain=DOMAIN, outputs=[index, weight]),
         ir.node(
-            functions.EXPERTS,
+            EXPERTS,
             [x, index, weight, *(held[name] for name in weights)],
             attributes(block),
             domain=DOMAIN,
@@ -56,7 +57,7 @@ def moe_block(
         [y, index, weight] if tap else [y],
         nodes=nodes,
         initializers=list(held.values()),
-        opset_imports={"": functions.ONNX_OPSET},
+        opset_imports={"": ONNX_OPSET},
         name="moe_block",
     )
     return ir.Model(graph, ir_version=10)

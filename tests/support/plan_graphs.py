@@ -11,7 +11,8 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention as StandardAttention
 
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, expert_weights
-from moevlm.export.graph.functions import EXPERTS, is_op
+from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import read
 from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp

@@ -10,6 +10,8 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from moevlm.export.graph import functions
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER, experts_function, router_function
+from moevlm.export.graph.op import ONNX_OPSET, node_spec
 from moevlm.plugins.ops import reference, variants
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import UnsupportedModelError
@@ -74,7 +76,7 @@ ROUTERS = variants.ROUTERS | variants.MODELS
 @biases
 @pytest.mark.parametrize("name", ROUTERS)
 def test_router_body_agrees_with_the_spec(name, has_bias, runtime):
-    run = runtime(one_node(functions.router_function(ROUTERS[name], has_bias), ROUTERS[name]))
+    run = runtime(one_node(router_function(ROUTERS[name], has_bias), ROUTERS[name]))
     for tokens in TOKENS:
         assert_routes(run, ROUTERS[name], variants.router_inputs(tokens, has_bias, seed=tokens))
 
@@ -83,7 +85,7 @@ def test_router_body_agrees_with_the_spec(name, has_bias, runtime):
 @pytest.mark.parametrize("name", [name for name, spec in ROUTERS.items() if spec.scale == 1])
 def test_router_body_agrees_with_the_spec_for_many_experts(name, experts):
     spec = RouterSpec(**{**vars(ROUTERS[name]), "top_k": 8})
-    run = in_onnxruntime(one_node(functions.router_function(spec, True), spec))
+    run = in_onnxruntime(one_node(router_function(spec, True), spec))
     assert_routes(run, spec, variants.router_inputs(33, experts=experts, seed=experts))
 
 
@@ -104,7 +106,7 @@ def test_ties_go_to_the_lower_index(scoring, groups, experts, runtime):
     n_group, topk_group, group_score = variants.GROUPS[groups]
     k = 3 if experts == 8 else 8
     spec = RouterSpec(k, scoring, n_group=n_group, topk_group=topk_group, group_score=group_score)
-    run = runtime(one_node(functions.router_function(spec, False), spec))
+    run = runtime(one_node(router_function(spec, False), spec))
     few_values = np.random.RandomState(1).randint(0, 3, (33, experts)).astype(np.float32)
     assert_routes(run, spec, {"logits": np.concatenate([few_values, np.zeros((1, experts), np.float32)])})
 
@@ -114,7 +116,7 @@ def test_ties_go_to_the_lower_index(scoring, groups, experts, runtime):
 @pytest.mark.parametrize("name", variants.BLOCKS)
 def test_experts_body_agrees_with_the_spec(name, has_bias, runtime):
     spec = variants.BLOCKS[name]
-    run = runtime(one_node(functions.experts_function(spec, has_bias), spec))
+    run = runtime(one_node(experts_function(spec, has_bias), spec))
     weights = variants.expert_weights(spec, has_bias)
     for tokens in TOKENS:
         index, weight = reference.route(
@@ -128,7 +130,7 @@ def test_experts_body_agrees_with_the_spec(name, has_bias, runtime):
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "inner"), [(64, 8, 48, 24), (3, 3, 5, 7), (5, 1, 1, 1)])
 def test_experts_body_agrees_with_the_spec_in_other_shapes(experts, top_k, hidden, inner):
     spec = ExpertsSpec()
-    run = in_onnxruntime(one_node(functions.experts_function(spec, True), spec))
+    run = in_onnxruntime(one_node(experts_function(spec, True), spec))
     weights = variants.expert_weights(spec, True, hidden, inner, experts)
     logits = variants.router_inputs(33, False, experts)["logits"]
     index, weight = reference.route(logits, RouterSpec(top_k))
@@ -140,7 +142,7 @@ def test_experts_body_agrees_with_the_spec_in_other_shapes(experts, top_k, hidde
 @runtimes
 def test_weights_of_experts_that_no_token_chose_are_never_read(runtime):
     spec = ExpertsSpec()
-    run = runtime(one_node(functions.experts_function(spec, True), spec))
+    run = runtime(one_node(experts_function(spec, True), spec))
     weights = variants.expert_weights(spec, True)
     index = np.array([[1, 4], [4, 6]], np.int32)
     for array in weights.values():
@@ -159,7 +161,7 @@ def routers(*nodes: tuple[RouterSpec, bool]) -> ir.Model:
     logits = ir.Value(name="logits", shape=ir.Shape(["T", 8]), type=ir.TensorType(ir.DataType.FLOAT))
     bias = ir.Value(name="bias", shape=ir.Shape([8]), type=ir.TensorType(ir.DataType.FLOAT))
     made = [
-        ir.node(functions.ROUTER, [logits, bias if has_bias else None], attributes(spec), domain=DOMAIN, num_outputs=2)
+        ir.node(ROUTER, [logits, bias if has_bias else None], attributes(spec), domain=DOMAIN, num_outputs=2)
         for spec, has_bias in nodes
     ]
     for i, node in enumerate(made):
@@ -167,7 +169,7 @@ def routers(*nodes: tuple[RouterSpec, bool]) -> ir.Model:
             value.name, value.type = f"{name}_{i}", ir.TensorType(ir.DataType[kind])
             value.shape = ir.Shape(["T", "k"])
     outputs = [value for node in made for value in node.outputs]
-    graph = ir.Graph([logits, bias], outputs, nodes=made, opset_imports={"": functions.ONNX_OPSET}, name="routers")
+    graph = ir.Graph([logits, bias], outputs, nodes=made, opset_imports={"": ONNX_OPSET}, name="routers")
     return ir.Model(graph, ir_version=10)
 
 
@@ -176,7 +178,7 @@ def test_each_node_gets_the_body_of_its_own_spec_and_inputs():
     nodes = [(softmax, False), (sigmoid, True), (softmax, False), (sigmoid, False)]
     model = routers(*nodes)
     functions.add_functions(model)
-    assert sorted(model.functions) == [(DOMAIN, functions.ROUTER, overload) for overload in ("", "2", "3")]
+    assert sorted(model.functions) == [(DOMAIN, ROUTER, overload) for overload in ("", "2", "3")]
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     inputs = variants.router_inputs(5)
@@ -195,16 +197,16 @@ def test_bodies_without_a_node_are_dropped():
         model.graph.outputs.remove(value)
     model.graph.remove(model.graph.node(0), safe=True)
     functions.add_functions(model)
-    assert list(model.functions) == [(DOMAIN, functions.ROUTER, "")]
+    assert list(model.functions) == [(DOMAIN, ROUTER, "")]
     assert model.graph.node(0).overload == ""
 
 
 def test_specs_survive_as_node_attributes():
     spec = RouterSpec(2, "sigmoid", False, 1e-20, 2.446, 4, 2, "top2_sum")
-    assert functions.router_spec(routers((spec, False)).graph.node(0)) == spec
+    assert node_spec(routers((spec, False)).graph.node(0)) == spec
     block = ExpertsSpec("swiglu_clamped", True, "input", 1.702, float("inf"))
     x = ir.Value(name="x")
-    assert functions.experts_spec(ir.node(functions.EXPERTS, [x] * 5, attributes(block), domain=DOMAIN)) == block
+    assert node_spec(ir.node(EXPERTS, [x] * 5, attributes(block), domain=DOMAIN)) == block
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.graph.functions import is_op
+from moevlm.export.graph.op import is_op
 from moevlm.export.passes.base import NodePass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.core.manifest import SCALE_BYTES

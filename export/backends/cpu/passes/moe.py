@@ -4,7 +4,8 @@ import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedExperts
 from moevlm.export.formats.quantization import Scheme
-from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, substitute
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
@@ -32,7 +33,7 @@ class CpuMoE(NodePass):
         x, index, weight, gate_up, down, *biases = node.inputs
         assert gate_up is not None
         assert down is not None
-        gated = experts_spec(node).gated
+        gated = node_spec(node).gated
         _, hidden, width = weight_of(down).shape
         packed = []
         for value, interleaved in ((gate_up, gated), (down, False)):

@@ -7,7 +7,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, Pass
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
@@ -46,7 +47,7 @@ class LowerMoE(Pass):
         interleaved: dict[ir.Value, ir.Value] = {}
         lowered = 0
         for node in [n for n in model.graph if is_op(n, EXPERTS)]:
-            attributes = kernel_attributes(experts_spec(node))
+            attributes = kernel_attributes(node_spec(node))
             if attributes is not None:
                 _lower(model.graph, node, attributes, interleaved)
                 lowered += 1
@@ -87,7 +88,7 @@ def _lower(
     router = index.producer()
     if router is None or not is_op(router, ROUTER) or weight.producer() is not router:
         raise BuildError(f"node {node.name}: expert_index and expert_weight must come from one {ROUTER}")
-    spec, routing = experts_spec(node), router_spec(router)
+    spec, routing = node_spec(node), node_spec(router)
     experts = weight_of(gate_up).shape[0]
     if spec.gated:
         gate_up = _interleaved(graph, gate_up, interleaved)

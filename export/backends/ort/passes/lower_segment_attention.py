@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from moevlm.export.graph.functions import is_op
+from moevlm.export.graph.op import is_op
 from moevlm.export.passes.base import Pass
 
 

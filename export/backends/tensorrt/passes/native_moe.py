@@ -3,7 +3,8 @@
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.graph.functions import EXPERTS, experts_spec, is_op
+from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
 from moevlm.export.passes.base import Pass
 from moevlm.plugins.ops.spec import ExpertsSpec
@@ -27,7 +28,7 @@ class NativeMoE(Pass):
 
 
 def _replace(graph: ir.Graph, node: ir.Node) -> None:
-    spec = experts_spec(node)
+    spec = node_spec(node)
     if spec != ExpertsSpec(alpha=spec.alpha, limit=spec.limit):
         raise BuildError(
             f"TensorRT's own MoE cannot compute {node.name}: activation = {spec.activation}, gated = {spec.gated}, "

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from moevlm.export.formats.gpu_packing import expert_tensors
-from moevlm.export.graph.functions import EXPERTS, ROUTER, experts_spec, is_op, router_spec
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import NodePass, substitute
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
@@ -47,7 +48,7 @@ class PluginMoE(NodePass):
     def _experts_op(self, node: ir.Node) -> ExpertsOp:
         experts, hidden, inner = weight_of(_value(node, 4)).shape
         return ExpertsOp(
-            experts_spec(node),
+            node_spec(node),
             experts,
             _size(_value(node, 1), 1),
             hidden,
@@ -61,7 +62,7 @@ class PluginMoE(NodePass):
 
 def router_op(node: ir.Node) -> RouterOp:
     """What a moevlm::MoERouter node computes."""
-    return RouterOp(router_spec(node), _size(_value(node, 0), 1), len(node.inputs) == 2)
+    return RouterOp(node_spec(node), _size(_value(node, 0), 1), len(node.inputs) == 2)
 
 
 def expert_weights(model: ir.Model) -> dict[str, Weight]:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.graph.functions import is_op
+from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.export.passes.base import Pass
 

@@ -2,7 +2,8 @@
 
 import onnx_ir as ir
 
-from moevlm.export.graph.functions import EXPERTS, ROUTER, is_op
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import cast, initializer, weight_of
 from moevlm.export.passes.base import Pass
 from moevlm.runtime.core.dtypes import DTYPES

@@ -8,7 +8,8 @@ from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.linear import CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.quantization import Scheme
-from moevlm.export.graph.functions import EXPERTS, add_functions
+from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections

@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 
 from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
-from moevlm.export.graph.functions import ONNX_OPSET, add_functions
+from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.plugins.ops.spec import DOMAIN

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
-from moevlm.export.graph import functions
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.weights import initializer
 from moevlm.export.passes.base import run
 from moevlm.plugins.ops import reference, variants
@@ -47,8 +47,8 @@ def test_every_router_is_lowered(name, has_bias):
     model = lowered(case)
     direct = name in DIRECT and not has_bias
     assert "MoE" in ops(model)
-    assert functions.EXPERTS not in ops(model)
-    assert (functions.ROUTER in ops(model)) != direct
+    assert EXPERTS not in ops(model)
+    assert (ROUTER in ops(model)) != direct
     case.check(model)
 
 
@@ -61,7 +61,7 @@ KEPT = [name for name in variants.BLOCKS if name.startswith("gelu_tanh-gated")]
 def test_every_block_that_the_kernel_knows_is_lowered(name, router, has_bias):
     case = Case(router, variants.BLOCKS[name], expert_biases=has_bias)
     model = lowered(case)
-    assert functions.EXPERTS not in ops(model)
+    assert EXPERTS not in ops(model)
     case.check(model)
 
 
@@ -71,7 +71,7 @@ def test_gated_gelu_keeps_its_body(name, has_bias):
     case = Case(QWEN, variants.BLOCKS[name], expert_biases=has_bias)
     model = case.model()
     assert run([LowerMoE()], model) == {"LowerMoE": 0}
-    assert ops(model) == [functions.ROUTER, functions.EXPERTS]
+    assert ops(model) == [ROUTER, EXPERTS]
     case.check(model)
 
 
@@ -91,7 +91,7 @@ def test_sixty_four_experts(scoring):
 def test_an_epsilon_that_shows_in_float32_is_not_dropped(epsilon, direct):
     case = Case(RouterSpec(2, epsilon=epsilon))
     model = lowered(case)
-    assert (functions.ROUTER not in ops(model)) == direct
+    assert (ROUTER not in ops(model)) == direct
     case.check(model)
 
 

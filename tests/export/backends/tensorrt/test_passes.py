@@ -12,7 +12,9 @@ from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAtte
 from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.graph.functions import EXPERTS, add_functions, is_op
+from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.op import is_op
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.ops import ExpertsOp

@@ -14,7 +14,7 @@ from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
 from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
-from moevlm.export.graph.functions import ONNX_OPSET
+from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
 from tests.support.fake_tensorrt import PLAN, FakeTensorRT
 

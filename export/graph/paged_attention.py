@@ -1,0 +1,217 @@
+"""The body of `moevlm::PagedAttention` in standard ONNX: pages are written in one scatter, and read per sequence."""
+
+import onnx
+
+from moevlm.export.graph.op import Op, function, register
+from moevlm.plugins.ops.spec import AttentionSpec
+
+PAGED_ATTENTION = "PagedAttention"
+INPUTS = (
+    *("q", "k", "v", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table"),
+    *("q_norm", "k_norm", "sinks"),
+)
+
+# Where each token stands: its sequence (as many as end before it), its position there, its page, its row in the page.
+PLACES = """
+    start = Cast <to = 7> (query_start)
+    context = Cast <to = 7> (context_len)
+    pages = Cast <to = 7> (page_table)
+    tokens_1 = Shape <start = 0, end = 1> (q)
+    tokens = Squeeze (tokens_1)
+    token = Range (zero, tokens, one)
+    ends = Slice (start, one_1, far_1)
+    token_column = Unsqueeze (token, one_1)
+    ended = GreaterOrEqual (token_column, ends)
+    ended_i = Cast <to = 7> (ended)
+    sequence = ReduceSum <keepdims = 0> (ended_i, one_1)
+    first_token = Gather (start, sequence)
+    kept_tokens = Gather (context, sequence)
+    place = Sub (token, first_token)
+    position = Add (place, kept_tokens)
+    page_size_1 = Shape <start = 2, end = 3> (key_cache)
+    ordinal = Div (position, page_size_1)
+    row = Mod (position, page_size_1)
+    sequence_2d = Unsqueeze (sequence, one_1)
+    ordinal_2d = Unsqueeze (ordinal, one_1)
+    in_table = Concat <axis = 1> (sequence_2d, ordinal_2d)
+    page = GatherND (pages, in_table)
+    kv_head = Range (zero, kv_heads, one)
+    slot_shape = Concat <axis = 0> (tokens_1, kv_heads_1, one_1)
+    page_3d = Unsqueeze (page, last_two)
+    row_3d = Unsqueeze (row, last_two)
+    head_column = Unsqueeze (kv_head, one_1)
+    slot_page = Expand (page_3d, slot_shape)
+    slot_head = Expand (head_column, slot_shape)
+    slot_row = Expand (row_3d, slot_shape)
+    slot = Concat <axis = 2> (slot_page, slot_head, slot_row)
+    cos_3d = Unsqueeze (cos, one_1)
+    sin_3d = Unsqueeze (sin, one_1)
+"""
+# x [T, heads, D]: the dimensions from rotary_start turn as two halves.
+ROTATE = """
+    {x}_before = Slice ({x}_normed, zero_1, turn_1, minus_one_1)
+    {x}_a = Slice ({x}_normed, turn_1, middle_1, minus_one_1)
+    {x}_b = Slice ({x}_normed, middle_1, turned_1, minus_one_1)
+    {x}_rest = Slice ({x}_normed, turned_1, far_1, minus_one_1)
+    {x}_a_cos = Mul ({x}_a, cos_3d)
+    {x}_b_sin = Mul ({x}_b, sin_3d)
+    {x}_b_cos = Mul ({x}_b, cos_3d)
+    {x}_a_sin = Mul ({x}_a, sin_3d)
+    {x}_first = Sub ({x}_a_cos, {x}_b_sin)
+    {x}_second = Add ({x}_b_cos, {x}_a_sin)
+    {x}_turned = Concat <axis = 2> ({x}_before, {x}_first, {x}_second, {x}_rest)
+"""
+NORM = {
+    False: "{x}_normed = Identity ({x}_heads)",
+    True: "{x}_normed = RMSNormalization <axis = -1, epsilon = {epsilon}> ({x}_heads, {x}_norm)",
+}
+SCALE = {
+    False: """
+        key_dim_1 = Shape <start = 2, end = 3> (q_turned)
+        key_dim = Cast <to = 1> (key_dim_1)
+        root = Sqrt (key_dim)
+        q_scaled = Div (q_turned, root)""",
+    True: "q_scaled = Mul (q_turned, scale)",
+}
+WRITE_VALUES = {
+    False: """
+        v_heads = Reshape (v, kv_split)
+        value_cache_out = ScatterND (value_cache, slot, v_heads)""",
+    True: "",
+}
+READ_VALUES = {
+    False: """
+        value_pages = Gather (value_cache_out, own_pages)
+        value_rows = Transpose <perm = [1, 0, 2, 3]> (value_pages)
+        value_shape = Concat <axis = 0> (kv_heads_1, flat_length, value_width_1)
+        value_flat = Reshape <allowzero = 1> (value_rows, value_shape)
+        values = Slice (value_flat, zero_1, length_1, one_1)""",
+    True: "values = Slice (keys, zero_1, value_dim_1, two_1)",
+}
+SOFTCAP = {
+    False: "capped = Identity (scores)",
+    True: """
+        bent = Div (scores, softcap)
+        between = Tanh (bent)
+        capped = Mul (between, softcap)""",
+}
+WINDOW = {
+    False: "seen = Identity (causal)",
+    True: """
+        key_end = Add (key_position, window)
+        near = Greater (key_end, query_position)
+        seen = And (causal, near)""",
+}
+SOFTMAX = {
+    False: "weights = Softmax <axis = -1> (masked)",
+    True: """
+        top_of_keys = ReduceMax <keepdims = 1> (masked, minus_one_1)
+        top = Max (top_of_keys, sink)
+        below_top = Sub (masked, top)
+        powers = Exp (below_top)
+        sum_of_keys = ReduceSum <keepdims = 1> (powers, minus_one_1)
+        sink_below_top = Sub (sink, top)
+        sink_power = Exp (sink_below_top)
+        total = Add (sum_of_keys, sink_power)
+        weights = Div (powers, total)""",
+}
+# The sequences one after the other: each reads its own pages, so memory grows with the longest.
+LOOP = """
+    sequences = Size (context)
+    key_width_1 = Shape <start = 3, end = 4> (key_cache)
+    none_shape = Concat <axis = 0> (zero_1, kv_heads_1, group_1, value_width_1)
+    nothing = ConstantOfShape (none_shape)
+    y_heads = Loop <body = one_sequence (int64 n, bool go, float[?, ?, ?, ?] y_in)
+        => (bool go_on, float[?, ?, ?, ?] y_more) {{
+        go_on = Identity (go)
+        n_1 = Unsqueeze (n, zero_1)
+        next_1 = Add (n_1, one_1)
+        from_1 = Gather (start, n_1)
+        to_1 = Gather (start, next_1)
+        own_context = Gather (context, n_1)
+        own_tokens = Sub (to_1, from_1)
+        length_1 = Add (own_context, own_tokens)
+        reach = Add (length_1, page_size_1)
+        reach_less = Sub (reach, one_1)
+        page_count = Div (reach_less, page_size_1)
+        own_row = Gather (pages, n)
+        own_pages = Slice (own_row, zero_1, page_count)
+        flat_length = Mul (page_count, page_size_1)
+        key_shape = Concat <axis = 0> (kv_heads_1, flat_length, key_width_1)
+        key_pages = Gather (key_cache_out, own_pages)
+        key_rows = Transpose <perm = [1, 0, 2, 3]> (key_pages)
+        key_flat = Reshape <allowzero = 1> (key_rows, key_shape)
+        keys = Slice (key_flat, zero_1, length_1, one_1)
+        {read_values}
+        own_q = Slice (q_groups, from_1, to_1, zero_1)
+        queries = Transpose <perm = [1, 2, 0, 3]> (own_q)
+        keys_across = Transpose <perm = [0, 2, 1]> (keys)
+        keys_4d = Unsqueeze (keys_across, one_1)
+        scores = MatMul (queries, keys_4d)
+        {softcap}
+        own_position = Slice (position, from_1, to_1)
+        query_position = Unsqueeze (own_position, one_1)
+        length = Squeeze (length_1)
+        key_position = Range (zero, length, one)
+        causal = LessOrEqual (key_position, query_position)
+        {window}
+        masked = Where (seen, capped, minus_inf)
+        {softmax}
+        values_4d = Unsqueeze (values, one_1)
+        own_y = MatMul (weights, values_4d)
+        own_y_rows = Transpose <perm = [2, 0, 1, 3]> (own_y)
+        y_more = Concat <axis = 0> (y_in, own_y_rows)
+    }}> (sequences, true, nothing)
+    y_shape = Concat <axis = 0> (tokens_1, minus_one_1)
+    y = Reshape (y_heads, y_shape)
+"""
+
+
+def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> onnx.FunctionProto:
+    """PagedAttention as `moevlm.plugins.ops.attention.attention`, for inputs of which only these are present.
+
+    Raises ValueError for inputs that do not go together.
+    """
+    given = {name for name, there in zip(INPUTS, present, strict=False) if there}
+    required = set(INPUTS[:10]) - ({"v", "value_cache"} if spec.value_in_key else set())
+    missing, norms = required - given, {"q_norm", "k_norm"} & given
+    if missing or len(norms) == 1 or (spec.value_in_key and given & {"v", "value_cache"}):
+        raise ValueError(
+            f"{PAGED_ATTENTION} with value_in_key = {int(spec.value_in_key)} cannot have the inputs "
+            f"{', '.join(name for name in INPUTS if name in given)}"
+        )
+    text = [PLACES]
+    for x in ("q", "k"):
+        text += [f"{x}_heads = Reshape ({x}, {'q' if x == 'q' else 'kv'}_split)"]
+        text += [NORM[bool(norms)].format(x=x, epsilon=f"{spec.epsilon:.9g}"), ROTATE.format(x=x)]
+    text += [SCALE[spec.scale > 0], "q_groups = Reshape (q_scaled, group_split)"]
+    text += ["key_cache_out = ScatterND (key_cache, slot, k_turned)", WRITE_VALUES[spec.value_in_key]]
+    text += ["sink = Reshape (sinks, sink_shape)"] if "sinks" in given else []
+    text += [
+        "value_width_1 = Identity (value_dim_1)"
+        if spec.value_in_key
+        else "value_width_1 = Shape <start = 3, end = 4> (value_cache)",
+        LOOP.format(
+            read_values=READ_VALUES[spec.value_in_key],
+            softcap=SOFTCAP[spec.softcap > 0],
+            window=WINDOW[spec.window > 0],
+            softmax=SOFTMAX["sinks" in given],
+        ),
+    ]
+    group = spec.heads // spec.kv_heads
+    half, start = spec.rotary_dim // 2, spec.rotary_start
+    constants = {
+        **{"zero": 0, "one": 1, "true": True, "minus_inf": -float("inf"), "last_two": [1, 2], "far_1": [2**62]},
+        **{"zero_1": [0], "one_1": [1], "two_1": [2], "minus_one_1": [-1]},
+        **{"kv_heads": spec.kv_heads, "kv_heads_1": [spec.kv_heads], "group_1": [group]},
+        **{"q_split": [0, spec.heads, -1], "kv_split": [0, spec.kv_heads, -1]},
+        **{"group_split": [0, spec.kv_heads, group, -1], "sink_shape": [spec.kv_heads, group, 1, 1]},
+        **{"turn_1": [start], "middle_1": [start + half], "turned_1": [start + 2 * half]},
+        **{"scale": float(spec.scale), "softcap": float(spec.softcap), "window": spec.window},
+        "value_dim_1": [spec.value_dim],
+    }
+    outputs = ["y", "key_cache_out"] + ([] if spec.value_in_key else ["value_cache_out"])
+    return function(PAGED_ATTENTION, spec, list(INPUTS[: len(present)]), outputs, constants, text)
+
+
+register(Op(PAGED_ATTENTION, AttentionSpec, paged_attention_function, "paged_attention"))
