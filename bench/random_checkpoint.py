@@ -11,6 +11,9 @@ import ml_dtypes
 import numpy as np
 from rich.progress import track
 
+from moevlm.runtime.bundle.safetensors import header_of
+from moevlm.runtime.core.dtypes import DTYPES
+
 SHARD_BYTES = 4 << 30
 PIECE = 4 << 20  # elements drawn at a time
 
@@ -139,22 +142,15 @@ def write(directory: Path, config: dict[str, dict[str, int]], seed: int = 0) -> 
 
 
 def _write_shard(path: Path, shard: dict[str, tuple[int, ...]], rng: np.random.Generator) -> int:
-    header, offset = {}, 0
-    for name, shape in shard.items():
-        end = offset + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of({name: (DTYPES["bfloat16"], shape) for name, shape in shard.items()}, 8))
         for name, shape in track(shard.items(), description=path.name):
             scale = _scale(name, shape)
             count = int(np.prod(shape))
             for start in range(0, count, PIECE):
                 piece = rng.standard_normal(min(PIECE, count - start), np.float32) * scale
                 file.write((piece + (len(shape) == 1)).astype(ml_dtypes.bfloat16).tobytes())
-    return offset
+    return sum(2 * int(np.prod(shape)) for shape in shard.values())
 
 
 def _scale(name: str, shape: tuple[int, ...]) -> float:

@@ -1,12 +1,12 @@
 """A safetensors file, written one slice of a tensor at a time."""
 
-import json
 import math
 from collections.abc import Mapping
 
 from moevlm.export.graph.weights import Weight, slices
 from moevlm.export.writing.model_file import PAGE, Progress
 from moevlm.export.writing.streamed_file import StreamedFile
+from moevlm.runtime.bundle import safetensors
 from moevlm.runtime.core.dtypes import dtype_of
 from moevlm.runtime.core.errors import BuildError
 
@@ -18,14 +18,7 @@ def tensor_bytes(weight: Weight) -> int:
 
 def header_of(tensors: Mapping[str, Weight]) -> bytes:
     """The file up to its first tensor, which begins at a page."""
-    entries, end = {}, 0
-    for name, weight in tensors.items():
-        begin, end = end, end + tensor_bytes(weight)
-        dtype = dtype_of(weight.dtype).safetensors
-        entries[name] = {"dtype": dtype, "shape": weight.shape, "data_offsets": (begin, end)}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    size = -(-(8 + len(text)) // PAGE) * PAGE - 8
-    return size.to_bytes(8, "little") + text.ljust(size)
+    return safetensors.header_of({name: (dtype_of(w.dtype), w.shape) for name, w in tensors.items()}, PAGE)
 
 
 def write_tensors(tensors: Mapping[str, Weight], file: StreamedFile, progress: Progress | None = None) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, DeviceMemory
 from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
-from moevlm.runtime.bundle.tensor_file import open_tensors
+from moevlm.runtime.bundle.safetensors import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata

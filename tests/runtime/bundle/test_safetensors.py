@@ -8,10 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from moevlm.runtime.bundle.tensor_file import Tensor, open_tensors
+from moevlm.runtime.bundle.safetensors import Tensor, header_of, open_tensors
 from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.dtypes import dtype_of
 from moevlm.runtime.core.errors import BundleError
 
 
@@ -37,7 +38,7 @@ def test_tensors_are_those_that_safetensors_wrote(tmp_path) -> None:
     }
     save_file(tensors, tmp_path / "x.safetensors", {"note": "metadata"})
     found = read(tmp_path / "x.safetensors")
-    assert {name: (t.dtype, t.shape) for name, t in found.items()} == {
+    assert {name: (t.dtype.safetensors, t.shape) for name, t in found.items()} == {
         "a": ("F32", (3, 5)),
         "b": ("BF16", (2, 2)),
         "c": ("I8", (7,)),
@@ -55,23 +56,31 @@ def entry(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("header", "reason"),
     [
-        (b"{", "its header is not JSON"),
-        (b"[" * 100_000, "its header is not JSON"),
-        (b"\xff", "its header is not JSON"),
+        (b"{x", "its header is not valid JSON"),
+        (b"[" * 100_000, "its header is not valid JSON"),
+        (b"\xff\xff", "its header is not valid JSON"),
+        (b'{"x": 1, "x": 2}', "duplicate name x"),
         ([], "not a JSON object"),
-        (entry(dtype="F6"), "x has dtype 'F6' (supported:"),
+        (entry(dtype="F6"), "x has dtype 'F6' (supported: BF16,"),
         (entry(dtype=None), "x has dtype None"),
-        ({"x": 3}, "x has dtype None"),
-        (entry(shape=[2, -1]), "x has no shape"),
-        (entry(shape=[True]), "x has no shape"),
-        (entry(shape="2"), "x has no shape"),
-        (entry(data_offsets=[0]), "no data_offsets"),
-        (entry(data_offsets=[0, 8.0]), "no data_offsets"),
-        (entry(data_offsets=[8, 0]), "x lies at 8 to 0, outside"),
-        (entry(data_offsets=[16, 24]), "x lies at 16 to 24, outside the file's 16 bytes"),
-        (entry(data_offsets=[0, 4]), "x has 4 bytes, its shape [2] of F32 needs 8"),
-        (entry(shape=[1 << 62, 1 << 62]), "x has 8 bytes"),
-        (entry() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}, "x and y overlap"),
+        ({"x": 3}, "tensor x needs exactly the fields"),
+        (entry(more=1), "tensor x needs exactly the fields"),
+        (entry(shape=[2, -1]), "x has shape [2, -1]"),
+        (entry(shape=[True]), "x has shape [True]"),
+        (entry(shape="2"), "x has shape '2'"),
+        (entry(shape=[1] * 17), "x has shape"),
+        (entry(data_offsets=[0]), "x has data_offsets [0]"),
+        (entry(data_offsets=[0, 8.0]), "x has data_offsets [0, 8.0]"),
+        (entry(data_offsets=[8, 0]), "x, F32 [2], needs 8 bytes, its data_offsets are [8, 0]"),
+        (entry(data_offsets=[16, 24]), "x begins at data byte 16, the one before it ends at 0"),
+        (entry(data_offsets=[0, 4]), "x, F32 [2], needs 8 bytes"),
+        (entry(shape=[1 << 62, 1 << 62]), "needs"),
+        (entry(), "there are bytes that belong to no tensor"),
+        (entry(shape=[8], data_offsets=[0, 32]), "the file is truncated"),
+        (
+            entry() | {"y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+            "y begins at data byte 4, the one before it ends at 8",
+        ),
     ],
 )
 def test_a_header_that_is_not_right_is_refused(tmp_path, header, reason) -> None:
@@ -83,7 +92,18 @@ def test_a_header_that_is_not_right_is_refused(tmp_path, header, reason) -> None
 def test_files_without_a_header_are_refused(tmp_path) -> None:
     for name, data in (("empty", b""), ("short", b"\1\0\0"), ("long", (10**6).to_bytes(8, "little") + b"{}")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(BundleError, match=r"it is empty|does not fit into the file"):
+        with pytest.raises(BundleError, match=r"it is empty|its header length is"):
             read(tmp_path / name)
     with pytest.raises(BundleError, match="absent is missing"):
         read(tmp_path / "absent")
+
+
+def test_a_header_that_was_written_is_read_back_and_ends_where_tensors_may_be_mapped(tmp_path) -> None:
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(5, dtype=np.int8)}
+    header = header_of({name: (dtype_of(array.dtype), array.shape) for name, array in tensors.items()}, 4096)
+    assert len(header) == 4096
+    (tmp_path / "x").write_bytes(header + b"".join(array.tobytes() for array in tensors.values()))
+    for name, tensor in read(tmp_path / "x").items():
+        assert tensor.data.tobytes() == tensors[name].tobytes()
+    for name, array in load_file(tmp_path / "x").items():
+        np.testing.assert_array_equal(array, tensors[name])
