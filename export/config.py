@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import shown
-from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 
 
 @dataclass(frozen=True)
@@ -155,22 +155,25 @@ class ModelConfig:
     def metadata(self) -> ModelMetadata:
         """What the runtime must know, for the manifest."""
         decoder, vision, attention = self.decoder, self.vision, self.decoder.attention
-        moe = list(self.moe.values())
         return ModelMetadata(
             model_type=self.model_type,
             hidden=decoder.hidden,
-            layers=len(decoder.feed_forward),
-            heads=attention.heads,
-            kv_heads=attention.kv_heads,
-            head_dim=attention.head_dim,
             vocabulary=decoder.vocabulary,
             context=decoder.context,
-            experts=moe[0].experts if moe else 0,
-            top_k=moe[0].router.top_k if moe else 0,
-            dense_layers=tuple(i for i in range(len(decoder.feed_forward)) if i not in self.moe),
+            layers=tuple(
+                LayerMetadata(
+                    heads=attention.heads,
+                    kv_heads=attention.kv_heads,
+                    key_dim=attention.head_dim,
+                    value_dim=attention.head_dim,
+                    experts=ffn.experts if isinstance(ffn, MoEConfig) else 0,
+                    top_k=ffn.router.top_k if isinstance(ffn, MoEConfig) else 0,
+                )
+                for ffn in decoder.feed_forward
+            ),
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
-            rope=decoder.rope,
+            ropes=(decoder.rope,),
             vision=VisionMetadata(
                 patch_size=vision.patch_size,
                 temporal_patch_size=vision.temporal_patch_size,

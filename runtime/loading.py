@@ -88,7 +88,7 @@ def load_engine(
         threads = cores()  # ONNX Runtime counts the cores that it sees, not the time on them that it gets
     vision, decoder = open_graphs(bundle, name, progress)
     return OrtEngine(
-        vision, decoder, bundle.manifest.model, threads, spinning=spinning, operators=operators_for(engine)
+        vision, decoder, bundle.manifest.model, engine, threads, spinning=spinning, operators=operators_for(engine)
     )
 
 
@@ -129,7 +129,7 @@ def _tensorrt_engine(
     vision, decoder = (
         PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
     )
-    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, metadata)
+    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine.states, metadata)
 
 
 @contextmanager

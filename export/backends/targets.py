@@ -13,6 +13,7 @@ from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.backends.ort.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.backends.sizes import ANY_SIZE, Sizes
+from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt.names import plan_targets
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.target import PlanTarget
@@ -76,7 +77,7 @@ class Target:
         passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
         return replace(self, sparsity=sparsity, passes=passes)
 
-    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model]) -> EngineMetadata:
+    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model], model: ModelMetadata) -> EngineMetadata:
         """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
         return EngineMetadata(
@@ -84,7 +85,7 @@ class Target:
             decoder=decoder,
             dtype=self.dtype,
             block_size=self.block,
-            kv_cache=self.kv_cache,
+            states=kept(model, self.kv_cache),
             operators=self.operators,
             sparsity=self.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
@@ -103,7 +104,7 @@ class Target:
         lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
         for name, graph in lowered.items():
             writer.add_model(graph, self.path(name), partial(progress, f"writing {self.name} {name}"))
-        return self.metadata(cost(canonical, lowered, model.vision.merge_size), canonical)
+        return self.metadata(cost(canonical, lowered, model.vision.merge_size), canonical, model)
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""

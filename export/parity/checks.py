@@ -178,7 +178,7 @@ def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
 
 def hidden_states(expected: Expected, taps: Taps) -> list[Array]:
     """Per layer [tokens, H]: the residual stream behind it."""
-    return [taps.values[f"layers.{i}.hidden"] for i in range(expected.metadata.layers)]
+    return [taps.values[f"layers.{i}.hidden"] for i in range(len(expected.metadata.layers))]
 
 
 def _hidden(expected: Expected, step: str, taps: Taps, limit: float) -> Check:

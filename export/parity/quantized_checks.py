@@ -160,5 +160,5 @@ def _inside(expected: Expected, step: str, sequences: list[Sequence]) -> Iterato
         note = f"widest margin {max(margins):.1e}, median {np.median(margins):.1e}"
     share = len(flips) / sum(map(len, expected.routing))
     yield Cost(step, "share of routings that differ", share, note, flips)
-    last = f"layers.{expected.metadata.layers - 1}.hidden"
+    last = f"layers.{len(expected.metadata.layers) - 1}.hidden"
     yield Cost(step, "last hidden states", rms_error(taps[last], expected.hidden[-1]))

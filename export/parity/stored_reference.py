@@ -86,11 +86,15 @@ def answer(
     size, length = len(case.prompt.ids), len(case.whole.ids)
     batch = Batch(engine, metadata, [case.whole], visual, cache_capacity(length, metadata.context))
     logits = batch.prefill(every_position=True)
-    taps, sparse = engine.taps, model.config.moe_layers
+    taps, sparse, every = engine.taps, model.config.moe_layers, range(len(metadata.layers))
     embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
     deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
     routing, router_logits, hidden = (
         [taps[f"layers.{i}.{name}"][:size] for i in layers]
-        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", range(metadata.layers)))
+        for name, layers in (
+            ("expert_index", sparse),
+            ("router_logits", sparse),
+            ("hidden", every),
+        )
     )
     return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden

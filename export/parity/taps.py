@@ -53,6 +53,7 @@ class TappedEngine:
             vision,
             replace(decoder, data=graph.SerializeToString()),
             bundle.manifest.model,
+            engine,
             operators=operators_for(engine),
         )
         self.taps: dict[str, np.ndarray] = {}

@@ -15,7 +15,7 @@ from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.gpus import sm_of
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, FileMetadata, Manifest, digest_of
-from moevlm.runtime.core.manifest_limits import check_facts
+from moevlm.runtime.core.manifest_limits import check_metadata
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"
@@ -47,7 +47,7 @@ class Bundle:
         directory = Path(path)
         bundle = cls(directory, _read_manifest(directory))
         bundle._check_manifest()
-        check_facts(bundle.manifest)
+        check_metadata(bundle.manifest)
         bundle._refuse_strangers()
         return bundle
 
@@ -238,8 +238,12 @@ def _read_manifest(directory: Path) -> Manifest:
         data = file.read(MAX_MANIFEST_BYTES)
     try:
         version = msgspec.json.decode(data, type=_Version).schema
-        if version != SCHEMA:
-            raise BundleError(f"{path}: schema = {version} (supported: {SCHEMA}); export the bundle again")
+        if version > SCHEMA:
+            raise BundleError(f"{path}: schema = {version} (supported: {SCHEMA}): a newer moevlm made it")
+        if version < SCHEMA:
+            raise BundleError(
+                f"{path}: schema = {version} (supported: {SCHEMA}): build it again from its checkpoint (moevlm build)"
+            )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{path}: {error}") from None

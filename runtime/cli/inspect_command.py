@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,24 @@ def _parameters(model: ModelMetadata) -> str:
     return f", {count_text(model.parameters)} parameters, {count_text(model.active_parameters)} active for a token"
 
 
+def _experts(model: ModelMetadata) -> str:
+    """47 sparse, top 8 of 128 experts"""
+    sparse = [layer for layer in model.layers if layer.experts]
+    kinds = dict.fromkeys(f"top {layer.top_k} of {layer.experts} experts" for layer in sparse)
+    return ", ".join((f"{len(sparse)} sparse", *kinds))
+
+
+def _attention(model: ModelMetadata) -> str:
+    """32 heads on 4 key-value heads of 128; where layers differ, how many are of each kind."""
+    kinds: Counter[str] = Counter()
+    for layer in model.layers:
+        size = str(layer.key_dim) if layer.value_dim == layer.key_dim else f"{layer.key_dim} and {layer.value_dim}"
+        window = f", window {layer.window}" if layer.window else ""
+        text = f"{layer.heads} heads on {layer.kv_heads} key-value heads of {size}{window}" if layer.heads else "none"
+        kinds[text] += 1
+    return next(iter(kinds)) if len(kinds) == 1 else "; ".join(f"{n} layers: {text}" for text, n in kinds.items())
+
+
 def _metadata(manifest: Manifest, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import bytes_text, table
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
@@ -69,11 +88,10 @@ def _metadata(manifest: Manifest, report: InspectReport) -> str:
 
     model = manifest.model
     sampling = SamplingParams(**{name: getattr(report.sampling, name) for name in FIELDS})
-    sparse = f"{model.layers - len(model.dense_layers)} sparse, top {model.top_k} of {model.experts} experts"
     rows = [
         ("model", f"{model.model_type}{_parameters(model)}"),
-        ("decoder", f"{model.layers} layers of width {model.hidden}, {sparse}"),
-        ("attention", f"{model.heads} heads on {model.kv_heads} key-value heads of {model.head_dim}"),
+        ("decoder", f"{len(model.layers)} layers of width {model.hidden}, {_experts(model)}"),
+        ("attention", _attention(model)),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
         ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
         ("sampling", sampling_text(sampling)),

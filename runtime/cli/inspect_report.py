@@ -78,7 +78,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 parity=_verdict(manifest.parity.get(name)),
                 block_size=engine.block_size,
                 kv_cache=engine.kv_cache,
-                cache_bytes_per_token=cache_bytes_per_token(manifest.model, engine),
+                cache_bytes_per_token=cache_bytes_per_token(engine),
                 built=engine.built,
                 sparsity=engine.sparsity,
                 tensorrt=engine.tensorrt,

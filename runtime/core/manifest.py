@@ -5,9 +5,9 @@ from typing import Any
 
 import msgspec
 
-SCHEMA = 1
-CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a value in a KV cache
-SCALE_BYTES = 4  # an int8 cache keeps a float32 scale behind the values of each token and head
+from moevlm.runtime.core.states import PagedKV, StateSpec
+
+SCHEMA = 2
 
 
 class _Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -15,7 +15,7 @@ class _Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 
 
 class RopeMetadata(_Metadata, frozen=True):
-    """Rotary embedding of the decoder.
+    """Rotary embedding of the decoder's layers of one rope group.
 
     dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
     (time, height, width) axes; interleaved: t,h,w,t,h,w,... (Qwen3-VL) instead of one block per axis (GLM-4V).
@@ -46,27 +46,38 @@ class VisionMetadata(_Metadata, frozen=True):
     deepstack: int
 
 
+class LayerMetadata(_Metadata, frozen=True):
+    """Shapes of one decoder layer.
+
+    heads: of queries; 0, as all that follow, for a layer without attention. kv_heads: of keys and values. key_dim,
+    value_dim: of a head. window: tokens that a query sees, itself included; 0 for all before it.
+    experts: routed ones; 0 for a dense layer. top_k: experts that a token is sent to.
+    """
+
+    heads: int = 0
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    window: int = 0
+    experts: int = 0
+    top_k: int = 0
+
+
 class ModelMetadata(_Metadata, frozen=True):
-    """Shapes and token ids. dense_layers: layers without experts.
+    """Shapes and token ids. ropes: of rope groups 0, 1, ...
 
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
-    everything else. Both 0 in bundles older than these fields.
+    everything else.
     """
 
     model_type: str
     hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
     vocabulary: int
     context: int
-    experts: int
-    top_k: int
-    dense_layers: tuple[int, ...]
+    layers: tuple[LayerMetadata, ...]
     eos_token_ids: tuple[int, ...]
     image_token_id: int
-    rope: RopeMetadata
+    ropes: tuple[RopeMetadata, ...]
     vision: VisionMetadata
     parameters: int = 0
     active_parameters: int = 0
@@ -127,26 +138,36 @@ class TensorRTMetadata(_Metadata, frozen=True):
 
 
 class EngineMetadata(_Metadata, frozen=True):
-    """One engine: its graphs as paths inside the bundle, the dtype of its weights and of its KV cache.
+    """One engine: its graphs as paths inside the bundle, and the dtype of its weights.
 
+    states: what a sequence keeps between steps, layer by layer.
+    page_size: tokens of a page of its caches; 0 where a step has one sequence, and that lies in one page.
+    row_independent: a token's numbers have the same bits whatever else is in its step.
     block_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
     sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
-    cost: None in bundles older than this field. tensorrt: None for an engine on ONNX Runtime.
-    built: date and time of the build, UTC, as in 2026-11-27T10:30:00Z; "" in bundles older than this field.
+    cost: None where it is not known. tensorrt: None for an engine on ONNX Runtime.
+    built: date and time of the build, UTC, as in 2026-11-27T10:30:00Z.
     """
 
     vision: str
     decoder: str
     dtype: str
+    states: tuple[StateSpec, ...]
+    page_size: int = 0
+    row_independent: bool = False
     block_size: int = 0
-    kv_cache: str = "float32"
     operators: str = ""
     sparsity: str = ""
     pruned_weights: int = 0
     cost: CostMetadata | None = None
     tensorrt: TensorRTMetadata | None = None
     built: str = ""
+
+    @property
+    def kv_cache(self) -> str:
+        """The dtype of keys and values; "" without attention."""
+        return next((state.dtype for state in self.states if isinstance(state, PagedKV)), "")
 
 
 class Manifest(_Metadata, frozen=True):

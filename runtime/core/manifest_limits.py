@@ -1,10 +1,12 @@
 """Limits of the values in a manifest: the runtime computes with them before an engine could object."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from moevlm.runtime.core.errors import BundleError, shown
-from moevlm.runtime.core.manifest import CACHE_BYTES, Manifest, TensorRTMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, Manifest, RopeMetadata, TensorRTMetadata
+from moevlm.runtime.core.states import STATE_DTYPES, PagedKV, StateSpec
 
 _SIZE = (1, 1 << 20)
 _TOKENS = (1, 1 << 30)
@@ -13,16 +15,8 @@ _COUNT = (0, 1 << 62)
 _THETA = (1e-3, 1e30)
 _MODEL: dict[str, tuple[float, float]] = {
     "hidden": _SIZE,
-    "layers": (1, 1 << 14),
-    "heads": (1, 1 << 16),
-    "kv_heads": (1, 1 << 16),
-    "head_dim": (1, 1 << 16),
     "vocabulary": (1, 1 << 26),
     "context": _TOKENS,
-    "experts": (1, 1 << 16),
-    "top_k": (1, 1 << 16),
-    "rope.dim": (2, 1 << 16),
-    "rope.theta": _THETA,
     "vision.patch_size": (1, 1 << 10),
     "vision.temporal_patch_size": (1, 1 << 6),
     "vision.merge_size": (1, 1 << 6),
@@ -32,6 +26,19 @@ _MODEL: dict[str, tuple[float, float]] = {
     "vision.position_grid": (1, 1 << 14),
     "vision.deepstack": (0, 1 << 10),
 }
+_LAYERS = (1, 1 << 14)
+_WINDOW = (0, 1 << 30)
+_LAYER: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("heads", "kv_heads", "key_dim", "value_dim", "experts", "top_k"), (0, 1 << 16)),
+    "window": _WINDOW,
+}
+_ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA}
+_ROPES = (1, 1 << 10)
+_PAGED: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("kv_heads", "key_dim", "value_dim"), (1, 1 << 16)),
+    "window": _WINDOW,
+}
+_ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
     "max_batch": _SIZE,
     "chunk_tokens": _TOKENS,
@@ -44,7 +51,7 @@ _PATCH_VALUES = 1 << 22  # numbers of one patch
 _RESAMPLINGS = ("bicubic", "bilinear")
 
 
-def check_facts(manifest: Manifest) -> None:
+def check_metadata(manifest: Manifest) -> None:
     """Raise BundleError, naming the field, its value and what is allowed, for a number that no model has."""
     for field, value, allowed in _refused(manifest):
         raise BundleError(f"unsupported value in manifest.json: {field} = {shown(value)} (allowed: {allowed})")
@@ -57,21 +64,19 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     for field, ids, (low, high) in (
         ("eos_token_ids", model.eos_token_ids, _ID),
         ("image_token_id", (model.image_token_id,), (0, model.vocabulary - 1)),
-        ("dense_layers", model.dense_layers, (0, model.layers - 1)),
     ):
         for number in ids:
             if not low <= number <= high:
                 yield f"model.{field}", number, f"{low} to {high}"
-    rope, vision = model.rope, model.vision
-    if model.heads % model.kv_heads:
-        yield "model.kv_heads", model.kv_heads, f"a divisor of heads = {model.heads}"
-    if model.top_k > model.experts:
-        yield "model.top_k", model.top_k, f"up to experts = {model.experts}"
-    if rope.dim > model.head_dim:
-        yield "model.rope.dim", rope.dim, f"up to head_dim = {model.head_dim}"
-    pairs = (rope.dim + 1) // 2
-    if min(rope.sections) < 0 or not rope.dim // 2 <= sum(rope.sections) <= pairs:
-        yield "model.rope.sections", list(rope.sections), f"three numbers that add up to dim / 2 = {pairs}"
+    for field, entries, (low, high) in (("layers", model.layers, _LAYERS), ("ropes", model.ropes, _ROPES)):
+        if not low <= len(entries) <= high:
+            yield f"the number of model.{field}", len(entries), f"{low} to {high}"
+    for i, layer in enumerate(model.layers):
+        yield from _layer(f"model.layers[{i}]", layer)
+    widest = max(layer.key_dim for layer in model.layers)
+    for i, rope in enumerate(model.ropes):
+        yield from _rope(f"model.ropes[{i}]", rope, widest)
+    vision = model.vision
     if vision.position_resampling not in _RESAMPLINGS:
         yield "model.vision.position_resampling", vision.position_resampling, ", ".join(_RESAMPLINGS)
     patch = vision.channels * vision.temporal_patch_size * vision.patch_size**2
@@ -79,13 +84,46 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
         yield "model.vision.patch_size", vision.patch_size, f"patches of up to {_PATCH_VALUES} numbers"
     for name, engine in manifest.engines.items():
         where = f"engines.{name}"
-        yield from _outside(where, engine, {"block_size": (0, 1 << 16), "pruned_weights": _COUNT})
-        if engine.kv_cache not in CACHE_BYTES:
-            yield f"{where}.kv_cache", engine.kv_cache, ", ".join(CACHE_BYTES)
+        yield from _outside(where, engine, {
+            "block_size": (0, 1 << 16),
+            "page_size": (0, 1 << 16),
+            "pruned_weights": _COUNT,
+        })  # fmt: skip
+        if engine.page_size and engine.page_size & (engine.page_size - 1):
+            yield f"{where}.page_size", engine.page_size, "0, or a power of two"
+        for i, state in enumerate(engine.states):
+            yield from _state(f"{where}.states[{i}]", state, len(model.layers))
         if engine.cost is not None:
             yield from _outside(f"{where}.cost", engine.cost, dict.fromkeys(engine.cost.__struct_fields__, _COUNT))
         if engine.tensorrt is not None:
             yield from _plans(f"{where}.tensorrt", engine.tensorrt)
+
+
+def _layer(where: str, layer: LayerMetadata) -> Iterator[tuple[str, Any, str]]:
+    yield from _outside(where, layer, _LAYER)
+    if layer.heads and (not 1 <= layer.kv_heads <= layer.heads or layer.heads % layer.kv_heads):
+        yield f"{where}.kv_heads", layer.kv_heads, f"a divisor of heads = {layer.heads}"
+    if layer.top_k > layer.experts or (layer.experts and not layer.top_k):
+        yield f"{where}.top_k", layer.top_k, f"1 to experts = {layer.experts}" if layer.experts else "0 without experts"
+
+
+def _rope(where: str, rope: RopeMetadata, widest: int) -> Iterator[tuple[str, Any, str]]:
+    yield from _outside(where, rope, _ROPE)
+    if rope.dim > widest:
+        yield f"{where}.dim", rope.dim, f"up to the largest key_dim = {widest}"
+    pairs = (rope.dim + 1) // 2
+    if min(rope.sections) < 0 or not rope.dim // 2 <= sum(rope.sections) <= pairs:
+        yield f"{where}.sections", list(rope.sections), f"three numbers that add up to dim / 2 = {pairs}"
+
+
+def _state(where: str, state: StateSpec, layers: int) -> Iterator[tuple[str, Any, str]]:
+    yield from _outside(where, state, {"layer": (0, layers - 1)})
+    if state.dtype not in STATE_DTYPES:
+        yield f"{where}.dtype", state.dtype, ", ".join(STATE_DTYPES)
+    if isinstance(state, PagedKV):
+        yield from _outside(where, state, _PAGED)
+    elif not state.shape or min(state.shape) < 1 or math.prod(state.shape) > _ELEMENTS:
+        yield f"{where}.shape", list(state.shape), f"sizes of 1 or more, up to {_ELEMENTS} elements"
 
 
 def _plans(where: str, metadata: TensorRTMetadata) -> Iterator[tuple[str, Any, str]]:

@@ -9,7 +9,8 @@ import msgspec
 from moevlm.runtime.core.dtypes import DTYPES
 
 PAGE_SIZE = 64  # tokens; a power of two, and every kernel takes its keys in blocks that pages divide
-_SCALE_BYTES = 4  # an int8 cache keeps a float32 scale beside the values of each token and head
+STATE_DTYPES = ("float32", "bfloat16", "float16", "int8")
+SCALE_BYTES = 4  # an int8 cache keeps a float32 scale beside the values of each token and head
 
 
 class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="paged_kv"):
@@ -31,7 +32,7 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     @property
     def widths(self) -> dict[str, int]:
         """Elements of a token and head in each cache, an int8 scale included, by the name of the graph's input."""
-        scale = _SCALE_BYTES if self.dtype == "int8" else 0
+        scale = SCALE_BYTES if self.dtype == "int8" else 0
         widths = {f"key_cache.{self.layer}": self.key_dim + scale}
         if not self.value_in_key:
             widths[f"value_cache.{self.layer}"] = self.value_dim + scale

@@ -51,14 +51,14 @@ class Batch:
             raise EngineError(f"{0 if visual is None else len(visual.embeds)} visual features for {rows} image tokens")
         self._engine = engine
         self._cancellation = cancellation or Cancellation()
-        self._rope = model.rope
+        self._rope = model.ropes[0]
         self._prompts = tuple(prompts)
         self._visual = visual
         self._cache: Cache | None = engine.new_cache(len(prompts), capacity)
         self._prompt_lengths = np.array([len(prompt.ids) for prompt in prompts], dtype=np.int64)
         self._next_positions = np.array([prompt.next_position for prompt in prompts], dtype=np.int64)
         self._lengths = np.zeros(len(prompts), dtype=np.int64)
-        self._steps = _DecodeSteps(model.rope, self._next_positions)
+        self._steps = _DecodeSteps(model.ropes[0], self._next_positions)
 
     @property
     def lengths(self) -> np.ndarray:

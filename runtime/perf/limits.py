@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import CACHE_BYTES, SCALE_BYTES, CostMetadata, EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, LayerMetadata, ModelMetadata
+from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.perf.latency_report import Limit
 from moevlm.runtime.perf.machine import GpuMachine, Machine
 
@@ -32,20 +33,21 @@ def vision_work(cost: CostMetadata, patches: list[int]) -> Work:
 
 def prefill_work(model: ModelMetadata, cost: CostMetadata, tokens: int) -> Work:
     """A prompt of `tokens` in one pass, logits of the last position."""
-    active = model.top_k * cost.expert_macs + cost.dense_macs
+    active = _experts_used(model) * cost.expert_macs + cost.dense_macs
     return Work(
         cost.dense_bytes + cost.head_bytes + _experts_read(model, tokens) * cost.expert_bytes,
         tokens * active + cost.head_macs,
-        _attention(model, tokens * (tokens + 1) / 2),
+        sum(_pair_macs(layer) * _causal_pairs(tokens, layer.window) for layer in model.layers),
     )
 
 
 def decode_work(model: ModelMetadata, engine: EngineMetadata, cost: CostMetadata, context: int, batch: int = 1) -> Work:
     """One more token for each of `batch` sequences that have `context` tokens already."""
-    active = model.top_k * cost.expert_macs + cost.dense_macs + cost.head_macs
-    cached = cache_bytes_per_token(model, engine) * context
+    active = _experts_used(model) * cost.expert_macs + cost.dense_macs + cost.head_macs
+    cached = sum(_state_bytes(state, context) for state in engine.states)
+    attention = sum(_pair_macs(layer) * _seen(context + 1, layer.window) for layer in model.layers)
     weights = cost.dense_bytes + cost.head_bytes + _experts_read(model, batch) * cost.expert_bytes
-    return Work(weights + batch * cached, batch * active, batch * _attention(model, context + 1))
+    return Work(weights + batch * cached, batch * active, batch * attention)
 
 
 def limit(work: Work, machine: Machine | GpuMachine, engine: EngineMetadata, seconds: float) -> Limit:
@@ -69,20 +71,40 @@ def limit(work: Work, machine: Machine | GpuMachine, engine: EngineMetadata, sec
     )
 
 
-def cache_bytes_per_token(model: ModelMetadata, engine: EngineMetadata) -> int:
+def cache_bytes_per_token(engine: EngineMetadata) -> int:
     """Keys and values of all layers, with the scales of an int8 cache."""
-    scale = SCALE_BYTES if engine.kv_cache == "int8" else 0
-    width = CACHE_BYTES[engine.kv_cache] * model.head_dim + scale
-    return 2 * model.layers * model.kv_heads * width
+    return sum(state.token_bytes for state in engine.states if isinstance(state, PagedKV))
+
+
+def _state_bytes(state: StateSpec, context: int) -> int:
+    """Bytes of a layer's state that one more token reads."""
+    if isinstance(state, PagedKV):
+        return state.token_bytes * _seen(context, state.window)
+    return state.row_bytes
+
+
+def _experts_used(model: ModelMetadata) -> float:
+    """Experts of a sparse layer that a token is sent to, on average."""
+    return float(np.mean([layer.top_k for layer in model.layers if layer.experts] or [0]))
 
 
 def _experts_read(model: ModelMetadata, tokens: int) -> float:
-    """How many of a layer's experts `tokens` random tokens need, on average."""
-    if not model.experts:
-        return 0
-    return float(model.experts * (1 - np.power(1 - model.top_k / model.experts, tokens)))
+    """How many of a sparse layer's experts `tokens` random tokens need, on average."""
+    sparse = [layer for layer in model.layers if layer.experts]
+    return float(np.mean([n.experts * (1 - np.power(1 - n.top_k / n.experts, tokens)) for n in sparse] or [0]))
 
 
-def _attention(model: ModelMetadata, pairs: float) -> float:
-    """Multiply-adds of `pairs` of a query and a key: the score, and the weighted value."""
-    return 2 * pairs * model.layers * model.heads * model.head_dim
+def _pair_macs(layer: LayerMetadata) -> int:
+    """Multiply-adds of a query and a key in all heads: the score, and the weighted value."""
+    return layer.heads * (layer.key_dim + layer.value_dim)
+
+
+def _seen(tokens: int, window: int) -> int:
+    """Of `tokens` up to a query, itself included, those that it sees."""
+    return min(tokens, window) if window else tokens
+
+
+def _causal_pairs(tokens: int, window: int) -> float:
+    """Pairs of a query and a key that it sees, in a prompt."""
+    full = _seen(tokens, window)
+    return full * (full + 1) / 2 + (tokens - full) * full

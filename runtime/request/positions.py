@@ -107,7 +107,7 @@ def _frequency_axis(rope: RopeMetadata) -> np.ndarray:
         return axis
     if sum(rope.sections) != count:
         raise BundleError(
-            f"unsupported value in manifest.json: model.rope.sections = {list(rope.sections)} "
+            f"unsupported value in manifest.json: model.ropes.sections = {list(rope.sections)} "
             f"(supported: three numbers that add up to dim / 2 = {count})"
         )
     return np.repeat(np.arange(3), rope.sections)

@@ -19,6 +19,8 @@ from moevlm.export.passes.base import CONTRIB
 from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError, CheckpointError, MoevlmError, UnsupportedModelError
+from moevlm.runtime.core.manifest import LayerMetadata
+from moevlm.runtime.core.states import PagedKV
 from tests.support.command_line import assert_refused, call
 from tests.support.tiny import END, STOP, edit_json, edit_tensors
 
@@ -74,8 +76,10 @@ def test_each_target_writes_its_engine_and_the_canonical_graphs(
 def test_manifest_says_what_the_runtime_needs(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     model = manifest.model
-    assert (model.model_type, model.layers, model.heads, model.kv_heads) == ("qwen3_vl_moe", 2, 4, 2)
-    assert (model.experts, model.top_k, model.dense_layers, model.context) == (8, 2, (), 512)
+    layer = LayerMetadata(heads=4, kv_heads=2, key_dim=16, value_dim=16, experts=8, top_k=2)
+    assert (model.model_type, model.layers, model.context) == ("qwen3_vl_moe", (layer, layer), 512)
+    states = tuple(PagedKV(layer=i, kv_heads=2, key_dim=16, value_dim=16) for i in range(2))
+    assert all(engine.states == states for engine in manifest.engines.values())
     assert (model.vision.position_grid, model.vision.deepstack, model.vision.merge_size) == (5, 2, 2)
     assert model.eos_token_ids == (STOP, END)
     assert set(manifest.source) == {"config.json", "model.safetensors"}

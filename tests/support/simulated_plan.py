@@ -44,10 +44,12 @@ class SimulatedPlan:
         return VisualFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
 
     def new_cache(self, batch: int, capacity: int) -> SimulatedCache:
-        model = self._model
-        shape = (batch, model.kv_heads, self._capacity, model.head_dim)
-        names = [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
-        return SimulatedCache(batch, capacity, {name: np.zeros(shape, np.float32) for name in names})
+        arrays = {
+            name: np.zeros((batch, layer.kv_heads, self._capacity, width), np.float32)
+            for i, layer in enumerate(self._model.layers)
+            for name, width in ((f"key_cache.{i}", layer.key_dim), (f"value_cache.{i}", layer.value_dim))
+        }
+        return SimulatedCache(batch, capacity, arrays)
 
     def forward(self, step: Step, visual: VisualFeatures | None, cache: SimulatedCache, *_: object) -> np.ndarray:
         model = self._model

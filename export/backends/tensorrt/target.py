@@ -9,6 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from moevlm.export.backends.sizes import ANY_SIZE, Sizes
+from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt import worker
 from moevlm.export.backends.tensorrt.kernels_file import kernels_json
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
@@ -106,7 +107,7 @@ class PlanTarget:
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
             block_size=o.block if o.weights else 0,
-            kv_cache=o.activations,
+            states=kept(model, o.activations),
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
             cost=cost(canonical, graphs, merge),

@@ -13,7 +13,8 @@ from moevlm.runtime.backends.ort.graph_check import check_decoder_graph, check_v
 from moevlm.runtime.backends.ort.library import onnxruntime
 from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.core.errors import EngineError, one_line
-from moevlm.runtime.core.manifest import SCALE_BYTES, ModelMetadata
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.states import PagedKV, output_name
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures, check_cache, check_step, check_vision
 
@@ -57,6 +58,7 @@ class OrtEngine:
         vision: GraphFile,
         decoder: GraphFile,
         model: ModelMetadata,
+        metadata: EngineMetadata,
         threads: int | None = None,
         *,
         spinning: bool = True,
@@ -72,7 +74,8 @@ class OrtEngine:
         for mapped in (*vision.maps, *decoder.maps):
             mapped.forget()  # kernels that pack their weights have read them for the last time
         check_vision_graph(self._vision.inference, model)
-        self._cache_dtype = check_decoder_graph(self._decoder.inference, model)
+        check_decoder_graph(self._decoder.inference, model, metadata.states)
+        self._states = metadata.states
         self._deepstack = model.vision.deepstack
         # A step without images still feeds one row, which no visual_index points at.
         self._no_visual = VisualFeatures(
@@ -80,11 +83,6 @@ class OrtEngine:
         )
         outputs = [value.name for value in self._decoder.inference.get_outputs()]
         self._taps = [name for name in outputs if name != "logits" and "_cache_out." not in name]
-
-    @property
-    def _cache_scale(self) -> int:
-        """Bytes behind the values of a token and head."""
-        return SCALE_BYTES if self._cache_dtype == np.int8 else 0
 
     def _session(self, graph: GraphFile, threads: int | None) -> _Session:
         options = self._ort.SessionOptions()
@@ -120,16 +118,16 @@ class OrtEngine:
         """An empty cache of two buffers per layer: float32 [batch, kv_heads, capacity, head_dim], or int8 and wider."""
         session = _opened(self._decoder)
         check_cache(batch, capacity)
-        model = self._model
-        shape = (batch, model.kv_heads, capacity, model.head_dim + self._cache_scale)
         binding = session.inference.io_binding()
         for name in ("logits", *self._taps):  # first, so that they lead the list of outputs
             binding.bind_output(name)
-        for i in range(model.layers):
-            for kind in ("key", "value"):
-                buffer = self._ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, self._cache_dtype))
-                binding.bind_ortvalue_input(f"{kind}_cache.{i}", buffer)
-                binding.bind_ortvalue_output(f"{kind}_cache_out.{i}", buffer)
+        for state in self._states:
+            assert isinstance(state, PagedKV)
+            for name, width in state.widths.items():
+                zeros = np.zeros((batch, state.kv_heads, capacity, width), state.dtype)
+                buffer = self._ort.OrtValue.ortvalue_from_numpy(zeros)
+                binding.bind_ortvalue_input(name, buffer)
+                binding.bind_ortvalue_output(output_name(name), buffer)
         return OrtCache(batch, capacity, binding, session)
 
     def forward(

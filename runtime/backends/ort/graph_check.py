@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import SCALE_BYTES, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
 
-_FLOAT, _INT64, _INT8 = "tensor(float)", "tensor(int64)", "tensor(int8)"
+_FLOAT, _INT64 = "tensor(float)", "tensor(int64)"
+_DTYPES = {"float32": _FLOAT, "int8": "tensor(int8)"}  # of states
 _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
 
 # Dtype as ONNX Runtime names it, and sizes; None for one that differs from step to step.
@@ -31,15 +31,11 @@ def check_vision_graph(session: Any, model: ModelMetadata) -> None:
     _require("vision", "output", session.get_outputs(), _features(model))
 
 
-def check_decoder_graph(session: Any, model: ModelMetadata) -> np.dtype:
-    """The dtype of the KV cache. Raises EngineError as `check_vision_graph`; more outputs are allowed."""
-    inputs = {value.name: value for value in session.get_inputs()}
-    on_bytes = "key_cache.0" in inputs and inputs["key_cache.0"].type == _INT8
-    width = model.head_dim + (SCALE_BYTES if on_bytes else 0)
-    cache: Shape = (_INT8 if on_bytes else _FLOAT, (None, model.kv_heads, None, width))
-    kinds = [f"{kind}_cache{{}}.{i}" for i in range(model.layers) for kind in ("key", "value")]
-    pairs = (model.rope.dim + 1) // 2
-    _require("decoder", "input", inputs.values(), {
+def check_decoder_graph(session: Any, model: ModelMetadata, states: tuple[StateSpec, ...]) -> None:
+    """Raises EngineError as `check_vision_graph`; more outputs are allowed."""
+    kept = _states(states)
+    pairs = (model.ropes[0].dim + 1) // 2
+    _require("decoder", "input", session.get_inputs(), {
         "input_ids": (_INT64, (None, None)),
         "visual_index": (_INT64, (None, None)),
         "rope_cos": (_FLOAT, (None, None, pairs)),
@@ -47,12 +43,24 @@ def check_decoder_graph(session: Any, model: ModelMetadata) -> np.dtype:
         "cache_position": (_INT64, (None,)),
         "logits_index": (_INT64, (None,)),
         **_features(model),
-        **{kind.format(""): cache for kind in kinds},
+        **kept,
     })  # fmt: skip
-    outputs = {"logits": (_FLOAT, (None, model.vocabulary)), **{kind.format("_out"): cache for kind in kinds}}
+    outputs = {"logits": (_FLOAT, (None, model.vocabulary)), **{output_name(name): kept[name] for name in kept}}
     given = [value for value in session.get_outputs() if value.name in outputs]
     _require("decoder", "output", given, outputs)
-    return np.dtype(np.int8 if on_bytes else np.float32)
+
+
+def _states(states: tuple[StateSpec, ...]) -> dict[str, Shape]:
+    """Inputs of the decoder that its outputs replace."""
+    kept: dict[str, Shape] = {}
+    for state in states:
+        if state.dtype not in _DTYPES:
+            raise EngineError(f"the engine keeps {state.dtype} (supported: {', '.join(_DTYPES)})")
+        if isinstance(state, PagedKV):
+            kept |= {name: (_DTYPES[state.dtype], (None, state.kv_heads, None, n)) for name, n in state.widths.items()}
+        else:
+            kept[state.tensor] = _DTYPES[state.dtype], (None, *state.shape)
+    return kept
 
 
 def _features(model: ModelMetadata) -> dict[str, Shape]:

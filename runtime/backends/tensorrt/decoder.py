@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
@@ -14,6 +15,7 @@ from moevlm.runtime.bundle.safetensors import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
 from moevlm.runtime.engine.protocol import Step, VisualFeatures
 
 PREFILL, DECODE = 0, 1  # profiles
@@ -40,13 +42,19 @@ class Decoder:
     """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
 
     def __init__(
-        self, plan: Plan, experts: MappedFile | None, model: ModelMetadata, metadata: TensorRTMetadata
+        self,
+        plan: Plan,
+        experts: MappedFile | None,
+        model: ModelMetadata,
+        states: tuple[StateSpec, ...],
+        metadata: TensorRTMetadata,
     ) -> None:
         """experts: a file whose hash was checked, if the plan needs one.
 
         Raises EngineError if it or the plan is not what the metadata say.
         """
         self._plan, self._device, self._model, self._metadata = plan, plan.device, model, metadata
+        self._cache_shapes = _cache_shapes(plan, states, metadata)
         self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
         self._slots: list[Slot] = []
         self._idle: list[Slot] = []
@@ -54,7 +62,7 @@ class Decoder:
         self._fixed: Bindings = {}
         self._resources = ExitStack()
         try:
-            weights = _weights(plan, experts, model)
+            weights = _weights(plan, experts, self._cache_shapes)
             self._require_what_was_said()
             self._fixed = self._upload(weights)
             self._blank = self._allocate_blank()
@@ -138,11 +146,10 @@ class Decoder:
             allowed = ", ".join(ACTIVATIONS)
             raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
         dtype = ACTIVATIONS[metadata.activations][0]
-        cache = (-1, model.kv_heads, metadata.capacity, model.head_dim)
-        for name in _cache_names(model):
-            if (plan.inputs[name], plan.dtypes[name]) != (cache, dtype):
+        for name, shape in self._cache_shapes.items():
+            if (plan.inputs[name], plan.dtypes[name]) != ((-1, *shape), dtype):
                 shown = f"{plan.dtypes[name]} {plan.inputs[name]}"
-                raise EngineError(f"{plan.name} has {name} {shown}, manifest.json says {dtype} {cache}")
+                raise EngineError(f"{plan.name} has {name} {shown}, manifest.json says {dtype} {(-1, *shape)}")
         for what, found, said in (
             ("hidden", plan.inputs["visual_embeds"][1], model.hidden),
             ("vocabulary", plan.outputs["logits"][1], model.vocabulary),
@@ -200,17 +207,17 @@ class Decoder:
         return blank | ({"deepstack_embeds": (memory.address, (self._deepstack, 1, hidden))} if self._deepstack else {})
 
     def _new_slot(self, batch: int) -> Slot:
-        model, metadata = self._model, self._metadata
-        shape = (batch, model.kv_heads, metadata.capacity, model.head_dim)
-        size = int(np.prod(shape)) * ACTIVATIONS[metadata.activations][1]
-        stride = -(-size // ALIGNMENT) * ALIGNMENT
-        names = _cache_names(model)
+        places, end = {}, 0
+        for name, shape in self._cache_shapes.items():
+            places[name] = end
+            size = batch * math.prod(shape) * ACTIVATIONS[self._metadata.activations][1]
+            end += -(-size // ALIGNMENT) * ALIGNMENT
         with ExitStack() as undo:
-            memory = self._device.allocate(stride * len(names))
+            memory = self._device.allocate(end)
             undo.callback(memory.free)
             caches: Bindings = {}
-            for i, name in enumerate(names):
-                caches[name] = caches[name.replace("_cache.", "_cache_out.")] = memory.address + i * stride, shape
+            for name, place in places.items():
+                caches[name] = caches[output_name(name)] = memory.address + place, (batch, *self._cache_shapes[name])
             decode = self._plan.execution(DECODE, graphs=True)
             undo.callback(decode.close)
             self._bind_fixed(decode)
@@ -230,17 +237,22 @@ class Decoder:
             self._slots.clear()
 
 
-def _cache_names(model: ModelMetadata) -> list[str]:
-    return [f"{kind}_cache.{i}" for i in range(model.layers) for kind in ("key", "value")]
+def _cache_shapes(plan: Plan, states: tuple[StateSpec, ...], metadata: TensorRTMetadata) -> dict[str, tuple[int, ...]]:
+    """[kv_heads, capacity, D] of every cache, by the name of the plan's input."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for state in states:
+        if not isinstance(state, PagedKV):
+            raise EngineError(f"{plan.name} keeps {state.tensor} (supported: keys and values)")
+        shapes |= {name: (state.kv_heads, metadata.capacity, width) for name, width in state.widths.items()}
+    return shapes
 
 
-def _weights(plan: Plan, experts: MappedFile | None, model: ModelMetadata) -> dict[str, np.ndarray]:
+def _weights(plan: Plan, experts: MappedFile | None, caches: Iterable[str]) -> dict[str, np.ndarray]:
     """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
-    caches = _cache_names(model)
     step = {"visual_embeds", *Step.__dataclass_fields__}
     for names, given, kind in (
         ((*step, *caches), plan.inputs, "input"),
-        (("logits", *(name.replace("_cache.", "_cache_out.") for name in caches)), plan.outputs, "output"),
+        (("logits", *map(output_name, caches)), plan.outputs, "output"),
     ):
         if missing := sorted(set(names) - set(given)):
             raise EngineError(f"{plan.name} has no {kind} {missing[0]}")

@@ -19,6 +19,7 @@ from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures, check_step, check_vision
 
@@ -53,13 +54,14 @@ class TensorRTEngine:
         decoder: PlanFile,
         experts: MappedFile | None,
         model: ModelMetadata,
+        states: tuple[StateSpec, ...],
         metadata: TensorRTMetadata,
     ) -> None:
         """experts: a file whose hash was checked; None if the plan has all weights.
 
         Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the metadata say.
         """
-        self._model, self._metadata = model, metadata
+        self._model, self._states, self._metadata = model, states, metadata
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()
@@ -92,7 +94,7 @@ class TensorRTEngine:
             resources.callback(scratch.free)
             for plan in plans:
                 plan.scratch = scratch
-        self._decoder = Decoder(plans[0], experts, self._model, metadata)
+        self._decoder = Decoder(plans[0], experts, self._model, self._states, metadata)
         resources.callback(self._decoder.close)
         self._vision = _vision(plans[1])
         resources.callback(self._vision.close)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import Manifest, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata, VisionMetadata
 from tests.support.tiny import edit_json
 
 RNG = np.random.default_rng(7)
@@ -379,15 +379,16 @@ def test_fingerprint_covers_config_and_shards(tmp_path: Path) -> None:
 
 def manifest_of(checkpoint: Checkpoint) -> Manifest:
     rope = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
+    layer = LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4, experts=2, top_k=1)
     vision = VisionMetadata(
         patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
         position_grid=2, position_resampling="bilinear", deepstack=0,
     )  # fmt: skip
     model = ModelMetadata(
-        model_type="toy", hidden=4, layers=1, heads=1, kv_heads=1, head_dim=4, vocabulary=8, context=16, experts=2,
-        top_k=1, dense_layers=(), eos_token_ids=(0,), image_token_id=1, rope=rope, vision=vision,
+        model_type="toy", hidden=4, vocabulary=8, context=16, layers=(layer,), eos_token_ids=(0,),
+        image_token_id=1, ropes=(rope,), vision=vision,
     )  # fmt: skip
-    return Manifest(schema=1, model=model, source=checkpoint.fingerprint(), files={}, engines={}, tools={})
+    return Manifest(schema=2, model=model, source=checkpoint.fingerprint(), files={}, engines={}, tools={})
 
 
 def test_same_source_is_accepted_and_a_flipped_byte_is_not(tmp_path: Path) -> None:

@@ -27,24 +27,32 @@ from moevlm.export.writing.model_file import INLINE_BYTES, PAGE
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError, CheckpointError, ExportError
-from moevlm.runtime.core.manifest import EngineMetadata, Manifest, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import (
+    EngineMetadata,
+    LayerMetadata,
+    Manifest,
+    ModelMetadata,
+    RopeMetadata,
+    VisionMetadata,
+)
 
 RNG = np.random.default_rng(11)
 FLOAT = np.dtype(np.float32)
 ROPE = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
+LAYER = LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4, experts=2, top_k=1)
 VISION = VisionMetadata(
     patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
     position_grid=2, position_resampling="bilinear", deepstack=0,
 )  # fmt: skip
 MODEL = ModelMetadata(
-    model_type="toy", hidden=4, layers=1, heads=1, kv_heads=1, head_dim=4, vocabulary=8, context=16, experts=2,
-    top_k=1, dense_layers=(), eos_token_ids=(0,), image_token_id=1, rope=ROPE, vision=VISION,
+    model_type="toy", hidden=4, vocabulary=8, context=16, layers=(LAYER,), eos_token_ids=(0,),
+    image_token_id=1, ropes=(ROPE,), vision=VISION,
 )  # fmt: skip
 
 
 def manifest(*targets: str) -> Manifest:
-    engines = {t: EngineMetadata(vision=f"{t}.txt", decoder=f"{t}.txt", dtype="float32") for t in targets}
-    return Manifest(schema=1, model=MODEL, source={}, files={}, engines=engines, tools={})
+    engines = {t: EngineMetadata(vision=f"{t}.txt", decoder=f"{t}.txt", dtype="float32", states=()) for t in targets}
+    return Manifest(schema=2, model=MODEL, source={}, files={}, engines=engines, tools={})
 
 
 def write_small(destination: Path, text: bytes = b"old") -> None:

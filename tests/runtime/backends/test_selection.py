@@ -34,7 +34,7 @@ RTX = TensorRTMetadata(
     max_visual=1,
     max_patches=1,
 )
-CPU = EngineMetadata(vision="v", decoder="d", dtype="float32")
+CPU = EngineMetadata(vision="v", decoder="d", dtype="float32", states=())
 INT8, INT4 = (msgspec.structs.replace(CPU, dtype=dtype) for dtype in ("int8", "int4"))
 
 

@@ -23,9 +23,9 @@ FILES = {
     "engines/ort-cpu/decoder.onnx": b"lowered decoder graph",
 }
 MODEL = {
-    "model_type": "toy", "hidden": 4, "layers": 1, "heads": 1, "kv_heads": 1, "head_dim": 4, "vocabulary": 8,
-    "context": 16, "experts": 2, "top_k": 1, "dense_layers": [], "eos_token_ids": [0], "image_token_id": 1,
-    "rope": {"dim": 2, "theta": 1e4, "sections": [1, 0, 0], "interleaved": False},
+    "model_type": "toy", "hidden": 4, "vocabulary": 8, "context": 16, "eos_token_ids": [0], "image_token_id": 1,
+    "layers": [{"heads": 1, "kv_heads": 1, "key_dim": 4, "value_dim": 4, "experts": 2, "top_k": 1}],
+    "ropes": [{"dim": 2, "theta": 1e4, "sections": [1, 0, 0], "interleaved": False}],
     "vision": {
         "patch_size": 2, "temporal_patch_size": 1, "merge_size": 1, "channels": 3, "head_dim": 2, "rope_theta": 1e4,
         "position_grid": 2, "position_resampling": "bilinear", "deepstack": 0,
@@ -37,9 +37,10 @@ def metadata(data: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
 
 
-def engine(target: str) -> dict[str, str]:
+def engine(target: str) -> dict[str, Any]:
     folder = "reference" if target == "reference" else "ort-cpu"
-    return {"vision": f"engines/{folder}/vision.onnx", "decoder": f"engines/{folder}/decoder.onnx", "dtype": "float32"}
+    graphs = {graph: f"engines/{folder}/{graph}.onnx" for graph in ("vision", "decoder")}
+    return {**graphs, "dtype": "float32", "states": []}
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def demo(tmp_path: Path) -> Path:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
     manifest = {
-        "schema": 1, "model": MODEL, "source": {}, "files": {name: metadata(data) for name, data in FILES.items()},
+        "schema": 2, "model": MODEL, "source": {}, "files": {name: metadata(data) for name, data in FILES.items()},
         "engines": {target: engine(target) for target in ("reference", "ort-cpu")}, "tools": {}, "parity": {},
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -63,7 +64,7 @@ def test_bundle_that_is_older_than_some_fields_opens_with_their_defaults(demo: P
     compact = json.dumps(content | {"digest": ""}, separators=(",", ":"))
     assert content["digest"] == hashlib.sha256(compact.encode()).hexdigest()
     found = Bundle.open(demo).manifest.engines["ort-cpu"]
-    assert (found.sparsity, found.tensorrt, found.cost, found.block_size) == ("", None, None, 0)
+    assert (found.sparsity, found.tensorrt, found.cost, found.block_size, found.kv_cache) == ("", None, None, 0, "")
 
 
 def refused(act: Callable[[], Any], *words: str) -> None:
@@ -80,7 +81,7 @@ def test_whole_bundle_verifies_and_reports_progress(demo: Path) -> None:
     size = sum(map(len, FILES.values()))
     assert seen[-1] == (size, size)
     assert seen == sorted(seen)
-    assert bundle.manifest.model.rope.sections == (1, 0, 0)
+    assert bundle.manifest.model.ropes[0].sections == (1, 0, 0)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -123,11 +124,12 @@ def test_no_changed_bit_of_the_manifest_goes_unnoticed(demo: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=2), ["schema = 2", "supported: 1"]),
+        (lambda m: m.update(schema=1, model={}), ["schema = 1", "supported: 2", "build it again", "moevlm build"]),
+        (lambda m: m.update(schema=3, colour="red"), ["schema = 3", "supported: 2", "a newer moevlm made it"]),
         (lambda m: m.pop("schema"), ["schema"]),
         (lambda m: m.pop("engines"), ["engines"]),
         (lambda m: m.update(colour="red"), ["colour"]),
-        (lambda m: m["model"].pop("top_k"), ["top_k", "$.model"]),
+        (lambda m: m["model"].pop("context"), ["context", "$.model"]),
         (lambda m: m["model"].update(hidden="4"), ["$.model.hidden"]),
         (lambda m: m["files"]["tokenizer.json"].update(sha256="12"), ["sha256", "tokenizer.json"]),
         (lambda m: m["files"]["tokenizer.json"].update(size=-1), ["size", "tokenizer.json"]),

@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
@@ -125,6 +126,6 @@ def test_kernels_json_that_is_damaged_is_refused_by_name(content: bytes, bundle:
     engine = opened.manifest.engines["ort-cpu"]
     (bundle / "engines/ort-cpu/kernels.json").write_bytes(content)
     rehash(bundle, "engines/ort-cpu/kernels.json")
-    on_gpu = type(engine)(vision=engine.vision, decoder=engine.decoder, dtype="float32", tensorrt=object())  # type: ignore[arg-type]
+    on_gpu = msgspec.structs.replace(engine, tensorrt=object())
     with pytest.raises(BundleError, match=r"kernels\.json: "):
         kernels_of(Bundle.open(bundle), on_gpu)

@@ -18,18 +18,24 @@ from tests.support.bundles import copy_bundle, edit_manifest
 from tests.support.command_line import assert_refused, call
 
 VALUES: list[tuple[str, Any]] = [
-    *(("model." + field, value) for field in ("hidden", "heads", "kv_heads", "context") for value in (0, -1, 10**15)),
-    *(("model." + field, value) for field in ("layers", "vocabulary", "experts", "top_k") for value in (0, 10**9)),
-    ("model.top_k", 9),
-    ("model.kv_heads", 3),
+    *(("model." + field, value) for field in ("hidden", "context") for value in (0, -1, 10**15)),
+    ("model.vocabulary", 0),
+    ("model.vocabulary", 10**9),
+    ("model.layers", []),
+    ("model.ropes", []),
+    *((f"model.layers[1].{field}", value) for field in ("heads", "kv_heads", "key_dim", "experts", "top_k")
+      for value in (-1, 10**9)),
+    ("model.layers[1].top_k", 0),
+    ("model.layers[1].top_k", 9),
+    ("model.layers[1].kv_heads", 3),
+    ("model.layers[1].window", -1),
     ("model.image_token_id", -1),
     ("model.image_token_id", 10**6),
     ("model.eos_token_ids", [-1]),
     ("model.eos_token_ids", [10**23]),
-    ("model.dense_layers", [2]),
-    *(("model.rope.dim", value) for value in (-2, 0, 31, 10**12)),
-    *(("model.rope.theta", value) for value in (0.0, -1.0)),
-    *(("model.rope.sections", value) for value in ([-3, -3, 14], [1, 1, 1], [10**9, 0, 0])),
+    *(("model.ropes[0].dim", value) for value in (-2, 0, 31, 10**12)),
+    *(("model.ropes[0].theta", value) for value in (0.0, -1.0)),
+    *(("model.ropes[0].sections", value) for value in ([-3, -3, 14], [1, 1, 1], [10**9, 0, 0])),
     *((f"model.vision.{field}", value) for field in ("patch_size", "merge_size", "temporal_patch_size", "channels")
       for value in (0, -1, 10**9)),
     *(("model.vision.position_grid", value) for value in (0, -1, 2**65)),
@@ -38,7 +44,11 @@ VALUES: list[tuple[str, Any]] = [
     ("model.vision.rope_theta", 0.0),
     ("model.vision.position_resampling", "nearest"),
     ("engines.ort-cpu.block_size", -1),
-    ("engines.ort-cpu.kv_cache", "float8"),
+    ("engines.ort-cpu.page_size", 48),
+    ("engines.ort-cpu.states[0].dtype", "float8"),
+    ("engines.ort-cpu.states[0].layer", 2),
+    ("engines.ort-cpu.states[0].kv_heads", 0),
+    ("engines.ort-cpu.states[1].key_dim", 10**12),
 ]  # fmt: skip
 
 
@@ -53,10 +63,12 @@ def test_a_number_that_no_model_has_is_refused_by_name(field: str, value: object
     content = (bundle / "manifest.json").read_bytes()
 
     def change(manifest: dict[str, Any]) -> None:
+        place: Any = manifest
         for folder in folders:
-            manifest = manifest[folder]
-        assert last in manifest
-        manifest[last] = value
+            name, _, index = folder.rstrip("]").partition("[")
+            place = place[name][int(index)] if index else place[name]
+        assert last in place
+        place[last] = value
 
     edit_manifest(bundle, change)
     try:
@@ -138,7 +150,7 @@ def test_a_graph_that_is_not_the_model_s_is_refused_at_load(change: Callable, ti
         replace(file, data=graph.SerializeToString()) for file, graph in zip(files, (vision, decoder), strict=True)
     ]
     with pytest.raises(EngineError, match=r"^(the (vision|decoder) graph|ONNX Runtime refused)[^\n]*$"):
-        OrtEngine(*changed, bundle.manifest.model, threads=1)
+        OrtEngine(*changed, bundle.manifest.model, bundle.engine("ort-cpu")[1], threads=1)
 
 
 def test_a_closed_runtime_says_so(tiny_bundle: Path) -> None:

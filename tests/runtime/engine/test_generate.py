@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError
-from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.batch import cache_capacity
 from moevlm.runtime.engine.generate import Runtime
@@ -44,18 +44,12 @@ TEMPLATE = """\
 MODEL = ModelMetadata(
     model_type="toy",
     hidden=HIDDEN,
-    layers=1,
-    heads=1,
-    kv_heads=1,
-    head_dim=8,
     vocabulary=VOCABULARY,
     context=CONTEXT,
-    experts=1,
-    top_k=1,
-    dense_layers=(),
+    layers=(LayerMetadata(heads=1, kv_heads=1, key_dim=8, value_dim=8, experts=1, top_k=1),),
     eos_token_ids=(END,),
     image_token_id=IMAGE,
-    rope=RopeMetadata(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),
+    ropes=(RopeMetadata(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),),
     vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,
@@ -97,7 +91,7 @@ class ToyEngine:
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
         self.embedding = rng.standard_normal((VOCABULARY, HIDDEN))
-        self.rotate = rng.standard_normal((MODEL.rope.dim, HIDDEN)) * 2
+        self.rotate = rng.standard_normal((MODEL.ropes[0].dim, HIDDEN)) * 2
         self.head = rng.standard_normal((HIDDEN, VOCABULARY))
         self.head[:, [END, IMAGE]] = 0
         self.steps: list[Step] = []
@@ -193,7 +187,7 @@ def _expected_ids(engine: ToyEngine, prompt: Prompt, visual: VisualFeatures | No
     for n in range(count):
         later = prompt.next_position + np.arange(n)
         positions = np.concatenate([prompt.positions, np.tile(later, (3, 1))], axis=1)
-        cos, sin = rope_tables(positions, MODEL.rope)
+        cos, sin = rope_tables(positions, MODEL.ropes[0])
         index = np.concatenate([prompt.visual_index, np.full(n, -1)])
         step = Step(np.array([ids]), index[None], cos[None], sin[None], np.zeros(1, np.int64), np.zeros(1, np.int64))
         ids.append(int(engine.read(engine.tokens(step, visual)[0]).argmax()))

@@ -2,10 +2,19 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import (
+    CostMetadata,
+    EngineMetadata,
+    LayerMetadata,
+    ModelMetadata,
+    RopeMetadata,
+    VisionMetadata,
+)
+from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.perf.latency import measure, random_prompt
 from moevlm.runtime.perf.latency_report import BenchReport, LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import Work, decode_work, limit, prefill_work, vision_work
@@ -15,18 +24,12 @@ from moevlm.runtime.perf.roofline import plot
 MODEL = ModelMetadata(
     model_type="qwen3_vl_moe",
     hidden=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
     vocabulary=96,
     context=512,
-    experts=8,
-    top_k=2,
-    dense_layers=(),
+    layers=(LayerMetadata(heads=4, kv_heads=2, key_dim=16, value_dim=16, experts=8, top_k=2),) * 2,
     eos_token_ids=(0,),
     image_token_id=5,
-    rope=RopeMetadata(dim=16, theta=1e4, sections=(4, 2, 2), interleaved=True),
+    ropes=(RopeMetadata(dim=16, theta=1e4, sections=(4, 2, 2), interleaved=True),),
     vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,
@@ -52,8 +55,9 @@ COST = CostMetadata(
 )
 
 
-def engine(**fields: object) -> EngineMetadata:
-    return EngineMetadata(vision="v", decoder="d", dtype="int4", block_size=32, **fields)
+def engine(kv_cache: str = "float32") -> EngineMetadata:
+    states = tuple(PagedKV(layer=i, kv_heads=2, key_dim=16, value_dim=16, dtype=kv_cache) for i in range(2))
+    return EngineMetadata(vision="v", decoder="d", dtype="int4", block_size=32, states=states)
 
 
 def test_decoding_reads_the_weights_of_the_chosen_experts_and_the_cache() -> None:
@@ -88,6 +92,23 @@ def test_prefill_multiplies_for_each_token_and_makes_logits_once() -> None:
     assert work.attention_macs == 2 * 55 * 2 * 4 * 16
 
 
+def test_layers_differ() -> None:
+    windowed = LayerMetadata(heads=2, kv_heads=1, key_dim=8, value_dim=4, window=10)
+    mixed = msgspec.structs.replace(MODEL, layers=(MODEL.layers[0], windowed, LayerMetadata()))
+    states = (
+        PagedKV(layer=0, kv_heads=2, key_dim=16, value_dim=16),
+        PagedKV(layer=1, kv_heads=1, key_dim=8, value_dim=4, window=10),
+        Recurrent(layer=2, name="delta", shape=(2, 8)),
+    )
+    metadata = msgspec.structs.replace(engine(), states=states)
+    for context, seen in ((5, 5), (100, 10)):
+        work = decode_work(mixed, metadata, COST, context)
+        assert work.bytes == pytest.approx(1050 + 2 * 300 + context * 2 * 32 * 4 + seen * 12 * 4 + 2 * 8 * 4)
+        assert work.attention_macs == (context + 1) * 4 * 32 + min(context + 1, 10) * 2 * 12
+    assert prefill_work(mixed, COST, 30).attention_macs == 465 * 4 * 32 + (55 + 20 * 10) * 2 * 12
+    assert work.weight_macs == 2000 + 2 * 600 + 100  # of the layers that have experts
+
+
 def test_images_attend_to_themselves_only() -> None:
     work = vision_work(COST, [4, 12])
     assert (work.bytes, work.weight_macs, work.attention_macs) == (700, 16 * 40, (16 + 144) * 6)
@@ -104,7 +125,7 @@ def test_images_attend_to_themselves_only() -> None:
 )
 def test_the_slower_of_memory_and_arithmetic_is_the_limit(work, block_size, bound, least) -> None:
     machine = Machine(threads=2, read=100, float32=1000, int8=4000)
-    metadata = EngineMetadata(vision="v", decoder="d", dtype="x", block_size=block_size)
+    metadata = EngineMetadata(vision="v", decoder="d", dtype="x", states=(), block_size=block_size)
     found = limit(work, machine, metadata, seconds=50.0)
     assert (found.bound, found.seconds, found.fraction) == (bound, pytest.approx(least), pytest.approx(least / 50))
 

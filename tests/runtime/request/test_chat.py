@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.messages import images_of
@@ -84,18 +84,12 @@ TOKENIZER = Tokenizer(CORE.to_str())
 MODEL = ModelMetadata(
     model_type="toy",
     hidden=4,
-    layers=1,
-    heads=1,
-    kv_heads=1,
-    head_dim=4,
     vocabulary=512,
     context=4096,
-    experts=1,
-    top_k=1,
-    dense_layers=(),
+    layers=(LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4, experts=1, top_k=1),),
     eos_token_ids=(2,),
     image_token_id=IMAGE,
-    rope=RopeMetadata(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),
+    ropes=(RopeMetadata(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),),
     vision=VisionMetadata(
         patch_size=4,
         temporal_patch_size=2,

@@ -8,7 +8,7 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel, Glm4
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel, Qwen3VLMoeTextRotaryEmbedding
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.request.positions import inverse_frequencies, rope_positions, rope_tables
 
 IMAGE = 9
@@ -33,18 +33,12 @@ def model_facts(merge: int) -> ModelMetadata:
     return ModelMetadata(
         model_type="test",
         hidden=8,
-        layers=1,
-        heads=1,
-        kv_heads=1,
-        head_dim=8,
         vocabulary=10,
         context=1 << 20,
-        experts=2,
-        top_k=1,
-        dense_layers=(),
+        layers=(LayerMetadata(heads=1, kv_heads=1, key_dim=8, value_dim=8, experts=2, top_k=1),),
         eos_token_ids=(0,),
         image_token_id=IMAGE,
-        rope=TINY,
+        ropes=(TINY,),
         vision=vision,
     )
 

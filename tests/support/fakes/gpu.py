@@ -76,8 +76,8 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     most |= {"logits": (LIMITS["max_logits"], batch), "capacity": (cache, cache)}
     outputs: dict[str, Any] = {"logits": ("FLOAT", [["logits_index", 0, 1], model.vocabulary])}
     for value in decoder.graph.output[1:]:
-        shape = [["input_ids", 0, 1], model.kv_heads, cache, model.head_dim]
-        outputs[value.name] = "FLOAT", shape
+        layer = model.layers[int(value.name.rpartition(".")[2])]
+        outputs[value.name] = "FLOAT", [["input_ids", 0, 1], layer.kv_heads, cache, layer.key_dim]
     inputs = _inputs(decoder, most, {"capacity"}, experts)
     (engines / "decoder.plan").write_bytes(plan_bytes(graphs / "decoder.onnx", inputs, outputs, 2, list(sms)))
     rows = ["pixel_patches", 0, model.vision.merge_size**2]
@@ -98,7 +98,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     for path in (*paths, EXPERTS):
         rehash(copy, path)
     engine = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": metadata}
-    engine["cost"] = msgspec.to_builtins(reference.cost)
+    engine |= {"cost": msgspec.to_builtins(reference.cost), "states": msgspec.to_builtins(reference.states)}
     edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
     return copy
 

@@ -6,7 +6,7 @@ from onnx_ir import tape
 from moevlm.export.graph.op import is_op
 from moevlm.export.passes.base import NodePass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
-from moevlm.runtime.core.manifest import SCALE_BYTES
+from moevlm.runtime.core.states import SCALE_BYTES
 
 
 class CpuAttention(NodePass):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
+from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
 from moevlm.runtime.loading import load_runtime, open_graphs
 from moevlm.runtime.request.positions import rope_tables
@@ -32,7 +34,7 @@ def load(bundle: Path, target: str, tapped: bytes | None = None) -> OrtEngine:
     opened = Bundle.open(bundle)
     vision, decoder = open_graphs(opened, target)
     decoder = decoder if tapped is None else replace(decoder, data=tapped)
-    return OrtEngine(vision, decoder, opened.manifest.model, threads=1)
+    return OrtEngine(vision, decoder, opened.manifest.model, opened.engine(target)[1], threads=1)
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -54,7 +56,7 @@ def text_step(model, ids: list[list[int]], position: list[int]) -> Step:
     """Text only; logits of every position."""
     tokens = np.array(ids)
     place = np.array(position)[:, None] + np.arange(tokens.shape[1])
-    cos, sin = rope_tables(np.broadcast_to(place, (3, *place.shape)), model.rope)
+    cos, sin = rope_tables(np.broadcast_to(place, (3, *place.shape)), model.ropes[0])
     return Step(tokens, np.full_like(tokens, -1), cos, sin, np.array(position), np.arange(tokens.size))
 
 
@@ -148,7 +150,7 @@ def test_cache_buffers_stay_where_they_are(engine, model) -> None:
 
     engine.forward(text_step(model, [[9, 20]], [0]), None, cache)
     before = addresses()
-    assert len(set(before)) == 2 * model.layers
+    assert len(set(before)) == 2 * len(model.layers)
     for position in range(2, 8):
         engine.forward(text_step(model, [[9]], [position]), None, cache)
     assert addresses() == before
@@ -179,7 +181,7 @@ def test_taps_come_with_the_logits_and_change_nothing(target: str, tiny_bundle: 
     values = tapped.run(text_step(model, [[9, 20], [30, 40]], [0, 0]), None, cache)
     assert list(values) == ["logits", *names]
     assert values["layers.1.hidden"].shape == (4, model.hidden)
-    assert values["layers.0.router_logits"].shape == (4, model.experts)
+    assert values["layers.0.router_logits"].shape == (4, model.layers[0].experts)
     step = text_step(model, [[50, 60, 70], [80, 90, 99]], [2, 2])
     assert tapped.run(step, None, cache)["layers.1.hidden"].shape == (6, model.hidden)
     first = text_step(model, [[9, 20], [30, 40]], [0, 0])
@@ -237,10 +239,15 @@ def test_patches_of_an_image_that_do_not_follow_each_other_are_refused(engine, m
 def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: Path, model) -> None:
     opened = Bundle.open(tiny_bundle)
     graphs = open_graphs(opened, "ort-cpu")
-    for field in ("layers", "kv_heads", "head_dim", "hidden"):
-        wrong = msgspec.structs.replace(model, **{field: getattr(model, field) + 1})
+    metadata, (first, *others) = opened.engine("ort-cpu")[1], opened.engine("ort-cpu")[1].states
+    assert isinstance(first, PagedKV)
+    wrong = [(msgspec.structs.replace(model, hidden=model.hidden + 1), metadata)]
+    changes: list[dict[str, Any]] = [{"kv_heads": 3}, {"key_dim": first.key_dim + 1}, {"dtype": "int8"}]
+    kept = [(first,), *((msgspec.structs.replace(first, **change), *others) for change in changes)]
+    wrong += [(model, msgspec.structs.replace(metadata, states=states)) for states in kept]
+    for described in wrong:
         with pytest.raises(EngineError, match=r"^the (decoder|vision) graph[^\n]+manifest\.json[^\n]+$"):
-            OrtEngine(*graphs, wrong, threads=1)
+            OrtEngine(*graphs, *described, threads=1)
 
 
 def test_vision_inputs_of_another_model_are_refused_in_one_line(engine, model) -> None:
@@ -281,7 +288,8 @@ def test_weights_are_those_that_were_checked_whatever_becomes_of_their_path(
         data = graph.path.with_name(f"{graph.path.name}.data")
         (tmp_path / "zeros").write_bytes(bytes(data.stat().st_size))
         (tmp_path / "zeros").replace(data)
-    swapped, plain = OrtEngine(*graphs, opened.manifest.model, threads=1), load(tiny_bundle, target)
+    swapped = OrtEngine(*graphs, opened.manifest.model, opened.engine(target)[1], threads=1)
+    plain = load(tiny_bundle, target)
     step = text_step(model, [[9, 20, 30]], [0])
     expected = plain.forward(step, None, plain.new_cache(1, 8))
     np.testing.assert_array_equal(swapped.forward(step, None, swapped.new_cache(1, 8)), expected)

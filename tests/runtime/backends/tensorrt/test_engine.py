@@ -346,7 +346,7 @@ def test_without_a_device_nothing_of_tensorrt_is_made(bundle, tmp_path) -> None:
         opened = Bundle.open(bundle)
         metadata = opened.manifest.engines[TARGET].tensorrt
         with pytest.raises(EngineError, match="no NVIDIA GPU that this process may use"):
-            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, metadata)  # type: ignore[arg-type]
+            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, (), metadata)  # type: ignore[arg-type]
         assert "logger" not in gpu.trt.state
         assert not gpu.trt.state["libraries"]
 
@@ -384,17 +384,17 @@ def test_what_tensorrt_refuses_is_an_error_with_its_reason(copy, gpu) -> None:
         ("tensorrt.max_visual", 25, "takes visual_embeds up to (24, 32)"),
         ("model.hidden", 31, "has hidden = 32, manifest.json says 31"),
         ("model.vocabulary", 9, "has vocabulary = 263, manifest.json says 9"),
-        ("model.layers", 3, "has no input key_cache.2"),
-        ("model.kv_heads", 1, "manifest.json says FLOAT (-1, 1, 128, 16)"),
+        ("states", [], "has an input key_cache.0"),
+        ("states.0.kv_heads", 1, "manifest.json says FLOAT (-1, 1, 128, 16)"),
         ("model.vision.deepstack", 1, "has deepstack = 2, manifest.json says 1"),
     ],
 )
 def test_a_plan_that_is_not_what_the_manifest_says_is_refused(copy, gpu, field: str, value: Any, reason: str) -> None:
     def change(manifest: dict[str, Any]) -> None:
         *path, last = field.split(".")
-        place = {"tensorrt": manifest["engines"][TARGET]["tensorrt"], "model": manifest["model"]}
+        place: Any = manifest if path[:1] == ["model"] else manifest["engines"][TARGET]
         for key in path:
-            place = place[key]
+            place = place[int(key) if key.isdigit() else key]
         place[last] = value
 
     edit_manifest(copy, change)
