@@ -13,7 +13,7 @@ from moevlm.runtime.core.errors import Cancelled
 from moevlm.runtime.engine.cancellation import Cancellation
 
 if TYPE_CHECKING:
-    from moevlm.runtime.request.sampling import Sampled
+    from moevlm.runtime.request.sampler import Sampled
 
 FinishReason = Literal["stop", "length"]
 Phase = Literal["vision_seconds", "prefill_seconds", "decode_seconds"]

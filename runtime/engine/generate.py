@@ -20,7 +20,8 @@ from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
 from moevlm.runtime.request.prompt import SMALLER_IMAGES, Prompt, PromptBuilder
-from moevlm.runtime.request.sampling import Sampler, SamplingOptions, SamplingParams
+from moevlm.runtime.request.sampler import Sampler
+from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -1,9 +1,8 @@
-"""From logits to the next token: validated parameters, and one random stream for each request."""
+"""How to choose the tokens of a request: its parameters, checked once."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -11,7 +10,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import EngineError, RequestError, shown
+from moevlm.runtime.core.errors import RequestError, shown
 
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
@@ -19,7 +18,6 @@ MAX_STOP_CHARACTERS = 256
 MAX_LOGPROBS = 20
 MIN_PENALTY = 1e-3  # far below, logits leave float32
 NARROWING = ("top_k", "top_p", "min_p")
-_FIRST_NUCLEUS = 256  # candidates looked at first for top_p
 
 
 @dataclass(frozen=True)
@@ -120,126 +118,3 @@ class SamplingOptions(TypedDict, total=False):
     logprobs: int | None
     skip_special_tokens: bool | None
     ignore_eos: bool | None
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """A chosen token. logprob and top ((token_id, logprob), likeliest first) are empty unless logprobs were asked for.
-
-    They are of the model's own distribution: log_softmax of the raw logits, before penalty, temperature and filters.
-    """
-
-    token_id: int
-    logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class Sampler:
-    """Chooses the tokens of one request. The same seed and the same logits give the same tokens."""
-
-    def __init__(self, params: SamplingParams, prompt: np.ndarray | Sequence[int] = ()) -> None:
-        """prompt: token ids [S], which the repetition penalty counts as seen."""
-        self.params = params
-        self._random = np.random.default_rng(params.seed)
-        self._seen = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1 else None
-
-    def sample(self, logits: np.ndarray) -> Sampled:
-        """Choose the next token.
-
-        logits: [vocabulary] float32.
-        Raises EngineError for logits that have no largest finite value: they can only come from a broken engine.
-        """
-        params = self.params
-        scores = logits if self._seen is None else penalize(logits, self._seen, params.repetition_penalty)
-        best = int(scores.argmax())  # a NaN counts as the largest
-        if not math.isfinite(scores[best]):
-            raise EngineError(f"the decoder's logits are not usable: logit of token {best} is {scores[best]}")
-        token = best if params.temperature == 0 else self._draw(scores)
-        if self._seen is not None and token not in self._seen:
-            self._seen = np.append(self._seen, token)
-        if params.logprobs is None:
-            return Sampled(token)
-        return _with_logprobs(token, logits, params.logprobs)
-
-    def _draw(self, scores: np.ndarray) -> int:
-        candidates, weight = weights(scores, self.params)
-        total = np.cumsum(weight, dtype=np.float64)
-        at = int(np.searchsorted(total, self._random.random() * total[-1], side="right"))
-        at = min(at, len(weight) - 1)
-        return at if candidates is None else int(candidates[at])
-
-
-def weights(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray | None, np.ndarray]:
-    """What is left after temperature, top_k, top_p and min_p, in the order of Hugging Face's logits warpers.
-
-    scores: [vocabulary] float32, after the repetition penalty; temperature must not be 0.
-    Returns (token ids [n] int64, ascending, or None for all; probabilities [n] float32, of which the largest is 1).
-    """
-    # Below float32's range a temperature leaves the largest alone, as 1e-30 does.
-    temperature = max(params.temperature, 1e-30)
-    # Temperature keeps the order, so top_k can come first; min_p is relative to the likeliest, which top_k keeps.
-    limit = -np.inf
-    if 0 < params.top_k < len(scores):
-        # Ties with the k-th largest stay, as in Hugging Face.
-        limit = np.partition(scores, -params.top_k)[-params.top_k]
-    best = scores.max()
-    if params.min_p > 0 and params.top_p == 1:
-        limit = max(limit, best + temperature * math.log(params.min_p))
-    candidates = None
-    if limit > -np.inf:
-        candidates = np.flatnonzero(scores >= limit)
-        scores = scores[candidates]
-    weight = scores - best
-    with np.errstate(over="ignore"):  # -inf is the right limit
-        weight /= temperature
-    np.exp(weight, out=weight)
-    if params.top_p < 1:
-        kept = _nucleus(weight, params.top_p)
-        if params.min_p > 0:
-            kept = kept[weight[kept] >= params.min_p]
-        candidates = kept if candidates is None else candidates[kept]
-        weight = weight[kept]
-    return candidates, weight
-
-
-def _nucleus(weight: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices, ascending, of the fewest likeliest entries that hold top_p of the mass; at least one.
-
-    An entry stays while the likelier ones hold less than top_p. Entries outside the n likeliest need no look once
-    these n hold top_p, so a peaked distribution over a large vocabulary is never sorted as a whole.
-    """
-    needed = top_p * float(weight.sum(dtype=np.float64))
-    count = _FIRST_NUCLEUS
-    while True:
-        # Values alone: sorting indices costs ten times as much.
-        front = weight if count >= len(weight) else np.partition(weight, -count)[-count:]
-        front = np.sort(front)[::-1]
-        cumulative = np.cumsum(front, dtype=np.float64)
-        if count >= len(weight) or cumulative[-1] >= needed:
-            break
-        count *= 16
-    keep = 1 + int(np.count_nonzero(cumulative[:-1] < needed))
-    least = front[keep - 1]
-    kept = weight >= least
-    if surplus := int(np.count_nonzero(kept)) - keep:
-        kept[np.flatnonzero(weight == least)[-surplus:]] = False  # of equal entries the lower ids stay
-    return np.flatnonzero(kept)
-
-
-def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Divide positive logits of seen tokens by `penalty` and multiply negative ones (CTRL, section 4.1)."""
-    scores = logits.copy()
-    scores[seen] = np.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
-    return scores
-
-
-def _with_logprobs(token: int, logits: np.ndarray, count: int) -> Sampled:
-    shifted = logits - logits.max()
-    logsum = math.log(np.exp(shifted).sum(dtype=np.float64))
-    if count == 0:
-        return Sampled(token, float(shifted[token]) - logsum)
-    count = min(count, len(logits))
-    front = np.argpartition(shifted, -count)[-count:]
-    # Ties by the lower id, so that the report does not depend on the partition's internal order.
-    front = front[np.lexsort((front, -shifted[front]))]
-    return Sampled(token, float(shifted[token]) - logsum, tuple((int(i), float(shifted[i]) - logsum) for i in front))

@@ -20,8 +20,9 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.distribution import penalize, weights
 from moevlm.runtime.request.generation_file import GENERATION, released_sampling
-from moevlm.runtime.request.sampling import SamplingParams, penalize, weights
+from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import call
 

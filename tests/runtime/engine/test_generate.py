@@ -20,7 +20,8 @@ from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.positions import rope_positions, rope_tables
 from moevlm.runtime.request.prompt import Prompt
-from moevlm.runtime.request.sampling import Sampler, SamplingParams
+from moevlm.runtime.request.sampler import Sampler
+from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 SPECIAL = ["<|end|>", "<|start|>", "<|image|>"]

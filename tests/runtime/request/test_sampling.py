@@ -14,15 +14,9 @@ from transformers.generation.logits_process import (
 )
 
 from moevlm.runtime.core.errors import EngineError, RequestError
-from moevlm.runtime.request.sampling import (
-    MIN_PENALTY,
-    Sampled,
-    Sampler,
-    SamplingOptions,
-    SamplingParams,
-    penalize,
-    weights,
-)
+from moevlm.runtime.request.distribution import penalize, weights
+from moevlm.runtime.request.sampler import Sampled, Sampler
+from moevlm.runtime.request.sampling import MIN_PENALTY, SamplingOptions, SamplingParams
 
 
 def distribution(scores: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
