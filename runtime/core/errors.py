@@ -41,6 +41,14 @@ class Cancelled(MoevlmError):
     """The caller cancelled the request while it ran."""
 
 
+class QueueFull(MoevlmError):
+    """As many requests as are allowed wait already."""
+
+
+class DeadlineExceeded(MoevlmError):
+    """A request did not end before its deadline."""
+
+
 def one_line(text: object, most: int = 300) -> str:
     """str(text) for a message: on one line, without control characters, at most so many characters."""
     line = " ".join(str(text)[: 4 * most].split())

@@ -66,6 +66,10 @@ class Meter:
     def count_token(self) -> None:
         self._new_tokens += 1
 
+    def add(self, phase: Phase, seconds: float) -> None:
+        """Count seconds that the runtime worked on the request."""
+        self._seconds[phase] += seconds
+
     @contextmanager
     def timed(self, phase: Phase) -> Iterator[None]:
         """Add the seconds of the block to `phase`, whether it succeeds or not."""

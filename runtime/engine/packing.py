@@ -1,0 +1,106 @@
+"""From parts of sequences to the arrays of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Items
+
+import numpy as np
+
+from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.scheduler import Part
+from moevlm.runtime.engine.step import Step
+from moevlm.runtime.request.positions import rope_tables
+
+_FIRST_ROWS = 256
+_PAGE_COLUMNS = 8  # page tables grow by so many columns: few different shapes
+
+
+class RopeRows:
+    """Cosines and sines by position, of text, made ahead for many positions at once.
+
+    Between two tokens the weights have pushed everything else out of the CPU's caches, and every call of numpy costs
+    many times what it costs alone.
+    """
+
+    def __init__(self, rope: RopeMetadata) -> None:
+        self._rope = rope
+        self._made = 0
+        self._cos = self._sin = np.empty((0, 0), np.float32)
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """positions: [T] int64, the same on all axes. Returns (cos, sin), each [T, R / 2] float32."""
+        needed = int(positions.max()) + 1
+        if needed > self._made:
+            self._made = max(_FIRST_ROWS, 1 << (needed - 1).bit_length())
+            self._cos, self._sin = rope_tables(np.broadcast_to(np.arange(self._made), (3, self._made)), self._rope)
+        return self._cos[positions], self._sin[positions]
+
+
+class StepPacker:
+    """Makes steps for one model."""
+
+    def __init__(self, ropes: Items[RopeMetadata]) -> None:
+        self._ropes = tuple(ropes)
+        self._rows = tuple(RopeRows(rope) for rope in ropes)
+
+    def pack(self, parts: Items[Part]) -> tuple[Step, VisualFeatures | None]:
+        """One step of all parts, and the visual features that it reads. Their images must have been encoded."""
+        sizes = [part.stop - part.start for part in parts]
+        starts = np.zeros(len(parts) + 1, np.int32)
+        np.cumsum(sizes, out=starts[1:])
+        if all(part.sequence.decoding for part in parts):
+            ids = np.array([part.sequence.generated[-1] for part in parts], np.int64)
+            visual_index, visual = np.full(len(parts), -1, np.int64), None
+            first = [part.sequence.prompt.next_position + len(part.sequence.generated) - 1 for part in parts]
+            at = np.array(first, np.int64)
+            rope = {str(group): rows.at(at) for group, rows in enumerate(self._rows)}
+        else:
+            ids = np.concatenate([part.sequence.ids(part.start, part.stop) for part in parts])
+            visual_index, visual = _visual(parts)
+            positions = np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], axis=1)
+            rope = {str(group): rope_tables(positions, one) for group, one in enumerate(self._ropes)}
+        last = [end - 1 for part, end in zip(parts, starts[1:].tolist(), strict=True) if part.last]
+        step = Step(
+            input_ids=ids,
+            visual_index=visual_index,
+            rope=rope,
+            query_start=starts,
+            context_len=np.array([part.start for part in parts], np.int32),
+            page_table=_page_table(parts),
+            state_row=np.array([part.sequence.state_row for part in parts], np.int32),
+            # An engine's profile may not allow an empty axis: where nothing is wanted, one row is made and dropped.
+            logits_index=np.array(last or [0], np.int32),
+            copies=tuple(copy for part in parts for copy in part.copies),
+            cleared=tuple(row for part in parts for row in part.cleared),
+        )
+        return step, visual
+
+
+def _page_table(parts: Items[Part]) -> np.ndarray:
+    tables = [part.sequence.table.pages for part in parts if part.sequence.table is not None]
+    columns = -(-max(len(pages) for pages in tables) // _PAGE_COLUMNS) * _PAGE_COLUMNS
+    table = np.zeros((len(parts), columns), np.int32)
+    for row, pages in zip(table, tables, strict=True):
+        row[: len(pages)] = pages
+    return table
+
+
+def _visual(parts: Items[Part]) -> tuple[np.ndarray, VisualFeatures | None]:
+    """Rows of the step's features for each token [T] int64, -1 for text, and these features, image after image."""
+    found: list[VisualFeatures] = []
+    index, rows = [], 0
+    for part in parts:
+        sequence = part.sequence
+        own = sequence.visual_rows(part.start, part.stop)
+        if (wanted := own[own >= 0]).size:
+            begin, end = int(wanted[0]), int(wanted[-1]) + 1
+            found.extend(sequence.features_of(begin, end))
+            own = np.where(own >= 0, own - begin + rows, -1)
+            rows += end - begin
+        index.append(own)
+    if not found:
+        return np.concatenate(index), None
+    embeds = np.concatenate([features.embeds for features in found])
+    deepstack = np.concatenate([features.deepstack for features in found], axis=1)
+    return np.concatenate(index), VisualFeatures(embeds, deepstack)

@@ -1,0 +1,120 @@
+"""An engine of numpy whose next token depends on all that its pages and state rows hold: any fault in paging shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.engine.cancellation import Cancellation
+from moevlm.runtime.engine.protocol import VisionInputs, VisualFeatures
+from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
+from moevlm.runtime.request.candidates import CandidateRow
+from moevlm.runtime.request.positions import rope_tables
+
+VOCABULARY = 40
+ROPE = RopeMetadata(dim=4, theta=100.0, sections=(1, 1, 0), interleaved=False)
+_EMPTY = -(1 << 40)
+_PRIME = (1 << 31) - 1
+
+
+def fold(state: int, value: int) -> int:
+    """A state after one more token."""
+    return (state * 1_000_003 + value + 17) % _PRIME
+
+
+def logits_of(state: int) -> np.ndarray:
+    """[VOCABULARY] float32, of a sequence in this state."""
+    return np.random.default_rng(state).standard_normal(VOCABULARY).astype(np.float32) * 2
+
+
+def candidates_of(logits: np.ndarray, count: int = VOCABULARY) -> Candidates:
+    """logits: [L, vocabulary] float32."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :count]
+    total = np.log(np.exp(logits.astype(np.float64)).sum(axis=1)).astype(np.float32)
+    return Candidates(np.take_along_axis(logits, order, 1), order.astype(np.int32), total)
+
+
+def row_of(logits: np.ndarray) -> CandidateRow:
+    """logits: [vocabulary] float32."""
+    found = candidates_of(logits[None])
+    return CandidateRow(found.values[0], found.ids[0], float(found.log_sum_exp[0]), len(logits), lambda: logits)
+
+
+class PagedEngine:
+    """Keeps a number for each token in its pages: its id, or the first value of its visual feature.
+
+    recurrent: keeps the folded tokens of a sequence in its state row, too, and its logits depend on that alone.
+    """
+
+    def __init__(self, limits: EngineLimits, *, recurrent: bool = False) -> None:
+        self.limits = limits
+        self.recurrent = recurrent
+        self.steps: list[Step] = []
+        self.encoded: list[VisionInputs] = []
+        self.before: Callable[[Step, Cancellation | None], None] | None = None
+        self.reserve(2, 2)
+
+    def reserve(self, pages: int, rows: int) -> None:
+        self.pages = np.full((pages, self.limits.page_size), _EMPTY, np.int64)
+        self.rows = np.full(rows, -1, np.int64)
+
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+        if cancellation is not None:
+            cancellation.check()
+        self.encoded.append(inputs)
+        blocks = inputs.pixel_patches.reshape(-1, 4, inputs.pixel_patches.shape[1])
+        embeds = np.rint(blocks.sum(axis=(1, 2), keepdims=True)[:, 0] * 1000).astype(np.float32)
+        return VisualFeatures(embeds, np.zeros((0, *embeds.shape), np.float32))
+
+    def forward(
+        self, step: Step, visual: VisualFeatures | None = None, cancellation: Cancellation | None = None
+    ) -> StepOutput:
+        self.steps.append(step)
+        if self.before is not None:
+            self.before(step, cancellation)
+        for source, target in step.copies:
+            self.pages[target] = self.pages[source]
+        for row in step.cleared:
+            self.rows[row] = 0
+        logits = np.zeros((step.tokens, VOCABULARY), np.float32)
+        values = step.input_ids.copy()
+        images = step.visual_index >= 0
+        if images.any():
+            assert visual is not None
+            values[images] = visual.embeds[step.visual_index[images], 0].astype(np.int64)
+        size = self.limits.page_size
+        for n in range(step.sequences):
+            start, past = int(step.query_start[n]), int(step.context_len[n])
+            for t in range(start, int(step.query_start[n + 1])):
+                at = past + t - start
+                page = int(step.page_table[n, at // size])
+                assert page > 0
+                self.pages[page, at % size] = values[t]
+                row = int(step.state_row[n])
+                if self.recurrent:
+                    assert row > 0
+                    self.rows[row] = fold(int(self.rows[row]), int(values[t]))
+            end = past + int(step.query_start[n + 1]) - start
+            kept = self.pages[step.page_table[n]].reshape(-1)[:end]
+            assert (kept != _EMPTY).all()
+            state = 0
+            for value in kept.tolist():
+                state = fold(state, value)
+            if self.recurrent:
+                assert state == self.rows[int(step.state_row[n])]
+            logits[int(step.query_start[n + 1]) - 1] = logits_of(state)
+        wanted = logits[step.logits_index]
+        return StepOutput(candidates_of(wanted), partial(wanted.__getitem__))
+
+    def close(self) -> None:
+        pass
+
+
+def check_rope(step: Step, positions: np.ndarray) -> None:
+    """positions: [3, T], what the step's tables must stand for."""
+    cos, sin = rope_tables(positions, ROPE)
+    np.testing.assert_array_equal(step.rope["0"][0], cos)
+    np.testing.assert_array_equal(step.rope["0"][1], sin)
