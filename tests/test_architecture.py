@@ -277,7 +277,8 @@ print("numpy" in sys.modules, all(getattr(runtime, name).__name__ == name for na
         "moevlm.runtime.loading",
         "moevlm.runtime.cli.main",
         "moevlm.export.commands",
-        "moevlm.plugins.gpu.packing",
+        "moevlm.export.formats.gpu_packing",
+        "moevlm.export.formats.registry",
         "moevlm.plugins.gpu.planning",
     ],
 )

@@ -5,16 +5,18 @@ from itertools import cycle, islice
 import numpy as np
 import torch
 
-from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, BLOCKS, FORMATS, ExpertsOp, RouterOp
-from moevlm.plugins.gpu.packing import quantize, rounded, unpack
+from moevlm.export.formats.base import rounded
+from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.registry import weight_format
+from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
 from moevlm.plugins.ops import reference, variants
 from moevlm.plugins.ops.spec import RouterSpec
 
 Op = RouterOp | ExpertsOp
-# experts, k, hidden, inner: round, with short last blocks, and odd.
+# experts, k, hidden, inner: round, with short last groups, and odd.
 SIZES = ((16, 4, 256, 128), (8, 2, 136, 72), (24, 3, 101, 51))
-STORED = (("", BLOCKS[0]), *((weights, block) for weights in FORMATS if weights for block in BLOCKS))
+STORED = (("", GROUP_SIZES[0]), *((weights, size) for weights in FORMATS if weights for size in GROUP_SIZES))
 BEYOND = 40  # tokens past a variant's limit, for the last one, which has none
 # Relative Frobenius norm of the deviation from the spec in float64, whose inputs are the kernel's own rounded ones.
 ALLOWED = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -34,8 +36,8 @@ def experts_ops(sm: int) -> list[ExpertsOp]:
     stored = [(dtype, *format_) for dtype in dtypes for format_ in STORED]
     count = 2 * max(len(blocks), len(stored))  # twice: each meets others the second time, as their numbers differ
     return [
-        ExpertsOp(spec, experts, top_k, hidden, inner, dtype, weights, block, has_biases)
-        for (spec, has_biases), (dtype, weights, block), (experts, top_k, hidden, inner) in islice(
+        ExpertsOp(spec, experts, top_k, hidden, inner, dtype, weights, group_size, has_biases)
+        for (spec, has_biases), (dtype, weights, group_size), (experts, top_k, hidden, inner) in islice(
             zip(cycle(blocks), cycle(stored), cycle(SIZES), strict=False), count
         )
     ]
@@ -55,7 +57,7 @@ def describe(op: Op) -> str:
         norm = f" renormalized +{spec.epsilon:g}" if spec.renormalize else ""
         bias = " bias" if op.has_bias else ""
         return f"router E{op.experts} k{spec.top_k} {spec.scoring}{norm} x{spec.scale:g}{groups}{bias}"
-    weights = f" {op.weights}/{op.block}" if op.weights else ""
+    weights = f" {op.weights}/{op.group_size}" if op.weights else ""
     kind = f"{spec.activation}{' gated' if spec.gated else ''} on {spec.weight_on}"
     biases = " biases" if op.has_biases else ""
     return f"experts E{op.experts} k{op.top_k} H{op.hidden} I{op.inner} {op.dtype}{weights} {kind}{biases}"
@@ -78,18 +80,15 @@ def experts_case(op: ExpertsOp, tokens: int, seed: int, skewed: bool = False) ->
     meant: dict[str, np.ndarray] = {}
     for name, array in drawn.items():
         if op.weights and name in ("gate_up", "down"):
-            rows = array.reshape(-1, array.shape[-1])
-            stored, scales = (part.reshape(*array.shape[:2], -1) for part in _quantized(rows, op))
+            form = weight_format(op.weights, op.group_size, op.dtype)
+            codes, found = form.encode(array.reshape(-1, array.shape[-1]))
+            stored, scales = (part.reshape(*array.shape[:2], -1) for part in (pack(codes, op.weights), found))
             arrays |= {name: stored, f"{name}_scale": scales}
-            meant[name] = unpack(stored, scales, op.weights, op.block, array.shape[-1])
+            meant[name] = unpack(stored, scales, form, array.shape[-1])
         else:
             arrays[name] = meant[name] = rounded(array, op.dtype)
     y = reference.experts(x.astype(np.float64), index, weight, spec=op.spec, **meant)
     return [torch.from_numpy(arrays[t.name]).to(getattr(torch, t.dtype)) for t in op.inputs], y
-
-
-def _quantized(rows: np.ndarray, op: ExpertsOp) -> tuple[np.ndarray, np.ndarray]:
-    return quantize(rows, op.weights, op.block, op.dtype)
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:

@@ -24,7 +24,7 @@ class Layer:
     def router_op(self) -> RouterOp:
         return RouterOp(self.router, self.experts, self.has_bias)
 
-    def experts_op(self, dtype: str = "bfloat16", weights: str = "", block: int = 32) -> ExpertsOp:
+    def experts_op(self, dtype: str = "bfloat16", weights: str = "", group_size: int = 32) -> ExpertsOp:
         """The experts with activations in dtype and weights as ExpertsOp names them."""
         return ExpertsOp(
             spec=ExpertsSpec(activation=self.activation),
@@ -34,7 +34,7 @@ class Layer:
             inner=self.inner,
             dtype=dtype,
             weights=weights,
-            block=block,
+            group_size=group_size,
         )
 
 

@@ -17,7 +17,8 @@ from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt.names import plan_targets
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.target import PlanTarget
-from moevlm.export.formats.quantization import SMALLEST_BLOCK, Scheme
+from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
+from moevlm.export.formats.registry import GROUP_SIZES, INTEGERS, int_format
 from moevlm.export.formats.sparsity import SPARSITIES
 from moevlm.export.graph.cost import cost
 from moevlm.export.passes.base import Pass, run
@@ -37,15 +38,13 @@ from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMeta
 
 REFERENCE = "reference"
 GRAPHS = ("vision", "decoder")
-BITS = {"int8": 8, "int4": 4}
-BLOCKS = (32, 128)
 KV_CACHES = ("float32", "int8")
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
-EMBEDDING = Scheme(8, 32)
-VISION = Scheme(8, 32)
-# GroupQueryAttention reads heads in vectors of 8; QMoE has no block smaller than 16.
+EMBEDDING = IntFormat(8, 32)
+VISION = IntFormat(8, 32)
+# GroupQueryAttention reads heads in vectors of 8; QMoE has no group smaller than 16.
 _ORT_SIZES = Sizes(head_dim_multiple=8)
-_ORT_QUANTIZED_SIZES = replace(_ORT_SIZES, expert_multiple=SMALLEST_BLOCK)
+_ORT_QUANTIZED_SIZES = replace(_ORT_SIZES, expert_multiple=SMALLEST_GROUP)
 _CPU_SIZES = Sizes(
     heads=cpu_limits.HEADS, head_dim=cpu_limits.HEAD_DIM, head_dim_multiple=2, experts=cpu_limits.EXPERTS
 )
@@ -117,7 +116,7 @@ class Target:
         return model
 
 
-def _ort_cpu(scheme: Scheme | None) -> dict[str, tuple[Pass, ...]]:
+def _ort_cpu(scheme: IntFormat | None) -> dict[str, tuple[Pass, ...]]:
     """To ONNX Runtime's CPU kernels. scheme: of the decoder's weights, None for float32."""
     vision = (QuantizeLinear(VISION),) if scheme else ()
     linear = (QuantizeLinear(scheme), QuantizeEmbedding(EMBEDDING)) if scheme else ()
@@ -128,7 +127,7 @@ def _ort_cpu(scheme: Scheme | None) -> dict[str, tuple[Pass, ...]]:
     }
 
 
-def _cpu(scheme: Scheme, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
+def _cpu(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     """To moevlm's own CPU kernels, in ONNX Runtime."""
     linear = (PackProjections(), CpuLinear(scheme), QuantizeEmbedding(EMBEDDING))
     return {
@@ -141,8 +140,8 @@ def _all(block: int, kv_cache: str) -> Iterator[Target]:
     # The reference engine is the canonical graphs themselves, with their weights.
     yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS})
     yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None), sizes=_ORT_SIZES)
-    for dtype, bits in BITS.items():
-        scheme = Scheme(bits, block)
+    for dtype in INTEGERS:
+        scheme = int_format(dtype, block)
         folder, passes, sizes = f"engines/ort-cpu-{dtype}", _ort_cpu(scheme), _ORT_QUANTIZED_SIZES
         yield Target(f"ort-cpu:{dtype}", folder, dtype, block, "float32", passes, sizes=sizes)
         folder, passes = f"engines/cpu-{dtype}", _cpu(scheme, kv_cache)
@@ -166,12 +165,12 @@ def targets(
     sparsity: "2:4" to prune the dense layers, or "". plans: of rtx and trt targets, but for block and sparsity.
     Raises BuildError for a name or a value that there is not, or a target that cannot be built on this machine.
     """
-    for name, value, allowed in (("block size", block, BLOCKS), ("KV cache", kv_cache, KV_CACHES)):
+    for name, value, allowed in (("block size", block, GROUP_SIZES), ("KV cache", kv_cache, KV_CACHES)):
         if value not in allowed:
             raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
     if sparsity and sparsity not in SPARSITIES:
         raise BuildError(f"unsupported sparsity {sparsity} (supported: {', '.join(SPARSITIES)})")
-    plans = replace(plans or PlanOptions(), block=block, sparsity=sparsity)
+    plans = replace(plans or PlanOptions(), group_size=block, sparsity=sparsity)
     known = {target.name: target for target in _all(block, kv_cache)}
     chosen: dict[str, Target | PlanTarget] = {}
     for name in names:

@@ -1,6 +1,6 @@
 """Quantized weights in the byte order that the CPU kernels read: plugins/cpu/matmul/packed.h states the layout.
 
-Panels of 32 rows; in a panel, blocks along K; in a block, 32 fp16 scales, then lines of 32 rows x 4 bytes. A panel
+Panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes. A panel
 depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.formats.quantization import Scheme, quantize
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import Weight
 
 Array = np.ndarray
@@ -16,58 +16,58 @@ PANEL = 32
 BITS = (4, 8)
 
 
-def panel_bytes(columns: int, bits: int, block: int) -> int:
+def panel_bytes(columns: int, bits: int, group_size: int) -> int:
     """Size of 32 packed rows of `columns` values."""
-    return -(-columns // block) * PANEL * (2 + block * bits // 8)
+    return -(-columns // group_size) * PANEL * (2 + group_size * bits // 8)
 
 
-def packed_bytes(rows: int, columns: int, bits: int, block: int) -> int:
+def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
     """Size of a packed weight."""
-    return -(-rows // PANEL) * panel_bytes(columns, bits, block)
+    return -(-rows // PANEL) * panel_bytes(columns, bits, group_size)
 
 
-def pack(q: Array, scales: Array, bits: int, block: int) -> Array:
+def pack(q: Array, scales: Array, bits: int, group_size: int) -> Array:
     """Values and scales -> packed bytes [panels, panel_bytes].
 
-    q: [N, K] uint8; a weight is scale * (q - 2**(bits - 1)). scales: [N, ceil(K / block)], rounded to fp16 here.
-    Rows are padded to a multiple of 32 with scale 0, columns to a multiple of the block with the zero point.
+    q: [N, K] uint8; a weight is scale * (q - 2**(bits - 1)). scales: [N, ceil(K / group_size)], rounded to fp16 here.
+    Rows are padded to a multiple of 32 with scale 0, columns to a multiple of the group size with the zero point.
     """
-    _check(bits, block)
+    _check(bits, group_size)
     rows, columns = q.shape
-    panels, blocks = -(-rows // PANEL), -(-columns // block)
-    if scales.shape != (rows, blocks):
-        raise ValueError(f"scales has shape {list(scales.shape)} (allowed: [{rows}, {blocks}])")
-    if (panels * PANEL, blocks * block) != q.shape:
-        padded = np.full((panels * PANEL, blocks * block), 1 << (bits - 1), np.uint8)
+    panels, groups = -(-rows // PANEL), -(-columns // group_size)
+    if scales.shape != (rows, groups):
+        raise ValueError(f"scales has shape {list(scales.shape)} (allowed: [{rows}, {groups}])")
+    if (panels * PANEL, groups * group_size) != q.shape:
+        padded = np.full((panels * PANEL, groups * group_size), 1 << (bits - 1), np.uint8)
         padded[:rows, :columns] = q
         q = padded
-        scales = np.concatenate([scales, np.zeros((panels * PANEL - rows, blocks), scales.dtype)])
-    out = np.empty((panels, blocks, PANEL * (2 + block * bits // 8)), np.uint8)
+        scales = np.concatenate([scales, np.zeros((panels * PANEL - rows, groups), scales.dtype)])
+    out = np.empty((panels, groups, PANEL * (2 + group_size * bits // 8)), np.uint8)
     if np.abs(scales).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError(f"a scale is {np.abs(scales).max():.3g} (allowed: up to {np.finfo(np.float16).max}, for fp16)")
-    out[..., : 2 * PANEL].view(np.float16)[:] = scales.reshape(panels, PANEL, blocks).transpose(0, 2, 1)
+    out[..., : 2 * PANEL].view(np.float16)[:] = scales.reshape(panels, PANEL, groups).transpose(0, 2, 1)
     if bits == 4:
         # Eight values of k are a 64-bit word: its low half gives the low nibbles, its high half the high ones.
-        word = np.ascontiguousarray(q).view(np.uint64).reshape(panels, PANEL, blocks, block // 8)
+        word = np.ascontiguousarray(q).view(np.uint64).reshape(panels, PANEL, groups, group_size // 8)
         values = (word | (word >> np.uint64(28))).astype(np.uint32)
     else:
-        values = np.ascontiguousarray(q).view(np.uint32).reshape(panels, PANEL, blocks, block // 4)
-    lines = out[..., 2 * PANEL :].view(np.uint32).reshape(panels, blocks, values.shape[3], PANEL)
+        values = np.ascontiguousarray(q).view(np.uint32).reshape(panels, PANEL, groups, group_size // 4)
+    lines = out[..., 2 * PANEL :].view(np.uint32).reshape(panels, groups, values.shape[3], PANEL)
     lines[:] = values.transpose(0, 2, 3, 1)
     return out.reshape(panels, -1)
 
 
-def unpack(packed: Array, rows: int, columns: int, bits: int, block: int) -> tuple[Array, Array]:
-    """The inverse of `pack`: q [rows, columns] uint8 and scales [rows, ceil(columns / block)] float16."""
-    _check(bits, block)
-    panels, blocks = -(-rows // PANEL), -(-columns // block)
-    parts = packed.reshape(panels, blocks, PANEL * (2 + block * bits // 8))
+def unpack(packed: Array, rows: int, columns: int, bits: int, group_size: int) -> tuple[Array, Array]:
+    """The inverse of `pack`: q [rows, columns] uint8 and scales [rows, ceil(columns / group_size)] float16."""
+    _check(bits, group_size)
+    panels, groups = -(-rows // PANEL), -(-columns // group_size)
+    parts = packed.reshape(panels, groups, PANEL * (2 + group_size * bits // 8))
     scales = np.ascontiguousarray(parts[..., : 2 * PANEL]).view(np.float16).transpose(0, 2, 1)
-    lines = np.ascontiguousarray(parts[..., 2 * PANEL :]).reshape(panels, blocks, -1, PANEL, 4)
+    lines = np.ascontiguousarray(parts[..., 2 * PANEL :]).reshape(panels, groups, -1, PANEL, 4)
     if bits == 4:
         lines = np.concatenate([lines & 15, lines >> 4], axis=4)
-    q = lines.transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, blocks * block)
-    return q[:rows, :columns], scales.reshape(panels * PANEL, blocks)[:rows]
+    q = lines.transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, groups * group_size)
+    return q[:rows, :columns], scales.reshape(panels * PANEL, groups)[:rows]
 
 
 def interleave(gate_up: Array) -> Array:
@@ -84,16 +84,16 @@ def interleave(gate_up: Array) -> Array:
     return panels.swapaxes(0, 1).reshape(-1, *gate_up.shape[1:])
 
 
-def pack_gate_up(q: Array, scales: Array, bits: int, block: int) -> Array:
+def pack_gate_up(q: Array, scales: Array, bits: int, group_size: int) -> Array:
     """`pack` for the gate_up weight of a gated expert: q [2I, K], gate rows first, then up rows."""
-    return pack(interleave(q), interleave(scales), bits, block)
+    return pack(interleave(q), interleave(scales), bits, group_size)
 
 
-def _check(bits: int, block: int) -> None:
+def _check(bits: int, group_size: int) -> None:
     if bits not in BITS:
         raise ValueError(f"bits = {bits} (allowed: 4, 8)")
-    if block % 16 or not 16 <= block <= 256:
-        raise ValueError(f"block = {block} (allowed: a multiple of 16 up to 256)")
+    if group_size % 16 or not 16 <= group_size <= 256:
+        raise ValueError(f"group_size = {group_size} (allowed: a multiple of 16 up to 256)")
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,12 @@ class PackedRows:
     """A weight [N, K] as [panels, panel bytes], quantized and packed as it is read."""
 
     source: Weight
-    scheme: Scheme
+    scheme: IntFormat
 
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.source.shape
-        return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.block)
+        return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.group_size)
 
     @property
     def dtype(self) -> np.dtype:
@@ -114,8 +114,8 @@ class PackedRows:
 
     def rows(self, start: int, stop: int) -> Array:
         rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
-        q, scales = quantize(rows.astype(np.float32, copy=False), self.scheme)
-        return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.block)
+        q, scales = self.scheme.encode(rows.astype(np.float32, copy=False))
+        return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.group_size)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class PackedExperts:
     """A weight [E, N, K] as [E, bytes], one expert after the other. interleaved: N is gate rows, then up rows."""
 
     source: Weight
-    scheme: Scheme
+    scheme: IntFormat
     interleaved: bool
 
     @property
@@ -131,7 +131,7 @@ class PackedExperts:
         experts, rows, columns = self.source.shape
         if self.interleaved:
             rows = -(-rows // PANEL) * PANEL
-        return experts, packed_bytes(rows, columns, self.scheme.bits, self.scheme.block)
+        return experts, packed_bytes(rows, columns, self.scheme.bits, self.scheme.group_size)
 
     @property
     def dtype(self) -> np.dtype:
@@ -141,6 +141,6 @@ class PackedExperts:
         make = pack_gate_up if self.interleaved else pack
         out = np.empty((stop - start, self.shape[1]), np.uint8)
         for i, expert in enumerate(self.source.rows(start, stop)):
-            q, scales = quantize(expert.astype(np.float32, copy=False), self.scheme)
-            out[i] = make(q.reshape(len(expert), -1), scales, self.scheme.bits, self.scheme.block).reshape(-1)
+            q, scales = self.scheme.encode(expert.astype(np.float32, copy=False))
+            out[i] = make(q.reshape(len(expert), -1), scales, self.scheme.bits, self.scheme.group_size).reshape(-1)
         return out

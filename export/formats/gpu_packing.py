@@ -1,52 +1,37 @@
-"""Expert weights as the GPU kernels read them, see `plugins.gpu.packing`."""
+"""The byte order in which the GPU kernels of plugins/gpu read quantized weights: codes <-> int8 [n, stored width].
 
-from collections.abc import Mapping
+K is cut into groups, the last padded with zeros. A group of B values is
+- int8: B bytes, the signed values;
+- int4: B / 4 units of 16 bits, little-endian: unit j has the values j, j + B / 4, j + B / 2 and j + 3 B / 4, the first
+  in its lowest 4 bits, each plus 8;
+- fp8: B bytes, e4m3 codes.
+"""
 
 import numpy as np
 
-from moevlm.export.formats.quantization import Coded, Scheme, quantize
-from moevlm.export.graph.weights import PerRow, Weight, cast
-from moevlm.plugins.gpu import packing
-from moevlm.plugins.gpu.ops import ExpertsOp
-from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.export.formats.base import WeightFormat
 
-BITS = {"int8": 8, "int4": 4}
+Array = np.ndarray
 
 
-def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The op's weight inputs by name, scales right behind their values.
-
-    weights: gate_up [E, 2I, H] (not gated: [E, I, H]), down [E, H, I], and, with biases, gate_up_bias, down_bias.
-    """
-    stored: dict[str, Weight] = {}
-    shapes = {tensor.name: (tensor.shape, DTYPES[tensor.dtype].numpy) for tensor in op.inputs}
-    for name, weight in weights.items():
-        if op.weights and not name.endswith("_bias"):
-            scale = f"{name}_scale"
-            coded = Coded(weight, lambda r: _encode(r, op.weights, op.block, op.dtype), shapes[name], shapes[scale])
-            stored |= {name: coded.values, scale: coded.scales}
-        else:
-            stored[name] = cast(weight, shapes[name][1])
-    return stored
+def pack(codes: Array, name: str) -> Array:
+    """codes: [n, groups, group_size] uint8, as the format called `name` encodes them."""
+    if name == "int4":
+        quarters = codes.reshape(*codes.shape[:-1], 4, -1).astype("<u2")
+        units = quarters[..., 0, :] | quarters[..., 1, :] << 4 | quarters[..., 2, :] << 8 | quarters[..., 3, :] << 12
+        return units.reshape(len(codes), -1).view(np.int8)
+    stored = codes ^ np.uint8(128) if name == "int8" else codes
+    return stored.view(np.int8).reshape(len(codes), -1)
 
 
-def as_stored(weight: Weight, weights: str, block: int, dtype: str) -> Weight:
-    """What the kernels compute with: weight [E, N, K] through its stored form and back, float32.
-
-    weights, block, dtype: as in ExpertsOp.
-    """
-
-    def through(array: np.ndarray) -> np.ndarray:
-        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-        stored, scales = _encode(rows, weights, block, dtype)
-        values = packing.unpack(stored, packing.rounded(scales, dtype), weights, block, rows.shape[1])
-        return values.reshape(array.shape)
-
-    return PerRow(weight, weight.shape, np.dtype(np.float32), through)
-
-
-def _encode(rows: np.ndarray, weights: str, block: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    if weights not in BITS:
-        return packing.quantize(rows, weights, block, dtype)
-    q, scales = quantize(rows, Scheme(BITS[weights], block))
-    return packing.pack_codes(q, weights), scales
+def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int) -> Array:
+    """The numbers that stored [.., N, stored width] and scales [.., N, groups] stand for: [.., N, width] float32."""
+    size = stored_as.group_size
+    if stored_as.name == "int4":
+        units = np.ascontiguousarray(stored).view("<u2").reshape(*scales.shape, size // 4)
+        codes = np.concatenate([units >> bits & 15 for bits in (0, 4, 8, 12)], -1).astype(np.uint8)
+    else:
+        codes = np.ascontiguousarray(stored).view(np.uint8).reshape(*scales.shape, size)
+        if stored_as.name == "int8":
+            codes = codes ^ np.uint8(128)
+    return stored_as.decode(codes, scales)[..., :width]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moevlm.export.formats.quantization import rounded
+from moevlm.export.formats.activations import rounded
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.attention import attention
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, ModelConfig
-from moevlm.export.formats.quantization import rounded
+from moevlm.export.formats.activations import rounded
 from moevlm.export.graph.weights import Weight, read, slices
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Layer

@@ -81,7 +81,7 @@ def quantized_checks(
     ]
     vision, decoder = stored_weights(model, metadata)
     features = list(
-        vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.block, shipped.visual)
+        vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.group_size, shipped.visual)
     )
     rounding = Rounding(metadata.block_size, metadata.kv_cache == "int8")
     rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))

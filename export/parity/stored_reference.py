@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moevlm.export.formats.gpu_packing import as_stored
+from moevlm.export.formats.encoded import as_stored
+from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.sparsity import pruned
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
@@ -23,13 +24,13 @@ from moevlm.runtime.engine.batch import Batch, cache_capacity
 class Storage:
     """What happened to an engine's weights; the default is nothing.
 
-    sparsity: "2:4" or "". experts, block: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0 if not so.
-    scales: the dtype that a block's scale is rounded to.
+    sparsity: "2:4" or "". experts, group_size: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0
+    if not so. scales: the dtype that a group's scale is rounded to.
     """
 
     sparsity: str = ""
     experts: str = ""
-    block: int = 0
+    group_size: int = 0
     scales: str = ""
 
     @classmethod
@@ -57,9 +58,10 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
             weights |= {name: pruned(weights[name]) for name in (str(value.name) for value in prunable(graph))}
     if storage.experts:
         weights = changed["decoder"]
+        form = weight_format(storage.experts, storage.group_size, storage.scales)
         for layer in model.config.moe_layers:
             for name in (f"layers.{layer}.feed_forward.gate_up", f"layers.{layer}.feed_forward.down"):
-                weights[name] = as_stored(weights[name], storage.experts, storage.block, storage.scales)
+                weights[name] = as_stored(weights[name], form)
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
 
 

@@ -1,13 +1,14 @@
 """A model's weights as an engine of ONNX Runtime stores them: rounded by the same rules, from the checkpoint anew."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
-import numpy as np
 from torch import nn
 
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
-from moevlm.export.backends.targets import BITS, EMBEDDING, VISION
-from moevlm.export.formats.quantization import Scheme, stored
+from moevlm.export.backends.targets import EMBEDDING, VISION
+from moevlm.export.formats.encoded import as_stored
+from moevlm.export.formats.registry import int_format
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.quantize_experts import shared_scheme
@@ -21,13 +22,13 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
     norms and biases are as they were.
     """
     ours = bool(engine.operators)
-    scales = np.dtype(np.float16 if ours else np.float32)  # our kernels' scales are halves
-    scheme = Scheme(BITS[engine.dtype], engine.block_size)
+    scales = "float16" if ours else "float32"  # our kernels' scales are halves
+    scheme = int_format(engine.dtype, engine.block_size, scales)
     vision, decoder = dict(model.vision_weights), dict(model.decoder_weights)
     for name in _projections(model.vision):
-        vision[name] = stored(vision[name], VISION, scales)
+        vision[name] = as_stored(vision[name], replace(VISION, scales=scales))
     for name in _projections(model.decoder):
-        decoder[name] = stored(decoder[name], scheme, scales)
+        decoder[name] = as_stored(decoder[name], scheme)
     for layer, moe in model.config.moe.items():
         if not ours and kernel_attributes(moe.expert) is None:
             continue  # `LowerMoE` leaves these experts as they are
@@ -35,9 +36,9 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
         of_both = scheme if ours else shared_scheme(scheme, *(decoder[name].shape[-1] for name in names))
         assert of_both is not None  # the build would have failed
         for name in names:
-            decoder[name] = stored(decoder[name], of_both, scales)
-    decoder["head"] = stored(decoder.get("head", decoder["embedding"]), scheme, scales)
-    decoder["embedding"] = stored(decoder["embedding"], EMBEDDING, np.dtype(np.float32))
+            decoder[name] = as_stored(decoder[name], of_both)
+    decoder["head"] = as_stored(decoder.get("head", decoder["embedding"]), scheme)
+    decoder["embedding"] = as_stored(decoder["embedding"], EMBEDDING)
     return vision, decoder
 
 

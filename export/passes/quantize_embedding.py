@@ -3,7 +3,7 @@
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.formats.quantization import Scheme
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass
 from moevlm.export.passes.quantize_linear import quantized
@@ -12,14 +12,14 @@ from moevlm.export.passes.quantize_linear import quantized
 class QuantizeEmbedding(NodePass):
     """Gather from a stored matrix -> com.microsoft::GatherBlockQuantized.
 
-    A row is read once per token, so the bits of an embedding cost memory but no time. The kernel yields whole blocks:
-    of a width that the block does not divide, a Slice cuts the padding off again.
+    A row is read once per token, so the bits of an embedding cost memory but no time. The kernel yields whole groups:
+    of a width that the group size does not divide, a Slice cuts the padding off again.
     Requires: nothing. Ensures: no float32 matrix is looked up by rows; shapes are as before.
     """
 
     domain = CONTRIB
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
 
     def matches(self, node: ir.Node) -> bool:
@@ -28,11 +28,16 @@ class QuantizeEmbedding(NodePass):
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         table, index = node.inputs
         assert table is not None
-        attributes = {"bits": self.scheme.bits, "block_size": self.scheme.block, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {
+            "bits": self.scheme.bits,
+            "block_size": self.scheme.group_size,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
         values, scales = quantized(graph, table, self.scheme, flat=True)
         t, width = tape.Tape(), weight_of(table).shape[1]
         rows = t.op("GatherBlockQuantized", [values, index, scales], attributes, domain=CONTRIB)
-        if width % self.scheme.block:
+        if width % self.scheme.group_size:
             begin, end, axis = (t.op("Constant", [], {"value_ints": [n]}) for n in (0, width, -1))
             rows = t.op("Slice", [rows, begin, end, axis])
         ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [rows])

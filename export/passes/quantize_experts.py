@@ -1,8 +1,8 @@
-"""Experts on ONNX Runtime's sparse kernel for block-quantized weights."""
+"""Experts on ONNX Runtime's sparse kernel for quantized weights."""
 
 import onnx_ir as ir
 
-from moevlm.export.formats.quantization import SMALLEST_BLOCK, Scheme
+from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, substitute
 from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, quantized
@@ -14,14 +14,14 @@ class QuantizeExperts(NodePass):
 
     QMoE always normalizes the weights of the chosen experts, whatever its attribute says, unless they are an input of
     their own: where the softmax over all experts is the weight, that is what it gets.
-    Both matrices of an expert share one block size: the scheme's, or the largest power of two below it that divides the
+    Both matrices of an expert share one group size: the scheme's, or the largest power of two below it that divides the
     inner sizes of both. Raises BuildError if 16 does not.
     Requires: LowerMoE. Ensures: no com.microsoft::MoE is left.
     """
 
     domain = CONTRIB
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
 
     def matches(self, node: ir.Node) -> bool:
@@ -37,7 +37,7 @@ class QuantizeExperts(NodePass):
         if scheme is None:
             raise BuildError(
                 f"cannot quantize the experts of {down.name}: their sizes are {hidden} and {width} "
-                f"(allowed: multiples of {SMALLEST_BLOCK})"
+                f"(allowed: multiples of {SMALLEST_GROUP})"
             )
         inputs = [x, logits, *quantized(graph, gate_up, scheme, flat=True), gate_up_bias]
         inputs += [*quantized(graph, down, scheme, flat=True), down_bias]
@@ -48,7 +48,7 @@ class QuantizeExperts(NodePass):
             inputs += [None] * 6 + [weights.outputs[0]]
         attributes |= {
             "expert_weight_bits": scheme.bits,
-            "block_size": scheme.block,
+            "block_size": scheme.group_size,
             "accuracy_level": ACCURACY_LEVEL,
             "swiglu_limit": attributes.get("swiglu_limit", float("inf")),
         }
@@ -56,7 +56,7 @@ class QuantizeExperts(NodePass):
         substitute(graph, node, new)
 
 
-def shared_scheme(scheme: Scheme, hidden: int, width: int) -> Scheme | None:
-    """The scheme, its block reduced until it divides the inner sizes of both matrices; None if 16 does not."""
+def shared_scheme(scheme: IntFormat, hidden: int, width: int) -> IntFormat | None:
+    """The scheme, its groups made smaller until it divides the inner sizes of both matrices; None if 16 does not."""
     fitting = scheme.fit(hidden)
     return fitting and fitting.fit(width)

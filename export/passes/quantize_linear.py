@@ -1,13 +1,14 @@
-"""Projections on ONNX Runtime's kernel for block-quantized weights."""
+"""Projections on ONNX Runtime's kernel for quantized weights."""
 
 import onnx_ir as ir
 
-from moevlm.export.formats.quantization import Quantized, Scheme
+from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.ort_packing import packed
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, substitute
 from moevlm.export.passes.pack_projections import is_projection
 
-# The kernel may round activations to int8 per block: twice the speed of level 0 and an error below the weights' own.
+# The kernel may round activations to int8 per group: twice the speed of level 0 and an error below the weights' own.
 ACCURACY_LEVEL = 4
 
 
@@ -19,7 +20,7 @@ class QuantizeLinear(NodePass):
 
     domain = CONTRIB
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
 
     def matches(self, node: ir.Node) -> bool:
@@ -33,7 +34,7 @@ class QuantizeLinear(NodePass):
             "N": rows,
             "K": width,
             "bits": self.scheme.bits,
-            "block_size": self.scheme.block,
+            "block_size": self.scheme.group_size,
             "accuracy_level": ACCURACY_LEVEL,
         }
         inputs = [x, *quantized(graph, weight, self.scheme), *((None, None, *bias) if bias else ())]
@@ -41,9 +42,9 @@ class QuantizeLinear(NodePass):
         substitute(graph, node, new)
 
 
-def quantized(graph: ir.Graph, weight: ir.Value, scheme: Scheme, flat: bool = False) -> tuple[ir.Value, ir.Value]:
-    """New initializers with the integers and the scales of `weight`; flat: blocks are not an axis of their own."""
-    parts = Quantized(weight_of(weight), scheme, flat)
+def quantized(graph: ir.Graph, weight: ir.Value, scheme: IntFormat, flat: bool = False) -> tuple[ir.Value, ir.Value]:
+    """New initializers with the integers and the scales of `weight`; flat: groups are not an axis of their own."""
+    parts = packed(weight_of(weight), scheme, flat)
     name = f"{weight.name}.{'rows.' if flat else ''}int{scheme.bits}"  # a tied embedding is also the head
     values, scales = initializer(name, parts.values), initializer(f"{name}.scales", parts.scales)
     graph.register_initializer(values)  # next to each other, so that they are written one after the other

@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.program import TOKENS, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.dtypes import DTYPES
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
-BLOCKS = (32, 128)
-# Stored dtype and values to a stored element; "" stands for the dtype of the activations.
-FORMATS = {"": ("", 1), "int8": ("int8", 1), "int4": ("int8", 2), "fp8": ("int8", 1)}
+GROUP_SIZES = (32, 128)
+# The dtype that a weight's code has in each format; "" is the dtype of the activations.
+FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class RouterOp:
 class ExpertsOp:
     """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.reference.experts`.
 
-    weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in blocks of `block` values along the input axis, the last
-    one short where `block` does not divide it; a block's scale is in `dtype` (float32 activations: float32).
-    How they are stored: see `moevlm.plugins.gpu.packing`.
+    weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in groups of `group_size` values along the input axis, the
+    last one short where `group_size` does not divide it; a group's scale is in `dtype`.
+    How they are stored: see `moevlm.export.formats.gpu_packing`.
     """
 
     spec: ExpertsSpec
@@ -51,7 +52,7 @@ class ExpertsOp:
     inner: int
     dtype: str = "bfloat16"
     weights: str = ""
-    block: int = 32
+    group_size: int = 32
     has_biases: bool = False
 
     name = "MoEExperts"
@@ -60,10 +61,15 @@ class ExpertsOp:
         for field, value, allowed in (
             ("dtype", self.dtype, ACTIVATION_DTYPES),
             ("weights", self.weights, tuple(FORMATS)),
-            ("block", self.block, BLOCKS),
+            ("group_size", self.group_size, GROUP_SIZES),
         ):
             if value not in allowed:
                 raise ValueError(f"{field} = {value!r} (allowed: {', '.join(map(repr, allowed))})")
+
+    @property
+    def weight_bits(self) -> int:
+        """Of one stored weight."""
+        return DTYPES[FORMATS[self.weights] or self.dtype].bits
 
     @property
     def rows(self) -> int:
@@ -74,19 +80,19 @@ class ExpertsOp:
     def inputs(self) -> tuple[Tensor, ...]:
         tokens = (TOKENS, self.top_k)
         projections = (("gate_up", self.rows, self.hidden), ("down", self.hidden, self.inner))
-        stored, per_element = FORMATS[self.weights]
         tensors = [
             Tensor("x", self.dtype, (TOKENS, self.hidden)),
             Tensor("expert_index", "int32", tokens),
             Tensor("expert_weight", "float32", tokens),
         ]
-        blocks = {name: -(-width // self.block) for name, _, width in projections}
+        groups = {name: -(-width // self.group_size) for name, _, width in projections}
         for name, rows, width in projections:
-            stored_width = blocks[name] * self.block // per_element if self.weights else width
-            tensors.append(Tensor(name, stored or self.dtype, (self.experts, rows, stored_width)))
+            stored_width = groups[name] * self.group_size * self.weight_bits // 8 if self.weights else width
+            stored = "int8" if self.weights else self.dtype
+            tensors.append(Tensor(name, stored, (self.experts, rows, stored_width)))
         if self.weights:
             tensors += [
-                Tensor(f"{name}_scale", self.dtype, (self.experts, rows, blocks[name])) for name, rows, _ in projections
+                Tensor(f"{name}_scale", self.dtype, (self.experts, rows, groups[name])) for name, rows, _ in projections
             ]
         if self.has_biases:
             tensors += [Tensor(f"{name}_bias", self.dtype, (self.experts, rows)) for name, rows, _ in projections]

@@ -204,7 +204,7 @@ class _Experts:
             "INNER": op.inner,
             "HAS_BIASES": op.has_biases,
             "WEIGHTS": op.weights,
-            "BLOCK": op.block,
+            "BLOCK": op.group_size,
             "NATIVE_FP8": self.sm >= 89,
             "INTERPRETED": False,
         }

@@ -16,7 +16,6 @@ from moevlm.plugins.gpu.ops import ExpertsOp
 FEW_TOKENS = 8
 FAMILIES = {75: "75", 80: "80", 87: "80", 86: "86", 89: "86", 120: "86", 121: "86", 90: "90", 100: "100"}
 FAMILIES |= {103: "100", 110: "100"}
-BITS = {"int8": 8, "fp8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     """
     if sm not in FAMILIES:
         raise ValueError(f"sm{sm} (allowed: {', '.join(f'sm{known}' for known in sorted(FAMILIES))})")
-    bits = 32 if op.dtype == "float32" else BITS.get(op.weights, 16)
+    bits = 32 if op.dtype == "float32" else op.weight_bits
     entry = table()[FAMILIES[sm]][str(bits)]
     ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]
     for rows in entry["grouped"]:

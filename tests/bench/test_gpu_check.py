@@ -20,7 +20,7 @@ from bench import gpu_check
 from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
 from moevlm.plugins.ops import reference, variants
@@ -88,7 +88,9 @@ def test_bytes_are_those_of_the_active_experts_weights_and_scales() -> None:
     numbers = 3 * 2048 * 768
     assert shapes.weight_bytes(QWEN.experts_op(), 8) == 8 * 2 * numbers
     assert shapes.weight_bytes(QWEN.experts_op(weights="int8"), 8) == 8 * (numbers + 2 * numbers // 32)
-    assert shapes.weight_bytes(QWEN.experts_op(weights="int4", block=128), 5) == 5 * (numbers // 2 + 2 * numbers // 128)
+    assert shapes.weight_bytes(QWEN.experts_op(weights="int4", group_size=128), 5) == 5 * (
+        numbers // 2 + 2 * numbers // 128
+    )
     assert shapes.weight_bytes(DEEPSEEK.experts_op(), 256) == pytest.approx(22.5e9, rel=0.01)
 
 
@@ -126,7 +128,7 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
 def test_weights_taking_turns_exceed_any_cache() -> None:
     cache = 126 << 20  # a B200's
     for layer in shapes.LAYERS:
-        for weights in layers.FORMATS:
+        for weights in FORMATS:
             op = layer.experts_op(weights=weights)
             sets = min(layers.MOST_SETS, layers.SETS_BYTES // shapes.weight_bytes(op, op.experts))
             # What is read before the same set is read again, and with it perhaps the same expert.
@@ -140,8 +142,8 @@ def test_weights_taking_turns_exceed_any_cache() -> None:
 @pytest.mark.parametrize("sm", [75, 90])
 def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None:
     ops = cases.experts_ops(sm)
-    formats = {(op.weights, op.block) for op in ops if op.weights}
-    assert formats == {(weights, block) for weights in ("int8", "int4", "fp8") for block in (32, 128)}
+    formats = {(op.weights, op.group_size) for op in ops if op.weights}
+    assert formats == {(weights, size) for weights in ("int8", "int4", "fp8") for size in (32, 128)}
     dtypes = {"float16", "float32"} | ({"bfloat16"} if sm >= 80 else set())
     assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in ("", "int8", "int4", "fp8")}
     assert {(op.spec, op.has_biases) for op in ops} == {(s, b) for s in variants.BLOCKS.values() for b in (False, True)}

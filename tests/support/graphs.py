@@ -3,16 +3,16 @@
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.formats.quantization import Scheme, dequantize, quantize
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.plugins.ops.spec import DOMAIN
 
 
-def rounded(weight: np.ndarray, scheme: Scheme) -> np.ndarray:
+def rounded(weight: np.ndarray, scheme: IntFormat) -> np.ndarray:
     """What a kernel sees of a weight [..., K]."""
     width = weight.shape[-1]
-    flat = dequantize(*quantize(weight.reshape(-1, width), scheme), scheme)[:, :width]
+    flat = scheme.decode(*scheme.encode(weight.reshape(-1, width)))[:, :width]
     return flat.reshape(weight.shape)
 
 

@@ -11,10 +11,11 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention as StandardAttention
 
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, expert_weights
+from moevlm.export.formats.gpu_packing import unpack
+from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import read
-from moevlm.plugins.gpu import packing
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.ops import reference
 from moevlm.runtime.core.dtypes import DTYPES
@@ -53,8 +54,9 @@ def _unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarr
     """Weights and biases by name, float32. arrays: as the op stores them."""
     held = dict(zip((tensor.name for tensor in op.inputs[3:]), arrays, strict=True))
     if op.weights:
+        form = weight_format(op.weights, op.group_size, op.dtype)
         for name, width in (("gate_up", op.hidden), ("down", op.inner)):
-            held[name] = packing.unpack(held[name], held.pop(f"{name}_scale"), op.weights, op.block, width)
+            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width)
     return {name: array.astype(np.float32) for name, array in held.items()}
 
 

@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.ops import BLOCKS
+from moevlm.export.formats.registry import FORMATS
+from moevlm.plugins.gpu.ops import GROUP_SIZES
 from moevlm.runtime.core import defaults, dtypes
 from moevlm.runtime.core.errors import BuildError
 
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
-EXPERTS = ("same", "int8", "int4", "fp8")
+EXPERTS = ("same", *FORMATS)
 MIN_LOGITS = 64
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """dtype: of weights and activations. experts: how the experts' weights are stored, in blocks of `block`.
+    """dtype: of weights and activations. experts: how the experts' weights are stored, in groups of `group_size`.
 
     capacity: tokens in the cache of a sequence. max_batch: sequences in a step. chunk_tokens: of each in prefill.
     version_compatible: plans for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
@@ -22,7 +23,7 @@ class PlanOptions:
 
     dtype: str = "bf16"
     experts: str = "same"
-    block: int = defaults.BLOCK_SIZE
+    group_size: int = defaults.BLOCK_SIZE
     capacity: int = 4096
     max_batch: int = 8
     chunk_tokens: int = defaults.CHUNK_TOKENS
@@ -34,7 +35,7 @@ class PlanOptions:
         for name, value, allowed in (
             ("dtype", self.dtype, tuple(DTYPES)),
             ("experts", self.experts, EXPERTS),
-            ("block size", self.block, BLOCKS),
+            ("block size", self.group_size, GROUP_SIZES),
         ):
             if value not in allowed:
                 raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
@@ -67,7 +68,7 @@ class PlanOptions:
 
         A bundle that has it keeps it: another layout of the weights needs another name.
         """
-        return f"experts/{self.precision}{f'-b{self.block}' if self.weights else ''}.safetensors"
+        return f"experts/{self.precision}{f'-g{self.group_size}' if self.weights else ''}.safetensors"
 
     @property
     def max_logits(self) -> int:

@@ -106,7 +106,7 @@ class PlanTarget:
             vision=self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
-            block_size=o.block if o.weights else 0,
+            block_size=o.group_size if o.weights else 0,
             states=kept(model, o.activations),
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
@@ -138,7 +138,7 @@ class PlanTarget:
         o = self.options
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
-        moe = (*native, PluginMoE(o.activations, o.weights, o.block, program))
+        moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, program))
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
         run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
         run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])

@@ -18,7 +18,7 @@ from hypothesis.extra.numpy import arrays
 from moevlm.export.backends.tensorrt import worker
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.build import add_targets, build
-from moevlm.export.formats.quantization import Scheme, dequantize, quantize
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.sparsity import prune, pruned
 from moevlm.export.graph import weights
 from moevlm.export.graph.weights import Constant, read
@@ -65,7 +65,8 @@ def test_slices_are_those_of_the_whole(rows: np.ndarray, data: st.DataObject) ->
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zeros_stay_zero_when_quantized(bits: int) -> None:
     rows = prune(np.random.default_rng().standard_normal((32, 128)).astype(np.float32))
-    back = dequantize(*quantize(rows, Scheme(bits, 32)), Scheme(bits, 32))
+    form = IntFormat(bits, 32)
+    back = form.decode(*form.encode(rows))
     assert not back[rows == 0].any()
 
 

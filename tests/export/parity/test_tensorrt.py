@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from moevlm.export.backends.tensorrt.options import DTYPES, PlanOptions
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.formats import gpu_packing
-from moevlm.export.formats.gpu_packing import as_stored
+from moevlm.export.formats.encoded import as_stored
+from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.weights import Constant, read
 from moevlm.export.model import CanonicalModel
@@ -76,7 +76,7 @@ def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
         exact = check_parity(bundle, tiny_checkpoint, [TARGET])
         tensors = load_file(bundle / EXPERTS)
         for name, array in tensors.items():
-            tensors[name] = read(as_stored(Constant(array), "int8", 32, "float32"))
+            tensors[name] = read(as_stored(Constant(array), weight_format("int8", 32)))
         save_file(tensors, bundle / EXPERTS)
         rehash(bundle, EXPERTS)
         rounded = check_parity(bundle, tiny_checkpoint, [TARGET])
@@ -252,13 +252,14 @@ def test_storing_experts_costs_as_little_as_it_should(canonical, seed: int, spar
 def test_scales_that_belong_to_other_weights_are_found(
     canonical, seed: int, experts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode = gpu_packing._encode
+    kind = type(weight_format(experts, 32))
+    encode = kind.encode
 
-    def misplaced(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        values, scales = encode(*arguments)
-        return values, np.roll(scales, 1, axis=0)
+    def misplaced(self: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes, scales = encode(self, rows)
+        return codes, np.roll(scales, 1, axis=0)
 
-    monkeypatch.setattr(gpu_packing, "_encode", misplaced)
+    monkeypatch.setattr(kind, "encode", misplaced)
     wrong = canonical.computed(Storage("", experts, 32, "float16"))
     cost = list(rounding_checks("plan", wrong, canonical.expected(), experts))
     assert not all(check.passed for check in cost), f"seed {seed}"

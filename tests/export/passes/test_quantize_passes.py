@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
-from moevlm.export.formats.quantization import Scheme
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.pack_projections import PackProjections
@@ -20,12 +20,12 @@ from tests.support.moe_cases import Case, assert_close, ops, session, value
 
 # The kernels round activations to int8 per block, in both of an expert's matrices.
 ACTIVATIONS = 0.04
-SCHEMES = [Scheme(4, 32), Scheme(8, 32), Scheme(4, 128)]
-schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.block}")
+SCHEMES = [IntFormat(4, 32), IntFormat(8, 32), IntFormat(4, 128)]
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.group_size}")
 rng = np.random.default_rng
 
 
-def quantized_block(case: Case, scheme: Scheme) -> ir.Model:
+def quantized_block(case: Case, scheme: IntFormat) -> ir.Model:
     model = case.model()
     assert run([LowerMoE(), QuantizeExperts(scheme)], model)["QuantizeExperts"] == 1
     for name in ("gate_up", "down"):
@@ -59,14 +59,14 @@ KERNELS = [name for name in variants.BLOCKS if not name.startswith("gelu_tanh-ga
 @pytest.mark.parametrize("name", KERNELS)
 def test_quantized_experts_of_every_kind(name, has_bias):
     case = Case(RouterSpec(2), variants.BLOCKS[name], expert_biases=has_bias, hidden=64, inner=32)
-    case.check(quantized_block(case, Scheme(8, 32)), ACTIVATIONS)
+    case.check(quantized_block(case, IntFormat(8, 32)), ACTIVATIONS)
 
 
 def test_experts_that_no_block_fits_are_refused_by_name():
     model = Case(RouterSpec(2)).model()
     LowerMoE().apply(model)
     with pytest.raises(BuildError, match=r"experts of down: their sizes are 12 and 6 \(allowed: multiples of 16\)"):
-        QuantizeExperts(Scheme(4, 32)).apply(model)
+        QuantizeExperts(IntFormat(4, 32)).apply(model)
 
 
 @schemes
@@ -85,7 +85,7 @@ def test_projection_is_quantized(scheme, has_bias, width):
 
 
 @pytest.mark.parametrize("width", [64, 48, 33, 5])
-@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(8, 32)], ids=["int4", "int8"])
+@pytest.mark.parametrize("scheme", [IntFormat(4, 32), IntFormat(8, 32)], ids=["int4", "int8"])
 def test_embedding_is_quantized_and_keeps_its_width(scheme, width):
     ids, y = value("ids", ["T"], ir.DataType.INT64), value("y", ["T", width])
     table = matrix(20, width)
@@ -107,7 +107,7 @@ def test_router_and_small_lookups_stay_float32():
     model = graph(
         [gemm(x, "w", logits), router, lookup], [x, ids], [index, weight, picked], w=matrix(8, 64), vector=matrix(512)
     )
-    assert run([PackProjections(), QuantizeLinear(Scheme(4, 32)), QuantizeEmbedding(Scheme(4, 32))], model) == {
+    assert run([PackProjections(), QuantizeLinear(IntFormat(4, 32)), QuantizeEmbedding(IntFormat(4, 32))], model) == {
         "PackProjections": 0,
         "QuantizeLinear": 0,
         "QuantizeEmbedding": 0,
@@ -160,4 +160,4 @@ def test_norm_of_anything_else_is_left():
 
 def test_gated_gelu_has_no_quantized_kernel_and_stays():
     model = Case(RouterSpec(2), ExpertsSpec("gelu_tanh")).model()
-    assert run([LowerMoE(), QuantizeExperts(Scheme(4, 32))], model) == {"LowerMoE": 0, "QuantizeExperts": 0}
+    assert run([LowerMoE(), QuantizeExperts(IntFormat(4, 32))], model) == {"LowerMoE": 0, "QuantizeExperts": 0}

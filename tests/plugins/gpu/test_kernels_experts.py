@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moevlm.plugins.gpu import packing
+from moevlm.export.formats.base import rounded
+from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Launch
@@ -31,18 +33,18 @@ def draw_inputs(op: ExpertsOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
     weights = expert_weights(op.spec, op.has_biases, op.hidden, op.inner, op.experts, seed)
     weights["down"] *= op.inner**-0.5
     inputs = {
-        "x": packing.rounded(hidden_states(tokens, op.hidden, seed), op.dtype),
+        "x": rounded(hidden_states(tokens, op.hidden, seed), op.dtype),
         "expert_index": np.argsort(rng.random((tokens, op.experts)), 1)[:, : op.top_k].astype(np.int32),
         "expert_weight": rng.random((tokens, op.top_k), np.float32),
     }
     for name, values in weights.items():
         if op.weights and values.ndim == 3:
-            rows = values.reshape(-1, values.shape[-1])
-            stored, scales = packing.quantize(rows, op.weights, op.block, op.dtype)
-            inputs[name] = stored.reshape(*values.shape[:2], -1)
+            form = weight_format(op.weights, op.group_size, op.dtype)
+            codes, scales = form.encode(values.reshape(-1, values.shape[-1]))
+            inputs[name] = pack(codes, op.weights).reshape(*values.shape[:2], -1)
             inputs[f"{name}_scale"] = scales.reshape(*values.shape[:2], -1)
         else:
-            inputs[name] = packing.rounded(values, op.dtype)
+            inputs[name] = rounded(values, op.dtype)
     return inputs
 
 
@@ -51,7 +53,8 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray]) -> np.ndarray:
     for name, width in (("gate_up", op.hidden), ("down", op.inner)):
         weights[name] = inputs[name]
         if op.weights:
-            weights[name] = packing.unpack(inputs[name], inputs[f"{name}_scale"], op.weights, op.block, width)
+            form = weight_format(op.weights, op.group_size, op.dtype)
+            weights[name] = unpack(inputs[name], inputs[f"{name}_scale"], form, width)
         if op.has_biases:
             weights[f"{name}_bias"] = inputs[f"{name}_bias"]
     weights = {name: values.astype(np.float64) for name, values in weights.items()}
@@ -80,11 +83,21 @@ def test_every_variant_agrees_with_the_spec(
     ("dtype", "tokens"),
     [("float16", 1), ("float16", 5), ("float16", 33), ("bfloat16", 2), ("bfloat16", 9), ("float32", 9)],
 )
-@pytest.mark.parametrize(("weights", "block"), STORED)
+@pytest.mark.parametrize(("weights", "group_size"), STORED)
 def test_every_format_of_weights_agrees_with_the_spec(
-    triton_interpreter: Interpreter, weights: str, block: int, dtype: str, tokens: int
+    triton_interpreter: Interpreter, weights: str, group_size: int, dtype: str, tokens: int
 ) -> None:
-    op = ExpertsOp(SILU, 3, 2, hidden=block + 8, inner=24, dtype=dtype, weights=weights, block=block, has_biases=True)
+    op = ExpertsOp(
+        SILU,
+        3,
+        2,
+        hidden=group_size + 8,
+        inner=24,
+        dtype=dtype,
+        weights=weights,
+        group_size=group_size,
+        has_biases=True,
+    )
     agrees(triton_interpreter, op, tokens)
 
 
@@ -124,7 +137,7 @@ def test_every_tile_agrees_with_the_spec(
 
 
 def test_several_steps_of_which_the_last_is_short(triton_interpreter: Interpreter) -> None:
-    op = ExpertsOp(SILU, 2, 1, hidden=300, inner=150, dtype="float16", weights="int4", block=128)
+    op = ExpertsOp(SILU, 2, 1, hidden=300, inner=150, dtype="float16", weights="int4", group_size=128)
     for tokens in (1, 2):
         agrees(triton_interpreter, op, tokens)
 
@@ -133,7 +146,7 @@ def test_several_steps_of_which_the_last_is_short(triton_interpreter: Interprete
 @given(st.data())
 def test_any_shape(triton_interpreter: Interpreter, data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))
-    weights, block = data.draw(st.sampled_from(STORED))
+    weights, group_size = data.draw(st.sampled_from(STORED))
     op = ExpertsOp(
         BLOCKS[data.draw(st.sampled_from(sorted(BLOCKS)))],
         experts,
@@ -142,7 +155,7 @@ def test_any_shape(triton_interpreter: Interpreter, data: st.DataObject) -> None
         inner=data.draw(st.integers(1, 200)),
         dtype=data.draw(st.sampled_from(("float16", "float32"))),
         weights=weights,
-        block=block,
+        group_size=group_size,
         has_biases=data.draw(st.booleans()),
     )
     seed = data.draw(st.integers(0, 1 << 30))

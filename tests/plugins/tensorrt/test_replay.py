@@ -26,7 +26,7 @@ OPS = {
     "fp16": ExpertsOp(ExpertsSpec("swiglu_clamped"), 8, 3, hidden=40, inner=24, dtype="float16", has_biases=True),
     "fp32, input": ExpertsOp(ExpertsSpec("gelu_tanh", False, "input"), 5, 2, hidden=24, inner=40, dtype="float32"),
     "bf16, int4": ExpertsOp(ExpertsSpec(), 5, 2, hidden=72, inner=40, dtype="bfloat16", weights="int4"),
-    "fp16, fp8": ExpertsOp(ExpertsSpec(), 4, 4, hidden=40, inner=136, dtype="float16", weights="fp8", block=128),
+    "fp16, fp8": ExpertsOp(ExpertsSpec(), 4, 4, hidden=40, inner=136, dtype="float16", weights="fp8", group_size=128),
 }
 
 

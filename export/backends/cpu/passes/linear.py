@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedRows
-from moevlm.export.formats.quantization import Scheme
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, substitute
 from moevlm.export.passes.pack_projections import is_projection
@@ -18,7 +18,7 @@ class CpuLinear(NodePass):
 
     domain = CPU
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
 
     def matches(self, node: ir.Node) -> bool:
@@ -30,6 +30,6 @@ class CpuLinear(NodePass):
         rows, width = weight_of(weight).shape
         packed = initializer(f"{weight.name}.int{self.scheme.bits}", PackedRows(weight_of(weight), self.scheme))
         graph.register_initializer(packed)
-        attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.group_size}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
         substitute(graph, node, new)

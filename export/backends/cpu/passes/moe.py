@@ -3,7 +3,7 @@
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedExperts
-from moevlm.export.formats.quantization import Scheme
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import initializer, weight_of
@@ -20,7 +20,7 @@ class CpuMoE(NodePass):
 
     domain = CPU
 
-    def __init__(self, scheme: Scheme) -> None:
+    def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
 
     def matches(self, node: ir.Node) -> bool:
@@ -41,6 +41,6 @@ class CpuMoE(NodePass):
             packed.append(initializer(f"{value.name}.int{self.scheme.bits}", recipe))
             graph.register_initializer(packed[-1])
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        attributes |= {"hidden": hidden, "width": width, "bits": self.scheme.bits, "block_size": self.scheme.block}
+        attributes |= {"hidden": hidden, "width": width, "bits": self.scheme.bits, "block_size": self.scheme.group_size}
         new = ir.node(EXPERTS, [x, index, weight, *packed, *biases], attributes=attributes, domain=CPU)
         substitute(graph, node, new)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from moevlm.export.formats.gpu_packing import expert_tensors
+from moevlm.export.backends.tensorrt.expert_weights import expert_tensors
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import Weight, weight_of
@@ -24,9 +24,11 @@ class PluginMoE(NodePass):
 
     domain = DOMAIN
 
-    def __init__(self, dtype: str, weights: str, block: int, program: Callable[[RouterOp | ExpertsOp], bytes]) -> None:
-        """dtype: of the activations. weights, block: as in ExpertsOp. program: bytes of an op's program."""
-        self.dtype, self.weights, self.block, self.program = dtype, weights, block, program
+    def __init__(
+        self, dtype: str, weights: str, group_size: int, program: Callable[[RouterOp | ExpertsOp], bytes]
+    ) -> None:
+        """dtype: of the activations. weights, group_size: as in ExpertsOp. program: bytes of an op's program."""
+        self.dtype, self.weights, self.group_size, self.program = dtype, weights, group_size, program
 
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, ROUTER) or is_op(node, EXPERTS)
@@ -55,7 +57,7 @@ class PluginMoE(NodePass):
             inner,
             self.dtype,
             self.weights,
-            self.block,
+            self.group_size,
             len(node.inputs) == 7,
         )
 

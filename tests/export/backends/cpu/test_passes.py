@@ -7,7 +7,7 @@ import pytest
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.linear import CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
-from moevlm.export.formats.quantization import Scheme
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.weights import Weight, weight_of
@@ -21,8 +21,8 @@ from tests.support.moe_cases import Case, assert_close, ops, session, value
 
 # Activations are rounded to int8 per block, and scales to fp16.
 ACTIVATIONS = 0.04
-SCHEMES = [Scheme(4, 32), Scheme(8, 32), Scheme(4, 128), Scheme(8, 128)]
-schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.block}")
+SCHEMES = [IntFormat(4, 32), IntFormat(8, 32), IntFormat(4, 128), IntFormat(8, 128)]
+schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"int{s.bits}-{s.group_size}")
 biases = pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 
 
@@ -41,7 +41,7 @@ def test_projection(rows, width, has_bias, scheme):
     assert_close(session(model).run(None, {"x": given})[0], want, ACTIVATIONS)
 
 
-def lowered(case: Case, scheme: Scheme) -> ir.Model:
+def lowered(case: Case, scheme: IntFormat) -> ir.Model:
     model = case.model()
     assert run([CpuMoE(scheme)], model) == {"CpuMoE": 2}
     assert {node.domain for node in model.graph} == {CPU}
@@ -62,7 +62,7 @@ def test_router_and_experts_of_every_model(name, scheme):
 @pytest.mark.parametrize("name", variants.BLOCKS)
 def test_every_kind_of_experts(name, has_bias):
     case = Case(RouterSpec(2), variants.BLOCKS[name], expert_biases=has_bias, hidden=64, inner=40)
-    case.check(lowered(case, Scheme(8, 32)), ACTIVATIONS)
+    case.check(lowered(case, IntFormat(8, 32)), ACTIVATIONS)
 
 
 def test_weights_of_experts_that_no_token_chose_are_never_read():
@@ -73,7 +73,7 @@ def test_weights_of_experts_that_no_token_chose_are_never_read():
     for array in case.weights.values():
         array[np.setdiff1d(np.arange(8), chosen)] = 1e4
     model = case.model()
-    run([CpuMoE(Scheme(8, 32))], model)
+    run([CpuMoE(IntFormat(8, 32))], model)
     assert_close(session(model).run(None, inputs)[0], want, ACTIVATIONS)
 
 
@@ -93,7 +93,7 @@ def test_packing_is_lazy():
     model = Case(RouterSpec(2), hidden=64, inner=32).model()
     for name, shape in (("gate_up", (8, 64, 64)), ("down", (8, 64, 32))):
         model.graph.initializers[name].const_value.weight = Unread(shape)
-    run([CpuMoE(Scheme(4, 32))], model)
+    run([CpuMoE(IntFormat(4, 32))], model)
     weights = [v for v in model.graph.node(1).inputs if v is not None and v.is_initializer()]
     assert [v.name for v in weights] == ["gate_up.int4", "down.int4"]
     recipe: Weight = weight_of(weights[0])
@@ -189,6 +189,6 @@ def test_int8_cache_holds_a_scale_behind_each_row():
 
 def test_kernels_keep_the_names_that_taps_use():
     model = Case(RouterSpec(2), hidden=64, inner=32).model(tap=True)
-    run([CpuMoE(Scheme(8, 32))], model)
+    run([CpuMoE(IntFormat(8, 32))], model)
     assert [output.name for output in model.graph.outputs] == ["y", "index", "weight"]
     assert EXPERTS in ops(model)

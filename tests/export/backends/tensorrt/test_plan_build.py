@@ -143,7 +143,7 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     built = Bundle.open(out)
     engine = built.manifest.engines["rtx:sm75:fp16-int4"]
     assert (engine.dtype, engine.block_size, engine.kv_cache) == ("int4", 128, "float16")
-    tensors = read_header(built.path("experts/fp16-int4-b128.safetensors"))
+    tensors = read_header(built.path("experts/fp16-int4-g128.safetensors"))
     stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
     assert stored == {
         "gate_up": ("int8", (8, 48, 64)),

@@ -1,0 +1,36 @@
+"""Expert weights as the GPU kernels read them, see `moevlm.export.formats.gpu_packing`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moevlm.export.formats.base import WeightFormat
+from moevlm.export.formats.encoded import Encoded
+from moevlm.export.formats.gpu_packing import pack
+from moevlm.export.formats.registry import weight_format
+from moevlm.export.graph.weights import Weight, cast
+from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.runtime.core.dtypes import DTYPES
+
+
+def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """The op's weight inputs by name, scales right behind their values.
+
+    weights: gate_up [E, 2I, H] (not gated: [E, I, H]), down [E, H, I], and, with biases, gate_up_bias, down_bias.
+    """
+    stored: dict[str, Weight] = {}
+    shapes = {tensor.name: (tensor.shape, DTYPES[tensor.dtype].numpy) for tensor in op.inputs}
+    form = weight_format(op.weights, op.group_size, op.dtype) if op.weights else None
+    for name, weight in weights.items():
+        if form is not None and not name.endswith("_bias"):
+            scale = f"{name}_scale"
+            encoded = Encoded(weight, lambda rows: _encode(rows, form), shapes[name], shapes[scale])
+            stored |= {name: encoded.values, scale: encoded.scales}
+        else:
+            stored[name] = cast(weight, shapes[name][1])
+    return stored
+
+
+def _encode(rows: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
+    codes, scales = form.encode(rows)
+    return pack(codes, form.name), scales

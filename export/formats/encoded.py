@@ -1,0 +1,70 @@
+"""Quantized weights as lazy tensors: encoded as they are read."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from moevlm.export.formats.base import WeightFormat
+from moevlm.export.graph.weights import PerRow, Weight
+
+Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Shaped = tuple[tuple[int, ...], np.dtype]
+
+
+def as_stored(weight: Weight, form: WeightFormat) -> Weight:
+    """A weight [..., K] as kernels see it: encoded and decoded again, float32."""
+
+    def through(array: np.ndarray) -> np.ndarray:
+        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
+        return form.decode(*form.encode(rows))[:, : rows.shape[1]].reshape(array.shape)
+
+    return PerRow(weight, weight.shape, np.dtype(np.float32), through)
+
+
+class Encoded:
+    """The two tensors that a weight [..., K] becomes: `values` and `scales`, one scale per group of K.
+
+    Both come from the source, and quantizing is the slow part of a build: scales found while the values were written
+    are kept until they are written in turn, right afterwards.
+    """
+
+    def __init__(self, source: Weight, encode: Encode, values: Shaped, scales: Shaped) -> None:
+        """encode: rows [n, K] float32 -> values and scales of n rows. values, scales: what the tensors will be."""
+        self._source, self._encode, self._values_of, self._scales_of = source, encode, values, scales
+        self._kept: np.ndarray | None = None
+        self.values: Weight = _Part(*values, self._values)
+        self.scales: Weight = _Part(*scales, self._scales)
+
+    def _both(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        piece = self._source.rows(start, stop)
+        found = self._encode(piece.reshape(-1, piece.shape[-1]).astype(np.float32, copy=False))
+        values, scales = (
+            array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
+            for array, (shape, dtype) in zip(found, (self._values_of, self._scales_of), strict=True)
+        )
+        return values, scales
+
+    def _values(self, start: int, stop: int) -> np.ndarray:
+        values, scales = self._both(start, stop)
+        if self._kept is None:
+            self._kept = np.full(self._scales_of[0], np.nan, self._scales_of[1])
+        self._kept[start:stop] = scales
+        return values
+
+    def _scales(self, start: int, stop: int) -> np.ndarray:
+        if self._kept is None or np.isnan(self._kept[start:stop]).any():
+            return self._both(start, stop)[1]
+        scales = self._kept[start:stop].copy()
+        if stop == len(self._kept):
+            self._kept = None
+        return scales
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A weight that is made by a function of the rows asked for."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    rows: Callable[[int, int], np.ndarray]

@@ -1,0 +1,40 @@
+"""Packed weights as numbers again, and their shapes against those that the op states."""
+
+import numpy as np
+import pytest
+
+from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.registry import FORMATS, weight_format
+from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.ops.spec import ExpertsSpec
+
+
+def rows_of(n: int, width: int) -> np.ndarray:
+    return np.random.default_rng().standard_normal((n, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_unpacking_gives_what_the_codes_stand_for(name: str) -> None:
+    form = weight_format(name, 32)
+    codes, scales = form.encode(rows_of(5, 96))
+    np.testing.assert_array_equal(unpack(pack(codes, name), scales, form, 96), form.decode(codes, scales))
+
+
+def test_int4_units_hold_values_a_quarter_of_the_group_apart() -> None:
+    codes = np.arange(16, dtype=np.uint8).reshape(1, 1, 16)
+    units = pack(codes, "int4").view("<u2")[0]
+    np.testing.assert_array_equal(units, [0xC840, 0xD951, 0xEA62, 0xFB73])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_shapes_are_those_of_the_op(name: str) -> None:
+    op = ExpertsOp(ExpertsSpec(), 3, 2, hidden=200, inner=40, weights=name, group_size=128)
+    form = weight_format(name, 128, op.dtype)
+    shapes = {tensor.name: tensor.shape for tensor in op.inputs}
+    for weight, rows, width in (("gate_up", 80, 200), ("down", 200, 40)):
+        codes, scales = form.encode(rows_of(3 * rows, width))
+        stored = pack(codes, name)
+        assert (3, rows, stored.shape[1]) == shapes[weight]
+        assert (3, rows, scales.shape[1]) == shapes[f"{weight}_scale"]
+        leading = unpack(stored.reshape(shapes[weight]), scales.reshape(3, rows, -1), form, width)
+        assert leading.shape == (3, rows, width)
