@@ -14,7 +14,7 @@ from bench.peers.protocol import Request
 class System:
     """name: in tables and in the results. module: of bench.peers, run by python with weights of so many bits.
 
-    target, block: an engine of our own, and how many of its weights share a scale.
+    target, group_size: an engine of our own, and how many of its weights share a scale.
     """
 
     name: str
@@ -22,12 +22,12 @@ class System:
     bits: int
     python: Path = Path(sys.executable)
     target: str = ""
-    block: int = 32
+    group_size: int = 32
 
     def command(self, checkpoint: Path, threads: int) -> list[str]:
         options: dict[str, object] = {"--checkpoint": checkpoint, "--bits": self.bits, "--threads": threads}
         if self.target:
-            options |= {"--target": self.target, "--block": self.block}
+            options |= {"--target": self.target, "--group-size": self.group_size}
         module = f"bench.peers.{self.module}"
         return [str(self.python), "-m", module, *(str(part) for pair in options.items() for part in pair)]
 
@@ -47,7 +47,7 @@ class Metric:
 
 
 OURS, STOCK = "moevlm cpu:int{}", "moevlm ort-cpu:int{}"
-WIDE = "moevlm cpu:int4, block 128"
+WIDE = "moevlm cpu:int4, group 128"
 LLAMA, OPENVINO = "llama.cpp Q{}_0", "OpenVINO int{}"
 HUGGING_FACE = "transformers bf16"
 SYSTEMS = (
@@ -56,7 +56,7 @@ SYSTEMS = (
         for bits in (4, 8)
         for name in (OURS, STOCK)
     ),
-    System(WIDE, "moevlm_bundle", 4, target="cpu:int4", block=128),
+    System(WIDE, "moevlm_bundle", 4, target="cpu:int4", group_size=128),
     *(System(LLAMA.format(bits), "llama_cpp", bits, llama_cpp_setup.PYTHON) for bits in (4, 8)),
     *(System(OPENVINO.format(bits), "openvino_text", bits, openvino_setup.PYTHON) for bits in (4, 8)),
     System(HUGGING_FACE, "transformers_bf16", 16),
@@ -89,14 +89,14 @@ def prepare(checkpoint: Path, systems: Sequence[System]) -> None:
     from moevlm.export.build import add_targets, build
     from moevlm.runtime.bundle.reader import Bundle
 
-    for block in sorted({system.block for system in systems if system.target}):
-        ours = [system.target for system in systems if system.target and system.block == block]
-        bundle = bundle_of(checkpoint, block)
+    for group_size in sorted({system.group_size for system in systems if system.target}):
+        ours = [system.target for system in systems if system.target and system.group_size == group_size]
+        bundle = bundle_of(checkpoint, group_size)
         if not bundle.exists():
-            build(checkpoint, bundle, ours, block_size=block)
+            build(checkpoint, bundle, ours, group_size=group_size)
         missing = [target for target in ours if target not in Bundle.open(bundle).manifest.engines]
         if missing:
-            add_targets(bundle, checkpoint, missing, block_size=block)
+            add_targets(bundle, checkpoint, missing, group_size=group_size)
     for module, peer in {"llama_cpp": llama_cpp_setup, "openvino_text": openvino_setup}.items():
         bits = [system.bits for system in systems if system.module == module]
         if bits:

@@ -14,7 +14,7 @@ from transformers import (
 
 from demo.tokenizer import VOCAB_SIZE
 
-# Expert and hidden widths are multiples of 128: the block size of block-wise quantization.
+# Expert and hidden widths are multiples of 128: the largest group size of quantized weights.
 TEXT: dict[str, Any] = dict(
     vocab_size=VOCAB_SIZE,
     hidden_size=128,

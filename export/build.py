@@ -40,7 +40,7 @@ def build(
     *,
     expert_layout: str = "auto",
     ignored_config: Sequence[str] = (),
-    block_size: int = defaults.BLOCK_SIZE,
+    group_size: int = defaults.GROUP_SIZE,
     kv_cache: str = defaults.KV_CACHE,
     sparsity: str = "",
     plans: PlanOptions | None = None,
@@ -51,14 +51,14 @@ def build(
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
-    config.json to be left out of account, though what they mean is not known. block_size: weights that share a scale
+    config.json to be left out of account, though what they mean is not known. group_size: weights that share a scale
     where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
     layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. replace: whether a
     bundle at the destination may be replaced. note: called with each thing that the user should know of the checkpoint,
     in a line. Memory stays at a few tensors, whatever the checkpoint's size. Raises CheckpointError,
     UnsupportedModelError or BuildError, and leaves nothing behind then.
     """
-    chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
+    chosen = targets(target_names, group_size, kv_cache, sparsity, plans)
     require_new(Path(destination), Path(checkpoint), replace)
     with (
         Checkpoint.open(checkpoint) as source,
@@ -105,7 +105,7 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
-    block_size: int = defaults.BLOCK_SIZE,
+    group_size: int = defaults.GROUP_SIZE,
     kv_cache: str = defaults.KV_CACHE,
     sparsity: str = "",
     plans: PlanOptions | None = None,
@@ -116,7 +116,7 @@ def add_targets(
     Another process that changes the bundle is waited for. Raises CheckpointError if the checkpoint is another one, and
     what `build` raises.
     """
-    chosen = targets(target_names, block_size, kv_cache, sparsity, plans)
+    chosen = targets(target_names, group_size, kv_cache, sparsity, plans)
     if not chosen:
         raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
     Bundle.open(bundle)

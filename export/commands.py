@@ -31,10 +31,10 @@ _IGNORED = click.option(
 
 _FORCE = click.option("--force", is_flag=True, help="Replace a bundle that is there, with all its engines.")
 
-_BLOCK = click.option(
-    "--block-size",
+_GROUP = click.option(
+    "--group-size",
     type=int,
-    default=defaults.BLOCK_SIZE,
+    default=defaults.GROUP_SIZE,
     show_default=True,
     help="Weights per scale in int8, int4 and fp8: 32 or 128.",
 )
@@ -66,7 +66,7 @@ _PLAN_OPTIONS = (
         type=click.Choice(["same", "int8", "int4", "fp8"]),
         default="same",
         show_default=True,
-        help="rtx, trt: how the experts' weights are stored, as the others are or in blocks.",
+        help="rtx, trt: how the experts' weights are stored, as the others are, or quantized.",
     ),
     click.option(
         "--capacity",
@@ -130,7 +130,7 @@ def export(checkpoint: Path, output: Path, force: bool, expert_layout: str, igno
     f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
 @_FORCE
-@_BLOCK
+@_GROUP
 @_CACHE
 @_SPARSITY
 @_LAYOUT
@@ -142,7 +142,7 @@ def build(
     checkpoint: Path | None,
     targets: tuple[str, ...],
     force: bool,
-    block_size: int,
+    group_size: int,
     kv_cache: str,
     sparsity: str | None,
     expert_layout: str,
@@ -163,7 +163,7 @@ def build(
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
     require_effect(click.get_current_context(), names)
-    options: Any = {"block_size": block_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
+    options: Any = {"group_size": group_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
     options["plans"] = PlanOptions(**plans)
     with progress_bar() as progress:
         if checkpoint is None and output is not None:

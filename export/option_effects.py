@@ -21,7 +21,7 @@ _ON_PLANS = (lambda target, _: _kind(target) in PLANS), "rtx and trt targets"
 _ON_TRT = (lambda target, _: _kind(target) == "trt"), "trt targets"
 # Whether an option says something about a target, and which targets those are.
 _EFFECTS: dict[str, tuple[Callable[[str, Mapping[str, Any]], bool], str]] = {
-    "block_size": (_rounded, "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"),
+    "group_size": (_rounded, "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"),
     "kv_cache": ((lambda target, _: _kind(target) == "cpu"), "cpu targets"),
     **dict.fromkeys(("dtype", "experts", "capacity", "max_batch", "chunk_tokens"), _ON_PLANS),
     **dict.fromkeys(("version_compatible", "native_moe"), _ON_TRT),

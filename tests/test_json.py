@@ -43,7 +43,7 @@ _NULL_IF_INFINITE = {
     )
 }
 
-# What version 1 of each schema promises. Add to it; a change or a removal needs a new number.
+# What each schema promises. Add to it; a change or a removal needs a new number.
 GOLDEN = {
     "moevlm.run/1": {
         "schema": "string",
@@ -62,7 +62,7 @@ GOLDEN = {
         "logprobs[].logprob": "number",
         "logprobs[].top": "array of array",
     },
-    "moevlm.inspect/1": {
+    "moevlm.inspect/2": {
         "schema": "string",
         "bundle": "string",
         "bytes": "integer",
@@ -99,7 +99,7 @@ GOLDEN = {
         "engines[].dtype": "string",
         "engines[].bytes": "integer",
         "engines[].parity": "string",
-        "engines[].block_size": "integer",
+        "engines[].group_size": "integer",
         "engines[].kv_cache": "string",
         "engines[].sparsity": "string",
         "engines[].problems": "array of string",

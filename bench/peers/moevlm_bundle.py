@@ -14,9 +14,9 @@ from moevlm.runtime.loading import load_images, load_runtime
 from moevlm.runtime.request.prompt import Prompt
 
 
-def bundle_of(checkpoint: Path, block: int) -> Path:
+def bundle_of(checkpoint: Path, group_size: int) -> Path:
     """Where the benchmark builds the checkpoint's bundle with so many weights to a scale."""
-    return checkpoint.with_suffix(f".block{block}.moevlm")
+    return checkpoint.with_suffix(f".group{group_size}.moevlm")
 
 
 class MoevlmBundle(System):
@@ -65,4 +65,4 @@ class MoevlmBundle(System):
 
 if __name__ == "__main__":
     given = arguments(__doc__)
-    serve(lambda: MoevlmBundle(bundle_of(given.checkpoint, given.block), given.target, given.threads))
+    serve(lambda: MoevlmBundle(bundle_of(given.checkpoint, given.group_size), given.target, given.threads))

@@ -71,12 +71,12 @@ class System(ABC):
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """checkpoint, bits and threads, as every system takes them; target and block: an engine of our own."""
+    """checkpoint, bits and threads, as every system takes them; target and group_size: an engine of our own."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--target", default="")
-    parser.add_argument("--block", type=int, default=32)
+    parser.add_argument("--group-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     return parser.parse_args()
 

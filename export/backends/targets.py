@@ -54,7 +54,7 @@ _CPU_SIZES = Sizes(
 class Target:
     """name: as given to --target. folder: where its graphs lie in the bundle. dtype: of most weights.
 
-    block: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
+    group_size: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
     passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
     sparsity: "2:4" if the passes prune the dense layers, else "". sizes: that its kernels take.
     """
@@ -62,7 +62,7 @@ class Target:
     name: str
     folder: str
     dtype: str
-    block: int
+    group_size: int
     kv_cache: str
     passes: Mapping[str, tuple[Pass, ...]]
     operators: str = ""
@@ -83,7 +83,7 @@ class Target:
             vision=vision,
             decoder=decoder,
             dtype=self.dtype,
-            block_size=self.block,
+            group_size=self.group_size,
             states=kept(model, self.kv_cache),
             operators=self.operators,
             sparsity=self.sparsity,
@@ -136,42 +136,42 @@ def _cpu(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     }
 
 
-def _all(block: int, kv_cache: str) -> Iterator[Target]:
+def _all(group_size: int, kv_cache: str) -> Iterator[Target]:
     # The reference engine is the canonical graphs themselves, with their weights.
     yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS})
     yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None), sizes=_ORT_SIZES)
     for dtype in INTEGERS:
-        scheme = int_format(dtype, block)
+        scheme = int_format(dtype, group_size)
         folder, passes, sizes = f"engines/ort-cpu-{dtype}", _ort_cpu(scheme), _ORT_QUANTIZED_SIZES
-        yield Target(f"ort-cpu:{dtype}", folder, dtype, block, "float32", passes, sizes=sizes)
+        yield Target(f"ort-cpu:{dtype}", folder, dtype, group_size, "float32", passes, sizes=sizes)
         folder, passes = f"engines/cpu-{dtype}", _cpu(scheme, kv_cache)
-        yield Target(f"cpu:{dtype}", folder, dtype, block, kv_cache, passes, CPU, sizes=_CPU_SIZES)
+        yield Target(f"cpu:{dtype}", folder, dtype, group_size, kv_cache, passes, CPU, sizes=_CPU_SIZES)
 
 
 PLANS = ("rtx:smNN,...", "trt:smNN")
-TARGETS = (*(target.name for target in _all(defaults.BLOCK_SIZE, defaults.KV_CACHE)), *PLANS)
+TARGETS = (*(target.name for target in _all(defaults.GROUP_SIZE, defaults.KV_CACHE)), *PLANS)
 
 
 def targets(
     names: Iterable[str],
-    block: int = defaults.BLOCK_SIZE,
+    group_size: int = defaults.GROUP_SIZE,
     kv_cache: str = defaults.KV_CACHE,
     sparsity: str = "",
     plans: PlanOptions | None = None,
 ) -> tuple[Target | PlanTarget, ...]:
     """The targets of these names, each once; ort-cpu:fp32 is ort-cpu, and trt:sm80,sm90 are two.
 
-    block: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.
-    sparsity: "2:4" to prune the dense layers, or "". plans: of rtx and trt targets, but for block and sparsity.
+    group_size: weights that share a scale where they are quantized. kv_cache: dtype of the cache, of cpu targets.
+    sparsity: "2:4" to prune the dense layers, or "". plans: of rtx and trt targets, but for group_size and sparsity.
     Raises BuildError for a name or a value that there is not, or a target that cannot be built on this machine.
     """
-    for name, value, allowed in (("block size", block, GROUP_SIZES), ("KV cache", kv_cache, KV_CACHES)):
+    for name, value, allowed in (("group size", group_size, GROUP_SIZES), ("KV cache", kv_cache, KV_CACHES)):
         if value not in allowed:
             raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
     if sparsity and sparsity not in SPARSITIES:
         raise BuildError(f"unsupported sparsity {sparsity} (supported: {', '.join(SPARSITIES)})")
-    plans = replace(plans or PlanOptions(), group_size=block, sparsity=sparsity)
-    known = {target.name: target for target in _all(block, kv_cache)}
+    plans = replace(plans or PlanOptions(), group_size=group_size, sparsity=sparsity)
+    known = {target.name: target for target in _all(group_size, kv_cache)}
     chosen: dict[str, Target | PlanTarget] = {}
     for name in names:
         built: tuple[Target | PlanTarget, ...] = plan_targets(name, plans)

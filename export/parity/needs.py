@@ -41,7 +41,7 @@ class Needs:
         files, names = bundle.manifest.files, list(names)
         sizes = [sum(files[file].size for file in bundle.engine_files(name)) for name in names]
         engines = [bundle.manifest.engines[name] for name in names]
-        quantized = sum(engine.block_size > 0 and engine.tensorrt is None for engine in engines)
+        quantized = sum(engine.group_size > 0 and engine.tensorrt is None for engine in engines)
         rewritten = sum(Storage.of(engine) != Storage() for engine in engines)
         parts = _parts(model.vision_weights) + _parts(model.decoder_weights)
         decoder, largest, tokens = model.config.decoder, max(parts.values()), sum(len(case.whole.ids) for case in cases)

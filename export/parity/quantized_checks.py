@@ -83,7 +83,7 @@ def quantized_checks(
     features = list(
         vision_deviations(replace(model, vision_weights=vision), expected.images, VISION.group_size, shipped.visual)
     )
-    rounding = Rounding(metadata.block_size, metadata.kv_cache == "int8")
+    rounding = Rounding(metadata.group_size, metadata.kv_cache == "int8")
     rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))
     taps, limit = shipped.apart(inside), EXACT.logits
     found = [

@@ -142,7 +142,7 @@ def _checks_of_engine(
 ) -> tuple[list[Check], list[Cost]]:
     """model: the canonical one that `expected` is of."""
     entry, taps = bundle.manifest.engines[name], None
-    if entry.block_size and entry.tensorrt is None:
+    if entry.group_size and entry.tensorrt is None:
         with closing(load_engine(bundle, name)) as engine:
             shipped = Recording.of(engine, expected)
         with closing(TappedEngine(bundle, name, expected.config)) as tapped:

@@ -23,7 +23,7 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
     """
     ours = bool(engine.operators)
     scales = "float16" if ours else "float32"  # our kernels' scales are halves
-    scheme = int_format(engine.dtype, engine.block_size, scales)
+    scheme = int_format(engine.dtype, engine.group_size, scales)
     vision, decoder = dict(model.vision_weights), dict(model.decoder_weights)
     for name in _projections(model.vision):
         vision[name] = as_stored(vision[name], replace(VISION, scales=scales))

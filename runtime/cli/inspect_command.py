@@ -49,8 +49,8 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _weights(engine: EngineReport) -> str:
-    """int4/32, 2:4 for blocks of 32 that share a scale, pruned."""
-    text = f"{engine.dtype}/{engine.block_size}" if engine.block_size else engine.dtype
+    """int4/32, 2:4 for groups of 32 weights that share a scale, pruned."""
+    text = f"{engine.dtype}/{engine.group_size}" if engine.group_size else engine.dtype
     return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
@@ -116,7 +116,7 @@ def _metadata(manifest: Manifest, report: InspectReport) -> str:
         )
         for e in report.engines
     ]
-    heads = ("target", "weights/block", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
+    heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
     text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
     return text + _plans(manifest, report)
 

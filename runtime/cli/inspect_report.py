@@ -24,7 +24,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     dtype: str
     bytes: int
     parity: str
-    block_size: int = 0
+    group_size: int = 0
     kv_cache: str = "float32"
     sparsity: str = ""
     tensorrt: TensorRTMetadata | None = None
@@ -44,7 +44,7 @@ class SamplingReport(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
 
 
-class InspectReport(Report, frozen=True, tag="moevlm.inspect/1"):
+class InspectReport(Report, frozen=True, tag="moevlm.inspect/2"):
     """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
 
     verified: whether all hashes were checked now.
@@ -76,7 +76,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 dtype=engine.dtype,
                 bytes=sum(manifest.files[path].size for path in bundle.engine_files(name)),
                 parity=_verdict(manifest.parity.get(name)),
-                block_size=engine.block_size,
+                group_size=engine.group_size,
                 kv_cache=engine.kv_cache,
                 cache_bytes_per_token=cache_bytes_per_token(engine),
                 built=engine.built,

@@ -1,7 +1,7 @@
 """Defaults that the Python API and the command line share."""
 
 TARGET = "cpu:int8"
-BLOCK_SIZE = 32  # quantized weights that share a scale
+GROUP_SIZE = 32  # quantized weights that share a scale
 KV_CACHE = "int8"  # no answer of the demo changes, and it is a quarter of the bytes that a long context reads
 MAX_NEW_TOKENS = 256
 CHUNK_TOKENS = 512  # the most prompt tokens in one step

@@ -143,7 +143,7 @@ class EngineMetadata(_Metadata, frozen=True):
     states: what a sequence keeps between steps, layer by layer.
     page_size: tokens of a page of its caches; 0 where a step has one sequence, and that lies in one page.
     row_independent: a token's numbers have the same bits whatever else is in its step.
-    block_size: weights that share a scale, 0 if they are not quantized.
+    group_size: weights that share a scale, 0 if they are not quantized.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
     sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     cost: None where it is not known. tensorrt: None for an engine on ONNX Runtime.
@@ -156,7 +156,7 @@ class EngineMetadata(_Metadata, frozen=True):
     states: tuple[StateSpec, ...]
     page_size: int = 0
     row_independent: bool = False
-    block_size: int = 0
+    group_size: int = 0
     operators: str = ""
     sparsity: str = ""
     pruned_weights: int = 0

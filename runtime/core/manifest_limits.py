@@ -85,7 +85,7 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     for name, engine in manifest.engines.items():
         where = f"engines.{name}"
         yield from _outside(where, engine, {
-            "block_size": (0, 1 << 16),
+            "group_size": (0, 1 << 16),
             "page_size": (0, 1 << 16),
             "pruned_weights": _COUNT,
         })  # fmt: skip

@@ -58,7 +58,7 @@ def limit(work: Work, machine: Machine | GpuMachine, engine: EngineMetadata, sec
     if isinstance(machine, GpuMachine):
         memory, arithmetic = work.bytes / machine.copied, 0.0
     else:
-        products = machine.float32 if engine.block_size == 0 else machine.int8
+        products = machine.float32 if engine.group_size == 0 else machine.int8
         arithmetic = work.weight_macs / products + work.attention_macs / machine.float32
         memory = work.bytes / machine.read
     least = max(memory, arithmetic)

@@ -23,7 +23,7 @@ class PlanOptions:
 
     dtype: str = "bf16"
     experts: str = "same"
-    group_size: int = defaults.BLOCK_SIZE
+    group_size: int = defaults.GROUP_SIZE
     capacity: int = 4096
     max_batch: int = 8
     chunk_tokens: int = defaults.CHUNK_TOKENS
@@ -35,7 +35,7 @@ class PlanOptions:
         for name, value, allowed in (
             ("dtype", self.dtype, tuple(DTYPES)),
             ("experts", self.experts, EXPERTS),
-            ("block size", self.group_size, GROUP_SIZES),
+            ("group size", self.group_size, GROUP_SIZES),
         ):
             if value not in allowed:
                 raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")

@@ -106,7 +106,7 @@ class PlanTarget:
             vision=self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
-            block_size=o.group_size if o.weights else 0,
+            group_size=o.group_size if o.weights else 0,
             states=kept(model, o.activations),
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,

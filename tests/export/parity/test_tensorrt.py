@@ -71,7 +71,7 @@ def test_a_right_engine_passes_within_what_it_was_built_for(
 def test_rounded_experts_are_held_to_the_same_weights_and_their_cost_is_shown(
     bundle: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET].update(dtype="int8", block_size=32))
+    edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET].update(dtype="int8", group_size=32))
     with fake_gpu(tmp_path):
         exact = check_parity(bundle, tiny_checkpoint, [TARGET])
         tensors = load_file(bundle / EXPERTS)

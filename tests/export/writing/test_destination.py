@@ -226,8 +226,8 @@ def test_a_killed_build_s_folder_is_removed_by_the_next_at_once(tiny_bundle: Pat
         (("--capacity", "9999"), ("--capacity",)),
         (("--capacity", "4096"), ("--capacity",)),  # the default, but given
         (("--dtype", "fp16", "--target", "ort-cpu"), ("--dtype has no effect on ort-cpu",)),
-        (("--block-size", "128", "--target", "ort-cpu"), ("--block-size", "int8, int4")),
-        (("--block-size", "128", "--target", "rtx:sm89"), ("--block-size", "--experts")),
+        (("--group-size", "128", "--target", "ort-cpu"), ("--group-size", "int8, int4")),
+        (("--group-size", "128", "--target", "rtx:sm89"), ("--group-size", "--experts")),
         (("--kv-cache", "float32", "--target", "ort-cpu:int8"), ("--kv-cache has no effect on ort-cpu:int8",)),
         (("--version-compatible", "--target", "rtx:sm89"), ("--version-compatible", "trt")),
         (("--native-moe",), ("--native-moe", "trt")),
@@ -244,7 +244,7 @@ def test_an_option_that_counts_for_one_of_the_targets_is_taken(tiny_checkpoint: 
     targets = ("--target", "ort-cpu", "--target", "cpu:int8")
     assert call("build", tiny_checkpoint, "-o", tmp_path / "b", *targets, "--kv-cache", "float32").status == 0
     engines = json.loads((tmp_path / "b/manifest.json").read_text())["engines"]
-    assert engines["cpu:int8"]["kv_cache"] == "float32"
+    assert {state["dtype"] for state in engines["cpu:int8"]["states"]} == {"float32"}
     with pytest.raises(BuildError, match="is a bundle already"):
         build(tiny_checkpoint, tmp_path / "b")
 

@@ -64,7 +64,7 @@ def test_bundle_that_is_older_than_some_fields_opens_with_their_defaults(demo: P
     compact = json.dumps(content | {"digest": ""}, separators=(",", ":"))
     assert content["digest"] == hashlib.sha256(compact.encode()).hexdigest()
     found = Bundle.open(demo).manifest.engines["ort-cpu"]
-    assert (found.sparsity, found.tensorrt, found.cost, found.block_size, found.kv_cache) == ("", None, None, 0, "")
+    assert (found.sparsity, found.tensorrt, found.cost, found.group_size, found.kv_cache) == ("", None, None, 0, "")
 
 
 def refused(act: Callable[[], Any], *words: str) -> None:

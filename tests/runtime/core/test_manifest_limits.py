@@ -43,7 +43,7 @@ VALUES: list[tuple[str, Any]] = [
     ("model.vision.head_dim", 10**12),
     ("model.vision.rope_theta", 0.0),
     ("model.vision.position_resampling", "nearest"),
-    ("engines.ort-cpu.block_size", -1),
+    ("engines.ort-cpu.group_size", -1),
     ("engines.ort-cpu.page_size", 48),
     ("engines.ort-cpu.states[0].dtype", "float8"),
     ("engines.ort-cpu.states[0].layer", 2),

@@ -57,7 +57,7 @@ COST = CostMetadata(
 
 def engine(kv_cache: str = "float32") -> EngineMetadata:
     states = tuple(PagedKV(layer=i, kv_heads=2, key_dim=16, value_dim=16, dtype=kv_cache) for i in range(2))
-    return EngineMetadata(vision="v", decoder="d", dtype="int4", block_size=32, states=states)
+    return EngineMetadata(vision="v", decoder="d", dtype="int4", group_size=32, states=states)
 
 
 def test_decoding_reads_the_weights_of_the_chosen_experts_and_the_cache() -> None:
@@ -115,7 +115,7 @@ def test_images_attend_to_themselves_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("work", "block_size", "bound", "least"),
+    ("work", "group_size", "bound", "least"),
     [
         (Work(1000, 10, 0), 32, "memory", 10.0),
         (Work(10, 40_000, 0), 32, "arithmetic", 10.0),
@@ -123,9 +123,9 @@ def test_images_attend_to_themselves_only() -> None:
         (Work(10, 0, 1000), 32, "arithmetic", 1.0),
     ],
 )
-def test_the_slower_of_memory_and_arithmetic_is_the_limit(work, block_size, bound, least) -> None:
+def test_the_slower_of_memory_and_arithmetic_is_the_limit(work, group_size, bound, least) -> None:
     machine = Machine(threads=2, read=100, float32=1000, int8=4000)
-    metadata = EngineMetadata(vision="v", decoder="d", dtype="x", states=(), block_size=block_size)
+    metadata = EngineMetadata(vision="v", decoder="d", dtype="x", states=(), group_size=group_size)
     found = limit(work, machine, metadata, seconds=50.0)
     assert (found.bound, found.seconds, found.fraction) == (bound, pytest.approx(least), pytest.approx(least / 50))
 

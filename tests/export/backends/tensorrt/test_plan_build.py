@@ -134,7 +134,7 @@ def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, 
 def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
     checkpoint = save_checkpoint(model_type="glm4v_moe")
     out = tmp_path / "glm.moevlm"
-    arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--block-size", "128"]
+    arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--group-size", "128"]
     done = call("build", checkpoint, "-o", out, *arguments)
     assert (
         f"next, on a machine with sm75 (T4, RTX 20, GTX 16, Quadro RTX): moevlm parity {out} --checkpoint {checkpoint}"
@@ -142,7 +142,7 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     )
     built = Bundle.open(out)
     engine = built.manifest.engines["rtx:sm75:fp16-int4"]
-    assert (engine.dtype, engine.block_size, engine.kv_cache) == ("int4", 128, "float16")
+    assert (engine.dtype, engine.group_size, engine.kv_cache) == ("int4", 128, "float16")
     tensors = read_header(built.path("experts/fp16-int4-g128.safetensors"))
     stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
     assert stored == {

@@ -247,7 +247,7 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
     [
         ({"dtype": "fp32"}, r"dtype fp32 \(supported: bf16, fp16\)"),
         ({"experts": "int2"}, r"experts int2 \(supported: same, int8, int4, fp8\)"),
-        ({"block": 64}, r"block size 64 \(supported: 32, 128\)"),
+        ({"group_size": 64}, r"group size 64 \(supported: 32, 128\)"),
         ({"max_batch": 0}, r"max batch 0 \(allowed: 1 or more\)"),
         ({"capacity": 100}, r"capacity 100 \(allowed: the 512 tokens of a chunk, or more\)"),
     ],
