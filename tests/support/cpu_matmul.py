@@ -28,7 +28,7 @@ def compile_library(library: Path, sources: list[Path], options: list[str]) -> P
     """One compiler per source, side by side. CXX as usual."""
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++17", "-ffp-contract=fast", "-fPIC", f"-I{CPU}", *options]
-    objects = [library.parent / f"{source.stem}.o" for source in sources]
+    objects = [library.parent / f"{source.parent.name}-{source.stem}.o" for source in sources]
     pairs = zip(sources, objects, strict=True)
     running = [subprocess.Popen([compiler, *flags, "-c", source, "-o", out]) for source, out in pairs]
     assert not any([process.wait() for process in running]), "the compiler failed"

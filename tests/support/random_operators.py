@@ -1,4 +1,4 @@
-"""Random nodes of the CPU operators in ONNX Runtime, a third of them not valid; run by test_cpu_sanitizers.py.
+"""Random nodes of the CPU operators in ONNX Runtime, a third of them not valid; run by test_sanitizers.py.
 
 A process of its own, because a sanitizer ends it: python -m tests.support.random_operators LIBRARY EXAMPLES SEED. Each
 example is printed before it runs, so that the last line says which one failed.
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS
-from tests.plugins.cpu import test_attention as attention
+from tests.support import paged_attention as attention
 
 TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
 TYPES |= {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8}
@@ -34,13 +34,18 @@ class Node:
     outputs: dict[str, str]  # their types
     case: attention.Case | None = None
 
+    @property
+    def names(self) -> list[str]:
+        """The node's inputs, with empty names where an optional one in between is left out."""
+        return self.case.given if self.case else list(self.inputs)
+
     def __str__(self) -> str:
         shapes = ", ".join(f"{name} {list(array.shape)} {array.dtype}" for name, array in self.inputs.items())
         return f"{self.op} {self.attributes}: {shapes}"
 
 
 def run(node: Node, library: str, threads: int) -> list[np.ndarray]:
-    made = helper.make_node(node.op, list(node.inputs), list(node.outputs), domain="moevlm.cpu", **node.attributes)
+    made = helper.make_node(node.op, node.names, list(node.outputs), domain="moevlm.cpu", **node.attributes)
     graph = helper.make_graph(
         [made],
         "graph",
@@ -66,27 +71,36 @@ rows = st.one_of(st.integers(0, 2), st.integers(3, 60))
 
 @st.composite
 def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
-    length = draw(st.one_of(st.integers(0, 3), st.integers(4, 40), st.integers(90, 130)))
-    kv_heads, head_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 256))
+    past = st.one_of(st.integers(0, 40), st.integers(230, 300))
+    new = st.one_of(st.integers(0, 3), st.integers(4, 40), st.integers(90, 130))
+    sequences = draw(st.lists(st.tuples(past, new), min_size=1, max_size=3).map(tuple))
+    kv_heads, value_in_key = draw(st.integers(1, 3)), draw(st.booleans())
+    key_dim = 2 * draw(st.integers(1, 288))
     if draw(st.booleans()):
-        head_dim = -(-head_dim // 16) * 16
+        key_dim = -(-key_dim // 16) * 16
+    value_dim = min(key_dim - (draw(st.integers(0, key_dim - 2)) // 16 * 16 if draw(st.booleans()) else 0), 512)
     heads = kv_heads * draw(st.one_of(st.just(1), st.integers(1, 20)))
-    if heads * length * head_dim > 200_000:  # seconds under a sanitizer
+    if heads * sum(count for _, count in sequences) * key_dim > 200_000:  # seconds under a sanitizer
         heads = kv_heads
+    rotary_dim = 2 * draw(st.integers(0, key_dim // 2))
     case = attention.Case(
-        batch=draw(st.integers(1, 2)),
-        length=length,
+        sequences=sequences,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim,
-        rotary_dim=2 * draw(st.integers(0, head_dim // 2)),
-        past=draw(st.one_of(st.integers(0, 40), st.integers(230, 300))),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        rotary_dim=rotary_dim,
+        rotary_start=draw(st.integers(0, key_dim - rotary_dim)),
+        window=draw(st.sampled_from([0, 0, 1, 20, 250])),
+        softcap=draw(st.sampled_from([0.0, 20.0])),
+        value_in_key=value_in_key,
         norm=draw(st.booleans()),
+        sinks=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float32", "int8"])),
+        page=draw(st.sampled_from([16, 64, 80])),
     )
-    attributes = {name: getattr(case, name) for name in ("heads", "kv_heads", "rotary_dim", "epsilon")}
-    outputs = {"y": "float32", "key_out": case.dtype, "value_out": case.dtype}
-    return Node("CachedAttention", attributes, attention.make_inputs(case, rng), outputs, case=case)
+    outputs = {name: "float32" if name == "y" else case.dtype for name in case.outputs}
+    return Node("PagedAttention", case.attributes, attention.make_inputs(case, rng), outputs, case=case)
 
 
 def packing(draw: st.DrawFn) -> dict[str, int]:
@@ -149,11 +163,14 @@ def routers(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 def poison(draw: st.DrawFn, rng: np.random.Generator, node: Node) -> None:
     """NaN, infinity or the like in some values of a float input, or in the scales of an int8 cache."""
     name = draw(st.sampled_from([name for name, array in node.inputs.items() if array.dtype in (np.float32, np.int8)]))
-    array = node.inputs[name]
-    values = np.ascontiguousarray(array[..., -4:]).view(np.float32) if array.dtype == np.int8 else array
+    array, keys = node.inputs[name], name == "key_cache"
+    quantized = array.dtype == np.int8
+    rows = attention.to_rows(array, keys) if quantized else array
+    values = np.ascontiguousarray(rows[..., -4:]).view(np.float32) if quantized else rows
     values[rng.random(values.shape) < draw(st.sampled_from([0.01, 0.3, 1.0]))] = draw(st.sampled_from(SPECIAL))
-    if array.dtype == np.int8:
-        array[..., -4:] = values.view(np.int8)
+    if quantized:
+        rows[..., -4:] = values.view(np.int8)
+        node.inputs[name] = attention.to_pool(rows, keys)
 
 
 def break_attribute(draw: st.DrawFn, node: Node) -> bool:
@@ -163,15 +180,19 @@ def break_attribute(draw: st.DrawFn, node: Node) -> bool:
 
 
 def break_index(draw: st.DrawFn, node: Node) -> bool:
-    """An expert or a position that there is not."""
-    for name in ("index", "cache_position"):
-        if name in node.inputs and node.inputs[name].size:
-            array = node.inputs[name]
-            limits = np.iinfo(array.dtype)
-            at = draw(st.integers(0, array.size - 1))
-            array.reshape(-1)[at] = draw(st.sampled_from([-1, limits.min, limits.max, 2**30]))
-            return True
-    return break_attribute(draw, node)
+    """An expert, a page or a length that there is not."""
+    names = [name for name in ("index", "query_start", "context_len", "page_table") if name in node.inputs]
+    name = draw(st.sampled_from(names)) if names else ""
+    array = node.inputs.get(name, np.zeros(0))
+    places = list(np.ndindex(array.shape))
+    if name == "page_table" and node.case:  # the last page of a sequence with new tokens: others may not be looked at
+        lengths = enumerate(node.case.sequences)
+        places = [(n, (past + new - 1) // node.case.page) for n, (past, new) in lengths if new]
+    if not places:
+        return break_attribute(draw, node)
+    limits = np.iinfo(array.dtype)
+    array[draw(st.sampled_from(places))] = draw(st.sampled_from([-1, limits.min, limits.max]))
+    return True
 
 
 def break_shape(draw: st.DrawFn, node: Node) -> bool:
@@ -213,8 +234,8 @@ def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
 
 
 def check(node: Node, outputs: list[np.ndarray]) -> None:
-    if node.case is not None and node.inputs["qkv"].size:
-        attention.check(node.case, node.inputs, outputs)
+    if node.case is not None:
+        attention.check(node.case, node.inputs, dict(zip(node.outputs, outputs, strict=True)))
     if node.op == "MoERouter":
         index = np.sort(outputs[0], axis=1)
         assert ((index >= 0) & (index < node.inputs["logits"].shape[1])).all()

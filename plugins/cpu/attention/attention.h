@@ -1,4 +1,4 @@
-// One call of CachedAttention, and the kernels that it is made of.
+// One call of PagedAttention, and the kernels that it is made of.
 
 #pragma once
 
@@ -8,68 +8,85 @@
 #include "parallel.h"
 #include "sizes.h"
 
-namespace moevlm {
+namespace moevlm::attention {
 
-constexpr int64_t kTaskHeads = 16;
+// Below, an "entry" is a token's place in its sequence, a "token" its place among the new ones of the call, a "row" one
+// head's query of a token, and a "group" the query heads that share a key/value head.
+//
+// The bits of a row's result depend on its query and on the entries it sees, and on nothing else of the call. For that,
+// a sequence is cut into blocks of kBlock entries at fixed places; a row's scores, weights and sums of one block are
+// made from nothing, each sum in the order of the entries; and blocks are joined from left to right. How many rows go
+// through a kernel side by side, and which thread takes which blocks, decides nothing else.
+constexpr int64_t kBlock = 256;
+constexpr int64_t kStrip = 16;  // tokens whose keys lie transposed: see pages.h
+constexpr int64_t kBlockStrips = kBlock / kStrip;
 
-// Below, "entry" is a token's place in the cache, "token" its place among the new ones, and a "group" the query heads
-// that share a key/value head.
-struct Attention {
-  const float* qkv;    // [batch * length, (heads + 2 * kv_heads) * head_dim]
-  const float* cos;    // [batch, length, rotary_dim / 2]
+struct Call {
+  const float* qkv;     // [tokens, (heads + kv_heads) * key_dim + kv_heads * value_dim]; no values if value_in_key
+  const float* cos;     // [tokens, rotary_dim / 2]
   const float* sin;
-  const float* q_norm; // [head_dim], or null
+  const float* q_norm;  // [key_dim], or null
   const float* k_norm;
-  const int64_t* position; // [batch]: entries in the cache before this call
-  void* key;           // [batch, kv_heads, capacity, head_dim] float, or bytes: head_dim int8 and a float scale
-  void* value;
-  float* y;            // [batch * length, heads * head_dim]
-  int64_t batch, length, heads, kv_heads, head_dim, rotary_dim, capacity;
-  float epsilon;
-  bool quantized;
+  const float* sinks;   // [heads], or null
+  const int32_t* query_start;  // [sequences + 1]
+  const int32_t* context_len;  // [sequences]: entries that were there before this call
+  const int32_t* page_table;   // [sequences, table_width]
+  void* key;    // [pages, kv_heads, page, key_dim] float, or [..., key_dim + 4] int8
+  void* value;  // the same with value_dim; null if value_in_key
+  float* y;     // [tokens, heads * value_dim]
+  int64_t tokens, sequences, pages, page, table_width;
+  int64_t heads, kv_heads, key_dim, value_dim, rotary_dim, rotary_start;
+  int64_t window;  // entries that a row sees, or 0: all
+  float scale, softcap, epsilon;
+  bool quantized, value_in_key;
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t row_bytes() const { return quantized ? head_dim + 4 : head_dim * 4; }
+  int64_t width() const { return (heads + kv_heads) * key_dim + (value_in_key ? 0 : kv_heads * value_dim); }
+  int64_t length(int64_t sequence) const { return query_start[sequence + 1] - query_start[sequence]; }
+  // The first entry that a row at `position` sees.
+  int64_t first_seen(int64_t position) const { return window && position >= window ? position - window + 1 : 0; }
 };
 
-// Some consecutive tokens of a sequence, with up to kTaskHeads heads of a group, against some entries of the cache.
+// Some consecutive tokens of a sequence, with some heads of a group, against some blocks of the sequence.
 struct Task {
   int64_t sequence, kv_head;
   int64_t head, heads;
   int64_t token, tokens;
-  int64_t begin, end;  // entries; causality hides more of them from some of the tokens
-  bool append;         // first write those of the entries that are new
-  float* partial;      // where the unfinished result goes: see Partial; null: finish, and write to y
+  int64_t position;    // entry of the first token
+  int64_t begin, end;  // blocks
+  bool append;         // first write those of the blocks' entries that are new
+  float* partials;     // where each block's result goes, one Partial after the other; null: join them, and write y
 
   int64_t rows() const { return tokens * heads; }
 };
 
-// The result of a task before division: rows (token-major, then head) of head_dim sums, and per row the
-// maximum score, in powers of two, and the sum of weights relative to it.
+// The result of one block before division: for each row (token by token, a token's heads side by side) value_dim sums;
+// then each row's largest score, as a power of two, and each row's sum of weights relative to it. Rows that see nothing
+// of the block have nothing there.
 struct Partial {
-  static int64_t floats(int64_t rows, int64_t head_dim) { return rows * (head_dim + 2); }
+  static int64_t floats(int64_t rows, int64_t value_dim) { return rows * (value_dim + 2); }
 };
 
 // Compiled once per instruction set, from kernels.h.
 struct Kernels {
-  int64_t lanes;  // head_dim must be a multiple
-  void (*append)(const Attention&, int64_t sequence, int64_t kv_head, int64_t token, int64_t tokens);
-  void (*attend)(const Attention&, const Task&);
-  // Joins the partial results of consecutive pieces of the cache.
-  void (*combine)(const Attention&, const Task&, const float* partials, int64_t count);
+  int64_t lanes;  // key_dim and value_dim must be multiples
+  void (*append)(const Call&, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end);  // entries
+  void (*attend)(const Call&, const Task&);
+  // Joins the partial results of the task's blocks and writes y.
+  void (*combine)(const Call&, const Task&, const float* partials);
 };
 
-// Stack space of a task is fixed. A tile holds kTileFloats of queries, whole register tiles of rows: kRowUnit is a
-// multiple of every instruction set's MOEVLM_TILE_M, so that rows rounded up to one still fit.
-constexpr int64_t kTileRows = 96, kTileFloats = 96 * 128, kRowUnit = 12;
+// The stack space of a task is fixed. A tile of rows holds kTileFloats of queries and of results.
+constexpr int64_t kTaskHeads = 16, kTileRows = 96, kTileFloats = 24 * kMaxKeyDim;
+constexpr int64_t kRowUnit = 12;  // a multiple of every instruction set's MOEVLM_TILE_M
 
 constexpr int64_t tile_rows(int64_t head_dim) {
   const int64_t rows = kTileFloats / head_dim < kTileRows ? kTileFloats / head_dim : kTileRows;
   return rows / kRowUnit * kRowUnit;
 }
-static_assert(kTileRows % kRowUnit == 0 && tile_rows(kMaxHeadDim) >= kTaskHeads);
+static_assert(kTileRows % kRowUnit == 0 && tile_rows(kMaxKeyDim) >= kTaskHeads && kMaxKeyDim >= kMaxValueDim);
 
 // Throws std::bad_alloc.
-void attend(const Attention&, const Pool&);
+void attend(const Call&, const Pool&);
 
-}  // namespace moevlm
+}  // namespace moevlm::attention

@@ -1,35 +1,39 @@
 // The attention kernels for one instruction set: a file that includes this defines MOEVLM_ISA (a name), MOEVLM_LANES
-// (floats in a vector) and MOEVLM_TILE_M (rows of the register tile), and has the compiler target set.
+// (floats in a vector), MOEVLM_REGISTERS (vectors) and MOEVLM_TILE_M (rows of the register tile), and has the compiler
+// target set.
 
-#include "attention/few_rows.h"
-#include "attention/many_rows.h"
+#include "attention/tile.h"
 
-namespace moevlm::MOEVLM_ISA {
+namespace moevlm::attention::MOEVLM_ISA {
 
 template <class T>
-void attend(const Attention& call, const Task& task) {
+void attend(const Call& call, const Task& task) {
   if (task.append) {
-    const int64_t position = call.position[task.sequence];
-    const int64_t first = task.begin > position ? task.begin : position;
-    if (first < task.end) append<T>(call, task.sequence, task.kv_head, first - position, task.end - first);
+    const Range ours = {task.begin * kBlock, task.end * kBlock};
+    const Range fresh = Range{task.position, task.position + task.tokens}.within(ours);
+    append<T>(call, task.sequence, task.kv_head, fresh.begin, fresh.end);
   }
-  const bool few = task.rows() <= kFewRows;
-  switch (call.head_dim) {
-    case 64: return (few ? attend_few_rows<T, 64> : attend_many_rows<T, 64>)(call, task);
-    case 128: return (few ? attend_few_rows<T, 128> : attend_many_rows<T, 128>)(call, task);
-    default: return (few ? attend_few_rows<T, 0> : attend_many_rows<T, 0>)(call, task);
-  }
+  Tile<T>(call, task).run();
 }
 
-inline void append(const Attention& call, int64_t sequence, int64_t kv_head, int64_t token, int64_t tokens) {
-  (call.quantized ? append<int8_t> : append<float>)(call, sequence, kv_head, token, tokens);
+inline void append(const Call& call, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) {
+  (call.quantized ? append<int8_t> : append<float>)(call, sequence, kv_head, begin, end);
 }
 
-inline void attend(const Attention& call, const Task& task) {
+inline void attend(const Call& call, const Task& task) {
   (call.quantized ? attend<int8_t> : attend<float>)(call, task);
+}
+
+inline void combine(const Call& call, const Task& task, const float* partials) {
+  Result result(call, task);
+  const int64_t apart = Partial::floats(task.rows(), call.value_dim);
+  for (int64_t block = task.begin; block < task.end; ++block) {
+    result.add(block, partials + (block - task.begin) * apart);
+  }
+  result.finish();
 }
 
 extern const Kernels kernels;
 const Kernels kernels = {kLanes, append, attend, combine};
 
-}  // namespace moevlm::MOEVLM_ISA
+}  // namespace moevlm::attention::MOEVLM_ISA

@@ -11,6 +11,7 @@
 
 #define MOEVLM_ISA avx2
 #define MOEVLM_LANES 8
+#define MOEVLM_REGISTERS 16
 #define MOEVLM_TILE_M 6
 
 #if defined(__clang__)

@@ -11,6 +11,7 @@
 
 #define MOEVLM_ISA avx512
 #define MOEVLM_LANES 16
+#define MOEVLM_REGISTERS 32
 #define MOEVLM_TILE_M 12
 
 #if defined(__clang__)

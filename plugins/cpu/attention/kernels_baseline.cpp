@@ -1,8 +1,10 @@
 // What every processor of the architecture has: SSE2 on x86-64, NEON on AArch64.
 
 #if defined(__aarch64__)
-#define MOEVLM_TILE_M 12  // 32 registers
+#define MOEVLM_REGISTERS 32
+#define MOEVLM_TILE_M 12
 #else
+#define MOEVLM_REGISTERS 16
 #define MOEVLM_TILE_M 6
 #endif
 #define MOEVLM_ISA baseline

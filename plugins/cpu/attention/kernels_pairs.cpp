@@ -2,6 +2,7 @@
 
 #define MOEVLM_ISA pairs
 #define MOEVLM_LANES 2
+#define MOEVLM_REGISTERS 16
 #define MOEVLM_TILE_M 6
 
 #include "attention/kernels.h"

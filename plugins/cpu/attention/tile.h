@@ -1,113 +1,196 @@
-// The rows of a task and their online softmax. Included by kernels.h, once per instruction set.
+// The rows of a task against one block of the cache after the other. Included by kernels.h, once per instruction set.
 
 #pragma once
 
-#include "attention/cache.h"
+#include "attention/append.h"
+#include "attention/softmax.h"
 
-namespace moevlm::MOEVLM_ISA {
+namespace moevlm::attention::MOEVLM_ISA {
 
-constexpr float kNothing = -1e30f;  // the score of an entry that a row does not see: its weight is exactly 0
+constexpr int64_t kPanelStrips = 4;  // strips of keys that all rows go through before the next ones
+// What of keys or values should stay in the first-level cache while all rows go through it.
+constexpr int64_t kNearFloats = 4096, kScratchFloats = 128 * 128;
+static_assert(kScratchFloats >= kStrip * kMaxKeyDim && kScratchFloats >= 32 * kMaxValueDim);
 
-// The rows of a task: their queries, and what is known of their result so far.
-struct Tile {
-  int64_t rows;  // the heads of a token, token by token
-  int64_t size;  // head_dim
-  alignas(64) float q[kTileFloats];
-  alignas(64) float sums[kTileFloats];
-  float top[kTileRows];   // maximum score
-  float total[kTileRows]; // sum of weights
+// floats[n] = bytes[n], n a multiple of kLanes.
+inline void widen(const int8_t* bytes, int64_t n, float* floats) {
+  for (int64_t i = 0; i < n; i += kLanes) store(floats + i, load(bytes + i));
+}
 
-  // Queries are scaled so that scores are powers of two. Rows from `rows` on, up to the next multiple of the
-  // register tile's, are zero.
-  void fill(const Attention& call, const Task& task, int64_t padded) {
-    const int64_t width = (call.heads + 2 * call.kv_heads) * call.head_dim;
-    rows = task.rows();
-    size = call.head_dim;
-    const float scale = 1.44269504f / std::sqrt(static_cast<float>(size));
-    for (int64_t t = 0; t < task.tokens; ++t) {
-      const int64_t row = task.sequence * call.length + task.token + t;
-      for (int64_t h = 0; h < task.heads; ++h) {
-        const float* x = call.qkv + row * width + (task.head + h) * size;
-        prepare(call, x, call.q_norm, row, scale, q + (t * task.heads + h) * size);
-      }
+// values[kStrip][dim] = the first dim lines of a strip of keys, [dim][kStrip], transposed.
+template <class T>
+void transpose_strip(const T* keys, int64_t dim, float* values) {
+  for (int64_t first = 0; first < kStrip; first += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load(keys + (d + i) * kStrip + first);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store(values + (first + i) * dim + d, square[i]);
     }
-    std::memset(q + rows * size, 0, (padded - rows) * size * sizeof(float));
-    std::memset(sums, 0, padded * size * sizeof(float));
-    for (int64_t r = 0; r < rows; ++r) {
-      top[r] = kNothing;
-      total[r] = 0;
-    }
-  }
-
-  // Turns a block's scores of a row into weights, and rescales what was summed before. `seen` of `padded` scores
-  // count. key_scale and value_scale belong to an int8 cache.
-  template <bool Quantized>
-  void weigh(int64_t row, float* scores, int64_t seen, int64_t padded, const float* key_scale,
-             const float* value_scale) {
-    if (Quantized) {
-      for (int64_t j = 0; j < seen; j += kLanes) store(scores + j, load(scores + j) * load(key_scale + j));
-    }
-    for (int64_t j = seen > 0 ? seen : 0; j < padded; ++j) scores[j] = kNothing;
-    Vec maximum = Vec{} + top[row];
-    for (int64_t j = 0; j < padded; j += kLanes) maximum = larger(maximum, load(scores + j));
-    const float before = top[row], now = largest(maximum);
-    if (now <= kNothing) {  // the row sees none of the block
-      for (int64_t j = 0; j < padded; j += kLanes) store(scores + j, Vec{});
-      return;
-    }
-    Vec sums_of_weights = {};
-    for (int64_t j = 0; j < padded; j += kLanes) {
-      const Vec weight = exp2(load(scores + j) - now);
-      sums_of_weights += weight;
-      store(scores + j, Quantized ? weight * load(value_scale + j) : weight);
-    }
-    if (now > before) {
-      const float factor = exp2(Vec{} + (before - now))[0];
-      total[row] *= factor;
-      for (int64_t d = 0; d < size; d += kLanes) store(sums + row * size + d, load(sums + row * size + d) * factor);
-    }
-    top[row] = now;
-    total[row] += sum(sums_of_weights);
-  }
-
-  void finish(const Attention& call, const Task& task) const {
-    if (task.partial) {
-      std::memcpy(task.partial, sums, rows * size * sizeof(float));
-      std::memcpy(task.partial + rows * size, top, rows * sizeof(float));
-      std::memcpy(task.partial + rows * (size + 1), total, rows * sizeof(float));
-      return;
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t row = task.sequence * call.length + task.token + r / task.heads;
-      float* y = call.y + (row * call.heads + task.head + r % task.heads) * size;
-      const float factor = 1 / total[r];
-      for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(sums + r * size + d) * factor);
-    }
-  }
-};
-
-inline void combine(const Attention& call, const Task& task, const float* partials, int64_t count) {
-  const int64_t size = call.head_dim, rows = task.rows();
-  const int64_t apart = Partial::floats(rows, size);
-  for (int64_t r = 0; r < rows; ++r) {
-    float top = kNothing;
-    for (int64_t i = 0; i < count; ++i) {
-      const float other = partials[i * apart + rows * size + r];
-      top = other > top ? other : top;
-    }
-    const int64_t row = task.sequence * call.length + task.token + r / task.heads;
-    float* y = call.y + (row * call.heads + task.head + r % task.heads) * size;
-    float total = 0;
-    for (int64_t d = 0; d < size; d += kLanes) store(y + d, Vec{});
-    for (int64_t i = 0; i < count; ++i) {
-      const float* partial = partials + i * apart;
-      const float factor = exp2(Vec{} + (partial[rows * size + r] - top))[0];
-      total += factor * partial[rows * (size + 1) + r];
-      for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(y + d) + load(partial + r * size + d) * factor);
-    }
-    const float factor = 1 / total;
-    for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(y + d) * factor);
   }
 }
 
-}  // namespace moevlm::MOEVLM_ISA
+template <class T>
+class Tile {
+ public:
+  Tile(const Call& call, const Task& task)
+      : call_(call),
+        task_(task),
+        keys_(call, call.key, call.key_dim, task.sequence, task.kv_head),
+        values_(call, call.value, call.value_dim, task.sequence, task.kv_head) {
+    const int64_t rows = task.rows(), tiles = (rows + kTileM - 1) / kTileM;
+    height_ = (rows + tiles - 1) / tiles;
+    load_queries();
+  }
+
+  void run() {
+    Result result(call_, task_);
+    const int64_t apart = Partial::floats(task_.rows(), call_.value_dim);
+    for (int64_t block = task_.begin; block < task_.end; ++block) {
+      float* const partial = task_.partials ? task_.partials + (block - task_.begin) * apart : partial_;
+      attend_block(block, partial);
+      if (!task_.partials) result.add(block, partial);
+    }
+    if (!task_.partials) result.finish();
+  }
+
+ private:
+  // Scaled so that scores are powers of two, or what tanh takes. [tile of M rows][key_dim][M].
+  void load_queries() {
+    const float scale = call_.softcap > 0 ? call_.scale / call_.softcap : call_.scale * kLog2e;
+    alignas(64) float row[kMaxKeyDim];
+    for (int64_t r = 0; r < task_.rows(); ++r) {
+      const int64_t token = task_.token + r / task_.heads, head = task_.head + r % task_.heads;
+      prepare(call_, call_.qkv + token * call_.width() + head * call_.key_dim, call_.q_norm, token, scale, row);
+      const int64_t first = r / height_ * height_, m = rows_from(first);
+      float* to = q_ + first * call_.key_dim + r - first;
+      for (int64_t d = 0; d < call_.key_dim; ++d) to[d * m] = row[d];
+    }
+  }
+
+  int64_t rows_from(int64_t first) const { return smaller(height_, task_.rows() - first); }
+
+  void attend_block(int64_t block, float* partial) {
+    const int64_t rows = task_.rows(), size = call_.value_dim;
+    const Range seen = look(block, partial);
+    score(block, seen);
+    float *top = partial + rows * size, *total = top + rows;
+    const float softcap = call_.softcap * kLog2e;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (seen_[r].empty()) continue;
+      weigh<Pages<T>::quantized>(scores_ + r * kBlock, seen_[r], softcap, key_scale_, value_scale_, top + r, total + r);
+      std::memset(partial + r * size, 0, size * sizeof(float));
+    }
+    add(block, seen);
+  }
+
+  // What each row sees of the block; returns what any does.
+  Range look(int64_t block, float* sums) {
+    const Range whole = {block * kBlock, block * kBlock + kBlock};
+    Range any_of_all = {kBlock, 0};
+    tiles_ = 0;
+    for (int64_t first = 0; first < task_.rows(); first += height_) {
+      const int64_t m = rows_from(first);
+      Range any = {kBlock, 0}, all = {0, kBlock};
+      for (int64_t r = first; r < first + m; ++r) {
+        const int64_t position = task_.position + r / task_.heads;
+        Range seen = Range{call_.first_seen(position), position + 1}.within(whole);
+        seen = seen.empty() ? Range{0, 0} : Range{seen.begin - whole.begin, seen.end - whole.begin};
+        seen_[r] = seen;
+        all = all.within(seen);
+        if (!seen.empty()) any = {smaller(any.begin, seen.begin), larger(any.end, seen.end)};
+      }
+      if (any.empty()) continue;
+      any_of_all = {smaller(any.begin, any_of_all.begin), larger(any.end, any_of_all.end)};
+      rows_[tiles_] = {q_ + first * call_.key_dim, scores_ + first * kBlock, sums + first * call_.value_dim,
+                       seen_ + first, any, all};
+      height_of_[tiles_++] = m;
+    }
+    return any_of_all;
+  }
+
+  void score(int64_t block, Range seen) {
+    const int64_t size = call_.key_dim, near = tiles_ > 1 ? kNearFloats : kScratchFloats;
+    const int64_t fits = smaller(larger(near / (kStrip * size), 1), kPanelStrips);
+    const int64_t last = (seen.end + kStrip - 1) / kStrip;
+    for (int64_t first = seen.begin / kStrip; first < last; first += fits) {
+      const int64_t end = smaller(first + fits, last);
+      const float* strips[kPanelStrips];
+      for (int64_t s = first; s < end; ++s) {
+        T* const strip = keys_.strip(block * kBlock + s * kStrip);
+        if constexpr (Pages<T>::quantized) {
+          float* const floats = scratch_ + (s - first) * kStrip * size;
+          widen(strip, kStrip * size, floats);
+          strips[s - first] = floats;
+          std::memcpy(key_scale_ + s * kStrip, keys_.scales(strip), kStrip * sizeof(float));
+        } else {
+          strips[s - first] = strip;
+        }
+      }
+      for (int64_t t = 0; t < tiles_; ++t) {
+        const int64_t from = larger(first, rows_[t].any.begin / kStrip);
+        const int64_t to = smaller(end, (rows_[t].any.end + kStrip - 1) / kStrip);
+        if (from >= to) continue;
+        Kernel::scores[height_of_[t] - 1](
+            rows_[t].q, size, strips + from - first, to - from, rows_[t].scores + from * kStrip);
+      }
+    }
+    if constexpr (Pages<T>::quantized) {
+      for (int64_t s = seen.begin / kStrip; s < last; ++s) {
+        if (call_.value_in_key) {
+          std::memcpy(value_scale_ + s * kStrip, key_scale_ + s * kStrip, kStrip * sizeof(float));
+        } else {
+          T* const strip = values_.strip(block * kBlock + s * kStrip);
+          std::memcpy(value_scale_ + s * kStrip, values_.scales(strip), kStrip * sizeof(float));
+        }
+      }
+    }
+  }
+
+  void add(int64_t block, Range seen) {
+    const int64_t size = call_.value_dim;
+    const bool direct = !Pages<T>::quantized && !call_.value_in_key;
+    const int64_t near = tiles_ > 1 ? (direct ? kBlock * size : kScratchFloats) : kNearFloats;
+    const int64_t fits = larger(near / (kStrip * size), 1);
+    const int64_t last = (seen.end + kStrip - 1) / kStrip;
+    const float* strips[kBlockStrips];
+    for (int64_t first = seen.begin / kStrip; first < last; first += fits) {
+      const int64_t end = smaller(first + fits, last);
+      for (int64_t s = first; s < end; ++s) strips[s] = floats(block * kBlock + s * kStrip, s - first);
+      for (int64_t t = 0; t < tiles_; ++t) {
+        Kernel::values[height_of_[t] - 1](rows_[t], {first * kStrip, end * kStrip}, strips, size);
+      }
+    }
+  }
+
+  // The values [kStrip][value_dim] of the 16 entries from `entry` on, in the scratch where they are not floats.
+  const float* floats(int64_t entry, int64_t place) {
+    float* const to = scratch_ + place * kStrip * call_.value_dim;
+    if (call_.value_in_key) {
+      transpose_strip(keys_.strip(entry), call_.value_dim, to);
+    } else if constexpr (Pages<T>::quantized) {
+      widen(values_.strip(entry), kStrip * call_.value_dim, to);
+    } else {
+      return values_.strip(entry);
+    }
+    return to;
+  }
+
+  const Call& call_;
+  const Task& task_;
+  const Pages<T> keys_, values_;
+  int64_t height_;  // rows of a register tile; the last may have fewer
+  int64_t tiles_;   // register tiles that see something of the block
+  Rows rows_[kTileRows];
+  int64_t height_of_[kTileRows];
+  Range seen_[kTileRows];
+  alignas(64) float q_[kTileFloats];
+  alignas(64) float partial_[kTileFloats + 2 * kTileRows];
+  alignas(64) float scores_[kTileRows * kBlock];
+  alignas(64) float scratch_[kScratchFloats];
+  alignas(64) float key_scale_[kBlock], value_scale_[kBlock];
+};
+
+}  // namespace moevlm::attention::MOEVLM_ISA

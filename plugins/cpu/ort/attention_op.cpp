@@ -1,6 +1,7 @@
-// The operator CachedAttention: reads and checks a node's attributes and inputs, finds its outputs, runs the attention.
+// The operator PagedAttention: reads and checks a node's attributes and inputs, finds its outputs, runs the attention.
 #include "ort/attention_op.h"
 
+#include <cmath>
 #include <cstring>
 
 #include "attention/attention.h"
@@ -9,105 +10,187 @@
 namespace moevlm {
 namespace {
 
-enum Input { kQkv, kCos, kSin, kKeyCache, kValueCache, kPosition, kQNorm, kKNorm, kInputs };
+enum Input {
+  kQkv, kCos, kSin, kKeyCache, kValueCache, kQueryStart, kContextLen, kPageTable, kQNorm, kKNorm, kSinks, kInputs
+};
 
 // A cache as it was, where the caller keeps it apart from the new one.
-void copy_cache(const Pool& pool, const Tensor& from, char* to, size_t heads, size_t bytes) {
+void copy_cache(const Pool& pool, const Tensor& from, char* to, size_t element) {
   const char* old = from.as<char>();
-  if (old == to || bytes == 0) return;
-  parallel_for(pool, heads, [&](size_t i) { std::memcpy(to + i * bytes, old + i * bytes, bytes); });
+  const size_t pages = from.elements() ? from.shape[0] : 0;
+  if (old == to || pages == 0) return;
+  const size_t bytes = from.elements() / pages * element;
+  parallel_for(pool, pages, [&](size_t i) { std::memcpy(to + i * bytes, old + i * bytes, bytes); });
 }
 
 // ONNX Runtime picks between operators of one name by the types of their inputs.
 template <ort::ElementType Cache>
 struct AttentionOp {
-  static constexpr const char* name = "CachedAttention";
+  static constexpr const char* name = "PagedAttention";
   static constexpr Port inputs[] = {{"qkv", ort::kFloat},
                                     {"cos", ort::kFloat},
                                     {"sin", ort::kFloat},
                                     {"key_cache", Cache},
-                                    {"value_cache", Cache},
-                                    {"cache_position", ort::kInt64},
+                                    {"value_cache", Cache, ort::kOptional},
+                                    {"query_start", ort::kInt32},
+                                    {"context_len", ort::kInt32},
+                                    {"page_table", ort::kInt32},
                                     {"q_norm", ort::kFloat, ort::kOptional},
-                                    {"k_norm", ort::kFloat, ort::kOptional}};
-  static constexpr Port outputs[] = {{"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache}};
+                                    {"k_norm", ort::kFloat, ort::kOptional},
+                                    {"sinks", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {
+      {"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache, ort::kOptional}};
   static constexpr bool quantized = Cache == ort::kInt8;
-  int64_t heads, kv_heads, rotary_dim;
-  float epsilon;
+  static constexpr int64_t scale_bytes = quantized ? 4 : 0;
+  int64_t heads, kv_heads, rotary_dim, rotary_start, window, value_in_key, value_dim;
+  float scale, softcap, epsilon;
 
   explicit AttentionOp(const Attributes& a)
       : heads(a.integer("heads", 1, kMaxHeads)),
         kv_heads(a.integer("kv_heads", 1, heads)),
-        rotary_dim(a.integer("rotary_dim", 0, kMaxHeadDim)),
+        rotary_dim(a.integer("rotary_dim", 0, kMaxKeyDim)),
+        rotary_start(a.integer_or("rotary_start", 0, 0, kMaxKeyDim)),
+        window(a.integer_or("window", 0, 0, kMaxEntries)),
+        value_in_key(a.integer_or("value_in_key", 0, 0, 1)),
+        value_dim(a.integer_or("value_dim", 0, 0, kMaxValueDim)),
+        scale(a.number_or("scale", 0)),
+        softcap(a.number_or("softcap", 0)),
         epsilon(a.number_or("epsilon", 1e-6f)) {
     if (heads % kv_heads) invalid("kv_heads = ", kv_heads, " with heads = ", heads, " (allowed: a divisor of heads)");
     if (rotary_dim % 2) invalid("rotary_dim = ", rotary_dim, " (allowed: even)");
-    if (!(epsilon >= 0)) invalid("epsilon = ", epsilon, " (allowed: 0 or more)");
+    if (value_in_key && (value_dim < 2 || value_dim % 2)) {
+      invalid("value_dim = ", value_dim, " with value_in_key (allowed: even, 2 to ", kMaxValueDim, ")");
+    }
+    for (const auto& [field, value] : {std::pair{"scale", scale}, {"softcap", softcap}, {"epsilon", epsilon}}) {
+      if (!(value >= 0 && std::isfinite(value))) invalid(field, " = ", value, " (allowed: 0 or more)");
+    }
   }
 
-  Attention read(const std::array<Tensor, kInputs>& in) const {
-    const Shape &qkv = in[kQkv].shape, &cos = in[kCos].shape, &cache = in[kKeyCache].shape;
+  attention::Call read(const std::array<Tensor, kInputs>& in) const {
     const auto require = [&](Input input, const Shape& shape, const char* meaning) {
       require_shape(inputs[input].name, in[input], shape, meaning);
     };
-    Attention call = {};
+    attention::Call call = {};
     call.heads = heads;
     call.kv_heads = kv_heads;
     call.rotary_dim = rotary_dim;
+    call.rotary_start = rotary_start;
+    call.window = window;
+    call.softcap = softcap;
     call.epsilon = epsilon;
     call.quantized = quantized;
-    if (cos.size() != 3) invalid("cos has shape ", text(cos), " (allowed: [B, S, rotary_dim / 2])");
-    call.batch = cos[0];
-    call.length = cos[1];
-    const int64_t tokens = product(call.batch, call.length), slots = heads + 2 * kv_heads;
-    if (tokens > kMaxTokens) invalid("cos has shape ", text(cos), " (allowed: B * S up to ", kMaxTokens, ")");
-    if (qkv.size() != 2 || qkv[1] % (slots * 2) || qkv[1] < slots * 2 || qkv[1] > slots * kMaxHeadDim) {
-      invalid("qkv has shape ", text(qkv), " (allowed: [B * S, ", slots, " * head_dim], head_dim even, 2 to ",
-              kMaxHeadDim, ")");
+    call.value_in_key = value_in_key;
+    read_caches(in, call);
+    call.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(call.key_dim));
+    if (rotary_start + rotary_dim > call.key_dim) {
+      invalid("rotary_start + rotary_dim = ", rotary_start + rotary_dim, " (allowed: up to the ", call.key_dim,
+              " dimensions of a key)");
     }
-    call.head_dim = qkv[1] / slots;
-    if (rotary_dim > call.head_dim) {
-      invalid("rotary_dim = ", rotary_dim, " (allowed: up to head_dim, which is ", call.head_dim, ")");
+    const Shape& qkv = in[kQkv].shape;
+    call.tokens = qkv.empty() ? 0 : qkv[0];
+    if (call.tokens > kMaxTokens) invalid("qkv has shape ", text(qkv), " (allowed: up to ", kMaxTokens, " rows)");
+    require(kQkv, {call.tokens, call.width()},
+            value_in_key ? "[T, (heads + kv_heads) * key_dim]"
+                         : "[T, (heads + kv_heads) * key_dim + kv_heads * value_dim]");
+    require(kCos, {call.tokens, rotary_dim / 2}, "[T, rotary_dim / 2]");
+    require(kSin, {call.tokens, rotary_dim / 2}, "[T, rotary_dim / 2]");
+    require(kQNorm, {call.key_dim}, "[key_dim]");
+    require(kKNorm, {call.key_dim}, "[key_dim]");
+    require(kSinks, {heads}, "[heads]");
+    if (!in[kQNorm].data != !in[kKNorm].data) {
+      invalid(in[kQNorm].data ? "k_norm" : "q_norm", " is missing (allowed: both norms, or none)");
     }
-    require(kQkv, {tokens, qkv[1]}, "a row for each token of cos [B, S, rotary_dim / 2]");
-    require(kCos, {call.batch, call.length, rotary_dim / 2}, "[B, S, rotary_dim / 2]");
-    require(kSin, cos, "that of cos");
-    require(kPosition, {call.batch}, "a number per sequence");
-    require(kQNorm, {call.head_dim}, "[head_dim]");
-    require(kKNorm, {call.head_dim}, "[head_dim]");
-    call.capacity = cache.size() == 4 ? cache[2] : 0;
-    require(kKeyCache, {call.batch, kv_heads, call.capacity, call.head_dim + (quantized ? 4 : 0)},
-            quantized ? "[B, kv_heads, C, head_dim + 4 bytes of scale] for int8"
-                      : "[B, kv_heads, C, head_dim] for float32");
-    require(kValueCache, cache, "that of key_cache");
     call.qkv = in[kQkv].as<float>();
     call.cos = in[kCos].as<float>();
     call.sin = in[kSin].as<float>();
-    call.position = in[kPosition].as<int64_t>();
     call.q_norm = in[kQNorm].as<float>();
     call.k_norm = in[kKNorm].as<float>();
-    for (int64_t b = 0; b < call.batch; ++b) {
-      if (call.position[b] < 0 || call.position[b] > call.capacity - call.length) {
-        invalid("cache_position[", b, "] = ", call.position[b], " (allowed: 0 to ", call.capacity - call.length,
-                ", for ", call.length, " more tokens in a cache of ", call.capacity, ")");
+    call.sinks = in[kSinks].as<float>();
+    read_sequences(in, call);
+    return call;
+  }
+
+  void read_caches(const std::array<Tensor, kInputs>& in, attention::Call& call) const {
+    const Shape &key = in[kKeyCache].shape, &value = in[kValueCache].shape;
+    constexpr const char* kind = quantized ? "int8" : "float32";
+    constexpr const char* rest = quantized ? " + 4 bytes of scale], " : "], ";
+    call.key_dim = key.size() == 4 ? key[3] - scale_bytes : 0;
+    if (call.key_dim < 2 || call.key_dim > kMaxKeyDim || call.key_dim % 2 || key[1] != kv_heads ||
+        key[2] < attention::kStrip || key[2] > kMaxEntries || key[2] % attention::kStrip) {
+      invalid("key_cache has shape ", text(key), " (allowed for ", kind, ": [pages, ", kv_heads,
+              ", page, key_dim", rest, "page a multiple of ", attention::kStrip, ", key_dim even, 2 to ", kMaxKeyDim, ")");
+    }
+    call.pages = key[0];
+    call.page = key[2];
+    if (!value_in_key != (in[kValueCache].data != nullptr)) {
+      invalid("value_cache is ", value_in_key ? "given" : "missing", " (allowed with value_in_key = ", value_in_key, ": ",
+              value_in_key ? "none)" : "[pages, kv_heads, page, value_dim])");
+    }
+    call.value_dim = value_in_key ? value_dim : value.size() == 4 ? value[3] - scale_bytes : 0;
+    if (value_in_key) {
+      if (value_dim > call.key_dim) invalid("value_dim = ", value_dim, " (allowed: up to key_dim, ", call.key_dim, ")");
+    } else if (call.value_dim < 2 || call.value_dim > kMaxValueDim || call.value_dim % 2 ||
+               !std::equal(value.begin(), value.end() - 1, key.begin())) {
+      invalid("value_cache has shape ", text(value), " (allowed for ", kind, ": [", key[0], ", ", key[1], ", ", key[2],
+              ", value_dim", rest, "value_dim even, 2 to ", kMaxValueDim, ")");
+    }
+  }
+
+  void read_sequences(const std::array<Tensor, kInputs>& in, attention::Call& call) const {
+    const Shape &context = in[kContextLen].shape, &table = in[kPageTable].shape;
+    if (context.size() != 1) invalid("context_len has shape ", text(context), " (allowed: [N])");
+    call.sequences = context[0];
+    require_shape("query_start", in[kQueryStart], {call.sequences + 1}, "[N + 1] for context_len [N]");
+    if (table.size() != 2 || table[0] != call.sequences) {
+      invalid("page_table has shape ", text(table), " (allowed: [", call.sequences, ", pages of a sequence])");
+    }
+    call.table_width = table[1];
+    call.query_start = in[kQueryStart].as<int32_t>();
+    call.context_len = in[kContextLen].as<int32_t>();
+    call.page_table = in[kPageTable].as<int32_t>();
+    const int64_t last = call.sequences;
+    if (call.query_start[0] != 0) invalid("query_start[0] = ", call.query_start[0], " (allowed: 0)");
+    for (int64_t n = 0; n < last; ++n) {
+      if (call.query_start[n + 1] < call.query_start[n]) {
+        invalid("query_start[", n + 1, "] = ", call.query_start[n + 1], " (allowed: ", call.query_start[n], " or more)");
       }
     }
-    return call;
+    if (call.query_start[last] != call.tokens) {
+      invalid("query_start[", last, "] = ", call.query_start[last], " (allowed: ", call.tokens, ", the rows of qkv)");
+    }
+    for (int64_t n = 0; n < last; ++n) {
+      const int64_t context_len = call.context_len[n], length = call.length(n);
+      if (context_len < 0 || context_len + length > kMaxEntries) {
+        invalid("context_len[", n, "] = ", context_len, " (allowed: 0 to ", kMaxEntries - length, ")");
+      }
+      if (length == 0) continue;
+      const int64_t used = (context_len + length + call.page - 1) / call.page;
+      if (used > call.table_width) {
+        invalid("page_table has ", call.table_width, " pages a sequence (allowed: ", used, " or more, for the ",
+                context_len + length, " tokens of sequence ", n, ")");
+      }
+      for (int64_t i = call.first_seen(context_len) / call.page; i < used; ++i) {
+        const int32_t page = call.page_table[n * call.table_width + i];
+        if (page < 0 || page >= call.pages) {
+          invalid("page_table[", n, ", ", i, "] = ", page, " (allowed: 0 to ", call.pages - 1, ")");
+        }
+      }
+    }
   }
 
   void compute(Call& node) const {
     const auto in = read_inputs(node, inputs);
-    Attention call = read(in);
-    call.y = node.output<float>(0, {call.batch * call.length, heads * call.head_dim});
-    char* key = node.output<char>(1, in[kKeyCache].shape);
-    char* value = node.output<char>(2, in[kValueCache].shape);
-    const size_t bytes = product(call.capacity, call.row_bytes());  // of a head; without sequences, of any size
+    attention::Call call = read(in);
+    call.y = node.output<float>(0, {call.tokens, heads * call.value_dim});
     const Pool pool = node.pool();
-    copy_cache(pool, in[kKeyCache], key, call.batch * kv_heads, bytes);
-    copy_cache(pool, in[kValueCache], value, call.batch * kv_heads, bytes);
-    call.key = key;
-    call.value = value;
-    attend(call, pool);
+    const auto updated = [&](Input input, size_t output) {
+      char* cache = node.output<char>(output, in[input].shape);
+      copy_cache(pool, in[input], cache, quantized ? 1 : sizeof(float));
+      return cache;
+    };
+    call.key = updated(kKeyCache, 1);
+    if (!value_in_key) call.value = updated(kValueCache, 2);
+    attention::attend(call, pool);
   }
 };
 

@@ -1,4 +1,4 @@
-// The operator CachedAttention of domain moevlm.cpu, for float32 and for int8 caches.
+// The operator PagedAttention of domain moevlm.cpu, for float32 and for int8 caches.
 #pragma once
 #include "ort/abi.h"
 

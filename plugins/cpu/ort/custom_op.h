@@ -217,7 +217,7 @@ struct Operator : ort::CustomOp {
     input_memory_type = [](const CustomOp*, size_t) { return ort::kDefaultMemory; };
     output_type_count = [](const CustomOp*) -> size_t { return sizeof(Op::outputs) / sizeof(Port); };
     output_type = [](const CustomOp*, size_t i) { return Op::outputs[i].type; };
-    output_characteristic = [](const CustomOp*, size_t) { return ort::kRequired; };
+    output_characteristic = [](const CustomOp*, size_t i) { return Op::outputs[i].required; };
     start_version = end_version = [](const CustomOp*) { return 1; };
     create_kernel = [](const CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** kernel) {
       return guarded(api, Op::name, [&] { *kernel = new Held{Op(Attributes{api, info}), api}; });

@@ -6,6 +6,8 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define MOEVLM_INLINE inline __attribute__((always_inline))
@@ -42,6 +44,22 @@ MOEVLM_INLINE void prefetch(const void* p, int64_t bytes) {
 }
 
 MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// a * b + c, rounded once where the instruction set can: a compiler that is left to contract expressions may do so in one
+// copy of a loop and not in another.
+MOEVLM_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif MOEVLM_LANES == 8 && defined(__x86_64__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif MOEVLM_LANES == 4 && defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#elif MOEVLM_LANES == 2 && defined(__aarch64__)
+  return (Vec)vfma_f32((float32x2_t)c, (float32x2_t)a, (float32x2_t)b);
+#else
+  return a * b + c;  // in two instructions
+#endif
+}
 
 MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
@@ -125,12 +143,12 @@ MOEVLM_INLINE Vec exp2(Vec x) {
   const Vec magic = Vec{} + 12582912.0f;
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  Vec p = f * 0.000153458095f + 0.00133999312f;
-  p = p * f + 0.00961848897f;
-  p = p * f + 0.0555032878f;
-  p = p * f + 0.240226469f;
-  p = p * f + 0.693147206f;
-  p = p * f + 1.0f;
+  Vec p = fma(f, Vec{} + 0.000153458095f, Vec{} + 0.00133999312f);
+  p = fma(p, f, Vec{} + 0.00961848897f);
+  p = fma(p, f, Vec{} + 0.0555032878f);
+  p = fma(p, f, Vec{} + 0.240226469f);
+  p = fma(p, f, Vec{} + 0.693147206f);
+  p = fma(p, f, Vec{} + 1.0f);
   p = (Vec)((Bits)p + ((Bits)shifted << 23));
   return x < Vec{} - 126.0f ? Vec{} : p;
 }

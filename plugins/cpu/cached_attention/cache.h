@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention/attention.h"
+#include "cached_attention/attention.h"
 #include "simd/vector.h"
 
 namespace moevlm::MOEVLM_ISA {

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "attention/tile.h"
+#include "cached_attention/tile.h"
 
 namespace moevlm::MOEVLM_ISA {
 

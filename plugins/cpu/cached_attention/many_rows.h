@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "attention/few_rows.h"
+#include "cached_attention/few_rows.h"
 
 namespace moevlm::MOEVLM_ISA {
 

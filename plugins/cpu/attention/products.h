@@ -1,0 +1,166 @@
+// The two products of attention in tiles of registers: M rows against N vectors at a time. Every result is a chain of
+// multiply-adds of its own, so neither M nor N changes a bit. Included by kernels.h, once per instruction set.
+
+#pragma once
+
+#include "attention/pages.h"
+
+namespace moevlm::attention::MOEVLM_ISA {
+
+using namespace moevlm::MOEVLM_ISA;
+
+constexpr int kTileM = MOEVLM_TILE_M;
+constexpr int64_t kDepth = 64;  // dimensions in one chain of a score: the rounding of longer ones shows
+static_assert(kRowUnit % kTileM == 0 && kStrip % kLanes == 0);
+
+using moevlm::MOEVLM_ISA::larger;
+
+// Not std::min and std::max: the linker keeps one copy of those, for whatever processor it was compiled.
+MOEVLM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MOEVLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Entries, of a sequence or of a block, from begin up to end.
+struct Range {
+  int64_t begin, end;
+  bool empty() const { return begin >= end; }
+  Range within(Range other) const { return {larger(begin, other.begin), smaller(end, other.end)}; }
+};
+
+// A power of two of vectors, so that M times as many sums, a vector each, and one factor fit the registers.
+constexpr int vectors(int m, int most) {
+  int n = most;
+  while (n > 1 && m * n + n + 1 > MOEVLM_REGISTERS) n /= 2;
+  return n;
+}
+
+// M rows of a tile: their queries [dim][M], where their scores begin, what each sees of the block.
+struct Rows {
+  const float* q;
+  float* scores;      // [M][kBlock]; after the softmax, weights
+  float* sums;        // [M][value_dim]
+  const Range* seen;  // [M]
+  Range any, all;     // what one of them sees, and what each of them does
+};
+
+template <int M, int N>
+MOEVLM_INLINE void score(const float* q, int64_t dim, const float* const* key, float* scores) {
+  for (int64_t begin = 0; begin < dim; begin += kDepth) {
+    const int64_t end = smaller(begin + kDepth, dim);
+    Vec sums[M][N] = {};
+    for (int64_t d = begin; d < end; ++d) {
+      Vec line[N];
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) line[n] = load(key[n] + d * kStrip);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vec factor = Vec{} + q[d * M + m];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[m][n] = fma(line[n], factor, sums[m][n]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+      for (int n = 0; n < N; ++n) {
+        float* to = scores + m * kBlock + n * kLanes;
+        store(to, begin ? load(to) + sums[m][n] : sums[m][n]);
+      }
+    }
+  }
+}
+
+// scores[M][kStrip * count] = q . keys, which are `count` strips of floats.
+template <int M>
+void score_strips(const float* q, int64_t dim, const float* const* strips, int64_t count, float* scores) {
+  constexpr int N = vectors(M, 4);
+  const int64_t total = count * (kStrip / kLanes);
+  const auto vector = [&](int64_t v) { return strips[v * kLanes / kStrip] + v * kLanes % kStrip; };
+  int64_t v = 0;
+  for (; v + N <= total; v += N) {
+    const float* key[N];
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) key[n] = vector(v + n);
+    score<M, N>(q, dim, key, scores + v * kLanes);
+  }
+  for (; v < total; ++v) {
+    const float* const key = vector(v);
+    score<M, 1>(q, dim, &key, scores + v * kLanes);
+  }
+}
+
+// Dimensions `column` on, N vectors of them. What a row does not see is not multiplied: 0 times NaN is NaN.
+template <int M, int N>
+MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const float* const* strips, int64_t dim, int64_t column) {
+  Vec sums[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) sums[m][n] = load(rows.sums + m * dim + column + n * kLanes);
+  }
+  const auto line_of = [&](int64_t entry) { return strips[entry / kStrip] + entry % kStrip * dim + column; };
+  const auto add_some = [&](int64_t begin, int64_t end) {
+    for (int64_t entry = begin; entry < end; ++entry) {
+      const float* line = line_of(entry);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        if (entry < rows.seen[m].begin || entry >= rows.seen[m].end) continue;
+        const Vec factor = Vec{} + rows.scores[m * kBlock + entry];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) sums[m][n] = fma(load(line + n * kLanes), factor, sums[m][n]);
+      }
+    }
+  };
+  const Range any = rows.any.within(part), all = rows.all.within(part);
+  if (M == 1 || !all.empty()) {
+    if (M > 1) add_some(any.begin, all.begin);
+    for (int64_t entry = all.begin; entry < all.end;) {
+      const float* line = line_of(entry);
+      const int64_t end = smaller((entry / kStrip + 1) * kStrip, all.end);
+      for (; entry < end; ++entry, line += dim) {
+        Vec value[N];
+#pragma GCC unroll 16
+        for (int n = 0; n < N; ++n) value[n] = load(line + n * kLanes);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+          const Vec factor = Vec{} + rows.scores[m * kBlock + entry];
+#pragma GCC unroll 16
+          for (int n = 0; n < N; ++n) sums[m][n] = fma(value[n], factor, sums[m][n]);
+        }
+      }
+    }
+    if (M > 1) add_some(all.end, any.end);
+  } else {
+    add_some(any.begin, any.end);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) store(rows.sums + m * dim + column + n * kLanes, sums[m][n]);
+  }
+}
+
+// sums[M][dim] += weights times values, for the block's entries in `part`. strips: of floats, [kBlockStrips].
+template <int M>
+void add_values(const Rows& rows, Range part, const float* const* strips, int64_t dim) {
+  constexpr int N = vectors(M, 8);
+  int64_t column = 0;
+  for (; column + N * kLanes <= dim; column += N * kLanes) add_columns<M, N>(rows, part, strips, dim, column);
+  for (; column < dim; column += kLanes) add_columns<M, 1>(rows, part, strips, dim, column);
+}
+
+using ScoreStrips = void (*)(const float*, int64_t, const float* const*, int64_t, float*);
+using AddValues = void (*)(const Rows&, Range, const float* const*, int64_t);
+
+// The kernel of m rows is at m - 1.
+template <int... M>
+struct Table {
+  static constexpr ScoreStrips scores[] = {score_strips<M>...};
+  static constexpr AddValues values[] = {add_values<M>...};
+};
+#if MOEVLM_TILE_M == 12
+using Kernel = Table<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+#else
+using Kernel = Table<1, 2, 3, 4, 5, 6>;
+#endif
+
+}  // namespace moevlm::attention::MOEVLM_ISA
