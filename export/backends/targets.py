@@ -7,7 +7,7 @@ from functools import partial
 import onnx_ir as ir
 
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
-from moevlm.export.backends.cpu.passes.linear import CpuLinear
+from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
@@ -132,7 +132,7 @@ def _cpu(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     linear = (PackProjections(), CpuLinear(scheme), QuantizeEmbedding(EMBEDDING))
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (*linear, CpuAttention(kv_cache == "int8"), CpuMoE(scheme), FuseSkipNorm()),
+        "decoder": (*linear, CpuFloatLinear(), CpuAttention(kv_cache == "int8"), CpuMoE(scheme), FuseSkipNorm()),
     }
 
 

@@ -1,7 +1,8 @@
-"""Quantized weights in the byte order that the CPU kernels read: plugins/cpu/matmul/packed.h states the layout.
+"""Weights in the order that the CPU kernels read.
 
-Panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes. A panel
-depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
+Quantized: panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes
+(plugins/cpu/matmul/packed.h). Floats: panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
+A panel depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
 
 from dataclasses import dataclass
@@ -89,6 +90,13 @@ def pack_gate_up(q: Array, scales: Array, bits: int, group_size: int) -> Array:
     return pack(interleave(q), interleave(scales), bits, group_size)
 
 
+def pack_floats(weight: Array) -> Array:
+    """[N, K] float32 -> [panels, K * 32] float32; the rows that fill the last panel are zeros."""
+    rows, columns = weight.shape
+    padded = np.pad(weight, [(0, -rows % PANEL), (0, 0)]) if rows % PANEL else weight
+    return padded.reshape(-1, PANEL, columns).swapaxes(1, 2).reshape(-1, columns * PANEL)
+
+
 def _check(bits: int, group_size: int) -> None:
     if bits not in BITS:
         raise ValueError(f"bits = {bits} (allowed: 4, 8)")
@@ -116,6 +124,26 @@ class PackedRows:
         rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
         q, scales = self.scheme.encode(rows.astype(np.float32, copy=False))
         return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.group_size)
+
+
+@dataclass(frozen=True)
+class PackedFloats:
+    """A weight [N, K] as [panels, K * 32] float32, packed as it is read."""
+
+    source: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, columns = self.source.shape
+        return -(-rows // PANEL), columns * PANEL
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def rows(self, start: int, stop: int) -> Array:
+        rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        return pack_floats(rows.astype(np.float32, copy=False))
 
 
 @dataclass(frozen=True)

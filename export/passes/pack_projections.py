@@ -29,13 +29,17 @@ class PackProjections(Pass):
         return len(packed)
 
 
-def is_projection(node: ir.Node) -> bool:
-    """A Gemm with a stored weight [out, in] whose output is not a router's logits."""
+def has_stored_weight(node: ir.Node) -> bool:
+    """A Gemm with a stored weight [out, in]."""
     if node.op_type != "Gemm" or node.domain or node.attributes.get_int("transB", 0) != 1:
         return False
     weight = node.inputs[1]
-    routes = any(is_op(user, ROUTER) for user in node.outputs[0].consumers())
-    return weight is not None and weight.is_initializer() and not routes
+    return weight is not None and weight.is_initializer()
+
+
+def is_projection(node: ir.Node) -> bool:
+    """A Gemm with a stored weight whose output is not a router's logits."""
+    return has_stored_weight(node) and not any(is_op(user, ROUTER) for user in node.outputs[0].consumers())
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
 
 CPU = Path(__file__).parents[2] / "plugins" / "cpu"
-MATMULS = ("avx512", "avx2", "generic", "kernels", "linear", "experts", "router")
+MATMULS = ("avx512", "avx2", "generic", "kernels", "linear", "float_linear", "experts", "router")
 SOURCES = (*(f"matmul/{name}" for name in MATMULS), "simd/instruction_set")
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")  # by their numbers in instruction_set.h
 Array = np.ndarray
@@ -49,7 +49,7 @@ class Kernels:
     """One instruction set's kernels. Arrays are contiguous, of the dtypes that the C functions take."""
 
     def __init__(self, library: ctypes.CDLL, instruction_set: str, threads: int = 1) -> None:
-        self.library, self.threads = library, threads
+        self.library, self.name, self.threads = library, instruction_set, threads
         self.instruction_set = INSTRUCTION_SETS.index(instruction_set) if instruction_set else -1  # the best
         library.has_instruction_set.restype = ctypes.c_bool
         library.run_experts.restype = ctypes.c_size_t
@@ -71,6 +71,12 @@ class Kernels:
         sizes = _sizes(n, x.shape[1], len(x))
         arrays = map(_pointer, (x, packed, bias, y))
         self.library.run_linear(self.instruction_set, *_sizes(self.threads), bits, block, *sizes, *arrays)
+        return y
+
+    def float_linear(self, x: Array, packed: Array, bias: Array | None, n: int) -> Array:
+        y = np.full((len(x), n), np.nan, np.float32)
+        sizes = _sizes(self.threads, n, x.shape[1], len(x))
+        self.library.run_float_linear(self.instruction_set, *sizes, *map(_pointer, (x, packed, bias, y)))
         return y
 
     def experts(

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "matmul/experts.h"
+#include "matmul/float_linear.h"
 #include "matmul/linear.h"
 #include "matmul/router.h"
 
@@ -43,6 +44,11 @@ void run_linear(int set, size_t threads, int bits, int block, size_t n, size_t k
   const LinearShape shape{n, k, {bits, block}};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
   linear(shape, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
+}
+
+void run_float_linear(int set, size_t threads, size_t n, size_t k, size_t tokens, const float* x, const float* weight,
+                      const float* bias, float* y) {
+  float_linear({n, k}, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y);
 }
 
 size_t run_experts(int set, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,

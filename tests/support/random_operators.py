@@ -118,6 +118,16 @@ def linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 
 
 @st.composite
+def float_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    n, k, tokens = draw(sizes), draw(sizes), draw(rows)
+    weight = rng.standard_normal((n, k), np.float32)
+    inputs = {"x": rng.standard_normal((tokens, k), np.float32), "weight": cpu_packing.pack_floats(weight)}
+    if draw(st.booleans()):
+        inputs["bias"] = rng.standard_normal(n, np.float32)
+    return Node("FloatLinear", {"N": n, "K": k}, inputs, {"y": "float32"})
+
+
+@st.composite
 def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     experts, hidden, width = draw(st.integers(1, 9)), draw(sizes), draw(sizes)
     tokens, top_k, packed = draw(rows), draw(st.integers(1, 4)), packing(draw)
@@ -223,7 +233,7 @@ def break_shape(draw: st.DrawFn, node: Node) -> bool:
 def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
     """A node; whether it must be refused; whether its results can be checked; and threads."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    make = draw(st.sampled_from([attentions, attentions, linears, banks, routers]))
+    make = draw(st.sampled_from([attentions, attentions, linears, float_linears, banks, routers]))
     node, kind = draw(make(rng)), draw(st.integers(0, 8))
     refused = False
     if kind in (0, 1):

@@ -1,6 +1,9 @@
 // AVX2 with FMA: products of bytes summed in pairs to 16 bits, arranged so that they never saturate.
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "matmul/kernels.h"
 
@@ -9,6 +12,10 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+
+#define MOEVLM_ISA avx2
+#define MOEVLM_LANES 8
+#include "matmul/float_panel.h"
 
 namespace moevlm::quantized {
 namespace {
@@ -162,7 +169,8 @@ using Rest = Elementwise<Vector>;
 }  // namespace
 
 const Kernels avx2_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
-                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
+                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum,
+                            avx2::float_panel};
 
 }  // namespace moevlm::quantized
 #pragma GCC pop_options

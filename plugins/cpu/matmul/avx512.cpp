@@ -1,6 +1,9 @@
 // AVX-512 with VNNI: four byte products a lane in one instruction.
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "matmul/kernels.h"
 
@@ -11,6 +14,10 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+#define MOEVLM_ISA avx512_vnni
+#define MOEVLM_LANES 16
+#include "matmul/float_panel.h"
 
 namespace moevlm::quantized {
 namespace {
@@ -173,7 +180,8 @@ using Rest = Elementwise<Vector>;
 }  // namespace
 
 const Kernels avx512_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
-                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
+                            Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum,
+                            avx512_vnni::float_panel};
 
 }  // namespace moevlm::quantized
 #pragma GCC pop_options

@@ -1,8 +1,15 @@
 // Any processor: plain C++, written so that the compiler's vectors fit it.
 #include <cmath>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "matmul/kernels.h"
+
+#define MOEVLM_ISA baseline
+#define MOEVLM_LANES 4
+#include "matmul/float_panel.h"
 
 namespace moevlm::quantized {
 namespace {
@@ -101,6 +108,7 @@ using Rest = Elementwise<Scalar>;
 }  // namespace
 
 const Kernels generic_kernels{choose,           Rest::quantize, Rest::activate, Rest::store,
-                              Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum};
+                              Rest::accumulate, Rest::softmax,  Rest::sigmoid,  Rest::pairwise_sum,
+                             baseline::float_panel};
 
 }  // namespace moevlm::quantized

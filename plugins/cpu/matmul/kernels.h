@@ -10,6 +10,10 @@ namespace moevlm::quantized {
 
 constexpr int kMaxRows = 6;  // rows of activations that one call of a panel kernel takes
 
+// Of floats: such rows, and the most values of each in one sum, which is then added to the others. The rounding of
+// longer sums shows.
+constexpr int kMaxFloatRows = 12, kFloatDepth = 128;
+
 // Products of the 32 rows of a panel with `rows` quantized rows of activations: out[r * 32 + i]. `ahead` is where the
 // caller will read after this panel; the kernel prefetches it.
 using PanelKernel = void (*)(const uint8_t* panel, const uint8_t* ahead, const uint8_t* const* x, int rows,
@@ -38,6 +42,8 @@ struct Kernels {
   void (*softmax)(float* x, size_t n);
   void (*sigmoid)(float* x, size_t n);
   float (*sum)(const float* x, size_t n);
+  // out[rows][32] += x[rows][depth] times panel[depth][32]; a row of x has kFloatDepth values, of which depth count.
+  void (*float_panel)(const float* panel, const float* x, int rows, size_t depth, float* out);
 };
 
 extern const Kernels generic_kernels;

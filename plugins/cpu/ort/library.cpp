@@ -1,5 +1,4 @@
-// The operator library that ONNX Runtime loads: domain moevlm.cpu, version 1, operators PagedAttention,
-// CachedAttention, Linear, MoEExperts and MoERouter.
+// The operator library that ONNX Runtime loads: domain moevlm.cpu, version 1. Its operators are those below.
 #include "ort/attention_op.h"
 #include "ort/cached_attention_op.h"
 #include "ort/custom_op.h"

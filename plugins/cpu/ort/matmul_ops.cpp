@@ -1,6 +1,7 @@
 #include "ort/matmul_ops.h"
 
 #include "matmul/experts.h"
+#include "matmul/float_linear.h"
 #include "matmul/linear.h"
 #include "ort/custom_op.h"
 #include "matmul/router.h"
@@ -59,6 +60,31 @@ struct LinearOp {
     const auto memory = scratch(shape.scratch_bytes(tokens));
     linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
            memory.get());
+  }
+};
+
+struct FloatLinearOp {
+  static constexpr const char* name = "FloatLinear";
+  static constexpr Port inputs[] = {{"x", ort::kFloat}, {"weight", ort::kFloat}, {"bias", ort::kFloat, ort::kOptional}};
+  static constexpr Port outputs[] = {{"y", ort::kFloat}};
+
+  FloatLinearShape shape;
+
+  explicit FloatLinearOp(const Attributes& a)
+      : shape{static_cast<size_t>(a.integer("N", 1, kMaxWidth)), static_cast<size_t>(a.integer("K", 1, kMaxWidth))} {}
+
+  void compute(Call& call) const {
+    const auto [x, weight, bias] = read_inputs(call, inputs);
+    require_rows("x", x, shape.k, "[T, K]");
+    if (weight.elements() != static_cast<int64_t>(shape.weights())) {
+      invalid("weight has shape ", text(weight.shape), ", ", weight.elements(), " values (allowed: ", shape.weights(),
+              " for these attributes)");
+    }
+    const int64_t n = shape.n;
+    require_shape("bias", bias, {n}, "[N]");
+    float* y = call.output<float>(0, {x.shape[0], n});
+    float_linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), x.shape[0], weight.as<float>(),
+                 bias.as<float>(), y);
   }
 };
 
@@ -153,9 +179,11 @@ struct RouterOp {
 };
 
 const Operator<LinearOp> linear_operator;
+const Operator<FloatLinearOp> float_linear_operator;
 const Operator<ExpertsOp> experts_operator;
 const Operator<RouterOp> router_operator;
-const ort::CustomOp* const all[] = {&linear_operator, &experts_operator, &router_operator, nullptr};
+const ort::CustomOp* const all[] = {&linear_operator, &float_linear_operator, &experts_operator, &router_operator,
+                                    nullptr};
 
 }  // namespace
 

@@ -20,11 +20,11 @@ TESTS = (
     "tests/plugins/cpu/test_paged_attention.py",
     "tests/plugins/cpu/test_matmul_ops.py",
     "tests/export/backends/cpu/test_passes.py",
+    "tests/export/backends/cpu/test_row_independence.py",
     "tests/export/parity/test_run.py",
 )
-CHOSEN = (
-    "head_size or any_shape or any_mixture or nan or threads or test_matmul_ops or test_passes or quantized_engines"
-)
+ATTENTION = "head_size or any_shape or any_mixture or nan or threads"
+CHOSEN = f"{ATTENTION} or test_matmul_ops or test_passes or images_among or quantized_engines"
 
 
 def python(cap: str, *command: str) -> subprocess.CompletedProcess[str]:

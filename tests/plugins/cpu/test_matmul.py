@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 
 import numpy as np
@@ -12,7 +11,7 @@ from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.plugins.ops import reference, variants
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-from tests.support.cpu_matmul import INSTRUCTION_SETS, Kernels, compile_kernels
+from tests.support.cpu_matmul import Kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 
@@ -20,19 +19,6 @@ PACKINGS = [(bits, block) for bits in (4, 8) for block in (16, 32, 128)]
 # Integer sums are exact; what is left is float32 rounding of a sum over blocks, relative to the sum of magnitudes.
 ROUNDING = 1e-6
 HIDDEN, WIDTH = 96, 40
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(compile_kernels(tmp_path_factory.mktemp("kernels") / "kernels.so")))
-
-
-@pytest.fixture(params=[name for name in INSTRUCTION_SETS if name != "avx512"])  # whose products are those of avx2
-def kernels(library: ctypes.CDLL, request: pytest.FixtureRequest) -> Kernels:
-    kernels = Kernels(library, request.param, threads=2)
-    if not kernels.available():
-        pytest.skip(f"this processor has no {request.param}")
-    return kernels
 
 
 @pytest.fixture
@@ -102,7 +88,7 @@ def test_panels_packed_on_their_own_are_the_panels_of_the_whole(rng):
     ("bits", "block", "columns", "message"),
     [
         (3, 32, 2, r"bits = 3 \(allowed: 4, 8\)"),
-        (4, 40, 2, r"block = 40 \(allowed: a multiple of 16 up to 256\)"),
+        (4, 40, 2, r"group_size = 40 \(allowed: a multiple of 16 up to 256\)"),
         (4, 32, 3, r"scales has shape \[32, 3\] \(allowed: \[32, 2\]\)"),
     ],
 )
@@ -160,6 +146,21 @@ def test_nan_and_infinity_come_out_as_nan_or_infinity_of_their_row_alone(kernels
     y = kernels.linear(x, cpu_packing.pack(q, scales, 4, 32), None, 32, 4, 32)
     assert not np.isfinite(y[:2]).any()
     assert np.isfinite(y[2]).all()
+
+
+# Linear in floats.
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (8, 96), (33, 130), (160, 300), (128, 1000)])
+def test_float_linear_is_the_product(kernels, rng, n, k):
+    weight = normal(rng, n, k) / np.float32(k**0.5)
+    packed = cpu_packing.pack_floats(weight)
+    for tokens in (0, 1, 2, 7, 12, 13, 61):
+        x = normal(rng, tokens, k)
+        bias = normal(rng, n) if tokens % 2 else None
+        expected = reference.linear(x.astype(np.float64), weight.astype(np.float64), bias)
+        magnitude = np.abs(x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
+        assert (np.abs(kernels.float_linear(x, packed, bias, n) - expected) <= 2 * ROUNDING * magnitude).all()
 
 
 # Experts.

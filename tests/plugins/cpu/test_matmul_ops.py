@@ -1,4 +1,4 @@
-"""Linear, MoEExperts and MoERouter in ONNX Runtime: results of the kernels, biases, shapes and refusals."""
+"""Linear, FloatLinear, MoEExperts and MoERouter in ONNX Runtime: results, biases, shapes and refusals."""
 
 from __future__ import annotations
 
@@ -72,6 +72,15 @@ def test_linear_in_a_session(rng, tokens, has_bias):
     np.testing.assert_allclose(y, reference.linear(x, weight, bias), atol=0.03 * np.abs(weight).sum(axis=1).max())
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_float_linear_in_a_session(rng, tokens, has_bias):
+    weight, x, bias = normal(rng, 50, 72), normal(rng, tokens, 72), normal(rng, 50) if has_bias else None
+    inputs = {"x": x, "weight": cpu_packing.pack_floats(weight), "bias": bias}
+    (y,) = run("FloatLinear", inputs, {"N": 50, "K": 72})
+    np.testing.assert_allclose(y, reference.linear(x, weight, bias), atol=1e-4)
+
+
 @pytest.mark.parametrize("has_biases", [False, True])
 @pytest.mark.parametrize("name", ["silu-gated-output", "gelu_tanh-plain-input", "swiglu_clamped-gated-input"])
 def test_experts_in_a_session(rng, name, has_biases):
@@ -124,6 +133,21 @@ def test_linear_refuses_what_does_not_fit(rng, changes, columns, size, message):
     weight = packed.reshape(-1)[:size]
     with pytest.raises(Exception, match=message):
         run("Linear", {"x": normal(rng, 2, columns), "weight": weight}, {**LINEAR, **changes})
+
+
+@pytest.mark.parametrize(
+    ("values", "columns", "message"),
+    [
+        ({"N": 0, "K": 72}, 72, r"FloatLinear: N = 0 \(allowed: 1 to"),
+        ({"K": 72}, 72, r"FloatLinear: attribute N is missing"),
+        ({"N": 50, "K": 72}, 71, r"FloatLinear: x has shape \[2, 71\] \(allowed: \[T, K\] with 72 columns\)"),
+        ({"N": 65, "K": 72}, 72, r"FloatLinear: weight has shape \[2, 2304\], 4608 values \(allowed: 6912 for these"),
+    ],
+)
+def test_float_linear_refuses_what_does_not_fit(rng, values, columns, message):
+    inputs = {"x": normal(rng, 2, columns), "weight": cpu_packing.pack_floats(normal(rng, 50, 72))}
+    with pytest.raises(Exception, match=message):
+        run("FloatLinear", inputs, values)
 
 
 @pytest.mark.parametrize(

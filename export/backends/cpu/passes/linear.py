@@ -1,12 +1,12 @@
-"""Projections on moevlm's own CPU kernel."""
+"""Projections and router logits on moevlm's own CPU kernels."""
 
 import onnx_ir as ir
 
-from moevlm.export.formats.cpu_packing import PackedRows
+from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, substitute
-from moevlm.export.passes.pack_projections import is_projection
+from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
@@ -32,4 +32,26 @@ class CpuLinear(NodePass):
         graph.register_initializer(packed)
         attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.group_size}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
+        substitute(graph, node, new)
+
+
+class CpuFloatLinear(NodePass):
+    """Gemm -> moevlm.cpu::FloatLinear, whose weight stays float32: for router logits, which are never quantized.
+
+    A row's sums have the same order alone and among others; ONNX Runtime's Gemm has another kernel for a single row.
+    Requires: the Gemms to be quantized are no longer there. Ensures: no Gemm with a stored weight is left.
+    """
+
+    domain = CPU
+
+    def matches(self, node: ir.Node) -> bool:
+        return has_stored_weight(node)
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        x, weight, *bias = node.inputs
+        assert weight is not None
+        rows, width = weight_of(weight).shape
+        packed = initializer(f"{weight.name}.panels", PackedFloats(weight_of(weight)))
+        graph.register_initializer(packed)
+        new = ir.node("FloatLinear", [x, packed, *bias], attributes={"N": rows, "K": width}, domain=CPU)
         substitute(graph, node, new)

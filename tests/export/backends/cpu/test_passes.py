@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
-from moevlm.export.backends.cpu.passes.linear import CpuLinear
+from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
@@ -39,6 +39,18 @@ def test_projection(rows, width, has_bias, scheme):
     given = matrix(9, width)
     want = given @ rounded(arrays["w"], scheme).T + arrays.get("b", np.float32(0))
     assert_close(session(model).run(None, {"x": given})[0], want, ACTIVATIONS)
+
+
+@biases
+@pytest.mark.parametrize(("rows", "width"), [(8, 32), (33, 80)])
+def test_product_of_floats(rows, width, has_bias):
+    x, y = value("x", ["T", width]), value("y", ["T", rows])
+    arrays = {"w": matrix(rows, width)} | ({"b": matrix(rows)} if has_bias else {})
+    model = graph([gemm(x, "w", y, "b" if has_bias else None)], [x], [y], **arrays)
+    assert run([CpuFloatLinear()], model) == {"CpuFloatLinear": 1}
+    assert [(node.domain, node.op_type) for node in model.graph] == [(CPU, "FloatLinear")]
+    given = matrix(9, width)
+    assert_close(session(model).run(None, {"x": given})[0], given @ arrays["w"].T + arrays.get("b", np.float32(0)))
 
 
 def lowered(case: Case, scheme: IntFormat) -> ir.Model:
