@@ -1,4 +1,4 @@
-"""The TensorRT plugin library without TensorRT: `plugins/tensorrt/harness.cpp` plays its part.
+"""The TensorRT plugin library without TensorRT: `plugin_harness.cpp` plays its part.
 
 Addresses are device pointers where a driver is, and whatever the driver's stand-in takes elsewhere.
 """
@@ -26,13 +26,13 @@ def compile_library(output: Path, driver: Path | None = None) -> Path:
 
     driver: what it loads in the place of libcuda.so.1.
     """
-    sources = sorted(path for path in SOURCES.glob("*.cpp") if path.stem != "harness")
+    sources = sorted(SOURCES.glob("*.cpp"))
     return _compile(sources, output, [f'-DMOEVLM_CUDA_DRIVER="{driver}"'] if driver else [])
 
 
 def compile_harness(output: Path) -> Path:
     """The harness as a shared library."""
-    return _compile([SOURCES / "harness.cpp"], output, [])
+    return _compile([Path(__file__).with_suffix(".cpp")], output, [f"-I{SOURCES}"])
 
 
 def compiler() -> str:

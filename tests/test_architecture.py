@@ -141,8 +141,6 @@ IMPORTS: dict[str, set[str]] = {
 # Arrows that point up and have not been mended yet: file, module.
 EXCEPTIONS = {("runtime/request/images.py", "moevlm.runtime.engine.protocol")}
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors")
-# What runs Triton kernels from Python, for checks alone: no part of a build or of the runtime imports it.
-USES_TORCH = {ROOT / "plugins/gpu/launch.py"}
 # The one place that imports ONNX Runtime: it switches the telemetry off first.
 IMPORTS_ONNXRUNTIME = ROOT / "runtime/backends/ort/library.py"
 MAX_LINES = 400
@@ -217,7 +215,7 @@ def test_heavy_packages_are_imported_by_export_only() -> None:
         f"{path.relative_to(ROOT)}: {name}"
         for path in sources("runtime", "plugins")
         for name in imported(path)
-        if name.split(".")[0] in HEAVY and path not in USES_TORCH
+        if name.split(".")[0] in HEAVY
     ]
     assert not wrong
 

@@ -5,12 +5,13 @@ from itertools import cycle, islice
 import numpy as np
 import torch
 
+from bench import variants
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import RouterSpec
 
 Op = RouterOp | ExpertsOp

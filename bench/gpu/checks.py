@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu import launch
 from bench.gpu.cases import (
     ALLOWED,
     Op,
@@ -22,7 +23,6 @@ from bench.gpu.cases import (
 )
 from bench.gpu.driver import CubinRunner
 from bench.gpu.facts import launcher_missing
-from moevlm.plugins.gpu import launch
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.gpu import launch
 from bench.gpu.cases import (
     ALLOWED,
     Op,
@@ -20,7 +21,6 @@ from bench.gpu.cases import (
 )
 from bench.gpu.driver import CubinRunner
 from bench.gpu.facts import launcher_missing
-from moevlm.plugins.gpu import launch
 from moevlm.plugins.gpu.compiler import compile_program, resources
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.gpu.planning import plan

@@ -28,16 +28,16 @@ _RUN = {
     "ort-cpu": ("cpu",),
     "reference": ("cpu",),
     "rtx": ("rtx", PLUGIN, _GPU),
-    "trt": ("gpu", PLUGIN, _GPU),
+    "trt": ("trt", PLUGIN, _GPU),
 }
 _BUILD = {
     "cpu": ("export",),
     "ort-cpu": ("export",),
     "reference": ("export",),
     "rtx": ("export", "kernels", "rtx", PLUGIN),
-    "trt": ("export", "kernels", "gpu", PLUGIN, _GPU),
+    "trt": ("export", "kernels", "trt", PLUGIN, _GPU),
 }
-_EXTRAS = ("cpu", "export", "kernels", "rtx", "gpu")
+_EXTRAS = ("cpu", "export", "kernels", "rtx", "trt")
 _FAILURES = (MoevlmError, OSError, ValueError, LookupError, AttributeError, subprocess.SubprocessError)  # of probes
 _LIBRARIES = {OPERATORS: operators_path, PLUGIN: plugin_path}
 

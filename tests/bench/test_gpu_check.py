@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import gpu_check
+from bench import gpu_check, variants
 from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver, image
 
@@ -182,7 +182,7 @@ def test_near_ties_are_told_from_clear_choices() -> None:
 CHECKER = """
 import json
 from bench.gpu import cases, checks
-from moevlm.plugins.gpu import launch
+from bench.gpu import launch
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 checks.token_counts = lambda planned: [1, 3, 9]

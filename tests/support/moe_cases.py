@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from bench import variants
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.graph.weights import Constant, initializer
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import operators_path
 

@@ -29,7 +29,7 @@ class Product:
 
 
 RTX = Product("rtx", "tensorrt_rtx", "TensorRT-RTX", "rtx", RTX_SMS)
-TENSORRT = Product("trt", "tensorrt", "TensorRT", "gpu", TENSORRT_SMS)
+TENSORRT = Product("trt", "tensorrt", "TensorRT", "trt", TENSORRT_SMS)
 PRODUCTS = {product.module: product for product in (RTX, TENSORRT)}
 
 

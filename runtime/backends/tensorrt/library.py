@@ -14,7 +14,7 @@ from moevlm.runtime.core.manifest import TensorRTMetadata
 
 # By product.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
-EXTRAS = {"tensorrt": "gpu", "tensorrt_rtx": "rtx"}
+EXTRAS = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}
 PLUGINS = ("MoERouter", "MoEExperts")
 PLUGIN_VERSION = "1"
 

@@ -9,10 +9,11 @@ import onnxruntime
 import pytest
 from onnx.reference import ReferenceEvaluator
 
+from bench import variants
 from moevlm.export.graph import functions
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER, experts_function, router_function
 from moevlm.export.graph.op import ONNX_OPSET, node_spec
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import UnsupportedModelError
 

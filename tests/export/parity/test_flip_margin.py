@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.variants import MODELS, ROUTERS
 from moevlm.export.parity.flip_margin import flip_margin
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import RouterSpec
-from moevlm.plugins.ops.variants import MODELS, ROUTERS
 
 # How far a score moves at most where every logit moves by 1: a softmax's slopes add up to 2 s (1 - s).
 SLOPE = {"softmax": 0.5, "sigmoid": 0.25, "softmax_after_topk": 1.0}

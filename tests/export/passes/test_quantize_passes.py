@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from bench import variants
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.passes.base import run
@@ -12,7 +13,6 @@ from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
-from moevlm.plugins.ops import variants
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import BuildError
 from tests.support.graphs import gemm, graph, matrix, rounded

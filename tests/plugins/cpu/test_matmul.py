@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
+from bench import variants
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.support.cpu_matmul import Kernels
 

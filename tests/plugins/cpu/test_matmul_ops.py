@@ -9,9 +9,10 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
+from bench import variants
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.backends import libraries as native
 

@@ -53,7 +53,7 @@ def _restore(before: str | None) -> None:
 def _run(plan: Plan, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     import torch
 
-    from moevlm.plugins.gpu import launch
+    from bench.gpu import launch
 
     torch.set_num_threads(1)
     given: list[Any] = [torch.from_numpy(inputs[t.name]).to(getattr(torch, t.dtype)) for t in plan.inputs]

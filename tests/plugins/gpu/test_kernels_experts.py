@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import weight_format
@@ -17,7 +18,6 @@ from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec
-from moevlm.plugins.ops.variants import BLOCKS, expert_weights, hidden_states
 from tests.plugins.gpu.interpreter import Interpreter
 
 # Relative Frobenius norm. Interpreted bfloat16 is cut off, not rounded.

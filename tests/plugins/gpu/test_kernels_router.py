@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.variants import EXPERTS, MODELS, ROUTERS, router_inputs
 from moevlm.plugins.gpu.ops import RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import SCORINGS, RouterSpec
-from moevlm.plugins.ops.variants import EXPERTS, MODELS, ROUTERS, router_inputs
 from tests.plugins.gpu.interpreter import Interpreter
 
 SPECS = ROUTERS | MODELS

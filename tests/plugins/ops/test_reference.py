@@ -13,7 +13,8 @@ from transformers.models.llama4 import modeling_llama4
 from transformers.models.mistral4 import modeling_mistral4
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
-from moevlm.plugins.ops import reference, variants
+from bench import variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "moe.json").read_text())

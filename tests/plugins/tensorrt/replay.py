@@ -104,7 +104,7 @@ def replay(made: Sequence[Call], blocks: Sequence[np.ndarray]) -> list[np.ndarra
     """The memory's blocks after these calls. To be run in the interpreter's process."""
     import torch
 
-    from moevlm.plugins.gpu.launch import launch
+    from bench.gpu.launch import launch
 
     torch.set_num_threads(1)
     dtypes = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}

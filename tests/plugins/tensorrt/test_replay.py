@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bench.plugin_harness import Io, PluginLibrary, shape_of
+from bench.variants import EXPERTS, MODELS, router_inputs
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec
-from moevlm.plugins.ops.variants import EXPERTS, MODELS, router_inputs
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_experts import TOLERANCES, draw_inputs, expected
 from tests.plugins.tensorrt.fake_cuda import FakeCuda

@@ -179,7 +179,7 @@ def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, metadata, exp
         assert find_module(wanted).__name__ == expected
         return
     shown = ", ".join(f"{name} {version}" for name, version in installed.items())
-    text = f"installed: {shown}" if installed else install_command("gpu")
+    text = f"installed: {shown}" if installed else install_command("trt")
     with pytest.raises(EngineError, match=re.escape(f"needs tensorrt {metadata['version']} ({text})")):
         find_module(wanted)
 

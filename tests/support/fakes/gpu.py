@@ -21,7 +21,7 @@ from moevlm.runtime.backends.tensorrt import plugin_library
 from moevlm.runtime.bundle.reader import Bundle
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.cuda_driver import Driver
-from tests.support.fakes.tensorrt_rtx import VERSION, fake_module, plan_bytes
+from tests.support.fakes.tensorrt_runtime import VERSION, fake_module, plan_bytes
 
 TARGET = "rtx:sm86,sm89:fp32"
 EXPERTS = "engines/experts-fp32/experts.safetensors"

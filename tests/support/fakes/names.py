@@ -9,7 +9,7 @@ import re
 import tensorrt_rtx as real
 
 from tests.support.fakes.cuda_driver import Driver
-from tests.support.fakes.tensorrt_rtx import fake_module
+from tests.support.fakes.tensorrt_runtime import fake_module
 
 
 def parameters(function: object) -> list[set[str]]:

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from bench import variants
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
@@ -13,7 +14,6 @@ from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
-from moevlm.plugins.ops import variants
 from moevlm.plugins.ops.spec import DOMAIN, RouterSpec
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from tests.support.graphs import gemm, graph, matrix, rounded

@@ -7,11 +7,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from bench import variants
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.weights import initializer
 from moevlm.export.passes.base import run
-from moevlm.plugins.ops import reference, variants
+from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, RouterSpec
 from moevlm.runtime.core.errors import BuildError
 from tests.support.moe_cases import SILU, Case, assert_close, ops, session, value

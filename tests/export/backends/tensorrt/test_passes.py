@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from bench.variants import BLOCKS, MODELS
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
@@ -19,7 +20,6 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
-from moevlm.plugins.ops.variants import BLOCKS, MODELS
 from moevlm.runtime.core.errors import BuildError
 from tests.support.moe_cases import Case
 from tests.support.plan_graphs import (

@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
+from bench.variants import MODELS
 from moevlm.export.backends.tensorrt import names, target, worker
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import PlanOptions
@@ -23,7 +24,6 @@ from moevlm.plugins.gpu import compiler
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
-from moevlm.plugins.ops.variants import MODELS
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, plan_header
 from moevlm.runtime.bundle.reader import Bundle
@@ -32,7 +32,7 @@ from moevlm.runtime.core.errors import BuildError, BundleError
 from tests.export.backends.tensorrt.test_passes import with_sizes
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import assert_refused, call
-from tests.support.fake_tensorrt import FakeTensorRT
+from tests.support.fakes.tensorrt_builder import FakeTensorRT
 from tests.support.moe_cases import Case
 from tests.support.tiny import edit_tensors
 

@@ -16,7 +16,7 @@ from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
 from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
-from tests.support.fake_tensorrt import PLAN, FakeTensorRT
+from tests.support.fakes.tensorrt_builder import PLAN, FakeTensorRT
 
 VERSIONS = ("10.15.1.29", "11.4.0.1")
 PROFILES = [{"x": ((1, 4), (2, 4), (8, 4))}, {"x": ((1, 4), (1, 4), (1, 4))}]
@@ -230,7 +230,7 @@ def test_target_that_cannot_be_built_is_refused_by_name(
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
-    with pytest.raises(BuildError, match=r"needs tensorrt \(pip install .*\[gpu\]'\)"):
+    with pytest.raises(BuildError, match=r"needs tensorrt \(pip install .*\[trt\]'\)"):
         plan_targets("trt:sm90", PlanOptions())
 
 

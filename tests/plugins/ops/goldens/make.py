@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moevlm.plugins.ops import reference, variants
+from bench import variants
+from moevlm.plugins.ops import reference
 
 FILE = Path(__file__).parent / "moe.json"
 TOKENS = 3

@@ -1,5 +1,6 @@
-"""A strict stand-in for tensorrt_rtx: plans name an ONNX graph, which ONNX Runtime evaluates on the bound buffers.
+"""A strict stand-in for the runtime of tensorrt_rtx.
 
+A plan of it names an ONNX graph, which ONNX Runtime evaluates on the bound buffers.
 It has no name that the real module lacks, and refuses what the real one leaves undefined: wrong addresses, shapes
 outside of the profile, contexts changed after they were recorded.
 """

@@ -1,4 +1,4 @@
-"""TensorRT's Python API as far as engines are built with it: what version has what, and which arguments it takes.
+"""A strict stand-in for TensorRT's builder, in its versions; `tensorrt_runtime` is the one for its runtime.
 
 Anything that the real module of that version lacks is an AttributeError here, too. Calls are recorded.
 Sources: NVIDIA's Python API reference, 10.15 and 11.4.
@@ -9,6 +9,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.support.fakes.tensorrt_runtime import Severity
 
 PLAN = b"ptrt" + bytes(12) + (64).to_bytes(8, "little") + bytes([10, 15, 0, 1]) + bytes(36)
 
@@ -42,12 +44,7 @@ def builder_flags(major: int) -> type[enum.Enum]:
 
 
 class ILogger:
-    class Severity(enum.IntEnum):
-        INTERNAL_ERROR = 0
-        ERROR = 1
-        WARNING = 2
-        INFO = 3
-        VERBOSE = 4
+    Severity = Severity
 
 
 class IProgressMonitor:
@@ -178,8 +175,8 @@ class FakeTensorRT(ModuleType):
                 assert config.progress_monitor.step_complete("Building", 0) is True
                 config.progress_monitor.phase_finish("Building")
                 if refuses == "build":
-                    self.logger.log(ILogger.Severity.WARNING, "this is only a warning")  # type: ignore[attr-defined]
-                    self.logger.log(ILogger.Severity.ERROR, "Error Code 9:\n no kernel")  # type: ignore[attr-defined]
+                    self.logger.log(Severity.WARNING, "this is only a warning")
+                    self.logger.log(Severity.ERROR, "Error Code 9:\n no kernel")
                     return False
                 return all(writer.write(part) == len(part) for part in (PLAN[:40], PLAN[40:]))
 
