@@ -1,4 +1,4 @@
-"""`moevlm export`, `moevlm build` and `moevlm parity`."""
+"""`moevlm build` and `moevlm parity`."""
 
 import os
 from pathlib import Path
@@ -97,25 +97,6 @@ def _plan_options(command: Any) -> Any:
     for option in reversed(_PLAN_OPTIONS):
         command = option(command)
     return command
-
-
-@click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The bundle to write.")
-@_FORCE
-@_LAYOUT
-@_IGNORED
-def export(checkpoint: Path, output: Path, force: bool, expert_layout: str, ignored_config: tuple[str, ...]) -> None:
-    """Trace CHECKPOINT to the canonical ONNX graphs."""
-    require("torch", "export")
-    from moevlm.export.build import build as build_bundle
-
-    notes: list[str] = []
-    with progress_bar() as progress:
-        reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
-        build_bundle(checkpoint, output, replace=force, progress=progress, **reading)
-    _report(output, notes)
-    console().print(f"next: moevlm build {output} --checkpoint {checkpoint} --target {defaults.TARGET}")
 
 
 @click.command(short_help="Build engines from a checkpoint, or add them to a bundle.")

@@ -37,10 +37,10 @@ def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
     return copy_bundle(tiny_bundle, tmp_path)
 
 
-def build(checkpoint: Path, *words: str, command: str = "build") -> None:
+def build(checkpoint: Path, *words: str) -> None:
     """Building a bundle beside the checkpoint must be refused, and leave nothing there."""
     before = set(checkpoint.parent.iterdir())
-    assert_refused(call(command, checkpoint, "-o", checkpoint.parent / "out.moevlm"), *words)
+    assert_refused(call("build", checkpoint, "-o", checkpoint.parent / "out.moevlm"), *words)
     assert set(checkpoint.parent.iterdir()) == before
 
 
@@ -69,13 +69,12 @@ def test_checkpoint_that_does_not_exist(tmp_path: Path) -> None:
     build(tmp_path / "nowhere", "no checkpoint directory at", "nowhere")
 
 
-@pytest.mark.parametrize("command", ["export", "build"])
-def test_missing_shard(command: str, tmp_path: Path) -> None:
+def test_missing_shard(tmp_path: Path) -> None:
     checkpoint = TinyCheckpoint(shard_size="60KB").save(tmp_path / "sharded")
     shards = sorted(checkpoint.glob("*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
-    build(checkpoint, shards[1].name, f"of its {len(shards)} shards", command=command)
+    build(checkpoint, shards[1].name, f"of its {len(shards)} shards")
 
 
 def test_truncated_weights(checkpoint: Path) -> None:
@@ -181,13 +180,12 @@ def test_unknown_target(checkpoint: Path) -> None:
 # Destinations.
 
 
-@pytest.mark.parametrize("command", ["export", "build"])
-def test_destination_that_is_not_a_bundle_is_left_untouched(command: str, checkpoint: Path, tmp_path: Path) -> None:
+def test_destination_that_is_not_a_bundle_is_left_untouched(checkpoint: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "thesis.txt").write_text("years of it")
     before, beside = snapshot(work), set(tmp_path.iterdir())
-    assert_refused(call(command, checkpoint, "-o", work), str(work), "exists and is not a bundle")
+    assert_refused(call("build", checkpoint, "-o", work), str(work), "exists and is not a bundle")
     assert (snapshot(work), set(tmp_path.iterdir())) == (before, beside)
 
 

@@ -24,6 +24,7 @@ import pytest
 from PIL import Image
 
 import moevlm.runtime
+from moevlm.export.build import build
 from moevlm.export.parity.report import ParityReport
 from moevlm.runtime import load
 from moevlm.runtime.backends import libraries as native
@@ -37,7 +38,7 @@ from moevlm.runtime.perf.latency_report import BenchReport
 from tests.support.bundles import copy_bundle, edit_manifest, rehash
 from tests.support.command_line import COMMAND, assert_refused, call, environment, spawn
 
-COMMANDS = ("doctor", "export", "build", "inspect", "parity", "run", "bench", "bench latency")
+COMMANDS = ("doctor", "build", "inspect", "parity", "run", "bench", "bench latency")
 TOKENS = ("--max-new-tokens", "12")
 
 
@@ -78,7 +79,7 @@ def test_help_names_every_argument_and_explains_every_option(command: str) -> No
 
 def test_help_lists_the_commands_in_the_order_of_use_with_whole_sentences() -> None:
     lines = call("--help").out.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["doctor", "export", "build", "inspect", "parity", "run", "bench"]
+    assert [line.split()[0] for line in lines] == ["doctor", "build", "inspect", "parity", "run", "bench"]
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 
@@ -366,12 +367,12 @@ def test_bench_without_an_image_prints_json_alone_on_request(tiny_bundle: Path) 
     assert (report.image_tokens, report.results[0].threads) == (0, 1)
 
 
-def test_export_then_build_then_parity_passes_and_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_targets_are_added_to_a_bundle_then_parity_passes_and_is_noted(tiny_checkpoint: Path, tmp_path: Path) -> None:
     bundle, output = tmp_path / "a [bold] name.moevlm", tmp_path / "parity.json"
-    exported = call("export", tiny_checkpoint, "-o", bundle)
-    assert exported.status == 0
-    assert f"next: moevlm build {bundle} --checkpoint {tiny_checkpoint} --target cpu:int8" in exported.out
-    assert "no engine yet" in call("inspect", bundle).out
+    build(tiny_checkpoint, bundle)
+    shown = call("inspect", bundle).out
+    assert "no engine yet" in shown
+    assert f"next: moevlm build {bundle} --checkpoint CHECKPOINT --target cpu:int8" in shown
     built = call("build", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu")
     assert built.status == 0
     assert f"next: moevlm parity {bundle} --checkpoint {tiny_checkpoint}" in built.out

@@ -15,7 +15,7 @@ from moevlm.runtime.cli.stop_signals import StopSignals
 from moevlm.runtime.core.errors import MoevlmError
 from moevlm.runtime.core.printable import escape_unencodable, message_line
 
-_WRITERS = ("export", "build", "parity")  # what of theirs is half done is removed
+_WRITERS = ("build", "parity")  # what of theirs is half done is removed
 
 
 def main(arguments: Sequence[str] | None = None) -> Any:
