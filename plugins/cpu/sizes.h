@@ -11,6 +11,7 @@ constexpr int64_t kMaxKeyDim = 576, kMaxValueDim = 512;  // of PagedAttention: a
 constexpr int64_t kMaxEntries = 1 << 30;  // of a sequence
 constexpr int64_t kMaxWidth = 1 << 24;  // of a row of activations or of a weight
 constexpr int64_t kMaxExperts = 4096;
+constexpr int64_t kMaxCandidates = 4096;  // of a row of logits
 constexpr int64_t kMaxTokens = INT32_MAX;  // of a call, and of pairs of a token and an expert
 
 // a * b of sizes that are 0 or more; the largest integer, which is no tensor's size, where that does not fit.

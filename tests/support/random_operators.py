@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from moevlm.export.formats import cpu_packing
+from moevlm.plugins.ops import candidates as reference
 from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS
 from tests.support import paged_attention as attention
 
@@ -153,6 +154,16 @@ def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 
 
 @st.composite
+def candidates(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    vocabulary = draw(st.one_of(sizes, st.integers(2000, 9000)))
+    logits = rng.standard_normal((draw(rows), vocabulary), np.float32)
+    if draw(st.booleans()):
+        logits = np.round(logits)  # many ties
+    outputs = {"values": "float32", "ids": "int32", "log_sum_exp": "float32"}
+    return Node("Candidates", {"count": draw(st.integers(1, min(vocabulary, 300)))}, {"logits": logits}, outputs)
+
+
+@st.composite
 def routers(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     n_group, size = draw(st.integers(1, 12)), draw(st.integers(2, 40))
     topk_group = draw(st.integers(1, n_group))
@@ -233,7 +244,7 @@ def break_shape(draw: st.DrawFn, node: Node) -> bool:
 def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
     """A node; whether it must be refused; whether its results can be checked; and threads."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    make = draw(st.sampled_from([attentions, attentions, linears, float_linears, banks, routers]))
+    make = draw(st.sampled_from([attentions, attentions, linears, float_linears, banks, routers, candidates]))
     node, kind = draw(make(rng)), draw(st.integers(0, 8))
     refused = False
     if kind in (0, 1):
@@ -246,6 +257,10 @@ def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
 def check(node: Node, outputs: list[np.ndarray]) -> None:
     if node.case is not None:
         attention.check(node.case, node.inputs, dict(zip(node.outputs, outputs, strict=True)))
+    if node.op == "Candidates":
+        values, ids, _ = reference.candidates(node.inputs["logits"], node.attributes["count"])
+        np.testing.assert_array_equal(outputs[0], values)
+        np.testing.assert_array_equal(outputs[1], ids)
     if node.op == "MoERouter":
         index = np.sort(outputs[0], axis=1)
         assert ((index >= 0) & (index < node.inputs["logits"].shape[1])).all()

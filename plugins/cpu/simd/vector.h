@@ -63,6 +63,21 @@ MOEVLM_INLINE Vec fma(Vec a, Vec b, Vec c) {
 
 MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
 
+// A bit for each lane, the first lowest: whether a is not less than b, as NaN is not.
+MOEVLM_INLINE uint32_t not_less(Vec a, Vec b) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+#elif MOEVLM_LANES == 8 && defined(__x86_64__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ));
+#elif MOEVLM_LANES == 4 && defined(__x86_64__)
+  return _mm_movemask_ps(_mm_cmpnlt_ps((__m128)a, (__m128)b));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(!(a[i] < b[i])) << i;
+  return bits;
+#endif
+}
+
 // |x| as integers, which are in its order: NaN is the largest.
 MOEVLM_INLINE Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
 

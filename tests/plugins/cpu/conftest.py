@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from tests.support.cpu_matmul import INSTRUCTION_SETS, Kernels, compile_kernels
+from tests.support.cpu_kernels import INSTRUCTION_SETS, Kernels, compile_kernels
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moevlm.runtime.backends.libraries import instruction_set, operators_path
-from tests.support.cpu_matmul import INSTRUCTION_SETS
+from tests.support.cpu_kernels import INSTRUCTION_SETS
 
 ROOT = Path(__file__).parents[3]
 NAME = "from moevlm.runtime.backends.libraries import instruction_set; print(instruction_set())"

@@ -12,7 +12,7 @@ from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-from tests.support.cpu_matmul import Kernels
+from tests.support.cpu_kernels import Kernels
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.ops import variants
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-from tests.support.cpu_matmul import Kernels
+from tests.support.cpu_kernels import Kernels
 
 sizes = st.one_of(st.integers(1, 40), st.integers(120, 300))
 tokens = st.one_of(st.integers(2, 20), st.integers(45, 130))

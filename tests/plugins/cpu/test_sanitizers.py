@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.plugins.cpu.test_instruction_sets import lower
-from tests.support.cpu_matmul import CPU, compile_library
+from tests.support.cpu_kernels import CPU, compile_library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the operators with")
 

@@ -6,6 +6,7 @@ import pytest
 
 from bench import variants
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
+from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.integers import IntFormat
@@ -14,6 +15,7 @@ from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.spec import DOMAIN, RouterSpec
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from tests.support.graphs import gemm, graph, matrix, rounded
@@ -204,3 +206,16 @@ def test_kernels_keep_the_names_that_taps_use():
     run([CpuMoE(IntFormat(8, 32))], model)
     assert [output.name for output in model.graph.outputs] == ["y", "index", "weight"]
     assert EXPERTS in ops(model)
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(7, 7), (600, 256)])
+def test_candidates_follow_the_logits(vocabulary, count):
+    x, logits, other = value("x", ["T", 8]), value("logits", ["L", vocabulary]), value("key_cache_out.0", ["T", 8])
+    nodes = [gemm(x, "w", logits), ir.node("Identity", [x], outputs=[other])]
+    model = graph(nodes, [x], [logits, other], w=matrix(vocabulary, 8))
+    assert run([CpuCandidates()], model) == {"CpuCandidates": 1}
+    names = ["logits", "candidate_values", "candidate_ids", "log_sum_exp", "key_cache_out.0"]
+    assert [output.name for output in model.graph.outputs] == names
+    got = session(model).run(None, {"x": matrix(3, 8)})
+    for array, want in zip(got[1:4], candidates(got[0], count), strict=True):
+        assert_close(array, want, 1e-6)

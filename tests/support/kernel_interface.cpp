@@ -7,6 +7,7 @@
 #include "matmul/float_linear.h"
 #include "matmul/linear.h"
 #include "matmul/router.h"
+#include "sampling/candidates.h"
 
 using namespace moevlm::quantized;
 
@@ -24,9 +25,11 @@ void run_on_threads(void* self, size_t total, void (*task)(void*, size_t), void*
   for (std::thread& helper : helpers) helper.join();
 }
 
-const Kernels& chosen(int set) {
-  return kernels(set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set));
+moevlm::InstructionSet instruction_set(int set) {
+  return set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set);
 }
+
+const Kernels& chosen(int set) { return kernels(instruction_set(set)); }
 
 }  // namespace
 
@@ -70,5 +73,11 @@ int run_router(int set, size_t threads, size_t top_k, int scoring, int renormali
   if (!shape.valid(experts_count)) return 1;
   route(shape, chosen(set), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
   return 0;
+}
+
+void run_candidates(int set, size_t threads, size_t rows, size_t vocabulary, size_t count, const float* logits,
+                    float* values, int32_t* ids, float* log_sum_exp) {
+  moevlm::sampling::candidates(moevlm::sampling::kernels(instruction_set(set)), {&threads, threads, run_on_threads},
+                               logits, rows, vocabulary, count, values, ids, log_sum_exp);
 }
 }

@@ -12,15 +12,15 @@ import numpy as np
 from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS, ExpertsSpec, RouterSpec
 
 CPU = Path(__file__).parents[2] / "plugins" / "cpu"
-MATMULS = ("avx512", "avx2", "generic", "kernels", "linear", "float_linear", "experts", "router")
-SOURCES = (*(f"matmul/{name}" for name in MATMULS), "simd/instruction_set")
+FOLDERS = ("matmul", "sampling", "simd")  # attention is reached through its operator
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_vnni")  # by their numbers in instruction_set.h
 Array = np.ndarray
 
 
 def compile_kernels(library: Path) -> Path:
     """The kernels and their C interface as a shared library. CXXFLAGS as usual."""
-    sources = [*(CPU / f"{name}.cpp" for name in SOURCES), Path(__file__).with_name("matmul_interface.cpp")]
+    kernels = (source for folder in FOLDERS for source in sorted((CPU / folder).glob("*.cpp")))
+    sources = [*kernels, Path(__file__).with_name("kernel_interface.cpp")]
     return compile_library(library, sources, ["-O2", *os.environ.get("CXXFLAGS", "").split()])
 
 
@@ -127,3 +127,13 @@ class Kernels:
             *map(_pointer, (logits, bias, index, weight)),
         )
         return None if refused else (index, weight)
+
+    def candidates(self, logits: Array, count: int) -> tuple[Array, Array, Array]:
+        """values, ids, log_sum_exp."""
+        rows, vocabulary = logits.shape
+        values, ids = np.full((rows, count), np.nan, np.float32), np.full((rows, count), -1, np.int32)
+        log_sum_exp = np.full(rows, np.nan, np.float32)
+        sizes = _sizes(self.threads, rows, vocabulary, count)
+        arrays = map(_pointer, (logits, values, ids, log_sum_exp))
+        self.library.run_candidates(self.instruction_set, *sizes, *arrays)
+        return values, ids, log_sum_exp
