@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from bench import variants
 from moevlm.export.formats import cpu_packing
-from moevlm.plugins.ops import variants
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.support.cpu_kernels import Kernels
 
