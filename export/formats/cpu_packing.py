@@ -1,7 +1,7 @@
 """Weights in the order that the CPU kernels read.
 
 Quantized: panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes
-(plugins/cpu/matmul/packed.h). Floats: panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
+(plugins/cpu/matmul/packing.h). Floats: panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
 A panel depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
 

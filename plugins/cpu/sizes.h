@@ -1,5 +1,5 @@
-// The largest sizes that the operators take, and products of sizes. moevlm.plugins.cpu.limits is the same table for
-// Python.
+// The largest sizes that the operators take, and how sizes are multiplied and divided. moevlm.plugins.cpu.limits is the
+// same table for Python. Sizes and indices are int64_t, as in ONNX.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,8 @@ constexpr int64_t kMaxWidth = 1 << 24;  // of a row of activations or of a weigh
 constexpr int64_t kMaxExperts = 4096;
 constexpr int64_t kMaxCandidates = 4096;  // of a row of logits
 constexpr int64_t kMaxTokens = INT32_MAX;  // of a call, and of pairs of a token and an expert
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // a * b of sizes that are 0 or more; the largest integer, which is no tensor's size, where that does not fit.
 inline int64_t product(int64_t a, int64_t b) {

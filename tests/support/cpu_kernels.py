@@ -41,8 +41,8 @@ def _pointer(array: Array | None) -> ctypes.c_void_p | None:
     return None if array is None else ctypes.c_void_p(array.ctypes.data)
 
 
-def _sizes(*values: int) -> list[ctypes.c_size_t]:
-    return [ctypes.c_size_t(value) for value in values]
+def _sizes(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]
 
 
 class Kernels:
@@ -52,7 +52,7 @@ class Kernels:
         self.library, self.name, self.threads = library, instruction_set, threads
         self.instruction_set = INSTRUCTION_SETS.index(instruction_set) if instruction_set else -1  # the best
         library.has_instruction_set.restype = ctypes.c_bool
-        library.run_experts.restype = ctypes.c_size_t
+        library.run_experts.restype = ctypes.c_int64
 
     def available(self) -> bool:
         return self.library.has_instruction_set(self.instruction_set)

@@ -9,7 +9,7 @@
 #include "matmul/router.h"
 #include "sampling/candidates.h"
 
-using namespace moevlm::quantized;
+using namespace moevlm::matmul;
 
 namespace {
 
@@ -20,10 +20,12 @@ void run_on_threads(void* self, size_t total, void (*task)(void*, size_t), void*
     for (size_t i; (i = next.fetch_add(1)) < total;) task(argument, i);
   };
   std::vector<std::thread> helpers;
-  for (size_t t = 1; t < *static_cast<size_t*>(self); ++t) helpers.emplace_back(work);
+  for (int64_t t = 1; t < *static_cast<int64_t*>(self); ++t) helpers.emplace_back(work);
   work();
   for (std::thread& helper : helpers) helper.join();
 }
+
+moevlm::Pool pool_of(int64_t& threads) { return {&threads, threads, run_on_threads}; }
 
 moevlm::InstructionSet instruction_set(int set) {
   return set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set);
@@ -37,47 +39,47 @@ extern "C" {
 
 bool has_instruction_set(int set) { return moevlm::has(static_cast<moevlm::InstructionSet>(set)); }
 
-void run_quantize(int set, int bits, int block, size_t tokens, size_t k, const float* x, uint8_t* rows) {
-  size_t threads = 1;
-  quantize_rows(chosen(set), {&threads, threads, run_on_threads}, {bits, block}, x, tokens, k, rows);
+void run_quantize(int set, int bits, int group_size, int64_t tokens, int64_t k, const float* x, uint8_t* rows) {
+  int64_t threads = 1;
+  quantize_rows(chosen(set), pool_of(threads), {bits, group_size}, x, tokens, k, rows);
 }
 
-void run_linear(int set, size_t threads, int bits, int block, size_t n, size_t k, size_t tokens, const float* x,
+void run_linear(int set, int64_t threads, int bits, int group_size, int64_t n, int64_t k, int64_t tokens, const float* x,
                 const uint8_t* weight, const float* bias, float* y) {
-  const LinearShape shape{n, k, {bits, block}};
+  const LinearShape shape{n, k, {bits, group_size}};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
-  linear(shape, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y, scratch.data());
+  linear(shape, chosen(set), pool_of(threads), x, tokens, weight, bias, y, scratch.data());
 }
 
-void run_float_linear(int set, size_t threads, size_t n, size_t k, size_t tokens, const float* x, const float* weight,
+void run_float_linear(int set, int64_t threads, int64_t n, int64_t k, int64_t tokens, const float* x, const float* weight,
                       const float* bias, float* y) {
-  float_linear({n, k}, chosen(set), {&threads, threads, run_on_threads}, x, tokens, weight, bias, y);
+  float_linear({n, k}, chosen(set), pool_of(threads), x, tokens, weight, bias, y);
 }
 
-size_t run_experts(int set, size_t threads, int bits, int block, size_t experts_count, size_t hidden, size_t width,
-                   int activation, int gated, int weight_on_input, float alpha, float limit, size_t tokens,
-                   size_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,
+int64_t run_experts(int set, int64_t threads, int bits, int group_size, int64_t experts_count, int64_t hidden, int64_t width,
+                   int activation, int gated, int weight_on_input, float alpha, float limit, int64_t tokens,
+                   int64_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,
                    const uint8_t* down, const float* up_bias, const float* down_bias, float* y) {
-  const ExpertsShape shape{experts_count, hidden, width, {bits, block},
+  const ExpertsShape shape{experts_count, hidden, width, {bits, group_size},
                            {static_cast<Activation>(activation), gated != 0, alpha, limit}, weight_on_input != 0};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens, top_k));
   const ExpertsInputs in{x, index, weight, gate_up, down, up_bias, down_bias, tokens, top_k};
-  return experts(shape, chosen(set), {&threads, threads, run_on_threads}, in, y, scratch.data());
+  return experts(shape, chosen(set), pool_of(threads), in, y, scratch.data());
 }
 
-int run_router(int set, size_t threads, size_t top_k, int scoring, int renormalize, float epsilon, float scale,
-               size_t n_group, size_t topk_group, int top2_sum, size_t tokens, size_t experts_count,
+int run_router(int set, int64_t threads, int64_t top_k, int scoring, int renormalize, float epsilon, float scale,
+               int64_t n_group, int64_t topk_group, int top2_sum, int64_t tokens, int64_t experts_count,
                const float* logits, const float* bias, int32_t* index, float* weight) {
   const RouterShape shape{top_k, static_cast<Scoring>(scoring), renormalize != 0, epsilon, scale,
                           n_group, topk_group, top2_sum != 0};
   if (!shape.valid(experts_count)) return 1;
-  route(shape, chosen(set), {&threads, threads, run_on_threads}, logits, bias, tokens, experts_count, index, weight);
+  route(shape, chosen(set), pool_of(threads), logits, bias, tokens, experts_count, index, weight);
   return 0;
 }
 
-void run_candidates(int set, size_t threads, size_t rows, size_t vocabulary, size_t count, const float* logits,
+void run_candidates(int set, int64_t threads, int64_t rows, int64_t vocabulary, int64_t count, const float* logits,
                     float* values, int32_t* ids, float* log_sum_exp) {
-  moevlm::sampling::candidates(moevlm::sampling::kernels(instruction_set(set)), {&threads, threads, run_on_threads},
+  moevlm::sampling::candidates(moevlm::sampling::kernels(instruction_set(set)), pool_of(threads),
                                logits, rows, vocabulary, count, values, ids, log_sum_exp);
 }
 }

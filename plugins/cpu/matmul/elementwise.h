@@ -1,147 +1,157 @@
-// Everything but the products, written once over a vector type V. Each instruction set's file includes it inside its
-// own target region, with a V of its own. V::lanes divides 16.
+// Everything but the products, included once per instruction set. A row's result depends on the row alone.
+#pragma once
 
-template <class V>
-struct Elementwise {
-  static constexpr int lanes = V::lanes;
+#include "matmul/kernels.h"
+#include "simd/vector.h"
 
-  // numpy's float32 exp (rational approximation over Cody-Waite reduction), operation by operation, so that router
-  // scores have the bits that the spec's have wherever numpy has its vector loops.
-  static inline V exp(V x) {
-    const V inside = V::max(V::min(x, V::set(88.72283935546875f)), V::set(-103.97208404541015625f));
-    const V n = V::round(V::mul(inside, V::set(1.442695040888963407359924681001892137f)));
-    V r = V::fma(n, V::set(-6.93145752e-1f), inside);
-    r = V::fma(n, V::set(-1.42860677e-6f), r);
-    V p = V::fma(V::set(5.082762527590693718096e-04f), r, V::set(6.757896990527504603057e-03f));
-    p = V::fma(p, r, V::set(5.114512081637298353406e-02f));
-    p = V::fma(p, r, V::set(2.473615434895520810817e-01f));
-    p = V::fma(p, r, V::set(7.257664613233124478488e-01f));
-    p = V::fma(p, r, V::set(9.999999999980870924916e-01f));
-    V q = V::fma(V::set(2.159509375685829852307e-02f), r, V::set(-2.742335390411667452936e-01f));
-    q = V::fma(q, r, V::set(1.0f));
-    return V::scale(V::div(p, q), n);
+namespace moevlm::matmul::MOEVLM_ISA {
+
+using namespace moevlm::MOEVLM_ISA;
+
+// a * b + c rounded once, on every processor. Without an instruction for it that takes a function call a lane.
+MOEVLM_INLINE Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__x86_64__) && MOEVLM_LANES == 4
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  return fma(a, b, c);
+#endif
+}
+
+// numpy's float32 exp (a rational approximation after Cody-Waite reduction), operation by operation, so that router
+// scores have the bits that the reference's have wherever numpy has its vector loops.
+MOEVLM_INLINE Vec exp(Vec x) {
+  const Vec one = Vec{} + 1.0f;
+  const Vec inside = larger(Vec{} - 103.97208404541015625f, smaller(Vec{} + 88.72283935546875f, x));  // NaN stays
+  const Vec n = nearest(inside * 1.442695040888963407359924681001892137f);
+  Vec r = fused(n, Vec{} - 6.93145752e-1f, inside);
+  r = fused(n, Vec{} - 1.42860677e-6f, r);
+  Vec p = fused(Vec{} + 5.082762527590693718096e-04f, r, Vec{} + 6.757896990527504603057e-03f);
+  p = fused(p, r, Vec{} + 5.114512081637298353406e-02f);
+  p = fused(p, r, Vec{} + 2.473615434895520810817e-01f);
+  p = fused(p, r, Vec{} + 7.257664613233124478488e-01f);
+  p = fused(p, r, Vec{} + 9.999999999980870924916e-01f);
+  Vec q = fused(Vec{} + 2.159509375685829852307e-02f, r, Vec{} - 2.742335390411667452936e-01f);
+  q = fused(q, r, one);
+  return times_power_of_two(p / q, n);
+}
+
+MOEVLM_INLINE Vec logistic(Vec x) { return 1.0f / (1.0f + exp(0.0f - x)); }
+
+// One group of a row of activations, see packing.h.
+inline void quantize_group(const float* x, Packing packing, uint8_t* out) {
+  const int size = packing.group_size;
+  Ints most = {};
+  for (int i = 0; i < size; i += kLanes) most = larger(most, magnitude(load(x + i)));
+  const float absmax = largest_magnitude(most);  // NaN if there is one, which the scale carries to the result
+  const float scale = absmax / 127.0f, inverse = absmax < 1e-35f ? 0.0f : 127.0f / absmax;
+  Vec total = {};
+  for (int i = 0; i < size; i += kLanes) {
+    const Vec q = nearest(load(x + i) * inverse);
+    total += q;
+    store_int8(reinterpret_cast<int8_t*>(out + kActivationHeader + i), q);
   }
+  const float sum_of_q = sum(total);
+  const int32_t start = sum_of_q == sum_of_q ? -packing.zero_point() * static_cast<int32_t>(sum_of_q) : 0;
+  std::memcpy(out, &scale, 4);
+  std::memcpy(out + 4, &start, 4);
+}
 
-  static inline V logistic(V x) {
-    const V one = V::set(1.0f);
-    return V::div(one, V::add(one, exp(V::sub(V::set(0.0f), x))));
+inline void quantize(const float* x, int64_t k, Packing packing, uint8_t* row) {
+  const int64_t size = packing.group_size;
+  int64_t done = 0;
+  for (; done + size <= k; done += size, row += size + kActivationHeader) quantize_group(x + done, packing, row);
+  if (done < k) {
+    alignas(64) float rest[kMaxGroup] = {};
+    std::memcpy(rest, x + done, (k - done) * sizeof(float));
+    quantize_group(rest, packing, row);
   }
+}
 
-  static void quantize_block(const float* x, Packing packing, uint8_t* row) {
-    V most = V::set(0.0f);
-    for (int i = 0; i < packing.block; i += lanes) most = V::max_magnitude(most, V::load(x + i));
-    const float absmax = most.largest_magnitude();  // NaN if there is one, which the scale carries to the result
-    const float scale = absmax / 127.0f;
-    const V inverse = V::set(absmax < 1e-35f ? 0.0f : 127.0f / absmax);
-    V sum = V::set(0.0f);
-    for (int i = 0; i < packing.block; i += lanes) {
-      const V q = V::round(V::mul(V::load(x + i), inverse));
-      sum = V::add(sum, q);
-      q.store_int8(reinterpret_cast<int8_t*>(row + kActivationHeader + i));
-    }
-    const float total = sum.sum();
-    const int32_t start = total == total ? -packing.zero_point() * static_cast<int32_t>(total) : 0;
-    std::memcpy(row, &scale, 4);
-    std::memcpy(row + 4, &start, 4);
-  }
+MOEVLM_INLINE Vec activation(Vec gate, const ActivationSpec& spec) {
+  if (spec.kind == Activation::silu) return gate * logistic(gate);
+  // 0.5 (1 + tanh(z)) = logistic(2 z)
+  const Vec z = fma(Vec{} + 0.044715f, gate * gate * gate, gate);
+  return gate * logistic(z * 1.5957691216057308f);
+}
 
-  static void quantize(const float* x, size_t k, Packing packing, uint8_t* row) {
-    const size_t block = packing.block;
-    size_t done = 0;
-    for (; done + block <= k; done += block, row += block + kActivationHeader) quantize_block(x + done, packing, row);
-    if (done < k) {
-      alignas(64) float rest[kMaxBlock] = {};
-      std::memcpy(rest, x + done, (k - done) * sizeof(float));
-      quantize_block(rest, packing, row);
-    }
-  }
-
-  static inline V activate(V gate, const ActivationSpec& spec) {
-    if (spec.kind == Activation::silu) return V::mul(gate, logistic(gate));
-    // 0.5 (1 + tanh(z)) = logistic(2 z)
-    const V cube = V::mul(V::mul(gate, gate), gate);
-    const V z = V::fma(V::set(0.044715f), cube, gate);
-    return V::mul(gate, logistic(V::mul(V::set(1.5957691216057308f), z)));
-  }
-
-  static void activate(const float* out, const float* bias, float factor, const ActivationSpec& spec, float* channels) {
-    const V f = V::set(factor);
-    auto value = [&](int i) { return V::fma(f, V::load(out + i), V::load(bias + i)); };
-    if (!spec.gated) {
-      for (int i = 0; i < 32; i += lanes) activate(value(i), spec).store(channels + i);
-    } else if (spec.kind != Activation::swiglu_clamped) {
-      for (int i = 0; i < 16; i += lanes) V::mul(activate(value(i), spec), value(16 + i)).store(channels + i);
-    } else {
-      const V limit = V::set(spec.limit), low = V::set(-spec.limit), one = V::set(1.0f), alpha = V::set(spec.alpha);
-      for (int i = 0; i < 16; i += lanes) {
-        const V gate = V::min(value(i), limit);
-        const V up = V::max(V::min(value(16 + i), limit), low);
-        V::mul(V::mul(gate, logistic(V::mul(alpha, gate))), V::add(up, one)).store(channels + i);
-      }
-    }
-  }
-
-  static void store(const float* out, const float* bias, int count, float* y) {
-    int i = 0;
-    for (; i + lanes <= count; i += lanes) V::add(V::load(out + i), V::load(bias + i)).store(y + i);
-    for (; i < count; ++i) y[i] = out[i] + bias[i];
-  }
-
-  static void accumulate(const float* out, const float* bias, float weight, int count, float* y) {
-    const V w = V::set(weight);
-    int i = 0;
-    for (; i + lanes <= count; i += lanes)
-      V::fma(w, V::add(V::load(out + i), V::load(bias + i)), V::load(y + i)).store(y + i);
-    for (; i < count; ++i) y[i] = std::fma(weight, out[i] + bias[i], y[i]);
-  }
-
-  // f over x in place; a rest shorter than a vector goes through a padded copy.
-  template <class F>
-  static inline void map(float* x, size_t n, F f) {
-    size_t i = 0;
-    for (; i + lanes <= n; i += lanes) f(V::load(x + i)).store(x + i);
-    if (i < n) {
-      alignas(64) float rest[16] = {};
-      std::memcpy(rest, x + i, (n - i) * sizeof(float));
-      f(V::load(rest)).store(rest);
-      std::memcpy(x + i, rest, (n - i) * sizeof(float));
+inline void activate(const float* out, const float* bias, float factor, const ActivationSpec& spec, float* channels) {
+  constexpr int half = kPanel / 2;
+  const auto value = [&](int i) { return fma(Vec{} + factor, load(out + i), load(bias + i)); };
+  if (!spec.gated) {
+    for (int i = 0; i < kPanel; i += kLanes) store(channels + i, activation(value(i), spec));
+  } else if (spec.kind != Activation::swiglu_clamped) {
+    for (int i = 0; i < half; i += kLanes) store(channels + i, activation(value(i), spec) * value(half + i));
+  } else {
+    const Vec limit = Vec{} + spec.limit;
+    for (int i = 0; i < half; i += kLanes) {
+      const Vec gate = smaller(limit, value(i)), up = larger(-limit, smaller(limit, value(half + i)));
+      store(channels + i, gate * logistic(spec.alpha * gate) * (up + 1.0f));
     }
   }
+}
 
-  // numpy's pairwise summation: eight running sums up to 128 values, halves above.
-  static float pairwise_sum(const float* x, size_t n) {
-    if (n < 8) {
-      float sum = 0.0f;
-      for (size_t i = 0; i < n; ++i) sum += x[i];
-      return sum;
-    }
-    if (n > 128) {
-      const size_t half = n / 2 - n / 2 % 8;
-      return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
-    }
-    float s[8];
-    std::memcpy(s, x, sizeof(s));
-    size_t i = 8;
-    for (; i + 8 <= n; i += 8)
-      for (int j = 0; j < 8; ++j) s[j] += x[i + j];
-    float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-    for (; i < n; ++i) sum += x[i];
+inline void store_row(const float* out, const float* bias, int count, float* y) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(y + i, load(out + i) + load(bias + i));
+  for (; i < count; ++i) y[i] = out[i] + bias[i];
+}
+
+inline void accumulate_row(const float* out, const float* bias, float weight, int count, float* y) {
+  int i = 0;
+  for (; i + kLanes <= count; i += kLanes)
+    store(y + i, fma(Vec{} + weight, load(out + i) + load(bias + i), load(y + i)));
+  for (; i < count; ++i) y[i] += weight * (out[i] + bias[i]);
+}
+
+// f over x in place; a rest shorter than a vector goes through a padded copy.
+template <class F>
+MOEVLM_INLINE void map(float* x, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, f(load(x + i)));
+  if (i < n) {
+    float rest[kLanes] = {};
+    std::memcpy(rest, x + i, (n - i) * sizeof(float));
+    store(rest, f(load(rest)));
+    std::memcpy(x + i, rest, (n - i) * sizeof(float));
+  }
+}
+
+// numpy's pairwise summation: eight running sums up to 128 values, halves above.
+inline float pairwise_sum(const float* x, int64_t n) {
+  if (n < 8) {
+    float sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i) sum += x[i];
     return sum;
   }
-
-  static void softmax(float* x, size_t n) {
-    float most = x[0];
-    for (size_t i = 1; i < n; ++i) most = most < x[i] ? x[i] : most;
-    map(x, n, [most](V v) { return exp(V::sub(v, V::set(most))); });
-    const V sum = V::set(pairwise_sum(x, n));
-    map(x, n, [sum](V v) { return V::div(v, sum); });
+  if (n > 128) {
+    const int64_t half = n / 2 - n / 2 % 8;
+    return pairwise_sum(x, half) + pairwise_sum(x + half, n - half);
   }
+  float s[8];
+  std::memcpy(s, x, sizeof(s));
+  int64_t i = 8;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) s[j] += x[i + j];
+  float sum = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+  for (; i < n; ++i) sum += x[i];
+  return sum;
+}
 
-  static void sigmoid(float* x, size_t n) {
-    map(x, n, [](V v) {
-      const V one = V::set(1.0f);
-      const V small = exp(V::negative_magnitude(v));
-      return V::div(V::select_nonnegative(v, one, small), V::add(one, small));
-    });
-  }
-};
+inline void softmax(float* x, int64_t n) {
+  float most = x[0];
+  for (int64_t i = 1; i < n; ++i) most = most < x[i] ? x[i] : most;
+  map(x, n, [most](Vec v) { return exp(v - most); });
+  const float sum = pairwise_sum(x, n);
+  map(x, n, [sum](Vec v) { return v / sum; });
+}
+
+inline void sigmoid(float* x, int64_t n) {
+  const Vec one = Vec{} + 1.0f;
+  map(x, n, [one](Vec v) {
+    const Vec small = exp(-absolute(v));
+    return (v >= 0.0f ? one : small) / (one + small);
+  });
+}
+
+}  // namespace moevlm::matmul::MOEVLM_ISA

@@ -5,40 +5,40 @@
 
 #include "matmul/linear.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 namespace {
 
-constexpr size_t kGroup = 8 * kMaxRows;  // rows whose channels a task keeps as floats until it quantizes them
+constexpr int64_t kGroup = 8 * kMaxRows;  // rows whose channels a task keeps as floats until it quantizes them
 
 // Which rows each expert has: slot = token * top_k + choice, those of an expert one after another.
 struct Routing {
   int32_t* first;   // [experts + 1]: where an expert's slots begin
   int32_t* active;  // [experts]: experts that have any
   int32_t* slots;   // [tokens * top_k]
-  size_t active_count = 0;
+  int64_t active_count = 0;
 
-  size_t rows(size_t expert) const { return first[expert + 1] - first[expert]; }
+  int64_t rows(int64_t expert) const { return first[expert + 1] - first[expert]; }
 
-  void sort(const int32_t* index, size_t count, size_t experts) {
+  void sort(const int32_t* index, int64_t count, int64_t experts) {
     std::fill_n(first, experts + 1, 0);
-    for (size_t s = 0; s < count; ++s) ++first[index[s] + 1];
-    for (size_t e = 0; e < experts; ++e)
+    for (int64_t s = 0; s < count; ++s) ++first[index[s] + 1];
+    for (int64_t e = 0; e < experts; ++e)
       if (first[e + 1]) active[active_count++] = static_cast<int32_t>(e);
     std::partial_sum(first, first + experts + 1, first);
-    for (size_t s = 0; s < count; ++s) slots[first[index[s]]++] = static_cast<int32_t>(s);
-    for (size_t e = experts; e > 0; --e) first[e] = first[e - 1];
+    for (int64_t s = 0; s < count; ++s) slots[first[index[s]]++] = static_cast<int32_t>(s);
+    for (int64_t e = experts; e > 0; --e) first[e] = first[e - 1];
     first[0] = 0;
   }
 };
 
-size_t round_up(size_t bytes) { return ceil_div(bytes, 64) * 64; }
+int64_t round_up(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
 class Bank {
  public:
   Bank(const ExpertsShape& shape, const Kernels& kernels, const Pool& pool, const ExpertsInputs& in, float* y,
        uint8_t* scratch)
       : shape_(shape), kernels_(kernels), pool_(pool), in_(in), y_(y), panel_kernel_(kernels.panel(shape.packing)) {
-    const size_t slots = in.tokens * in.top_k;
+    const int64_t slots = in.tokens * in.top_k;
     x_bytes_ = shape.packing.activation_bytes(shape.hidden);
     h_bytes_ = shape.packing.activation_bytes(shape.width);
     x_rows_ = scratch;
@@ -49,55 +49,55 @@ class Bank {
   }
 
   void run() {
-    const size_t slots = in_.tokens * in_.top_k;
+    const int64_t slots = in_.tokens * in_.top_k;
     routing_.sort(in_.index, slots, shape_.experts);
     quantize_rows(kernels_, pool_, shape_.packing, in_.x, in_.tokens, shape_.hidden, x_rows_);
 
-    const size_t count = routing_.active_count;
-    // A multiple of the block and of a panel's channels, so that a task quantizes whole blocks.
-    const size_t unit = std::lcm<size_t>(shape_.packing.block, shape_.channels_of_panel());
+    const int64_t count = routing_.active_count;
+    // A multiple of the group_size and of a panel's channels, so that a task quantizes whole groups.
+    const int64_t unit = std::lcm<int64_t>(shape_.packing.group_size, shape_.channels_of_panel());
     const bool many = count * ceil_div(shape_.width, 128) >= 4 * pool_.threads;
-    const size_t chunk = unit * std::max<size_t>(1, (many ? 128 : 64) / unit);
-    const size_t chunks = ceil_div(shape_.width, chunk);
-    parallel_for(pool_, count * chunks, [&](size_t task) {
+    const int64_t chunk = unit * std::max<int64_t>(1, (many ? 128 : 64) / unit);
+    const int64_t chunks = ceil_div(shape_.width, chunk);
+    parallel_for(pool_, count * chunks, [&](int64_t task) {
       hidden(routing_.active[task / chunks], task % chunks * chunk, chunk);
     });
 
-    const size_t panels = ceil_div(shape_.hidden, kPanel);
+    const int64_t panels = ceil_div(shape_.hidden, kPanel);
     // Every range reads a piece of every expert. Pieces of tens of KB cost a quarter less than pieces of ten: each
     // begins with address translations that no cache has.
-    const size_t pieces = std::max(shape_.down_bytes() / (48 << 10), 2 * pool_.threads);
-    const size_t products = slots * shape_.hidden * shape_.width;
-    const size_t ranges = std::max(std::min(parts(count * shape_.down_bytes(), 0, panels), pieces),
+    const int64_t pieces = std::max(shape_.down_bytes() / (48 << 10), 2 * pool_.threads);
+    const int64_t products = slots * shape_.hidden * shape_.width;
+    const int64_t ranges = std::max(std::min(parts(count * shape_.down_bytes(), 0, panels), pieces),
                                    parts(0, products / 4, panels));
-    parallel_for(pool_, ranges, [&](size_t range) {
+    parallel_for(pool_, ranges, [&](int64_t range) {
       output(panels * range / ranges, panels * (range + 1) / ranges);
     });
   }
 
  private:
   // Channels [from, from + chunk) of all rows of an expert, quantized.
-  void hidden(size_t expert, size_t from, size_t chunk) {
+  void hidden(int64_t expert, int64_t from, int64_t chunk) {
     alignas(64) float channels[kGroup * kMaxChunk];
     alignas(64) float out[kMaxRows * kPanel];
-    const size_t step = shape_.channels_of_panel(), panel_bytes = shape_.packing.panel_bytes(shape_.hidden);
-    const size_t to = std::min(from + chunk, shape_.width), blocks = shape_.packing.blocks(shape_.hidden);
-    const size_t h_offset = shape_.packing.activation_bytes(from);
+    const int64_t step = shape_.channels_of_panel(), panel_bytes = shape_.packing.panel_bytes(shape_.hidden);
+    const int64_t to = std::min(from + chunk, shape_.width), groups = shape_.packing.groups(shape_.hidden);
+    const int64_t h_offset = shape_.packing.activation_bytes(from);
     const uint8_t* const weight = in_.gate_up + expert * shape_.up_bytes();
-    const size_t end = routing_.first[expert + 1];
-    for (size_t begin = routing_.first[expert]; begin < end; begin += kGroup) {
-      const size_t rows = std::min(kGroup, end - begin), batches = ceil_div(rows, kMaxRows);
-      for (size_t c = from; c < to; c += step) {
+    const int64_t end = routing_.first[expert + 1];
+    for (int64_t begin = routing_.first[expert]; begin < end; begin += kGroup) {
+      const int64_t rows = std::min(kGroup, end - begin), batches = ceil_div(rows, kMaxRows);
+      for (int64_t c = from; c < to; c += step) {
         alignas(64) float bias[kPanel] = {};
         if (in_.up_bias) panel_bias(expert, c, bias);
         const uint8_t* const w = weight + c / step * panel_bytes;
-        for (size_t batch = 0; batch < batches; ++batch) {
-          const size_t first = rows * batch / batches, last = rows * (batch + 1) / batches;
+        for (int64_t batch = 0; batch < batches; ++batch) {
+          const int64_t first = rows * batch / batches, last = rows * (batch + 1) / batches;
           const uint8_t* x[kMaxRows];
-          for (size_t r = first; r < last; ++r)
+          for (int64_t r = first; r < last; ++r)
             x[r - first] = x_rows_ + routing_.slots[begin + r] / in_.top_k * x_bytes_;
-          panel_kernel_(w, w + panel_bytes, x, static_cast<int>(last - first), blocks, shape_.packing.block, out);
-          for (size_t r = first; r < last; ++r) {
+          panel_kernel_(w, w + panel_bytes, x, static_cast<int>(last - first), groups, shape_.packing.group_size, out);
+          for (int64_t r = first; r < last; ++r) {
             // Scaling a row commutes with quantizing it, so an input's weight waits until here.
             const float factor = shape_.weight_on_input ? in_.weight[routing_.slots[begin + r]] : 1.0f;
             kernels_.activate(out + (r - first) * kPanel, bias, factor, shape_.activation,
@@ -105,45 +105,45 @@ class Bank {
           }
         }
       }
-      for (size_t r = 0; r < rows; ++r)
+      for (int64_t r = 0; r < rows; ++r)
         kernels_.quantize(channels + r * chunk, to - from, shape_.packing,
                           h_rows_ + (begin + r) * h_bytes_ + h_offset);
     }
   }
 
-  void panel_bias(size_t expert, size_t channel, float* bias) const {
-    const size_t step = shape_.channels_of_panel(), count = std::min(step, shape_.width - channel);
+  void panel_bias(int64_t expert, int64_t channel, float* bias) const {
+    const int64_t step = shape_.channels_of_panel(), count = std::min(step, shape_.width - channel);
     const float* all = in_.up_bias + expert * shape_.up_rows() + channel;
     std::copy_n(all, count, bias);
     if (shape_.activation.gated) std::copy_n(all + shape_.width, count, bias + step);
   }
 
   // Columns of panels [from, to) of all rows of y.
-  void output(size_t from, size_t to) {
+  void output(int64_t from, int64_t to) {
     alignas(64) float out[kMaxRows * kPanel];
-    const size_t panel_bytes = shape_.packing.panel_bytes(shape_.width), blocks = shape_.packing.blocks(shape_.width);
-    const size_t column = from * kPanel, width = std::min(to * kPanel, shape_.hidden) - column;
-    for (size_t t = 0; t < in_.tokens; ++t) std::fill_n(y_ + t * shape_.hidden + column, width, 0.0f);
-    for (size_t i = 0; i < routing_.active_count; ++i) {
-      const size_t expert = routing_.active[i], next = routing_.active[i + 1 < routing_.active_count ? i + 1 : i];
-      const size_t begin = routing_.first[expert], rows = routing_.rows(expert), batches = ceil_div(rows, kMaxRows);
+    const int64_t panel_bytes = shape_.packing.panel_bytes(shape_.width), groups = shape_.packing.groups(shape_.width);
+    const int64_t column = from * kPanel, width = std::min(to * kPanel, shape_.hidden) - column;
+    for (int64_t t = 0; t < in_.tokens; ++t) std::fill_n(y_ + t * shape_.hidden + column, width, 0.0f);
+    for (int64_t i = 0; i < routing_.active_count; ++i) {
+      const int64_t expert = routing_.active[i], next = routing_.active[i + 1 < routing_.active_count ? i + 1 : i];
+      const int64_t begin = routing_.first[expert], rows = routing_.rows(expert), batches = ceil_div(rows, kMaxRows);
       // Address translations of the next expert's piece, a page each.
       const uint8_t* const later = in_.down + next * shape_.down_bytes() + from * panel_bytes;
-      for (size_t at = 0; at < (to - from) * panel_bytes; at += 4096) __builtin_prefetch(later + at);
-      for (size_t p = from; p < to; ++p) {
+      for (int64_t at = 0; at < (to - from) * panel_bytes; at += 4096) __builtin_prefetch(later + at);
+      for (int64_t p = from; p < to; ++p) {
         alignas(64) float bias[kPanel] = {};
-        const int count = static_cast<int>(std::min<size_t>(kPanel, shape_.hidden - p * kPanel));
+        const int count = static_cast<int>(std::min<int64_t>(kPanel, shape_.hidden - p * kPanel));
         if (in_.down_bias) std::copy_n(in_.down_bias + expert * shape_.hidden + p * kPanel, count, bias);
         const uint8_t* const w = in_.down + expert * shape_.down_bytes() + p * panel_bytes;
         const uint8_t* const ahead =
             p + 1 < to ? w + panel_bytes : in_.down + next * shape_.down_bytes() + from * panel_bytes;
-        for (size_t batch = 0; batch < batches; ++batch) {
-          const size_t first = begin + rows * batch / batches, last = begin + rows * (batch + 1) / batches;
+        for (int64_t batch = 0; batch < batches; ++batch) {
+          const int64_t first = begin + rows * batch / batches, last = begin + rows * (batch + 1) / batches;
           const uint8_t* h[kMaxRows];
-          for (size_t r = first; r < last; ++r) h[r - first] = h_rows_ + r * h_bytes_;
-          panel_kernel_(w, ahead, h, static_cast<int>(last - first), blocks, shape_.packing.block, out);
-          for (size_t r = first; r < last; ++r) {
-            const size_t slot = routing_.slots[r], token = slot / in_.top_k;
+          for (int64_t r = first; r < last; ++r) h[r - first] = h_rows_ + r * h_bytes_;
+          panel_kernel_(w, ahead, h, static_cast<int>(last - first), groups, shape_.packing.group_size, out);
+          for (int64_t r = first; r < last; ++r) {
+            const int64_t slot = routing_.slots[r], token = slot / in_.top_k;
             const float weight = shape_.weight_on_input ? 1.0f : in_.weight[slot];
             kernels_.accumulate(out + (r - first) * kPanel, bias, weight, count,
                                 y_ + token * shape_.hidden + p * kPanel);
@@ -153,7 +153,7 @@ class Bank {
     }
   }
 
-  static constexpr size_t kMaxChunk = 2 * kMaxBlock;
+  static constexpr int64_t kMaxChunk = 2 * kMaxGroup;
 
   const ExpertsShape& shape_;
   const Kernels& kernels_;
@@ -161,26 +161,26 @@ class Bank {
   const ExpertsInputs& in_;
   float* const y_;
   const PanelKernel panel_kernel_;
-  size_t x_bytes_, h_bytes_;
+  int64_t x_bytes_, h_bytes_;
   uint8_t *x_rows_, *h_rows_;
   Routing routing_;
 };
 
 }  // namespace
 
-size_t ExpertsShape::scratch_bytes(size_t tokens, size_t top_k) const {
-  const size_t slots = tokens * top_k;
+int64_t ExpertsShape::scratch_bytes(int64_t tokens, int64_t top_k) const {
+  const int64_t slots = tokens * top_k;
   return round_up(tokens * packing.activation_bytes(hidden)) + round_up(slots * packing.activation_bytes(width)) +
          sizeof(int32_t) * (slots + 2 * experts + 1);
 }
 
-size_t experts(const ExpertsShape& shape, const Kernels& kernels, const Pool& pool, const ExpertsInputs& in, float* y,
+int64_t experts(const ExpertsShape& shape, const Kernels& kernels, const Pool& pool, const ExpertsInputs& in, float* y,
                uint8_t* scratch) {
-  const size_t slots = in.tokens * in.top_k;
-  for (size_t s = 0; s < slots; ++s)
-    if (in.index[s] < 0 || static_cast<size_t>(in.index[s]) >= shape.experts) return s;
+  const int64_t slots = in.tokens * in.top_k;
+  for (int64_t s = 0; s < slots; ++s)
+    if (in.index[s] < 0 || static_cast<int64_t>(in.index[s]) >= shape.experts) return s;
   if (slots) Bank(shape, kernels, pool, in, y, scratch).run();
   return slots;
 }
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

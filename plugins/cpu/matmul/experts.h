@@ -8,21 +8,21 @@
 #include "matmul/kernels.h"
 #include "parallel.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
 struct ExpertsShape {
-  size_t experts, hidden, width;
+  int64_t experts, hidden, width;
   Packing packing;
   ActivationSpec activation;
   bool weight_on_input;
 
   // gate_up has two half panels a channel where gated: rows of the packed weight, with padding of the last panel.
-  size_t channels_of_panel() const { return activation.gated ? kPanel / 2 : kPanel; }
-  size_t up_panels() const { return ceil_div(width, channels_of_panel()); }
-  size_t up_rows() const { return width * (activation.gated ? 2 : 1); }
-  size_t up_bytes() const { return up_panels() * packing.panel_bytes(hidden); }
-  size_t down_bytes() const { return packing.bytes(hidden, width); }
-  size_t scratch_bytes(size_t tokens, size_t top_k) const;
+  int64_t channels_of_panel() const { return activation.gated ? kPanel / 2 : kPanel; }
+  int64_t up_panels() const { return ceil_div(width, channels_of_panel()); }
+  int64_t up_rows() const { return width * (activation.gated ? 2 : 1); }
+  int64_t up_bytes() const { return up_panels() * packing.panel_bytes(hidden); }
+  int64_t down_bytes() const { return packing.bytes(hidden, width); }
+  int64_t scratch_bytes(int64_t tokens, int64_t top_k) const;
 };
 
 struct ExpertsInputs {
@@ -33,11 +33,11 @@ struct ExpertsInputs {
   const uint8_t* down;      // [experts, down_bytes]
   const float* up_bias;     // [experts, up_rows], gate first, or null
   const float* down_bias;   // [experts, hidden] or null
-  size_t tokens, top_k;
+  int64_t tokens, top_k;
 };
 
 // -> y [tokens, hidden]. Returns tokens * top_k, or the place of the first index that is no expert, with y untouched.
-size_t experts(const ExpertsShape& shape, const Kernels& kernels, const Pool& pool, const ExpertsInputs& in, float* y,
+int64_t experts(const ExpertsShape& shape, const Kernels& kernels, const Pool& pool, const ExpertsInputs& in, float* y,
                uint8_t* scratch);
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

@@ -6,17 +6,17 @@
 #include "matmul/kernels.h"
 #include "parallel.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
 struct FloatLinearShape {
-  size_t n, k;
+  int64_t n, k;
 
-  size_t panels() const { return ceil_div(n, kPanel); }
-  size_t weights() const { return panels() * kPanel * k; }
+  int64_t panels() const { return ceil_div(n, kPanel); }
+  int64_t weights() const { return panels() * kPanel * k; }
 };
 
 // x [tokens, k], weight [shape.weights()], bias [n] or null -> y [tokens, n].
 void float_linear(const FloatLinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x,
-                  size_t tokens, const float* weight, const float* bias, float* y);
+                  int64_t tokens, const float* weight, const float* bias, float* y);
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

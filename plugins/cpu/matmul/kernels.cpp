@@ -1,14 +1,17 @@
 #include "matmul/kernels.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512_vnni { extern const Kernels kernels; }
 
 const Kernels& kernels(InstructionSet set) {
 #if defined(__x86_64__)
-  if (set >= InstructionSet::avx512_vnni) return avx512_kernels;
-  if (set >= InstructionSet::avx2) return avx2_kernels;
+  return fastest<Kernels>({&baseline::kernels, &avx2::kernels, nullptr, &avx512_vnni::kernels}, set);
+#else
+  return fastest<Kernels>({&baseline::kernels}, set);
 #endif
-  (void)set;
-  return generic_kernels;
 }
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

@@ -2,45 +2,45 @@
 
 #include <algorithm>
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
-size_t parts(size_t bytes, size_t products, size_t limit) {
-  const size_t by_memory = bytes / (100u << 10), by_arithmetic = products / (1u << 20);
-  return std::clamp<size_t>(std::max(by_memory, by_arithmetic), 1, std::min<size_t>(std::max<size_t>(limit, 1), 128));
+int64_t parts(int64_t bytes, int64_t products, int64_t limit) {
+  const int64_t by_memory = bytes / (100u << 10), by_arithmetic = products / (1u << 20);
+  return std::clamp<int64_t>(std::max(by_memory, by_arithmetic), 1, std::min<int64_t>(std::max<int64_t>(limit, 1), 128));
 }
 
-void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, size_t tokens, size_t k,
+void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, int64_t tokens, int64_t k,
                    uint8_t* rows) {
-  const size_t bytes = packing.activation_bytes(k);
-  const size_t chunks = std::clamp<size_t>(tokens * k >> 15, 1, 64);
-  parallel_for(pool, chunks, [&](size_t chunk) {
-    for (size_t t = tokens * chunk / chunks; t < tokens * (chunk + 1) / chunks; ++t)
+  const int64_t bytes = packing.activation_bytes(k);
+  const int64_t chunks = std::clamp<int64_t>(tokens * k >> 15, 1, 64);
+  parallel_for(pool, chunks, [&](int64_t chunk) {
+    for (int64_t t = tokens * chunk / chunks; t < tokens * (chunk + 1) / chunks; ++t)
       kernels.quantize(x + t * k, k, packing, rows + t * bytes);
   });
 }
 
-void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x, size_t tokens,
+void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
             const uint8_t* weight, const float* bias, float* y, uint8_t* scratch) {
   if (tokens == 0) return;
   quantize_rows(kernels, pool, shape.packing, x, tokens, shape.k, scratch);
   const PanelKernel panel_kernel = kernels.panel(shape.packing);
-  const size_t panels = ceil_div(shape.n, kPanel), blocks = shape.packing.blocks(shape.k);
-  const size_t panel_bytes = shape.packing.panel_bytes(shape.k), row_bytes = shape.packing.activation_bytes(shape.k);
-  const size_t groups = ceil_div(tokens, kMaxRows);  // of almost equal size: 8 rows are 4 and 4, not 6 and 2
-  const size_t chunks = parts(shape.weight_bytes(), tokens * shape.n * shape.k, panels);
-  parallel_for(pool, chunks, [&](size_t chunk) {
+  const int64_t panels = ceil_div(shape.n, kPanel), groups = shape.packing.groups(shape.k);
+  const int64_t panel_bytes = shape.packing.panel_bytes(shape.k), row_bytes = shape.packing.activation_bytes(shape.k);
+  const int64_t batches = ceil_div(tokens, kMaxRows);  // of almost equal size: 8 rows are 4 and 4, not 6 and 2
+  const int64_t chunks = parts(shape.weight_bytes(), tokens * shape.n * shape.k, panels);
+  parallel_for(pool, chunks, [&](int64_t chunk) {
     alignas(64) float out[kMaxRows * kPanel];
-    for (size_t p = panels * chunk / chunks; p < panels * (chunk + 1) / chunks; ++p) {
+    for (int64_t p = panels * chunk / chunks; p < panels * (chunk + 1) / chunks; ++p) {
       alignas(64) float panel_bias[kPanel] = {};
-      const int count = static_cast<int>(std::min<size_t>(kPanel, shape.n - p * kPanel));
+      const int count = static_cast<int>(std::min<int64_t>(kPanel, shape.n - p * kPanel));
       if (bias) std::copy_n(bias + p * kPanel, count, panel_bias);
-      for (size_t g = 0; g < groups; ++g) {
-        const size_t first = tokens * g / groups;
-        const int rows = static_cast<int>(tokens * (g + 1) / groups - first);
+      for (int64_t i = 0; i < batches; ++i) {
+        const int64_t first = tokens * i / batches;
+        const int rows = static_cast<int>(tokens * (i + 1) / batches - first);
         const uint8_t* q[kMaxRows];
         for (int r = 0; r < rows; ++r) q[r] = scratch + (first + r) * row_bytes;
         const uint8_t* const w = weight + p * panel_bytes;
-        panel_kernel(w, w + panel_bytes, q, rows, blocks, shape.packing.block, out);
+        panel_kernel(w, w + panel_bytes, q, rows, groups, shape.packing.group_size, out);
         for (int r = 0; r < rows; ++r)
           kernels.store(out + r * kPanel, panel_bias, count, y + (first + r) * shape.n + p * kPanel);
       }
@@ -48,4 +48,4 @@ void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, 
   });
 }
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

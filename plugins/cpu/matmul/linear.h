@@ -3,26 +3,26 @@
 #include "matmul/kernels.h"
 #include "parallel.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
 struct LinearShape {
-  size_t n, k;
+  int64_t n, k;
   Packing packing;
 
-  size_t weight_bytes() const { return packing.bytes(n, k); }
-  size_t scratch_bytes(size_t tokens) const { return tokens * packing.activation_bytes(k); }
+  int64_t weight_bytes() const { return packing.bytes(n, k); }
+  int64_t scratch_bytes(int64_t tokens) const { return tokens * packing.activation_bytes(k); }
 };
 
 // x [tokens, k], bias [n] or null -> y [tokens, n]. scratch: shape.scratch_bytes(tokens).
-void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x, size_t tokens,
+void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
             const uint8_t* weight, const float* bias, float* y, uint8_t* scratch);
 
 // x [tokens, k] -> quantized rows, one after another.
-void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, size_t tokens, size_t k,
+void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, int64_t tokens, int64_t k,
                    uint8_t* rows);
 
 // Into how many parts to cut a product that reads `bytes` of weights and does `products` multiplications, so that a
 // part takes a few microseconds: less would be all overhead, more would leave threads without work.
-size_t parts(size_t bytes, size_t products, size_t limit);
+int64_t parts(int64_t bytes, int64_t products, int64_t limit);
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

@@ -4,22 +4,22 @@
 #include "parallel.h"
 #include "sizes.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
 struct RouterShape {
-  size_t top_k;
+  int64_t top_k;
   Scoring scoring;
   bool renormalize;
   float epsilon, scale;
-  size_t n_group, topk_group;
+  int64_t n_group, topk_group;
   bool top2_sum;
 
   // Whether a router of `experts` experts can choose so.
-  bool valid(size_t experts) const;
+  bool valid(int64_t experts) const;
 };
 
 // logits [tokens, experts], bias [experts] or null -> index and weight [tokens, top_k].
 void route(const RouterShape& shape, const Kernels& kernels, const Pool& pool, const float* logits, const float* bias,
-           size_t tokens, size_t experts, int32_t* index, float* weight);
+           int64_t tokens, int64_t experts, int32_t* index, float* weight);
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

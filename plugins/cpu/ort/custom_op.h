@@ -174,7 +174,7 @@ class Call {
 
   // The session's threads; valid as long as this call.
   Pool pool() {
-    static const size_t processors = std::max(1u, std::thread::hardware_concurrency());
+    static const int64_t processors = std::max(1u, std::thread::hardware_concurrency());
     return {this, processors, [](void* self, size_t total, void (*task)(void*, size_t), void* argument) {
               const Call& call = *static_cast<Call*>(self);
               check(call.api_->parallel_for(call.context_, task, total, 0, argument));

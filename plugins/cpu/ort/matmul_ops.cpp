@@ -3,42 +3,42 @@
 #include "matmul/experts.h"
 #include "matmul/float_linear.h"
 #include "matmul/linear.h"
-#include "ort/custom_op.h"
 #include "matmul/router.h"
+#include "ort/custom_op.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 namespace {
 
 // No size of a packed weight or of scratch memory that these limits allow is more than 64 bits hold.
 constexpr Packing kWorst{8, 16};
-static_assert(kMaxExperts <= INT64_MAX / static_cast<int64_t>(2 * kWorst.bytes(kMaxWidth, kMaxWidth)));
-static_assert(kMaxTokens <= INT64_MAX / static_cast<int64_t>(2 * kWorst.activation_bytes(kMaxWidth)));
+static_assert(kMaxExperts <= INT64_MAX / (2 * kWorst.bytes(kMaxWidth, kMaxWidth)));
+static_assert(kMaxTokens <= INT64_MAX / (2 * kWorst.activation_bytes(kMaxWidth)));
 
 Packing read_packing(const Attributes& attributes) {
   const Packing packing{static_cast<int>(attributes.integer("bits", 4, 8)),
-                        static_cast<int>(attributes.integer("block_size", 16, kMaxBlock))};
+                        static_cast<int>(attributes.integer("block_size", 16, kMaxGroup))};
   if (!packing.valid()) {
-    invalid("bits = ", packing.bits, ", block_size = ", packing.block,
-            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxBlock, ")");
+    invalid("bits = ", packing.bits, ", block_size = ", packing.group_size,
+            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxGroup, ")");
   }
   return packing;
 }
 
-void require_bytes(const char* name, const Tensor& tensor, size_t bytes) {
-  if (tensor.elements() != static_cast<int64_t>(bytes)) {
+void require_bytes(const char* name, const Tensor& tensor, int64_t bytes) {
+  if (tensor.elements() != bytes) {
     invalid(name, " has shape ", text(tensor.shape), ", ", tensor.elements(), " bytes (allowed: ", bytes,
             " bytes for these attributes)");
   }
 }
 
-void require_rows(const char* name, const Tensor& tensor, size_t columns, const char* meaning) {
-  if (tensor.shape.size() != 2 || tensor.shape[1] != static_cast<int64_t>(columns))
+void require_rows(const char* name, const Tensor& tensor, int64_t columns, const char* meaning) {
+  if (tensor.shape.size() != 2 || tensor.shape[1] != columns)
     invalid(name, " has shape ", text(tensor.shape), " (allowed: ", meaning, " with ", columns, " columns)");
   if (tensor.shape[0] > kMaxTokens)
     invalid(name, " has shape ", text(tensor.shape), " (allowed: T up to ", kMaxTokens, ")");
 }
 
-std::unique_ptr<uint8_t[]> scratch(size_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[bytes]); }
+std::unique_ptr<uint8_t[]> scratch(int64_t bytes) { return std::unique_ptr<uint8_t[]>(new uint8_t[bytes]); }
 
 struct LinearOp {
   static constexpr const char* name = "Linear";
@@ -47,16 +47,16 @@ struct LinearOp {
   LinearShape shape;
 
   explicit LinearOp(const Attributes& a)
-      : shape{static_cast<size_t>(a.integer("N", 1, kMaxWidth)), static_cast<size_t>(a.integer("K", 1, kMaxWidth)),
+      : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth),
               read_packing(a)} {}
 
   void compute(Call& call) const {
     const auto [x, weight, bias] = read_inputs(call, inputs);
     require_rows("x", x, shape.k, "[T, K]");
     require_bytes("weight", weight, shape.weight_bytes());
-    require_shape("bias", bias, {static_cast<int64_t>(shape.n)}, "[N]");
-    const size_t tokens = x.shape[0];
-    float* y = call.output<float>(0, {x.shape[0], static_cast<int64_t>(shape.n)});
+    require_shape("bias", bias, {shape.n}, "[N]");
+    const int64_t tokens = x.shape[0];
+    float* y = call.output<float>(0, {x.shape[0], shape.n});
     const auto memory = scratch(shape.scratch_bytes(tokens));
     linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
            memory.get());
@@ -71,12 +71,12 @@ struct FloatLinearOp {
   FloatLinearShape shape;
 
   explicit FloatLinearOp(const Attributes& a)
-      : shape{static_cast<size_t>(a.integer("N", 1, kMaxWidth)), static_cast<size_t>(a.integer("K", 1, kMaxWidth))} {}
+      : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth)} {}
 
   void compute(Call& call) const {
     const auto [x, weight, bias] = read_inputs(call, inputs);
     require_rows("x", x, shape.k, "[T, K]");
-    if (weight.elements() != static_cast<int64_t>(shape.weights())) {
+    if (weight.elements() != shape.weights()) {
       invalid("weight has shape ", text(weight.shape), ", ", weight.elements(), " values (allowed: ", shape.weights(),
               " for these attributes)");
     }
@@ -102,8 +102,8 @@ struct ExpertsOp {
 
   explicit ExpertsOp(const Attributes& a)
       : shape{0,
-              static_cast<size_t>(a.integer("hidden", 1, kMaxWidth)),
-              static_cast<size_t>(a.integer("width", 1, kMaxWidth)),
+              a.integer("hidden", 1, kMaxWidth),
+              a.integer("width", 1, kMaxWidth),
               read_packing(a),
               {static_cast<Activation>(a.choice("activation", {"silu", "gelu_tanh", "swiglu_clamped"})),
                a.integer_or("gated", 1, 0, 1) != 0, a.number_or("alpha", 1.702f), a.number_or("limit", 7.0f)},
@@ -127,16 +127,16 @@ struct ExpertsOp {
     bank.experts = count;
     require_bytes("gate_up", gate_up, bank.experts * bank.up_bytes());
     require_bytes("down", down, bank.experts * bank.down_bytes());
-    require_shape("gate_up_bias", up_bias, {count, static_cast<int64_t>(bank.up_rows())}, "[E, rows of gate_up]");
-    require_shape("down_bias", down_bias, {count, static_cast<int64_t>(bank.hidden)}, "[E, H]");
+    require_shape("gate_up_bias", up_bias, {count, bank.up_rows()}, "[E, rows of gate_up]");
+    require_shape("down_bias", down_bias, {count, bank.hidden}, "[E, H]");
 
-    const size_t tokens = x.shape[0], top_k = index.shape[1];
+    const int64_t tokens = x.shape[0], top_k = index.shape[1];
     const ExpertsInputs in{x.as<float>(),        index.as<int32_t>(), weight.as<float>(),
                            gate_up.as<uint8_t>(), down.as<uint8_t>(),  up_bias.as<float>(),
                            down_bias.as<float>(), tokens,              top_k};
     float* y = call.output<float>(0, x.shape);
     const auto memory = scratch(bank.scratch_bytes(tokens, top_k));
-    const size_t checked = quantized::experts(bank, kernels(instruction_set()), call.pool(), in, y, memory.get());
+    const int64_t checked = matmul::experts(bank, kernels(instruction_set()), call.pool(), in, y, memory.get());
     if (checked < tokens * top_k) {
       invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked],
               " (allowed: 0 to ", count - 1, ")");
@@ -151,27 +151,27 @@ struct RouterOp {
   RouterShape shape;
 
   explicit RouterOp(const Attributes& a)
-      : shape{static_cast<size_t>(a.integer("top_k", 1, kMaxExperts)),
+      : shape{a.integer("top_k", 1, kMaxExperts),
               static_cast<Scoring>(a.choice("scoring", {"softmax", "sigmoid", "softmax_after_topk"})),
               a.integer_or("renormalize", 1, 0, 1) != 0,
               a.number_or("epsilon", 0.0f),
               a.number_or("scale", 1.0f),
-              static_cast<size_t>(a.integer_or("n_group", 1, 1, kMaxExperts)),
-              static_cast<size_t>(a.integer_or("topk_group", 1, 1, kMaxExperts)),
+              a.integer_or("n_group", 1, 1, kMaxExperts),
+              a.integer_or("topk_group", 1, 1, kMaxExperts),
               a.choice("group_score", {"max", "top2_sum"}) == 1} {}
 
   void compute(Call& call) const {
     const auto [logits, bias] = read_inputs(call, inputs);
     if (logits.shape.size() != 2 || logits.shape[0] > kMaxTokens)
       invalid("logits has shape ", text(logits.shape), " (allowed: [T, E], T up to ", kMaxTokens, ")");
-    const size_t tokens = logits.shape[0], experts = logits.shape[1];
+    const int64_t tokens = logits.shape[0], experts = logits.shape[1];
     require_shape("bias", bias, {logits.shape[1]}, "[E]");
     if (!shape.valid(experts)) {
       invalid("no choice of top_k = ", shape.top_k, " from ", experts, " experts in n_group = ", shape.n_group,
               " groups, topk_group = ", shape.topk_group, " of them (allowed: up to ", kMaxExperts,
               " experts, groups of equal size, top_k experts in those chosen)");
     }
-    const Shape out = {logits.shape[0], static_cast<int64_t>(shape.top_k)};
+    const Shape out = {logits.shape[0], shape.top_k};
     int32_t* index = call.output<int32_t>(0, out);
     float* weight = call.output<float>(1, out);
     route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index, weight);
@@ -189,4 +189,4 @@ const ort::CustomOp* const all[] = {&linear_operator, &float_linear_operator, &e
 
 const ort::CustomOp* const* matmul_operators() { return all; }
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

@@ -2,9 +2,9 @@
 #pragma once
 #include "ort/abi.h"
 
-namespace moevlm::quantized {
+namespace moevlm::matmul {
 
 // Null after the last.
 const ort::CustomOp* const* matmul_operators();
 
-}  // namespace moevlm::quantized
+}  // namespace moevlm::matmul

@@ -7,6 +7,8 @@
 #include <limits>
 #include <vector>
 
+#include "sizes.h"
+
 namespace moevlm::sampling {
 
 namespace baseline { extern const Kernels kernels; }
@@ -15,17 +17,16 @@ namespace avx512 { extern const Kernels kernels; }
 
 const Kernels& kernels(InstructionSet set) {
 #if defined(__x86_64__)
-  if (set >= InstructionSet::avx512) return avx512::kernels;
-  if (set >= InstructionSet::avx2) return avx2::kernels;
+  return fastest<Kernels>({&baseline::kernels, &avx2::kernels, &avx512::kernels}, set);
+#else
+  return fastest<Kernels>({&baseline::kernels}, set);
 #endif
-  (void)set;
-  return baseline::kernels;
 }
 
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr size_t kParts = 2;  // parts of a row that have their maximum taken, per candidate
+constexpr int64_t kParts = 2;  // parts of a row that have their maximum taken, per candidate
 
 // Numbers in the order of candidates: NaN, then the largest value, of equal ones the lower id.
 uint64_t rank(float value, int32_t id) {
@@ -38,16 +39,16 @@ uint64_t rank(float value, int32_t id) {
 
 class Row {
  public:
-  Row(const Kernels& kernels, size_t vocabulary, size_t count) : kernels_(kernels), size_(vocabulary), count_(count) {
-    const size_t blocks = (kParts * count + kernels.lanes - 1) / kernels.lanes;
+  Row(const Kernels& kernels, int64_t vocabulary, int64_t count) : kernels_(kernels), size_(vocabulary), count_(count) {
+    const int64_t blocks = ceil_div(kParts * count, kernels.lanes);
     if (size_ / kernels.lanes >= 2 * blocks) maxima_.resize(blocks * kernels.lanes);
     ids_.resize(std::min(size_, 4 * kParts * count));
   }
 
   void run(const float* logits, float* values, int32_t* ids, float* log_sum_exp) {
-    const size_t vectors = size_ / kernels_.lanes;
+    const int64_t vectors = size_ / kernels_.lanes;
     float most = -kInfinity, threshold = -kInfinity;
-    for (size_t i = maxima_.empty() ? 0 : vectors * kernels_.lanes; i < size_; ++i) most = std::max(most, logits[i]);
+    for (int64_t i = maxima_.empty() ? 0 : vectors * kernels_.lanes; i < size_; ++i) most = std::max(most, logits[i]);
     if (!maxima_.empty()) {
       kernels_.maxima(logits, vectors, maxima_.size() / kernels_.lanes, maxima_.data());
       const auto nth = maxima_.begin() + count_ - 1;
@@ -56,17 +57,17 @@ class Row {
       most = std::max(most, *std::max_element(maxima_.begin(), nth + 1));
     }
     double sum = 0;
-    size_t found = kernels_.collect(logits, size_, threshold, most, ids_.data(), ids_.size(), &sum);
-    if (found > ids_.size()) {  // many equal values, or NaN
+    int64_t found = kernels_.collect(logits, size_, threshold, most, ids_.data(), static_cast<int64_t>(ids_.size()), &sum);
+    if (found > static_cast<int64_t>(ids_.size())) {  // many equal values, or NaN
       ids_.resize(found);
       kernels_.collect(logits, size_, threshold, most, ids_.data(), found, &sum);
     }
     ranks_.resize(found);
-    for (size_t i = 0; i < found; ++i) ranks_[i] = rank(logits[ids_[i]], ids_[i]);
+    for (int64_t i = 0; i < found; ++i) ranks_[i] = rank(logits[ids_[i]], ids_[i]);
     const auto end = ranks_.begin() + count_;
     if (found > count_) std::nth_element(ranks_.begin(), end - 1, ranks_.end());
     std::sort(ranks_.begin(), end);
-    for (size_t i = 0; i < count_; ++i) {
+    for (int64_t i = 0; i < count_; ++i) {
       ids[i] = static_cast<int32_t>(ranks_[i]);
       values[i] = logits[ids[i]];
     }
@@ -76,7 +77,7 @@ class Row {
 
  private:
   const Kernels& kernels_;
-  const size_t size_, count_;
+  const int64_t size_, count_;
   std::vector<float> maxima_;  // none where the whole row is sorted
   std::vector<int32_t> ids_;
   std::vector<uint64_t> ranks_;
@@ -84,9 +85,9 @@ class Row {
 
 }  // namespace
 
-void candidates(const Kernels& kernels, const Pool& pool, const float* logits, size_t rows, size_t vocabulary,
-                size_t count, float* values, int32_t* ids, float* log_sum_exp) {
-  parallel_for(pool, rows, [&](size_t r) {
+void candidates(const Kernels& kernels, const Pool& pool, const float* logits, int64_t rows, int64_t vocabulary,
+                int64_t count, float* values, int32_t* ids, float* log_sum_exp) {
+  parallel_for(pool, rows, [&](int64_t r) {
     Row(kernels, vocabulary, count).run(logits + r * vocabulary, values + r * count, ids + r * count, log_sum_exp + r);
   });
 }

@@ -4,7 +4,6 @@
 // threshold that at least `count` values reach, and hardly more. Then what reaches it is collected and sorted, while the
 // exponentials of all values are summed.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "parallel.h"
@@ -14,13 +13,13 @@ namespace moevlm::sampling {
 
 // Compiled once per instruction set, from candidates_kernels.h.
 struct Kernels {
-  size_t lanes;
+  int64_t lanes;
   // maxima [blocks * lanes] <- the largest value of each part that the first `vectors` vectors of a row are cut into.
   // NaN is left out; a part of nothing else has -infinity.
-  void (*maxima)(const float* logits, size_t vectors, size_t blocks, float* maxima);
+  void (*maxima)(const float* logits, int64_t vectors, int64_t blocks, float* maxima);
   // ids <- of values that are not below the threshold (NaN is not), rising, the first `capacity` of them; sum <- of
   // exp(logit - most) over all. Returns how many there are.
-  size_t (*collect)(const float* logits, size_t size, float threshold, float most, int32_t* ids, size_t capacity,
+  int64_t (*collect)(const float* logits, int64_t size, float threshold, float most, int32_t* ids, int64_t capacity,
                     double* sum);
 };
 
@@ -29,7 +28,7 @@ const Kernels& kernels(InstructionSet set);
 // logits [rows, vocabulary] -> values, ids [rows, count], log_sum_exp [rows]. The largest value comes first, of equal
 // ones the lower id; NaN before all others. log_sum_exp is NaN in a row with NaN or +infinity, or with nothing above
 // -infinity. 1 <= count <= vocabulary.
-void candidates(const Kernels& kernels, const Pool& pool, const float* logits, size_t rows, size_t vocabulary,
-                size_t count, float* values, int32_t* ids, float* log_sum_exp);
+void candidates(const Kernels& kernels, const Pool& pool, const float* logits, int64_t rows, int64_t vocabulary,
+                int64_t count, float* values, int32_t* ids, float* log_sum_exp);
 
 }  // namespace moevlm::sampling

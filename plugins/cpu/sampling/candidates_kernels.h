@@ -6,13 +6,13 @@ namespace moevlm::sampling::MOEVLM_ISA {
 
 using namespace moevlm::MOEVLM_ISA;
 
-inline void maxima(const float* logits, size_t vectors, size_t blocks, float* maxima) {
+inline void maxima(const float* logits, int64_t vectors, int64_t blocks, float* maxima) {
   constexpr int chains = 4;
   const Vec nothing = Vec{} - __builtin_inff();
-  for (size_t b = 0; b < blocks; ++b) {
+  for (int64_t b = 0; b < blocks; ++b) {
     Vec most[chains] = {nothing, nothing, nothing, nothing};
-    size_t v = vectors * b / blocks;
-    const size_t end = vectors * (b + 1) / blocks;
+    int64_t v = vectors * b / blocks;
+    const int64_t end = vectors * (b + 1) / blocks;
     for (; v + chains <= end; v += chains) {
 #pragma GCC unroll 4
       for (int i = 0; i < chains; ++i) most[i] = larger(load(logits + (v + i) * kLanes), most[i]);  // NaN: the second
@@ -22,19 +22,19 @@ inline void maxima(const float* logits, size_t vectors, size_t blocks, float* ma
   }
 }
 
-inline size_t collect(const float* logits, size_t size, float threshold, float most, int32_t* ids, size_t capacity,
+inline int64_t collect(const float* logits, int64_t size, float threshold, float most, int32_t* ids, int64_t capacity,
                       double* sum_of_all) {
-  constexpr size_t strip = 32;  // vectors in one float sum
+  constexpr int64_t strip = 32;  // vectors in one float sum
   const Vec limit = Vec{} + threshold;
-  size_t found = 0;
+  int64_t found = 0;
   double total = 0;
-  const auto keep = [&](size_t id) {
+  const auto keep = [&](int64_t id) {
     if (found < capacity) ids[found] = static_cast<int32_t>(id);
     ++found;
   };
-  size_t i = 0;
+  int64_t i = 0;
   while (i + kLanes <= size) {
-    const size_t left = (size - i) / kLanes, end = i + (left < strip ? left : strip) * kLanes;
+    const int64_t left = (size - i) / kLanes, end = i + (left < strip ? left : strip) * kLanes;
     Vec sums = {};
     for (; i < end; i += kLanes) {
       const Vec x = load(logits + i);

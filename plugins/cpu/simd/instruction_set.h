@@ -14,4 +14,12 @@ bool has(InstructionSet set);
 // asked for. Throws std::invalid_argument for a name that is none of the above.
 InstructionSet instruction_set();
 
+// Of tables of kernels, one for each instruction set or null, the last that needs no more than `set`.
+template <class Kernels>
+const Kernels& fastest(const Kernels* const (&tables)[4], InstructionSet set) {
+  int i = static_cast<int>(set);
+  while (!tables[i]) --i;
+  return *tables[i];
+}
+
 }  // namespace moevlm

@@ -61,7 +61,47 @@ MOEVLM_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// Where one is NaN: b.
 MOEVLM_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+MOEVLM_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
+MOEVLM_INLINE Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+// The nearest integer, even where two are as near; |x| < 2^22.
+MOEVLM_INLINE Vec nearest(Vec x) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)
+  return (Vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif MOEVLM_LANES == 8 && defined(__x86_64__)
+  return (Vec)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif MOEVLM_LANES == 4 && defined(__aarch64__)
+  return (Vec)vrndnq_f32((float32x4_t)x);
+#else
+  return (x + 12582912.0f) - 12582912.0f;  // no instruction fuses the sum with a product that x is
+#endif
+}
+
+// x * 2^n for integers n of a magnitude up to 252, by two factors that are normal numbers.
+MOEVLM_INLINE Vec times_power_of_two(Vec x, Vec n) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)
+  return (Vec)_mm512_scalef_ps((__m512)x, (__m512)n);
+#else
+  const Ints power = __builtin_convertvector(n, Ints), half = power >> 1;
+  return x * (Vec)((Bits)(half + 127) << 23) * (Vec)((Bits)(power - half + 127) << 23);
+#endif
+}
+
+// Integers from -127 to 127 as bytes. What NaN becomes is not said.
+MOEVLM_INLINE void store_int8(int8_t* p, Vec v) {
+#if MOEVLM_LANES == 16 && defined(__x86_64__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32((__m512)v)));
+#elif MOEVLM_LANES == 8 && defined(__x86_64__)
+  const __m256i q = _mm256_cvtps_epi32((__m256)v);
+  const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(q), _mm256_extracti128_si256(q, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+#else
+  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes);
+  std::memcpy(p, &bytes, sizeof bytes);
+#endif
+}
 
 // A bit for each lane, the first lowest: whether a is not less than b, as NaN is not.
 MOEVLM_INLINE uint32_t not_less(Vec a, Vec b) {
@@ -80,6 +120,7 @@ MOEVLM_INLINE uint32_t not_less(Vec a, Vec b) {
 
 // |x| as integers, which are in its order: NaN is the largest.
 MOEVLM_INLINE Ints magnitude(Vec x) { return (Ints)x & 0x7fffffff; }
+MOEVLM_INLINE Vec absolute(Vec x) { return (Vec)magnitude(x); }
 
 template <int... Lane>
 struct Shuffles {
@@ -150,6 +191,17 @@ MOEVLM_INLINE float largest(Vec v) {
   if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
   if constexpr (kLanes > 2) v = larger(v, Shuffle::other<2>(v, v));
   return v[0] > v[1] ? v[0] : v[1];
+}
+
+// The largest of some magnitudes, as a float.
+MOEVLM_INLINE float largest_magnitude(Ints v) {
+  if constexpr (kLanes > 8) v = larger(v, (Ints)Shuffle::other<8>((Vec)v, (Vec)v));
+  if constexpr (kLanes > 4) v = larger(v, (Ints)Shuffle::other<4>((Vec)v, (Vec)v));
+  if constexpr (kLanes > 2) v = larger(v, (Ints)Shuffle::other<2>((Vec)v, (Vec)v));
+  const int32_t most = v[0] > v[1] ? v[0] : v[1];
+  float value;
+  std::memcpy(&value, &most, sizeof value);
+  return value;
 }
 
 // 2^x for x <= 0, and 0 below 2^-126; NaN stays NaN. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on

@@ -39,7 +39,7 @@ def dequantize_weight(q, scales, bits, block):
 
 
 def quantize_rows(x, block):
-    """Scales and values of activations, as plugins/cpu/matmul/packed.h states them."""
+    """Scales and values of activations, as plugins/cpu/matmul/packing.h states them."""
     rows, columns = x.shape
     blocks = np.pad(x.astype(np.float32), ((0, 0), (0, -columns % block))).reshape(rows, -(-columns // block), block)
     most = np.abs(blocks).max(axis=2, keepdims=True, initial=0)

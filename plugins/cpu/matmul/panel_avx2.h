@@ -1,0 +1,99 @@
+// AVX2 with FMA: products of bytes summed in pairs to 16 bits, arranged so that they never saturate.
+#pragma once
+
+#include "matmul/kernels.h"
+
+namespace moevlm::matmul::avx2 {
+
+inline __m256i load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+
+inline __m256i broadcast_four(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, 4);
+  return _mm256_set1_epi32(four);
+}
+
+// 8 rows of a panel by Rows rows of activations over one group_size: int32 sums, the zero point taken out.
+// 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k.
+template <int Rows>
+inline void products4(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
+  const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  for (int r = 0; r < Rows; ++r) total[r] = broadcast_four(x[r] + at + 4);
+  for (int k = 0; k < group_size; k += 32) {
+    const int stop = k + 32 < group_size ? k + 32 : group_size;
+    __m256i words[Rows];
+    for (int r = 0; r < Rows; ++r) words[r] = _mm256_setzero_si256();
+    for (int i = k; i < stop; i += 8) {
+      const __m256i both = load_bytes(w + i * 16);
+      const __m256i first = _mm256_and_si256(both, low_half);
+      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
+      for (int r = 0; r < Rows; ++r) {
+        const uint8_t* q = x[r] + at + kActivationHeader + i;
+        words[r] = _mm256_add_epi16(words[r], _mm256_maddubs_epi16(first, broadcast_four(q)));
+        words[r] = _mm256_add_epi16(words[r], _mm256_maddubs_epi16(second, broadcast_four(q + 4)));
+      }
+    }
+    for (int r = 0; r < Rows; ++r) total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(words[r], ones));
+  }
+}
+
+// 8 bits: the weight less its zero point is at most 128 in magnitude, and takes its sign to the activation: two
+// products are at most 2 * 128 * 127 < 2^15.
+template <int Rows>
+inline void products8(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
+  const __m256i ones = _mm256_set1_epi16(1), zero_point = _mm256_set1_epi8(-128);
+  for (int r = 0; r < Rows; ++r) total[r] = _mm256_setzero_si256();
+  for (int i = 0; i < group_size; i += 4) {
+    const __m256i value = _mm256_xor_si256(load_bytes(w + i * 32), zero_point);
+    const __m256i magnitude = _mm256_abs_epi8(value);
+    for (int r = 0; r < Rows; ++r) {
+      const __m256i q = _mm256_sign_epi8(broadcast_four(x[r] + at + kActivationHeader + i), value);
+      total[r] = _mm256_add_epi32(total[r], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, q), ones));
+    }
+  }
+}
+
+template <int Bits, int Rows>
+inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size, float* out) {
+  const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
+  for (int i = 0; i < Rows * kPanel; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
+  const uint8_t* const end = w + groups * group_bytes;
+  constexpr int64_t kAhead = 2048;
+  for (int64_t at = 0; w != end; w += group_bytes, at += group_size + kActivationHeader) {
+    const uint8_t* far = w + kAhead < end ? w + kAhead : ahead + (w + kAhead - end);
+    for (int64_t i = 0; i < group_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(far + i), _MM_HINT_T0);
+    for (int part = 0; part < 4; ++part) {
+      const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * part)));
+      __m256i total[Rows];
+      if (Bits == 4) {
+        products4<Rows>(w + 64 + 32 * part, x, at, group_size, total);
+      } else {
+        products8<Rows>(w + 64 + 32 * part, x, at, group_size, total);
+      }
+      for (int r = 0; r < Rows; ++r) {
+        float row_scale;
+        std::memcpy(&row_scale, x[r] + at, 4);
+        float* sum = out + r * kPanel + 8 * part;
+        const __m256 both = _mm256_mul_ps(scale, _mm256_set1_ps(row_scale));
+        _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r]), both, _mm256_loadu_ps(sum)));
+      }
+    }
+  }
+}
+
+template <int Bits>
+inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups, int group_size,
+                float* out) {
+  switch (rows) {
+    case 1: return panel<Bits, 1>(w, ahead, x, groups, group_size, out);
+    case 2: return panel<Bits, 2>(w, ahead, x, groups, group_size, out);
+    case 3: return panel<Bits, 3>(w, ahead, x, groups, group_size, out);
+    case 4: return panel<Bits, 4>(w, ahead, x, groups, group_size, out);
+    case 5: return panel<Bits, 5>(w, ahead, x, groups, group_size, out);
+    case 6: return panel<Bits, 6>(w, ahead, x, groups, group_size, out);
+  }
+}
+
+inline PanelKernel choose_panel(Packing packing) { return packing.bits == 4 ? panel_rows<4> : panel_rows<8>; }
+
+}  // namespace moevlm::matmul::avx2
