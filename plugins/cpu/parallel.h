@@ -19,7 +19,9 @@ void parallel_for(const Pool& pool, int64_t total, Body&& body) {
     body(int64_t{0});
   } else if (total > 1) {
     using Plain = std::remove_reference_t<Body>;
-    pool.run(pool.self, total, [](void* argument, size_t i) { (*static_cast<Plain*>(argument))(static_cast<int64_t>(i)); }, &body);
+    pool.run(
+        pool.self, total, [](void* argument, size_t i) { (*static_cast<Plain*>(argument))(static_cast<int64_t>(i)); },
+        &body);
   }
 }
 

@@ -8,10 +8,10 @@ namespace moevlm {
 constexpr int64_t kMaxHeads = 1024;
 constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kMaxKeyDim = 576, kMaxValueDim = 512;  // of PagedAttention: a latent of 512 and 64 rotated dimensions
-constexpr int64_t kMaxEntries = 1 << 30;  // of a sequence
-constexpr int64_t kMaxWidth = 1 << 24;  // of a row of activations or of a weight
+constexpr int64_t kMaxEntries = 1 << 30;                 // of a sequence
+constexpr int64_t kMaxWidth = 1 << 24;                   // of a row of activations or of a weight
 constexpr int64_t kMaxExperts = 4096;
-constexpr int64_t kMaxCandidates = 4096;  // of a row of logits
+constexpr int64_t kMaxCandidates = 4096;   // of a row of logits
 constexpr int64_t kMaxTokens = INT32_MAX;  // of a call, and of pairs of a token and an expert
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

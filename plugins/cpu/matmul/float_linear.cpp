@@ -9,7 +9,7 @@ namespace moevlm::matmul {
 namespace {
 
 constexpr int64_t kRows = kMaxFloatRows, kDepth = kFloatDepth;
-// A block of y: its rows and panels share what is in the processor's caches.
+// A block of y is made at once: its rows share the panels in the cache, its panels share the rows.
 constexpr int64_t kBlockRows = 4 * kRows, kBlockPanels = 4;
 
 struct Product {
@@ -30,7 +30,7 @@ struct Product {
       const int64_t depth = std::min(kDepth, k - d);
       for (int64_t t = from; t < to; t += kRows) {
         const int64_t rows = std::min(kRows, to - t);
-        // Where k is a power of two, all rows would want one place in the cache.
+        // Copied, because rows whose distance is a power of two would all want one place in the cache.
         for (int64_t r = 0; r < rows; ++r) std::copy_n(x + (t + r) * k + d, depth, side_by_side + r * kDepth);
         for (int64_t p = first; p < last; ++p)
           kernels.float_panel(weight + (p * k + d) * kPanel, side_by_side, static_cast<int>(rows), depth,
@@ -55,9 +55,9 @@ void float_linear(const FloatLinearShape& shape, const Kernels& kernels, const P
   const Product product{shape, kernels, x, weight, bias, y};
   const int64_t panels = shape.panels(), groups = ceil_div(tokens, kRows), most = kBlockRows / kRows;
   // A multiplication of floats takes as long as four of bytes.
-  const int64_t wanted = parts(shape.weights() * sizeof(float), tokens * shape.n * shape.k / 4, groups * panels);
+  const int64_t wanted = task_count(shape.weights() * sizeof(float), tokens * shape.n * shape.k / 4, groups * panels);
   const int64_t chunks = std::min(wanted, 4 * pool.threads);
-  // Rows are divided only where they are many: each part reads the weights again.
+  // Rows are divided only where they are many, because each part of them reads the weights again.
   const int64_t row_chunks = groups <= most ? 1 : std::clamp(chunks, ceil_div(groups, most), groups);
   const int64_t panel_chunks = std::min(ceil_div(chunks, row_chunks), panels);
   const int64_t together = groups > 1 ? kBlockPanels : 1;  // a panel that is read once is best read from end to end

@@ -6,7 +6,7 @@
 namespace moevlm::matmul::MOEVLM_ISA {
 
 extern const Kernels kernels;
-const Kernels kernels{choose_panel, float_panel, quantize, activate, store_row, accumulate_row, softmax, sigmoid,
-                      pairwise_sum};
+const Kernels kernels{choose_panel,   float_panel, quantize, activate,    store_row,
+                      accumulate_row, softmax,     sigmoid,  pairwise_sum};
 
 }  // namespace moevlm::matmul::MOEVLM_ISA

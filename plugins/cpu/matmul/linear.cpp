@@ -4,9 +4,9 @@
 
 namespace moevlm::matmul {
 
-int64_t parts(int64_t bytes, int64_t products, int64_t limit) {
-  const int64_t by_memory = bytes / (100u << 10), by_arithmetic = products / (1u << 20);
-  return std::clamp<int64_t>(std::max(by_memory, by_arithmetic), 1, std::min<int64_t>(std::max<int64_t>(limit, 1), 128));
+int64_t task_count(int64_t bytes, int64_t macs, int64_t most) {
+  const int64_t by_memory = bytes / (100 << 10), by_arithmetic = macs / (1 << 20);
+  return std::clamp<int64_t>(std::max(by_memory, by_arithmetic), 1, std::clamp<int64_t>(most, 1, 128));
 }
 
 void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, int64_t tokens, int64_t k,
@@ -27,10 +27,10 @@ void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, 
   const int64_t panels = ceil_div(shape.n, kPanel), groups = shape.packing.groups(shape.k);
   const int64_t panel_bytes = shape.packing.panel_bytes(shape.k), row_bytes = shape.packing.activation_bytes(shape.k);
   const int64_t batches = ceil_div(tokens, kMaxRows);  // of almost equal size: 8 rows are 4 and 4, not 6 and 2
-  const int64_t chunks = parts(shape.weight_bytes(), tokens * shape.n * shape.k, panels);
-  parallel_for(pool, chunks, [&](int64_t chunk) {
+  const int64_t tasks = task_count(shape.weight_bytes(), tokens * shape.n * shape.k, panels);
+  parallel_for(pool, tasks, [&](int64_t task) {
     alignas(64) float out[kMaxRows * kPanel];
-    for (int64_t p = panels * chunk / chunks; p < panels * (chunk + 1) / chunks; ++p) {
+    for (int64_t p = panels * task / tasks; p < panels * (task + 1) / tasks; ++p) {
       alignas(64) float panel_bias[kPanel] = {};
       const int count = static_cast<int>(std::min<int64_t>(kPanel, shape.n - p * kPanel));
       if (bias) std::copy_n(bias + p * kPanel, count, panel_bias);

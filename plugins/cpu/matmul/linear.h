@@ -1,4 +1,4 @@
-// y = x W^T + bias over packed weights.
+// y = x W^T + bias over quantized weights, packed as packing.h says.
 #pragma once
 #include "matmul/kernels.h"
 #include "parallel.h"
@@ -21,8 +21,8 @@ void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, 
 void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, const float* x, int64_t tokens, int64_t k,
                    uint8_t* rows);
 
-// Into how many parts to cut a product that reads `bytes` of weights and does `products` multiplications, so that a
-// part takes a few microseconds: less would be all overhead, more would leave threads without work.
-int64_t parts(int64_t bytes, int64_t products, int64_t limit);
+// How many tasks a product makes that reads `bytes` of weights and does `macs` multiplications: a task takes a few
+// microseconds. Shorter ones would be all overhead, longer ones would leave threads without work. From 1 to `most`.
+int64_t task_count(int64_t bytes, int64_t macs, int64_t most);
 
 }  // namespace moevlm::matmul

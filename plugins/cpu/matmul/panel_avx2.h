@@ -13,7 +13,7 @@ inline __m256i broadcast_four(const uint8_t* p) {
   return _mm256_set1_epi32(four);
 }
 
-// 8 rows of a panel by Rows rows of activations over one group_size: int32 sums, the zero point taken out.
+// 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out.
 // 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k.
 template <int Rows>
 inline void products4(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
@@ -54,7 +54,8 @@ inline void products8(const uint8_t* w, const uint8_t* const* x, int64_t at, int
 }
 
 template <int Bits, int Rows>
-inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size, float* out) {
+inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size,
+                  float* out) {
   const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
   for (int i = 0; i < Rows * kPanel; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   const uint8_t* const end = w + groups * group_bytes;
@@ -82,8 +83,8 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
 }
 
 template <int Bits>
-inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups, int group_size,
-                float* out) {
+inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
+                       int group_size, float* out) {
   switch (rows) {
     case 1: return panel<Bits, 1>(w, ahead, x, groups, group_size, out);
     case 2: return panel<Bits, 2>(w, ahead, x, groups, group_size, out);

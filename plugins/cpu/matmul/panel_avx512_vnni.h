@@ -19,13 +19,13 @@ inline __m512 broadcast_float(const uint8_t* p) {
   return _mm512_set1_ps(value);
 }
 
-constexpr int64_t kAhead = 3072;  // bytes; some 130 ns of one core's memory bandwidth
+constexpr int64_t kAhead = 3072;  // bytes to prefetch ahead: what one core reads from memory in some 130 ns
 
-// GroupSize = 0: known at run time only. Up to two rows, low and high halves have accumulators of their own, because the
-// chain of dependent products would otherwise be longer than the memory is slow.
+// GroupSize = 0: known at run time only. With one row or two, the values of k with an even and an odd number of four
+// are summed apart: one chain of products that wait for each other would take longer than memory takes for the weights.
 template <int Bits, int GroupSize, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* rows, int64_t groups, int size_given,
-           float* out) {
+                  float* out) {
   constexpr int Chains = Rows <= 2 ? 2 : 1;
   const int group_size = GroupSize ? GroupSize : size_given;
   const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
@@ -105,8 +105,8 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
 }
 
 template <int Bits, int GroupSize>
-inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups, int group_size,
-                float* out) {
+inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
+                       int group_size, float* out) {
   switch (rows) {
     case 1: return panel<Bits, GroupSize, 1>(w, ahead, x, groups, group_size, out);
     case 2: return panel<Bits, GroupSize, 2>(w, ahead, x, groups, group_size, out);
@@ -119,8 +119,12 @@ inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* co
 
 inline PanelKernel choose_panel(Packing packing) {
   if (packing.bits == 4)
-    return packing.group_size == 32 ? panel_rows<4, 32> : packing.group_size == 128 ? panel_rows<4, 128> : panel_rows<4, 0>;
-  return packing.group_size == 32 ? panel_rows<8, 32> : packing.group_size == 128 ? panel_rows<8, 128> : panel_rows<8, 0>;
+    return packing.group_size == 32    ? panel_rows<4, 32>
+           : packing.group_size == 128 ? panel_rows<4, 128>
+                                       : panel_rows<4, 0>;
+  return packing.group_size == 32    ? panel_rows<8, 32>
+         : packing.group_size == 128 ? panel_rows<8, 128>
+                                     : panel_rows<8, 0>;
 }
 
 }  // namespace moevlm::matmul::avx512_vnni

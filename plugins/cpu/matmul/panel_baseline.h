@@ -24,7 +24,8 @@ struct Four {
 };
 
 template <int Bits>
-inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int rows, int64_t groups, int group_size, float* out) {
+inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int rows, int64_t groups, int group_size,
+                  float* out) {
   std::memset(out, 0, sizeof(float) * rows * kPanel);
   int64_t at = 0;
   for (int64_t b = 0; b < groups; ++b, at += group_size + kActivationHeader) {

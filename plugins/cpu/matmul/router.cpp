@@ -7,12 +7,12 @@
 namespace moevlm::matmul {
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
-// NaN comes after everything else, as in numpy's sort; equals keep their order.
+// NaN is worse than everything else, as in numpy's sort.
 inline bool better(float a, float b) { return a > b || (b != b && a == a); }
 
-// The k <= kMaxExperts best of n, the best first, by insertion: k is small in every model.
+// The k <= kMaxExperts best of n, the best first, of equal ones the first. By insertion: k is small in every model.
 void top(const float* score, int64_t n, int64_t k, int32_t* index) {
   float kept[kMaxExperts];
   int64_t size = 0;
@@ -43,7 +43,7 @@ void mask_groups(const RouterShape& shape, float* choice, int64_t experts) {
   top(group_score, shape.n_group, shape.topk_group, groups);
   for (int64_t g = 0; g < shape.topk_group; ++g) kept[groups[g]] = true;
   for (int64_t g = 0; g < shape.n_group; ++g)
-    if (!kept[g]) std::fill_n(choice + g * size, size, kNever);
+    if (!kept[g]) std::fill_n(choice + g * size, size, kMasked);
 }
 
 void route_token(const RouterShape& shape, const Kernels& kernels, const float* logits, const float* bias,
@@ -68,7 +68,7 @@ void route_token(const RouterShape& shape, const Kernels& kernels, const float* 
 }  // namespace
 
 bool RouterShape::valid(int64_t experts) const {
-  if (top_k < 1 || experts < 1 || experts > static_cast<int64_t>(kMaxExperts)) return false;
+  if (top_k < 1 || experts < 1 || experts > kMaxExperts) return false;
   if (n_group < 1 || topk_group < 1 || topk_group > n_group || experts % n_group) return false;
   const int64_t size = experts / n_group;
   return !(n_group > 1 && top2_sum && size < 2) && top_k <= topk_group * size;

@@ -2,7 +2,6 @@
 #pragma once
 #include "matmul/kernels.h"
 #include "parallel.h"
-#include "sizes.h"
 
 namespace moevlm::matmul {
 
@@ -14,7 +13,7 @@ struct RouterShape {
   int64_t n_group, topk_group;
   bool top2_sum;
 
-  // Whether a router of `experts` experts can choose so.
+  // Whether a router of that many experts can choose so.
   bool valid(int64_t experts) const;
 };
 

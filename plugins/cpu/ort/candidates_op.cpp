@@ -18,7 +18,8 @@ struct CandidatesOp {
   void compute(Call& call) const {
     const auto [logits] = read_inputs(call, inputs);
     if (logits.shape.size() != 2 || logits.shape[1] < count || logits.shape[1] > kMaxWidth)
-      invalid("logits has shape ", text(logits.shape), " (allowed: [L, V], V from count = ", count, " to ", kMaxWidth, ")");
+      invalid("logits has shape ", text(logits.shape), " (allowed: [L, V], V from count = ", count, " to ", kMaxWidth,
+              ")");
     const int64_t rows = logits.shape[0];
     float* values = call.output<float>(0, {rows, count});
     int32_t* ids = call.output<int32_t>(1, {rows, count});

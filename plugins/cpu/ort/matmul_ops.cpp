@@ -47,8 +47,7 @@ struct LinearOp {
   LinearShape shape;
 
   explicit LinearOp(const Attributes& a)
-      : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth),
-              read_packing(a)} {}
+      : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth), read_packing(a)} {}
 
   void compute(Call& call) const {
     const auto [x, weight, bias] = read_inputs(call, inputs);
@@ -58,8 +57,8 @@ struct LinearOp {
     const int64_t tokens = x.shape[0];
     float* y = call.output<float>(0, {x.shape[0], shape.n});
     const auto memory = scratch(shape.scratch_bytes(tokens));
-    linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), bias.as<float>(), y,
-           memory.get());
+    linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(),
+           bias.as<float>(), y, memory.get());
   }
 };
 
@@ -70,8 +69,7 @@ struct FloatLinearOp {
 
   FloatLinearShape shape;
 
-  explicit FloatLinearOp(const Attributes& a)
-      : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth)} {}
+  explicit FloatLinearOp(const Attributes& a) : shape{a.integer("N", 1, kMaxWidth), a.integer("K", 1, kMaxWidth)} {}
 
   void compute(Call& call) const {
     const auto [x, weight, bias] = read_inputs(call, inputs);
@@ -131,15 +129,21 @@ struct ExpertsOp {
     require_shape("down_bias", down_bias, {count, bank.hidden}, "[E, H]");
 
     const int64_t tokens = x.shape[0], top_k = index.shape[1];
-    const ExpertsInputs in{x.as<float>(),        index.as<int32_t>(), weight.as<float>(),
-                           gate_up.as<uint8_t>(), down.as<uint8_t>(),  up_bias.as<float>(),
-                           down_bias.as<float>(), tokens,              top_k};
+    const ExpertsInputs in{x.as<float>(),
+                           index.as<int32_t>(),
+                           weight.as<float>(),
+                           gate_up.as<uint8_t>(),
+                           down.as<uint8_t>(),
+                           up_bias.as<float>(),
+                           down_bias.as<float>(),
+                           tokens,
+                           top_k};
     float* y = call.output<float>(0, x.shape);
     const auto memory = scratch(bank.scratch_bytes(tokens, top_k));
     const int64_t checked = matmul::experts(bank, kernels(instruction_set()), call.pool(), in, y, memory.get());
     if (checked < tokens * top_k) {
-      invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked],
-              " (allowed: 0 to ", count - 1, ")");
+      invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked], " (allowed: 0 to ",
+              count - 1, ")");
     }
   }
 };
@@ -174,7 +178,8 @@ struct RouterOp {
     const Shape out = {logits.shape[0], shape.top_k};
     int32_t* index = call.output<int32_t>(0, out);
     float* weight = call.output<float>(1, out);
-    route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index, weight);
+    route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index,
+          weight);
   }
 };
 

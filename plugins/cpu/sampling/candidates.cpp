@@ -57,7 +57,8 @@ class Row {
       most = std::max(most, *std::max_element(maxima_.begin(), nth + 1));
     }
     double sum = 0;
-    int64_t found = kernels_.collect(logits, size_, threshold, most, ids_.data(), static_cast<int64_t>(ids_.size()), &sum);
+    int64_t found =
+        kernels_.collect(logits, size_, threshold, most, ids_.data(), static_cast<int64_t>(ids_.size()), &sum);
     if (found > static_cast<int64_t>(ids_.size())) {  // many equal values, or NaN
       ids_.resize(found);
       kernels_.collect(logits, size_, threshold, most, ids_.data(), found, &sum);

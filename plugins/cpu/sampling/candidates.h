@@ -1,8 +1,8 @@
 // The likeliest tokens of rows of logits, without sorting the vocabulary: moevlm.plugins.ops.candidates.
 //
 // A row is read twice. First the largest value of each of many parts of it; the `count`-th largest of these is a
-// threshold that at least `count` values reach, and hardly more. Then what reaches it is collected and sorted, while the
-// exponentials of all values are summed.
+// threshold that at least `count` values reach, and hardly more. Then what reaches it is collected and sorted, while
+// the exponentials of all values are summed.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +20,7 @@ struct Kernels {
   // ids <- of values that are not below the threshold (NaN is not), rising, the first `capacity` of them; sum <- of
   // exp(logit - most) over all. Returns how many there are.
   int64_t (*collect)(const float* logits, int64_t size, float threshold, float most, int32_t* ids, int64_t capacity,
-                    double* sum);
+                     double* sum);
 };
 
 const Kernels& kernels(InstructionSet set);

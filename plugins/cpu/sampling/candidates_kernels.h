@@ -23,7 +23,7 @@ inline void maxima(const float* logits, int64_t vectors, int64_t blocks, float* 
 }
 
 inline int64_t collect(const float* logits, int64_t size, float threshold, float most, int32_t* ids, int64_t capacity,
-                      double* sum_of_all) {
+                       double* sum_of_all) {
   constexpr int64_t strip = 32;  // vectors in one float sum
   const Vec limit = Vec{} + threshold;
   int64_t found = 0;

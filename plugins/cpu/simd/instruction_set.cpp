@@ -19,7 +19,8 @@ InstructionSet cap() {
     if (std::string(value) == name) return static_cast<InstructionSet>(i);
     allowed += (i++ ? ", " : "") + std::string(name);
   }
-  throw std::invalid_argument("MOEVLM_CPU_ISA = \"" + std::string(value).substr(0, 40) + "\" (allowed: " + allowed + ")");
+  throw std::invalid_argument("MOEVLM_CPU_ISA = \"" + std::string(value).substr(0, 40) + "\" (allowed: " + allowed +
+                              ")");
 }
 
 }  // namespace

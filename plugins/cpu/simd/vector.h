@@ -28,7 +28,8 @@ MOEVLM_INLINE Vec load(const float* p) {
 
 MOEVLM_INLINE Vec load(const int8_t* p) {
 #if MOEVLM_LANES == 16 && defined(__x86_64__)  // GCC 12 would widen the bytes one by one
-  return __builtin_convertvector((Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), Vec);
+  return __builtin_convertvector(
+      (Ints)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), Vec);
 #elif MOEVLM_LANES == 8 && defined(__x86_64__)
   return __builtin_convertvector((Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), Vec);
 #else
@@ -45,8 +46,8 @@ MOEVLM_INLINE void prefetch(const void* p, int64_t bytes) {
 
 MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// a * b + c, rounded once where the instruction set can: a compiler that is left to contract expressions may do so in one
-// copy of a loop and not in another.
+// a * b + c, rounded once where the instruction set can: a compiler that is left to contract expressions may do so in
+// one copy of a loop and not in another.
 MOEVLM_INLINE Vec fma(Vec a, Vec b, Vec c) {
 #if MOEVLM_LANES == 16 && defined(__x86_64__)
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -204,8 +205,8 @@ MOEVLM_INLINE float largest_magnitude(Ints v) {
   return value;
 }
 
-// 2^x for x <= 0, and 0 below 2^-126; NaN stays NaN. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f on
-// [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
+// 2^x for x <= 0, and 0 below 2^-126; NaN stays NaN. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f
+// on [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
 MOEVLM_INLINE Vec exp2(Vec x) {
   const Vec magic = Vec{} + 12582912.0f;
   const Vec shifted = x + magic;
@@ -223,16 +224,13 @@ MOEVLM_INLINE Vec exp2(Vec x) {
 // result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
 // Ahead: how many bytes from each element of b that is loaded to ask for another, or 0.
 template <int M, int N, bool Accumulate, int64_t Ahead = 0, class T>
-MOEVLM_INLINE void multiply(
-  const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result, int64_t result_stride,
-  int64_t depth) {
+MOEVLM_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result,
+                            int64_t result_stride, int64_t depth) {
   Vec sums[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      sums[m][n] = Vec{};
-    }
+    for (int n = 0; n < N; ++n) { sums[m][n] = Vec{}; }
   }
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[N];
