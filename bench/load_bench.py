@@ -11,10 +11,10 @@ from time import perf_counter
 import click
 import numpy as np
 
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.console import bytes_text, console
-from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.request.prompt import Prompt
 
@@ -39,7 +39,8 @@ def main(bundle: Path, target: str | None) -> None:
     engine = load_engine(opened, name)
     seconds, model = perf_counter() - started, opened.manifest.model
     ids = np.random.default_rng(0).integers(0, model.image_token_id - 8, TOKENS)
-    Batch(engine, model, [Prompt.from_ids(ids, [], model)], None, TOKENS).prefill()
+    prompts = [Prompt.from_ids(ids, [], model)]
+    Batch(engine, model, prompts, None, BatchLimits.of(prompts, engine.limits, 0)).prefill()
     used = memory()
     peak, own = bytes_text(used["VmHWM"]), bytes_text(used["RssAnon"])
     console().print(f"{name}, {bytes_text(size)}: loaded in {seconds:.2f} s, peak memory {peak}, {own} of no file")

@@ -18,9 +18,9 @@ import numpy as np
 
 from bench.export_bench import FOLDER, measure
 from bench.random_checkpoint import config, write
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.console import bytes_text, console, table
-from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.perf.machine import measure_machine
 from moevlm.runtime.request.prompt import Prompt
@@ -67,7 +67,8 @@ def decode_seconds(bundle: Bundle, target: str) -> float:
     rng, times = np.random.default_rng(0), []
     for round_number in range(ROUNDS + 1):
         ids = rng.integers(0, model.image_token_id - 8, PAST + TOKENS)
-        batch = Batch(engine, model, [Prompt.from_ids(ids[:PAST], [], model)], None, PAST + TOKENS)
+        prompts = [Prompt.from_ids(ids[:PAST], [], model)]
+        batch = Batch(engine, model, prompts, None, BatchLimits.of(prompts, engine.limits, TOKENS))
         batch.prefill()
         for token in ids[PAST:]:
             started = perf_counter()

@@ -16,6 +16,7 @@ from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.target import PlanTarget
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.request_files import request_files
+from moevlm.export.config import ModelConfig
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
@@ -23,7 +24,7 @@ from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
+from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest
 
 Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
@@ -82,7 +83,7 @@ def build(
         if reference not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], reference.path(name))
-        engines = _build_engines(chosen, writer, graphs, metadata, progress)
+        engines = _build_engines(chosen, writer, graphs, model.config, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -133,8 +134,7 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        metadata = existing.manifest.model
-        engines = _build_engines(chosen, writer, graphs, metadata, progress, existing)
+        engines = _build_engines(chosen, writer, graphs, model.config, progress, existing)
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -150,7 +150,7 @@ def _build_engines(
     chosen: Iterable[Target | PlanTarget],
     writer: BundleWriter,
     graphs: dict[str, ir.Model],
-    model: ModelMetadata,
+    config: ModelConfig,
     progress: Progress,
     existing: Bundle | None = None,
 ) -> dict[str, EngineMetadata]:
@@ -158,7 +158,7 @@ def _build_engines(
     # Where builds have to be the same bytes, reproducible-builds.org's variable stands for the clock.
     clock = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     built = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    engines = {target.name: target.write(writer, graphs, model, progress, existing) for target in chosen}
+    engines = {target.name: target.write(writer, graphs, config, progress, existing) for target in chosen}
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
 
 

@@ -1,10 +1,15 @@
 """The canonical description of a MoE VLM: what every family's config.json is translated into."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+import msgspec
+
+from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import shown
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.states import PagedKV, StateSpec
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,29 @@ class MoEConfig:
         self.router.check(self.experts)
 
 
+class MixerConfig(ABC):
+    """How the tokens of a sequence see each other in one layer; its module is registered in `modules.mixers`."""
+
+    @abstractmethod
+    def states(self, layer: int) -> tuple[StateSpec, ...]:
+        """What a sequence keeps of layer `layer` between steps, in the order of the module's states."""
+
+    def metadata(self) -> LayerMetadata:
+        """The manifest's shapes of attention; none here."""
+        return LayerMetadata()
+
+    def rotations(self) -> Mapping[int, int]:
+        """How many dimensions of a head it rotates, by rope group; none here."""
+        return {}
+
+
 @dataclass(frozen=True)
-class AttentionConfig:
-    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head."""
+class GQAConfig(MixerConfig):
+    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head.
+
+    rope: the rope group. value_dim: of a value's head; 0 for head_dim. qk_norm: an RMS norm of each query and key.
+    window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
+    """
 
     heads: int
     kv_heads: int
@@ -42,31 +67,80 @@ class AttentionConfig:
     qk_norm: bool
     qkv_bias: bool
     out_bias: bool
+    rope: int = 0
+    value_dim: int = 0
+    window: int = 0
+    softcap: float = 0.0
+    sinks: bool = False
+    scale: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads = {self.kv_heads} (allowed: a divisor of the {self.heads} heads)")
-        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+        self.spec(0.0)
+        if self.rotary_dim > self.head_dim:
             raise ValueError(f"rotary_dim = {self.rotary_dim} (allowed: even, up to head_dim = {self.head_dim})")
+
+    def spec(self, epsilon: float) -> AttentionSpec:
+        """The op's attributes. epsilon: of the norms."""
+        return AttentionSpec(
+            self.heads,
+            self.kv_heads,
+            self.rotary_dim,
+            scale=self.scale,
+            window=self.window,
+            softcap=self.softcap,
+            epsilon=epsilon,
+        )
+
+    def states(self, layer: int) -> tuple[StateSpec, ...]:
+        heads, dim = self.kv_heads, self.head_dim
+        value_dim = self.value_dim or dim
+        return (PagedKV(layer=layer, kv_heads=heads, key_dim=dim, value_dim=value_dim, window=self.window),)
+
+    def metadata(self) -> LayerMetadata:
+        return LayerMetadata(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            key_dim=self.head_dim,
+            value_dim=self.value_dim or self.head_dim,
+            window=self.window,
+        )
+
+    def rotations(self) -> Mapping[int, int]:
+        return {self.rope: self.rotary_dim}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One layer of the decoder: RMS norm and mixer, then RMS norm and feed-forward, each added to the residual."""
+
+    mixer: MixerConfig
+    feed_forward: MLPConfig | MoEConfig
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The language model. feed_forward: one entry per layer. deepstack: visual levels added after the first layers."""
+    """The language model. ropes: by rope group. deepstack: visual levels added after the first layers."""
 
     vocabulary: int
     hidden: int
     context: int
     epsilon: float
     tied_head: bool
-    attention: AttentionConfig
-    rope: RopeMetadata
-    feed_forward: tuple[MLPConfig | MoEConfig, ...]
+    ropes: tuple[RopeMetadata, ...]
+    layers: tuple[LayerConfig, ...]
     deepstack: int = 0
 
     def __post_init__(self) -> None:
-        if self.rope.dim != self.attention.rotary_dim:
-            raise ValueError(f"rotary_dim = {self.attention.rotary_dim} (allowed: rope.dim = {self.rope.dim})")
+        for group, dim in (found for layer in self.layers for found in layer.mixer.rotations().items()):
+            if not 0 <= group < len(self.ropes):
+                raise ValueError(f"rope = {group} (allowed: 0 to {len(self.ropes) - 1})")
+            if dim != self.ropes[group].dim:
+                raise ValueError(f"rotary_dim = {dim} (allowed: rope.dim = {self.ropes[group].dim})")
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        """What a sequence keeps between steps, layer by layer, in float32."""
+        return tuple(state for i, layer in enumerate(self.layers) for state in layer.mixer.states(i))
 
 
 @dataclass(frozen=True)
@@ -137,8 +211,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.vision.merger.out != self.decoder.hidden:
             raise ValueError(f"width of visual tokens = {self.vision.merger.out} (allowed: {self.decoder.hidden})")
-        if self.decoder.deepstack > len(self.decoder.feed_forward):
-            levels, layers = shown(list(self.vision.deepstack_layers)), len(self.decoder.feed_forward)
+        if self.decoder.deepstack > len(self.decoder.layers):
+            levels, layers = shown(list(self.vision.deepstack_layers)), len(self.decoder.layers)
             raise ValueError(f"deepstack layers = {levels} (allowed: at most {layers}, one per decoder layer)")
         if self.image_token_id >= self.decoder.vocabulary:
             raise ValueError(f"image_token_id = {self.image_token_id} (allowed: up to {self.decoder.vocabulary - 1})")
@@ -146,7 +220,8 @@ class ModelConfig:
     @property
     def moe(self) -> dict[int, MoEConfig]:
         """The sparse layers, by their place among all."""
-        return {i: ffn for i, ffn in enumerate(self.decoder.feed_forward) if isinstance(ffn, MoEConfig)}
+        found = ((i, layer.feed_forward) for i, layer in enumerate(self.decoder.layers))
+        return {i: feed_forward for i, feed_forward in found if isinstance(feed_forward, MoEConfig)}
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -154,26 +229,16 @@ class ModelConfig:
 
     def metadata(self) -> ModelMetadata:
         """What the runtime must know, for the manifest."""
-        decoder, vision, attention = self.decoder, self.vision, self.decoder.attention
+        decoder, vision = self.decoder, self.vision
         return ModelMetadata(
             model_type=self.model_type,
             hidden=decoder.hidden,
             vocabulary=decoder.vocabulary,
             context=decoder.context,
-            layers=tuple(
-                LayerMetadata(
-                    heads=attention.heads,
-                    kv_heads=attention.kv_heads,
-                    key_dim=attention.head_dim,
-                    value_dim=attention.head_dim,
-                    experts=ffn.experts if isinstance(ffn, MoEConfig) else 0,
-                    top_k=ffn.router.top_k if isinstance(ffn, MoEConfig) else 0,
-                )
-                for ffn in decoder.feed_forward
-            ),
+            layers=tuple(map(_layer_metadata, decoder.layers)),
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
-            ropes=(decoder.rope,),
+            ropes=decoder.ropes,
             vision=VisionMetadata(
                 patch_size=vision.patch_size,
                 temporal_patch_size=vision.temporal_patch_size,
@@ -186,3 +251,10 @@ class ModelConfig:
                 deepstack=len(vision.deepstack_layers),
             ),
         )
+
+
+def _layer_metadata(layer: LayerConfig) -> LayerMetadata:
+    metadata, feed_forward = layer.mixer.metadata(), layer.feed_forward
+    if not isinstance(feed_forward, MoEConfig):
+        return metadata
+    return msgspec.structs.replace(metadata, experts=feed_forward.experts, top_k=feed_forward.router.top_k)

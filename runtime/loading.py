@@ -49,7 +49,7 @@ def load_runtime(
     if target is not None and not isinstance(target, str):
         raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
     bundle = Bundle.open(_directory(path))
-    name, metadata = select(bundle, target)
+    name, _ = select(bundle, target)
     vocabulary, template = (bundle.optional_text(file) for file in ("tokenizer.json", "chat_template.jinja"))
     tokenizer = None if vocabulary is None else Tokenizer(vocabulary)
     chat = None if template is None else ChatTemplate(template, bundle.manifest.template_variables)
@@ -63,7 +63,6 @@ def load_runtime(
         engine,
         images,
         chunk_tokens=chunk_tokens,
-        built_for=metadata.tensorrt,
         target=name,
         sampling=sampling,
     )
@@ -129,7 +128,7 @@ def _tensorrt_engine(
     vision, decoder = (
         PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
     )
-    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine.states, metadata)
+    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine)
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 
 from bench.peers.protocol import System, Timed, arguments, serve
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.loading import load_images, load_runtime
 from moevlm.runtime.request.prompt import Prompt
@@ -60,7 +60,9 @@ class MoevlmBundle(System):
         return perf_counter() - started, chosen
 
     def _batch(self, prompts: list[Prompt], new_tokens: int) -> Batch:
-        return self._runtime.batch(prompts, self._runtime.encode(prompts), new_tokens)
+        engine = self._runtime.engine
+        limits = BatchLimits.of(prompts, engine.limits, new_tokens)
+        return Batch(engine, self._model, prompts, self._runtime.encode(prompts), limits)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ class Sizes:
 
     def require(self, config: ModelConfig, target: str) -> None:
         """Raise BuildError for the first size of the model that is too large or no multiple, by its field."""
-        attention = config.decoder.attention
-        _require(target, "text_config.num_attention_heads", attention.heads, self.heads)
-        _require(target, "text_config.head_dim", attention.head_dim, self.head_dim, self.head_dim_multiple)
+        for attention in dict.fromkeys(layer.mixer.metadata() for layer in config.decoder.layers):
+            _require(target, "text_config.num_attention_heads", attention.heads, self.heads)
+            for dim in (attention.key_dim, attention.value_dim):
+                _require(target, "text_config.head_dim", dim, self.head_dim, self.head_dim_multiple)
         for moe in dict.fromkeys(config.moe.values()):
             _require(target, "text_config.hidden_size", config.decoder.hidden, multiple=self.expert_multiple)
             _require(target, "text_config.moe_intermediate_size", moe.width, multiple=self.expert_multiple)

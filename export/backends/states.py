@@ -1,20 +1,12 @@
 """What the sequences of an engine keep between steps, for the manifest."""
 
-from moevlm.runtime.core.manifest import ModelMetadata
+import msgspec
+
 from moevlm.runtime.core.states import PagedKV, StateSpec
 
 
-def kept(model: ModelMetadata, dtype: str) -> tuple[StateSpec, ...]:
-    """Keys and values of all layers. dtype: of their values."""
+def kept(states: tuple[StateSpec, ...], kv_cache: str) -> tuple[StateSpec, ...]:
+    """The model's states in an engine. kv_cache: dtype of keys and values; recurrent states stay float32."""
     return tuple(
-        PagedKV(
-            layer=i,
-            kv_heads=layer.kv_heads,
-            key_dim=layer.key_dim,
-            value_dim=layer.value_dim,
-            window=layer.window,
-            dtype=dtype,
-        )
-        for i, layer in enumerate(model.layers)
-        if layer.heads
+        msgspec.structs.replace(state, dtype=kv_cache) if isinstance(state, PagedKV) else state for state in states
     )

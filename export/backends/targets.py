@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
+from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
@@ -17,6 +19,7 @@ from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt.names import plan_targets
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.target import PlanTarget
+from moevlm.export.config import ModelConfig
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import GROUP_SIZES, INTEGERS, int_format
 from moevlm.export.formats.sparsity import SPARSITIES
@@ -34,7 +37,8 @@ from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata
+from moevlm.runtime.core.states import PAGE_SIZE
 
 REFERENCE = "reference"
 GRAPHS = ("vision", "decoder")
@@ -57,6 +61,7 @@ class Target:
     group_size: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
     passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
     sparsity: "2:4" if the passes prune the dense layers, else "". sizes: that its kernels take.
+    page_size, row_independent: as in EngineMetadata.
     """
 
     name: str
@@ -68,6 +73,8 @@ class Target:
     operators: str = ""
     sparsity: str = ""
     sizes: Sizes = ANY_SIZE
+    page_size: int = 0
+    row_independent: bool = False
 
     def pruned(self, sparsity: str) -> "Target":
         """This target from weights that were pruned first. Raises BuildError for the reference."""
@@ -76,7 +83,7 @@ class Target:
         passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
         return replace(self, sparsity=sparsity, passes=passes)
 
-    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model], model: ModelMetadata) -> EngineMetadata:
+    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model], config: ModelConfig) -> EngineMetadata:
         """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
         return EngineMetadata(
@@ -84,7 +91,9 @@ class Target:
             decoder=decoder,
             dtype=self.dtype,
             group_size=self.group_size,
-            states=kept(model, self.kv_cache),
+            page_size=self.page_size,
+            row_independent=self.row_independent,
+            states=kept(config.decoder.states, self.kv_cache),
             operators=self.operators,
             sparsity=self.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
@@ -95,7 +104,7 @@ class Target:
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelMetadata,
+        config: ModelConfig,
         progress: Callable[[str, int, int], None],
         existing: Bundle | None = None,  # noqa: ARG002 - nothing of it is of use here
     ) -> EngineMetadata:
@@ -103,7 +112,7 @@ class Target:
         lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
         for name, graph in lowered.items():
             writer.add_model(graph, self.path(name), partial(progress, f"writing {self.name} {name}"))
-        return self.metadata(cost(canonical, lowered, model.vision.merge_size), canonical, model)
+        return self.metadata(cost(canonical, lowered, config.vision.merge_size), canonical, config)
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""
@@ -130,22 +139,31 @@ def _ort_cpu(scheme: IntFormat | None) -> dict[str, tuple[Pass, ...]]:
 def _cpu(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     """To moevlm's own CPU kernels, in ONNX Runtime."""
     linear = (PackProjections(), CpuLinear(scheme), QuantizeEmbedding(EMBEDDING))
+    attention = CpuAttention(kv_cache == "int8")
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (*linear, CpuFloatLinear(), CpuAttention(kv_cache == "int8"), CpuMoE(scheme), FuseSkipNorm()),
+        "decoder": (
+            *linear,
+            CpuFloatLinear(),
+            CpuAttention(kv_cache == "int8"),
+            CpuMoE(scheme),
+            FuseSkipNorm(),
+            CpuCandidates(),
+        ),
     }
 
 
 def _all(group_size: int, kv_cache: str) -> Iterator[Target]:
     # The reference engine is the canonical graphs themselves, with their weights.
-    yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS})
+    yield Target(REFERENCE, "graphs", "float32", 0, "float32", {name: () for name in GRAPHS}, page_size=PAGE_SIZE)
     yield Target("ort-cpu", "engines/ort-cpu", "float32", 0, "float32", _ort_cpu(None), sizes=_ORT_SIZES)
     for dtype in INTEGERS:
         scheme = int_format(dtype, group_size)
+        cpu: dict[str, Any] = {"sizes": _CPU_SIZES, "page_size": PAGE_SIZE, "row_independent": True}
         folder, passes, sizes = f"engines/ort-cpu-{dtype}", _ort_cpu(scheme), _ORT_QUANTIZED_SIZES
         yield Target(f"ort-cpu:{dtype}", folder, dtype, group_size, "float32", passes, sizes=sizes)
         folder, passes = f"engines/cpu-{dtype}", _cpu(scheme, kv_cache)
-        yield Target(f"cpu:{dtype}", folder, dtype, group_size, kv_cache, passes, CPU, sizes=_CPU_SIZES)
+        yield Target(f"cpu:{dtype}", folder, dtype, group_size, kv_cache, passes, CPU, **cpu)
 
 
 PLANS = ("rtx:smNN,...", "trt:smNN")

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import (
-    AttentionConfig,
     DecoderConfig,
+    GQAConfig,
+    LayerConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
@@ -79,23 +80,23 @@ class Glm4vMoe(Family):
         )
         dense = MLPConfig(text.positive("intermediate_size"), activation)
         dense_layers = text.count("first_k_dense_replace", 1)
+        attention = GQAConfig(
+            heads=heads,
+            kv_heads=text.positive("num_key_value_heads"),
+            head_dim=head_dim,
+            rotary_dim=rope.dim,
+            qk_norm=False,
+            qkv_bias=text.flag("attention_bias", True),
+            out_bias=False,
+        )
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
             hidden=hidden,
             context=text.positive("max_position_embeddings"),
             epsilon=text.number("rms_norm_eps", 1e-5),
             tied_head=tied,
-            attention=AttentionConfig(
-                heads=heads,
-                kv_heads=text.positive("num_key_value_heads"),
-                head_dim=head_dim,
-                rotary_dim=rope.dim,
-                qk_norm=False,
-                qkv_bias=text.flag("attention_bias", True),
-                out_bias=False,
-            ),
-            rope=rope,
-            feed_forward=tuple(dense if i < dense_layers else moe for i in range(layers)),
+            ropes=(rope,),
+            layers=tuple(LayerConfig(attention, dense if i < dense_layers else moe) for i in range(layers)),
         )
 
     def _vision(self, vision: Fields) -> VisionConfig:

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import (
-    AttentionConfig,
     DecoderConfig,
+    GQAConfig,
+    LayerConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
@@ -65,23 +66,25 @@ class Qwen3VLMoe(Family):
         )
         dense = MLPConfig(text.positive("intermediate_size", 4 * hidden), activation)
         dense_layers, step = text.counts("mlp_only_layers", ()), text.positive("decoder_sparse_step", 1)
+        attention = GQAConfig(
+            heads=heads,
+            kv_heads=text.positive("num_key_value_heads", heads),
+            head_dim=head_dim,
+            rotary_dim=rope.dim,
+            qk_norm=True,
+            qkv_bias=bias,
+            out_bias=bias,
+        )
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
             hidden=hidden,
             context=text.positive("max_position_embeddings"),
             epsilon=text.number("rms_norm_eps", 1e-6),
             tied_head=tied,
-            attention=AttentionConfig(
-                heads=heads,
-                kv_heads=text.positive("num_key_value_heads", heads),
-                head_dim=head_dim,
-                rotary_dim=rope.dim,
-                qk_norm=True,
-                qkv_bias=bias,
-                out_bias=bias,
+            ropes=(rope,),
+            layers=tuple(
+                LayerConfig(attention, dense if i in dense_layers or (i + 1) % step else moe) for i in range(layers)
             ),
-            rope=rope,
-            feed_forward=tuple(dense if i in dense_layers or (i + 1) % step else moe for i in range(layers)),
             deepstack=len(vision.counts("deepstack_visual_indexes")),
         )
 

@@ -1,6 +1,7 @@
 """The body of `moevlm::PagedAttention` in standard ONNX: pages are written in one scatter, and read per sequence."""
 
 import onnx
+import onnx_ir as ir
 
 from moevlm.export.graph.op import Op, function, register
 from moevlm.plugins.ops.spec import AttentionSpec
@@ -212,6 +213,12 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     }
     outputs = ["y", "key_cache_out"] + ([] if spec.value_in_key else ["value_cache_out"])
     return function(PAGED_ATTENTION, spec, list(INPUTS[: len(present)]), outputs, constants, text)
+
+
+def caches(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
+    """Each cache of a PagedAttention node as it goes in and as it comes out."""
+    given = [value for value in node.inputs[5:7] if value is not None]
+    return list(zip(given, node.outputs[1:], strict=True))
 
 
 register(Op(PAGED_ATTENTION, AttentionSpec, paged_attention_function, "paged_attention"))

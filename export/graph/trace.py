@@ -1,6 +1,7 @@
 """The canonical ONNX graphs of a model: each tower, on the meta device, traced once; weights bound by name."""
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import onnx_ir as ir
@@ -12,35 +13,45 @@ from moevlm.export.graph.translate import Translator
 from moevlm.export.graph.weights import Weight
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
+from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
 
 Shape = tuple[str | int, ...]
 
 
-def decoder_inputs(decoder: DecoderConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+Inputs = dict[str, tuple[Shape, torch.dtype]]
+
+
+def decoder_inputs(decoder: DecoderConfig) -> Inputs:
     """Name, symbolic shape and dtype of every input of the decoder graph, in order."""
-    attention = decoder.attention
-    sequence: Shape = ("batch", "sequence")
-    rope: Shape = (*sequence, attention.rotary_dim // 2)
-    cache: Shape = ("batch", attention.kv_heads, "capacity", attention.head_dim)
-    inputs: dict[str, tuple[Shape, torch.dtype]] = {
-        "input_ids": (sequence, torch.int64),
+    states = decoder.states
+    inputs: Inputs = {
+        "input_ids": (("tokens",), torch.int64),
         "visual_embeds": (("visual", decoder.hidden), torch.float32),
     }
     if decoder.deepstack:
         inputs["deepstack_embeds"] = ((decoder.deepstack, "visual", decoder.hidden), torch.float32)
-    inputs |= {
-        "visual_index": (sequence, torch.int64),
-        "rope_cos": (rope, torch.float32),
-        "rope_sin": (rope, torch.float32),
-        "cache_position": (("batch",), torch.int64),
-        "logits_index": (("logits",), torch.int64),
-    }
-    for i in range(len(decoder.feed_forward)):
-        inputs |= {f"key_cache.{i}": (cache, torch.float32), f"value_cache.{i}": (cache, torch.float32)}
+    inputs["visual_index"] = (("tokens",), torch.int64)
+    for group, rope in enumerate(decoder.ropes):
+        inputs |= {f"rope_{name}.{group}": (("tokens", rope.dim // 2), torch.float32) for name in ("cos", "sin")}
+    if states:
+        inputs |= {"query_start": (("starts",), torch.int32), "context_len": (("sequences",), torch.int32)}
+    if any(isinstance(state, PagedKV) for state in states):
+        inputs["page_table"] = (("sequences", "table"), torch.int32)
+    if any(isinstance(state, Recurrent) for state in states):
+        inputs["state_row"] = (("sequences",), torch.int32)
+    inputs["logits_index"] = (("logits",), torch.int32)
+    for state in states:
+        inputs |= _state_inputs(state)
     return inputs
 
 
-def vision_inputs(vision: VisionConfig) -> dict[str, tuple[Shape, torch.dtype]]:
+def _state_inputs(state: StateSpec) -> Inputs:
+    if isinstance(state, Recurrent):
+        return {state.tensor: (("rows", *state.shape), torch.float32)}
+    return {name: (("pages", state.kv_heads, "page", width), torch.float32) for name, width in state.widths.items()}
+
+
+def vision_inputs(vision: VisionConfig) -> Inputs:
     """Name, symbolic shape and dtype of every input of the vision graph, in order."""
     taps = {"bilinear": 4, "bicubic": 16}[vision.position_resampling]
     return {
@@ -49,7 +60,7 @@ def vision_inputs(vision: VisionConfig) -> dict[str, tuple[Shape, torch.dtype]]:
         "position_weight": (("patches", taps), torch.float32),
         "rope_cos": (("patches", vision.head_dim // 2), torch.float32),
         "rope_sin": (("patches", vision.head_dim // 2), torch.float32),
-        "segment_id": (("patches",), torch.int64),
+        "image_start": (("starts",), torch.int32),
     }
 
 
@@ -57,33 +68,41 @@ def trace_vision(module: Vision, weights: Mapping[str, Weight]) -> ir.Model:
     """The vision graph, see `runtime.engine.protocol.VisionInputs`. weights: by the module's parameter names."""
     inputs = vision_inputs(module.config)
     # The merger joins merge**2 patches to a row, so the number of patches is a multiple of that.
-    patches = module.config.merge_size**2 * Dim("merged", min=1)
-    arguments = {name: _example(*spec, {"patches": 6 * module.config.merge_size**2}) for name, spec in inputs.items()}
-    dynamic = {name: {0: patches} for name in inputs}
+    unit = module.config.merge_size**2
+    examples, sizes = (
+        {"patches": 6 * unit, "starts": 3},
+        {"patches": unit * Dim("merged", min=1), "starts": Dim("starts")},
+    )
+    arguments = {name: _example(*spec, examples) for name, spec in inputs.items()}
+    dynamic = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}
     outputs = ("visual_embeds", "deepstack_embeds")[: 2 if module.config.deepstack_layers else 1]
     return _translate("vision", module, arguments, dynamic, inputs, outputs, weights)
 
 
 def trace_decoder(module: Decoder, weights: Mapping[str, Weight]) -> ir.Model:
-    """The decoder graph, see `runtime.engine.protocol.Step`. weights: by the module's parameter names."""
+    """The decoder graph, see `runtime.engine.step.Step`. weights: by the module's parameter names."""
     inputs = decoder_inputs(module.config)
-    layers = len(module.layers)
     # All different and none of them 1, so that no dimension is taken for another or specialised.
-    examples = {"batch": 2, "sequence": 5, "visual": 7, "logits": 3, "capacity": 16}
+    examples = {
+        **{"tokens": 5, "visual": 7, "starts": 4, "sequences": 3, "table": 6, "logits": 2},
+        **{"pages": 8, "page": 9, "rows": 10},
+    }
     sizes = {name: Dim(name, min=1) for name in examples}
-    arguments: dict[str, Any] = {}
-    dynamic: dict[str, Any] = {}
-    for name, (shape, dtype) in inputs.items():
-        if "_cache." not in name:
-            arguments[name] = _example(shape, dtype, examples)
-            dynamic[name] = _dynamic(shape, sizes)
-    arguments.setdefault("deepstack_embeds", None)
-    dynamic.setdefault("deepstack_embeds", None)
-    key = inputs["key_cache.0"]
-    arguments["caches"] = [(_example(*key, examples), _example(*key, examples)) for _ in range(layers)]
-    dynamic["caches"] = [(_dynamic(key[0], sizes),) * 2 for _ in range(layers)]
-    outputs = ("logits", *(f"{kind}_cache_out.{i}" for i in range(layers) for kind in ("key", "value")))
-    return _translate("decoder", module, arguments, dynamic, inputs, outputs, weights)
+    tensors = {name: _example(*spec, examples) for name, spec in inputs.items()}
+    open_sizes = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}
+    groups = range(len(module.config.ropes))
+    mixers = [layer.mixer.states(i) for i, layer in enumerate(module.config.layers)]
+
+    def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the module's forward, whose inputs come in the graph's order."""
+        names = signature(module.forward).parameters
+        return {name: values.get(name) for name in names} | {
+            "ropes": [(values[f"rope_cos.{g}"], values[f"rope_sin.{g}"]) for g in groups],
+            "states": [tuple(values[name] for state in states for name in _state_inputs(state)) for states in mixers],
+        }
+
+    outputs = ("logits", *(output_name(name) for state in module.config.states for name in _state_inputs(state)))
+    return _translate("decoder", module, nested(tensors), nested(open_sizes), inputs, outputs, weights)
 
 
 def _example(shape: Shape, dtype: torch.dtype, sizes: Mapping[str, int]) -> torch.Tensor:

@@ -1,74 +1,44 @@
 """The language model: embedding with the image rows merged in, layers of attention and (sparse) feed-forward, head.
 
-Tokens are rows, [T, H] with T = B * S, everywhere but inside attention: every projection is then one Gemm on the
-weight as the checkpoint stores it, and the MoE ops need no reshaping.
+Tokens of all sequences are rows, [T, H], everywhere: every projection is one Gemm on the weight as the checkpoint
+stores it, and only mixers know of sequences.
 """
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moevlm.export.config import AttentionConfig, DecoderConfig, MoEConfig
+from moevlm.export.config import DecoderConfig, MoEConfig
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, MoE, RMSNorm
+from moevlm.export.modules.mixers import States, StepTensors, mixer
 
 VisualRows = tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
-    """Grouped-query attention (Ainslie et al. 2023) on a fixed-capacity cache."""
-
-    def __init__(self, size: int, config: AttentionConfig, epsilon: float) -> None:
-        super().__init__()
-        self.config = config
-        q_width, kv_width = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(size, q_width, bias=config.qkv_bias)
-        self.k = nn.Linear(size, kv_width, bias=config.qkv_bias)
-        self.v = nn.Linear(size, kv_width, bias=config.qkv_bias)
-        self.out = nn.Linear(q_width, size, bias=config.out_bias)
-        self.q_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
-
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [T, H] -> the same, and the caches [B, kv_heads, C, D] with S more entries."""
-        q, k, v = self._per_head(self.q(x), self.q_norm), self._per_head(self.k(x), self.k_norm), self.v(x)
-        y, key_cache, value_cache = ops.cached_attention(
-            q, k, v, cos, sin, *cache, cache_position, self.config.heads, self.config.kv_heads, self.config.rotary_dim
-        )
-        return self.out(y), (key_cache, value_cache)
-
-    def _per_head(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
-        return x if norm is None else norm(x.unflatten(-1, (-1, self.config.head_dim))).flatten(1)
-
-
 class Layer(nn.Module):
-    """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+    """Pre-norm mixer, then pre-norm feed-forward, each added to the residual stream."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
-        feed_forward = config.feed_forward[index]
+        layer = config.layers[index]
         self.attention_norm = RMSNorm(config.hidden, config.epsilon)
-        self.attention = Attention(config.hidden, config.attention, config.epsilon)
+        self.attention: nn.Module = mixer(config.hidden, layer.mixer, config.epsilon)
         self.feed_forward_norm = RMSNorm(config.hidden, config.epsilon)
-        if isinstance(feed_forward, MoEConfig):
-            self.feed_forward: MoE | MLP = MoE(config.hidden, feed_forward, f"layers.{index}")
+        if isinstance(layer.feed_forward, MoEConfig):
+            self.feed_forward: MoE | MLP = MoE(config.hidden, layer.feed_forward, f"layers.{index}")
         else:
-            self.feed_forward = MLP(config.hidden, feed_forward)
+            self.feed_forward = MLP(config.hidden, layer.feed_forward)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        x, cache = self.attend(x, cos, sin, cache, cache_position)
-        return self.feed(x), cache
+    def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
+        """x [T, H] and the layer's states -> both behind it."""
+        x, states = self.mix(x, step, states)
+        return self.feed(x), states
 
-    def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor], cache_position: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def mix(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """The first half: tokens see those of their sequence."""
-        y, cache = self.attention(self.attention_norm(x), cos, sin, cache, cache_position)
-        return x + y, cache
+        y, states = self.attention(self.attention_norm(x), step, states)
+        return x + y, states
 
     def feed(self, x: Tensor) -> Tensor:
         """The second half: every token for itself."""
@@ -76,13 +46,13 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """One graph for prefill, chunked prefill and decode."""
+    """One graph for prefill, chunked prefill, decode, and any mixture of them."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Parameter(torch.empty(config.vocabulary, config.hidden))
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.feed_forward)))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(len(config.layers)))
         self.norm = RMSNorm(config.hidden, config.epsilon)
         self.head = None if config.tied_head else nn.Parameter(torch.empty(config.vocabulary, config.hidden))
 
@@ -92,29 +62,32 @@ class Decoder(nn.Module):
         visual_embeds: Tensor,
         deepstack_embeds: Tensor | None,
         visual_index: Tensor,
-        rope_cos: Tensor,
-        rope_sin: Tensor,
-        cache_position: Tensor,
+        ropes: list[tuple[Tensor, Tensor]],
+        query_start: Tensor | None,
+        context_len: Tensor | None,
+        page_table: Tensor | None,
+        state_row: Tensor | None,
         logits_index: Tensor,
-        caches: list[tuple[Tensor, Tensor]],
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Shapes and dtypes as `runtime.engine.protocol.Step`; caches: per layer key and value [B, kv_heads, C, D].
+        states: list[States],
+    ) -> tuple[Tensor, list[States]]:
+        """Shapes and dtypes as `runtime.engine.step.Step`; states: of each layer, those of its mixer's config.
 
-        Returns logits [N, vocabulary] and the updated caches.
+        Returns logits [L, vocabulary] and the states after the step.
         """
+        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row)
         visual = visual_rows(visual_index)
         x = self.embed(input_ids, visual_embeds, visual)
         updated = []
-        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            x, cache = layer(x, rope_cos, rope_sin, cache, cache_position)
+        for i, (layer, own) in enumerate(zip(self.layers, states, strict=True)):
+            x, own = layer(x, step, own)
             x = ops.tap(self.add_deepstack(i, x, deepstack_embeds, visual), f"layers.{i}.hidden")
-            updated.append(cache)
+            updated.append(own)
         return self.logits(x, logits_index), updated
 
     def embed(self, input_ids: Tensor, visual_embeds: Tensor, visual: VisualRows) -> Tensor:
         """The residual stream before the first layer."""
         row, is_visual = visual
-        return torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids.flatten(), self.embedding))
+        return torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids, self.embedding))
 
     def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows) -> Tensor:
         """Add the image features of layer i: the first layers get another level each (DeepStack)."""
@@ -124,12 +97,11 @@ class Decoder(nn.Module):
         return x + torch.where(is_visual, F.embedding(row, deepstack_embeds[i]), 0.0)
 
     def logits(self, x: Tensor, logits_index: Tensor) -> Tensor:
-        """[N, vocabulary] of the rows asked for, from the residual stream behind the last layer."""
+        """[L, vocabulary] of the rows asked for, from the residual stream behind the last layer."""
         x = self.norm(x.index_select(0, logits_index))
         return F.linear(x, self.embedding if self.head is None else self.head)
 
 
 def visual_rows(visual_index: Tensor) -> VisualRows:
     """Per token the row of its visual features, 0 for text, and whether it has one: [T] and [T, 1]."""
-    visual_index = visual_index.flatten()
     return visual_index.clamp(min=0), (visual_index >= 0).unsqueeze(-1)

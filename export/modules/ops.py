@@ -1,6 +1,6 @@
 """The graph ops that torch has no word for, as torch custom ops: traced as one node each, and runnable as they are.
 
-The MoE ops run the numpy spec itself, so comparing the canonical modules with Hugging Face checks the spec too.
+They run the numpy spec itself, so comparing the canonical modules with Hugging Face checks the spec too.
 """
 
 from collections.abc import Iterator
@@ -16,6 +16,7 @@ from torch import Tensor
 from moevlm.export.formats.activations import rounded
 from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.attention import attention
+from moevlm.plugins.ops.attention import segment_attention as reference_segment_attention
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
 
 
@@ -170,72 +171,14 @@ def _(
     return [q.new_empty((q.shape[0], heads * width)), *caches]
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, S, heads, D]; the first R dimensions turn as two halves (RoFormer, in GPT-NeoX's pairing)."""
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-
-@torch.library.custom_op("moevlm::cached_attention", mutates_args=())
-def cached_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cache_position: Tensor,
-    heads: int,
-    kv_heads: int,
-    rotary_dim: int,  # cos says it already; the graph op has it as an attribute
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotate q and k, write k and v into the cache at cache_position, attend causally over the cache.
-
-    q [B * S, heads * D], k, v [B * S, kv_heads * D], cos, sin [B, S, rotary_dim / 2],
-    key_cache, value_cache [B, kv_heads, C, D], cache_position [B] int64.
-    Returns y [B * S, heads * D] and the two caches with S more entries.
-    """
-    (batch, length), capacity = cos.shape[:2], key_cache.shape[2]
-    q, k, v = (t.view(batch, length, n, -1) for t, n in ((q, heads), (k, kv_heads), (v, kv_heads)))
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    if _computing().int8_cache:
-        k, v = (torch.from_numpy(rounded(t.numpy(), t.shape[-1])) for t in (k, v))
-    positions = cache_position[:, None] + torch.arange(length)
-    key_cache, value_cache = key_cache.clone(), value_cache.clone()
-    for b in range(batch):
-        key_cache[b, :, positions[b]] = k[b].transpose(0, 1)
-        value_cache[b, :, positions[b]] = v[b].transpose(0, 1)
-    mask = torch.arange(capacity) <= positions[:, None, :, None]
-    y = torch.nn.functional.scaled_dot_product_attention(
-        q.transpose(1, 2), key_cache, value_cache, attn_mask=mask, enable_gqa=True
-    )
-    return y.transpose(1, 2).flatten(2).flatten(0, 1).contiguous(), key_cache, value_cache
-
-
-@cached_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_cache: Tensor, value_cache: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(key_cache), torch.empty_like(value_cache)
-
-
 @torch.library.custom_op("moevlm::segment_attention", mutates_args=())
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor, heads: int
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor, heads: int
 ) -> Tensor:
-    """Attention among the patches of one segment (one image) of a packed sequence, with rotary embedding.
-
-    q, k, v [P, heads * D], cos, sin [P, D / 2], segment_id [P] int64 -> [P, heads * D].
-    """
-    q, k, v = (t.unflatten(-1, (heads, -1)).unsqueeze(0) for t in (q, k, v))
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    mask = segment_id[:, None] == segment_id[None, :]
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return y.transpose(1, 2).squeeze(0).flatten(1).contiguous()
+    """Attention among the patches of each image; see `plugins.ops.attention.segment_attention`."""
+    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "image_start": image_start}
+    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
+    return torch.from_numpy(reference_segment_attention(**arrays, heads=heads))
 
 
 @segment_attention.register_fake

@@ -25,9 +25,9 @@ class VisionAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
         self.out = nn.Linear(config.hidden, config.hidden, bias=config.out_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor) -> Tensor:
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.out(ops.segment_attention(q, k, v, cos, sin, segment_id, self.heads))
+        return self.out(ops.segment_attention(q, k, v, cos, sin, image_start, self.heads))
 
 
 class VisionBlock(nn.Module):
@@ -40,8 +40,8 @@ class VisionBlock(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config.hidden, config.mlp)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, segment_id: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, segment_id)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, image_start)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -98,14 +98,14 @@ class Vision(nn.Module):
         position_weight: Tensor,
         rope_cos: Tensor,
         rope_sin: Tensor,
-        segment_id: Tensor,
+        image_start: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeds [V, H] and deepstack [L, V, H] or None; inputs as `runtime.engine.protocol.VisionInputs`."""
         x = self.first_norm(self.patch_embedding(pixel_patches))
         x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
         levels = []
         for i, block in enumerate(self.blocks):
-            x = block(x, rope_cos, rope_sin, segment_id)
+            x = block(x, rope_cos, rope_sin, image_start)
             if i in self.config.deepstack_layers:  # levels follow the blocks, mergers the list
                 levels.append(self.deepstack_mergers[self.config.deepstack_layers.index(i)](x))
         embeds = self.merger(self.last_norm(x))

@@ -9,9 +9,8 @@ import numpy as np
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.protocol import VisionInputs
 from moevlm.runtime.request.prompt import Prompt
-from moevlm.runtime.request.vision_inputs import pack_grids
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
 QUICK_IMAGES, QUICK_STEPS = (0, 1), 8

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.batches import PADDING, Batches, Room
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack
 from moevlm.export.parity.flip_margin import flip_margin
 from moevlm.export.parity.measures import kl_divergences, relative_error, rms_error
-from moevlm.export.parity.oracle import Answer
+from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.report import Check, Flip
-from moevlm.export.parity.taps import Tapped
 from moevlm.export.parity.tolerances import (
     ALONE_STEPS,
     CHUNK_TOKENS,
@@ -22,15 +21,18 @@ from moevlm.export.parity.tolerances import (
     Tolerance,
 )
 from moevlm.plugins.ops import reference
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
-class Taps:
-    """Inner values of one prefill: rows of all prompts' tokens, by name. kernel_routes: as in `Tapped`."""
+class DebugOutputs:
+    """Inner values of one prefill: rows of all prompts' tokens, by name.
+
+    kernel_routes: the experts' indices were not among them, and follow from the router's logits.
+    """
 
     values: dict[str, Array]
     kernel_routes: bool = False
@@ -43,7 +45,7 @@ class Expected:
     """
 
     def __init__(
-        self, model: CanonicalModel, metadata: ModelMetadata, cases: list[Case], answers: list[Answer]
+        self, model: CanonicalModel, metadata: ModelMetadata, cases: list[Case], answers: list[ReferenceOutput]
     ) -> None:
         self.metadata, self.config, self.cases, self.answers = metadata, model.config, cases, answers
         self.prompts = [case.prompt for case in cases]
@@ -66,28 +68,24 @@ class Expected:
         ]
         self.hidden: list[Array] = []
 
-    def room(self, limits: TensorRTMetadata | None = None) -> Room:
-        """How the prompts fit into an engine; see `Room.of`."""
-        return Room.of(self.prompts, self.metadata.context, limits, len(self.tokens))
+    def limits(self, engine: Engine) -> BatchLimits:
+        """How the prompts fit into an engine; see `BatchLimits.of`."""
+        return BatchLimits.of(self.prompts, engine.limits, len(self.tokens))
 
-    def batch(self, engine: Engine, visual: VisualFeatures, room: Room) -> Batches:
-        """All prompts in new caches."""
-        return Batches(engine, self.metadata, self.prompts, visual, room)
+    def batch(self, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Batch:
+        """All prompts in a new pool."""
+        return Batch(engine, self.metadata, self.prompts, visual, limits)
 
 
 def checks(
     expected: Expected,
     step: str,
     engine: Engine,
-    taps: Taps | None,
+    inside: DebugOutputs | None,
     tolerance: Tolerance | PlanTolerance,
-    limits: TensorRTMetadata | None = None,
 ) -> Iterator[Check]:
-    """All checks of one step. taps: of the same engine, or a copy; None leaves out routing and hidden states.
-
-    limits: of an engine that was built for so much and no more.
-    """
-    room = expected.room(limits)
+    """All checks of one step. inside: of the same engine, or a copy; None leaves out routing and hidden states."""
+    limits = expected.limits(engine)
     measure = relative_error if isinstance(tolerance, Tolerance) else rms_error
 
     def error(quantity: str, ours: Array, theirs: Array) -> Check:
@@ -112,13 +110,13 @@ def checks(
     yield error("image features", visual.embeds, expected.embeds)
     if expected.deepstack.size:
         yield error("deepstack features", visual.deepstack, expected.deepstack)
-    if taps is not None:
+    if inside is not None:
         assert isinstance(tolerance, Tolerance)
-        yield _routing(expected, step, taps, tolerance)
+        yield _routing(expected, step, inside, tolerance)
         if expected.hidden:
-            yield _hidden(expected, step, taps, tolerance.features)
+            yield _hidden(expected, step, inside, tolerance.features)
     choices = FirstChoices()
-    for run in runs(expected, engine, visual, room):
+    for run in runs(expected, engine, visual, limits):
         yield from logits(run.quantity, run.ours, run.theirs, run.note)
         if run.quantity in ("prefill logits", "decode logits"):
             choices.add(run.ours, run.theirs)
@@ -136,22 +134,22 @@ class Run:
     note: str = ""
 
 
-def runs(expected: Expected, engine: Engine, visual: VisualFeatures, room: Room) -> Iterator[Run]:
+def runs(expected: Expected, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Iterator[Run]:
     """In one pass, in chunks and then step by step, each prompt alone. What is asked depends on no answer."""
-    batch = expected.batch(engine, visual, room)
+    batch = expected.batch(engine, visual, limits)
     yield Run("prefill logits", batch.prefill(every_position=True), expected.prefill)
-    batch = expected.batch(engine, visual, room)
+    batch = expected.batch(engine, visual, limits)
     yield Run("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
-    steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
-    note = "" if room.steps == len(expected.tokens) else f"{room.steps} steps fit into the cache"
-    yield Run("decode logits", steps, expected.decode[: room.steps], note)
-    yield Run("each prompt alone", *alone(expected, engine, room))
+    steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: limits.steps]])
+    note = "" if limits.steps == len(expected.tokens) else f"{limits.steps} steps fit into the context"
+    yield Run("decode logits", steps, expected.decode[: limits.steps], note)
+    yield Run("each prompt alone", *alone(expected, engine, limits))
 
 
-def ask(expected: Expected, tapped: Tapped) -> None:
-    """All that `taps_of_prompts` and then `checks` ask of an engine that is to know it beforehand."""
-    taps_of_prompts(expected, tapped)
-    deque(runs(expected, tapped, tapped.encode(expected.images), expected.room()), maxlen=0)
+def ask(expected: Expected, engine: Engine) -> None:
+    """All that `debug_outputs` and then `checks` ask of an engine that is to know it beforehand."""
+    debug_outputs(expected, engine)
+    deque(runs(expected, engine, engine.encode(expected.images), expected.limits(engine)), maxlen=0)
 
 
 def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: str) -> Iterator[Check]:
@@ -165,47 +163,43 @@ def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: s
     yield Check(step, f"{quantity}, 3 of 4 positions", value, limits.usual_kl, value <= limits.usual_kl)
 
 
-def taps_of_prompts(expected: Expected, tapped: Tapped) -> Taps:
-    """Every tap of one prefill in one pass, prompt after prompt, without the rows of padding."""
-    parts = []
-    for batch in expected.batch(tapped, tapped.encode(expected.images), expected.room()).batches:
-        batch.prefill()
-        valid = (np.arange(batch.lengths.max()) < batch.lengths[:, None]).reshape(-1)
-        parts.append({name: values[valid] for name, values in tapped.taps.items() if len(values) == len(valid)})
-    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Taps(values, tapped.kernel_routes)
+def debug_outputs(expected: Expected, engine: Engine, kernel_routes: bool = False) -> DebugOutputs:
+    """Every debug output of one prefill, prompt after prompt. engine: one that has some."""
+    batch = expected.batch(engine, engine.encode(expected.images), expected.limits(engine))
+    _, values = batch.prefill_outputs()
+    return DebugOutputs(values, kernel_routes)
 
 
-def hidden_states(expected: Expected, taps: Taps) -> list[Array]:
+def hidden_states(expected: Expected, inside: DebugOutputs) -> list[Array]:
     """Per layer [tokens, H]: the residual stream behind it."""
-    return [taps.values[f"layers.{i}.hidden"] for i in range(len(expected.metadata.layers))]
+    return [inside.values[f"layers.{i}.hidden"] for i in range(len(expected.metadata.layers))]
 
 
-def _hidden(expected: Expected, step: str, taps: Taps, limit: float) -> Check:
+def _hidden(expected: Expected, step: str, inside: DebugOutputs, limit: float) -> Check:
     """Every layer's against canonical PyTorch's, so that the first that diverges has a name."""
-    pairs = zip(hidden_states(expected, taps), expected.hidden, strict=True)
+    pairs = zip(hidden_states(expected, inside), expected.hidden, strict=True)
     errors = [relative_error(ours, theirs) for ours, theirs in pairs]
     over = [i for i, error in enumerate(errors) if not error <= limit]
     note = f"first over the limit: layer {over[0]}" if over else ""
     return Check(step, "hidden states", max(errors), limit, not over, note)
 
 
-def _routing(expected: Expected, step: str, taps: Taps, tolerance: Tolerance) -> Check:
+def _routing(expected: Expected, step: str, inside: DebugOutputs, tolerance: Tolerance) -> Check:
     """Tokens sent to another set of experts pass only at a near tie; all margins are reported."""
-    flips, total = routing_flips(expected, taps.values), sum(map(len, expected.routing))
+    flips, total = routing_flips(expected, inside.values), sum(map(len, expected.routing))
     widest = max((flip.margin for flip in flips), default=0.0)
-    note = f"of {total}" + (", from its logits" if taps.kernel_routes else "")
+    note = f"of {total}" + (", from its logits" if inside.kernel_routes else "")
     if flips:
         median = np.median([flip.margin for flip in flips])
         note += f", first in layer {flips[0].layer}, widest margin {widest:.1e}, median {median:.1e}"
     return Check(step, "routings that differ", float(len(flips)), 0, widest <= tolerance.near_tie, note, flips)
 
 
-def routing_flips(expected: Expected, taps: Mapping[str, Array]) -> list[Flip]:
+def routing_flips(expected: Expected, outputs: Mapping[str, Array]) -> list[Flip]:
     """Tokens of the prompts that went to another set of experts than in transformers, layer by layer."""
     flips: list[Flip] = []
     for sparse, layer in enumerate(expected.config.moe_layers):
-        mine, theirs = np.sort(taps[f"layers.{layer}.expert_index"], -1), np.sort(expected.routing[sparse], -1)
+        mine, theirs = np.sort(outputs[f"layers.{layer}.expert_index"], -1), np.sort(expected.routing[sparse], -1)
         rows = [int(row) for row in np.flatnonzero((mine != theirs).any(-1))]
         flips += [Flip(layer, row, _margin(expected, sparse, row, mine[row], theirs[row])) for row in rows]
     return flips
@@ -222,18 +216,16 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
     return max(flip_margin(choice, mine, router), flip_margin(choice, theirs, router))
 
 
-def alone(expected: Expected, engine: Engine, room: Room) -> tuple[Array, Array]:
+def alone(expected: Expected, engine: Engine, limits: BatchLimits) -> tuple[Array, Array]:
     """Logits of each of a batch's prompts by itself, its images in a vision call of their own, and of some steps.
 
     Kernels take other paths for one sequence than for several, and one sequence is what `moevlm run` has.
     """
-    ours, theirs, steps = [], [], min(ALONE_STEPS, room.steps)
+    ours, theirs, steps = [], [], min(ALONE_STEPS, limits.steps)
     for case, answer in zip(expected.cases, expected.answers, strict=True):
-        if len(case.prompt.ids) > PADDING:
-            continue  # it was alone before
         images = pack([case], expected.metadata)
         visual = None if images is None else engine.encode(images)
-        batch = Batches(engine, expected.metadata, [case.prompt], visual, room)
+        batch = Batch(engine, expected.metadata, [case.prompt], visual, limits)
         ours += [batch.prefill(every_position=True), *(batch.decode([t]) for t in case.continuation[:steps])]
         theirs += [answer.prefill, answer.decode[:steps]]
     return np.concatenate(ours), np.concatenate(theirs)

@@ -20,10 +20,12 @@ from moevlm.export.formats.activations import rounded
 from moevlm.export.graph.weights import Weight, read, slices
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Layer
+from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
-from moevlm.export.parity.recorded_engine import Sequence as Recorded
-from moevlm.export.parity.torch_engine import Images
-from moevlm.runtime.engine.protocol import VisionInputs, VisualFeatures
+from moevlm.export.parity.recorded_engine import RecordedSequence
+from moevlm.export.parity.torch_engine import Images, zeros
+from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Array = np.ndarray
 FLOAT32 = 1e-5  # what float32 sums may differ by, relative to their result
@@ -83,7 +85,7 @@ class Deviation:
 
 
 def layer_deviations(
-    config: ModelConfig, weights: Mapping[str, Weight], rounding: Rounding, sequences: Sequence[Recorded]
+    config: ModelConfig, weights: Mapping[str, Weight], rounding: Rounding, sequences: Sequence[RecordedSequence]
 ) -> Iterator[Deviation]:
     """Yield the deviation of every decoder layer and its router, in order, and of the head.
 
@@ -91,7 +93,7 @@ def layer_deviations(
     """
     decoder = config.decoder
     inputs = _embedded(weights["embedding"], sequences)
-    for i in range(len(decoder.feed_forward)):
+    for i in range(len(decoder.layers)):
         layer = _filled(decoder, i, weights)
         chosen = _joined(sequences, f"layers.{i}.expert_index") if i in config.moe else None
         exact, logits = _outputs(layer, decoder, i, sequences, inputs, Arithmetic(chosen))
@@ -147,11 +149,11 @@ def _logits(layer: int) -> str:
     return f"layers.{layer}.router_logits"
 
 
-def _joined(sequences: Sequence[Recorded], name: str) -> Array:
+def _joined(sequences: Sequence[RecordedSequence], name: str) -> Array:
     return np.concatenate([sequence.values[name] for sequence in sequences])
 
 
-def _embedded(embedding: Weight, sequences: Sequence[Recorded]) -> list[Array]:
+def _embedded(embedding: Weight, sequences: Sequence[RecordedSequence]) -> list[Array]:
     """The first layer's input: rows of the embedding, and of the engine's image features."""
     rows = []
     for sequence in sequences:
@@ -175,19 +177,18 @@ def _outputs(
     layer: Layer,
     config: DecoderConfig,
     index: int,
-    sequences: Sequence[Recorded],
+    sequences: Sequence[RecordedSequence],
     inputs: list[Array],
     arithmetic: Arithmetic,
 ) -> tuple[Array, Array | None]:
     """Rows of all sequences behind a layer, and its router's logits if it has one."""
     attended, added = [], []
-    heads, size = config.attention.kv_heads, config.attention.head_dim
-    with computing(arithmetic), recorded_taps() as taps:
+    specs = config.layers[index].mixer.states(index)
+    with computing(arithmetic), recorded_taps() as outputs:
         for sequence, rows in zip(sequences, inputs, strict=True):
             x = torch.from_numpy(rows)
-            cos, sin = (torch.from_numpy(sequence.values[f"rope_{name}"])[None] for name in ("cos", "sin"))
-            cache = (torch.zeros(1, heads, len(x), size), torch.zeros(1, heads, len(x), size))
-            y, _ = layer.attention(layer.attention_norm(x), cos, sin, cache, torch.zeros(1, dtype=torch.int64))
+            # A pool of one page, which the whole sequence fits into.
+            y, _ = layer.attention(layer.attention_norm(x), _whole(sequence, config), zeros(specs, 2, 2, len(x)))
             attended.append(x + y)
             added.append(torch.zeros_like(x))
             place = sequence.values["visual_index"]
@@ -195,15 +196,28 @@ def _outputs(
                 added[-1][place >= 0] = torch.from_numpy(sequence.visual.deepstack[index][place[place >= 0]])
         x = torch.cat(attended)
         x = x + layer.feed_forward(layer.feed_forward_norm(x)) + torch.cat(added)
-    logits = taps.get(_logits(index))
+    logits = outputs.get(_logits(index))
     return x.numpy(), None if logits is None else logits.numpy()
+
+
+def _whole(sequence: RecordedSequence, config: DecoderConfig) -> StepTensors:
+    """All tokens of a sequence in one step, in page 1 and state row 1."""
+    tables = [
+        (sequence.values[f"rope_cos.{group}"], sequence.values[f"rope_sin.{group}"])
+        for group in range(len(config.ropes))
+    ]
+    start, kept, table, row = (
+        torch.tensor(values, dtype=torch.int32) for values in ([0, len(tables[0][0])], [0], [[1]], [1])
+    )
+    ropes = tuple((torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables)
+    return StepTensors(ropes, start, kept, table, row)
 
 
 def _head(
     config: DecoderConfig,
     weights: Mapping[str, Weight],
     rounding: Rounding,
-    sequences: Sequence[Recorded],
+    sequences: Sequence[RecordedSequence],
     hidden: list[Array],
 ) -> Deviation:
     rows = np.stack([x[place] for s, x in zip(sequences, hidden, strict=True) for place in s.logits])

@@ -47,7 +47,7 @@ class Needs:
         decoder, largest, tokens = model.config.decoder, max(parts.values()), sum(len(case.whole.ids) for case in cases)
         memory = _BASE + _PARTS * largest + _LOGITS * 4 * tokens * decoder.vocabulary
         if quantized:
-            memory += _RUNS * 4 * tokens * decoder.hidden * len(decoder.feed_forward)
+            memory += _RUNS * 4 * tokens * decoder.hidden * len(decoder.layers)
         passes = 2 + rewritten + 2 * quantized
         return cls(
             memory=int(memory),

@@ -14,7 +14,7 @@ from moevlm.runtime.core.errors import CheckpointError, reason
 
 
 @dataclass(frozen=True)
-class Answer:
+class ReferenceOutput:
     """What transformers computes for one case, float32.
 
     embeds [V, H], deepstack [L, V, H]: of its images. prefill [S, vocabulary], decode [DECODE_STEPS, vocabulary]:
@@ -53,7 +53,9 @@ class Oracle:
             raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
 
     @torch.no_grad()
-    def answers(self, cases: list[Case], progress: Callable[[int, int], None] = lambda *_: None) -> list[Answer]:
+    def outputs(
+        self, cases: list[Case], progress: Callable[[int, int], None] = lambda *_: None
+    ) -> list[ReferenceOutput]:
         """Run all cases, prompts and continuations, in one pass of the model, layer by layer; once.
 
         Short rows are filled up with more of their last token: attention is causal, so no token sees a later one.
@@ -79,13 +81,13 @@ class Oracle:
         logits = self.model(**self._inputs(ids, cases), use_cache=False).logits.numpy()
         embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
         deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
-        answers, row, image_row = [], 0, 0
+        outputs, row, image_row = [], 0, 0
         for number, case in enumerate(cases):
             size, whole = len(case.prompt.ids), len(case.whole.ids)
             tokens = slice(number * length, number * length + size)
             images = slice(image_row, image_row + case.prompt.image_tokens)
-            answers.append(
-                Answer(
+            outputs.append(
+                ReferenceOutput(
                     embeds=embeds.numpy()[images],
                     deepstack=deepstack[:, images],
                     prefill=logits[row : row + size],
@@ -95,7 +97,7 @@ class Oracle:
                 )
             )
             row, image_row = row + whole, images.stop
-        return answers
+        return outputs
 
     def _inputs(self, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
         inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]

@@ -12,10 +12,9 @@ from moevlm.export.parity.checks import Expected, alone, routing_flips
 from moevlm.export.parity.flip_margin import flip_margin
 from moevlm.export.parity.layer_reference import Deviation, Rounding, layer_deviations, vision_deviations
 from moevlm.export.parity.measures import kl_divergences, relative_error, rms_error
-from moevlm.export.parity.recorded_engine import RecordedEngine, Sequence
+from moevlm.export.parity.recorded_engine import RecordedEngine, RecordedSequence
 from moevlm.export.parity.report import Check, Cost
 from moevlm.export.parity.stored_weights import stored_weights
-from moevlm.export.parity.taps import Tapped
 from moevlm.export.parity.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
 from moevlm.plugins.ops import reference
 from moevlm.runtime.core.manifest import EngineMetadata
@@ -35,20 +34,20 @@ class Recording:
     visual: VisualFeatures
     prefill: Array
     decode: Array
-    prompts: list[Sequence]
-    sequences: list[Sequence]
+    prompts: list[RecordedSequence]
+    sequences: list[RecordedSequence]
 
     @classmethod
-    def of(cls, engine: Engine | Tapped, expected: Expected) -> Self:
+    def of(cls, engine: Engine, expected: Expected) -> Self:
         """Take the prompts through an engine, in all the ways that are checked."""
-        recorded, room = RecordedEngine(engine), expected.room()
+        recorded, limits = RecordedEngine(engine), expected.limits(engine)
         visual = recorded.encode(expected.images)
-        batch = expected.batch(recorded, visual, room)
+        batch = expected.batch(recorded, visual, limits)
         prefill = batch.prefill(every_position=True)
-        decode = np.stack([batch.decode(tokens) for tokens in expected.tokens[: room.steps]])
+        decode = np.stack([batch.decode(tokens) for tokens in expected.tokens[: limits.steps]])
         prompts = recorded.sequences()
-        expected.batch(recorded, visual, room).prefill(CHUNK_TOKENS)
-        alone(expected, recorded, room)
+        expected.batch(recorded, visual, limits).prefill(CHUNK_TOKENS)
+        alone(expected, recorded, limits)
         return cls(visual, prefill, decode, prompts, recorded.sequences())
 
     def apart(self, other: "Recording") -> float:
@@ -72,7 +71,7 @@ def quantized_checks(
     """All checks of a quantized engine on a CPU, which decide; and how far its answers are from transformers'.
 
     model: the canonical one that the engine was made of. shipped: of the engine as it is shipped; inside: of the same
-    with taps, which tell where its kernels do not show their choice of experts (kernel_routes).
+    with debug outputs. kernel_routes: its kernels do not show their choice of experts.
     """
     costs = [
         *_costs(step, "prefill", shipped.prefill, expected.prefill),
@@ -85,10 +84,17 @@ def quantized_checks(
     )
     rounding = Rounding(metadata.group_size, metadata.kv_cache == "int8")
     rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))
-    taps, limit = shipped.apart(inside), EXACT.logits
+    apart, limit = shipped.apart(inside), EXACT.logits
     found = [
         *(_overall(step, kind, features, kind, tolerance) for kind in ("image features", "deepstack features")),
-        Check(step, "logits with taps", taps, limit, taps <= limit, "the graph as shipped against the one with taps"),
+        Check(
+            step,
+            "logits with debug outputs",
+            apart,
+            limit,
+            apart <= limit,
+            "as shipped, against the graph with debug outputs",
+        ),
         _own_choices(expected, step, inside.sequences, kernel_routes, tolerance),
         *(_overall(step, f"{kind}s, one by one", rest, kind, tolerance) for kind in ("router", "layer")),
         _single_tokens(step, [*features, *rest], tolerance),
@@ -117,7 +123,7 @@ def _single_tokens(step: str, deviations: list[Deviation], tolerance: QuantizedT
 
 
 def _own_choices(
-    expected: Expected, step: str, sequences: list[Sequence], kernel_routes: bool, tolerance: QuantizedTolerance
+    expected: Expected, step: str, sequences: list[RecordedSequence], kernel_routes: bool, tolerance: QuantizedTolerance
 ) -> Check:
     """Experts that do not follow from the engine's own router logits: its router computes float32, as the spec does."""
     quantity, total, used, different, widest = "choices unlike its router logits", 0, 0, 0, 0.0
@@ -147,7 +153,7 @@ def _costs(step: str, what: str, ours: Array, theirs: Array) -> Iterator[Cost]:
     )
 
 
-def _inside(expected: Expected, step: str, sequences: list[Sequence]) -> Iterator[Cost]:
+def _inside(expected: Expected, step: str, sequences: list[RecordedSequence]) -> Iterator[Cost]:
     """Compare routing and last hidden states of the prompts with transformers. sequences: those of the prompts."""
     taps = {
         name: np.concatenate([s.values[name][: len(p.ids)] for s, p in zip(sequences, expected.prompts, strict=True)])

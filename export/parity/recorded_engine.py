@@ -7,20 +7,21 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moevlm.export.parity.taps import Tapped
+from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import Cache, Engine, Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Array = np.ndarray
 LOGITS_KEPT = 8  # rows at each end of a step's: there kernels differ, and all of them are many
-LOGITS_OF_A_CACHE = 32  # rows; a row is as long as the vocabulary
+LOGITS_OF_A_POOL = 32  # rows; a row is as long as the vocabulary
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """values: by name [S, ...], S tokens: fields of `Step`, and taps. visual: what visual_index points into, if any.
-
-    logits: {place: row [vocabulary]}, some of them.
+class RecordedSequence:
+    """values: by name [S, ...], S tokens: inputs of the graph, and debug outputs. visual: what visual_index points
+    into, if any. logits: {place: row [vocabulary]}, some of them.
     """
 
     values: Mapping[str, Array]
@@ -29,82 +30,72 @@ class Sequence:
 
 
 @dataclass
-class RecordedCache:
-    """The engine's cache, and buffers as large for all that is kept: a step writes into the same places.
+class _Kept:
+    """Of one sequence: parts of its values, step after step."""
 
-    lengths: [B], how far sequences reach: the last token whose logits were wanted. What a step wrote behind it, the
-    padding of shorter sequences, is no token.
-    """
-
-    inner: Cache
-    lengths: Array
-    values: dict[str, Array] = field(default_factory=dict)
+    parts: dict[str, list[Array]] = field(default_factory=dict)
     visual: VisualFeatures | None = None
-    logits: list[dict[int, Array]] = field(default_factory=list)
+    logits: dict[int, Array] = field(default_factory=dict)
 
-    @property
-    def batch(self) -> int:
-        return self.inner.batch
-
-    @property
-    def capacity(self) -> int:
-        return self.inner.capacity
-
-    def keep(self, step: Step, visual: VisualFeatures | None, taps: Mapping[str, Array], logits: Array) -> None:
-        """taps: rows [B * S, ...]."""
-        shape = step.input_ids.shape
-        given = {name: getattr(step, name) for name in ("input_ids", "visual_index", "rope_cos", "rope_sin")}
-        shown = {name: tap.reshape(*shape, *tap.shape[1:]) for name, tap in taps.items() if name != "logits"}
-        for name, values in (given | shown).items():
-            if name not in self.values:
-                self.values[name] = np.zeros((self.batch, self.capacity, *values.shape[2:]), values.dtype)
-            for b, start in enumerate(step.cache_position):
-                self.values[name][b, start : start + shape[1]] = values[b]
-        self.visual = visual or self.visual
-        kept = sum(map(len, self.logits))
-        rows = sorted({*range(len(logits))[:LOGITS_KEPT], *range(len(logits))[-LOGITS_KEPT:]})
-        for i in rows[: LOGITS_OF_A_CACHE - kept]:
-            b, s = divmod(int(step.logits_index[i]), shape[1])
-            self.logits[b][int(step.cache_position[b]) + s] = logits[i]
-        ends = step.cache_position[step.logits_index // shape[1]] + step.logits_index % shape[1] + 1
-        np.maximum.at(self.lengths, step.logits_index // shape[1], ends)
-
-    def sequences(self) -> list[Sequence]:
-        """One per row, up to its length."""
-        return [
-            Sequence({name: values[b, :length] for name, values in self.values.items()}, self.visual, self.logits[b])
-            for b, length in enumerate(self.lengths)
-        ]
+    def sequence(self) -> RecordedSequence:
+        for name, parts in self.parts.items():
+            self.parts[name] = [np.concatenate(parts)]  # in place of the parts: memory for one name at a time
+        return RecordedSequence({name: part for name, (part,) in self.parts.items()}, self.visual, self.logits)
 
 
 class RecordedEngine:
-    """An engine of which is kept what every step was given, what came out and, if it has taps, what they showed.
+    """An engine of which is kept what every step was given, what came out and, if it has any, its debug outputs.
 
-    caches: all that were made.
+    A sequence is known by its state row, from one `reserve` to the next.
     """
 
-    def __init__(self, engine: Engine | Tapped) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.caches: list[RecordedCache] = []
+        self._pools: list[dict[int, _Kept]] = []
+
+    @property
+    def limits(self) -> EngineLimits:
+        return self._engine.limits
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return self._engine.states
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         return self._engine.encode(inputs, cancellation)
 
-    def new_cache(self, batch: int, capacity: int) -> RecordedCache:
-        inner = self._engine.new_cache(batch, capacity)
-        self.caches.append(RecordedCache(inner, np.zeros(batch, np.int64), logits=[{} for _ in range(batch)]))
-        return self.caches[-1]
+    def reserve(self, pages: int, rows: int) -> None:
+        self._engine.reserve(pages, rows)
+        self._pools.append({})
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cache: RecordedCache, cancellation: Cancellation | None = None
-    ) -> Array:
-        logits = self._engine.forward(step, visual, cache.inner, cancellation)
-        cache.keep(step, visual, getattr(self._engine, "taps", {}), logits)
-        return logits
+        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+    ) -> StepOutput:
+        output = self._engine.forward(step, visual, cancellation)
+        pool = self._pools[-1]
+        values = {"input_ids": step.input_ids, "visual_index": step.visual_index, **output.outputs}
+        for group, (cos, sin) in step.rope.items():
+            values |= {f"rope_cos.{group}": cos, f"rope_sin.{group}": sin}
+        for n, row in enumerate(step.state_row.tolist()):
+            kept = pool.setdefault(row, _Kept())
+            kept.visual = visual or kept.visual
+            for name, rows in values.items():
+                kept.parts.setdefault(name, []).append(rows[step.query_start[n] : step.query_start[n + 1]].copy())
+        self._keep_logits(pool, step, output)
+        return output
 
-    def sequences(self) -> list[Sequence]:
-        """All sequences of all caches, in order."""
-        return [sequence for cache in self.caches for sequence in cache.sequences()]
+    def _keep_logits(self, pool: Mapping[int, _Kept], step: Step, output: StepOutput) -> None:
+        wanted = range(len(step.logits_index))
+        free = LOGITS_OF_A_POOL - sum(len(kept.logits) for kept in pool.values())
+        for i in sorted({*wanted[:LOGITS_KEPT], *wanted[-LOGITS_KEPT:]})[: max(free, 0)]:
+            place = int(step.logits_index[i])
+            n = int(np.searchsorted(step.query_start, place, side="right")) - 1
+            position = int(step.context_len[n]) + place - int(step.query_start[n])
+            pool[int(step.state_row[n])].logits[position] = output.logits(i)
+
+    def sequences(self) -> list[RecordedSequence]:
+        """All sequences of all pools, in order."""
+        return [kept.sequence() for pool in self._pools for _, kept in sorted(pool.items())]
 
     def close(self) -> None:
         """Nothing to do: who loaded the engine closes it."""

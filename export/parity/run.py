@@ -12,24 +12,24 @@ from moevlm.export.build import Progress
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.batches import Room
+from moevlm.export.parity.batch import BatchLimits
 from moevlm.export.parity.cases import long_cases, random_cases
-from moevlm.export.parity.checks import Expected, ask, checks, hidden_states, rounding_checks, taps_of_prompts
+from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs, hidden_states, rounding_checks
+from moevlm.export.parity.debug_engine import DebugEngine
 from moevlm.export.parity.needs import Needs
 from moevlm.export.parity.oracle import Oracle
 from moevlm.export.parity.quantized_checks import Recording, quantized_checks
 from moevlm.export.parity.report import Check, Cost, ParityReport, TextReport
 from moevlm.export.parity.requests import request_checks
 from moevlm.export.parity.stored_reference import Storage, expected_on, stored_model
-from moevlm.export.parity.taps import TappedEngine
 from moevlm.export.parity.text import Text, measure_text
 from moevlm.export.parity.tolerances import EXACT, TEXT_TOKENS, tolerance_of
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.writing.verdicts import note, reserve
 from moevlm.runtime.backends.selection import runnable, select
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
+from moevlm.runtime.engine.limits import limits_of
 from moevlm.runtime.loading import load_engine, require_library
 from moevlm.runtime.perf.process_limits import available_memory
 
@@ -71,9 +71,9 @@ def check_parity(
         require_library(engines[name])
     for name in names:
         opened.verify(opened.engine_files(name))
-    limits = [engines[name].tensorrt for name in names]
-    capacity = min([opened.manifest.model.context, *(limit.capacity for limit in limits if limit is not None)])
-    read = None if text is None else Text.read(Path(text), opened, max_tokens, capacity)
+    limits = [limits_of(opened.manifest.model, engines[name]) for name in names]
+    context = min(limit.max_context for limit in limits)
+    read = None if text is None else Text.read(Path(text), opened, max_tokens, context)
     if not quick:
         reserve(opened)
     with Checkpoint.open(checkpoint) as source:
@@ -83,23 +83,23 @@ def check_parity(
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)
         cases = random_cases(metadata, source.config, seed, quick)
         if not quick:
-            cases += long_cases(metadata, source.config, seed, capacity)
+            cases += long_cases(metadata, source.config, seed, context)
         prompts = [case.prompt for case in cases]
         for limit in limits:
-            Room.of(prompts, metadata.context, limit, len(cases[0].continuation))  # refused before any work
+            BatchLimits.of(prompts, limit, len(cases[0].continuation))  # refused before any work
         needs = Needs.of(model, cases, opened, names)
         progress(f"parity {needs}", 0, 0)
         needs.require(available_memory())
         progress("comparing requests", 0, 0)
         requests = request_checks(opened, Path(checkpoint), seed)
         oracle = Oracle(source, family_for(source.config).router_suffix)
-        answers = oracle.answers(cases, partial(progress, "running transformers"))
+        answers = oracle.outputs(cases, partial(progress, "running transformers"))
         del oracle
         expected = Expected(model, metadata, cases, answers)
         engine = TorchEngine(model, partial(ask, expected), partial(progress, "running canonical PyTorch"))
-        taps = taps_of_prompts(expected, engine)
-        found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, taps, EXACT)]
-        expected.hidden = hidden_states(expected, taps)
+        inside = debug_outputs(expected, engine)
+        found: list[Check] = [*requests, *checks(expected, "canonical PyTorch", engine, inside, EXACT)]
+        expected.hidden = hidden_states(expected, inside)
         del engine
         stored = {name: Storage.of(engines[name]) for name in names}
         expected_of = {Storage(): expected}
@@ -141,27 +141,23 @@ def _checks_of_engine(
     bundle: Bundle, name: str, expected: Expected, model: CanonicalModel
 ) -> tuple[list[Check], list[Cost]]:
     """model: the canonical one that `expected` is of."""
-    entry, taps = bundle.manifest.engines[name], None
+    entry, inside = bundle.manifest.engines[name], None
     if entry.group_size and entry.tensorrt is None:
         with closing(load_engine(bundle, name)) as engine:
             shipped = Recording.of(engine, expected)
-        with closing(TappedEngine(bundle, name, expected.config)) as tapped:
-            inside = Recording.of(tapped, expected)
-        return quantized_checks(expected, model, name, entry, shipped, inside, tapped.kernel_routes)
+        with closing(DebugEngine(bundle, name, expected.config)) as debug:
+            recorded = Recording.of(debug, expected)
+        return quantized_checks(expected, model, name, entry, shipped, recorded, debug.kernel_routes)
     if entry.tensorrt is None:
-        with closing(TappedEngine(bundle, name, expected.config)) as tapped:
-            taps = taps_of_prompts(expected, tapped)
+        with closing(DebugEngine(bundle, name, expected.config)) as debug:
+            inside = debug_outputs(expected, debug, debug.kernel_routes)
     with closing(load_engine(bundle, name)) as engine:
-        return list(checks(expected, name, engine, taps, tolerance_of(entry), entry.tensorrt)), []
+        return list(checks(expected, name, engine, inside, tolerance_of(entry))), []
 
 
 def _text_report(bundle: Bundle, names: list[str], text: Text, model: CanonicalModel, progress: Progress) -> TextReport:
     with ExitStack() as stack:
-        engines = {}
-        for name in names:
-            limits = bundle.manifest.engines[name].tensorrt
-            chunk_tokens = defaults.CHUNK_TOKENS if limits is None else limits.chunk_tokens
-            engines[name] = stack.enter_context(closing(load_engine(bundle, name))), chunk_tokens
+        engines = {name: stack.enter_context(closing(load_engine(bundle, name))) for name in names}
         return measure_text(text, model, bundle.manifest.model, engines, progress)
 
 

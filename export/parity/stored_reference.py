@@ -10,14 +10,14 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.sparsity import pruned
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack
 from moevlm.export.parity.checks import Expected
-from moevlm.export.parity.oracle import Answer
-from moevlm.export.parity.taps import Tapped
+from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.engine.batch import Batch, cache_capacity
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
 
 @dataclass(frozen=True)
@@ -72,31 +72,36 @@ def expected_on(
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Expected:
     """The results of canonical PyTorch, its hidden states included. progress: layers done, and their number."""
-    engine = TorchEngine(model, lambda tapped: [answer(tapped, model, case, metadata) for case in cases], progress)
-    answers, hidden = zip(*(answer(engine, model, case, metadata) for case in cases), strict=True)
-    expected = Expected(model, metadata, cases, list(answers))
+    engine = TorchEngine(model, lambda notes: [_asked(notes, case, metadata) for case in cases], progress)
+    outputs, hidden = zip(*(reference_output(engine, model, case, metadata) for case in cases), strict=True)
+    expected = Expected(model, metadata, cases, list(outputs))
     expected.hidden = [np.concatenate(layer) for layer in zip(*hidden, strict=True)]
     return expected
 
 
-def answer(
-    engine: Tapped, model: CanonicalModel, case: Case, metadata: ModelMetadata
-) -> tuple[Answer, list[np.ndarray]]:
-    """The counterpart of `Oracle.answers`, for one case alone in one pass; and its hidden states, per layer."""
-    images = pack([case], metadata)
-    visual = None if images is None else engine.encode(images)
-    size, length = len(case.prompt.ids), len(case.whole.ids)
-    batch = Batch(engine, metadata, [case.whole], visual, cache_capacity(length, metadata.context))
-    logits = batch.prefill(every_position=True)
-    taps, sparse, every = engine.taps, model.config.moe_layers, range(len(metadata.layers))
+def reference_output(
+    engine: Engine, model: CanonicalModel, case: Case, metadata: ModelMetadata
+) -> tuple[ReferenceOutput, list[np.ndarray]]:
+    """The counterpart of `Oracle.outputs`, for one case alone in one pass; and its hidden states, per layer.
+
+    engine: one with debug outputs.
+    """
+    visual, logits, outputs = _asked(engine, case, metadata)
+    size, sparse, every = len(case.prompt.ids), model.config.moe_layers, range(len(metadata.layers))
     embeds = np.zeros((0, 0), np.float32) if visual is None else visual.embeds
     deepstack = np.zeros((0, 0, 0), np.float32) if visual is None else visual.deepstack
     routing, router_logits, hidden = (
-        [taps[f"layers.{i}.{name}"][:size] for i in layers]
-        for name, layers in (
-            ("expert_index", sparse),
-            ("router_logits", sparse),
-            ("hidden", every),
-        )
+        [outputs[f"layers.{i}.{name}"][:size] for i in layers]
+        for name, layers in (("expert_index", sparse), ("router_logits", sparse), ("hidden", every))
     )
-    return Answer(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden
+    return ReferenceOutput(embeds, deepstack, logits[:size], logits[size:], routing, router_logits), hidden
+
+
+def _asked(
+    engine: Engine, case: Case, metadata: ModelMetadata
+) -> tuple[VisualFeatures | None, np.ndarray, dict[str, np.ndarray]]:
+    """Features of a case's images, logits of all its tokens, and the debug outputs."""
+    images = pack([case], metadata)
+    visual = None if images is None else engine.encode(images)
+    batch = Batch(engine, metadata, [case.whole], visual, BatchLimits.of([case.whole], engine.limits, steps=0))
+    return visual, *batch.prefill_outputs()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.measures import kl_divergences, log_softmax
 from moevlm.export.parity.report import TextReport, TextResult
 from moevlm.export.parity.torch_engine import TorchEngine
@@ -14,7 +15,6 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.batch import Batch, cache_capacity
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.tokenizer import Tokenizer
@@ -59,18 +59,15 @@ def measure_text(
     text: Text,
     model: CanonicalModel,
     metadata: ModelMetadata,
-    engines: Mapping[str, tuple[Engine, int]],
+    engines: Mapping[str, Engine],
     progress: Callable[[str, int, int], None],
 ) -> TextReport:
-    """Canonical PyTorch on the checkpoint's own weights, and each engine, token by token of the same windows.
-
-    engines: by name, each with the most tokens that it takes in a step.
-    """
+    """Canonical PyTorch on the checkpoint's own weights, and each engine, token by token of the same windows."""
     prompts = [Prompt.from_ids(window, [], metadata) for window in text.windows]
 
     def ask(engine: Engine, chunk_tokens: int | None = None) -> Iterator[Array]:
         for prompt in prompts:
-            batch = Batch(engine, metadata, [prompt], None, cache_capacity(len(prompt.ids), metadata.context))
+            batch = Batch(engine, metadata, [prompt], None, BatchLimits.of([prompt], engine.limits, steps=0))
             yield batch.prefill(chunk_tokens, every_position=True)
 
     reference = TorchEngine(
@@ -78,7 +75,7 @@ def measure_text(
         lambda noted: list(ask(noted)),
         lambda *done: progress(f"running canonical PyTorch on {text.file}", *done),
     )
-    asked = {name: ask(engine, min(chunk, defaults.CHUNK_TOKENS)) for name, (engine, chunk) in engines.items()}
+    asked = {name: ask(engine, defaults.CHUNK_TOKENS) for name, engine in engines.items()}
     sums = {name: _Sums() for name in asked}
     surprise = 0.0
     for number, (window, theirs) in enumerate(zip(text.windows, ask(reference), strict=True)):

@@ -4,8 +4,7 @@ What parity asks an engine does not depend on what it answers. So it is asked tw
 each layer takes all of them before the next one is read; then the same calls get their answers.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,75 +15,89 @@ from moevlm.export.config import DecoderConfig
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Decoder, Layer, visual_rows
+from moevlm.export.modules.mixers import States, StepTensors
 from moevlm.export.modules.ops import recorded_taps
 from moevlm.export.modules.streaming import parts_of, release, set_tensor, stream
 from moevlm.export.modules.vision import Vision
-from moevlm.export.parity.taps import Tapped
 from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine.candidates import candidates_of
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.step import CANDIDATES, Candidates, EngineLimits, Step, StepOutput
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Progress = Callable[[int, int], None]
+PAGE = 16  # tokens: short prompts have several pages
+_ANY = 1 << 20  # sequences, tokens or logits of a step
 
 
 @dataclass
 class NotedStep:
-    """A step and what became of it. x: the residual stream, [B * S, H]. taps: by name, rows [B * S, ...], if asked."""
+    """A step and what became of it. x: the residual stream, [T, H]. outputs: debug outputs, if they were asked for."""
 
     step: Step
     visual: VisualFeatures
     x: torch.Tensor
-    tapped: bool = False
-    taps: dict[str, np.ndarray] = field(default_factory=dict)
+    asked: bool = False
+    outputs: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass
-class NotedCache:
-    """The steps into one cache, in order."""
+class NotedPool:
+    """The steps on one pool, in order."""
 
-    batch: int
-    capacity: int
+    pages: int
+    rows: int
     steps: list[NotedStep] = field(default_factory=list)
+
+
+class _Asked(Mapping[str, np.ndarray]):
+    """Empty; who looks into it will have the step's debug outputs the second time."""
+
+    def __init__(self, noted: NotedStep) -> None:
+        self._noted = noted
+
+    def __iter__(self) -> Iterator[str]:
+        self._noted.asked = True
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        raise KeyError(name)
 
 
 class StepNotes:
     """The first time: an engine that encodes images, and answers steps with logits of no vocabulary."""
 
-    kernel_routes = False
-
     def __init__(self, config: DecoderConfig, images: "Images") -> None:
         self._config, self._images = config, images
-        self.caches: list[NotedCache] = []
-        self._last: NotedStep | None = None
-
-    @property
-    def taps(self) -> Mapping[str, np.ndarray]:
-        """Empty; who reads them will have those of the last step."""
-        if self._last is not None:
-            self._last.tapped = True
-        return defaultdict(lambda: np.zeros((0, 0)))
+        self.limits, self.states = _limits(config), config.states
+        self.pools: list[NotedPool] = []
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:  # noqa: ARG002
         return self._images.encode(inputs)
 
-    def new_cache(self, batch: int, capacity: int) -> NotedCache:
-        self.caches.append(NotedCache(batch, capacity))
-        return self.caches[-1]
+    def reserve(self, pages: int, rows: int) -> None:
+        self.pools.append(NotedPool(pages, rows))
 
     def forward(
         self,
         step: Step,
         visual: VisualFeatures | None,
-        cache: NotedCache,
         cancellation: Cancellation | None = None,  # noqa: ARG002
-    ) -> np.ndarray:
+    ) -> StepOutput:
         none = VisualFeatures(
             np.zeros((1, self._config.hidden), np.float32),
             np.zeros((self._config.deepstack, 1, self._config.hidden), np.float32),
         )
-        self._last = NotedStep(step, visual or none, torch.empty(0))
-        cache.steps.append(self._last)
-        return np.zeros((len(step.logits_index), 0), np.float32)
+        noted = NotedStep(step, visual or none, torch.empty(0))
+        self.pools[-1].steps.append(noted)
+        rows = len(step.logits_index)
+        logits, ids = np.zeros((rows, 0), np.float32), np.zeros((rows, 0), np.int32)
+        return StepOutput(Candidates(logits, ids, np.zeros(rows, np.float32)), logits.__getitem__, _Asked(noted))
 
     def close(self) -> None:
         """Nothing to do."""
@@ -118,54 +131,53 @@ class TorchEngine:
     """Canonical PyTorch, float32, for calls that are known.
 
     ask: makes all the calls that will come, in the same order, of the engine that it is given. Raises EngineError, as
-    `forward`, for others. taps: of the last forward, where `ask` has read them behind it.
+    `forward`, for others. A step has debug outputs where `ask` has looked at them.
     """
 
     def __init__(
-        self, model: CanonicalModel, ask: Callable[[Tapped], object], progress: Progress = lambda *_: None
+        self, model: CanonicalModel, ask: Callable[[Engine], object], progress: Progress = lambda *_: None
     ) -> None:
-        self.config = model.config
-        self.taps: dict[str, np.ndarray] = {}
-        self.kernel_routes = False
+        config = model.config.decoder
+        self.limits, self.states = _limits(config), config.states
         vision, self._decoder = model.towers()
         self._images = Images(vision, model)
-        notes = StepNotes(model.config.decoder, self._images)
+        notes = StepNotes(config, self._images)
         ask(notes)
-        compute(self._decoder, model, notes.caches, progress)
-        self._caches = iter(notes.caches)
+        compute(self._decoder, model, notes.pools, progress)
+        self._pools = iter(notes.pools)
+        self._pool = NotedPool(0, 0)
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:  # noqa: ARG002
         return self._images.encode(inputs)
 
-    def new_cache(self, batch: int, capacity: int) -> NotedCache:
-        cache = next(self._caches, None)
-        if cache is None or (cache.batch, cache.capacity) != (batch, capacity):
-            raise EngineError(f"nobody announced a cache of {batch} sequences of {capacity} tokens")
-        return cache
+    def reserve(self, pages: int, rows: int) -> None:
+        pool = next(self._pools, None)
+        if pool is None or (pool.pages, pool.rows) != (pages, rows):
+            raise EngineError(f"nobody announced a pool of {pages} pages and {rows} rows")
+        self._pool = pool
 
     @torch.no_grad()
     def forward(
         self,
         step: Step,
         visual: VisualFeatures | None,  # noqa: ARG002
-        cache: NotedCache,
         cancellation: Cancellation | None = None,  # noqa: ARG002
-    ) -> np.ndarray:
-        if not cache.steps or not _equal(step, cache.steps[0].step):
+    ) -> StepOutput:
+        if not self._pool.steps or not _equal(step, self._pool.steps[0].step):
             raise EngineError("nobody announced this step")
-        noted = cache.steps.pop(0)
-        self.taps = noted.taps
-        return self._decoder.logits(noted.x, torch.from_numpy(step.logits_index)).numpy()
+        noted = self._pool.steps.pop(0)
+        logits = self._decoder.logits(noted.x, torch.from_numpy(step.logits_index)).numpy()
+        return StepOutput(candidates_of(logits, CANDIDATES), logits.__getitem__, noted.outputs)
 
     def close(self) -> None:
         """Nothing to do."""
 
 
 @torch.no_grad()
-def compute(decoder: Decoder, model: CanonicalModel, caches: Sequence[NotedCache], progress: Progress) -> None:
+def compute(decoder: Decoder, model: CanonicalModel, pools: Sequence[NotedPool], progress: Progress) -> None:
     """Take all steps through all layers. Afterwards the last norm and the head stay in memory."""
     weights, layers = model.decoder_weights, len(decoder.layers)
-    steps = [noted for cache in caches for noted in cache.steps]
+    steps = [noted for pool in pools for noted in pool.steps]
     set_tensor(decoder, "embedding", torch.from_numpy(read(weights["embedding"])))
     for noted in steps:
         embeds, visual = torch.from_numpy(noted.visual.embeds), visual_rows(torch.from_numpy(noted.step.visual_index))
@@ -175,15 +187,15 @@ def compute(decoder: Decoder, model: CanonicalModel, caches: Sequence[NotedCache
     for i, layer in enumerate(decoder.layers):
         assert isinstance(layer, Layer)
         load(layer, weights, f"layers.{i}.")
-        with recorded_taps() as taps:
-            _run_layer(decoder, i, layer, caches, steps)
+        with recorded_taps() as outputs:
+            _run_layer(decoder, i, layer, pools, steps)
         start = 0
         for noted in steps:
             rows = slice(start, start + len(noted.x))
             start = rows.stop
-            if noted.tapped:
-                noted.taps |= {name: values[rows].numpy().copy() for name, values in taps.items()}
-                noted.taps[f"layers.{i}.hidden"] = noted.x.numpy()
+            if noted.asked:
+                noted.outputs |= {name: values[rows].numpy().copy() for name, values in outputs.items()}
+                noted.outputs[f"layers.{i}.hidden"] = noted.x.numpy()
         release(layer)
         progress(i + 1, layers)
     load(decoder.norm, weights, "norm.")
@@ -191,17 +203,40 @@ def compute(decoder: Decoder, model: CanonicalModel, caches: Sequence[NotedCache
         set_tensor(decoder, "head", torch.from_numpy(read(weights["head"])))
 
 
-def _run_layer(
-    decoder: Decoder, i: int, layer: Layer, caches: Sequence[NotedCache], steps: Sequence[NotedStep]
-) -> None:
-    attention = decoder.config.attention
-    for cache in caches:
-        shape = (cache.batch, attention.kv_heads, cache.capacity, attention.head_dim)
-        kept = torch.zeros(shape), torch.zeros(shape)
-        for noted in cache.steps:
-            step = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(noted.step).items()}
-            noted.x, kept = layer.attend(noted.x, step["rope_cos"], step["rope_sin"], kept, step["cache_position"])
-    # Behind attention no token sees another, so each expert is used once for all of them.
+def zeros(states: Sequence[StateSpec], pages: int, rows: int, page: int) -> States:
+    """An empty pool of one layer's states, in the order in which its mixer takes them. page: tokens of one."""
+    found: list[torch.Tensor] = []
+    for state in states:
+        if isinstance(state, PagedKV):
+            found += [torch.zeros(pages, state.kv_heads, page, width) for width in state.widths.values()]
+        else:
+            found.append(torch.zeros(rows, *state.shape))
+    return tuple(found)
+
+
+def tensors_of(step: Step) -> StepTensors:
+    """What mixers see of a step."""
+    ropes = [step.rope[group] for group in sorted(step.rope, key=int)]
+    return StepTensors(
+        tuple((_tensor(cos), _tensor(sin)) for cos, sin in ropes),
+        *map(_tensor, (step.query_start, step.context_len, step.page_table, step.state_row)),
+    )
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _run_layer(decoder: Decoder, i: int, layer: Layer, pools: Sequence[NotedPool], steps: Sequence[NotedStep]) -> None:
+    specs = decoder.config.layers[i].mixer.states(i)
+    recurrent = [n for n, state in enumerate(specs) if not isinstance(state, PagedKV)]
+    for pool in pools:
+        states = zeros(specs, pool.pages, pool.rows, PAGE)
+        for noted in pool.steps:
+            for n in recurrent:  # a layer with such a state has no pages, so specs and tensors are one to one
+                states[n][list(noted.step.cleared)] = 0
+            noted.x, states = layer.mix(noted.x, tensors_of(noted.step), states)
+    # Behind the mixer no token sees another, so each expert is used once for all of them.
     if not steps:
         return
     fed = layer.feed(torch.cat([noted.x for noted in steps])).split([len(noted.x) for noted in steps])
@@ -211,6 +246,16 @@ def _run_layer(
         noted.x = decoder.add_deepstack(i, x, deepstack, visual)
 
 
+def _limits(config: DecoderConfig) -> EngineLimits:
+    return EngineLimits(_ANY, _ANY, _ANY, config.context, PAGE)
+
+
 def _equal(first: object, second: object) -> bool:
-    """Two dataclasses of arrays."""
-    return all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+    """Arrays, or dataclasses, mappings and tuples of them."""
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
+        return np.array_equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(_equal(value, second[name]) for name, value in first.items())
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_equal, first, second))
+    return _equal(vars(first), vars(second)) if hasattr(first, "__dataclass_fields__") else first == second

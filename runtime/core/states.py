@@ -39,6 +39,11 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         return widths
 
     @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the graph's inputs; an output ends in `_out` before the layer's number."""
+        return tuple(self.widths)
+
+    @property
     def token_bytes(self) -> int:
         """Bytes that one token takes in this layer."""
         return self.kv_heads * sum(self.widths.values()) * DTYPES[self.dtype].bytes
@@ -61,6 +66,10 @@ class Recurrent(
     def tensor(self) -> str:
         """The name of the graph's input; the output ends in `_out` before the layer's number."""
         return f"{self.name}_state.{self.layer}"
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        return (self.tensor,)
 
     @property
     def row_bytes(self) -> int:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import BundleError, RequestError, one_line, require_positive, shown
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.errors import BundleError, EngineError, RequestError, one_line, require_positive, shown
+from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.states import page_bytes
 from moevlm.runtime.engine.answer import Answer, FinishReason, Meter, Piece
-from moevlm.runtime.engine.batch import Batch, cache_capacity
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.single import SingleSequence
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 # Images are encoded together up to so many patches: enough for full speed, few enough for a bounded memory and for a
 # cancellation to be heard between two calls.
 ENCODED_PATCHES = 4096
+SEQUENCES = 16  # requests at a time that all find room, however long they grow
 
 
 class Runtime:
@@ -49,15 +54,13 @@ class Runtime:
         images: ImageProcessor | None = None,
         *,
         chunk_tokens: int = defaults.CHUNK_TOKENS,
-        built_for: TensorRTMetadata | None = None,
         target: str = "",
         sampling: SamplingParams | None = None,
     ) -> None:
         """chunk_tokens: the most prompt tokens that go through the decoder in one step. target: the engine's name.
 
-        sampling: of requests that say nothing, by default greedy.
-        built_for: sizes that the engine cannot exceed. A step takes at most its chunk_tokens and max_visual, `context`
-        is at most its capacity, and images with more patches than its max_patches are refused.
+        sampling: of requests that say nothing, by default greedy. A step takes at most the tokens, `context` is at
+        most the context, and images have at most the patches of the engine's limits.
         """
         require_positive("chunk_tokens", chunk_tokens)
         self.model = model
@@ -65,14 +68,13 @@ class Runtime:
         self.sampling = sampling or SamplingParams()
         self.tokenizer = tokenizer
         self.engine = engine
-        self.chunk_tokens = chunk_tokens
-        self.context = model.context
-        self._max_patches: int | None = None
-        if built_for is not None:
-            # No step of one sequence can use more visual rows than it has tokens.
-            self.chunk_tokens = min(chunk_tokens, built_for.chunk_tokens, built_for.max_visual)
-            self.context = min(model.context, built_for.capacity)
-            self._max_patches = built_for.max_patches
+        limits = engine.limits
+        self.chunk_tokens = min(chunk_tokens, limits.max_tokens)
+        self.context = min(model.context, limits.max_context)
+        self._max_patches = limits.max_patches
+        self._lock = threading.Lock()
+        self._free_pages: list[int] = []
+        self._free_rows: list[int] = []
         self._images = images
         self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
 
@@ -123,17 +125,32 @@ class Runtime:
             patches += size
         yield group
 
-    def batch(
-        self,
-        prompts: Sequence[Prompt],
-        visual: VisualFeatures | None,
-        new_tokens: int,
-        cancellation: Cancellation | None = None,
-    ) -> Batch:
-        """An empty cache with room for the prompts and `new_tokens` more, or as many as the context leaves."""
-        longest = max(len(prompt.ids) for prompt in prompts)
-        capacity = cache_capacity(longest + new_tokens, self.context)
-        return Batch(self.engine, self.model, prompts, visual, capacity, cancellation)
+    @contextmanager
+    def _pages(self, tokens: int) -> Iterator[tuple[list[int], int]]:
+        """Pages for so many tokens and a state row, until the block ends."""
+        size = self.engine.limits.page_size
+        with self._lock:
+            if not self._free_rows:
+                self._reserve(-(-self.context // size))
+            count = -(-tokens // size)
+            if len(self._free_pages) < count or len(self._free_rows) < 2:
+                raise EngineError(f"no room for {tokens} tokens beside the other requests")
+            pages = [self._free_pages.pop() for _ in range(count)]
+            row = self._free_rows.pop()
+        try:
+            yield pages, row
+        finally:
+            with self._lock:
+                self._free_pages += reversed(pages)
+                self._free_rows.append(row)
+
+    def _reserve(self, each: int) -> None:
+        """Pages for several sequences of `each` pages, as far as this machine has memory for them all."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        fitting = memory // max(page_bytes(self.engine.states, self.engine.limits.page_size), 1)
+        pages = 1 + max(each, min(SEQUENCES * each, fitting))
+        self.engine.reserve(pages, 2 + SEQUENCES)
+        self._free_pages, self._free_rows = list(range(pages - 1, 0, -1)), list(range(1 + SEQUENCES, 0, -1))
 
     def generate(
         self,
@@ -217,24 +234,22 @@ class Runtime:
         with meter.timed("vision_seconds"):
             visual = self.encode([prompt], cancellation)
         prompt = dataclasses.replace(prompt, images=())  # not needed any more
-        with meter.timed("prefill_seconds"):
-            batch = self.batch([prompt], visual, budget, cancellation)
-        del visual  # the batch lets go of it after the prefill
-        try:
+        with self._pages(len(prompt.ids) + budget) as (pages, row):
+            sequence = SingleSequence(self.engine, self.model, prompt, visual, pages, row, cancellation)
+            del visual  # the sequence lets go of it after the prefill
             sampled = None
             for count in range(1, budget + 1):
                 with meter.timed("decode_seconds" if sampled else "prefill_seconds"):
-                    logits = batch.decode([sampled.token_id]) if sampled else batch.prefill(self.chunk_tokens)
-                    sampled = sampler.sample(logits[0])
+                    logits = sequence.decode(sampled.token_id) if sampled else sequence.prefill(self.chunk_tokens)
+                    sampled = sampler.sample(logits)
                     fresh, reason = self._advance(text, sampled.token_id, params, count == budget)
                     meter.count_token()
                 if reason is not None:
-                    batch.release()  # before the reader sees the last piece: it may never come back for the end
-                    yield Piece(fresh, (sampled.token_id,), (sampled,), reason, meter.usage)
-                    return
+                    break
                 yield Piece(fresh, (sampled.token_id,), (sampled,))
-        finally:
-            batch.release()
+        # After its pages were given back: the reader may never come back for the end.
+        assert sampled is not None
+        yield Piece(fresh, (sampled.token_id,), (sampled,), reason, meter.usage)
 
     def _advance(
         self, text: StreamDecoder | None, token: int, params: SamplingParams, last: bool

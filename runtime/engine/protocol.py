@@ -1,30 +1,17 @@
-"""What an engine is: encode images, hold a KV cache, run the decoder over a piece of sequence."""
+"""What an engine is: it encodes images, keeps what sequences need between steps, and runs the decoder over a step."""
+
+from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.errors import EngineError, shown
+from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-
-
-@dataclass(frozen=True)
-class VisionInputs:
-    """One packed call for any number of images; P patches in merge-block order, image after image.
-
-    pixel_patches: [P, channels * temporal_patch * patch**2] float32, normalised.
-    position_index, position_weight: [P, taps] int64, float32: rows of the position table and their weights.
-    rope_cos, rope_sin: [P, head_dim / 2] float32.
-    segment_id: [P] int64, never falling; patches that see each other have the same.
-    """
-
-    pixel_patches: np.ndarray
-    position_index: np.ndarray
-    position_weight: np.ndarray
-    rope_cos: np.ndarray
-    rope_sin: np.ndarray
-    segment_id: np.ndarray
+from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 
 @dataclass(frozen=True)
@@ -35,48 +22,34 @@ class VisualFeatures:
     deepstack: np.ndarray
 
 
-@dataclass(frozen=True)
-class Step:
-    """S tokens for each of B sequences.
-
-    input_ids: [B, S] int64. visual_index: [B, S] int64, row of VisualFeatures.embeds or -1 for text.
-    rope_cos, rope_sin: [B, S, R / 2] float32. cache_position: [B] int64, tokens already in the cache.
-    logits_index: [N] int64, positions b * S + s whose logits are wanted.
-    A row may be padded on the right: padding is overwritten by that row's next step and seen by no valid token.
-    """
-
-    input_ids: np.ndarray
-    visual_index: np.ndarray
-    rope_cos: np.ndarray
-    rope_sin: np.ndarray
-    cache_position: np.ndarray
-    logits_index: np.ndarray
-
-
-class Cache(Protocol):
-    """Keys and values of B sequences, room for `capacity` tokens each, updated in place by `Engine.forward`."""
-
-    @property
-    def batch(self) -> int: ...
-    @property
-    def capacity(self) -> int: ...
-
-
 class Engine(Protocol):
-    """One loaded target of a bundle.
+    """One loaded target of a bundle. Threads may share it; steps run one after the other.
 
-    cancellation: ends a call that runs by Cancelled, where the engine can be interrupted. The engine stays usable, the
-    step's cache does not.
+    limits: of a step. states: what a sequence keeps between steps.
+    cancellation: ends a call that runs by Cancelled, where the engine can be interrupted. The engine stays usable;
+    what the step's sequences keep does not.
     """
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures: ...
+    @property
+    def limits(self) -> EngineLimits: ...
+    @property
+    def states(self) -> tuple[StateSpec, ...]: ...
 
-    def new_cache(self, batch: int, capacity: int) -> Cache: ...
+    def reserve(self, pages: int, rows: int) -> None:
+        """Make room for pages and rows of recurrent states, page 0 and row 0 included, which are no sequence's.
+
+        There is one pool: what an earlier call reserved is lost. Raises EngineError if there is too little memory.
+        """
+        ...
+
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+        """Visual tokens of all images. Raises EngineError for images that do not fit."""
+        ...
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cache: Any, cancellation: Cancellation | None = None
-    ) -> np.ndarray:
-        """Logits [N, vocabulary] float32. cache: one that this engine made. Raises EngineError if it is too small."""
+        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+    ) -> StepOutput:
+        """Run a step. Raises EngineError for one that does not fit the limits, the pool or the features."""
         ...
 
     def close(self) -> None:
@@ -84,33 +57,85 @@ class Engine(Protocol):
         ...
 
 
-def check_cache(batch: int, capacity: int) -> None:
-    """Raises EngineError for a cache of no sequence or no token."""
-    for name, value in (("batch", batch), ("capacity", capacity)):
-        if value < 1:
-            raise EngineError(f"unsupported value {name} = {value} (allowed: 1 or more)")
+def check_reserve(states: tuple[StateSpec, ...], pages: int, rows: int) -> None:
+    """Raises EngineError unless a sequence finds a page, and a row if a state is recurrent."""
+    for name, count, kind in (("pages", pages, PagedKV), ("rows", rows, Recurrent)):
+        least = 2 if any(isinstance(state, kind) for state in states) else 0
+        if count < least:
+            raise EngineError(f"unsupported value {name} = {count} (allowed: {least} or more)")
 
 
 def check_vision(inputs: VisionInputs) -> None:
-    """Raises EngineError for segment ids that are not in order."""
-    if (np.diff(inputs.segment_id) < 0).any():
-        raise EngineError("segment_id falls: the patches of one image must follow each other")
+    """Raises EngineError unless image_start rises from 0 to the number of patches."""
+    starts, patches = inputs.image_start, len(inputs.pixel_patches)
+    if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != patches or (np.diff(starts) < 1).any():
+        raise EngineError(f"image_start = {shown(starts.tolist())} (allowed: rising from 0 to the {patches} patches)")
 
 
-def check_step(step: Step, visual: VisualFeatures | None, cache: Cache, vocabulary: int) -> None:
-    """Raises EngineError, naming the value, for a step that does not fit its cache, its features or the vocabulary."""
-    if step.input_ids.ndim != 2 or step.input_ids.size == 0:
-        raise EngineError(f"input_ids has the shape {list(step.input_ids.shape)} (allowed: [B, S], 1 or more of each)")
-    batch, length = step.input_ids.shape
-    if batch != cache.batch:
-        raise EngineError(f"a step of {batch} sequences does not fit into a cache of {cache.batch}")
-    if int(step.cache_position.max()) + length > cache.capacity:
-        raise EngineError(
-            f"{length} tokens at position {step.cache_position.max()} do not fit into a cache of {cache.capacity}"
-        )
-    rows = 0 if visual is None else len(visual.embeds)
-    if int(step.visual_index.max()) >= rows:
-        raise EngineError(f"visual_index = {step.visual_index.max()}, but the step has {rows} visual features")
-    if not 0 <= int(step.input_ids.min()) <= int(step.input_ids.max()) < vocabulary:
-        wrong = step.input_ids[(step.input_ids < 0) | (step.input_ids >= vocabulary)].flat[0]
-        raise EngineError(f"input_ids has {wrong} (allowed: 0 to {vocabulary - 1})")
+def check_step(
+    step: Step, visual: VisualFeatures | None, limits: EngineLimits, vocabulary: int, pages: int, rows: int
+) -> None:
+    """Raises EngineError, naming the value, for a step that does not fit.
+
+    pages, rows: of the pool, those that are no sequence's included; 0 where the engine keeps none.
+    """
+    tokens, sequences, wanted = step.tokens, step.sequences, len(step.logits_index)
+    _check_shapes(step, tokens, sequences, wanted)
+    for what, count, least, most in (
+        ("sequences", sequences, 1, limits.max_sequences),
+        ("tokens", tokens, 1, limits.max_tokens),
+        ("rows of logits", wanted, 0, limits.max_logits),
+    ):
+        if not least <= count <= most:
+            raise EngineError(f"a step of {count} {what} (allowed: {least} to {most})")
+    # Lists: of so few numbers they are faster than arrays.
+    starts, kept = step.query_start.tolist(), step.context_len.tolist()
+    if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
+        raise EngineError(f"query_start = {shown(starts)} (allowed: rising from 0 to the {tokens} tokens)")
+    _check_range("context_len", kept, 0, limits.max_context)
+    _check_range("input_ids", step.input_ids.tolist(), 0, vocabulary - 1)
+    _check_range("visual_index", step.visual_index.tolist(), -1, (0 if visual is None else len(visual.embeds)) - 1)
+    _check_range("logits_index", step.logits_index.tolist(), 0, tokens - 1)
+    ends = [context + end - start for context, start, end in zip(kept, starts, starts[1:], strict=False)]
+    _check_range("the length of a sequence", ends, 0, limits.max_context)
+    if pages:
+        table = step.page_table.tolist()
+        for end, context, own in zip(ends, kept, table, strict=True):
+            count = -(-end // limits.page_size) if end > context else 0
+            if count > len(own):
+                raise EngineError(f"page_table has {len(own)} pages for {end} tokens (allowed: {count} or more)")
+            _check_range("page_table", own[:count], 1, pages - 1)
+        _check_range("copies", [page for pair in step.copies for page in pair], 1, pages - 1)
+    if rows:
+        _check_range("state_row", step.state_row.tolist(), 1, rows - 1)
+        _check_range("cleared", list(step.cleared), 1, rows - 1)
+
+
+def _check_shapes(step: Step, tokens: int, sequences: int, wanted: int) -> None:
+    row = (tokens,)
+    if (
+        step.input_ids.shape == step.visual_index.shape == row
+        and step.context_len.shape == step.state_row.shape == (sequences,)
+        and step.query_start.shape == (sequences + 1,)
+        and step.logits_index.shape == (wanted,)
+        and step.page_table.ndim == 2
+        and len(step.page_table) == sequences
+    ):
+        return
+    for name, shape in (
+        ("input_ids", row),
+        ("visual_index", row),
+        ("query_start", (sequences + 1,)),
+        ("context_len", (sequences,)),
+        ("state_row", (sequences,)),
+        ("page_table", (sequences, step.page_table.shape[-1])),
+        ("logits_index", (wanted,)),
+    ):
+        if (found := getattr(step, name).shape) != shape:
+            raise EngineError(f"{name} has the shape {list(found)} (allowed: {list(shape)})")
+
+
+def _check_range(name: str, values: list[int], least: int, most: int) -> None:
+    if values and not least <= min(values) <= max(values) <= most:
+        wrong = next(value for value in values if not least <= value <= most)
+        raise EngineError(f"{name} has {wrong} (allowed: {least} to {most})")

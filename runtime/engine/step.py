@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+CANDIDATES = 256  # tokens of a row that an engine gives
+
 
 @dataclass(frozen=True)
 class EngineLimits:
     """What a step may hold, and how tokens are kept. A target's numbers are data, not code.
 
     max_sequences, max_tokens, max_logits: of one step. max_context: tokens of one sequence. page_size: tokens of a
-    page. max_visual: rows of visual features in a step; max_patches: of one vision call; None for any number.
+    page. max_visual: rows of visual features that a step uses; max_patches: of one image; None for any number.
     packed: rows give the same bits whatever else is in a step, so prompts may be cut at any page's border; else they
     are cut at multiples of max_tokens alone.
     """
@@ -79,7 +81,7 @@ class Candidates:
 class StepOutput:
     """candidates: of the rows of logits_index. logits: one such row, [vocabulary] float32, until the next step runs.
 
-    outputs: debug outputs by name, rows [T, ...], of an engine that was asked for them.
+    outputs: debug outputs by name, rows [T, ...], of an engine that has any.
     """
 
     candidates: Candidates

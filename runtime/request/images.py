@@ -14,12 +14,11 @@ from PIL import ExifTags, Image
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, RequestError, one_line, quoted, require_positive, shown
 from moevlm.runtime.core.manifest import VisionMetadata
-from moevlm.runtime.engine.protocol import VisionInputs
 from moevlm.runtime.request.image_file import open_encoded
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
 from moevlm.runtime.request.image_pixels import upright_rgb
 from moevlm.runtime.request.image_source import ImageSource, read_source
-from moevlm.runtime.request.vision_inputs import pack_grids
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 
 _MAX_ASPECT = 200
 _MOST = 1e6  # that means and scales may be, and what deviations may divide by: results are far inside of float32

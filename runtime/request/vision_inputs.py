@@ -1,6 +1,7 @@
-"""The vision graph's per-patch tables: learned positions resampled to each image's grid, rotary angles, segments."""
+"""The vision graph's inputs: learned positions resampled to each image's grid, rotary angles, where images begin."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,19 +14,34 @@ from moevlm.runtime.request.positions import inverse_frequencies
 _KEYS = -0.75
 
 
+@dataclass(frozen=True)
+class VisionInputs:
+    """One packed call for any number of images; P patches in merge-block order, image after image.
+
+    pixel_patches: [P, channels * temporal_patch * patch**2] float32, normalised. The rest as in PatchTables.
+    """
+
+    pixel_patches: np.ndarray
+    position_index: np.ndarray
+    position_weight: np.ndarray
+    rope_cos: np.ndarray
+    rope_sin: np.ndarray
+    image_start: np.ndarray
+
+
 class PatchTables(NamedTuple):
     """P patches in merge-block order, image after image; the fields are those of VisionInputs.
 
     position_index, position_weight: [P, taps] int64, float32; taps row by row (4 bilinear, 16 bicubic).
     rope_cos, rope_sin: [P, head_dim / 2] float32, first the row's frequencies, then the column's.
-    segment_id: [P] int64, the number of the image.
+    image_start: [images + 1] int32, where each image's patches begin: first 0, last P.
     """
 
     position_index: np.ndarray
     position_weight: np.ndarray
     rope_cos: np.ndarray
     rope_sin: np.ndarray
-    segment_id: np.ndarray
+    image_start: np.ndarray
 
 
 def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionMetadata) -> PatchTables:
@@ -35,8 +51,6 @@ def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionMetadata) -> Patc
     Raises BundleError for an unknown position resampling.
     """
     rows, columns = _block_order(grids, vision.merge_size)
-    images = np.arange(len(grids))
-    segment_id = np.repeat(images, [h * w for h, w in grids])
 
     # Each axis is computed once per image and coordinate, then looked up by patch.
     row_at = np.repeat(_starts([h for h, _ in grids]), [h * w for h, w in grids]) + rows
@@ -57,7 +71,7 @@ def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionMetadata) -> Patc
         position_weight=weight.reshape(len(rows), row_tap.shape[1] ** 2),
         rope_cos=np.concatenate([cos[rows], cos[columns]], axis=1),
         rope_sin=np.concatenate([sin[rows], sin[columns]], axis=1),
-        segment_id=segment_id.astype(np.int64),
+        image_start=np.cumsum([0, *(h * w for h, w in grids)], dtype=np.int32),
     )
 
 

@@ -9,10 +9,11 @@ import numpy as np
 
 from moevlm.runtime.core.manifest import RopeMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import VisionInputs, VisualFeatures
+from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 VOCABULARY = 40
 ROPE = RopeMetadata(dim=4, theta=100.0, sections=(1, 1, 0), interleaved=False)

@@ -11,6 +11,7 @@ from onnx.reference.op_run import OpRun
 from onnx.reference.ops.op_attention import Attention as StandardAttention
 
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, expert_weights
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
 from moevlm.export.formats.gpu_packing import unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.moe_functions import EXPERTS
@@ -107,7 +108,7 @@ class Evaluator:
         self.experts = {name: read(weight) for name, weight in expert_weights(model).items()}
 
     def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32. feeds: of the canonical graph; float32 where this one may want another dtype."""
+        """Outputs by name, float32. feeds: float32 where this one may want another dtype."""
         given = dict(self.experts)
         for value in self._inputs:
             if value.name in feeds:
@@ -125,11 +126,11 @@ def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 
 def canonical_outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the float32 graph, its function bodies run by ONNX Runtime."""
+    """Of the float32 graph, its function bodies run by ONNX Runtime. feeds: of the plan's graph."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, packed(feeds)), strict=True))
 
 
 def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
@@ -156,27 +157,50 @@ def in_question(name: str, array: np.ndarray, feeds: dict[str, np.ndarray]) -> n
 
 
 def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Fresh inputs of a canonical graph. sizes: of its open dimensions."""
+    """Fresh inputs of a plan's graph, from the canonical one. sizes: of the plan's open dimensions."""
+    model = model.clone()
+    RectangularSteps().apply(model)
+    sizes = {"starts": 4} | sizes
     feeds = {}
     for value in model.graph.inputs:
         assert value.shape is not None and value.dtype is not None
         shape = [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
         feeds[str(value.name)] = rng.standard_normal(shape).astype(value.dtype.numpy())
-    angle = rng.uniform(0, 6, feeds["rope_cos"].shape).astype(np.float32)
-    feeds |= {"rope_cos": np.cos(angle), "rope_sin": np.sin(angle)}
+    for cos in [name for name in feeds if name.startswith("rope_cos")]:
+        angle = rng.uniform(0, 6, feeds[cos].shape).astype(np.float32)
+        feeds |= {cos: np.cos(angle), cos.replace("cos", "sin"): np.sin(angle)}
     ranges = {
         "input_ids": (0, 200),
         "visual_index": (-1, sizes.get("visual")),
         "cache_position": (0, sizes.get("capacity", 0) - sizes.get("sequence", 0) + 1),
         "logits_index": (0, sizes.get("batch", 0) * sizes.get("sequence", 0)),
         "position_index": (0, 25),
-        "segment_id": (0, 3),
     }
     for name in ranges.keys() & feeds.keys():
-        feeds[name] = rng.integers(*ranges[name], feeds[name].shape)
-    if "segment_id" in feeds:
-        feeds["segment_id"].sort()
+        feeds[name] = rng.integers(*ranges[name], feeds[name].shape).astype(feeds[name].dtype)
+    if "image_start" in feeds:
+        borders = np.sort(rng.choice(np.arange(1, sizes["patches"]), sizes["starts"] - 2, replace=False))
+        feeds["image_start"] = np.array([0, *borders, sizes["patches"]], np.int32)
     return feeds
+
+
+def packed(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A step of a plan's graph as one of the canonical graph: sequence n has page n."""
+    if "cache_position" not in feeds:
+        return feeds
+    batch, length = feeds["input_ids"].shape
+    rectangular = ("input_ids", "visual_index", *(name for name in feeds if name.startswith("rope_")))
+    rows = {name: feeds[name].reshape(batch * length, *feeds[name].shape[2:]) for name in rectangular}
+    others = {name: array for name, array in feeds.items() if name not in rows and name != "cache_position"}
+    return (
+        rows
+        | others
+        | {
+            "query_start": np.arange(0, batch * length + 1, length, dtype=np.int32),
+            "context_len": feeds["cache_position"].astype(np.int32),
+            "page_table": np.arange(batch, dtype=np.int32)[:, None],
+        }
+    )
 
 
 def usual_error(got: np.ndarray, want: np.ndarray) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -11,8 +10,13 @@ import onnx_ir as ir
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.product import RTX
 from moevlm.export.backends.tensorrt.target import PlanTarget
+from moevlm.runtime.backends.tensorrt.decoder import plan_arrays
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
+from moevlm.runtime.engine.candidates import candidates_of
+from moevlm.runtime.engine.protocol import VisualFeatures, check_step
+from moevlm.runtime.engine.step import CANDIDATES, EngineLimits, Step, StepOutput
+from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.plan_graphs import Evaluator, named
 
 
@@ -21,21 +25,15 @@ def lowered(canonical: Mapping[str, ir.Model], options: PlanOptions, sm: int = 8
     return PlanTarget(RTX, (sm,), options).lower(canonical, named)
 
 
-@dataclass
-class SimulatedCache:
-    """arrays: keys and values by the names of the graph's inputs."""
-
-    batch: int
-    capacity: int
-    arrays: dict[str, np.ndarray]
-
-
 class SimulatedPlan:
-    """The engine protocol on lowered graphs, for caches of `capacity` tokens. experts: their weights, by name."""
+    """The engine protocol on lowered graphs, for sequences of `capacity` tokens. experts: their weights, by name."""
 
-    def __init__(self, graphs: Mapping[str, ir.Model], model: ModelMetadata, capacity: int) -> None:
+    def __init__(
+        self, graphs: Mapping[str, ir.Model], model: ModelMetadata, states: tuple[StateSpec, ...], capacity: int
+    ) -> None:
         self._vision, self._decoder = Evaluator(graphs["vision"]), Evaluator(graphs["decoder"])
-        self._model, self._capacity = model, capacity
+        self._model, self.states = model, states
+        self.limits = EngineLimits(1, capacity, capacity, capacity, capacity)
         self.experts = self._decoder.experts
 
     def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
@@ -43,23 +41,30 @@ class SimulatedPlan:
         embeds = found["visual_embeds"]
         return VisualFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
 
-    def new_cache(self, batch: int, capacity: int) -> SimulatedCache:
-        arrays = {
-            name: np.zeros((batch, layer.kv_heads, self._capacity, width), np.float32)
-            for i, layer in enumerate(self._model.layers)
-            for name, width in ((f"key_cache.{i}", layer.key_dim), (f"value_cache.{i}", layer.value_dim))
-        }
-        return SimulatedCache(batch, capacity, arrays)
+    def reserve(self, pages: int, rows: int) -> None:
+        self.pages, self.rows = pages, rows
+        self._caches = [self._page() for _ in range(pages)]
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: SimulatedCache, *_: object) -> np.ndarray:
-        model = self._model
+    def _page(self) -> dict[str, np.ndarray]:
+        """Keys and values of a sequence by the names of the graph's inputs."""
+        return {
+            name: np.zeros((1, state.kv_heads, self.limits.page_size, width), np.float32)
+            for state in self.states
+            if isinstance(state, PagedKV)
+            for name, width in state.widths.items()
+        }
+
+    def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
+        model, page = self._model, int(step.page_table[0, 0])
+        check_step(step, visual, self.limits, model.vocabulary, self.pages, 0)
         if visual is None:
             zeros = np.zeros((1, model.hidden), np.float32)
             visual = VisualFeatures(zeros, np.zeros((model.vision.deepstack, *zeros.shape), np.float32))
         features = {"visual_embeds": visual.embeds, "deepstack_embeds": visual.deepstack}
-        found = self._decoder.run(dict(vars(step)) | features | cache.arrays)
-        cache.arrays = {name: found[name.replace("_cache.", "_cache_out.")] for name in cache.arrays}
-        return found["logits"]
+        found = self._decoder.run(plan_arrays(step) | features | self._caches[page])
+        self._caches[page] = {name: found[output_name(name)] for name in self._caches[page]}
+        logits = found["logits"]
+        return StepOutput(candidates_of(logits, CANDIDATES), logits.__getitem__)
 
     def close(self) -> None:
         """Nothing to do."""

@@ -35,7 +35,9 @@ def decoder_profiles(decoder: ir.Model, options: PlanOptions) -> list[Profile]:
 def vision_profiles(vision: ir.Model, merge_size: int) -> list[Profile]:
     """For one packed call of any images; every image is a multiple of merge_size**2 patches."""
     unit = merge_size**2
-    return [_profile(vision, {"patches": (unit, USUAL_PATCHES // unit * unit, max_patches(merge_size))})]
+    largest = max_patches(merge_size)
+    sizes = {"patches": (unit, USUAL_PATCHES // unit * unit, largest), "starts": (2, 2, largest // unit + 1)}
+    return [_profile(vision, sizes)]
 
 
 def max_patches(merge_size: int) -> int:

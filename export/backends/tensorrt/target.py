@@ -16,12 +16,14 @@ from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
 from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
 from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.backends.tensorrt.product import NO_FLOAT32_GEMM, Product
 from moevlm.export.backends.tensorrt.profiles import Profile, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.config import ModelConfig
 from moevlm.export.graph.cost import cost
 from moevlm.export.graph.weights import Weight
 from moevlm.export.passes.base import Pass, run
@@ -33,7 +35,7 @@ from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 
 Progress = Callable[[str, int, int], None]
 
@@ -65,7 +67,7 @@ class PlanTarget:
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelMetadata,
+        config: ModelConfig,
         progress: Progress,
         existing: Bundle | None = None,
     ) -> EngineMetadata:
@@ -73,15 +75,15 @@ class PlanTarget:
 
         A cache has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
         """
-        capacity = min(self.options.capacity, model.context)
+        capacity = min(self.options.capacity, config.decoder.context)
         options = replace(self.options, capacity=capacity, chunk_tokens=min(self.options.chunk_tokens, capacity))
-        return replace(self, options=options)._write(writer, canonical, model, progress, existing)
+        return replace(self, options=options)._write(writer, canonical, config, progress, existing)
 
     def _write(
         self,
         writer: BundleWriter,
         canonical: Mapping[str, ir.Model],
-        model: ModelMetadata,
+        config: ModelConfig,
         progress: Progress,
         existing: Bundle | None,
     ) -> EngineMetadata:
@@ -92,7 +94,7 @@ class PlanTarget:
             self._add_experts(writer, experts, progress, existing)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
-        merge = model.vision.merge_size
+        merge = config.vision.merge_size
         profiles = {
             "vision": vision_profiles(graphs["vision"], merge),
             "decoder": decoder_profiles(graphs["decoder"], self.options),
@@ -107,7 +109,7 @@ class PlanTarget:
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
             group_size=o.group_size if o.weights else 0,
-            states=kept(model, o.activations),
+            states=kept(config.decoder.states, o.activations),
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
             cost=cost(canonical, graphs, merge),
@@ -141,7 +143,8 @@ class PlanTarget:
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, program))
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
         run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
-        run((*pruned, typed, StaticCache(o.capacity), ScatterAttention(), *moe), graphs["decoder"])
+        attention = (RectangularSteps(), StaticCache(o.capacity), ScatterAttention())
+        run((*pruned, typed, *attention, *moe), graphs["decoder"])
         return graphs
 
     def _add_experts(

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
+from moevlm.runtime.engine.step import CANDIDATES
 
-_FLOAT, _INT64 = "tensor(float)", "tensor(int64)"
+_FLOAT, _INT32, _INT64 = "tensor(float)", "tensor(int32)", "tensor(int64)"
 _DTYPES = {"float32": _FLOAT, "int8": "tensor(int8)"}  # of states
+CANDIDATE_OUTPUTS = ("candidate_values", "candidate_ids", "log_sum_exp")
 _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
 
 # Dtype as ONNX Runtime names it, and sizes; None for one that differs from step to step.
@@ -26,26 +28,44 @@ def check_vision_graph(session: Any, model: ModelMetadata) -> None:
         "position_weight": (_FLOAT, (None, taps)),
         "rope_cos": (_FLOAT, (None, pairs)),
         "rope_sin": (_FLOAT, (None, pairs)),
-        "segment_id": (_INT64, (None,)),
+        "image_start": (_INT32, (None,)),
     })  # fmt: skip
     _require("vision", "output", session.get_outputs(), _features(model))
 
 
-def check_decoder_graph(session: Any, model: ModelMetadata, states: tuple[StateSpec, ...]) -> None:
-    """Raises EngineError as `check_vision_graph`; more outputs are allowed."""
-    kept = _states(states)
-    pairs = (model.ropes[0].dim + 1) // 2
+def check_decoder_graph(session: Any, model: ModelMetadata, metadata: EngineMetadata) -> None:
+    """Raises EngineError as `check_vision_graph`; more outputs are allowed.
+
+    Where a sequence lies in one page, there may be no page_table.
+    """
+    kept = _states(metadata.states)
+    sequences: dict[str, Shape] = {}
+    paged, recurrent = (any(isinstance(state, kind) for state in metadata.states) for kind in (PagedKV, Recurrent))
+    if metadata.states:
+        sequences |= {"query_start": (_INT32, (None,)), "context_len": (_INT32, (None,))}
+    if paged and (metadata.page_size or "page_table" in {value.name for value in session.get_inputs()}):
+        sequences["page_table"] = _INT32, (None, None)
+    if recurrent:
+        sequences["state_row"] = _INT32, (None,)
+    ropes = {
+        f"rope_{name}.{group}": (_FLOAT, (None, (rope.dim + 1) // 2))
+        for group, rope in enumerate(model.ropes)
+        for name in ("cos", "sin")
+    }
     _require("decoder", "input", session.get_inputs(), {
-        "input_ids": (_INT64, (None, None)),
-        "visual_index": (_INT64, (None, None)),
-        "rope_cos": (_FLOAT, (None, None, pairs)),
-        "rope_sin": (_FLOAT, (None, None, pairs)),
-        "cache_position": (_INT64, (None,)),
-        "logits_index": (_INT64, (None,)),
+        "input_ids": (_INT64, (None,)),
+        "visual_index": (_INT64, (None,)),
+        "logits_index": (_INT32, (None,)),
+        **ropes,
+        **sequences,
         **_features(model),
         **kept,
     })  # fmt: skip
     outputs = {"logits": (_FLOAT, (None, model.vocabulary)), **{output_name(name): kept[name] for name in kept}}
+    if CANDIDATE_OUTPUTS[0] in {value.name for value in session.get_outputs()}:
+        count = min(CANDIDATES, model.vocabulary)
+        shapes: tuple[Shape, ...] = ((_FLOAT, (None, count)), (_INT32, (None, count)), (_FLOAT, (None,)))
+        outputs |= dict(zip(CANDIDATE_OUTPUTS, shapes, strict=True))
     given = [value for value in session.get_outputs() if value.name in outputs]
     _require("decoder", "output", given, outputs)
 

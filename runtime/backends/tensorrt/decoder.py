@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 
@@ -16,7 +15,8 @@ from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
-from moevlm.runtime.engine.protocol import Step, VisualFeatures
+from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.step import Step
 
 PREFILL, DECODE = 0, 1  # profiles
 ACTIVATIONS = {"bfloat16": ("BF16", 2), "float16": ("HALF", 2), "float32": ("FLOAT", 4)}
@@ -26,10 +26,10 @@ Bindings = dict[str, tuple[int, tuple[int, ...]]]  # address and shape
 
 
 class Slot:
-    """Caches of `batch` sequences on the device, and the context that decodes with them: its addresses never change."""
+    """A page: a sequence's caches on the device, and the context that decodes with them: its addresses never change."""
 
-    def __init__(self, batch: int, memory: DeviceMemory, caches: Bindings, decode: Execution) -> None:
-        self.batch, self.memory, self.caches, self.decode = batch, memory, caches, decode
+    def __init__(self, memory: DeviceMemory, caches: Bindings, decode: Execution) -> None:
+        self.memory, self.caches, self.decode = memory, caches, decode
 
     def free(self) -> None:
         try:
@@ -56,13 +56,11 @@ class Decoder:
         self._plan, self._device, self._model, self._metadata = plan, plan.device, model, metadata
         self._cache_shapes = _cache_shapes(plan, states, metadata)
         self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
-        self._slots: list[Slot] = []
-        self._idle: list[Slot] = []
-        self._returned: deque[Slot] = deque()  # appended to by finalizers, at any time and in any thread
+        self._slots: dict[int, Slot] = {}  # by page
         self._fixed: Bindings = {}
         self._resources = ExitStack()
         try:
-            weights = _weights(plan, experts, self._cache_shapes)
+            weights = _weights(plan, experts, model, self._cache_shapes)
             self._require_what_was_said()
             self._fixed = self._upload(weights)
             self._blank = self._allocate_blank()
@@ -76,66 +74,59 @@ class Decoder:
     @property
     def graphs(self) -> str:
         """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
-        refused = next((slot.decode.graph_refused for slot in self._slots if slot.decode.graph_refused), None)
+        refused = next((slot.decode.graph_refused for slot in self._slots.values() if slot.decode.graph_refused), None)
         if refused is not None:
             return f"refused: {refused}"
-        return "replayed" if any(slot.decode.replays for slot in self._slots) else "not yet"
+        return "replayed" if any(slot.decode.replays for slot in self._slots.values()) else "not yet"
 
-    def take(self, batch: int) -> Slot:
-        """Caches full of zeros: those of an earlier request of as many sequences, or new ones."""
-        while self._returned:
-            self._idle.append(self._returned.popleft())
-        slot = next((slot for slot in self._idle if slot.batch == batch), None)
-        if slot is not None:
-            self._idle.remove(slot)
-        else:
-            try:
-                slot = self._new_slot(batch)
-            except EngineError:
-                if not self._idle:
-                    raise
-                while self._idle:
-                    unused = self._idle.pop()
-                    self._slots.remove(unused)
-                    unused.free()
-                slot = self._new_slot(batch)
-            self._slots.append(slot)
-        self._device.clear(slot.memory)
-        return slot
+    def free_slots(self) -> None:
+        """Free the memory of all pages."""
+        with ExitStack() as stack:
+            for slot in self._slots.values():
+                stack.callback(slot.free)
+            self._slots.clear()
 
-    def give_back(self, slot: Slot) -> None:
-        """May be called from a finalizer: it does nothing but to note it."""
-        self._returned.append(slot)
-
-    def step(self, step: Step, visual: VisualFeatures | None, slot: Slot) -> np.ndarray:
-        """Logits [N, vocabulary] float32. The step was checked before."""
-        arrays = dict(vars(step))
+    def step(self, step: Step, visual: VisualFeatures | None) -> np.ndarray:
+        """Logits [L, vocabulary] float32. The step was checked before; it has one sequence, in one page."""
+        slot = self._slot(int(step.page_table[0, 0]))
+        if int(step.context_len[0]) == 0:
+            self._device.clear(slot.memory)  # what the page's last sequence left may be no number
+        arrays = plan_arrays(step)
         used = np.unique(step.visual_index[step.visual_index >= 0])
-        if not len(used) and step.input_ids.shape[1] == 1 and len(step.logits_index) == slot.batch:
+        if not len(used) and step.tokens == len(step.logits_index) == 1:
             return slot.decode.run(arrays)["logits"]
         for name, (address, shape) in slot.caches.items():
             self._prefill.bind(name, address, shape)
         if visual is not None and len(used):
-            arrays |= self._rows(step, visual, used)
+            arrays |= self._rows(arrays["visual_index"], visual, used)
         else:
             for name, (address, shape) in self._blank.items():
                 self._prefill.bind(name, address, shape)
-        return np.concatenate([self._prefill.run(arrays | group)["logits"] for group in self._groups(step)])
+        groups = [self._prefill.run(arrays | group)["logits"] for group in self._groups(step.logits_index)]
+        return np.concatenate(groups)[: len(step.logits_index)]
 
-    def _groups(self, step: Step) -> Iterator[dict[str, np.ndarray]]:
-        """As many positions at a time as the profile has room for. A step writes the same caches each time."""
-        most = self._metadata.max_logits
-        for start in range(0, len(step.logits_index), most):
-            yield {"logits_index": step.logits_index[start : start + most]}
+    def _slot(self, page: int) -> Slot:
+        if page not in self._slots:
+            self._slots[page] = self._new_slot()
+        return self._slots[page]
 
-    def _rows(self, step: Step, visual: VisualFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
+    def _groups(self, wanted: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
+        """As many positions at a time as the profile has room for. A step writes the same caches each time.
+
+        The profile allows no empty axis: where nothing is wanted, one row is computed and dropped.
+        """
+        wanted = wanted if len(wanted) else np.zeros(1, wanted.dtype)
+        for start in range(0, len(wanted), self._metadata.max_logits):
+            yield {"logits_index": wanted[start : start + self._metadata.max_logits]}
+
+    def _rows(self, visual_index: np.ndarray, visual: VisualFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
         """The visual rows that the step uses and no others, and where it finds them."""
         if len(used) > self._metadata.max_visual:
             raise EngineError(
                 f"the step uses {len(used)} visual rows (allowed: up to {self._metadata.max_visual}; "
-                "fewer sequences or fewer tokens in a step use fewer)"
+                "fewer tokens in a step use fewer)"
             )
-        index = np.where(step.visual_index >= 0, np.searchsorted(used, step.visual_index), -1)
+        index = np.where(visual_index >= 0, np.searchsorted(used, visual_index), -1)
         rows = {"visual_embeds": visual.embeds[used], "visual_index": index}
         return rows | ({"deepstack_embeds": visual.deepstack[:, used]} if self._deepstack else {})
 
@@ -206,35 +197,33 @@ class Decoder:
         blank: Bindings = {"visual_embeds": (memory.address, (1, hidden))}
         return blank | ({"deepstack_embeds": (memory.address, (self._deepstack, 1, hidden))} if self._deepstack else {})
 
-    def _new_slot(self, batch: int) -> Slot:
+    def _new_slot(self) -> Slot:
         places, end = {}, 0
         for name, shape in self._cache_shapes.items():
             places[name] = end
-            size = batch * math.prod(shape) * ACTIVATIONS[self._metadata.activations][1]
+            size = math.prod(shape) * ACTIVATIONS[self._metadata.activations][1]
             end += -(-size // ALIGNMENT) * ALIGNMENT
         with ExitStack() as undo:
             memory = self._device.allocate(end)
             undo.callback(memory.free)
             caches: Bindings = {}
             for name, place in places.items():
-                caches[name] = caches[output_name(name)] = memory.address + place, (batch, *self._cache_shapes[name])
+                caches[name] = caches[output_name(name)] = memory.address + place, (1, *self._cache_shapes[name])
             decode = self._plan.execution(DECODE, graphs=True)
             undo.callback(decode.close)
             self._bind_fixed(decode)
             for name, (address, bound) in (caches | self._blank).items():
                 decode.bind(name, address, bound)
             undo.pop_all()
-        return Slot(batch, memory, caches, decode)
+        return Slot(memory, caches, decode)
 
     def _bind_fixed(self, execution: Execution) -> None:
         for name, (address, shape) in self._fixed.items():
             execution.bind(name, address, shape)
 
     def close(self) -> None:
-        with self._resources, ExitStack() as stack:
-            for slot in self._slots:
-                stack.callback(slot.free)
-            self._slots.clear()
+        with self._resources:
+            self.free_slots()
 
 
 def _cache_shapes(plan: Plan, states: tuple[StateSpec, ...], metadata: TensorRTMetadata) -> dict[str, tuple[int, ...]]:
@@ -247,9 +236,24 @@ def _cache_shapes(plan: Plan, states: tuple[StateSpec, ...], metadata: TensorRTM
     return shapes
 
 
-def _weights(plan: Plan, experts: MappedFile | None, caches: Iterable[str]) -> dict[str, np.ndarray]:
+def plan_arrays(step: Step) -> dict[str, np.ndarray]:
+    """A packed step of one sequence as the plan takes it: a batch of one."""
+    arrays = {
+        "input_ids": step.input_ids,
+        "visual_index": step.visual_index,
+        **{f"rope_cos.{group}": cos for group, (cos, _) in step.rope.items()},
+        **{f"rope_sin.{group}": sin for group, (_, sin) in step.rope.items()},
+    }
+    batch = {name: array[None] for name, array in arrays.items()}
+    return batch | {"cache_position": step.context_len.astype(np.int64), "logits_index": step.logits_index}
+
+
+def _weights(
+    plan: Plan, experts: MappedFile | None, model: ModelMetadata, caches: Iterable[str]
+) -> dict[str, np.ndarray]:
     """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
-    step = {"visual_embeds", *Step.__dataclass_fields__}
+    ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
+    step = {"input_ids", "visual_embeds", "visual_index", *ropes, "cache_position", "logits_index"}
     for names, given, kind in (
         ((*step, *caches), plan.inputs, "input"),
         (("logits", *map(output_name, caches)), plan.outputs, "output"),

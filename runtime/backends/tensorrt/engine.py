@@ -11,17 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import Device
-from moevlm.runtime.backends.tensorrt.decoder import Decoder, Slot
+from moevlm.runtime.backends.tensorrt.decoder import Decoder
 from moevlm.runtime.backends.tensorrt.kernel_cache import KernelCache, cache_file
 from moevlm.runtime.backends.tensorrt.library import Library
 from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
-from moevlm.runtime.core.states import StateSpec
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures, check_step, check_vision
+from moevlm.runtime.engine.candidates import candidates_of
+from moevlm.runtime.engine.limits import limits_of
+from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
+from moevlm.runtime.engine.step import CANDIDATES, Step, StepOutput
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,6 @@ class PlanFile:
     name: str
     data: bytes
     sha256: str
-
-
-@dataclass(frozen=True, weakref_slot=True, slots=True)
-class TensorRTCache:
-    """Keys and values of `batch` sequences on the device, which an engine takes back when nothing refers to this."""
-
-    batch: int
-    capacity: int
-    slot: Slot
 
 
 class TensorRTEngine:
@@ -54,14 +48,15 @@ class TensorRTEngine:
         decoder: PlanFile,
         experts: MappedFile | None,
         model: ModelMetadata,
-        states: tuple[StateSpec, ...],
-        metadata: TensorRTMetadata,
+        metadata: EngineMetadata,
     ) -> None:
         """experts: a file whose hash was checked; None if the plan has all weights.
 
         Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the metadata say.
         """
-        self._model, self._states, self._metadata = model, states, metadata
+        assert metadata.tensorrt is not None
+        self._model, self._metadata, self._pages = model, metadata.tensorrt, 0
+        self.states, self.limits = metadata.states, limits_of(model, metadata)
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()
@@ -94,7 +89,7 @@ class TensorRTEngine:
             resources.callback(scratch.free)
             for plan in plans:
                 plan.scratch = scratch
-        self._decoder = Decoder(plans[0], experts, self._model, self._states, metadata)
+        self._decoder = Decoder(plans[0], experts, self._model, self.states, metadata)
         resources.callback(self._decoder.close)
         self._vision = _vision(plans[1])
         resources.callback(self._vision.close)
@@ -107,7 +102,7 @@ class TensorRTEngine:
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
         """Visual tokens of all images, as many images in a call as the plan has room for.
 
-        Raises EngineError for segment ids that are not in order, and for an image that is too large for the plan.
+        Raises EngineError for an image_start that does not rise, and for an image that is too large for the plan.
         A cancellation is heard between calls.
         """
         check_vision(inputs)
@@ -116,62 +111,47 @@ class TensorRTEngine:
         with self._lock:
             self._require_open()
             with self._device:
-                for part in _parts(inputs.segment_id, self._metadata.max_patches):
+                for part in _parts(inputs, self._metadata.max_patches):
                     cancellation.check()
-                    outputs.append(self._vision.run({name: array[part] for name, array in vars(inputs).items()}))
+                    outputs.append(self._vision.run(vars(part)))
         embeds = np.concatenate([output["visual_embeds"] for output in outputs])
         empty = np.zeros((0, *embeds.shape), np.float32)
         deepstack = [output["deepstack_embeds"] for output in outputs if "deepstack_embeds" in output]
         return VisualFeatures(embeds, np.concatenate(deepstack, axis=1) if deepstack else empty)
 
-    def new_cache(self, batch: int, capacity: int) -> TensorRTCache:
-        """An empty cache. Raises EngineError for more sequences or tokens than the engine was built for."""
-        for name, value, most in (
-            ("batch", batch, self._metadata.max_batch),
-            ("capacity", capacity, self._metadata.capacity),
-        ):
-            if not 1 <= value <= most:
-                raise EngineError(f"unsupported value {name} = {value} (the engine was built for 1 to {most})")
+    def reserve(self, pages: int, rows: int) -> None:
+        """See the protocol. A page is a slot of the built capacity, allocated when a step first has it."""
+        check_reserve(self.states, pages, rows)
         with self._lock:
             self._require_open()
+            self._pages = pages
             with self._device:
-                slot = self._decoder.take(batch)
-        cache = TensorRTCache(batch, capacity, slot)
-        weakref.finalize(cache, self._decoder.give_back, slot).atexit = False
-        return cache
+                self._decoder.free_slots()
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cache: TensorRTCache, cancellation: Cancellation | None = None
-    ) -> np.ndarray:
-        """Logits [N, vocabulary] float32; see the protocol. Raises EngineError for more than it was built for.
-
-        A cancellation is heard before the step starts, not while the GPU runs it.
-        """
-        check_step(step, visual, cache, self._model.vocabulary)
-        length = step.input_ids.shape[1]
-        if length > self._metadata.chunk_tokens:
-            raise EngineError(
-                f"a step of {length} tokens (the engine was built for up to {self._metadata.chunk_tokens})"
-            )
-        # Kernels read where they are told to: nothing on the device would notice.
-        if int(step.cache_position.min()) < 0:
-            raise EngineError(f"cache_position has {step.cache_position.min()} (allowed: 0 or more)")
-        index = step.logits_index
-        if not len(index) or not 0 <= int(index.min()) <= int(index.max()) < step.input_ids.size:
-            raise EngineError(f"logits_index = {index} (allowed: one or more of 0 to {step.input_ids.size - 1})")
+        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+    ) -> StepOutput:
+        """See the protocol. A cancellation is heard before the step starts, not while the GPU runs it."""
         with self._lock:
             if cancellation is not None:
                 cancellation.check()  # others may have held the lock for long
             self._require_open()
+            if not self._pages:
+                raise EngineError("a step before any page was reserved")
+            # Kernels read where they are told to: nothing on the device would notice.
+            check_step(step, visual, self.limits, self._model.vocabulary, self._pages, 0)
+            if step.copies:
+                raise EngineError(f"copies = {step.copies} (allowed: none, a sequence has a page of its own)")
             with self._device:
-                return self._decoder.step(step, visual, cache.slot)
+                logits = self._decoder.step(step, visual)
+        return StepOutput(candidates_of(logits, CANDIDATES), lambda row: logits[row].copy())
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:
             raise EngineError("this engine was closed")
 
     def close(self) -> None:
-        """Free everything on the device; caches cannot be used any more. Once more does nothing."""
+        """Free everything on the device; the pool cannot be used any more. Once more does nothing."""
         with self._lock:
             self._finalizer()
 
@@ -201,17 +181,24 @@ def _vision(plan: Plan) -> Execution:
     return plan.execution(0)
 
 
-def _parts(segment_id: np.ndarray, most: int) -> Iterator[slice]:
+def _parts(inputs: VisionInputs, most: int) -> Iterator[VisionInputs]:
     """Whole images, as many at a time as have `most` patches together."""
-    ends = [*(np.flatnonzero(np.diff(segment_id)) + 1), len(segment_id)]
-    start = done = 0
-    for end in map(int, ends):
-        if end - done > most:
+    starts = inputs.image_start.tolist()
+    first = 0  # image of the part
+    for image, end in enumerate(starts[1:]):
+        if end - starts[image] > most:
             raise EngineError(
-                f"an image has {end - done} patches (the engine was built for up to {most}): make it smaller"
+                f"an image has {end - starts[image]} patches (the engine was built for up to {most}): make it smaller"
             )
-        if end - start > most:
-            yield slice(start, done)
-            start = done
-        done = end
-    yield slice(start, done)
+        if end - starts[first] > most:
+            yield _part(inputs, first, image)
+            first = image
+    yield _part(inputs, first, len(starts) - 1)
+
+
+def _part(inputs: VisionInputs, first: int, stop: int) -> VisionInputs:
+    """Images first to stop, alone."""
+    starts = inputs.image_start[first : stop + 1]
+    patches = slice(starts[0], starts[-1])
+    arrays = {name: array[patches] for name, array in vars(inputs).items() if name != "image_start"}
+    return VisionInputs(**arrays, image_start=starts - starts[0])

@@ -13,12 +13,12 @@ from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack, random_cases
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.batch import Batch
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.loading import load_engine
 from tests.support.tiny import TinyCheckpoint
@@ -89,12 +89,9 @@ def answers(engine: Engine, model: ModelMetadata, cases: list[Case]) -> np.ndarr
     """Logits of all positions of two prompts, one with an image, and of a step behind them: [N, vocabulary]."""
     images = pack(cases, model)
     assert images is not None
-    batch = Batch(engine, model, [case.prompt for case in cases], engine.encode(images), 128)
-    try:
-        rows = [*batch.prefill(every_position=True), *batch.decode([6, 3])]
-        return np.concatenate([row.reshape(-1, model.vocabulary) for row in rows])
-    finally:
-        batch.release()
+    prompts = [case.prompt for case in cases]
+    batch = Batch(engine, model, prompts, engine.encode(images), BatchLimits.of(prompts, engine.limits))
+    return np.concatenate([batch.prefill(every_position=True), batch.decode([6, 3])])
 
 
 @pytest.mark.parametrize(("model_type", "seed"), [("qwen3_vl_moe", 1), ("qwen3_vl_moe", 2), ("glm4v_moe", 3)])

@@ -87,32 +87,35 @@ def signature(values: Iterable[ir.Value]) -> dict[str, tuple[str, list[str | int
 
 def test_decoder_has_the_documented_inputs_and_outputs() -> None:
     graph = canonical(TinyCheckpoint()).graphs["decoder"].graph
-    sequence, rope, cache = ["batch", "sequence"], ["batch", "sequence", 8], ["batch", 2, "capacity", 16]
+    cache = ["pages", 2, "page", 16]
     inputs = signature(graph.inputs)
-    assert inputs == {
-        "input_ids": ("INT64", sequence),
+    documented = {
+        "input_ids": ("INT64", ["tokens"]),
         "visual_embeds": ("FLOAT", ["visual", 32]),
         "deepstack_embeds": ("FLOAT", [2, "visual", 32]),
-        "visual_index": ("INT64", sequence),
-        "rope_cos": ("FLOAT", rope),
-        "rope_sin": ("FLOAT", rope),
-        "cache_position": ("INT64", ["batch"]),
-        "logits_index": ("INT64", ["logits"]),
+        "visual_index": ("INT64", ["tokens"]),
+        "rope_cos.0": ("FLOAT", ["tokens", 8]),
+        "rope_sin.0": ("FLOAT", ["tokens", 8]),
+        "query_start": ("INT32", ["starts"]),
+        "context_len": ("INT32", ["sequences"]),
+        "page_table": ("INT32", ["sequences", "table"]),
+        "logits_index": ("INT32", ["logits"]),
         **{f"{kind}_cache.{i}": ("FLOAT", cache) for i in range(2) for kind in ("key", "value")},
     }
+    assert list(inputs.items()) == list(documented.items())
     outputs = signature(graph.outputs)
-    assert outputs == {
+    documented = {
         "logits": ("FLOAT", ["logits", 263]),
         **{f"{kind}_cache_out.{i}": ("FLOAT", cache) for i in range(2) for kind in ("key", "value")},
     }
-    assert next(iter(outputs)) == "logits"
+    assert list(outputs.items()) == list(documented.items())
 
 
 @pytest.mark.parametrize("name", ["glm", "qwen, no deepstack, tied head"])
 def test_decoder_without_deepstack_has_no_input_for_it(name: str) -> None:
     inputs = signature(canonical(MODELS[name]).graphs["decoder"].graph.inputs)
     assert "deepstack_embeds" not in inputs
-    assert inputs["rope_cos"] == ("FLOAT", ["batch", "sequence", 4 if name == "glm" else 8])  # glm rotates one half
+    assert inputs["rope_cos.0"] == ("FLOAT", ["tokens", 4 if name == "glm" else 8])  # glm rotates one half
 
 
 @pytest.mark.parametrize(("name", "taps", "levels"), [("qwen", 4, 2), ("glm", 16, 0)])
@@ -127,7 +130,7 @@ def test_vision_has_the_documented_inputs_and_outputs(name: str, taps: int, leve
         "position_weight": ("FLOAT", [patches, taps]),
         "rope_cos": ("FLOAT", [patches, 4]),
         "rope_sin": ("FLOAT", [patches, 4]),
-        "segment_id": ("INT64", [patches]),
+        "image_start": ("INT32", ["starts"]),
     }
     outputs = signature(graph.outputs)
     assert list(outputs) == ["visual_embeds", "deepstack_embeds"][: 1 + bool(levels)]
@@ -185,22 +188,22 @@ def test_checker_accepts_both_graphs_with_all_shapes_inferred(name: str) -> None
 
 
 def decoder_feeds(model: CanonicalModel, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Two sequences, three tokens each, at different places of half-filled caches; one sees images."""
+    """Two sequences of two and four tokens, the first behind five that it keeps; it sees images."""
     inputs = signature(model.graphs["decoder"].graph.inputs)
-    sizes = {"batch": 2, "sequence": 3, "visual": 4, "logits": 2, "capacity": 9}
+    sizes = {"tokens": 6, "visual": 4, "pages": 6, "page": 4}
     feeds = {
         name: rng.standard_normal([sizes.get(d, d) for d in shape], np.float32)
         for name, (dtype, shape) in inputs.items()
         if dtype == "FLOAT"
     }
-    angle = rng.uniform(0, 6, feeds["rope_cos"].shape).astype(np.float32)
+    angle = rng.uniform(0, 6, feeds["rope_cos.0"].shape).astype(np.float32)
+    int32 = {"query_start": [0, 2, 6], "context_len": [5, 0], "page_table": [[4, 1], [3, 0]], "logits_index": [5, 1]}
     return feeds | {
-        "rope_cos": np.cos(angle),
-        "rope_sin": np.sin(angle),
-        "input_ids": rng.integers(0, 200, (2, 3)),
-        "visual_index": np.array([[-1, -1, -1], [3, 0, -1]]),
-        "cache_position": np.array([5, 0]),
-        "logits_index": np.array([5, 1]),
+        "rope_cos.0": np.cos(angle),
+        "rope_sin.0": np.sin(angle),
+        "input_ids": rng.integers(0, 200, 6),
+        "visual_index": np.array([3, 0, -1, -1, -1, -1]),
+        **{name: np.array(values, np.int32) for name, values in int32.items()},
     }
 
 
@@ -211,7 +214,8 @@ def vision_feeds(model: CanonicalModel, rng: np.random.Generator) -> dict[str, n
     patches = 3 * vision.merge_size**2
     feeds = {n: rng.standard_normal((patches, s[1]), np.float32) for n, (t, s) in inputs.items() if t == "FLOAT"}
     rows = rng.integers(0, vision.position_grid**2, feeds["position_weight"].shape)
-    return feeds | {"position_index": rows, "segment_id": np.repeat([0, 1, 1], vision.merge_size**2)}
+    starts = np.array([0, 1, 3], np.int32) * vision.merge_size**2
+    return feeds | {"position_index": rows, "image_start": starts}
 
 
 def in_torch(model: CanonicalModel, name: str, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -222,10 +226,12 @@ def in_torch(model: CanonicalModel, name: str, feeds: dict[str, np.ndarray]) -> 
     with torch.no_grad():
         if name == "vision":
             return [output.numpy() for output in vision(**tensors) if output is not None]
-        layers = range(len(model.config.decoder.feed_forward))
-        caches = [(tensors.pop(f"key_cache.{i}"), tensors.pop(f"value_cache.{i}")) for i in layers]
-        logits, caches = decoder(**{"deepstack_embeds": None} | tensors, caches=caches)
-    return [logits.numpy(), *(tensor.numpy() for pair in caches for tensor in pair)]
+        layers = range(len(model.config.decoder.layers))
+        states = [(tensors.pop(f"key_cache.{i}"), tensors.pop(f"value_cache.{i}")) for i in layers]
+        ropes = [(tensors.pop("rope_cos.0"), tensors.pop("rope_sin.0"))]
+        absent = dict.fromkeys(("deepstack_embeds", "state_row"))
+        logits, states = decoder(**absent | tensors, ropes=ropes, states=states)
+    return [logits.numpy(), *(tensor.numpy() for pair in states for tensor in pair)]
 
 
 @models

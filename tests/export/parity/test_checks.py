@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moevlm.export.parity.checks import FirstChoices, Taps, _routing
+from moevlm.export.parity.checks import DebugOutputs, FirstChoices, _routing
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.tolerances import Tolerance
 from moevlm.plugins.ops.spec import RouterSpec
@@ -22,7 +22,7 @@ def check(ours: list[list[int]], logits: list[float], theirs: list[int], bias: l
         router_logits=[np.array([logits] * len(ours), np.float32)],
         biases=[None if bias is None else np.array(bias, np.float32)],
     )
-    return _routing(expected, "engine", Taps({"layers.3.expert_index": np.array(ours)}), TOLERANCE)
+    return _routing(expected, "engine", DebugOutputs({"layers.3.expert_index": np.array(ours)}), TOLERANCE)
 
 
 def test_order_of_the_chosen_experts_does_not_count() -> None:

@@ -12,15 +12,15 @@ from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.graph.weights import Constant, Weight, read
 from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import pack, random_cases
+from moevlm.export.parity.debug_engine import DebugEngine
 from moevlm.export.parity.layer_reference import Deviation, Rounding, layer_deviations
-from moevlm.export.parity.recorded_engine import RecordedEngine, Sequence
+from moevlm.export.parity.recorded_engine import RecordedEngine, RecordedSequence
 from moevlm.export.parity.run import check_parity
 from moevlm.export.parity.stored_weights import stored_weights
-from moevlm.export.parity.taps import TappedEngine
 from moevlm.export.parity.tolerances import QUANTIZED
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.engine.batch import Batch
 from tests.support.bundles import rehash
 from tests.support.tiny import TinyCheckpoint
 
@@ -38,7 +38,7 @@ class Recording:
         self.bundle = build(self.checkpoint, folder / "bundle", TARGETS).directory
         bundle = Bundle.open(self.bundle)
         self.weights: dict[str, dict[str, Weight]] = {}
-        self.sequences: dict[str, list[Sequence]] = {}
+        self.sequences: dict[str, list[RecordedSequence]] = {}
         self.rounding: dict[str, Rounding] = {}
         with Checkpoint.open(self.checkpoint) as source:
             model = CanonicalModel.of(source)
@@ -46,10 +46,12 @@ class Recording:
             cases = random_cases(metadata, source.config, 3)
             for target in TARGETS:
                 entry = bundle.manifest.engines[target]
-                engine = RecordedEngine(TappedEngine(bundle, target, self.config))
+                engine = RecordedEngine(DebugEngine(bundle, target, self.config))
                 images = pack(cases, metadata)
                 assert images is not None
-                batch = Batch(engine, metadata, [case.prompt for case in cases], engine.encode(images), 192)
+                prompts = [case.prompt for case in cases]
+                limits = BatchLimits.of(prompts, engine.limits)
+                batch = Batch(engine, metadata, prompts, engine.encode(images), limits)
                 batch.prefill(every_position=True)
                 for token in range(8, 16):
                     batch.decode([token] * len(cases))

@@ -14,13 +14,14 @@ from torch.nn.modules.module import register_module_forward_hook
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.decoder import Decoder, Layer
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, random_cases
 from moevlm.export.parity.measures import relative_error
-from moevlm.export.parity.oracle import Answer, Oracle
-from moevlm.export.parity.stored_reference import answer, expected_on
+from moevlm.export.parity.oracle import Oracle, ReferenceOutput
+from moevlm.export.parity.stored_reference import expected_on
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.core.errors import CheckpointError, EngineError
-from moevlm.runtime.engine.batch import Batch
+from moevlm.runtime.engine.protocol import Engine
 from tests.export.parity.test_run import CHECKPOINTS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
@@ -51,14 +52,14 @@ def by_from_pretrained(checkpoint: Path, cases: list[Case]) -> list[np.ndarray]:
     return results
 
 
-def logits(given: Answer) -> np.ndarray:
+def logits(given: ReferenceOutput) -> np.ndarray:
     return np.concatenate([given.prefill, given.decode])
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp_path: Path) -> None:
     with opened(CHECKPOINTS[name], tmp_path) as (source, _, cases):
-        answers = Oracle(source, ROUTER).answers(cases)
+        answers = Oracle(source, ROUTER).outputs(cases)
     whole = by_from_pretrained(tmp_path / "checkpoint", cases)
     for ours, theirs in zip(answers, whole, strict=True):
         assert relative_error(logits(ours), theirs) < 1e-5
@@ -75,7 +76,7 @@ def test_transformers_never_has_more_than_its_largest_part_in_memory(tmp_path: P
         assert alive(oracle.model) == 0
         counts: list[int] = []
         hook = register_module_forward_hook(lambda *_: counts.append(alive(oracle.model)))
-        oracle.answers(cases)
+        oracle.outputs(cases)
         hook.remove()
     sizes = [sum(p.numel() for p in part.parameters()) for part in oracle.weights.parts.values()]
     assert max(counts) == max(sizes)
@@ -88,19 +89,19 @@ def test_canonical_pytorch_never_has_more_than_a_layer_in_memory(
     top: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers, towers, counts = [], list[nn.Module](), list[int]()
-    embed, attend, make = Decoder.embed, Layer.attend, CanonicalModel.towers
+    embed, mix, make = Decoder.embed, Layer.mix, CanonicalModel.towers
 
     def made(model: CanonicalModel) -> tuple[nn.Module, ...]:
         towers.extend(make(model))
         return tuple(towers)
 
-    def attending(layer: Layer, *arguments: torch.Tensor) -> object:
+    def mixing(layer: Layer, *arguments: torch.Tensor) -> object:
         layers.append(layer)
         counts.append(sum(alive(each) for each in towers[1].layers))
-        return attend(layer, *arguments)
+        return mix(layer, *arguments)
 
     monkeypatch.setattr(CanonicalModel, "towers", made)
-    monkeypatch.setattr(Layer, "attend", attending)
+    monkeypatch.setattr(Layer, "mix", mixing)
     hook = register_module_forward_hook(lambda *_: counts.append(alive(towers[0].blocks)))
     with opened(TinyCheckpoint(text=DEEP, top=top), tmp_path) as (_, model, cases):
         expected_on(model, model.config.metadata(), cases)
@@ -120,28 +121,26 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
         cases = random_cases(CanonicalModel.of(source).config.metadata(), source.config, 0)
     edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
     with Checkpoint.open(checkpoint) as source, pytest.raises(CheckpointError, match=f"no tensor .* for {name}"):
-        Oracle(source, ROUTER).answers(cases)
+        Oracle(source, ROUTER).outputs(cases)
 
 
 def test_canonical_pytorch_answers_the_calls_that_were_announced_and_no_others(tmp_path: Path) -> None:
     with opened(TinyCheckpoint(text={"vocab_size": 96}), tmp_path) as (_, model, cases):
         case, metadata = cases[0], model.config.metadata()
 
-        def calls(token: int) -> Callable[[TorchEngine], object]:
-            def make(engine: TorchEngine) -> list[np.ndarray]:
-                batch = Batch(engine, metadata, [case.prompt], None, 128)
+        def calls(token: int) -> Callable[[Engine], object]:
+            def make(engine: Engine) -> list[np.ndarray]:
+                batch = Batch(engine, metadata, [case.prompt], None, BatchLimits.of([case.prompt], engine.limits, 1))
                 return [batch.prefill(), batch.decode([token])]
 
             return make
 
-        whole, _ = answer(
-            TorchEngine(model, lambda engine: answer(engine, model, case, metadata)), model, case, metadata
-        )
+        whole = expected_on(model, metadata, cases).answers[0]
         token = int(case.continuation[0])
         prefill, decode = calls(token)(TorchEngine(model, calls(token)))
         assert relative_error(prefill[0], whole.prefill[-1]) < 2e-6
         assert relative_error(decode[0], whole.decode[0]) < 2e-6
         with pytest.raises(EngineError, match="nobody announced this step"):
             calls(token + 1)(TorchEngine(model, calls(token)))
-        with pytest.raises(EngineError, match="nobody announced a cache of 1 sequences of 128 tokens"):
+        with pytest.raises(EngineError, match=r"nobody announced a pool of . pages and 2 rows"):
             calls(token)(TorchEngine(model, lambda _: None))

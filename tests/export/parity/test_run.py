@@ -25,7 +25,7 @@ from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError
 from moevlm.runtime.core.reports import to_json
-from moevlm.runtime.engine.protocol import Step
+from moevlm.runtime.engine.step import Step, StepOutput
 from tests.support.bundles import rehash
 from tests.support.tiny import GLM, IMAGE, QWEN, TinyCheckpoint, edit_tensors
 
@@ -115,7 +115,7 @@ QUANTIZED_TARGETS = ("ort-cpu:int8", "ort-cpu:int4", "cpu:int8", "cpu:int4")
 
 QUANTITIES = [
     *FEATURES,
-    "logits with taps",
+    "logits with debug outputs",
     "choices unlike its router logits",
     "routers, one by one",
     "layers, one by one",
@@ -350,23 +350,24 @@ def test_long_prompt_is_as_long_as_the_cache_allows(tiny_bundle: Path) -> None:
     assert long_cases(metadata, config, 0, DECODE_STEPS) == []
 
 
-@pytest.mark.parametrize("whole", [False, True])  # as shipped alone, or the engine with taps, too
+@pytest.mark.parametrize("whole", [False, True])  # as shipped alone, or the engine with debug outputs, too
 def test_fault_behind_the_first_block_of_keys_is_found(
     whole: bool, copy: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = OrtEngine.run
+    right = OrtEngine.forward
 
-    def wrong(self: OrtEngine, step: Step, *arguments: Any) -> dict[str, np.ndarray]:
+    def wrong(self: OrtEngine, step: Step, *arguments: Any) -> StepOutput:
         found = right(self, step, *arguments)
-        if whole or len(found) == 1:
-            position = step.cache_position[:, None] + np.arange(step.input_ids.shape[1])
-            late = (position >= 128).reshape(-1)
-            for name, values in found.items():
-                rows = late[step.logits_index] if name == "logits" else late
-                values[rows] *= 1 if name.endswith("index") else 1.01
-        return found
+        if not whole and found.outputs:
+            return found
+        late = step.context_len[0] + np.arange(step.tokens) >= 128  # a step has one sequence
+        outputs = {name: values.copy() for name, values in found.outputs.items()}
+        for name, values in outputs.items():
+            values[late] *= 1 if name.endswith("index") else 1.01
+        factors = np.where(late[step.logits_index], np.float32(1.01), np.float32(1))
+        return replace(found, logits=lambda row: found.logits(row) * factors[row], outputs=outputs)
 
-    monkeypatch.setattr(OrtEngine, "run", wrong)
+    monkeypatch.setattr(OrtEngine, "forward", wrong)
     found = failures(check_parity(copy, tiny_checkpoint, ["ort-cpu"]))
     assert {"prefill logits", "chunked prefill logits", "decode logits"} <= set(found)
     assert ("hidden states" in found) == whole

@@ -19,18 +19,16 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.weights import Constant, read
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.batches import Room
 from moevlm.export.parity.cases import Case, random_cases
 from moevlm.export.parity.checks import Expected, checks, rounding_checks
-from moevlm.export.parity.measures import relative_error
 from moevlm.export.parity.report import Check, table_of
 from moevlm.export.parity.run import check_parity
 from moevlm.export.parity.stored_reference import Storage, expected_on, stored_model
-from moevlm.export.parity.tolerances import DECODE_STEPS, EXACT, PLAN_TOLERANCES
+from moevlm.export.parity.tolerances import PLAN_TOLERANCES
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import TensorRTMetadata
+from moevlm.runtime.core.errors import BundleError
+from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.protocol import Engine
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.command_line import assert_refused, call
@@ -165,7 +163,7 @@ def test_prompts_without_room_are_refused_before_any_work(bundle: Path, tiny_che
     edit_manifest(bundle, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(capacity=20))
     with fake_gpu(tmp_path) as gpu:
         refused = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", TARGET)
-        assert_refused(refused, "parity needs a cache of", "tokens, the engine has 20")
+        assert_refused(refused, "parity needs a context of", "tokens, the engine has 20")
         assert not gpu.trt.state["deserialized"]
 
 
@@ -182,6 +180,10 @@ class Canonical:
         self._known: dict[Storage, Expected] = {}
         for graph in self.graphs.values():
             add_functions(graph)
+
+    @property
+    def states(self) -> tuple[StateSpec, ...]:
+        return self._model.config.decoder.states
 
     def engine(self, ask: Callable[[Engine], object]) -> TorchEngine:
         return TorchEngine(self._model, ask)
@@ -213,21 +215,16 @@ def storage(dtype: str, experts: str) -> Storage:
 
 def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
     options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
-    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().metadata, options.capacity)
+    states = canonical.states
+    return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().metadata, states, options.capacity)
 
 
 def found(canonical: Canonical, plan: SimulatedPlan, dtype: str, experts: str) -> list[Check]:
     """All checks of a plan, against the weights that it should have."""
     expected = canonical.expected(storage(dtype, experts))
-    made = list(checks(expected, "plan", plan, None, PLAN_TOLERANCES[DTYPES[dtype]], limits(capacity=192)))
+    made = list(checks(expected, "plan", plan, None, PLAN_TOLERANCES[DTYPES[dtype]]))
     assert len(made) == (10 if expected.deepstack.size else 9)
     return made
-
-
-def limits(**sizes: int) -> TensorRTMetadata:
-    """Of an engine that takes two sequences and steps of few tokens."""
-    small = {"max_batch": 2, "chunk_tokens": 24, "max_logits": 8, "max_visual": 48, "max_patches": 256}
-    return TensorRTMetadata(product="tensorrt_rtx", version="1", sms=(89,), activations="", experts="", **small | sizes)
 
 
 PRECISIONS = [("bf16", "same"), ("fp16", "same"), ("fp16", "int8"), ("bf16", "fp8"), ("bf16", "int4"), ("fp16", "int4")]
@@ -272,37 +269,3 @@ def test_a_kernel_that_takes_gate_for_up_is_found(canonical, seed: int, dtype: s
         if "gate_up" in name:
             plan.experts[name] = np.roll(array, array.shape[1] // 2, axis=1)
     assert not all(check.passed for check in found(canonical, plan, dtype, experts)), f"seed {seed}"
-
-
-def test_room_for_the_prompts_is_what_the_engine_was_built_for(canonical) -> None:
-    expected = canonical.expected()
-    longest, context = max(len(prompt.ids) for prompt in expected.prompts), expected.metadata.context
-    free = Room.of(expected.prompts, context, None)
-    assert (free.batch, free.chunk_tokens, free.steps) == (4, longest, DECODE_STEPS)
-    for sizes, room in (
-        ({"capacity": 192}, (2, min(longest, 24), free.capacity, DECODE_STEPS)),
-        ({"capacity": longest + 9}, (2, min(longest, 24), longest + 9, 9)),
-        ({"capacity": 192, "max_visual": 1}, (1, 1, free.capacity, DECODE_STEPS)),
-        ({"capacity": 192, "max_visual": 20, "max_batch": 3}, (3, 6, free.capacity, DECODE_STEPS)),
-    ):
-        assert Room.of(expected.prompts, context, limits(**sizes)) == Room(*room)
-    with pytest.raises(RequestError, match=f"parity needs a cache of {longest + 1} tokens, the engine has {longest}"):
-        Room.of(expected.prompts, context, limits(capacity=longest))
-
-
-def test_groups_of_prompts_equal_all_of_them_together(canonical) -> None:
-    expected = canonical.expected()
-    longest = max(len(prompt.ids) for prompt in expected.prompts)
-    small = expected.room(limits(capacity=longest + 5, max_batch=3))
-    assert small.batch == 3
-
-    def groups_and_all(engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
-        visual = engine.encode(expected.images)
-        groups, together = (expected.batch(engine, visual, room) for room in (small, expected.room()))
-        return [
-            (groups.prefill(every_position=True), together.prefill(every_position=True)),
-            (groups.decode(expected.tokens[0]), together.decode(expected.tokens[0])),
-        ]
-
-    for ours, theirs in groups_and_all(canonical.engine(groups_and_all)):
-        assert relative_error(ours, theirs) < EXACT.logits

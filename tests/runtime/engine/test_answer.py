@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.engine.answer import Answer
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import VisionInputs
-from moevlm.runtime.request.vision_inputs import pack_grids
-from tests.runtime.engine.test_generate import TWO_IMAGES, ToyEngine, _ids, _runtime, _text
+from moevlm.runtime.engine.single import SingleSequence
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
+from tests.runtime.engine.test_generate import TWO_IMAGES, ToyEngine, _free, _ids, _runtime, _text
 
 ROOT = Path(__file__).parents[3]
 
@@ -59,8 +58,8 @@ class Waiting(ToyEngine):
 
 
 def is_free(engine: ToyEngine) -> bool:
-    gc.collect()
-    return engine.cache is not None and engine.cache() is None
+    assert engine.owner is not None
+    return _free(engine.owner)
 
 
 @pytest.mark.parametrize("end", ["cancel", "close"])
@@ -234,12 +233,12 @@ def test_onnxruntime_stops_within_a_step_and_answers_as_before(runtime: Runtime)
 
 def test_onnxruntime_starts_nothing_for_a_request_that_was_cancelled(runtime: Runtime) -> None:
     cancellation = Cancellation()
-    batch = runtime.batch([runtime.prompt(_text("hi"))], None, 4, cancellation)
-    batch.prefill()
-    cancellation.cancel()
-    lengths = batch.lengths.tolist()
-    with pytest.raises(Cancelled):
-        batch.decode([65])
-    assert batch.lengths.tolist() == lengths
+    prompt = runtime.prompt(_text("hi"))
+    with runtime._pages(len(prompt.ids) + 4) as (pages, row):
+        sequence = SingleSequence(runtime.engine, runtime.model, prompt, None, pages, row, cancellation)
+        sequence.prefill(512)
+        cancellation.cancel()
+        with pytest.raises(Cancelled):
+            sequence.decode(65)
     with pytest.raises(Cancelled):
         runtime.engine.encode(many_patches(runtime.model.vision, 2), cancellation)

@@ -12,10 +12,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.answer import Piece
-from moevlm.runtime.engine.batch import cache_capacity
+from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine.protocol import VisualFeatures, check_step
+from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.positions import rope_positions, rope_tables
@@ -23,6 +25,7 @@ from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampler
 from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 SPECIAL = ["<|end|>", "<|start|>", "<|image|>"]
 END, START, IMAGE = range(3)
@@ -72,18 +75,7 @@ PREPROCESSOR = {
 }
 
 
-class _Cache:
-    def __init__(self, batch: int, capacity: int) -> None:
-        # Nothing that was not written may be read: it would make the logits NaN.
-        self.values = np.full((batch, capacity, HIDDEN), np.nan)
-
-    @property
-    def batch(self) -> int:
-        return self.values.shape[0]
-
-    @property
-    def capacity(self) -> int:
-        return self.values.shape[1]
+PAGE = 8  # tokens
 
 
 class ToyEngine:
@@ -91,14 +83,16 @@ class ToyEngine:
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
+        self.limits = EngineLimits(1, 1 << 20, 1 << 20, CONTEXT, PAGE)
+        self.states = (PagedKV(layer=0, kv_heads=1, key_dim=8, value_dim=8),)
         self.embedding = rng.standard_normal((VOCABULARY, HIDDEN))
         self.rotate = rng.standard_normal((MODEL.ropes[0].dim, HIDDEN)) * 2
         self.head = rng.standard_normal((HIDDEN, VOCABULARY))
         self.head[:, [END, IMAGE]] = 0
         self.steps: list[Step] = []
         self.encoded: list[VisionInputs] = []
-        self.cache: weakref.ref[_Cache] | None = None
         self.fail_at_step: BaseException | None = None
+        self.owner: Runtime | None = None  # whose pages they are
 
     def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
         self.encoded.append(inputs)
@@ -106,39 +100,47 @@ class ToyEngine:
         features = blocks[:, 0, :HIDDEN] * 3
         return VisualFeatures(features.astype(np.float32), np.zeros((0, *features.shape), np.float32))
 
-    def new_cache(self, batch: int, capacity: int) -> _Cache:
-        cache = _Cache(batch, capacity)
-        self.cache = weakref.ref(cache)
-        return cache
+    def reserve(self, pages: int, rows: int) -> None:
+        # Nothing that was not written may be read: it would make the logits NaN.
+        self.pages = np.full((pages, PAGE, HIDDEN), np.nan)
+        self.rows = rows
 
     def tokens(self, step: Step, visual: VisualFeatures | None) -> np.ndarray:
-        """[B, S, H] of a step alone."""
+        """[T, H] of a step alone."""
         value = self.embedding[step.input_ids]
         if visual is not None:
             value = np.where(step.visual_index[..., None] >= 0, visual.embeds[step.visual_index], value)
-        return value + np.concatenate([step.rope_cos, step.rope_sin], -1) @ self.rotate
+        return value + np.concatenate(step.rope["0"], -1) @ self.rotate
 
     def read(self, values: np.ndarray) -> np.ndarray:
         """Logits after a sequence [n, H]: later tokens count more."""
         weight = 1 / np.arange(len(values), 0, -1)
         return np.tanh(weight @ values) @ self.head
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
+    def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
         self.steps.append(step)
         if self.fail_at_step is not None and len(self.steps) > 2:
             raise self.fail_at_step
-        batch, size = step.input_ids.shape
-        assert cache.batch == batch
-        assert len(step.logits_index) > 0
         assert visual is not None or (step.visual_index < 0).all()
-        if (step.cache_position + size > cache.capacity).any():
-            raise EngineError("does not fit")
-        value = self.tokens(step, visual)
-        for b, at in enumerate(step.cache_position):
-            cache.values[b, at : at + size] = value[b]
-        rows, columns = np.divmod(step.logits_index, size)
-        ends = step.cache_position[rows] + columns + 1
-        return np.array([self.read(cache.values[b, :e]) for b, e in zip(rows, ends, strict=True)], np.float32)
+        check_step(step, visual, self.limits, VOCABULARY, len(self.pages), self.rows)
+        (kept,) = step.context_len.tolist()
+        for place, value in enumerate(self.tokens(step, visual), kept):
+            self.pages[step.page_table[0, place // PAGE], place % PAGE] = value
+        whole = self.pages[step.page_table[0]].reshape(-1, HIDDEN)
+        logits = np.array([self.read(whole[: kept + i + 1]) for i in step.logits_index], np.float32)
+        return self.output(logits.reshape(-1, VOCABULARY))
+
+    def output(self, logits: np.ndarray) -> StepOutput:
+        return StepOutput(candidates_of(logits, 256), logits.__getitem__)
+
+    def close(self) -> None:
+        pass
+
+
+def _free(runtime: Runtime) -> bool:
+    """Whether all pages that were reserved are free again."""
+    assert isinstance(runtime.engine, ToyEngine)
+    return len(runtime._free_pages) == len(runtime.engine.pages) - 1
 
 
 def _tokenizer() -> Tokenizer:
@@ -155,7 +157,9 @@ TOKENIZER = _tokenizer()
 
 def _runtime(engine: ToyEngine | None = None, chunk_tokens: int = 512) -> Runtime:
     images = ImageProcessor(PREPROCESSOR, MODEL.vision)
-    return Runtime(MODEL, TOKENIZER, ChatTemplate(TEMPLATE), engine or ToyEngine(), images, chunk_tokens=chunk_tokens)
+    engine = engine or ToyEngine()
+    engine.owner = Runtime(MODEL, TOKENIZER, ChatTemplate(TEMPLATE), engine, images, chunk_tokens=chunk_tokens)
+    return engine.owner
 
 
 def _picture(width: int, height: int, seed: int) -> Image.Image:
@@ -182,16 +186,20 @@ TWO_IMAGES = [
 ]
 
 
+def _whole(engine: ToyEngine, prompt: Prompt, ids: list[int], visual: VisualFeatures | None = None) -> np.ndarray:
+    """Logits after `ids`, the prompt's and later ones, without pages: positions by the rule itself."""
+    n = len(ids) - len(prompt.ids)
+    positions = np.concatenate([prompt.positions, np.tile(prompt.next_position + np.arange(n), (3, 1))], axis=1)
+    index, nothing = np.concatenate([prompt.visual_index, np.full(n, -1)]), np.zeros(1, np.int32)
+    step = Step(np.array(ids), index, {"0": rope_tables(positions, MODEL.ropes[0])}, *[nothing] * 5)
+    return engine.read(engine.tokens(step, visual)).astype(np.float32)
+
+
 def _expected_ids(engine: ToyEngine, prompt: Prompt, visual: VisualFeatures | None, count: int) -> list[int]:
-    """Greedy continuation without a cache: the whole sequence again for each token, positions by the rule itself."""
+    """Greedy continuation: the whole sequence again for each token."""
     ids = prompt.ids.tolist()
-    for n in range(count):
-        later = prompt.next_position + np.arange(n)
-        positions = np.concatenate([prompt.positions, np.tile(later, (3, 1))], axis=1)
-        cos, sin = rope_tables(positions, MODEL.ropes[0])
-        index = np.concatenate([prompt.visual_index, np.full(n, -1)])
-        step = Step(np.array([ids]), index[None], cos[None], sin[None], np.zeros(1, np.int64), np.zeros(1, np.int64))
-        ids.append(int(engine.read(engine.tokens(step, visual)[0]).argmax()))
+    for _ in range(count):
+        ids.append(int(_whole(engine, prompt, ids, visual).argmax()))
     return ids[len(prompt.ids) :]
 
 
@@ -209,9 +217,9 @@ def test_generation_in_chunks_equals_the_whole_sequence_without_a_cache(chunk_to
     pieces = list(runtime.generate(TWO_IMAGES, max_new_tokens=12))
     assert _ids(pieces) == expected
     prefill = engine.steps[:-11]
-    assert [step.input_ids.shape[1] for step in prefill[:-1]] == [chunk_tokens] * (len(prefill) - 1)
-    assert sum(step.input_ids.shape[1] for step in prefill) == len(prompt.ids)
-    assert all(len(step.logits_index) == 1 for step in engine.steps)
+    assert [step.tokens for step in prefill[:-1]] == [chunk_tokens] * (len(prefill) - 1)
+    assert sum(step.tokens for step in prefill) == len(prompt.ids)
+    assert [len(step.logits_index) for step in engine.steps] == [0] * (len(prefill) - 1) + [1] * 12
     assert len(engine.encoded) == 2  # one packed call by this test, one by generate
 
 
@@ -234,44 +242,6 @@ def test_another_image_gives_another_answer():
     same = [{"role": "user", "content": TWO_IMAGES[0]["content"]}]
     answers = [_ids(list(_runtime().generate(m, max_new_tokens=16))) for m in (same, other, same)]
     assert answers[0] == answers[2] != answers[1]
-
-
-def test_ragged_batch_equals_each_prompt_alone():
-    engine = ToyEngine()
-    runtime = _runtime(engine)
-    other = [{"role": "user", "content": [{"type": "image", "image": _picture(16, 16, 5)}]}]
-    prompts = [runtime.prompt(m) for m in (_text("hi"), TWO_IMAGES, other, _text("a longer prompt of text"))]
-    forced = [[5, 9, 30], [40, 41, 42], [7, 7, 7], [100, 3, 8]]
-
-    def run(chosen: list[int], chunk: int | None) -> list[np.ndarray]:
-        group = [prompts[i] for i in chosen]
-        batch = runtime.batch(group, runtime.encode(group), new_tokens=3)
-        engine.steps.clear()
-        logits = [batch.prefill(chunk)]
-        for step in engine.steps:
-            assert (step.cache_position <= [len(prompt.ids) for prompt in group]).all()
-        logits.extend(batch.decode([forced[i][n] for i in chosen]) for n in range(3))
-        assert batch.lengths.tolist() == [len(prompt.ids) + 3 for prompt in group]
-        return logits
-
-    alone = [run([i], None) for i in range(4)]
-    for chunk in (None, 1, 5, 64):
-        for n, logits in enumerate(run([0, 1, 2, 3], chunk)):
-            np.testing.assert_allclose(logits, np.concatenate([alone[i][n] for i in range(4)]), atol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [None, 4])
-def test_every_position_of_a_prefill_equals_growing_prefixes(chunk):
-    runtime = _runtime()
-    prompts = [runtime.prompt(_text("hi")), runtime.prompt(_text("hello you"))]
-    logits = runtime.batch(prompts, None, 0).prefill(chunk, every_position=True)
-    assert logits.shape == (sum(len(p.ids) for p in prompts), VOCABULARY)
-    row = 0
-    for prompt in prompts:
-        for size in range(1, len(prompt.ids) + 1):
-            prefix = Prompt.from_ids(prompt.ids[:size], [], MODEL)
-            np.testing.assert_allclose(logits[row], runtime.batch([prefix], None, 0).prefill()[0], atol=1e-5)
-            row += 1
 
 
 def test_text_pieces_usage_and_length():
@@ -297,11 +267,11 @@ class Scripted(ToyEngine):
         self.script = [*TOKENIZER.encode(text), END]
         self.at = 0
 
-    def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
-        logits = np.zeros_like(super().forward(step, visual, cache))
-        logits[:, self.script[self.at % len(self.script)]] = 1
+    def output(self, logits: np.ndarray) -> StepOutput:
+        scripted = np.zeros_like(logits)
+        scripted[:, self.script[self.at % len(self.script)]] = 1
         self.at += 1
-        return logits
+        return super().output(scripted)
 
 
 def test_end_of_sequence_stops_and_its_token_has_no_text():
@@ -349,14 +319,19 @@ def test_same_seed_same_text_and_the_penalty_sees_the_prompt():
     assert text(temperature=1.5, seed=4) != text(temperature=1.5, seed=5)
 
     prompt = runtime.prompt(_text("hi"))
-    batch = runtime.batch([prompt], None, 20)
-    logits = batch.prefill()
+    plain = text()
+    assert isinstance(runtime.engine, ToyEngine)
+    runtime.engine.steps.clear()
+    penalized = text(repetition_penalty=50.0)
+    assert penalized != plain
+    # Of every step but the last, the logits again: each token is the penalized best of the one before.
     history = prompt.ids.tolist()
     sampler = Sampler(SamplingParams(repetition_penalty=50.0), history)
-    for _ in range(20):
-        history.append(sampler.sample(logits[0]).token_id)
-        logits = batch.decode(history[-1:])
-    assert text(repetition_penalty=50.0) == history[len(prompt.ids) :] != text()
+    engine = ToyEngine()
+    for token in penalized:
+        value = _whole(engine, prompt, history)
+        assert sampler.sample(value).token_id == token
+        history.append(token)
 
 
 def test_overrides_go_on_top_of_params():
@@ -367,19 +342,6 @@ def test_overrides_go_on_top_of_params():
         runtime.generate(_text("hi"), max_tokens=5)
     with pytest.raises(RequestError, match="top_p = 2"):
         runtime.generate(_text("hi"), top_p=2)
-
-
-def test_cache_room_is_rounded_up_within_the_context():
-    assert [cache_capacity(n, 1000) for n in (1, 64, 65, 960, 961, 1500)] == [64, 64, 128, 960, 1000, 1000]
-    engine = ToyEngine()
-    runtime = _runtime(engine)
-    size = len(runtime.prompt(_text("hi")).ids)
-    stream = runtime.generate(_text("hi"), max_new_tokens=100 - size)
-    next(stream)
-    assert engine.cache is not None
-    cache = engine.cache()
-    assert cache is not None
-    assert (cache.batch, cache.capacity) == (1, 128)
 
 
 def test_new_tokens_are_cut_to_what_the_context_leaves():
@@ -470,10 +432,10 @@ def test_prompt_keeps_resized_images_only_and_generation_none():
     class Watching(ToyEngine):
         alive = None
 
-        def forward(self, step: Step, visual: VisualFeatures | None, cache: _Cache, *_: object) -> np.ndarray:
+        def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
             gc.collect()
             self.alive = image()
-            return super().forward(step, visual, cache)
+            return super().forward(step, visual)
 
     engine = Watching()
     runtime = _runtime(engine)
@@ -507,7 +469,7 @@ def test_ids_outside_the_vocabulary_and_unmatched_images_are_refused():
         Prompt.from_ids([5, IMAGE], [], MODEL)
     prompt = Prompt.from_ids([5, *[IMAGE] * 6, 5], [(4, 6)], MODEL)
     with pytest.raises(EngineError, match="0 visual features for 6 image tokens"):
-        _runtime().batch([prompt], None, 1)
+        list(_runtime().generate(prompt))
 
 
 def test_runtime_without_image_input_refuses_images():
@@ -517,24 +479,21 @@ def test_runtime_without_image_input_refuses_images():
         runtime.generate(TWO_IMAGES)
 
 
-def test_closing_the_generator_frees_the_cache():
-    engine = ToyEngine()
-    stream = _runtime(engine).generate(_text("hi"))
+def test_closing_the_generator_frees_the_pages():
+    runtime = _runtime()
+    stream = runtime.generate(_text("hi"))
     next(stream)
-    assert engine.cache is not None
-    assert engine.cache() is not None
+    assert not _free(runtime)
     stream.close()
-    gc.collect()
-    assert engine.cache() is None
+    assert _free(runtime)
 
 
-def test_cache_is_free_when_the_last_piece_is_read():
-    engine = ToyEngine()
-    stream = _runtime(engine).generate(_text("hi"), max_new_tokens=2)
+def test_pages_are_free_when_the_last_piece_is_read():
+    runtime = _runtime()
+    stream = runtime.generate(_text("hi"), max_new_tokens=2)
     pieces = [next(stream), next(stream)]
     assert pieces[-1].finish_reason == "length"
-    assert engine.cache is not None
-    assert engine.cache() is None
+    assert _free(runtime)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("broken")], ids=["ctrl-c", "engine"])
@@ -547,23 +506,19 @@ def test_interruption_comes_through_and_the_runtime_can_be_used_again(error):
     with pytest.raises(type(error)) as caught:
         list(stream)
     assert caught.value is error
-    error.__traceback__ = None  # the engine's own frame holds its argument
-    del caught
-    gc.collect()
-    assert engine.cache is not None
-    assert engine.cache() is None
+    assert _free(runtime)
     engine.fail_at_step = None
     assert _ids(list(runtime.generate(_text("hi"), max_new_tokens=4))) == expected
 
 
-def test_cache_is_free_even_while_the_error_of_the_request_is_kept():
+def test_pages_are_free_even_while_the_error_of_the_request_is_kept():
     engine = ToyEngine()
     engine.head[:] = np.nan
+    runtime = _runtime(engine)
     with pytest.raises(EngineError, match="not usable") as caught:
-        list(_runtime(engine).generate(_text("hi")))
+        list(runtime.generate(_text("hi")))
     assert caught.tb is not None
-    assert engine.cache is not None
-    assert engine.cache() is None
+    assert _free(runtime)
 
 
 def test_two_streams_on_one_runtime_do_not_mix():
@@ -578,11 +533,3 @@ def test_two_streams_on_one_runtime_do_not_mix():
 def test_chunk_size_is_checked(value):
     with pytest.raises(RequestError, match=rf"chunk_tokens = {value!r} \(allowed: a whole number, 1 or more\)"):
         _runtime(chunk_tokens=value)
-
-
-def test_a_released_batch_says_so():
-    runtime = _runtime()
-    batch = runtime.batch([runtime.prompt(_text("hi"))], None, 1)
-    batch.release()
-    with pytest.raises(EngineError, match="released"):
-        batch.prefill()

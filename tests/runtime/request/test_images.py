@@ -126,7 +126,7 @@ def test_images_of_different_sizes_in_one_call_equal_hugging_face_and_single_cal
     for name in ("pixel_patches", "position_index", "position_weight", "rope_cos", "rope_sin"):
         parts = [getattr(single, name) for single in singles]
         np.testing.assert_array_equal(getattr(packed, name), np.concatenate(parts), err_msg=name)
-    np.testing.assert_array_equal(np.bincount(packed.segment_id), [h * w for h, w in grids])
+    np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
 
 
 def test_no_image_gives_inputs_of_no_patches() -> None:

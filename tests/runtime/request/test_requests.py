@@ -7,16 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import moevlm.runtime
-from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import Step, check_cache, check_step
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampling import SamplingParams
@@ -203,17 +201,6 @@ def test_path_of_a_bundle_is_checked(path: Any) -> None:
 def test_other_arguments_of_load_are_checked() -> None:
     assert "target = 5" in refusal(lambda: moevlm.runtime.load("x", target=5))  # type: ignore[arg-type]
     assert "spinning = 'no'" in refusal(lambda: moevlm.runtime.load("x", spinning="no"))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("shape", [(0, 1), (1, 0), (3,)], ids=str)
-def test_steps_and_caches_of_nothing_are_engine_errors(shape: tuple[int, ...]) -> None:
-    ids = np.zeros(shape, np.int64)
-    step = Step(ids, ids, ids, ids, np.zeros(1, np.int64), np.zeros(1, np.int64))
-    with pytest.raises(EngineError, match="input_ids has the shape"):
-        check_step(step, None, ToyEngine().new_cache(1, 8), MODEL.vocabulary)
-    for batch, capacity in ((0, 1), (1, -1)):
-        with pytest.raises(EngineError, match=r"unsupported value (batch|capacity)"):
-            check_cache(batch, capacity)
 
 
 def test_public_names_are_listed() -> None:

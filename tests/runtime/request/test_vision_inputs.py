@@ -127,13 +127,11 @@ def test_rope_equals_hugging_faces_rotary_module(metadata: VisionMetadata) -> No
 
 
 @FAMILIES
-def test_segments_equal_hugging_faces_sequence_boundaries(metadata: VisionMetadata) -> None:
+def test_images_begin_at_hugging_faces_sequence_boundaries(metadata: VisionMetadata) -> None:
     grids = random_grids(2)
-    segment_id = pack_grids(grids, metadata).segment_id
-    assert segment_id.dtype == np.int64
-    bounds = np.flatnonzero(np.diff(segment_id, prepend=-1, append=len(grids)))
-    np.testing.assert_array_equal(bounds, get_vision_cu_seqlens(thw(grids)))
-    np.testing.assert_array_equal(segment_id[bounds[:-1]], np.arange(len(grids)))
+    image_start = pack_grids(grids, metadata).image_start
+    assert image_start.dtype == np.int32
+    np.testing.assert_array_equal(image_start, get_vision_cu_seqlens(thw(grids)))
 
 
 @FAMILIES
@@ -141,7 +139,7 @@ def test_packed_tables_are_the_single_tables_one_after_the_other(metadata: Visio
     grids = random_grids(2)
     singles = [pack_grids([grid], metadata) for grid in grids]
     for name, packed in pack_grids(grids, metadata)._asdict().items():
-        if name != "segment_id":
+        if name != "image_start":
             np.testing.assert_array_equal(packed, np.concatenate([getattr(one, name) for one in singles]), err_msg=name)
 
 

@@ -13,12 +13,15 @@ from typing import Any
 
 import msgspec
 import onnx
+import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
 from moevlm.runtime.backends.tensorrt import library as tensorrt_library
 from moevlm.runtime.backends.tensorrt import plugin_library
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.dtypes import DTYPES
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.cuda_driver import Driver
 from tests.support.fakes.tensorrt_runtime import VERSION, fake_module, plan_bytes
@@ -66,6 +69,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     opened = Bundle.open(bundle)
     reference, model = opened.manifest.engines["reference"], opened.manifest.model
     decoder, vision = (onnx.load(opened.path(graph)) for graph in (reference.decoder, reference.vision))
+    decoder = _rectangular(decoder)
     experts = _experts_as_inputs(decoder, copy / EXPERTS)
     graphs = folder / "graphs"
     graphs.mkdir()
@@ -84,7 +88,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
     if model.vision.deepstack:
         outputs["deepstack_embeds"] = "FLOAT", [model.vision.deepstack, rows, model.hidden]
-    inputs = _inputs(vision, {"patches": (LIMITS["max_patches"],)}, set(), set())
+    inputs = _inputs(vision, {"patches": (LIMITS["max_patches"],), "starts": (9,)}, set(), set())
     (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
     paths = [(engines / f"{name}.plan").relative_to(copy).as_posix() for name in ("vision", "decoder")]
     metadata = {
@@ -101,6 +105,13 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     engine |= {"cost": msgspec.to_builtins(reference.cost), "states": msgspec.to_builtins(reference.states)}
     edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
     return copy
+
+
+def _rectangular(decoder: onnx.ModelProto) -> onnx.ModelProto:
+    """The decoder with the inputs that plans have."""
+    model = ir.serde.deserialize_model(decoder)
+    assert RectangularSteps().apply(model)
+    return ir.serde.serialize_model(model)
 
 
 def _experts_as_inputs(decoder: onnx.ModelProto, path: Path) -> set[str]:
@@ -125,6 +136,6 @@ def _inputs(model: onnx.ModelProto, most: dict[str, tuple[int, ...]], fixed: set
         shape = [(most[dim][0] if dim in fixed else -1) if isinstance(dim, str) else dim for dim in dims]
         profiles = range(len(next(iter(most.values()))))
         largest = [[most[dim][i] if isinstance(dim, str) else dim for dim in dims] for i in profiles]
-        dtype = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.INT64: "INT64"}[tensor.elem_type]
+        dtype = next(row.tensorrt for row in DTYPES.values() if row.onnx == tensor.elem_type)
         found[value.name] = dtype, shape, None if value.name in weights else largest
     return found

@@ -75,7 +75,7 @@ class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
     LAZY, EAGER, NONE = range(3)
 
 
-NUMPY = {"FLOAT": np.float32, "INT64": np.int64}
+NUMPY = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
 
 
 def fake_module(driver: Driver) -> ModuleType:

@@ -1,22 +1,23 @@
-"""Cached attention on moevlm's own CPU kernel."""
+"""Attention over pages on moevlm's own CPU kernel."""
 
 import onnx_ir as ir
 from onnx_ir import tape
 
-from moevlm.export.graph.op import is_op
+from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.passes.base import NodePass
+from moevlm.plugins.ops.spec import attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.core.states import SCALE_BYTES
 
 
 class CpuAttention(NodePass):
-    """Norms of q and k + moevlm::CachedAttention -> moevlm.cpu::CachedAttention on rows of q, k and v side by side.
+    """moevlm::PagedAttention -> moevlm.cpu::PagedAttention on rows of q, k and v side by side.
 
-    The kernel norms, rotates and stores in one pass, and reads each cached key once for all heads that share it. A
-    cache's input and output may be bound to one buffer. int8_cache: a row of head_dim values becomes int8, followed by
-    its own float32 scale.
+    A cache's input and output may be bound to one buffer; how a page lies in it is the kernel's own. int8_cache: a
+    row of D values becomes int8, followed by its own float32 scale.
     Requires: nothing; where q, k and v come from one Split, its input is used as it is (PackProjections).
-    Ensures: no moevlm::CachedAttention is left.
+    Ensures: no moevlm::PagedAttention is left.
     """
 
     domain = CPU
@@ -25,47 +26,19 @@ class CpuAttention(NodePass):
         self.int8_cache = int8_cache
 
     def matches(self, node: ir.Node) -> bool:
-        return is_op(node, "CachedAttention")
+        return is_op(node, PAGED_ATTENTION)
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
-        q, k, v, cos, sin, key_cache, value_cache, position = node.inputs
-        assert q is not None
-        assert k is not None
-        assert v is not None
-        attributes: dict[str, int | float] = {
-            name: node.attributes[name].as_int() for name in ("heads", "kv_heads", "rotary_dim")
-        }
-        gains: list[ir.Value | None] = []
-        q_norm, k_norm = _head_norm(q), _head_norm(k)
-        if q_norm and k_norm:
-            q, k = _rows(q_norm), _rows(k_norm)
-            gains = [q_norm.inputs[1], k_norm.inputs[1]]
-            attributes["epsilon"] = q_norm.attributes["epsilon"].as_float()
-        t = tape.Tape()
-        qkv = _whole(q, k, v) or t.op("Concat", [q, k, v], {"axis": 1})
-        inputs = [qkv, cos, sin, key_cache, value_cache, position, *gains]
-        outputs = t.op_multi_out("CachedAttention", inputs, attributes, domain=CPU, num_outputs=3)
-        ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, outputs)
+        rows, others = [value for value in node.inputs[:3] if value is not None], node.inputs[3:]
         if self.int8_cache:
-            for cache in (key_cache, value_cache, *outputs[1:]):
+            for cache in (value for pair in caches(node) for value in pair):
                 _make_int8(cache)
-
-
-def _head_norm(x: ir.Value) -> ir.Node | None:
-    """The norm of each head of x [T, heads * D], which stands between two Reshapes."""
-    flat = x.producer()
-    norm = flat.inputs[0].producer() if flat and flat.op_type == "Reshape" and flat.inputs[0] else None
-    return norm if norm and norm.op_type == "RMSNormalization" and not norm.domain else None
-
-
-def _rows(norm: ir.Node) -> ir.Value:
-    """What `_head_norm` norms, before it was cut into heads."""
-    heads = norm.inputs[0]
-    split = heads.producer() if heads else None
-    assert split is not None
-    assert split.op_type == "Reshape"
-    assert split.inputs[0] is not None
-    return split.inputs[0]
+        t = tape.Tape()
+        qkv = _whole(*rows) or t.op("Concat", rows, {"axis": 1})
+        outputs = t.op_multi_out(
+            PAGED_ATTENTION, [qkv, *others], attributes(node_spec(node)), domain=CPU, num_outputs=len(node.outputs)
+        )
+        ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, outputs)
 
 
 def _whole(*parts: ir.Value) -> ir.Value | None:
@@ -76,9 +49,9 @@ def _whole(*parts: ir.Value) -> ir.Value | None:
     return split.inputs[0]
 
 
-def _make_int8(cache: ir.Value | None) -> None:
-    assert cache is not None
+def _make_int8(cache: ir.Value) -> None:
     assert cache.shape is not None
-    *outer, head_dim = cache.shape
-    cache.shape = ir.Shape([*outer, head_dim + SCALE_BYTES])
+    *outer, width = cache.shape
+    assert isinstance(width, int)
+    cache.shape = ir.Shape([*outer, width + SCALE_BYTES])
     cache.type = ir.TensorType(ir.DataType.INT8)

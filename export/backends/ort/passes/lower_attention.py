@@ -1,78 +1,115 @@
-"""Cached attention on ONNX Runtime's grouped-query kernel."""
+"""Attention of one sequence in one page on ONNX Runtime's grouped-query kernel."""
 
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.export.passes.base import CONTRIB, Pass
-from moevlm.plugins.ops.spec import DOMAIN
+from moevlm.plugins.ops.spec import AttentionSpec
+
+_INT32 = int(ir.DataType.INT32)
+_HEAD_SINK = 11  # which of the kernel's inputs
 
 
 class LowerAttention(Pass):
-    """moevlm::CachedAttention -> RotaryEmbedding + com.microsoft::GroupQueryAttention, writing into the cache it reads.
+    """moevlm::PagedAttention -> RotaryEmbedding + com.microsoft::GroupQueryAttention, writing into the cache it reads.
 
-    Requires: nothing. Ensures: no CachedAttention is left; a cache's input and output may be bound to one buffer.
-    Rotation stays outside the kernel: its own cannot take a table per sequence in the first prompt of a batch.
+    A step has one sequence, whose caches are the one page [1, kv_heads, capacity, D] of the pool.
+    Requires: nothing. Ensures: where a PagedAttention is left, keys and values differ in size, share a cache, or do
+    not start with the rotated dimensions; a cache's input and output may be bound to one buffer.
+    Rotation stays outside the kernel: its own looks the table up by position, and ours has a row for each token.
     """
 
     def apply(self, model: ir.Model) -> int:
-        found = [n for n in model.graph if n.domain == DOMAIN and n.op_type == "CachedAttention"]
+        found = [node for node in model.graph if is_op(node, PAGED_ATTENTION) and _expressible(node)]
         if not found:
             return 0
-        rewriter = _Rewriter(model.graph, found[0])
+        rewriter = _Rewriter(model.graph, found)
         for node in found:
             rewriter.replace(node)
         model.graph.opset_imports[CONTRIB] = 1
         return len(found)
 
 
-class _Rewriter:
-    """What all layers share is computed once, in front of the first: packed shapes and the kernel's lengths."""
+def _expressible(node: ir.Node) -> bool:
+    spec: AttentionSpec = node_spec(node)
+    return not spec.value_in_key and not spec.rotary_start and _width(node.inputs[5]) == _width(node.inputs[6])
 
-    def __init__(self, graph: ir.Graph, first: ir.Node) -> None:
-        self.graph = graph
-        cos, position = first.inputs[3], first.inputs[7]
-        sequence = self._op(first, "Shape", cos, start=1, end=2)
-        end = self._op(first, "Add", position, sequence)
-        self.packed = self._op(
-            first, "Concat", self._op(first, "Shape", cos, start=0, end=2), self._constant("minus_one", [-1]), axis=0
-        )
-        # Every row counts as a full chunk: padding is overwritten by the next step and causality hides it until then.
-        int32 = int(ir.DataType.INT32)
-        self.last = self._op(first, "Cast", self._op(first, "Sub", end, self._constant("one", [1])), to=int32)
-        self.total = self._op(first, "Cast", self._op(first, "ReduceMax", end, keepdims=0), to=int32)
-        batch = self._op(first, "Shape", position)
-        self.query = self._op(first, "Cast", self._op(first, "Expand", sequence, batch), to=int32)
+
+def _width(cache: ir.Value | None) -> int:
+    assert cache is not None and cache.shape is not None
+    width = cache.shape[3]
+    assert isinstance(width, int)
+    return width
+
+
+class _Rewriter:
+    """What all layers share is computed once, in front of the first: the kernel's lengths and the rotary tables."""
+
+    def __init__(self, graph: ir.Graph, nodes: list[ir.Node]) -> None:
+        self.graph, first = graph, nodes[0]
+        context = first.inputs[8]
+        tokens = self._op(first, "Cast", self._op(first, "Shape", first.inputs[0], start=0, end=1), to=_INT32)
+        total = self._op(first, "Add", context, tokens)
+        self.last = self._op(first, "Sub", total, self._array("one", np.array([1], np.int32)))
+        self.total = self._op(first, "Squeeze", total)
+        tables = dict.fromkeys(table for node in nodes for table in node.inputs[3:5])
+        self.tables = {table: self._op(first, "Unsqueeze", table, self._integers(0)) for table in tables}
 
     def replace(self, node: ir.Node) -> None:
-        q, k, v, cos, sin, key_cache, value_cache, _ = node.inputs
-        heads, kv_heads, rotary_dim = (node.attributes[a].as_int() for a in ("heads", "kv_heads", "rotary_dim"))
-        q, k, v = (self._op(node, "Reshape", t, self.packed) for t in (q, k, v))
-        q = self._op(node, "RotaryEmbedding", q, cos, sin, num_heads=heads, rotary_embedding_dim=rotary_dim)
-        k = self._op(node, "RotaryEmbedding", k, cos, sin, num_heads=kv_heads, rotary_embedding_dim=rotary_dim)
-        inputs = [q, k, v, key_cache, value_cache, self.last, self.total, *[None] * 9, self.query]
-        attention = ir.node(
-            "GroupQueryAttention",
-            inputs,
-            attributes={"num_heads": heads, "kv_num_heads": kv_heads},
-            domain=CONTRIB,
-            num_outputs=3,
+        q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, sinks = self._inputs(node)
+        spec: AttentionSpec = node_spec(node)
+        dim = _width(key_cache)
+        tables = [self.tables[table] for table in (cos, sin)]
+        q, k = (
+            self._turned(node, x, count, dim, spec, norm, tables)
+            for x, count, norm in ((q, spec.heads, q_norm), (k, spec.kv_heads, k_norm))
         )
+        v = self._op(node, "Unsqueeze", v, self._integers(0))
+        inputs = [q, k, v, key_cache, value_cache, self.last, self.total]
+        if sinks is not None:
+            inputs += [*[None] * (_HEAD_SINK - len(inputs)), sinks]
+        attributes: dict[str, Any] = {"num_heads": spec.heads, "kv_num_heads": spec.kv_heads}
+        attributes |= {"scale": spec.scale} if spec.scale else {}
+        attributes |= {"softcap": spec.softcap} if spec.softcap else {}
+        attributes |= {"local_window_size": spec.window} if spec.window else {}
+        attention = ir.node("GroupQueryAttention", inputs, attributes=attributes, domain=CONTRIB, num_outputs=3)
         self.graph.insert_before(node, attention)
-        assert key_cache is not None
-        assert key_cache.shape is not None
-        head_dim = key_cache.shape[3]
-        assert isinstance(head_dim, int)  # batch and capacity are open, head_dim is not
-        width = head_dim * heads
-        y = self._op(node, "Reshape", attention.outputs[0], self._constant(f"rows_{width}", [-1, width]))
+        y = self._op(node, "Squeeze", attention.outputs[0], self._integers(0))
         ir.convenience.replace_nodes_and_values(self.graph, node, [node], [], node.outputs, [y, *attention.outputs[1:]])
 
-    def _constant(self, name: str, value: list[int]) -> ir.Value:
+    @staticmethod
+    def _inputs(node: ir.Node) -> list[ir.Value | None]:
+        return [*node.inputs, *[None] * (13 - len(node.inputs))]
+
+    def _turned(
+        self,
+        node: ir.Node,
+        x: ir.Value | None,
+        heads: int,
+        dim: int,
+        spec: AttentionSpec,
+        norm: ir.Value | None,
+        tables: list[ir.Value],
+    ) -> ir.Value:
+        """x [T, heads * dim], normed and rotated: [1, T, heads * dim]."""
+        if norm is not None:
+            split = self._op(node, "Reshape", x, self._integers(-1, heads, dim))
+            x = self._op(node, "RMSNormalization", split, norm, axis=-1, epsilon=spec.epsilon)
+        x = self._op(node, "Reshape", x, self._integers(1, -1, heads * dim))
+        return self._op(node, "RotaryEmbedding", x, *tables, num_heads=heads, rotary_embedding_dim=spec.rotary_dim)
+
+    def _integers(self, *values: int) -> ir.Value:
+        return self._array("_".join(map(str, values)), np.array(values, np.int64))
+
+    def _array(self, name: str, array: np.ndarray) -> ir.Value:
         name = f"attention.{name}"
         if name not in self.graph.initializers:
-            self.graph.register_initializer(initializer(name, Constant(np.array(value, np.int64))))
+            self.graph.register_initializer(initializer(name, Constant(array)))
         return self.graph.initializers[name]
 
     def _op(self, before: ir.Node, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:

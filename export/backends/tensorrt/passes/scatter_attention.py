@@ -5,60 +5,99 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.graph.op import is_op
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import cache_position, rectangle
+from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.weights import Constant, initializer
 from moevlm.export.passes.base import Pass
+from moevlm.plugins.ops.spec import AttentionSpec
+from moevlm.runtime.core.errors import BuildError
 
-FLOAT = int(ir.DataType.FLOAT)
+FLOAT, INT64 = int(ir.DataType.FLOAT), int(ir.DataType.INT64)
+FAR = 2**31 - 1  # the end of any axis
 HEADS_FIRST = [0, 2, 1, 3]
 
 
 class ScatterAttention(Pass):
-    """moevlm::CachedAttention -> RotaryEmbedding, TensorScatter, Attention; the mask is made once for all layers.
+    """moevlm::PagedAttention -> norms, RotaryEmbedding, TensorScatter, Attention; a mask is made once for all layers.
 
     Rotation is float32, and so is the scale, on the queries: TensorRT's own scale would be rounded to their dtype.
-    Requires: rotary tables in float32; StaticCache. Ensures: no CachedAttention is left; caches may be
+    Requires: rotary tables in float32; RectangularSteps and StaticCache; keys that start with the rotated dimensions,
+    values of their own, no softcap and no sinks, else BuildError. Ensures: no PagedAttention is left; caches may be
     updated in place.
     """
 
     def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if is_op(node, "CachedAttention")]
+        found = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]
         if not found:
             return 0
         o = _Ops(model.graph, found[0])
-        cos, sin, key_cache, _, position = found[0].inputs[3:8]
-        rows = o.op("Shape", cos, start=0, end=2)
-        sequence = o.op("Squeeze", o.op("Shape", cos, start=1, end=2))
-        step = o.op("Range", o.integer(0), sequence, o.integer(1))
-        query_position = o.op(
-            "Unsqueeze", o.op("Add", o.op("Unsqueeze", position, o.integers(-1)), step), o.integers(1, 3)
-        )
-        assert key_cache is not None and key_cache.shape is not None
-        capacity = key_cache.shape[2]
-        assert isinstance(capacity, int)
-        key_position = o.array("key_position", np.arange(capacity, dtype=np.int64))
-        mask = o.op("LessOrEqual", key_position, query_position)
-        for node in found:
+        specs = [_expressible(node) for node in found]
+        masks = _CausalMasks(o, found[0], {spec.window for spec in specs})
+        for node, spec in zip(found, specs, strict=True):
             o.before = node
-            q, k, v, _, _, key_cache, value_cache, _ = node.inputs
-            heads, kv_heads, rotary_dim = (
-                node.attributes[name].as_int() for name in ("heads", "kv_heads", "rotary_dim")
-            )
-            width = o.width(q)
-            head_dim = width // heads
+            q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, _ = _inputs(node)
+            tables = rectangle(cos), rectangle(sin)
+            dim = o.width(q) // spec.heads
 
-            def split(x: ir.Value | None, count: int, head_dim: int = head_dim) -> ir.Value:
-                shape = o.op("Concat", rows, o.integers(count, head_dim), axis=0)
-                return o.op("Transpose", o.op("Reshape", x, shape), perm=HEADS_FIRST)
+            def split(x: ir.Value | None, heads: int, norm: ir.Value | None, epsilon: float = spec.epsilon) -> ir.Value:
+                shape = o.op("Concat", masks.rows, o.integers(heads, o.width(x) // heads), axis=0)
+                cut = o.op("Reshape", x, shape)
+                if norm is not None:
+                    cut = o.op("RMSNormalization", cut, norm, axis=-1, epsilon=epsilon)
+                return o.op("Transpose", cut, perm=HEADS_FIRST)
 
-            q, k, v = split(q, heads), split(k, kv_heads), split(v, kv_heads)
-            q = o.rotated(q, cos, sin, rotary_dim, head_dim**-0.5)
-            k = o.rotated(k, cos, sin, rotary_dim)
-            keys = o.op("TensorScatter", key_cache, k, position, axis=-2)
-            values = o.op("TensorScatter", value_cache, v, position, axis=-2)
-            y = o.op("Transpose", o.attention(q, keys, values, mask), perm=HEADS_FIRST)
-            o.replace(node, [o.op("Reshape", y, o.integers(-1, width)), keys, values])
+            q, k, v = split(q, spec.heads, q_norm), split(k, spec.kv_heads, k_norm), split(v, spec.kv_heads, None)
+            q = o.rotated(q, *tables, spec.rotary_dim, spec.scale or dim**-0.5)
+            k = o.rotated(k, *tables, spec.rotary_dim)
+            keys = o.op("TensorScatter", key_cache, k, masks.position, axis=-2)
+            values = o.op("TensorScatter", value_cache, v, masks.position, axis=-2)
+            y = o.op("Transpose", o.attention(q, keys, values, masks.by_window[spec.window]), perm=HEADS_FIRST)
+            o.replace(node, [o.op("Reshape", y, o.integers(-1, o.width(node.outputs[0]))), keys, values])
         return len(found)
+
+
+class _CausalMasks:
+    """Which keys queries see, [batch, 1, sequence, capacity], each made once, in front of the first layer.
+
+    by_window: tokens that a query sees, itself included, 0 for all before it. rows: [batch, sequence], the shape.
+    position: cache_position.
+    """
+
+    def __init__(self, o: "_Ops", first: ir.Node, windows: set[int]) -> None:
+        self.position = cache_position(first)
+        cos = rectangle(_inputs(first)[3])
+        self.rows = o.op("Shape", cos, start=0, end=2)
+        step = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", cos, start=1, end=2)), o.integer(1))
+        column = o.op("Unsqueeze", self.position, o.integers(-1))
+        query = o.op("Unsqueeze", o.op("Add", column, step), o.integers(1, 3))
+        shape = caches(first)[0][0].shape
+        capacity = shape[2] if shape is not None else None
+        assert isinstance(capacity, int)
+        key = np.arange(capacity, dtype=np.int64)
+        causal = o.op("LessOrEqual", o.array("key_position", key), query)
+        self.by_window = {0: causal}
+        for window in sorted(windows - {0}):
+            near = o.op("Greater", o.array(f"key_end.{window}", key + window), query)
+            self.by_window[window] = o.op("And", causal, near)
+
+
+def _inputs(node: ir.Node) -> list[ir.Value | None]:
+    return [*node.inputs, *[None] * (13 - len(node.inputs))]
+
+
+def _expressible(node: ir.Node) -> AttentionSpec:
+    """The node's spec. Raises BuildError, by name, for what TensorRT's attention cannot compute."""
+    spec: AttentionSpec = node_spec(node)
+    for name, value in (
+        ("rotary_start", spec.rotary_start),
+        ("value_in_key", int(spec.value_in_key)),
+        ("softcap", spec.softcap),
+        ("sinks", int(_inputs(node)[12] is not None)),
+    ):
+        if value:
+            raise BuildError(f"TensorRT's attention cannot compute {name} = {value} (allowed: 0)")
+    return spec
 
 
 class SegmentMaskAttention(Pass):
@@ -72,8 +111,13 @@ class SegmentMaskAttention(Pass):
         if not found:
             return 0
         o = _Ops(model.graph, found[0])
-        cos, sin, segment = found[0].inputs[3:6]
-        mask = o.op("Equal", o.op("Unsqueeze", segment, o.integers(1)), o.op("Unsqueeze", segment, o.integers(0)))
+        q, _, _, cos, sin, image_start = found[0].inputs
+        starts = o.op("Cast", image_start, to=INT64)
+        ends = o.op("Slice", starts, o.integers(1), o.integers(FAR))
+        patch = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", q, start=0, end=1)), o.integer(1))
+        ended = o.op("GreaterOrEqual", o.op("Unsqueeze", patch, o.integers(1)), ends)
+        image = o.op("ReduceSum", o.op("Cast", ended, to=INT64), o.integers(1), keepdims=0)
+        mask = o.op("Equal", o.op("Unsqueeze", image, o.integers(1)), o.op("Unsqueeze", image, o.integers(0)))
         cos, sin = (o.op("Unsqueeze", table, o.integers(0)) for table in (cos, sin))
         for node in found:
             o.before = node
@@ -97,7 +141,7 @@ class _Ops:
         node = ir.node(op_type, inputs, attributes=attributes)
         self.graph.insert_before(self.before, node)
         first = inputs[0]
-        if first is not None and op_type in ("Reshape", "Transpose"):
+        if first is not None and op_type in ("Reshape", "Transpose", "RMSNormalization"):
             node.outputs[0].type = first.type
         return node.outputs[0]
 

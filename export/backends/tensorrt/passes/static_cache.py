@@ -2,22 +2,25 @@
 
 import onnx_ir as ir
 
+from moevlm.export.graph.op import is_op
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.passes.base import Pass
 
 
 class StaticCache(Pass):
     """The open dimension "capacity" of every cache -> a number, which TensorRT needs to update it in place.
 
-    Requires: caches [batch, heads, capacity, head_dim]. Ensures: batch is their only open dimension.
+    Requires: moevlm ops are still there; RectangularSteps. Ensures: batch is their only open dimension.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
 
     def apply(self, model: ir.Model) -> int:
-        caches = [v for v in (*model.graph.inputs, *model.graph.outputs) if "_cache" in str(v.name)]
-        for value in caches:
+        nodes = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]
+        values = [value for node in nodes for pair in caches(node) for value in pair]
+        for value in values:
             assert value.shape is not None
             batch, heads, _, head_dim = value.shape
             value.shape = ir.Shape([batch, heads, self.capacity, head_dim])
-        return len(caches)
+        return len(values)

@@ -4,12 +4,13 @@ import onnx_ir as ir
 
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.weights import cast, initializer, weight_of
 from moevlm.export.passes.base import Pass
 from moevlm.runtime.core.dtypes import DTYPES
 
 FLOAT = ir.DataType.FLOAT
-_ATTENTION = ("CachedAttention", "SegmentAttention")
+_ATTENTION = (PAGED_ATTENTION, "SegmentAttention")
 # By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the choice; and the
 # experts' own, which the next pass stores in its way.
 _EXACT_INPUTS = {**dict.fromkeys(_ATTENTION, (3, 4)), EXPERTS: (2, 3, 4, 5, 6)}
@@ -31,10 +32,10 @@ class Typed(Pass):
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
-        for given in graph.inputs:
-            if "_cache." in str(given.name):
-                given.type = ir.TensorType(self.dtype)
         nodes = list(graph)
+        kept = [pair for node in nodes if is_op(node, PAGED_ATTENTION) for pair in caches(node)]
+        for given, _ in kept:
+            given.type = ir.TensorType(self.dtype)
         for node in nodes:
             own = self._dtype_of(node)
             for i, value in enumerate(node.inputs):
@@ -49,7 +50,7 @@ class Typed(Pass):
                 if made.dtype is FLOAT:
                     made.type = ir.TensorType(own)
         for i, out in enumerate(graph.outputs):
-            if out.dtype is self.dtype and "_cache_out." not in str(out.name):
+            if out.dtype is self.dtype and all(out is not cache for _, cache in kept):
                 graph.outputs[i] = _widened(graph, out)
         return len(nodes)
 

@@ -12,11 +12,12 @@ from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
-from moevlm.plugins.ops.spec import DOMAIN, RouterSpec
+from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from tests.support.graphs import gemm, graph, matrix, rounded
 from tests.support.moe_cases import Case, assert_close, ops, session, value
@@ -115,90 +116,80 @@ def test_packing_is_lazy():
         recipe.rows(0, 1)
 
 
-HEADS, KV_HEADS, HEAD_DIM, HIDDEN, CAPACITY = 4, 2, 16, 32, 24
+HEADS, KV_HEADS, HEAD_DIM, HIDDEN, PAGE = 4, 2, 16, 32, 16
+SPEC = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, epsilon=1e-3)
 
 
 def attention(has_norm: bool) -> ir.Model:
-    """x -> q, k, v -> (norms ->) CachedAttention, as a decoder layer has them."""
+    """x -> q, k, v -> PagedAttention, as a decoder layer has them."""
     x = value("x", ["T", HIDDEN])
-    tables = [value(name, ["B", "S", HEAD_DIM // 2]) for name in ("cos", "sin")]
-    held = [value(f"{kind}_cache", ["B", KV_HEADS, "C", HEAD_DIM]) for kind in ("key", "value")]
-    position = value("cache_position", ["B"], ir.DataType.INT64)
+    tables = [value(name, ["T", HEAD_DIM // 2]) for name in ("cos", "sin")]
+    held = [value(f"{kind}_cache", ["pages", KV_HEADS, "page", HEAD_DIM]) for kind in ("key", "value")]
+    places = [
+        value(name, [size], ir.DataType.INT32) for name, size in (("query_start", "starts"), ("context_len", "N"))
+    ]
+    places.append(value("page_table", ["N", "M"], ir.DataType.INT32))
     widths = {"q": HEADS * HEAD_DIM, "k": KV_HEADS * HEAD_DIM, "v": KV_HEADS * HEAD_DIM}
-    nodes, rows = [], {}
-    for name, width in widths.items():
-        rows[name] = value(name, ["T", width])
-        nodes.append(gemm(x, f"w{name}", rows[name]))
-    shapes = {"cut": np.array([0, -1, HEAD_DIM]), "join": np.array([0, -1])}
-    for name in "qk" if has_norm else "":
-        cut, normed, joined = (ir.Value(name=f"{name}_{step}") for step in ("cut", "normed", "joined"))
-        nodes += [
-            ir.node("Reshape", [rows[name], ir.Value(name="cut")], outputs=[cut]),
-            ir.node(
-                "RMSNormalization",
-                [cut, ir.Value(name=f"g{name}")],
-                {"axis": -1, "epsilon": 1e-3},
-                outputs=[normed],
-            ),
-            ir.node("Reshape", [normed, ir.Value(name="join")], outputs=[joined]),
-        ]
-        rows[name] = joined
+    rows = {name: value(name, ["T", width]) for name, width in widths.items()}
+    nodes = [gemm(x, f"w{name}", rows[name]) for name in widths]
     outputs = [value("y", ["T", widths["q"]])]
-    outputs += [value(f"{kind}_cache_out", ["B", KV_HEADS, "C", HEAD_DIM]) for kind in ("key", "value")]
-    inputs = [*rows.values(), *tables, *held, position]
-    attributes = {"heads": HEADS, "kv_heads": KV_HEADS, "rotary_dim": HEAD_DIM}
-    nodes.append(ir.node("CachedAttention", inputs, attributes, domain=DOMAIN, outputs=outputs))
+    outputs += [value(f"{kind}_cache_out", ["pages", KV_HEADS, "page", HEAD_DIM]) for kind in ("key", "value")]
+    gains = [ir.Value(name=f"g{name}") for name in "qk"] if has_norm else []
+    inputs = [*rows.values(), *tables, *held, *places, *gains]
+    nodes.append(ir.node(PAGED_ATTENTION, inputs, attributes(SPEC), domain=DOMAIN, outputs=outputs))
     rng = np.random.default_rng(3)
     # Queries and keys of the size of x, so that float32 has the scores' weights to a millionth.
     weights = {f"w{n}": rng.standard_normal((width, HIDDEN), np.float32) / HIDDEN**0.5 for n, width in widths.items()}
-    gains = {f"g{name}": rng.standard_normal(HEAD_DIM, np.float32) for name in "qk"} | shapes if has_norm else {}
-    return graph(nodes, [x, *tables, *held, position], outputs, **weights, **gains)
+    weights |= {str(gain.name): rng.standard_normal(HEAD_DIM, np.float32) for gain in gains}
+    return graph(nodes, [x, *tables, *held, *places], outputs, **weights)
 
 
-def feeds(batch: int, length: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng([batch, length])
-    angle = rng.uniform(0, 6, (batch, length, HEAD_DIM // 2)).astype(np.float32)
-    cache = (batch, KV_HEADS, CAPACITY, HEAD_DIM)
-    return {
-        "x": rng.standard_normal((batch * length, HIDDEN), np.float32),
-        "cos": np.cos(angle),
-        "sin": np.sin(angle),
-        "key_cache": rng.standard_normal(cache, np.float32),
-        "value_cache": rng.standard_normal(cache, np.float32),
-        "cache_position": rng.integers(0, CAPACITY - length, batch),
-    }
+def outputs_of(model: ir.Model, width: int, dtype: type, steps: list[list[tuple[int, int]]]) -> list[np.ndarray]:
+    """y of each step and then the caches, which start empty. steps: (tokens kept, tokens) of each sequence."""
+    running, rng = session(model), np.random.default_rng(5)
+    caches = {f"{kind}_cache": np.zeros((8, KV_HEADS, PAGE, width), dtype) for kind in ("key", "value")}
+    results = []
+    for sequences in steps:
+        contexts, lengths = zip(*sequences, strict=True)
+        tokens = sum(lengths)
+        angle = rng.uniform(0, 6, (tokens, HEAD_DIM // 2)).astype(np.float32)
+        given = {"x": rng.standard_normal((tokens, HIDDEN), np.float32), "cos": np.cos(angle), "sin": np.sin(angle)}
+        given["query_start"] = np.cumsum([0, *lengths]).astype(np.int32)
+        given["context_len"] = np.array(contexts, np.int32)
+        given["page_table"] = np.array([[5, 2], [7, 1], [3, 4]], np.int32)[: len(sequences)]
+        y, *held = running.run(None, given | caches)
+        caches = dict(zip(caches, held, strict=True))
+        results.append(y)
+    return [*results, *caches.values()]
+
+
+STEPS = [[(0, 1), (0, 20), (0, 5)], [(1, 1), (20, 1), (5, 1)], [(2, 3), (21, 9), (6, 1)]]
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
-@pytest.mark.parametrize("has_norm", [True, False], ids=["norms", "no norms"])
-def test_attention_with_its_norms_is_one_node(has_norm, packed):
+@pytest.mark.parametrize("has_norm", [True, False], ids=["norms", "no_norms"])
+def test_attention_is_one_node_on_rows_of_q_k_and_v(has_norm, packed):
     model, reference = attention(has_norm), attention(has_norm)
     add_functions(reference)
     run([*([PackProjections()] if packed else []), CpuAttention()], model)
     assert sorted(ops(model)) == (
-        ["CachedAttention", "Gemm"] if packed else ["CachedAttention", "Concat", "Gemm", "Gemm", "Gemm"]
+        ["Gemm", PAGED_ATTENTION] if packed else ["Concat", "Gemm", "Gemm", "Gemm", PAGED_ATTENTION]
     )
-    ours, theirs = session(model), session(reference)
-    for batch, length in ((1, 1), (3, 1), (2, 7), (1, 20)):
-        given = feeds(batch, length)
-        for got, want in zip(ours.run(None, given), theirs.run(None, given), strict=True):
-            assert_close(got, want, 2e-6)
+    ours, theirs = (outputs_of(form, HEAD_DIM, np.float32, STEPS) for form in (model, reference))
+    for got, want in zip(ours[:3], theirs[:3], strict=True):  # how keys lie in a page is the kernel's own
+        assert_close(got, want, 2e-6)
 
 
-def test_int8_cache_holds_a_scale_behind_each_row():
+def test_int8_cache_holds_a_scale_for_each_row():
     model, reference = attention(True), attention(True)
     add_functions(reference)
     run([PackProjections(), CpuAttention(int8_cache=True)], model)
     caches = [v for v in (*model.graph.inputs, *model.graph.outputs) if "_cache" in v.name]
     assert {(v.dtype, v.shape[3]) for v in caches} == {(ir.DataType.INT8, HEAD_DIM + 4)}
-    given = feeds(2, 12)
-    given["cache_position"][:] = 0  # the two kinds of cache start empty
-    empty = {name: np.zeros((2, KV_HEADS, CAPACITY, HEAD_DIM + 4), np.int8) for name in ("key_cache", "value_cache")}
-    got, key, _ = session(model).run(None, given | empty)
-    want, want_key, _ = session(reference).run(None, given)
-    assert_close(got, want, 0.05)
-    scale = np.ascontiguousarray(key[..., HEAD_DIM:]).view(np.float32)
-    assert_close((key[..., :HEAD_DIM] * scale)[:, :, :12], want_key[:, :, :12], 0.01)
+    ours = outputs_of(model, HEAD_DIM + 4, np.int8, STEPS)
+    theirs = outputs_of(reference, HEAD_DIM, np.float32, STEPS)
+    for got, want in zip(ours[:3], theirs[:3], strict=True):
+        assert_close(got, want, 0.05)
 
 
 def test_kernels_keep_the_names_that_taps_use():

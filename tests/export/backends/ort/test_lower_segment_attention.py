@@ -10,6 +10,7 @@ from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
+from moevlm.plugins.ops.attention import segment_attention
 from moevlm.plugins.ops.spec import DOMAIN
 
 HEADS, HEAD_DIM = 4, 16
@@ -23,7 +24,7 @@ def graph() -> ir.Model:
         ir.Value(name=name, shape=ir.Shape(["patches", width]), type=ir.TensorType(ir.DataType.FLOAT))
         for name, width in widths.items()
     ]
-    values.append(ir.Value(name="segment_id", shape=ir.Shape(["patches"]), type=ir.TensorType(ir.DataType.INT64)))
+    values.append(ir.Value(name="image_start", shape=ir.Shape(["starts"]), type=ir.TensorType(ir.DataType.INT32)))
     node = ir.node("SegmentAttention", values, attributes={"heads": HEADS}, domain=DOMAIN)
     node.outputs[0].name = "y"
     node.outputs[0].type, node.outputs[0].shape = values[0].type, values[0].shape
@@ -40,7 +41,7 @@ def feeds(sizes: list[int], seed: int) -> dict[str, np.ndarray]:
     angle = rng.uniform(0, 6, (patches, HEAD_DIM // 2))
     arrays = {name: rng.standard_normal((patches, HEADS * HEAD_DIM), np.float32) for name in "qkv"}
     arrays |= {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
-    return arrays | {"segment_id": np.repeat(np.arange(len(sizes)), sizes)}
+    return arrays | {"image_start": np.cumsum([0, *sizes]).astype(np.int32)}
 
 
 def outputs_of(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -54,16 +55,18 @@ def lowered() -> ir.Model:
     return model
 
 
+@pytest.mark.parametrize("form", [graph, lowered])
 @pytest.mark.parametrize("sizes", [[4], [4, 4], [16, 4, 40], [200, 1, 3], [1]], ids=str)
-def test_images_of_any_sizes_agree_with_the_masked_form(sizes):
+def test_images_of_any_sizes_agree_with_the_spec(sizes, form):
     inputs = feeds(sizes, seed=sum(sizes))
-    assert relative_error(outputs_of(lowered(), inputs), outputs_of(graph(), inputs)) <= TOLERANCE
+    assert relative_error(outputs_of(form(), inputs), segment_attention(**inputs, heads=HEADS)) <= TOLERANCE
 
 
 def test_an_image_sees_nothing_of_its_neighbours():
     inputs = feeds([12, 20, 8], seed=3)
     together = outputs_of(lowered(), inputs)
-    alone = outputs_of(lowered(), {name: array[12:32] for name, array in inputs.items()})
+    own = {name: array[12:32] for name, array in inputs.items()} | {"image_start": np.array([0, 20], np.int32)}
+    alone = outputs_of(lowered(), own)
     assert relative_error(together[12:32], alone) <= TOLERANCE
 
 

@@ -9,6 +9,7 @@ import pytest
 from bench.variants import BLOCKS, MODELS
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
 from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
 from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
 from moevlm.export.backends.tensorrt.passes.typed import Typed
@@ -21,6 +22,7 @@ from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
+from tests.support.hybrid import save
 from tests.support.moe_cases import Case
 from tests.support.plan_graphs import (
     canonical_outputs,
@@ -42,7 +44,8 @@ VISION = {"patches": 24}
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.004}
 # Random weights are the hardest to quantize: 4 bits leave 8 % of a weight's size as error.
 WEIGHTS = {"": 0.0, "int8": 0.006, "fp8": 0.04, "int4": 0.1}
-FLOAT16 = (Typed("float16"), StaticCache(CAPACITY), ScatterAttention())
+ATTENTION = (RectangularSteps(), StaticCache(CAPACITY), ScatterAttention())
+FLOAT16 = (Typed("float16"), *ATTENTION)
 FAMILIES = ("qwen3_vl_moe", "glm4v_moe")
 
 
@@ -69,9 +72,7 @@ def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(
     graphs: dict[str, ir.Model], dtype: str, weights: str
 ) -> None:
     canonical = graphs["decoder"]
-    model = lowered(
-        canonical, Typed(dtype), StaticCache(CAPACITY), ScatterAttention(), PluginMoE(dtype, weights, 32, named)
-    )
+    model = lowered(canonical, Typed(dtype), *ATTENTION, PluginMoE(dtype, weights, 32, named))
     feeds = random_feeds(canonical, MANY, np.random.default_rng())
     stored = with_stored_experts(canonical, model)
     want, got = canonical_outputs(stored, feeds), evaluate(model, feeds)
@@ -89,12 +90,42 @@ def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(
 
 def test_decoder_with_float32_everywhere_is_the_canonical_one(graphs: dict[str, ir.Model]) -> None:
     canonical = graphs["decoder"]
-    model = lowered(canonical, StaticCache(CAPACITY), ScatterAttention(), PluginMoE("float32", "", 32, named))
+    model = lowered(canonical, *ATTENTION, PluginMoE("float32", "", 32, named))
     for sizes in (DECODER, DECODER | {"batch": 3, "sequence": 1, "logits": 3}):
         feeds = random_feeds(canonical, sizes, np.random.default_rng())
         want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
         for name in want:
             assert error(got[name], want[name]) < 1e-5, name
+
+
+def hybrid(path: Path, *layers: str) -> ir.Model:
+    with Checkpoint.open(save(path, layers)) as source:
+        graph = CanonicalModel.of(source).graphs["decoder"]
+        add_functions(graph)
+        return graph.clone()
+
+
+def test_windows_and_other_rotations_than_the_first_layers(tmp_path: Path) -> None:
+    canonical = hybrid(tmp_path / "checkpoint", "wide", "windowed", "wide")
+    attention = (RectangularSteps(), StaticCache(40), ScatterAttention())
+    model = lowered(canonical, *attention, PluginMoE("float32", "", 32, named))
+    feeds = random_feeds(canonical, DECODER | {"sequence": 20, "capacity": 40}, np.random.default_rng())
+    want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
+    for name in want:
+        assert error(got[name], want[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("wide", "local"), r"TensorRT's attention cannot compute softcap = 4.0 \(allowed: 0\)"),
+        (("wide", "recurrent"), r"a TensorRT plan cannot keep recurrence_state.1 \(supported: caches"),
+    ],
+    ids=["softcap", "recurrence"],
+)
+def test_layer_that_plans_cannot_have_is_refused_by_name(layers: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match=message):
+        lowered(hybrid(tmp_path / "checkpoint", *layers), *ATTENTION)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -123,7 +154,7 @@ def test_what_later_tokens_left_in_the_cache_is_not_seen(graphs: dict[str, ir.Mo
 @pytest.mark.parametrize("exact", [True, False])
 def test_only_what_decides_the_routing_stays_float32(graphs: dict[str, ir.Model], exact: bool) -> None:
     canonical, moe = graphs["decoder"], PluginMoE("float16", "", 32, named)
-    model = lowered(canonical, Typed("float16", exact), StaticCache(CAPACITY), ScatterAttention(), moe)
+    model = lowered(canonical, Typed("float16", exact), *ATTENTION, moe)
     wide = [v for v in model.graph.initializers.values() if v.dtype is ir.DataType.FLOAT and len(v.shape or ())]
     assert {user.op_type for value in wide for user in value.consumers()} <= {"Gemm", "MoERouter"}
     for node in model.graph:
@@ -209,6 +240,6 @@ def test_ops_are_those_of_the_nodes(graphs: dict[str, ir.Model]) -> None:
         return b"x"
 
     typed, moe = Typed("bfloat16"), PluginMoE("bfloat16", "int4", 128, program)
-    lowered(graphs["decoder"], typed, moe, StaticCache(8), ScatterAttention())
+    lowered(graphs["decoder"], typed, *ATTENTION, moe)
     experts = [op for op in ops if isinstance(op, ExpertsOp)]
     assert set(experts) == {ExpertsOp(ExpertsSpec(), 8, 2, 32, 24, "bfloat16", "int4", 128)}

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ import onnx
 import pytest
 from PIL import Image
 
+from moevlm.runtime.backends.ort.binding import Binding
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
 from moevlm.runtime.core.states import PagedKV
-from moevlm.runtime.engine.protocol import Step, VisionInputs, VisualFeatures
+from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.step import Step, StepOutput
 from moevlm.runtime.loading import load_runtime, open_graphs
 from moevlm.runtime.request.positions import rope_tables
-from moevlm.runtime.request.vision_inputs import pack_grids
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 from tests.support.bundles import copy_bundle, rehash
 
 ENGINES = ("reference", "ort-cpu")
@@ -52,12 +54,53 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(4)
 
 
-def text_step(model, ids: list[list[int]], position: list[int]) -> Step:
-    """Text only; logits of every position."""
-    tokens = np.array(ids)
-    place = np.array(position)[:, None] + np.arange(tokens.shape[1])
-    cos, sin = rope_tables(np.broadcast_to(place, (3, *place.shape)), model.ropes[0])
-    return Step(tokens, np.full_like(tokens, -1), cos, sin, np.array(position), np.arange(tokens.size))
+@dataclass
+class Kept:
+    """Sequences of one engine, whose pages lie in no order."""
+
+    engine: OrtEngine
+    lengths: list[int]
+    pages: list[list[int]]
+
+
+def reserved(engine: OrtEngine, sequences: int = 1, tokens: int = 192) -> Kept:
+    """A new pool. On engines for one sequence a step each has one page."""
+    size = engine.limits.page_size
+    each = -(-tokens // size)
+    numbers = np.random.default_rng(7).permutation(np.arange(1, sequences * each + 1))
+    engine.reserve(1 + sequences * each, 2)
+    return Kept(engine, [0] * sequences, numbers.reshape(sequences, each).tolist())
+
+
+def step_of(model, kept: Kept, ids: dict[int, list[int]]) -> Step:
+    """Text only, of some of the sequences; logits of every token."""
+    past = [kept.lengths[n] for n in ids]
+    places = np.concatenate([np.arange(p, p + len(tokens)) for p, tokens in zip(past, ids.values(), strict=True)])
+    tokens = np.concatenate([np.array(tokens, np.int64) for tokens in ids.values()])
+    return Step(
+        input_ids=tokens,
+        visual_index=np.full_like(tokens, -1),
+        rope={"0": rope_tables(np.broadcast_to(places, (3, len(places))), model.ropes[0])},
+        query_start=np.cumsum([0, *map(len, ids.values())], dtype=np.int32),
+        context_len=np.array(past, np.int32),
+        page_table=np.array([kept.pages[n] for n in ids], np.int32),
+        state_row=np.ones(len(ids), np.int32),
+        logits_index=np.arange(len(tokens), dtype=np.int32),
+    )
+
+
+def rows(output: StepOutput, count: int) -> np.ndarray:
+    return np.stack([output.logits(i) for i in range(count)])
+
+
+def run(model, kept: Kept, ids: dict[int, list[int]] | list[int]) -> np.ndarray:
+    """Logits of every token of one more step, [T, vocabulary]."""
+    ids = ids if isinstance(ids, dict) else {0: ids}
+    step = step_of(model, kept, ids)
+    found = rows(kept.engine.forward(step, None), step.tokens)
+    for n, tokens in ids.items():
+        kept.lengths[n] += len(tokens)
+    return found
 
 
 def features(model, rows: int, rng: np.random.Generator) -> VisualFeatures:
@@ -71,21 +114,21 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def test_text_without_images_does_not_depend_on_visual_features(engine, model, rng) -> None:
-    step = text_step(model, [[9, 20, 30]], [0])
-    alone = engine.forward(step, None, engine.new_cache(1, 8))
-    beside_images = engine.forward(step, features(model, 5, rng), engine.new_cache(1, 8))
+    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    alone = rows(engine.forward(step, None), 3)
+    beside_images = rows(engine.forward(step, features(model, 5, rng)), 3)
     assert alone.shape == (3, model.vocabulary)
     assert alone.dtype == np.float32
     np.testing.assert_array_equal(alone, beside_images)
 
 
 def test_visual_rows_stand_in_for_tokens_and_reach_the_first_layers(engine, model, rng) -> None:
-    step = text_step(model, [[9, 20, 30]], [0])
-    step = replace(step, visual_index=np.array([[-1, 4, -1]]))
+    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    step = replace(step, visual_index=np.array([-1, 4, -1]))
     seen = features(model, 5, rng)
 
     def logits(visual: VisualFeatures) -> np.ndarray:
-        return engine.forward(step, visual, engine.new_cache(1, 8))
+        return rows(engine.forward(step, visual), 3)
 
     base = logits(seen)
     other_rows = replace(seen, embeds=seen.embeds.copy(), deepstack=seen.deepstack.copy())
@@ -96,64 +139,118 @@ def test_visual_rows_stand_in_for_tokens_and_reach_the_first_layers(engine, mode
         deepstack = seen.deepstack.copy()
         deepstack[level, 4] *= -1
         assert not np.allclose(logits(replace(seen, deepstack=deepstack)), base)
-    np.testing.assert_array_equal(base[0], engine.forward(step, seen, engine.new_cache(1, 8))[0])
 
 
-def test_batch_of_two_equals_two_single_sequences(engine, model) -> None:
-    rows = [[9, 20, 30, 40], [50, 60, 70, 80]]
-    together = engine.forward(text_step(model, rows, [0, 0]), None, engine.new_cache(2, 8))
-    alone = [engine.forward(text_step(model, [row], [0]), None, engine.new_cache(1, 8)) for row in rows]
-    assert_close(together, np.concatenate(alone))
+def test_a_mixture_of_prompts_and_decodes_equals_each_sequence_alone(tiny_bundle, model) -> None:
+    engine = load(tiny_bundle, "reference")
+    kept = reserved(engine, 3)
+    together = [
+        run(model, kept, {1: [50, 60, 70], 0: [9, 20]}),
+        run(model, kept, {0: [30], 2: list(range(100, 170)), 1: [80]}),
+        run(model, kept, {2: [7, 8], 1: [], 0: [40]}),
+    ]
+    alone = [run(model, reserved(engine, 3), {n: ids}) for n, ids in
+             ((0, [9, 20, 30, 40]), (1, [50, 60, 70, 80]), (2, [*range(100, 170), 7, 8]))]  # fmt: skip
+    for n, parts in (
+        (0, [together[0][3:], together[1][:1], together[2][2:]]),
+        (1, [together[0][:3], together[1][71:]]),
+        (2, [together[1][1:71], together[2][:2]]),
+    ):
+        assert_close(np.concatenate(parts), alone[n])
     assert not np.allclose(alone[0], alone[1])
 
 
 def test_one_pass_equals_steps_of_any_size(engine, model) -> None:
-    ids = [9, 20, 30, 40, 50, 60]
-    expected = engine.forward(text_step(model, [ids], [0]), None, engine.new_cache(1, 6))
-    for sizes in ([1] * 6, [4, 2], [1, 5]):
-        cache, got, done = engine.new_cache(1, 6), [], 0
+    ids = list(range(9, 150))  # of several pages, or more than a sequence's page first has room for
+    expected = run(model, reserved(engine), ids)
+    for sizes in ([1] * 3 + [61] * 2 + [16], [100, 41], [64, 64, 13]):
+        kept, got, done = reserved(engine), [], 0
         for size in sizes:
-            got.append(engine.forward(text_step(model, [ids[done : done + size]], [done]), None, cache))
+            got.append(run(model, kept, ids[done : done + size]))
             done += size
         assert_close(np.concatenate(got), expected)
 
 
 def test_only_the_logits_asked_for_are_returned_in_order(engine, model) -> None:
-    step = text_step(model, [[9, 20, 30], [40, 50, 60]], [0, 0])
-    every = engine.forward(step, None, engine.new_cache(2, 8))
-    some = engine.forward(replace(step, logits_index=np.array([4, 0])), None, engine.new_cache(2, 8))
-    assert_close(some, every[[4, 0]])
+    kept = reserved(engine)
+    step = step_of(model, kept, {0: [9, 20, 30, 40, 50, 60]})
+    every = rows(engine.forward(step, None), 6)
+    some = engine.forward(replace(step, logits_index=np.array([4, 0], np.int32)), None)
+    assert_close(rows(some, 2), every[[4, 0]])
+    none = engine.forward(replace(step, logits_index=np.zeros(0, np.int32)), None)
+    assert len(none.candidates.values) == 0
+    kept.lengths[0] = 6
+    assert_close(run(model, kept, [70]), run(model, reserved(engine), [9, 20, 30, 40, 50, 60, 70])[-1:])
 
 
-def test_logits_of_a_step_survive_the_next_step(engine, model) -> None:
-    cache = engine.new_cache(1, 8)
-    first = engine.forward(text_step(model, [[9, 20]], [0]), None, cache)
-    kept = first.copy()
-    engine.forward(text_step(model, [[30, 40]], [2]), None, cache)
-    np.testing.assert_array_equal(first, kept)
+def test_candidates_are_the_largest_logits(engine, model) -> None:
+    output = engine.forward(step_of(model, reserved(engine), {0: [9, 20, 30]}), None)
+    logits, found = rows(output, 3), output.candidates
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :256]
+    np.testing.assert_array_equal(found.ids, order)
+    np.testing.assert_array_equal(found.values, np.take_along_axis(logits, order, 1))
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(1))
+    np.testing.assert_allclose(found.log_sum_exp, exact, rtol=1e-6)
 
 
-def test_caches_of_one_engine_are_independent(engine, model) -> None:
-    one, other = engine.new_cache(1, 8), engine.new_cache(1, 8)
-    engine.forward(text_step(model, [[9, 20]], [0]), None, one)
-    engine.forward(text_step(model, [[70, 80]], [0]), None, other)
-    after_one = engine.forward(text_step(model, [[30]], [2]), None, one)
-    fresh = engine.new_cache(1, 8)
-    assert_close(after_one, engine.forward(text_step(model, [[9, 20, 30]], [0]), None, fresh)[2:])
+def test_candidates_and_logits_survive_the_next_step_once_they_were_made(engine, model) -> None:
+    kept = reserved(engine)
+    output = engine.forward(step_of(model, kept, {0: [9, 20]}), None)
+    made = [output.logits(0), output.logits(1), output.candidates.values]
+    copies = [array.copy() for array in made]
+    engine.forward(step_of(model, kept, {0: [30, 40]}), None)
+    for array, copy in zip(made, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
 
 
-def test_cache_buffers_stay_where_they_are(engine, model) -> None:
-    cache = engine.new_cache(1, 8)
+def test_sequences_of_one_pool_are_independent_and_pages_are_used_again(engine, model) -> None:
+    kept = reserved(engine, 2)
+    run(model, kept, {0: [9, 20]})
+    run(model, kept, {1: [70, 80, 90]})
+    after_one = run(model, kept, {0: [30]})
+    kept.lengths[1] = 0
+    again = run(model, kept, {1: [9, 20, 30]})
+    assert_close(after_one, again[2:])
 
-    def addresses() -> list[int]:
-        return [value.data_ptr() for value in cache.binding.get_outputs()[1:]]
 
-    engine.forward(text_step(model, [[9, 20]], [0]), None, cache)
-    before = addresses()
-    assert len(set(before)) == 2 * len(model.layers)
-    for position in range(2, 8):
-        engine.forward(text_step(model, [[9]], [position]), None, cache)
-    assert addresses() == before
+def test_a_copied_page_goes_on_by_itself(engine, model) -> None:
+    kept = reserved(engine, 2, tokens=60)
+    run(model, kept, {0: [9, 20]})
+    kept.lengths[1] = 2
+    copied = replace(step_of(model, kept, {1: [40]}), copies=((kept.pages[0][0], kept.pages[1][0]),))
+    other = rows(engine.forward(copied, None), 1)
+    assert_close(run(model, kept, {0: [30]}), run(model, reserved(engine), [9, 20, 30])[2:])
+    assert_close(other, run(model, reserved(engine), [9, 20, 40])[2:])
+
+
+def test_a_step_of_the_same_shapes_binds_nothing_anew(engine, model, monkeypatch) -> None:
+    bound: list[str] = []
+    real = Binding.__init__
+
+    def watched(self: Binding, *arguments: Any) -> None:
+        real(self, *arguments)
+        self._binding = Watched(self._binding, bound)
+
+    monkeypatch.setattr(Binding, "__init__", watched)
+    kept = reserved(engine)
+    run(model, kept, list(range(9, 20)))
+    run(model, kept, [9])
+    bound.clear()
+    for _ in range(30):
+        run(model, kept, [9])
+    assert bound == []
+
+
+class Watched:
+    """An IOBinding whose calls that bind are noted."""
+
+    def __init__(self, binding: Any, bound: list[str]) -> None:
+        self._binding, self._bound = binding, bound
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("bind_"):
+            self._bound.append(name)
+        return getattr(self._binding, name)
 
 
 def test_two_images_of_different_size_equal_two_single_calls(engine, model, rng) -> None:
@@ -171,69 +268,84 @@ def test_two_images_of_different_size_equal_two_single_calls(engine, model, rng)
 
 
 @pytest.mark.parametrize("target", ENGINES)
-def test_taps_come_with_the_logits_and_change_nothing(target: str, tiny_bundle: Path, model) -> None:
+def test_debug_outputs_come_with_the_logits_and_change_nothing(target: str, tiny_bundle: Path, model) -> None:
     graph = onnx.load(tiny_bundle / Bundle.open(tiny_bundle).engine(target)[1].decoder, load_external_data=False)
     names = ["layers.1.hidden", "layers.0.router_logits"]
     for name in names:
         graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None]))
     tapped, plain = load(tiny_bundle, target, graph.SerializeToString()), load(tiny_bundle, target)
-    cache = tapped.new_cache(2, 8)
-    values = tapped.run(text_step(model, [[9, 20], [30, 40]], [0, 0]), None, cache)
-    assert list(values) == ["logits", *names]
-    assert values["layers.1.hidden"].shape == (4, model.hidden)
-    assert values["layers.0.router_logits"].shape == (4, model.layers[0].experts)
-    step = text_step(model, [[50, 60, 70], [80, 90, 99]], [2, 2])
-    assert tapped.run(step, None, cache)["layers.1.hidden"].shape == (6, model.hidden)
-    first = text_step(model, [[9, 20], [30, 40]], [0, 0])
-    assert_close(values["logits"], plain.forward(first, None, plain.new_cache(2, 8)))
+    kept = reserved(tapped)
+    step = step_of(model, kept, {0: [9, 20, 30, 40]})
+    output = tapped.forward(step, None)
+    assert list(output.outputs) == names
+    assert output.outputs["layers.1.hidden"].shape == (4, model.hidden)
+    assert output.outputs["layers.0.router_logits"].shape == (4, model.layers[0].experts)
+    kept.lengths[0] = 4
+    later = tapped.forward(step_of(model, kept, {0: [50, 60, 70, 80, 90, 99]}), None)
+    assert later.outputs["layers.1.hidden"].shape == (6, model.hidden)
+    assert_close(rows(output, 4), run(model, reserved(plain), [9, 20, 30, 40]))
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"context_len": np.array([600], np.int32)}, "context_len has 600 (allowed: 0 to 512)"),
+    ({"context_len": np.array([511], np.int32)}, "the length of a sequence has 514 (allowed: 0 to 512)"),
+    ({"query_start": np.array([0, 2], np.int32)}, "query_start = [0, 2] (allowed: rising from 0 to the 3 tokens)"),
+    ({"query_start": np.array([0], np.int32)}, "query_start has the shape [1] (allowed: [2])"),
+    ({"visual_index": np.array([-1, 0, -1])}, "visual_index has 0 (allowed: -1 to -1)"),
+    ({"visual_index": np.array([-1, 0])}, "visual_index has the shape [2] (allowed: [3])"),
+    ({"logits_index": np.array([99], np.int32)}, "logits_index has 99 (allowed: 0 to 2)"),
+    ({"input_ids": np.array([9, 1 << 40, 9])}, "input_ids has 1099511627776 (allowed: 0 to "),
+    ({"input_ids": np.array([9, -1, 9])}, "input_ids has -1 (allowed: 0 to "),
+    ({"page_table": np.array([[0]], np.int32)}, "page_table has 0 (allowed: 1 to "),
+    ({"page_table": np.array([[99]], np.int32)}, "page_table has 99 (allowed: 1 to "),
+    ({"page_table": np.zeros((1, 0), np.int32)}, "page_table has 0 pages for 6 tokens (allowed: 1 or more)"),
+    ({"copies": ((1, 0),)}, "copies has 0 (allowed: 1 to "),
+    ({"rope": {"0": (np.zeros((3, 5), np.float32),) * 2}}, "the decoder graph failed: "),
+    ({"input_ids": np.zeros(3, np.float32)}, "the decoder graph failed: "),
+]
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"cache_position": np.array([3, 6])}, "3 tokens at position 6 do not fit into a cache of 8"),
-        ({"visual_index": np.array([[-1, 0, -1]] * 2)}, "visual_index = 0, but the step has 0 visual features"),
-        ({"logits_index": np.array([99])}, "the decoder graph failed: "),
-        ({"input_ids": np.array([[9, 1 << 40, 9]] * 2)}, "input_ids has 1099511627776 (allowed: 0 to "),
-        ({"input_ids": np.array([[9, -1, 9]] * 2)}, "input_ids has -1 (allowed: 0 to "),
-        ({"rope_cos": np.zeros((2, 3, 5), np.float32)}, "the decoder graph failed: "),
-        ({"input_ids": np.zeros((2, 3), np.float32)}, "the decoder graph failed: "),
-    ],
-    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+    ("change", "words"), BAD, ids=[f"{next(iter(change))}-{n}" for n, (change, _) in enumerate(BAD)]
 )
-def test_step_that_does_not_fit_is_refused_in_one_line_and_the_cache_goes_on(engine, model, change, words) -> None:
-    cache = engine.new_cache(2, 8)
-    first = text_step(model, [[9, 20, 30], [40, 50, 60]], [0, 0])
-    engine.forward(first, None, cache)
-    good = text_step(model, [[11, 12, 13], [14, 15, 16]], [3, 3])
+def test_step_that_does_not_fit_is_refused_in_one_line_and_the_pool_goes_on(engine, model, change, words) -> None:
+    kept = reserved(engine)
+    run(model, kept, [9, 20, 30])
+    good = step_of(model, kept, {0: [11, 12, 13]})
     with pytest.raises(EngineError) as raised:
-        engine.forward(replace(good, **change), None, cache)
+        engine.forward(replace(good, **change), None)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
-    fresh = engine.new_cache(2, 8)
-    engine.forward(first, None, fresh)
-    assert_close(engine.forward(good, None, cache), engine.forward(good, None, fresh))
+    assert_close(run(model, kept, [11, 12, 13]), run(model, reserved(engine), [9, 20, 30, 11, 12, 13])[3:])
 
 
-def test_step_of_another_batch_is_refused(engine, model) -> None:
-    with pytest.raises(EngineError, match="a step of 2 sequences does not fit into a cache of 1"):
-        engine.forward(text_step(model, [[9], [20]], [0, 0]), None, engine.new_cache(1, 8))
+def test_step_without_a_pool_or_of_too_many_sequences_is_refused(tiny_bundle, model) -> None:
+    engine = load(tiny_bundle, "ort-cpu")
+    step = step_of(model, Kept(engine, [0, 0], [[1], [2]]), {0: [9], 1: [20]})
+    with pytest.raises(EngineError, match="a step before any page was reserved"):
+        engine.forward(step, None)
+    with pytest.raises(EngineError, match=r"pages = 1 \(allowed: 2 or more\)"):
+        engine.reserve(1, 0)
+    engine.reserve(3, 0)
+    with pytest.raises(EngineError, match=r"a step of 2 sequences \(allowed: 1 to 1\)"):
+        engine.forward(step, None)
 
 
 def test_visual_index_past_the_features_is_refused(engine, model, rng) -> None:
-    step = replace(text_step(model, [[9, 20]], [0]), visual_index=np.array([[-1, 5]]))
-    with pytest.raises(EngineError, match="visual_index = 5, but the step has 5 visual features"):
-        engine.forward(step, features(model, 5, rng), engine.new_cache(1, 8))
+    step = replace(step_of(model, reserved(engine), {0: [9, 20]}), visual_index=np.array([-1, 5]))
+    with pytest.raises(EngineError, match=r"visual_index has 5 \(allowed: -1 to 4\)"):
+        engine.forward(step, features(model, 5, rng))
 
 
-def test_patches_of_an_image_that_do_not_follow_each_other_are_refused(engine, model, rng) -> None:
+def test_images_that_do_not_begin_where_others_end_are_refused(engine, model, rng) -> None:
     vision = model.vision
     width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
     tables = pack_grids([(2, 2), (2, 2)], vision)
     patches = rng.standard_normal((8, width), np.float32)
     engine.encode(VisionInputs(patches, *tables))
-    with pytest.raises(EngineError, match="segment_id falls"):
-        engine.encode(VisionInputs(patches, *tables[:-1], tables.segment_id[::-1].copy()))
+    for starts in ([0, 5, 4, 8], [0, 4], [1, 4, 8], [0]):
+        with pytest.raises(EngineError, match=r"image_start = .* \(allowed: rising from 0 to the 8 patches\)"):
+            engine.encode(VisionInputs(patches, *tables[:-1], np.array(starts, np.int32)))
 
 
 def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: Path, model) -> None:
@@ -290,9 +402,8 @@ def test_weights_are_those_that_were_checked_whatever_becomes_of_their_path(
         (tmp_path / "zeros").replace(data)
     swapped = OrtEngine(*graphs, opened.manifest.model, opened.engine(target)[1], threads=1)
     plain = load(tiny_bundle, target)
-    step = text_step(model, [[9, 20, 30]], [0])
-    expected = plain.forward(step, None, plain.new_cache(1, 8))
-    np.testing.assert_array_equal(swapped.forward(step, None, swapped.new_cache(1, 8)), expected)
+    expected = run(model, reserved(plain), [9, 20, 30])
+    np.testing.assert_array_equal(run(model, reserved(swapped), [9, 20, 30]), expected)
 
 
 def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
@@ -300,11 +411,11 @@ def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
 ) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     engine = load(copy, "ort-cpu")
-    cache, step = engine.new_cache(1, 8), text_step(model, [[9, 20, 30]], [0])
-    engine.forward(step, None, cache)
+    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    engine.forward(step, None)
     os.truncate(copy / "engines/ort-cpu/decoder.onnx.data", 4096)
     with pytest.raises(EngineError, match=r"decoder\.onnx\.data was cut short while it was in use: it has 4096 of"):
-        engine.forward(step, None, cache)
+        engine.forward(step, None)
     os.truncate(copy / "engines/ort-cpu/vision.onnx.data", 0)
     patches = np.zeros((4, model.vision.channels * model.vision.temporal_patch_size * model.vision.patch_size**2))
     inputs = VisionInputs(patches.astype(np.float32), *pack_grids([(2, 2)], model.vision))

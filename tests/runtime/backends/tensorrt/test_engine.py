@@ -16,12 +16,13 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.backends.tensorrt.engine import TensorRTEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, EngineError, MoevlmError, RequestError
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import VisionInputs
 from moevlm.runtime.loading import load_engine, load_images, load_runtime
+from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.gpu import EXPERTS, LIMITS, TARGET, FakeGpu, fake_gpu, gpu_bundle
 
@@ -90,13 +91,17 @@ def ragged(runtime: Runtime) -> Sequence[Any]:
     return [runtime.prompt(m) for m in (question("hi"), TWO_IMAGES, question("here: ", picture(24, 24, 3)))]
 
 
-def test_ragged_batches_with_images_agree_with_the_reference_step_by_step(runtime, reference) -> None:
+def batch(runtime: Runtime, prompts: Sequence[Any], steps: int) -> Batch:
+    limits = BatchLimits.of(prompts, runtime.engine.limits, steps)
+    return Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
+
+
+def test_prompts_with_images_agree_with_the_reference_step_by_step(runtime, reference) -> None:
     forced = np.random.default_rng(5).integers(7, 200, (4, 3))
 
     def run(one: Runtime) -> list[np.ndarray]:
-        prompts = ragged(one)
-        batch = one.batch(prompts, one.encode(prompts), 4)
-        return [batch.prefill(runtime.chunk_tokens - 4), *(batch.decode(list(row)) for row in forced)]
+        prompts = batch(one, ragged(one), 4)
+        return [prompts.prefill(runtime.chunk_tokens - 4), *(prompts.decode(list(row)) for row in forced)]
 
     for ours, theirs in zip(run(runtime), run(reference), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * np.abs(theirs).max())
@@ -104,8 +109,7 @@ def test_ragged_batches_with_images_agree_with_the_reference_step_by_step(runtim
 
 def test_more_logits_than_a_step_has_room_for(runtime, reference) -> None:
     def run(one: Runtime) -> np.ndarray:
-        prompts = [one.prompt(TWO_IMAGES)]
-        return one.batch(prompts, one.encode(prompts), 0).prefill(runtime.chunk_tokens, every_position=True)
+        return batch(one, [one.prompt(TWO_IMAGES)], 0).prefill(runtime.chunk_tokens, every_position=True)
 
     ours, theirs = run(runtime), run(reference)
     assert len(ours) > 2 * LIMITS["max_logits"]
@@ -125,16 +129,22 @@ def test_decode_steps_are_recorded_once_and_replayed_for_later_requests(runtime,
     assert [first, other] == [answer(reference, question("Hi")), answer(reference, TWO_IMAGES)]
 
 
-def test_each_batch_size_has_its_own_recording(runtime, reference) -> None:
+def test_each_page_has_its_own_recording(runtime, reference, gpu) -> None:
     def run(one: Runtime) -> list[np.ndarray]:
-        prompts = ragged(one)
-        batches = [one.batch(group, one.encode(group), 8) for group in (prompts[:1], prompts[1:], prompts[1:])]
-        logits = [batch.prefill(runtime.chunk_tokens) for batch in batches]
-        logits += [batch.decode([9 + n] * len(batch.lengths)) for n in range(5) for batch in batches]
-        return logits
+        prompts = batch(one, ragged(one), 8)
+        return [prompts.prefill(runtime.chunk_tokens), *(prompts.decode([9 + n] * 3) for n in range(5))]
 
     for ours, theirs in zip(run(runtime), run(reference), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE * np.abs(theirs).max())
+    assert gpu.driver.faults.calls.count("cuStreamBeginCapture") == 3
+
+
+def test_a_page_that_is_used_again_starts_from_zeros(runtime, gpu) -> None:
+    engine = engine_of(runtime)
+    first = answer(runtime, question("Hi"))
+    (slot,) = engine._decoder._slots.values()
+    gpu.driver.device[slot.memory.address][:] = 255  # NaN
+    assert answer(runtime, question("Hi")) == first
 
 
 @pytest.mark.parametrize(
@@ -148,7 +158,7 @@ def test_where_recording_is_refused_steps_run_plainly_and_it_says_so(runtime, re
     assert gpu.driver.replays == 0
 
 
-def test_expert_weights_are_uploaded_once_for_all_profiles_and_batches(bundle, gpu) -> None:
+def test_expert_weights_are_uploaded_once_for_all_profiles_and_pages(bundle, gpu) -> None:
     size = (bundle / EXPERTS).stat().st_size
     with load_runtime(bundle, TARGET) as runtime:
         assert 0.9 * size < gpu.driver.copied_in <= size
@@ -159,8 +169,7 @@ def test_expert_weights_are_uploaded_once_for_all_profiles_and_batches(bundle, g
 
         assert copies() == 1
         answer(runtime, question("Hi"))
-        prompts = ragged(runtime)
-        runtime.batch(prompts, runtime.encode(prompts), 4).prefill(8)
+        batch(runtime, ragged(runtime), 4).prefill(8)
         assert copies() == 1
 
 
@@ -190,7 +199,7 @@ def vision_inputs(bundle: Path, *sizes: tuple[int, int]) -> VisionInputs:
 
 def test_images_that_do_not_fit_into_one_call_are_split_between_images(bundle, runtime, reference) -> None:
     inputs = vision_inputs(bundle, (40, 24), (32, 32), (16, 16), (40, 32))
-    assert len(inputs.segment_id) > LIMITS["max_patches"]
+    assert inputs.image_start[-1] > LIMITS["max_patches"]
     ours, theirs = engine_of(runtime).encode(inputs), reference.engine.encode(inputs)
     np.testing.assert_allclose(ours.embeds, theirs.embeds, atol=TOLERANCE * np.abs(theirs.embeds).max())
     np.testing.assert_allclose(ours.deepstack, theirs.deepstack, atol=TOLERANCE * np.abs(theirs.deepstack).max())
@@ -204,9 +213,9 @@ def test_an_image_that_is_too_large_is_refused_before_the_first_piece(bundle, co
             runtime.generate(TWO_IMAGES)
         with pytest.raises(EngineError, match=r"an image has 60 patches \(the engine was built for up to 32\)"):
             runtime.encode([runtime.prompt(TWO_IMAGES)])
-        with pytest.raises(EngineError, match="segment_id falls"):
+        with pytest.raises(EngineError, match=r"image_start = .* \(allowed: rising from 0 to"):
             inputs = vision_inputs(bundle, (16, 16), (16, 16))
-            runtime.engine.encode(replace(inputs, segment_id=inputs.segment_id[::-1]))
+            runtime.engine.encode(replace(inputs, image_start=inputs.image_start[::-1]))
 
 
 def test_the_runtime_keeps_within_what_the_engine_was_built_for(runtime) -> None:
@@ -218,28 +227,32 @@ def test_the_runtime_keeps_within_what_the_engine_was_built_for(runtime) -> None
 
 
 def test_steps_that_do_not_fit_are_refused_by_name(runtime) -> None:
-    engine, prompts = engine_of(runtime), ragged(runtime)
+    engine = engine_of(runtime)
     steps: list[Any] = []
     forward = engine.forward
     engine.forward = lambda *arguments: steps.append(arguments) or forward(*arguments)  # type: ignore[method-assign]
-    runtime.batch(prompts, runtime.encode(prompts), 0).prefill(8)
-    step, visual, cache, _ = steps[-1]
+    batch(runtime, ragged(runtime), 0).prefill(8)
+    step, visual = steps[-1]
+    two = {"query_start": np.array([0, 1, step.tokens], np.int32), "context_len": np.zeros(2, np.int32)}
+    two |= {"page_table": np.array([[1], [2]], np.int32), "state_row": np.ones(2, np.int32)}
     for change, reason in (
-        ({"logits_index": np.array([3 * step.input_ids.shape[1]])}, "logits_index"),
-        ({"logits_index": np.zeros(0, np.int64)}, "logits_index"),
-        ({"cache_position": np.full(3, -1)}, "cache_position has -1"),
-        ({"visual_index": np.full_like(step.visual_index, 10_000)}, "visual_index = 10000"),
+        ({"logits_index": np.array([step.tokens], np.int32)}, "logits_index"),
+        ({"context_len": np.full(1, -1, np.int32)}, "context_len has -1"),
+        ({"context_len": np.full(1, 127, np.int32)}, "the length of a sequence has"),
+        ({"visual_index": np.full_like(step.visual_index, 10_000)}, "visual_index has 10000"),
         ({"input_ids": np.full_like(step.input_ids, -4)}, "input_ids has -4"),
+        ({"page_table": np.array([[9]], np.int32)}, "page_table has 9 (allowed: 1 to 3)"),
+        ({"copies": ((1, 2),)}, "copies = ((1, 2),) (allowed: none"),
+        (two, "a step of 2 sequences (allowed: 1 to 1)"),
     ):
         with pytest.raises(EngineError, match=re.escape(reason)):
-            forward(replace(step, **change), visual, cache)
-    with pytest.raises(EngineError, match=r"batch = 4 \(the engine was built for 1 to 3\)"):
-        engine.new_cache(4, 8)
-    with pytest.raises(EngineError, match=r"capacity = 129 \(the engine was built for 1 to 128\)"):
-        engine.new_cache(1, 129)
-    batch = runtime.batch([runtime.prompt(question("a prompt of several chunks"))], None, 0)
-    with pytest.raises(EngineError, match=r"a step of 45 tokens \(the engine was built for up to 16\)"):
-        batch.prefill()
+            forward(replace(step, **change), visual)
+    with pytest.raises(EngineError, match=r"pages = 1 \(allowed: 2 or more\)"):
+        engine.reserve(1, 0)
+    long = batch(runtime, [runtime.prompt(question("a prompt of several chunks"))], 0)
+    long._limits = replace(long._limits, tokens=100)
+    with pytest.raises(EngineError, match=r"a step of 45 tokens \(allowed: 1 to 16\)"):
+        long.prefill()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -248,10 +261,12 @@ def test_a_step_may_use_as_many_visual_rows_as_the_engine_was_built_for(copy) ->
     with load_runtime(copy, TARGET) as runtime:
         assert runtime.chunk_tokens == 9  # or a step of one sequence could use more
         answer(runtime, TWO_IMAGES, 2)
-        prompts = [runtime.prompt(TWO_IMAGES)] * 2
-        batch = runtime.batch(prompts, runtime.encode(prompts), 0)
+        (prompts,) = [batch(runtime, [runtime.prompt(TWO_IMAGES)], 0)]
+        prompts._limits = replace(prompts._limits, tokens=16)
+        engine = engine_of(runtime)
+        engine.limits = replace(engine.limits, max_tokens=16)
         with pytest.raises(EngineError, match=r"the step uses 1\d visual rows \(allowed: up to 9"):
-            batch.prefill(runtime.chunk_tokens)
+            prompts.prefill()
 
 
 def test_everything_is_freed_without_close_too(bundle, gpu) -> None:
@@ -263,38 +278,34 @@ def test_everything_is_freed_without_close_too(bundle, gpu) -> None:
     assert not gpu.held()
 
 
-def test_a_closed_engine_refuses_and_caches_may_outlive_it(bundle, gpu) -> None:
+def test_a_closed_engine_refuses(bundle, gpu) -> None:
     runtime = load_runtime(bundle, TARGET)
     engine = engine_of(runtime)
-    prompts = [runtime.prompt(question("Hi"))]
-    batch = runtime.batch(prompts, None, 4)
-    batch.prefill(8)
+    prompts = batch(runtime, [runtime.prompt(question("Hi"))], 4)
+    prompts.prefill(8)
     with engine:
         pass
     engine.close()
     assert not gpu.held()
     with pytest.raises(EngineError, match="this engine was closed"):
-        batch.decode([9])
+        prompts.decode([9])
     with pytest.raises(EngineError, match="this engine was closed"):
         answer(runtime, TWO_IMAGES)
     with pytest.raises(EngineError, match="this engine was closed"):
-        engine.new_cache(1, 8)
-    del batch
-    gc.collect()
-    assert not gpu.held()
+        engine.reserve(2, 0)
 
 
-def test_idle_caches_make_room_for_others(bundle, gpu) -> None:
+def test_a_new_pool_takes_the_place_of_the_old_one(bundle, gpu) -> None:
     with load_runtime(bundle, TARGET) as runtime:
-        engine = engine_of(runtime)
         used = gpu.driver.total - gpu.driver.cuMemGetInfo.__wrapped__(gpu.driver)[0]
-        small = engine.new_cache(1, 8)
-        size = len(small.slot.memory._device._driver.device[small.slot.memory.address])
-        gpu.driver.total = used + 3 * size + 1000
+        batch(runtime, [runtime.prompt(question("Hi"))], 4).prefill(8)
+        (slot,) = engine_of(runtime)._decoder._slots.values()
+        size = len(gpu.driver.device[slot.memory.address])
+        gpu.driver.total = used + 2 * size + 1000
+        for _ in range(3):
+            batch(runtime, [runtime.prompt(question("Hi"))], 4).prefill(8)
         with pytest.raises(EngineError, match=r"CUDA_ERROR_OUT_OF_MEMORY \(out of memory\): .* GB wanted"):
-            engine.new_cache(3, 8)
-        del small
-        engine.new_cache(3, 8)
+            batch(runtime, ragged(runtime), 4).prefill(8)
 
 
 def released_in(name: str) -> bool:
@@ -344,9 +355,9 @@ def test_without_a_device_nothing_of_tensorrt_is_made(bundle, tmp_path) -> None:
         with pytest.raises(BundleError, match=r"no engine for this machine in .*this machine has no NVIDIA GPU"):
             load_engine(Bundle.open(bundle), TARGET)
         opened = Bundle.open(bundle)
-        metadata = opened.manifest.engines[TARGET].tensorrt
+        metadata = opened.manifest.engines[TARGET]
         with pytest.raises(EngineError, match="no NVIDIA GPU that this process may use"):
-            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, (), metadata)  # type: ignore[arg-type]
+            TensorRTEngine(None, None, bundle / EXPERTS, opened.manifest.model, metadata)  # type: ignore[arg-type]
         assert "logger" not in gpu.trt.state
         assert not gpu.trt.state["libraries"]
 

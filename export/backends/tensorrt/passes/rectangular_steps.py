@@ -1,0 +1,104 @@
+"""Steps of sequences that all have as many tokens, each in one page: the shape of step that plans are built for."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from moevlm.export.graph.op import is_op
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
+from moevlm.export.graph.weights import Constant, initializer
+from moevlm.export.passes.base import Pass
+from moevlm.runtime.core.errors import BuildError
+
+INT32 = int(ir.DataType.INT32)
+
+
+class RectangularSteps(Pass):
+    """The packed inputs [T, ...] of a decoder -> [batch, sequence, ...], and its sequences -> cache_position [batch].
+
+    Sequence n has the rows n * S to n * S + S, the first of them at cache_position[n], and page n of the caches, which
+    become [batch, kv_heads, capacity, D].
+    Requires: every state is a cache of PagedAttention, else BuildError. Ensures: query_start, context_len and
+    page_table are computed.
+    """
+
+    def apply(self, model: ir.Model) -> int:
+        graph = model.graph
+        given = {str(value.name): value for value in graph.inputs}
+        recurrent = [name for name, value in given.items() if _first_size(value) == "rows"]
+        if recurrent:
+            raise BuildError(f"a TensorRT plan cannot keep {recurrent[0]} (supported: caches of keys and values)")
+        if "page_table" not in given:
+            return 0
+        self._graph, self._first = graph, next(iter(graph))
+        packed = [value for value in given.values() if _first_size(value) == "tokens"]
+        for value in packed:
+            self._widen(value)
+        sequence = self._op("Shape", graph.inputs[0], start=1, end=2)
+        position = ir.Value(name="cache_position", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
+        batch = self._op("Squeeze", self._op("Shape", position))
+        numbers = self._op("Range", self._integer(0), batch, self._integer(1))
+        boundaries = self._op("Range", self._integer(0), self._op("Add", batch, self._integer(1)), self._integer(1))
+        made = {
+            "query_start": self._op("Mul", boundaries, sequence),
+            "context_len": position,
+            "page_table": self._op("Unsqueeze", numbers, self._integers(1)),
+        }
+        place = graph.inputs.index(given["query_start"])
+        graph.inputs.insert(place, position)
+        for name, value in made.items():
+            given[name].replace_all_uses_with(self._op("Cast", value, to=INT32))
+            graph.inputs.remove(given[name])
+        for value in (*graph.inputs, *graph.outputs):
+            if value.shape is not None and _first_size(value) == "pages":
+                value.shape = ir.Shape(["batch", value.shape[1], "capacity", value.shape[3]])
+        return len(packed)
+
+    def _widen(self, value: ir.Value) -> None:
+        """The rows of a new input [batch, sequence, ...] in the place of an input [T, ...]."""
+        assert value.shape is not None
+        rest = [size for size in value.shape[1:] if isinstance(size, int)]  # all: tokens are the open dimension
+        wide = ir.Value(name=value.name, shape=ir.Shape(["batch", "sequence", *rest]), type=value.type)
+        self._graph.inputs[self._graph.inputs.index(value)] = wide
+        rows = self._op("Reshape", wide, self._integers(-1, *rest))
+        rows.shape, rows.type = value.shape, value.type
+        value.replace_all_uses_with(rows)
+
+    def _integer(self, value: int) -> ir.Value:
+        return self._array(str(value), np.array(value, np.int64))
+
+    def _integers(self, *values: int) -> ir.Value:
+        return self._array("_".join(map(str, ("list", *values))), np.array(values, np.int64))
+
+    def _array(self, name: str, array: np.ndarray) -> ir.Value:
+        name = f"steps.{name}"
+        if name not in self._graph.initializers:
+            self._graph.register_initializer(initializer(name, Constant(array)))
+        return self._graph.initializers[name]
+
+    def _op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes)
+        self._graph.insert_before(self._first, node)
+        return node.outputs[0]
+
+
+def _first_size(value: ir.Value) -> str:
+    return str(value.shape[0]) if value.shape else ""
+
+
+def rectangle(rows: ir.Value | None) -> ir.Value:
+    """The input [batch, sequence, ...] that `rows` are the rows of."""
+    return _source(rows, "Reshape")
+
+
+def cache_position(attention: ir.Node) -> ir.Value:
+    """The input from which the sequences of a PagedAttention node were computed."""
+    assert is_op(attention, PAGED_ATTENTION)
+    return _source(attention.inputs[8], "Cast")
+
+
+def _source(value: ir.Value | None, op_type: str) -> ir.Value:
+    node = value.producer() if value is not None else None
+    assert node is not None and node.op_type == op_type and node.inputs[0] is not None
+    return node.inputs[0]

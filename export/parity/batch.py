@@ -1,0 +1,206 @@
+"""Prompts of parity in an engine: prefill in chunks, then one token at a time, as many together as a step takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from moevlm.export.parity.tolerances import DECODE_STEPS
+from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.prompt import Prompt
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """sequences: prompts stepped together. tokens: of a step. page_size: tokens of a page.
+
+    steps: decode steps behind the longest prompt, as many as wanted where the context has room for them.
+    """
+
+    sequences: int
+    tokens: int
+    page_size: int
+    steps: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], limits: EngineLimits, steps: int = DECODE_STEPS) -> Self:
+        """Raises RequestError if not one step behind a prompt fits."""
+        longest = max(len(prompt.ids) for prompt in prompts)
+        if (needed := longest + min(steps, 1)) > limits.max_context:
+            raise RequestError(f"parity needs a context of {needed} tokens, the engine has {limits.max_context}")
+        return cls(limits.max_sequences, limits.max_tokens, limits.page_size, min(steps, limits.max_context - longest))
+
+
+class _Sequence:
+    """A prompt and the tokens that will follow it, as steps take them.
+
+    ids, visual_index: [S] int64. ropes: by rope group cos and sin, each [S, R / 2] float32.
+    prompt: how many of the S tokens it has. length: how many went through the engine. pages: [M] int32.
+    """
+
+    def __init__(self, prompt: Prompt, model: ModelMetadata, steps: int, first_visual: int, pages: Array) -> None:
+        self.prompt, self.length, self.pages = len(prompt.ids), 0, pages
+        self.ids = np.concatenate([prompt.ids, np.zeros(steps, np.int64)])
+        index = np.where(prompt.visual_index < 0, -1, prompt.visual_index + first_visual)
+        self.visual_index = np.concatenate([index, np.full(steps, -1)])
+        after = np.broadcast_to(prompt.next_position + np.arange(steps), (3, steps))
+        positions = np.concatenate([prompt.positions, after], axis=1)
+        self.ropes = {str(group): rope_tables(positions, rope) for group, rope in enumerate(model.ropes)}
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Tokens `start` to `stop` of sequence `number` in a step."""
+
+    number: int
+    start: int
+    stop: int
+
+
+class Batch:
+    """Prompts in an engine's pool, which it reserves: of an engine's batches only the last is of use.
+
+    A sequence's state row is one above its number. Its pages fall, so that none lies where its place would say.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: ModelMetadata,
+        prompts: Sequence[Prompt],
+        visual: VisualFeatures | None,
+        limits: BatchLimits,
+    ) -> None:
+        """visual: features of the images of all prompts, in order; None if there are none."""
+        self._engine, self._visual, self._limits = engine, visual, limits
+        self._sequences: list[_Sequence] = []
+        rows, pages = 0, 0
+        for prompt in prompts:
+            count = -(-(len(prompt.ids) + limits.steps) // limits.page_size)
+            own = np.arange(pages + count, pages, -1, dtype=np.int32)
+            self._sequences.append(_Sequence(prompt, model, limits.steps, rows, own))
+            rows, pages = rows + prompt.image_tokens, pages + count
+        engine.reserve(1 + pages, 1 + len(prompts))
+
+    def prefill(self, chunk_tokens: int | None = None, every_position: bool = False) -> Array:
+        """Run the prompts through the decoder, `chunk_tokens` of each at a time (None: as many as a step takes).
+
+        Returns logits [B, vocabulary] float32 of each prompt's last token, or, with every_position,
+        [sum of prompt lengths, vocabulary], prompt after prompt.
+        """
+        places = _Places(self._sequences, every_position)
+        logits: Array | None = None
+        for spans in self._chunks(chunk_tokens or self._limits.tokens):
+            index, targets = places.of(spans)
+            output = self._forward(spans, index)
+            for i, target in enumerate(targets):
+                row = output.logits(i)
+                logits = np.empty((places.total, len(row)), np.float32) if logits is None else logits
+                logits[target] = row
+        assert logits is not None  # a prompt has at least one token
+        return logits
+
+    def prefill_outputs(self) -> tuple[Array, dict[str, Array]]:
+        """Run the prompts through the decoder, as many tokens in a step as it takes.
+
+        Returns logits of every position, and the engine's debug outputs by name, both prompt after prompt.
+        """
+        places = _Places(self._sequences, every_position=True)
+        kept: dict[str, Array] = {}
+        for spans in self._chunks(self._limits.tokens):
+            index, targets = places.of(spans)
+            output = self._forward(spans, index)
+            rows = {"logits": np.stack([output.logits(i) for i in range(len(index))]), **output.outputs}
+            for name, values in rows.items():
+                if name not in kept:
+                    kept[name] = np.empty((places.total, *values.shape[1:]), values.dtype)
+                kept[name][targets] = values
+        logits = kept.pop("logits")
+        return logits, kept
+
+    def decode(self, tokens: Sequence[int]) -> Array:
+        """Append one token to each sequence. Returns logits [B, vocabulary] float32 of what follows it."""
+        rows: list[Array] = []
+        for sequence, token in zip(self._sequences, tokens, strict=True):
+            sequence.ids[sequence.length] = token
+        spans = [_Span(n, sequence.length, sequence.length + 1) for n, sequence in enumerate(self._sequences)]
+        together = min(self._limits.sequences, self._limits.tokens)
+        for first in range(0, len(spans), together):
+            part = spans[first : first + together]
+            output = self._forward(part, np.arange(len(part)))
+            rows += [output.logits(i) for i in range(len(part))]
+        return np.stack(rows)
+
+    def _chunks(self, size: int) -> Iterator[list[_Span]]:
+        """What each step of the prefill takes, until nothing is left."""
+        while True:
+            spans: list[_Span] = []
+            free = self._limits.tokens
+            for number, sequence in enumerate(self._sequences):
+                count = min(size, sequence.prompt - sequence.length, free)
+                if count > 0 and len(spans) < self._limits.sequences:
+                    spans.append(_Span(number, sequence.length, sequence.length + count))
+                    free -= count
+            if not spans:
+                return
+            yield spans
+
+    def _forward(self, spans: list[_Span], logits_index: Array) -> StepOutput:
+        parts = [(self._sequences[span.number], slice(span.start, span.stop)) for span in spans]
+        table = np.zeros((len(spans), max(len(sequence.pages) for sequence, _ in parts)), np.int32)
+        for row, (sequence, _) in zip(table, parts, strict=True):
+            row[: len(sequence.pages)] = sequence.pages
+        rows = np.array([span.number + 1 for span in spans], np.int32)
+        step = Step(
+            input_ids=np.concatenate([sequence.ids[part] for sequence, part in parts]),
+            visual_index=np.concatenate([sequence.visual_index[part] for sequence, part in parts]),
+            rope={
+                group: (
+                    np.concatenate([sequence.ropes[group][0][part] for sequence, part in parts]),
+                    np.concatenate([sequence.ropes[group][1][part] for sequence, part in parts]),
+                )
+                for group in parts[0][0].ropes
+            },
+            query_start=np.cumsum([0, *(span.stop - span.start for span in spans)], dtype=np.int32),
+            context_len=np.array([span.start for span in spans], np.int32),
+            page_table=table,
+            state_row=rows,
+            logits_index=logits_index.astype(np.int32),
+            cleared=tuple(int(row) for row, span in zip(rows, spans, strict=True) if span.start == 0),
+        )
+        output = self._engine.forward(step, self._visual if (step.visual_index >= 0).any() else None)
+        for sequence, part in parts:
+            sequence.length = part.stop
+        return output
+
+
+class _Places:
+    """Where the rows of logits of a prefill go: [total, vocabulary], prompt after prompt."""
+
+    def __init__(self, sequences: Sequence[_Sequence], every_position: bool) -> None:
+        self._every, self._lengths = every_position, [sequence.prompt for sequence in sequences]
+        self._offsets = np.cumsum([0, *self._lengths])
+        self.total = int(self._offsets[-1]) if every_position else len(sequences)
+
+    def of(self, spans: Sequence[_Span]) -> tuple[Array, Array]:
+        """Rows of a step whose logits are wanted, and their places: [L] int64 each."""
+        index, targets, first = [], [], 0
+        for span in spans:
+            count = span.stop - span.start
+            if self._every:
+                index.append(first + np.arange(count))
+                targets.append(self._offsets[span.number] + np.arange(span.start, span.stop))
+            elif span.stop == self._lengths[span.number]:
+                index.append(np.array([first + count - 1]))
+                targets.append(np.array([span.number]))
+            first += count
+        return np.concatenate([np.zeros(0, np.int64), *index]), np.concatenate([np.zeros(0, np.int64), *targets])

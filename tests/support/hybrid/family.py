@@ -1,0 +1,127 @@
+"""config.json of the test family as a canonical config, and where its weights lie."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+
+from moevlm.export.config import (
+    DecoderConfig,
+    GQAConfig,
+    LayerConfig,
+    MergerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+    VisionConfig,
+)
+from moevlm.export.families.base import Family, register
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.sources import Source
+from moevlm.export.modules.vision import Vision
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.manifest import RopeMetadata
+from tests.support.hybrid.mixer import RecurrenceConfig
+
+HIDDEN, CHANNELS = 32, 48
+EPSILON = 1e-6
+VISION = VisionConfig(
+    hidden=16,
+    depth=1,
+    heads=2,
+    mlp=MLPConfig(24, "gelu_tanh", gated=False),
+    norm="layer",
+    epsilon=1e-6,
+    qkv_bias=True,
+    out_bias=True,
+    outer_norms=False,
+    patch_size=4,
+    temporal_patch_size=2,
+    merge_size=2,
+    channels=3,
+    position_grid=5,
+    position_resampling="bilinear",
+    rope_theta=1e4,
+    merger=MergerConfig("mlp", out=HIDDEN, width=64),
+)
+# Attention to all tokens, a recurrence, attention in a window with everything that the first has not, and so on.
+WIDE = GQAConfig(heads=4, kv_heads=2, head_dim=16, rotary_dim=16, rope=0, qk_norm=True, qkv_bias=False, out_bias=False)
+LOCAL = GQAConfig(
+    heads=2,
+    kv_heads=1,
+    head_dim=32,
+    rotary_dim=16,
+    rope=1,
+    qk_norm=False,
+    qkv_bias=True,
+    out_bias=True,
+    window=16,
+    softcap=4.0,
+    sinks=True,
+    scale=0.25,
+)
+# What targets without softcap and sinks have of it.
+WINDOWED = replace(LOCAL, softcap=0.0, sinks=False)
+ROPES = (
+    RopeMetadata(dim=16, theta=1e4, sections=(8, 0, 0), interleaved=False),
+    RopeMetadata(dim=16, theta=500.0, sections=(8, 0, 0), interleaved=False),
+)
+MIXERS = {"wide": WIDE, "local": LOCAL, "windowed": WINDOWED, "recurrent": RecurrenceConfig(CHANNELS)}
+DENSE = MLPConfig(40, "silu")
+SPARSE = MoEConfig(8, 24, RouterSpec(top_k=2), ExpertsSpec())
+FEED_FORWARDS = {"wide": SPARSE, "local": SPARSE, "windowed": SPARSE, "recurrent": DENSE}
+
+_LAYER = "model.layers.{i}."
+_ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm")
+
+
+def _vision_names() -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in Vision(VISION).named_parameters()]
+
+
+@register("hybrid_test")
+class Hybrid(Family):
+    """See the module's docstring."""
+
+    router_suffix = "router"
+
+    def translate(self, fields: Fields) -> ModelConfig:
+        kinds = fields["layers"]
+        return ModelConfig(
+            model_type="hybrid_test",
+            decoder=DecoderConfig(
+                vocabulary=fields.positive("vocab_size"),
+                hidden=HIDDEN,
+                context=fields.positive("max_position_embeddings"),
+                epsilon=EPSILON,
+                tied_head=False,
+                ropes=ROPES,
+                layers=tuple(LayerConfig(MIXERS[kind], FEED_FORWARDS[kind]) for kind in kinds),
+            ),
+            vision=VISION,
+            image_token_id=fields.count("image_token_id"),
+            eos_token_ids=fields.ids("eos_token_id"),
+        )
+
+    weights: ClassVar[Mapping[str, str | Source]] = {
+        "decoder.embedding": "model.embedding",
+        "decoder.head": "model.head",
+        "decoder.norm.weight": "model.norm.weight",
+        **{
+            f"decoder.layers.{{i}}.{name}": _LAYER + name
+            for name in (
+                *(f"attention.{part}.{kind}" for part in _ATTENTION for kind in ("weight", "bias")),
+                "attention.sinks",
+                *(f"attention.{part}.weight" for part in ("inner", "gate")),
+                "attention.decay",
+                "attention_norm.weight",
+                "feed_forward_norm.weight",
+                *(f"feed_forward.{part}.weight" for part in ("router", "gate", "up", "down")),
+                "feed_forward.gate_up",
+                "feed_forward.down",
+            )
+        },
+        **{f"vision.{name}": f"vision.{name}" for name in _vision_names()},
+    }

@@ -1,0 +1,98 @@
+"""The test family in plain PyTorch: one sequence at a time, from its first token, nothing of the package in it."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+EPSILON = 1e-6
+ATTENTION = {  # heads, kv_heads, head_dim, rotated dimensions, base of the rotation, window, softcap, scale
+    "wide": (4, 2, 16, 16, 1e4, None, None, 16**-0.5),
+    "local": (2, 1, 32, 16, 500.0, 16, 4.0, 0.25),
+    "windowed": (2, 1, 32, 16, 500.0, 16, None, 0.25),
+}
+TOP_K = 2
+
+
+class PlainModel:
+    """weights: the tensors of a checkpoint by name. layers: the kind of each."""
+
+    def __init__(self, weights: dict[str, Tensor], layers: tuple[str, ...]) -> None:
+        self.weights = {name: tensor.double() for name, tensor in weights.items()}
+        self.layers = layers
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """[S, vocabulary] of a sequence [S]."""
+        x = self.weights["model.embedding"][ids]
+        for i, kind in enumerate(self.layers):
+            own = {k.removeprefix(f"model.layers.{i}."): v for k, v in self.weights.items() if f".layers.{i}." in k}
+            normed = _norm(x, own["attention_norm.weight"])
+            x = x + (_recurrence(normed, own) if kind == "recurrent" else _attention(normed, own, kind))
+            normed = _norm(x, own["feed_forward_norm.weight"])
+            x = x + (_dense(normed, own) if kind == "recurrent" else _sparse(normed, own))
+        return _norm(x, self.weights["model.norm.weight"]) @ self.weights["model.head"].T
+
+
+def _norm(x: Tensor, gain: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPSILON).sqrt() * gain
+
+
+def _linear(x: Tensor, own: dict[str, Tensor], name: str) -> Tensor:
+    y = x @ own[f"{name}.weight"].T
+    return y + own[f"{name}.bias"] if f"{name}.bias" in own else y
+
+
+def _attention(x: Tensor, own: dict[str, Tensor], kind: str) -> Tensor:
+    heads, kv_heads, dim, rotated, base, window, softcap, scale = ATTENTION[kind]
+    length = len(x)
+    q, k, v = (
+        _linear(x, own, f"attention.{name}").view(length, count, dim)
+        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+    )
+    if "attention.q_norm.weight" in own:
+        q, k = _norm(q, own["attention.q_norm.weight"]), _norm(k, own["attention.k_norm.weight"])
+    angle = torch.arange(length)[:, None] * base ** -(torch.arange(0, rotated, 2) / rotated).double()
+    q, k = (_rotated(t, angle) for t in (q, k))
+    y = torch.empty(length, heads, dim, dtype=torch.float64)
+    for head in range(heads):
+        own_head = head // (heads // kv_heads)
+        for t in range(length):
+            first = 0 if window is None else max(0, t - window + 1)
+            scores = k[first : t + 1, own_head] @ q[t, head] * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            if "attention.sinks" in own:
+                scores = torch.cat([scores, own["attention.sinks"][head, None]])
+            y[t, head] = torch.softmax(scores, 0)[: t + 1 - first] @ v[first : t + 1, own_head]
+    return _linear(y.flatten(1), own, "attention.out")
+
+
+def _rotated(x: Tensor, angle: Tensor) -> Tensor:
+    half = angle.shape[1]
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
+
+
+def _recurrence(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    inner, a = _linear(x, own, "attention.inner"), own["attention.decay"]
+    h, y = torch.zeros_like(a), []
+    for row in inner:
+        h = a * h + (1 - a) * row
+        y.append(h)
+    return _linear(torch.stack(y) * F.silu(_linear(x, own, "attention.gate")), own, "attention.out")
+
+
+def _dense(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    inner = F.silu(_linear(x, own, "feed_forward.gate")) * _linear(x, own, "feed_forward.up")
+    return _linear(inner, own, "feed_forward.down")
+
+
+def _sparse(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    shares = torch.softmax(_linear(x, own, "feed_forward.router"), -1)
+    y = torch.zeros_like(x)
+    for t, row in enumerate(x):
+        weights, chosen = shares[t].topk(TOP_K)
+        for weight, expert in zip(weights / weights.sum(), chosen, strict=True):
+            gate, up = (own["feed_forward.gate_up"][expert] @ row).chunk(2)
+            y[t] += weight * (own["feed_forward.down"][expert] @ (F.silu(gate) * up))
+    return y
