@@ -142,14 +142,7 @@ def _cpu(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     attention = CpuAttention(kv_cache == "int8")
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (
-            *linear,
-            CpuFloatLinear(),
-            CpuAttention(kv_cache == "int8"),
-            CpuMoE(scheme),
-            FuseSkipNorm(),
-            CpuCandidates(),
-        ),
+        "decoder": (*linear, CpuFloatLinear(), attention, CpuMoE(scheme), FuseSkipNorm(), CpuCandidates()),
     }
 
 

@@ -160,7 +160,7 @@ def test_demo_checkpoint_builds(tmp_path: Path) -> None:
     assert header(built, engine.decoder).sms == header(built, engine.vision).sms == (89,)
     assert engine.cost is not None
     experts = built.manifest.files["experts/bf16.safetensors"].size
-    assert 0 < engine.cost.expert_bytes * built.manifest.model.experts < experts
+    assert 0 < engine.cost.expert_bytes * built.manifest.model.layers[-1].experts < experts
 
 
 @pytest.mark.parametrize("name", MODELS)

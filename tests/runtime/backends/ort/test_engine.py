@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
 from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.protocol import VisualFeatures
-from moevlm.runtime.engine.step import Step, StepOutput
 from moevlm.runtime.loading import load_runtime, open_graphs
-from moevlm.runtime.request.positions import rope_tables
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 from tests.support.bundles import copy_bundle, rehash
+from tests.support.packed_steps import Kept, reserved, rows
 
 ENGINES = ("reference", "ort-cpu")
 # Rows of a batch may meet other kernels than a row alone.
@@ -54,55 +53,6 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(4)
 
 
-@dataclass
-class Kept:
-    """Sequences of one engine, whose pages lie in no order."""
-
-    engine: OrtEngine
-    lengths: list[int]
-    pages: list[list[int]]
-
-
-def reserved(engine: OrtEngine, sequences: int = 1, tokens: int = 192) -> Kept:
-    """A new pool. On engines for one sequence a step each has one page."""
-    size = engine.limits.page_size
-    each = -(-tokens // size)
-    numbers = np.random.default_rng(7).permutation(np.arange(1, sequences * each + 1))
-    engine.reserve(1 + sequences * each, 2)
-    return Kept(engine, [0] * sequences, numbers.reshape(sequences, each).tolist())
-
-
-def step_of(model, kept: Kept, ids: dict[int, list[int]]) -> Step:
-    """Text only, of some of the sequences; logits of every token."""
-    past = [kept.lengths[n] for n in ids]
-    places = np.concatenate([np.arange(p, p + len(tokens)) for p, tokens in zip(past, ids.values(), strict=True)])
-    tokens = np.concatenate([np.array(tokens, np.int64) for tokens in ids.values()])
-    return Step(
-        input_ids=tokens,
-        visual_index=np.full_like(tokens, -1),
-        rope={"0": rope_tables(np.broadcast_to(places, (3, len(places))), model.ropes[0])},
-        query_start=np.cumsum([0, *map(len, ids.values())], dtype=np.int32),
-        context_len=np.array(past, np.int32),
-        page_table=np.array([kept.pages[n] for n in ids], np.int32),
-        state_row=np.ones(len(ids), np.int32),
-        logits_index=np.arange(len(tokens), dtype=np.int32),
-    )
-
-
-def rows(output: StepOutput, count: int) -> np.ndarray:
-    return np.stack([output.logits(i) for i in range(count)])
-
-
-def run(model, kept: Kept, ids: dict[int, list[int]] | list[int]) -> np.ndarray:
-    """Logits of every token of one more step, [T, vocabulary]."""
-    ids = ids if isinstance(ids, dict) else {0: ids}
-    step = step_of(model, kept, ids)
-    found = rows(kept.engine.forward(step, None), step.tokens)
-    for n, tokens in ids.items():
-        kept.lengths[n] += len(tokens)
-    return found
-
-
 def features(model, rows: int, rng: np.random.Generator) -> VisualFeatures:
     shape = (model.vision.deepstack, rows, model.hidden)
     return VisualFeatures(rng.standard_normal(shape[1:], np.float32), rng.standard_normal(shape, np.float32))
@@ -114,7 +64,7 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def test_text_without_images_does_not_depend_on_visual_features(engine, model, rng) -> None:
-    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    step = reserved(engine, model).step({0: [9, 20, 30]})
     alone = rows(engine.forward(step, None), 3)
     beside_images = rows(engine.forward(step, features(model, 5, rng)), 3)
     assert alone.shape == (3, model.vocabulary)
@@ -123,7 +73,7 @@ def test_text_without_images_does_not_depend_on_visual_features(engine, model, r
 
 
 def test_visual_rows_stand_in_for_tokens_and_reach_the_first_layers(engine, model, rng) -> None:
-    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    step = reserved(engine, model).step({0: [9, 20, 30]})
     step = replace(step, visual_index=np.array([-1, 4, -1]))
     seen = features(model, 5, rng)
 
@@ -143,13 +93,13 @@ def test_visual_rows_stand_in_for_tokens_and_reach_the_first_layers(engine, mode
 
 def test_a_mixture_of_prompts_and_decodes_equals_each_sequence_alone(tiny_bundle, model) -> None:
     engine = load(tiny_bundle, "reference")
-    kept = reserved(engine, 3)
+    kept = reserved(engine, model, 3)
     together = [
-        run(model, kept, {1: [50, 60, 70], 0: [9, 20]}),
-        run(model, kept, {0: [30], 2: list(range(100, 170)), 1: [80]}),
-        run(model, kept, {2: [7, 8], 1: [], 0: [40]}),
+        kept.run({1: [50, 60, 70], 0: [9, 20]}),
+        kept.run({0: [30], 2: list(range(100, 170)), 1: [80]}),
+        kept.run({2: [7, 8], 1: [], 0: [40]}),
     ]
-    alone = [run(model, reserved(engine, 3), {n: ids}) for n, ids in
+    alone = [reserved(engine, model, 3).run({n: ids}) for n, ids in
              ((0, [9, 20, 30, 40]), (1, [50, 60, 70, 80]), (2, [*range(100, 170), 7, 8]))]  # fmt: skip
     for n, parts in (
         (0, [together[0][3:], together[1][:1], together[2][2:]]),
@@ -162,29 +112,29 @@ def test_a_mixture_of_prompts_and_decodes_equals_each_sequence_alone(tiny_bundle
 
 def test_one_pass_equals_steps_of_any_size(engine, model) -> None:
     ids = list(range(9, 150))  # of several pages, or more than a sequence's page first has room for
-    expected = run(model, reserved(engine), ids)
+    expected = reserved(engine, model).run(ids)
     for sizes in ([1] * 3 + [61] * 2 + [16], [100, 41], [64, 64, 13]):
-        kept, got, done = reserved(engine), [], 0
+        kept, got, done = reserved(engine, model), [], 0
         for size in sizes:
-            got.append(run(model, kept, ids[done : done + size]))
+            got.append(kept.run(ids[done : done + size]))
             done += size
         assert_close(np.concatenate(got), expected)
 
 
 def test_only_the_logits_asked_for_are_returned_in_order(engine, model) -> None:
-    kept = reserved(engine)
-    step = step_of(model, kept, {0: [9, 20, 30, 40, 50, 60]})
+    kept = reserved(engine, model)
+    step = kept.step({0: [9, 20, 30, 40, 50, 60]})
     every = rows(engine.forward(step, None), 6)
     some = engine.forward(replace(step, logits_index=np.array([4, 0], np.int32)), None)
     assert_close(rows(some, 2), every[[4, 0]])
     none = engine.forward(replace(step, logits_index=np.zeros(0, np.int32)), None)
     assert len(none.candidates.values) == 0
     kept.lengths[0] = 6
-    assert_close(run(model, kept, [70]), run(model, reserved(engine), [9, 20, 30, 40, 50, 60, 70])[-1:])
+    assert_close(kept.run([70]), reserved(engine, model).run([9, 20, 30, 40, 50, 60, 70])[-1:])
 
 
 def test_candidates_are_the_largest_logits(engine, model) -> None:
-    output = engine.forward(step_of(model, reserved(engine), {0: [9, 20, 30]}), None)
+    output = engine.forward(reserved(engine, model).step({0: [9, 20, 30]}), None)
     logits, found = rows(output, 3), output.candidates
     order = np.argsort(-logits, axis=1, kind="stable")[:, :256]
     np.testing.assert_array_equal(found.ids, order)
@@ -194,33 +144,33 @@ def test_candidates_are_the_largest_logits(engine, model) -> None:
 
 
 def test_candidates_and_logits_survive_the_next_step_once_they_were_made(engine, model) -> None:
-    kept = reserved(engine)
-    output = engine.forward(step_of(model, kept, {0: [9, 20]}), None)
+    kept = reserved(engine, model)
+    output = engine.forward(kept.step({0: [9, 20]}), None)
     made = [output.logits(0), output.logits(1), output.candidates.values]
     copies = [array.copy() for array in made]
-    engine.forward(step_of(model, kept, {0: [30, 40]}), None)
+    engine.forward(kept.step({0: [30, 40]}), None)
     for array, copy in zip(made, copies, strict=True):
         np.testing.assert_array_equal(array, copy)
 
 
 def test_sequences_of_one_pool_are_independent_and_pages_are_used_again(engine, model) -> None:
-    kept = reserved(engine, 2)
-    run(model, kept, {0: [9, 20]})
-    run(model, kept, {1: [70, 80, 90]})
-    after_one = run(model, kept, {0: [30]})
+    kept = reserved(engine, model, 2)
+    kept.run({0: [9, 20]})
+    kept.run({1: [70, 80, 90]})
+    after_one = kept.run({0: [30]})
     kept.lengths[1] = 0
-    again = run(model, kept, {1: [9, 20, 30]})
+    again = kept.run({1: [9, 20, 30]})
     assert_close(after_one, again[2:])
 
 
 def test_a_copied_page_goes_on_by_itself(engine, model) -> None:
-    kept = reserved(engine, 2, tokens=60)
-    run(model, kept, {0: [9, 20]})
+    kept = reserved(engine, model, 2, tokens=60)
+    kept.run({0: [9, 20]})
     kept.lengths[1] = 2
-    copied = replace(step_of(model, kept, {1: [40]}), copies=((kept.pages[0][0], kept.pages[1][0]),))
+    copied = replace(kept.step({1: [40]}), copies=((kept.pages[0][0], kept.pages[1][0]),))
     other = rows(engine.forward(copied, None), 1)
-    assert_close(run(model, kept, {0: [30]}), run(model, reserved(engine), [9, 20, 30])[2:])
-    assert_close(other, run(model, reserved(engine), [9, 20, 40])[2:])
+    assert_close(kept.run({0: [30]}), reserved(engine, model).run([9, 20, 30])[2:])
+    assert_close(other, reserved(engine, model).run([9, 20, 40])[2:])
 
 
 def test_a_step_of_the_same_shapes_binds_nothing_anew(engine, model, monkeypatch) -> None:
@@ -232,12 +182,12 @@ def test_a_step_of_the_same_shapes_binds_nothing_anew(engine, model, monkeypatch
         self._binding = Watched(self._binding, bound)
 
     monkeypatch.setattr(Binding, "__init__", watched)
-    kept = reserved(engine)
-    run(model, kept, list(range(9, 20)))
-    run(model, kept, [9])
+    kept = reserved(engine, model)
+    kept.run(list(range(9, 20)))
+    kept.run([9])
     bound.clear()
     for _ in range(30):
-        run(model, kept, [9])
+        kept.run([9])
     assert bound == []
 
 
@@ -274,16 +224,16 @@ def test_debug_outputs_come_with_the_logits_and_change_nothing(target: str, tiny
     for name in names:
         graph.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None]))
     tapped, plain = load(tiny_bundle, target, graph.SerializeToString()), load(tiny_bundle, target)
-    kept = reserved(tapped)
-    step = step_of(model, kept, {0: [9, 20, 30, 40]})
+    kept = reserved(tapped, model)
+    step = kept.step({0: [9, 20, 30, 40]})
     output = tapped.forward(step, None)
     assert list(output.outputs) == names
     assert output.outputs["layers.1.hidden"].shape == (4, model.hidden)
     assert output.outputs["layers.0.router_logits"].shape == (4, model.layers[0].experts)
     kept.lengths[0] = 4
-    later = tapped.forward(step_of(model, kept, {0: [50, 60, 70, 80, 90, 99]}), None)
+    later = tapped.forward(kept.step({0: [50, 60, 70, 80, 90, 99]}), None)
     assert later.outputs["layers.1.hidden"].shape == (6, model.hidden)
-    assert_close(rows(output, 4), run(model, reserved(plain), [9, 20, 30, 40]))
+    assert_close(rows(output, 4), reserved(plain, model).run([9, 20, 30, 40]))
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -309,19 +259,19 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ("change", "words"), BAD, ids=[f"{next(iter(change))}-{n}" for n, (change, _) in enumerate(BAD)]
 )
 def test_step_that_does_not_fit_is_refused_in_one_line_and_the_pool_goes_on(engine, model, change, words) -> None:
-    kept = reserved(engine)
-    run(model, kept, [9, 20, 30])
-    good = step_of(model, kept, {0: [11, 12, 13]})
+    kept = reserved(engine, model)
+    kept.run([9, 20, 30])
+    good = kept.step({0: [11, 12, 13]})
     with pytest.raises(EngineError) as raised:
         engine.forward(replace(good, **change), None)
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
-    assert_close(run(model, kept, [11, 12, 13]), run(model, reserved(engine), [9, 20, 30, 11, 12, 13])[3:])
+    assert_close(kept.run([11, 12, 13]), reserved(engine, model).run([9, 20, 30, 11, 12, 13])[3:])
 
 
 def test_step_without_a_pool_or_of_too_many_sequences_is_refused(tiny_bundle, model) -> None:
     engine = load(tiny_bundle, "ort-cpu")
-    step = step_of(model, Kept(engine, [0, 0], [[1], [2]]), {0: [9], 1: [20]})
+    step = Kept(engine, model, [0, 0], [[1], [2]]).step({0: [9], 1: [20]})
     with pytest.raises(EngineError, match="a step before any page was reserved"):
         engine.forward(step, None)
     with pytest.raises(EngineError, match=r"pages = 1 \(allowed: 2 or more\)"):
@@ -332,7 +282,7 @@ def test_step_without_a_pool_or_of_too_many_sequences_is_refused(tiny_bundle, mo
 
 
 def test_visual_index_past_the_features_is_refused(engine, model, rng) -> None:
-    step = replace(step_of(model, reserved(engine), {0: [9, 20]}), visual_index=np.array([-1, 5]))
+    step = replace(reserved(engine, model).step({0: [9, 20]}), visual_index=np.array([-1, 5]))
     with pytest.raises(EngineError, match=r"visual_index has 5 \(allowed: -1 to 4\)"):
         engine.forward(step, features(model, 5, rng))
 
@@ -402,8 +352,8 @@ def test_weights_are_those_that_were_checked_whatever_becomes_of_their_path(
         (tmp_path / "zeros").replace(data)
     swapped = OrtEngine(*graphs, opened.manifest.model, opened.engine(target)[1], threads=1)
     plain = load(tiny_bundle, target)
-    expected = run(model, reserved(plain), [9, 20, 30])
-    np.testing.assert_array_equal(run(model, reserved(swapped), [9, 20, 30]), expected)
+    expected = reserved(plain, model).run([9, 20, 30])
+    np.testing.assert_array_equal(reserved(swapped, model).run([9, 20, 30]), expected)
 
 
 def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
@@ -411,7 +361,7 @@ def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
 ) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     engine = load(copy, "ort-cpu")
-    step = step_of(model, reserved(engine), {0: [9, 20, 30]})
+    step = reserved(engine, model).step({0: [9, 20, 30]})
     engine.forward(step, None)
     os.truncate(copy / "engines/ort-cpu/decoder.onnx.data", 4096)
     with pytest.raises(EngineError, match=r"decoder\.onnx\.data was cut short while it was in use: it has 4096 of"):
