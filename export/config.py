@@ -133,7 +133,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for group, dim in (found for layer in self.layers for found in layer.mixer.rotations().items()):
             if not 0 <= group < len(self.ropes):
-                raise ValueError(f"rope = {group} (allowed: 0 to {len(self.ropes) - 1})")
+                raise ValueError(f"rope = {group} (allowed: one of the {len(self.ropes)} rope groups)")
             if dim != self.ropes[group].dim:
                 raise ValueError(f"rotary_dim = {dim} (allowed: rope.dim = {self.ropes[group].dim})")
 

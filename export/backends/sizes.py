@@ -10,11 +10,13 @@ from moevlm.runtime.core.errors import BuildError
 class Sizes:
     """The sizes that the kernels of a target take; all by default.
 
-    head_dim_multiple: of the decoder's head_dim. expert_multiple: of the inner sizes of an expert's two matrices.
+    key_dim, value_dim: of a head. head_dim_multiple: of both. expert_multiple: of the inner sizes of an expert's two
+    matrices.
     """
 
     heads: int | None = None
-    head_dim: int | None = None
+    key_dim: int | None = None
+    value_dim: int | None = None
     head_dim_multiple: int = 1
     experts: int | None = None
     expert_multiple: int = 1
@@ -23,8 +25,8 @@ class Sizes:
         """Raise BuildError for the first size of the model that is too large or no multiple, by its field."""
         for attention in dict.fromkeys(layer.mixer.metadata() for layer in config.decoder.layers):
             _require(target, "text_config.num_attention_heads", attention.heads, self.heads)
-            for dim in (attention.key_dim, attention.value_dim):
-                _require(target, "text_config.head_dim", dim, self.head_dim, self.head_dim_multiple)
+            for dim, most in ((attention.key_dim, self.key_dim), (attention.value_dim, self.value_dim)):
+                _require(target, "text_config.head_dim", dim, most, self.head_dim_multiple)
         for moe in dict.fromkeys(config.moe.values()):
             _require(target, "text_config.hidden_size", config.decoder.hidden, multiple=self.expert_multiple)
             _require(target, "text_config.moe_intermediate_size", moe.width, multiple=self.expert_multiple)

@@ -50,7 +50,11 @@ VISION = IntFormat(8, 32)
 _ORT_SIZES = Sizes(head_dim_multiple=8)
 _ORT_QUANTIZED_SIZES = replace(_ORT_SIZES, expert_multiple=SMALLEST_GROUP)
 _CPU_SIZES = Sizes(
-    heads=cpu_limits.HEADS, head_dim=cpu_limits.HEAD_DIM, head_dim_multiple=2, experts=cpu_limits.EXPERTS
+    heads=cpu_limits.HEADS,
+    key_dim=cpu_limits.KEY_DIM,
+    value_dim=cpu_limits.VALUE_DIM,
+    head_dim_multiple=2,
+    experts=cpu_limits.EXPERTS,
 )
 
 

@@ -125,7 +125,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
             assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.5, name
 
 
-HEADS, HEAD_DIM, EXPERTS = cpu_limits.HEADS, cpu_limits.HEAD_DIM, cpu_limits.EXPERTS
+HEADS, HEAD_DIM, EXPERTS = cpu_limits.HEADS, cpu_limits.VALUE_DIM, cpu_limits.EXPERTS
 TOO_MUCH = [
     ("cpu:int8", {"num_attention_heads": HEADS + 2}, f"num_attention_heads = {HEADS + 2} (allowed: up to {HEADS})"),
     ("cpu:int4", {"head_dim": HEAD_DIM + 2}, f"head_dim = {HEAD_DIM + 2} (allowed: a multiple of 2, up to {HEAD_DIM})"),
