@@ -30,6 +30,8 @@ from tests.support.tiny import VOCABULARY
 
 Array = np.ndarray
 LENGTHS = (90, 37, 5)  # tokens: more than a page, more than two windows, less than one
+pytestmark = pytest.mark.usefixtures("hybrid_family")
+
 QUANTIZED_TARGETS = ("cpu:int8", "cpu:int4")
 TARGETS = ("reference", "ort-cpu", *QUANTIZED_TARGETS)
 EXACT = 1e-5  # float32 against float64, relative to the largest logit

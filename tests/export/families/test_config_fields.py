@@ -404,8 +404,8 @@ def test_rope_scaling_as_on_the_hub_equals_rope_parameters(saved: dict[str, Path
         vision_config={"rope_parameters": REMOVED},
     )
     assert old == new
-    assert (new.decoder.rope.theta, new.decoder.rope.sections) == (5e6, (24, 20, 20))
-    assert new.decoder.rope.interleaved
+    (rope,) = new.decoder.ropes
+    assert (rope.theta, rope.sections, rope.interleaved) == (5e6, (24, 20, 20), True)
 
 
 def test_glm_rope_scaling_as_on_the_hub_equals_rope_parameters(saved: dict[str, Path]) -> None:
@@ -420,13 +420,16 @@ def test_glm_rope_scaling_as_on_the_hub_equals_rope_parameters(saved: dict[str, 
         vision_config={"rope_parameters": REMOVED},
     )
     assert old == parse(saved["glm4v_moe"])
-    assert old.decoder.rope.dim == old.decoder.attention.rotary_dim == 8
+    assert old.decoder.ropes[0].dim == 8
+    assert {layer.mixer.rotary_dim for layer in old.decoder.layers} == {8}
 
 
 def test_decoder_rotates_as_many_dimensions_as_its_rope_has(saved: dict[str, Path]) -> None:
     decoder = parse(saved["glm4v_moe"]).decoder
     with pytest.raises(ValueError, match=r"rotary_dim = 8 \(allowed: rope.dim = 16\)"):
-        dataclasses.replace(decoder, rope=parse(saved["qwen3_vl_moe"]).decoder.rope)
+        dataclasses.replace(decoder, ropes=parse(saved["qwen3_vl_moe"]).decoder.ropes)
+    with pytest.raises(ValueError, match=r"rope = 0 \(allowed: one of the 0 rope groups\)"):
+        dataclasses.replace(decoder, ropes=())
 
 
 WRONG = [
@@ -539,8 +542,8 @@ def test_head_is_tied_where_transformers_ties_it(
 
 def test_which_layers_are_sparse(saved: dict[str, Path]) -> None:
     def sparse(model_type: str, **text: Any) -> list[int]:
-        layers = parse(saved[model_type], text_config={"num_hidden_layers": 6} | text).decoder.feed_forward
-        return [i for i, layer in enumerate(layers) if isinstance(layer, MoEConfig)]
+        layers = parse(saved[model_type], text_config={"num_hidden_layers": 6} | text).decoder.layers
+        return [i for i, layer in enumerate(layers) if isinstance(layer.feed_forward, MoEConfig)]
 
     assert sparse("qwen3_vl_moe") == [0, 1, 2, 3, 4, 5]
     assert sparse("qwen3_vl_moe", decoder_sparse_step=3) == [2, 5]

@@ -1,6 +1,7 @@
 """A model family made for tests, through the package's own seams: layers that differ, and one without attention.
 
-Importing it registers `hybrid_test`: its op (recurrence), its mixer (mixer), and how its checkpoints are read (family).
+Importing it registers its op (recurrence) and its mixer (mixer). The fixture `hybrid_family` registers how its
+checkpoints are read (family) for a module's tests, as others list all families.
 """
 
 from tests.support.hybrid.checkpoint import save

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from moevlm.export.families import family_for
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
-from tests.support.hybrid import family as _registers  # noqa: F401
+from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import END, IMAGE, STOP, VOCABULARY, write_side_files
 
 LAYERS = ("wide", "recurrent", "local", "recurrent", "local")
@@ -28,7 +27,7 @@ def save(directory: Path, layers: tuple[str, ...] = LAYERS, seed: int = 0) -> Pa
     }
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config))
-    canonical = family_for(config).config(config)
+    canonical = Hybrid().config(config)
     with torch.device("meta"):
         towers = {"model": Decoder(canonical.decoder), "vision": Vision(canonical.vision)}
     generator, tensors = torch.Generator().manual_seed(seed), {}

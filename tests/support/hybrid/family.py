@@ -16,7 +16,7 @@ from moevlm.export.config import (
     MoEConfig,
     VisionConfig,
 )
-from moevlm.export.families.base import Family, register
+from moevlm.export.families.base import Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.sources import Source
 from moevlm.export.modules.vision import Vision
@@ -81,7 +81,6 @@ def _vision_names() -> list[str]:
         return [name for name, _ in Vision(VISION).named_parameters()]
 
 
-@register("hybrid_test")
 class Hybrid(Family):
     """See the module's docstring."""
 

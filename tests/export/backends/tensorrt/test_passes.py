@@ -105,6 +105,7 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
         return graph.clone()
 
 
+@pytest.mark.usefixtures("hybrid_family")
 def test_windows_and_other_rotations_than_the_first_layers(tmp_path: Path) -> None:
     canonical = hybrid(tmp_path / "checkpoint", "wide", "windowed", "wide")
     attention = (RectangularSteps(), StaticCache(40), ScatterAttention())
@@ -115,6 +116,7 @@ def test_windows_and_other_rotations_than_the_first_layers(tmp_path: Path) -> No
         assert error(got[name], want[name]) < 1e-5, name
 
 
+@pytest.mark.usefixtures("hybrid_family")
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
