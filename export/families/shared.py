@@ -1,0 +1,94 @@
+"""What families have in common: fields that all of them call the same, and names of tensors by the names of modules."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope import axial_theta
+from moevlm.export.families.sources import Experts, Source
+from moevlm.runtime.core.manifest import RopeMetadata
+
+Weights = Mapping[str, str | Source]
+
+GATED = ("gate", "up", "down")  # of a gated feed-forward layer
+BOTH = ("weight", "bias")
+
+
+def renamed(modules: Mapping[str, str], parts: Iterable[str] = ("weight",)) -> dict[str, str]:
+    """Parameters of modules, ours to theirs."""
+    return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in parts}
+
+
+def decoder_weights(experts: Experts, model: str = "model.language_model.") -> Weights:
+    """A decoder as most families name it; those that a model does not have are not asked for."""
+    ours, theirs = "decoder.layers.{i}.", f"{model}layers.{{i}}."
+    return {
+        "decoder.embedding": f"{model}embed_tokens.weight",
+        "decoder.head": "lm_head.weight",
+        "decoder.norm.weight": f"{model}norm.weight",
+        **renamed({f"{ours}attention_norm": f"{theirs}input_layernorm"}),
+        **renamed({f"{ours}feed_forward_norm": f"{theirs}post_attention_layernorm"}),
+        **renamed({f"{ours}attention.{part}": f"{theirs}self_attn.{part}_proj" for part in "qkv"}, BOTH),
+        **renamed({f"{ours}attention.out": f"{theirs}self_attn.o_proj"}, BOTH),
+        **renamed({f"{ours}attention.{norm}": f"{theirs}self_attn.{norm}" for norm in ("q_norm", "k_norm")}),
+        **renamed({f"{ours}feed_forward.router": f"{theirs}mlp.gate"}),
+        f"{ours}feed_forward.correction_bias": f"{theirs}mlp.gate.e_score_correction_bias",
+        f"{ours}feed_forward.gate_up": experts.gate_up(),
+        f"{ours}feed_forward.down": experts.down(),
+        **renamed({f"{ours}feed_forward.{part}": f"{theirs}mlp.{part}_proj" for part in GATED}),
+        **renamed({f"{ours}feed_forward.shared.{part}": f"{theirs}mlp.shared_experts.{part}_proj" for part in GATED}),
+    }
+
+
+def decoder(
+    text: Fields,
+    *,
+    epsilon: float,
+    tied: bool,
+    rope: RopeMetadata,
+    attention: GQAConfig,
+    feed_forward: Callable[[int], MLPConfig | MoEConfig],
+    deepstack: int = 0,
+) -> DecoderConfig:
+    """A decoder whose layers differ in their feed-forward alone. epsilon: where config.json has none."""
+    layers = text.positive("num_hidden_layers")
+    text.every("layer_types", "full_attention", layers)
+    return DecoderConfig(
+        vocabulary=text.positive("vocab_size"),
+        hidden=text.positive("hidden_size"),
+        context=text.positive("max_position_embeddings"),
+        epsilon=text.number("rms_norm_eps", epsilon),
+        tied_head=tied,
+        ropes=(rope,),
+        layers=tuple(LayerConfig(attention, feed_forward(i)) for i in range(layers)),
+        deepstack=deepstack,
+    )
+
+
+def head_dim(text: Fields) -> int:
+    """Of a head of the decoder, said or an equal part of a row."""
+    return text.positive("head_dim", text.positive("hidden_size") // text.positive("num_attention_heads"))
+
+
+def vision_sizes(vision: Fields) -> dict[str, Any]:
+    """The fields of `VisionConfig` that all towers call the same."""
+    vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
+    return {
+        "hidden": vision.positive("hidden_size"),
+        "depth": vision.aliased("depth", "num_hidden_layers"),
+        "heads": vision.aliased("num_heads", "num_attention_heads"),
+        "patch_size": vision.positive("patch_size"),
+        "temporal_patch_size": vision.positive("temporal_patch_size", 2),
+        "merge_size": vision.positive("spatial_merge_size", 2),
+        "channels": vision.positive("in_channels", 3),
+        "rope_theta": axial_theta(vision),
+    }
+
+
+def token_ids(fields: Fields, text: Fields) -> dict[str, Any]:
+    """The fields of `ModelConfig` that join text and images, and end it; of two eos_token_id the outer goes first."""
+    return {
+        "image_token_id": fields.count("image_token_id"),
+        "eos_token_ids": fields.ids("eos_token_id", text.ids("eos_token_id")),
+    }
