@@ -20,11 +20,12 @@ from moevlm.export.modules.ops import recorded_taps
 from moevlm.export.modules.streaming import parts_of, release, set_tensor, stream
 from moevlm.export.modules.vision import Vision
 from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
-from moevlm.runtime.engine.step import CANDIDATES, Candidates, EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Progress = Callable[[int, int], None]

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-CANDIDATES = 256  # tokens of a row that an engine gives
-
 
 @dataclass(frozen=True)
 class EngineLimits:

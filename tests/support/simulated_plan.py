@@ -12,10 +12,11 @@ from moevlm.export.backends.tensorrt.product import RTX
 from moevlm.export.backends.tensorrt.target import PlanTarget
 from moevlm.runtime.backends.tensorrt.decoder import plan_arrays
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.protocol import VisualFeatures, check_step
-from moevlm.runtime.engine.step import CANDIDATES, EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.plan_graphs import Evaluator, named
 

@@ -5,12 +5,11 @@ from typing import Any
 
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
-from moevlm.runtime.engine.step import CANDIDATES
 
 _FLOAT, _INT32, _INT64 = "tensor(float)", "tensor(int32)", "tensor(int64)"
 _DTYPES = {"float32": _FLOAT, "int8": "tensor(int8)"}  # of states
-CANDIDATE_OUTPUTS = ("candidate_values", "candidate_ids", "log_sum_exp")
 _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
 
 # Dtype as ONNX Runtime names it, and sizes; None for one that differs from step to step.

@@ -19,11 +19,12 @@ from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.limits import limits_of
 from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
-from moevlm.runtime.engine.step import CANDIDATES, Step, StepOutput
+from moevlm.runtime.engine.step import Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 

@@ -4,9 +4,7 @@ import onnx_ir as ir
 
 from moevlm.export.passes.base import Pass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
-
-COUNT = 256
-OUTPUTS = ("candidate_values", "candidate_ids", "log_sum_exp")
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 
 
 class CpuCandidates(Pass):
@@ -23,11 +21,11 @@ class CpuCandidates(Pass):
         assert logits.shape is not None
         rows, vocabulary = logits.shape
         assert isinstance(vocabulary, int)
-        count = min(COUNT, vocabulary)
-        node = ir.node("Candidates", [logits], {"count": count}, domain=CPU, num_outputs=len(OUTPUTS))
+        count = min(CANDIDATES, vocabulary)
+        node = ir.node("Candidates", [logits], {"count": count}, domain=CPU, num_outputs=len(CANDIDATE_OUTPUTS))
         shapes = ([rows, count], [rows, count], [rows])
         dtypes = (ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.FLOAT)
-        for value, name, shape, dtype in zip(node.outputs, OUTPUTS, shapes, dtypes, strict=True):
+        for value, name, shape, dtype in zip(node.outputs, CANDIDATE_OUTPUTS, shapes, dtypes, strict=True):
             value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         graph.append(node)
         graph.outputs[at + 1 : at + 1] = node.outputs
