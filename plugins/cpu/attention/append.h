@@ -4,16 +4,14 @@
 
 #include <cmath>
 
-#include "attention/pages.h"
+#include "attention/convert.h"
 
 namespace moevlm::attention::MOEVLM_ISA {
-
-using namespace moevlm::MOEVLM_ISA;
 
 // out = x [key_dim] of a token, normalised if there are weights, rotated, and scaled. Not inlined: of every path of the
 // code there is one copy, and one order of sums.
 __attribute__((noinline)) inline void prepare(
-    const Call& call, const float* x, const float* norm, int64_t token, float scale, float* __restrict out) {
+    const Call& call, const float* x, const float* norm, int64_t token, float scale, float* out) {
   const int64_t size = call.key_dim, half = call.rotary_dim / 2;
   if (norm) {
     Vec squares = {};
@@ -24,8 +22,14 @@ __attribute__((noinline)) inline void prepare(
     for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(x + d) * scale);
   }
   const float *cos = call.cos + token * half, *sin = call.sin + token * half;
-  float *__restrict lower = out + call.rotary_start, *__restrict upper = lower + half;
-  for (int64_t d = 0; d < half; ++d) {
+  float *lower = out + call.rotary_start, *upper = lower + half;
+  int64_t d = 0;
+  for (; d + kLanes <= half; d += kLanes) {
+    const Vec a = load(lower + d), b = load(upper + d), c = load(cos + d), s = load(sin + d);
+    store(lower + d, fma(a, c, -(b * s)));
+    store(upper + d, fma(b, c, a * s));
+  }
+  for (; d < half; ++d) {
     const float a = lower[d], b = upper[d];
     lower[d] = a * cos[d] - b * sin[d];
     upper[d] = b * cos[d] + a * sin[d];
@@ -51,26 +55,6 @@ inline float quantize(const float* x, int64_t size, int8_t* row) {
   return scale;
 }
 
-// strip[dim][lane + j] = rows[j], for j < count.
-inline void write_columns(const float* rows, int64_t dim, int64_t lane, int64_t count, float* strip) {
-  if (count < kStrip) {
-    for (int64_t d = 0; d < dim; ++d) {
-      for (int64_t j = 0; j < count; ++j) strip[d * kStrip + lane + j] = rows[j * dim + d];
-    }
-    return;
-  }
-  for (int64_t first = 0; first < kStrip; first += kLanes) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      Vec square[kLanes];
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) square[j] = load(rows + (first + j) * dim + d);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int j = 0; j < kLanes; ++j) store(strip + (d + j) * kStrip + first, square[j]);
-    }
-  }
-}
-
 // The new tokens at entries `begin` to `end`, all in one strip.
 template <class T>
 void append_strip(const Call& call, int64_t sequence, int64_t kv_head, int64_t begin, int64_t end) {
@@ -78,7 +62,7 @@ void append_strip(const Call& call, int64_t sequence, int64_t kv_head, int64_t b
   const int64_t first = begin / kStrip * kStrip, lane = begin - first, count = end - begin;
   const int64_t token = call.query_start[sequence] + begin - call.context_len[sequence];
   const float* row = call.qkv + token * call.width() + (call.heads + kv_head) * call.key_dim;
-  T* const key_strip = keys.strip(first);
+  T* const key_strip = keys.strip(first / call.page, first % call.page);
   alignas(64) float rows[kStrip * kMaxKeyDim];
   for (int64_t j = 0; j < count; ++j) {
     prepare(call, row + j * call.width(), call.k_norm, token + j, 1, rows + j * call.key_dim);
@@ -95,7 +79,7 @@ void append_strip(const Call& call, int64_t sequence, int64_t kv_head, int64_t b
   }
   if (call.value_in_key) return;
   const Pages<T> values(call, call.value, call.value_dim, sequence, kv_head);
-  T* const value_strip = values.strip(first);
+  T* const value_strip = values.strip(first / call.page, first % call.page);
   row = call.qkv + token * call.width() + (call.heads + call.kv_heads) * call.key_dim + kv_head * call.value_dim;
   for (int64_t j = 0; j < count; ++j, row += call.width()) {
     T* const to = value_strip + (lane + j) * call.value_dim;

@@ -31,73 +31,77 @@ const Kernels& kernels_for(const Call& call) {
   return fits(baseline::kernels) ? baseline::kernels : pairs::kernels;
 }
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Some tokens of a sequence and all heads: `lanes` rows of tasks, one for each key/value head and share of its group.
-struct Tile {
+// As many tokens of a sequence as a task takes. There are `lanes` rows of tasks for them: one for each key/value head
+// and share of its group.
+struct Chunk {
   int64_t sequence, token, tokens, position;
   int64_t begin, end;  // blocks that its tokens see
   int64_t parts;       // tasks that the blocks of a lane are cut into
   int64_t lane;        // number of its first lane among all that are cut, where parts > 1
   float* partials;
 
-  int64_t work() const { return tokens * (end - begin); }
+  int64_t entries() const { return position + tokens - begin * kBlock; }
+  int64_t work() const { return tokens * entries(); }
 };
 
-// Blocks begin to end of a tile, in every lane.
+// Blocks begin to end of what a chunk sees, in every lane.
 struct Part {
-  const Tile* tile;
+  const Chunk* chunk;
   int64_t begin, end;
+};
+
+struct Entries {
+  int64_t sequence, begin, end;
 };
 
 // A call's tasks. Those of a lane leave partial results where they are several, and whoever is last joins them.
 class Split {
  public:
   Split(const Call& call, size_t threads) : call_(call), kernels_(kernels_for(call)) {
-    shares_ = divide_up(call.group(), kTaskHeads);
-    heads_ = divide_up(call.group(), shares_);
+    shares_ = ceil_div(call.group(), kTaskHeads);
+    heads_ = ceil_div(call.group(), shares_);
     cut_tokens();
     cut_blocks(kTasksPerThread * static_cast<int64_t>(threads));
   }
 
-  // Strips of new tokens that several tasks read.
+  // Strips of new tokens that several tasks read: written first.
   int64_t appends() const { return static_cast<int64_t>(appends_.size()) * call_.kv_heads; }
   void append(int64_t i) const {
-    const Tile& strip = appends_[i / call_.kv_heads];
-    kernels_.append(call_, strip.sequence, i % call_.kv_heads, strip.position, strip.position + strip.tokens);
+    const Entries& strip = appends_[i / call_.kv_heads];
+    kernels_.append(call_, strip.sequence, i % call_.kv_heads, strip.begin, strip.end);
   }
 
   int64_t tasks() const { return static_cast<int64_t>(parts_.size()) * lanes(); }
   void attend(int64_t i) const {
     const Part& part = parts_[i / lanes()];
-    const Tile& tile = *part.tile;
+    const Chunk& chunk = *part.chunk;
     const int64_t lane = i % lanes(), first_head = lane % shares_ * heads_;  // of the group
     Task task = {};
-    task.sequence = tile.sequence;
+    task.sequence = chunk.sequence;
     task.kv_head = lane / shares_;
     task.head = task.kv_head * call_.group() + first_head;
     task.heads = std::min(heads_, call_.group() - first_head);
-    task.token = tile.token;
-    task.tokens = tile.tokens;
-    task.position = tile.position;
+    task.token = chunk.token;
+    task.tokens = chunk.tokens;
+    task.position = chunk.position;
     task.begin = part.begin;
     task.end = part.end;
-    task.append = !appends_first(tile.sequence);
-    if (tile.parts == 1) return kernels_.attend(call_, task);
-    const int64_t apart = Partial::floats(tile.tokens * heads_, call_.value_dim);  // at least what the task needs
-    float* const lane_partials = tile.partials + lane * (tile.end - tile.begin) * apart;
+    task.append = !appends_first(chunk.sequence);
+    if (chunk.parts == 1) return kernels_.attend(call_, task);
+    const int64_t apart = Partial::floats(chunk.tokens * heads_, call_.value_dim);  // at least what the task needs
+    float* const lane_partials = chunk.partials + lane * (chunk.end - chunk.begin) * apart;
     const int64_t floats = Partial::floats(task.rows(), call_.value_dim);
-    task.partials = lane_partials + (part.begin - tile.begin) * floats;
+    task.partials = lane_partials + (part.begin - chunk.begin) * floats;
     kernels_.attend(call_, task);
-    if (done_[tile.lane + lane].fetch_add(1, std::memory_order_acq_rel) + 1 == tile.parts) {
-      task.begin = tile.begin;
-      task.end = tile.end;
+    if (done_[chunk.lane + lane].fetch_add(1, std::memory_order_acq_rel) + 1 == chunk.parts) {
+      task.begin = chunk.begin;
+      task.end = chunk.end;
       kernels_.combine(call_, task, lane_partials);
     }
   }
 
  private:
-  static constexpr int64_t kTasksPerThread = 4, kAppended = 16;
+  static constexpr int64_t kTasksPerThread = 4;
 
   int64_t lanes() const { return call_.kv_heads * shares_; }
   int64_t most_tokens() const { return tile_rows(std::max(call_.key_dim, call_.value_dim)) / heads_; }
@@ -107,60 +111,57 @@ class Split {
     for (int64_t n = 0; n < call_.sequences; ++n) {
       const int64_t first = call_.query_start[n], length = call_.length(n), context = call_.context_len[n];
       for (int64_t t = 0; t < length; t += most_tokens()) {
-        Tile tile = {};
-        tile.sequence = n;
-        tile.token = first + t;
-        tile.tokens = std::min(most_tokens(), length - t);
-        tile.position = context + t;
-        tile.begin = call_.first_seen(tile.position) / kBlock;
-        tile.end = divide_up(tile.position + tile.tokens, kBlock);
-        tile.parts = 1;
-        tiles_.push_back(tile);
+        Chunk chunk = {};
+        chunk.sequence = n;
+        chunk.token = first + t;
+        chunk.tokens = std::min(most_tokens(), length - t);
+        chunk.position = context + t;
+        chunk.begin = call_.first_seen(chunk.position) / kBlock;
+        chunk.end = ceil_div(chunk.position + chunk.tokens, kBlock);
+        chunk.parts = 1;
+        chunks_.push_back(chunk);
       }
       if (!appends_first(n)) continue;
       for (int64_t entry = context; entry < context + length;) {
-        const int64_t end = std::min((entry / kAppended + 1) * kAppended, context + length);
-        Tile strip = {};
-        strip.sequence = n;
-        strip.position = entry;
-        strip.tokens = end - entry;
-        appends_.push_back(strip);
+        const int64_t end = std::min((entry / kStrip + 1) * kStrip, context + length);
+        appends_.push_back({n, entry, end});
         entry = end;
       }
     }
   }
 
-  // A tile with more than its share of the work is cut; the longest tasks start first.
+  // A chunk with more than its share of the work is cut; the longest tasks start first.
   void cut_blocks(int64_t wanted) {
     int64_t work = 0, cut = 0, floats = 0;
-    for (const Tile& tile : tiles_) work += tile.work() * lanes();
-    const auto partial_floats = [&](const Tile& tile) {
-      return (tile.end - tile.begin) * Partial::floats(tile.tokens * heads_, call_.value_dim) * lanes();
+    for (const Chunk& chunk : chunks_) work += chunk.work() * lanes();
+    const auto partial_floats = [&](const Chunk& chunk) {
+      return (chunk.end - chunk.begin) * Partial::floats(chunk.tokens * heads_, call_.value_dim) * lanes();
     };
-    for (Tile& tile : tiles_) {
-      tile.parts = std::min(tile.end - tile.begin, divide_up(wanted * tile.work(), work));
-      if (tile.parts == 1) continue;
-      tile.lane = cut;
+    for (Chunk& chunk : chunks_) {
+      const int64_t whole_blocks = std::max<int64_t>(chunk.entries() / kBlock, 1);
+      chunk.parts = std::min(whole_blocks, ceil_div(wanted * chunk.work(), work));
+      if (chunk.parts == 1) continue;
+      chunk.lane = cut;
       cut += lanes();
-      floats += partial_floats(tile);
+      floats += partial_floats(chunk);
     }
     if (cut) {
       partials_.reset(new float[floats]);
       done_.reset(new std::atomic<int64_t>[cut]());
     }
     float* next = partials_.get();
-    for (Tile& tile : tiles_) {
-      if (tile.parts > 1) {
-        tile.partials = next;
-        next += partial_floats(tile);
+    for (Chunk& chunk : chunks_) {
+      if (chunk.parts > 1) {
+        chunk.partials = next;
+        next += partial_floats(chunk);
       }
-      const int64_t blocks = divide_up(tile.end - tile.begin, tile.parts);
-      tile.parts = divide_up(tile.end - tile.begin, blocks);
-      for (int64_t begin = tile.begin; begin < tile.end; begin += blocks) {
-        parts_.push_back({&tile, begin, std::min(begin + blocks, tile.end)});
+      const int64_t blocks = ceil_div(chunk.end - chunk.begin, chunk.parts);
+      chunk.parts = ceil_div(chunk.end - chunk.begin, blocks);
+      for (int64_t begin = chunk.begin; begin < chunk.end; begin += blocks) {
+        parts_.push_back({&chunk, begin, std::min(begin + blocks, chunk.end)});
       }
     }
-    const auto part_work = [](const Part& part) { return part.tile->tokens * (part.end - part.begin); };
+    const auto part_work = [](const Part& part) { return part.chunk->tokens * (part.end - part.begin); };
     std::stable_sort(parts_.begin(), parts_.end(),
                      [&](const Part& a, const Part& b) { return part_work(a) > part_work(b); });
   }
@@ -168,7 +169,8 @@ class Split {
   const Call& call_;
   const Kernels& kernels_;
   int64_t shares_, heads_;  // of a group
-  std::vector<Tile> tiles_, appends_;
+  std::vector<Chunk> chunks_;
+  std::vector<Entries> appends_;
   std::vector<Part> parts_;
   std::unique_ptr<float[]> partials_;
   std::unique_ptr<std::atomic<int64_t>[]> done_;

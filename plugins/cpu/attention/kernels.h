@@ -30,7 +30,6 @@ inline void combine(const Call& call, const Task& task, const float* partials) {
   for (int64_t block = task.begin; block < task.end; ++block) {
     result.add(block, partials + (block - task.begin) * apart);
   }
-  result.finish();
 }
 
 extern const Kernels kernels;

@@ -25,6 +25,11 @@
 
 namespace moevlm::attention::MOEVLM_ISA {
 
+using namespace moevlm::MOEVLM_ISA;
+
+constexpr int kTileM = MOEVLM_TILE_M;  // most rows that go through a product side by side
+static_assert(kRowUnit % kTileM == 0 && kStrip % kLanes == 0);
+
 // The pages of one head of a sequence, of keys or of values, with T float or int8_t.
 template <class T>
 struct Pages {
@@ -44,10 +49,23 @@ struct Pages {
 
   int64_t width() const { return quantized ? dim + 4 : dim; }
 
-  // Of the 16 entries from `entry` on, which is a multiple of 16.
-  T* strip(int64_t entry) const {
-    return first + table[entry / page] * page_stride + entry % page * width();
+  // Of the 16 entries from `row` on, a multiple of 16, in one of the sequence's pages.
+  T* strip(int64_t place, int64_t row) const { return first + table[place] * page_stride + row * width(); }
+
+  // at[i] = strip i of those from `entry` on, for i < count. Returns the end of `at`.
+  T** strips(int64_t entry, int64_t count, T** at) const {
+    int64_t place = entry / page, row = entry % page;
+    for (int64_t i = 0; i < count; ++i) {
+      *at++ = strip(place, row);
+      row += kStrip;
+      if (row == page) {
+        row = 0;
+        ++place;
+      }
+    }
+    return at;
   }
+
   // [kStrip], behind an int8 strip; anywhere, so they are copied
   T* scales(T* strip) const { return strip + kStrip * dim; }
 };

@@ -7,11 +7,7 @@
 
 namespace moevlm::attention::MOEVLM_ISA {
 
-using namespace moevlm::MOEVLM_ISA;
-
-constexpr int kTileM = MOEVLM_TILE_M;
 constexpr int64_t kDepth = 64;  // dimensions in one chain of a score: the rounding of longer ones shows
-static_assert(kRowUnit % kTileM == 0 && kStrip % kLanes == 0);
 
 using moevlm::MOEVLM_ISA::larger;
 
@@ -42,18 +38,35 @@ struct Rows {
   Range any, all;     // what one of them sees, and what each of them does
 };
 
-template <int M, int N>
-MOEVLM_INLINE void score(const float* q, int64_t dim, const float* const* key, float* scores) {
+// A strip of keys or values, floats or bytes, and the one to fetch from memory meanwhile.
+template <class T>
+struct Strip {
+  const T* at;
+  const T* ahead;
+};
+
+template <int M, int N, class T>
+MOEVLM_INLINE void score(const float* q, int64_t dim, const Strip<T>* key, float* scores) {
+  constexpr int line_vectors = kStrip / kLanes;
+  constexpr bool bytes = sizeof(T) == 1;
   for (int64_t begin = 0; begin < dim; begin += kDepth) {
     const int64_t end = smaller(begin + kDepth, dim);
     Vec sums[M][N] = {};
+    if (bytes) {  // several dimensions in a line of memory
+      for (int64_t i = begin * kStrip; i < end * kStrip; i += 64) {
+        for (int n = 0; n < N; n += line_vectors) prefetch(key[n].ahead + i, 0);
+      }
+    }
     for (int64_t d = begin; d < end; ++d) {
       Vec line[N];
 #pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) line[n] = load(key[n] + d * kStrip);
+      for (int n = 0; n < N; ++n) {
+        line[n] = load(key[n].at + d * kStrip);
+        if (!bytes && n % line_vectors == 0) prefetch(key[n].ahead + d * kStrip, 0);
+      }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vec factor = Vec{} + q[d * M + m];
+        const Vec factor = broadcast(q[d * M + m]);
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sums[m][n] = fma(line[n], factor, sums[m][n]);
       }
@@ -69,42 +82,44 @@ MOEVLM_INLINE void score(const float* q, int64_t dim, const float* const* key, f
   }
 }
 
-// scores[M][kStrip * count] = q . keys, which are `count` strips of floats.
-template <int M>
-void score_strips(const float* q, int64_t dim, const float* const* strips, int64_t count, float* scores) {
+// scores[M][kStrip * count] = q . keys, which are `count` strips.
+template <int M, class T>
+void score_strips(const float* q, int64_t dim, const Strip<T>* strips, int64_t count, float* scores) {
   constexpr int N = vectors(M, 4);
   const int64_t total = count * (kStrip / kLanes);
-  const auto vector = [&](int64_t v) { return strips[v * kLanes / kStrip] + v * kLanes % kStrip; };
+  const auto vector = [&](int64_t v) -> Strip<T> {
+    const Strip<T>& strip = strips[v * kLanes / kStrip];
+    return {strip.at + v * kLanes % kStrip, strip.ahead};
+  };
   int64_t v = 0;
   for (; v + N <= total; v += N) {
-    const float* key[N];
+    Strip<T> key[N];
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) key[n] = vector(v + n);
     score<M, N>(q, dim, key, scores + v * kLanes);
   }
   for (; v < total; ++v) {
-    const float* const key = vector(v);
+    const Strip<T> key = vector(v);
     score<M, 1>(q, dim, &key, scores + v * kLanes);
   }
 }
 
-// Dimensions `column` on, N vectors of them. What a row does not see is not multiplied: 0 times NaN is NaN.
-template <int M, int N>
-MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const float* const* strips, int64_t dim, int64_t column) {
+// N vectors of dimensions, from `column` on. What a row does not see is not multiplied: 0 times NaN is NaN.
+template <int M, int N, class T>
+MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const Strip<T>* strips, int64_t dim, int64_t column) {
   Vec sums[M][N];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) sums[m][n] = load(rows.sums + m * dim + column + n * kLanes);
   }
-  const auto line_of = [&](int64_t entry) { return strips[entry / kStrip] + entry % kStrip * dim + column; };
   const auto add_some = [&](int64_t begin, int64_t end) {
     for (int64_t entry = begin; entry < end; ++entry) {
-      const float* line = line_of(entry);
+      const T* line = strips[entry / kStrip].at + entry % kStrip * dim + column;
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         if (entry < rows.seen[m].begin || entry >= rows.seen[m].end) continue;
-        const Vec factor = Vec{} + rows.scores[m * kBlock + entry];
+        const Vec factor = broadcast(rows.scores[m * kBlock + entry]);
 #pragma GCC unroll 16
         for (int n = 0; n < N; ++n) sums[m][n] = fma(load(line + n * kLanes), factor, sums[m][n]);
       }
@@ -114,15 +129,20 @@ MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const float* const*
   if (M == 1 || !all.empty()) {
     if (M > 1) add_some(any.begin, all.begin);
     for (int64_t entry = all.begin; entry < all.end;) {
-      const float* line = line_of(entry);
+      const Strip<T>& strip = strips[entry / kStrip];
+      const int64_t offset = entry % kStrip * dim + column;
+      const T *line = strip.at + offset, *ahead = strip.ahead + offset;
       const int64_t end = smaller((entry / kStrip + 1) * kStrip, all.end);
-      for (; entry < end; ++entry, line += dim) {
+      for (; entry < end; ++entry, line += dim, ahead += dim) {
         Vec value[N];
 #pragma GCC unroll 16
-        for (int n = 0; n < N; ++n) value[n] = load(line + n * kLanes);
+        for (int n = 0; n < N; ++n) {
+          value[n] = load(line + n * kLanes);
+          if (n * kLanes * sizeof(T) % 64 == 0) prefetch(ahead + n * kLanes, 0);
+        }
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-          const Vec factor = Vec{} + rows.scores[m * kBlock + entry];
+          const Vec factor = broadcast(rows.scores[m * kBlock + entry]);
 #pragma GCC unroll 16
           for (int n = 0; n < N; ++n) sums[m][n] = fma(value[n], factor, sums[m][n]);
         }
@@ -139,28 +159,27 @@ MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const float* const*
   }
 }
 
-// sums[M][dim] += weights times values, for the block's entries in `part`. strips: of floats, [kBlockStrips].
-template <int M>
-void add_values(const Rows& rows, Range part, const float* const* strips, int64_t dim) {
+// sums[M][dim] += weights times values, for the block's entries in `part`. strips: [kBlockStrips].
+template <int M, class T>
+void add_values(const Rows& rows, Range part, const Strip<T>* strips, int64_t dim) {
   constexpr int N = vectors(M, 8);
   int64_t column = 0;
   for (; column + N * kLanes <= dim; column += N * kLanes) add_columns<M, N>(rows, part, strips, dim, column);
   for (; column < dim; column += kLanes) add_columns<M, 1>(rows, part, strips, dim, column);
 }
 
-using ScoreStrips = void (*)(const float*, int64_t, const float* const*, int64_t, float*);
-using AddValues = void (*)(const Rows&, Range, const float* const*, int64_t);
-
-// The kernel of m rows is at m - 1.
-template <int... M>
+// The kernels of m rows are at m - 1.
+template <class T, int... M>
 struct Table {
-  static constexpr ScoreStrips scores[] = {score_strips<M>...};
-  static constexpr AddValues values[] = {add_values<M>...};
+  static constexpr void (*scores[])(const float*, int64_t, const Strip<T>*, int64_t, float*) = {score_strips<M, T>...};
+  static constexpr void (*values[])(const Rows&, Range, const Strip<T>*, int64_t) = {add_values<M, T>...};
 };
 #if MOEVLM_TILE_M == 12
-using Kernel = Table<1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
+template <class T>
+using Kernel = Table<T, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12>;
 #else
-using Kernel = Table<1, 2, 3, 4, 5, 6>;
+template <class T>
+using Kernel = Table<T, 1, 2, 3, 4, 5, 6>;
 #endif
 
 }  // namespace moevlm::attention::MOEVLM_ISA

@@ -13,9 +13,9 @@ constexpr float kLog2e = 1.44269504f;
 // Below 1/4 the first terms of its series, of which the next is 1e-8 of the result.
 MOEVLM_INLINE Vec tanh(Vec x) {
   const Vec size = (Vec)magnitude(x), square = x * x;
-  Vec series = fma(square, Vec{} + 62.0f / 2835, Vec{} - 17.0f / 315);
-  series = fma(series, square, Vec{} + 2.0f / 15);
-  series = fma(series, square, Vec{} - 1.0f / 3);
+  Vec series = fma(square, broadcast(62.0f / 2835), broadcast(-17.0f / 315));
+  series = fma(series, square, broadcast(2.0f / 15));
+  series = fma(series, square, broadcast(-1.0f / 3));
   const Vec small = fma(series * square, size, size);
   const Vec power = exp2(size * (-2 * kLog2e)), large = (1 - power) / (1 + power);
   const Ints sign = (Ints)x & INT32_MIN;
@@ -28,7 +28,7 @@ template <bool Quantized>
 __attribute__((noinline)) void weigh(
     float* scores, Range seen, float softcap, const float* key_scale, const float* value_scale, float* top,
     float* total) {
-  const Vec nothing = Vec{} - INFINITY;
+  const Vec nothing = broadcast(-INFINITY);
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   const int64_t begin = seen.begin / kLanes * kLanes;
@@ -63,59 +63,51 @@ struct Result {
 
   Result(const Call& call, const Task& task) : call(call), task(task) {}
 
-  float* y(int64_t row) const {
-    const int64_t token = task.token + row / task.heads;
-    return call.y + (token * call.heads + task.head + row % task.heads) * call.value_dim;
-  }
-
-  // Of all entries.
-  Range seen(int64_t row) const {
-    const int64_t position = task.position + row / task.heads;
-    return {call.first_seen(position), position + 1};
-  }
-
-  // Blocks come in their order.
+  // Joins a block's partial result to those of the blocks before it; with a row's last, y is done.
   __attribute__((noinline)) void add(int64_t block, const float* partial) {
     const int64_t rows = task.rows(), size = call.value_dim;
     for (int64_t r = 0; r < rows; ++r) {
-      const Range mine = seen(r);
-      if (block < mine.begin / kBlock || block > (mine.end - 1) / kBlock) continue;
-      const float *sums = partial + r * size, other = partial[rows * size + r];
-      const float weight = partial[rows * (size + 1) + r];
-      float* to = y(r);
-      if (block == mine.begin / kBlock) {
-        top[r] = other;
-        total[r] = weight;
-        std::memcpy(to, sums, size * sizeof(float));
-      } else if (other > top[r]) {
-        const Vec factor = exp2(Vec{} + (top[r] - other));
-        top[r] = other;
-        total[r] = total[r] * factor[0] + weight;
-        for (int64_t d = 0; d < size; d += kLanes) store(to + d, fma(load(to + d), factor, load(sums + d)));
+      const int64_t token = r / task.heads, head = task.head + r % task.heads, position = task.position + token;
+      const int64_t first = call.first_seen(position) / kBlock, last = position / kBlock;
+      if (block < first || block > last) continue;
+      const float* const sums = partial + r * size;
+      float* const y = call.y + ((task.token + token) * call.heads + head) * size;
+      const float other_top = partial[rows * size + r], other_total = partial[rows * (size + 1) + r];
+      float before = 0, other = 1, end = 1;  // factors of what is there, of the block's sums, and of both together
+      if (block == first) {
+        top[r] = other_top;
+        total[r] = other_total;
+      } else if (other_top > top[r]) {
+        before = power(top[r] - other_top);
+        top[r] = other_top;
+        total[r] = total[r] * before + other_total;
       } else {
-        const Vec factor = exp2(Vec{} + (other - top[r]));
-        total[r] += weight * factor[0];
-        for (int64_t d = 0; d < size; d += kLanes) store(to + d, fma(load(sums + d), factor, load(to + d)));
+        before = 1;
+        other = power(other_top - top[r]);
+        total[r] = total[r] + other_total * other;
+      }
+      if (block == last) end = finish(r, call.sinks ? call.sinks + head : nullptr);
+      if (block == first) {
+        for (int64_t d = 0; d < size; d += kLanes) store(y + d, load(sums + d) * end);
+      } else {
+        const Vec kept = broadcast(before);
+        for (int64_t d = 0; d < size; d += kLanes) store(y + d, fma(load(y + d), kept, load(sums + d) * other) * end);
       }
     }
   }
 
-  __attribute__((noinline)) void finish() {
-    for (int64_t r = 0; r < task.rows(); ++r) {
-      float scale = 1;
-      if (call.sinks) {  // an entry with this score and no value
-        const float sink = call.sinks[task.head + r % task.heads] * kLog2e;
-        if (sink > top[r]) {
-          scale = exp2(Vec{} + (top[r] - sink))[0];
-          total[r] = total[r] * scale + 1;
-        } else {
-          total[r] += exp2(Vec{} + (sink - top[r]))[0];
-        }
-      }
-      float* to = y(r);
-      const float factor = scale / total[r];
-      for (int64_t d = 0; d < call.value_dim; d += kLanes) store(to + d, load(to + d) * factor);
+ private:
+  static float power(float x) { return exp2(broadcast(x))[0]; }
+
+  // The factor that makes sums a result. A sink is an entry with this score and no value.
+  float finish(int64_t row, const float* sink) const {
+    if (!sink) return 1 / total[row];
+    const float score = *sink * kLog2e;
+    if (score > top[row]) {
+      const float factor = power(top[row] - score);
+      return factor / (total[row] * factor + 1);
     }
+    return 1 / (total[row] + power(score - top[row]));
   }
 };
 

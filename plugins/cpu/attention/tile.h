@@ -3,34 +3,19 @@
 #pragma once
 
 #include "attention/append.h"
+#include "attention/convert.h"
 #include "attention/softmax.h"
 
 namespace moevlm::attention::MOEVLM_ISA {
 
 constexpr int64_t kPanelStrips = 4;  // strips of keys that all rows go through before the next ones
-// What of keys or values should stay in the first-level cache while all rows go through it.
+// What of keys or values should stay in the first-level cache while all rows go through it, and what of them may wait
+// outside the pages, as floats.
 constexpr int64_t kNearFloats = 4096, kScratchFloats = 128 * 128;
-static_assert(kScratchFloats >= kStrip * kMaxKeyDim && kScratchFloats >= 32 * kMaxValueDim);
-
-// floats[n] = bytes[n], n a multiple of kLanes.
-inline void widen(const int8_t* bytes, int64_t n, float* floats) {
-  for (int64_t i = 0; i < n; i += kLanes) store(floats + i, load(bytes + i));
-}
-
-// values[kStrip][dim] = the first dim lines of a strip of keys, [dim][kStrip], transposed.
-template <class T>
-void transpose_strip(const T* keys, int64_t dim, float* values) {
-  for (int64_t first = 0; first < kStrip; first += kLanes) {
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      Vec square[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) square[i] = load(keys + (d + i) * kStrip + first);
-      transpose(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store(values + (first + i) * dim + d, square[i]);
-    }
-  }
-}
+static_assert(kScratchFloats >= kStrip * kMaxKeyDim && kScratchFloats >= kTileM * kMaxKeyDim);
+constexpr int64_t kFewRows = 16;
+// How far ahead of what is read memory is asked for the next: pages lie anywhere, so processors do not foresee it.
+constexpr int64_t kAheadBytes = 16384;
 
 template <class T>
 class Tile {
@@ -53,37 +38,43 @@ class Tile {
       attend_block(block, partial);
       if (!task_.partials) result.add(block, partial);
     }
-    if (!task_.partials) result.finish();
   }
 
  private:
   // Scaled so that scores are powers of two, or what tanh takes. [tile of M rows][key_dim][M].
   void load_queries() {
     const float scale = call_.softcap > 0 ? call_.scale / call_.softcap : call_.scale * kLog2e;
-    alignas(64) float row[kMaxKeyDim];
-    for (int64_t r = 0; r < task_.rows(); ++r) {
-      const int64_t token = task_.token + r / task_.heads, head = task_.head + r % task_.heads;
-      prepare(call_, call_.qkv + token * call_.width() + head * call_.key_dim, call_.q_norm, token, scale, row);
-      const int64_t first = r / height_ * height_, m = rows_from(first);
-      float* to = q_ + first * call_.key_dim + r - first;
-      for (int64_t d = 0; d < call_.key_dim; ++d) to[d * m] = row[d];
+    const int64_t size = call_.key_dim;
+    for (int64_t first = 0; first < task_.rows(); first += height_) {
+      const int64_t m = rows_from(first);
+      for (int64_t r = first; r < first + m; ++r) {
+        const int64_t token = task_.token + r / task_.heads, head = task_.head + r % task_.heads;
+        const float* const x = call_.qkv + token * call_.width() + head * size;
+        prepare(call_, x, call_.q_norm, token, scale, scratch_ + (r - first) * size);
+      }
+      interleave(scratch_, size, m, q_ + first * size);
     }
   }
+
+  // Rows that wait for memory rather than for the multipliers.
+  bool few() const { return task_.rows() <= kFewRows; }
 
   int64_t rows_from(int64_t first) const { return smaller(height_, task_.rows() - first); }
 
   void attend_block(int64_t block, float* partial) {
     const int64_t rows = task_.rows(), size = call_.value_dim;
-    const Range seen = look(block, partial);
-    score(block, seen);
+    find_strips(block, look(block, partial));
+    few() ? score<T>() : score<float>();
+    read_scales();
     float *top = partial + rows * size, *total = top + rows;
-    const float softcap = call_.softcap * kLog2e;
+    const float* const value_scale = call_.value_in_key ? key_scale_ : value_scale_;
     for (int64_t r = 0; r < rows; ++r) {
       if (seen_[r].empty()) continue;
-      weigh<Pages<T>::quantized>(scores_ + r * kBlock, seen_[r], softcap, key_scale_, value_scale_, top + r, total + r);
+      weigh<Pages<T>::quantized>(
+          scores_ + r * kBlock, seen_[r], call_.softcap * kLog2e, key_scale_, value_scale, top + r, total + r);
       std::memset(partial + r * size, 0, size * sizeof(float));
     }
-    add(block, seen);
+    few() && !call_.value_in_key ? add<T>() : add<float>();
   }
 
   // What each row sees of the block; returns what any does.
@@ -111,71 +102,98 @@ class Tile {
     return any_of_all;
   }
 
-  void score(int64_t block, Range seen) {
+  static Range strips_of(Range seen) { return {seen.begin / kStrip, (seen.end + kStrip - 1) / kStrip}; }
+
+  // Where the block's strips lie, in the order in which they are read: keys, values, then the next block's keys.
+  void find_strips(int64_t block, Range seen) {
+    strips_ = strips_of(seen);
+    const int64_t count = strips_.end - strips_.begin, begin = block * kBlock + strips_.begin * kStrip;
+    T** end = keys_.strips(begin, count, reading_);
+    if (!call_.value_in_key) end = values_.strips(begin, count, end);
+    if (block + 1 < task_.end) {
+      const int64_t entries = task_.position + task_.tokens - (block + 1) * kBlock;
+      end = keys_.strips((block + 1) * kBlock, strips_of({0, smaller(entries, kBlock)}).end, end);
+    }
+    readings_ = end - reading_;
+    const int64_t bytes = kStrip * keys_.width() * static_cast<int64_t>(sizeof(T));
+    ahead_ = smaller(larger(kAheadBytes / bytes, 1), kBlockStrips);
+  }
+
+  T* key(int64_t s) const { return reading_[s - strips_.begin]; }
+  T* value(int64_t s) const { return reading_[s - strips_.begin + strips_.end - strips_.begin]; }
+
+  // Strip number i in reading order, and what to fetch meanwhile.
+  Strip<T> reading(int64_t i) const { return {reading_[i], reading_[smaller(i + ahead_, readings_ - 1)]}; }
+
+  void read_scales() {
+    if constexpr (Pages<T>::quantized) {
+      for (int64_t s = strips_.begin; s < strips_.end; ++s) {
+        std::memcpy(key_scale_ + s * kStrip, keys_.scales(key(s)), kStrip * sizeof(float));
+        if (call_.value_in_key) continue;
+        std::memcpy(value_scale_ + s * kStrip, values_.scales(value(s)), kStrip * sizeof(float));
+      }
+    }
+  }
+
+  // With U = T the cache goes into the products as it is; for many rows its bytes become floats once, before.
+  template <class U>
+  void score() {
     const int64_t size = call_.key_dim, near = tiles_ > 1 ? kNearFloats : kScratchFloats;
     const int64_t fits = smaller(larger(near / (kStrip * size), 1), kPanelStrips);
-    const int64_t last = (seen.end + kStrip - 1) / kStrip;
-    for (int64_t first = seen.begin / kStrip; first < last; first += fits) {
-      const int64_t end = smaller(first + fits, last);
-      const float* strips[kPanelStrips];
-      for (int64_t s = first; s < end; ++s) {
-        T* const strip = keys_.strip(block * kBlock + s * kStrip);
-        if constexpr (Pages<T>::quantized) {
-          float* const floats = scratch_ + (s - first) * kStrip * size;
-          widen(strip, kStrip * size, floats);
-          strips[s - first] = floats;
-          std::memcpy(key_scale_ + s * kStrip, keys_.scales(strip), kStrip * sizeof(float));
-        } else {
-          strips[s - first] = strip;
-        }
-      }
+    for (int64_t first = strips_.begin; first < strips_.end; first += fits) {
+      const int64_t end = smaller(first + fits, strips_.end);
+      Strip<U> strips[kPanelStrips];
+      for (int64_t s = first; s < end; ++s) strips[s - first] = keys_as<U>(s, scratch_ + (s - first) * kStrip * size);
       for (int64_t t = 0; t < tiles_; ++t) {
-        const int64_t from = larger(first, rows_[t].any.begin / kStrip);
-        const int64_t to = smaller(end, (rows_[t].any.end + kStrip - 1) / kStrip);
-        if (from >= to) continue;
-        Kernel::scores[height_of_[t] - 1](
-            rows_[t].q, size, strips + from - first, to - from, rows_[t].scores + from * kStrip);
-      }
-    }
-    if constexpr (Pages<T>::quantized) {
-      for (int64_t s = seen.begin / kStrip; s < last; ++s) {
-        if (call_.value_in_key) {
-          std::memcpy(value_scale_ + s * kStrip, key_scale_ + s * kStrip, kStrip * sizeof(float));
-        } else {
-          T* const strip = values_.strip(block * kBlock + s * kStrip);
-          std::memcpy(value_scale_ + s * kStrip, values_.scales(strip), kStrip * sizeof(float));
-        }
+        const Rows& rows = rows_[t];
+        const Range part = strips_of(rows.any).within({first, end});
+        if (part.empty()) continue;
+        Kernel<U>::scores[height_of_[t] - 1](
+            rows.q, size, strips + part.begin - first, part.end - part.begin, rows.scores + part.begin * kStrip);
+        for (int64_t s = first; s < end; ++s) strips[s - first].ahead = strips[s - first].at;  // fetched
       }
     }
   }
 
-  void add(int64_t block, Range seen) {
-    const int64_t size = call_.value_dim;
-    const bool direct = !Pages<T>::quantized && !call_.value_in_key;
-    const int64_t near = tiles_ > 1 ? (direct ? kBlock * size : kScratchFloats) : kNearFloats;
+  template <class U>
+  void add() {
+    const int64_t size = call_.value_dim, near = few() ? kNearFloats : kScratchFloats;
     const int64_t fits = larger(near / (kStrip * size), 1);
-    const int64_t last = (seen.end + kStrip - 1) / kStrip;
-    const float* strips[kBlockStrips];
-    for (int64_t first = seen.begin / kStrip; first < last; first += fits) {
-      const int64_t end = smaller(first + fits, last);
-      for (int64_t s = first; s < end; ++s) strips[s] = floats(block * kBlock + s * kStrip, s - first);
+    Strip<U> strips[kBlockStrips];
+    for (int64_t first = strips_.begin; first < strips_.end; first += fits) {
+      const int64_t end = smaller(first + fits, strips_.end);
+      for (int64_t s = first; s < end; ++s) strips[s] = values_as<U>(s, scratch_ + (s - first) * kStrip * size);
+      const Range part = {first * kStrip, end * kStrip};
       for (int64_t t = 0; t < tiles_; ++t) {
-        Kernel::values[height_of_[t] - 1](rows_[t], {first * kStrip, end * kStrip}, strips, size);
+        if (rows_[t].any.within(part).empty()) continue;
+        Kernel<U>::values[height_of_[t] - 1](rows_[t], part, strips, size);
+        for (int64_t s = first; s < end; ++s) strips[s].ahead = strips[s].at;  // fetched
       }
     }
   }
 
-  // The values [kStrip][value_dim] of the 16 entries from `entry` on, in the scratch where they are not floats.
-  const float* floats(int64_t entry, int64_t place) {
-    float* const to = scratch_ + place * kStrip * call_.value_dim;
-    if (call_.value_in_key) {
-      transpose_strip(keys_.strip(entry), call_.value_dim, to);
-    } else if constexpr (Pages<T>::quantized) {
-      widen(values_.strip(entry), kStrip * call_.value_dim, to);
+  template <class U>
+  Strip<U> keys_as(int64_t s, float* floats) const {
+    if constexpr (sizeof(U) == sizeof(T)) {
+      return reading(s - strips_.begin);
     } else {
-      return values_.strip(entry);
+      widen(key(s), kStrip * call_.key_dim, floats);
+      return {floats, floats};
     }
-    return to;
+  }
+
+  template <class U>
+  Strip<U> values_as(int64_t s, float* floats) const {
+    if constexpr (sizeof(U) == sizeof(T)) {
+      if (!call_.value_in_key) return reading(s - strips_.begin + strips_.end - strips_.begin);
+    } else {
+      if (!call_.value_in_key) widen(value(s), kStrip * call_.value_dim, floats);
+    }
+    if constexpr (sizeof(U) == sizeof(float)) {
+      if (call_.value_in_key) transpose_strip(key(s), call_.value_dim, floats);
+      return {floats, floats};
+    }
+    return {};  // values in bytes of keys do not come here
   }
 
   const Call& call_;
@@ -183,10 +201,13 @@ class Tile {
   const Pages<T> keys_, values_;
   int64_t height_;  // rows of a register tile; the last may have fewer
   int64_t tiles_;   // register tiles that see something of the block
+  Range strips_;    // of the block that are seen
+  T* reading_[3 * kBlockStrips];
+  int64_t readings_, ahead_;
   Rows rows_[kTileRows];
   int64_t height_of_[kTileRows];
   Range seen_[kTileRows];
-  alignas(64) float q_[kTileFloats];
+  alignas(64) float q_[kTileFloats + kLanes];
   alignas(64) float partial_[kTileFloats + 2 * kTileRows];
   alignas(64) float scores_[kTileRows * kBlock];
   alignas(64) float scratch_[kScratchFloats];

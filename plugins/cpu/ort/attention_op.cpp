@@ -118,13 +118,14 @@ struct AttentionOp {
     if (call.key_dim < 2 || call.key_dim > kMaxKeyDim || call.key_dim % 2 || key[1] != kv_heads ||
         key[2] < attention::kStrip || key[2] > kMaxEntries || key[2] % attention::kStrip) {
       invalid("key_cache has shape ", text(key), " (allowed for ", kind, ": [pages, ", kv_heads,
-              ", page, key_dim", rest, "page a multiple of ", attention::kStrip, ", key_dim even, 2 to ", kMaxKeyDim, ")");
+              ", page, key_dim", rest, "page a multiple of ", attention::kStrip, ", key_dim even, 2 to ", kMaxKeyDim,
+              ")");
     }
     call.pages = key[0];
     call.page = key[2];
     if (!value_in_key != (in[kValueCache].data != nullptr)) {
-      invalid("value_cache is ", value_in_key ? "given" : "missing", " (allowed with value_in_key = ", value_in_key, ": ",
-              value_in_key ? "none)" : "[pages, kv_heads, page, value_dim])");
+      invalid("value_cache is ", value_in_key ? "given" : "missing", " (allowed with value_in_key = ", value_in_key,
+              value_in_key ? ": none)" : ": [pages, kv_heads, page, value_dim])");
     }
     call.value_dim = value_in_key ? value_dim : value.size() == 4 ? value[3] - scale_bytes : 0;
     if (value_in_key) {
@@ -152,7 +153,8 @@ struct AttentionOp {
     if (call.query_start[0] != 0) invalid("query_start[0] = ", call.query_start[0], " (allowed: 0)");
     for (int64_t n = 0; n < last; ++n) {
       if (call.query_start[n + 1] < call.query_start[n]) {
-        invalid("query_start[", n + 1, "] = ", call.query_start[n + 1], " (allowed: ", call.query_start[n], " or more)");
+        invalid("query_start[", n + 1, "] = ", call.query_start[n + 1], " (allowed: ", call.query_start[n],
+                " or more)");
       }
     }
     if (call.query_start[last] != call.tokens) {

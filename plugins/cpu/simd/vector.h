@@ -46,6 +46,9 @@ MOEVLM_INLINE void prefetch(const void* p, int64_t bytes) {
 
 MOEVLM_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+// Minus zero is minus zero still, unlike after `Vec{} + x`, for which compilers add.
+MOEVLM_INLINE Vec broadcast(float x) { return x - Vec{}; }
+
 // a * b + c, rounded once where the instruction set can: a compiler that is left to contract expressions may do so in
 // one copy of a loop and not in another.
 MOEVLM_INLINE Vec fma(Vec a, Vec b, Vec c) {
@@ -208,17 +211,17 @@ MOEVLM_INLINE float largest_magnitude(Ints v) {
 // 2^x for x <= 0, and 0 below 2^-126; NaN stays NaN. Relative error below 1e-7: 2e-9 of the polynomial, fitted to 2^f
 // on [-1/2, 1/2], and its rounding. Adding 1.5 * 2^23 leaves the nearest integer in the sum's lowest bits.
 MOEVLM_INLINE Vec exp2(Vec x) {
-  const Vec magic = Vec{} + 12582912.0f;
+  const Vec magic = broadcast(12582912.0f);
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
-  Vec p = fma(f, Vec{} + 0.000153458095f, Vec{} + 0.00133999312f);
-  p = fma(p, f, Vec{} + 0.00961848897f);
-  p = fma(p, f, Vec{} + 0.0555032878f);
-  p = fma(p, f, Vec{} + 0.240226469f);
-  p = fma(p, f, Vec{} + 0.693147206f);
-  p = fma(p, f, Vec{} + 1.0f);
+  Vec p = fma(f, broadcast(0.000153458095f), broadcast(0.00133999312f));
+  p = fma(p, f, broadcast(0.00961848897f));
+  p = fma(p, f, broadcast(0.0555032878f));
+  p = fma(p, f, broadcast(0.240226469f));
+  p = fma(p, f, broadcast(0.693147206f));
+  p = fma(p, f, broadcast(1.0f));
   p = (Vec)((Bits)p + ((Bits)shifted << 23));
-  return x < Vec{} - 126.0f ? Vec{} : p;
+  return x < broadcast(-126.0f) ? Vec{} : p;
 }
 
 // result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
