@@ -31,13 +31,13 @@ def test_a_running_step_of_run_is_cancelled(
     ended: list[type[BaseException]] = []
     forward = OrtEngine.forward
 
-    def signalled(engine: OrtEngine, step: Any, visual: Any, cache: Any, cancellation: Any) -> Any:
+    def signalled(engine: OrtEngine, step: Any, visual: Any, cancellation: Any) -> Any:
         reached = threading.Event()
         try:
             with cancellation.stopping(reached.set):
                 os.kill(os.getpid(), kind)
                 assert reached.wait(60)  # the main thread hears it while this step runs
-            return forward(engine, step, visual, cache, cancellation)
+            return forward(engine, step, visual, cancellation)
         except BaseException as error:
             ended.append(type(error))
             raise

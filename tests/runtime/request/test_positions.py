@@ -166,5 +166,5 @@ def test_text_positions_make_ordinary_rope() -> None:
 
 def test_sections_that_do_not_cover_the_frequencies_are_refused() -> None:
     rope = RopeMetadata(dim=64, theta=1e4, sections=(8, 12, 11), interleaved=False)
-    with pytest.raises(BundleError, match=r"model\.rope\.sections = \[8, 12, 11\].*add up to dim / 2 = 32"):
+    with pytest.raises(BundleError, match=r"model\.ropes\.sections = \[8, 12, 11\].*add up to dim / 2 = 32"):
         rope_tables(np.zeros((3, 1), np.int64), rope)

@@ -147,9 +147,9 @@ def test_packed_tables_are_the_single_tables_one_after_the_other(metadata: Visio
 def test_no_grid_gives_tables_of_no_rows(metadata: VisionMetadata) -> None:
     tables = pack_grids([], metadata)
     taps = 4 if metadata is QWEN else 16
-    shapes = [(0, taps), (0, taps), (0, metadata.head_dim // 2), (0, metadata.head_dim // 2), (0,)]
+    shapes = [(0, taps), (0, taps), (0, metadata.head_dim // 2), (0, metadata.head_dim // 2), (1,)]
     assert [table.shape for table in tables] == shapes
-    assert [table.dtype for table in tables] == [np.int64, np.float32, np.float32, np.float32, np.int64]
+    assert [table.dtype for table in tables] == [np.int64, np.float32, np.float32, np.float32, np.int32]
 
 
 def test_unknown_resampling_is_refused_by_name() -> None:
