@@ -167,5 +167,9 @@ def test_manifest_says_what_each_layer_keeps(bundle: Bundle) -> None:
         states = bundle.manifest.engines[target].states
         assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV]
         assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16]
-    shapes = [(layer.heads, layer.kv_heads, layer.key_dim, layer.experts) for layer in bundle.manifest.model.layers]
-    assert shapes == [(4, 2, 16, 8), (0, 0, 0, 0), (2, 1, 32, 8), (0, 0, 0, 0), (2, 1, 32, 8)]
+    shapes = [
+        (layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.experts)
+        for layer in bundle.manifest.model.layers
+    ]
+    wide, recurrent, local = (4, 2, 16, 16, 8), (0, 0, 0, 0, 0), (2, 1, 32, 24, 8)
+    assert shapes == [wide, recurrent, local, recurrent, local]

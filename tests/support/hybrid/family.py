@@ -51,6 +51,7 @@ LOCAL = GQAConfig(
     heads=2,
     kv_heads=1,
     head_dim=32,
+    value_dim=24,
     rotary_dim=16,
     rope=1,
     qk_norm=False,

@@ -5,10 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPSILON = 1e-6
-ATTENTION = {  # heads, kv_heads, head_dim, rotated dimensions, base of the rotation, window, softcap, scale
-    "wide": (4, 2, 16, 16, 1e4, None, None, 16**-0.5),
-    "local": (2, 1, 32, 16, 500.0, 16, 4.0, 0.25),
-    "windowed": (2, 1, 32, 16, 500.0, 16, None, 0.25),
+ATTENTION = {  # heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale
+    "wide": (4, 2, 16, 16, 16, 1e4, None, None, 16**-0.5),
+    "local": (2, 1, 32, 24, 16, 500.0, 16, 4.0, 0.25),
+    "windowed": (2, 1, 32, 24, 16, 500.0, 16, None, 0.25),
 }
 TOP_K = 2
 
@@ -42,17 +42,17 @@ def _linear(x: Tensor, own: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _attention(x: Tensor, own: dict[str, Tensor], kind: str) -> Tensor:
-    heads, kv_heads, dim, rotated, base, window, softcap, scale = ATTENTION[kind]
+    heads, kv_heads, dim, value_dim, rotated, base, window, softcap, scale = ATTENTION[kind]
     length = len(x)
     q, k, v = (
-        _linear(x, own, f"attention.{name}").view(length, count, dim)
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        _linear(x, own, f"attention.{name}").view(length, count, size)
+        for name, count, size in (("q", heads, dim), ("k", kv_heads, dim), ("v", kv_heads, value_dim))
     )
     if "attention.q_norm.weight" in own:
         q, k = _norm(q, own["attention.q_norm.weight"]), _norm(k, own["attention.k_norm.weight"])
     angle = torch.arange(length)[:, None] * base ** -(torch.arange(0, rotated, 2) / rotated).double()
     q, k = (_rotated(t, angle) for t in (q, k))
-    y = torch.empty(length, heads, dim, dtype=torch.float64)
+    y = torch.empty(length, heads, value_dim, dtype=torch.float64)
     for head in range(heads):
         own_head = head // (heads // kv_heads)
         for t in range(length):

@@ -12,7 +12,7 @@ from moevlm.export.passes.base import CONTRIB, Pass
 from moevlm.plugins.ops.spec import AttentionSpec
 
 _INT32 = int(ir.DataType.INT32)
-_HEAD_SINK = 11  # which of the kernel's inputs
+_PAGE_TABLE, _HEAD_SINK = 9, 11  # which of the op's inputs, and of the kernel's
 
 
 class LowerAttention(Pass):
@@ -20,19 +20,23 @@ class LowerAttention(Pass):
 
     A step has one sequence, whose caches are the one page [1, kv_heads, capacity, D] of the pool.
     Requires: nothing. Ensures: where a PagedAttention is left, keys and values differ in size, share a cache, or do
-    not start with the rotated dimensions; a cache's input and output may be bound to one buffer.
+    not start with the rotated dimensions, and it reads that page; a cache's input and output may be bound to one
+    buffer.
     Rotation stays outside the kernel: its own looks the table up by position, and ours has a row for each token.
     """
 
     def apply(self, model: ir.Model) -> int:
-        found = [node for node in model.graph if is_op(node, PAGED_ATTENTION) and _expressible(node)]
-        if not found:
-            return 0
-        rewriter = _Rewriter(model.graph, found)
-        for node in found:
-            rewriter.replace(node)
-        model.graph.opset_imports[CONTRIB] = 1
-        return len(found)
+        nodes = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]
+        found = [node for node in nodes if _expressible(node)]
+        if found:
+            rewriter = _Rewriter(model.graph, found)
+            model.graph.opset_imports[CONTRIB] = 1
+        for node in nodes:
+            if node in found:
+                rewriter.replace(node)
+            else:  # its body finds the page where the kernel does
+                node.replace_input_with(_PAGE_TABLE, _array(model.graph, "first_page", np.zeros((1, 1), np.int32)))
+        return len(nodes)
 
 
 def _expressible(node: ir.Node) -> bool:
@@ -47,6 +51,13 @@ def _width(cache: ir.Value | None) -> int:
     return width
 
 
+def _array(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    name = f"attention.{name}"
+    if name not in graph.initializers:
+        graph.register_initializer(initializer(name, Constant(array)))
+    return graph.initializers[name]
+
+
 class _Rewriter:
     """What all layers share is computed once, in front of the first: the kernel's lengths and the rotary tables."""
 
@@ -55,7 +66,7 @@ class _Rewriter:
         context = first.inputs[8]
         tokens = self._op(first, "Cast", self._op(first, "Shape", first.inputs[0], start=0, end=1), to=_INT32)
         total = self._op(first, "Add", context, tokens)
-        self.last = self._op(first, "Sub", total, self._array("one", np.array([1], np.int32)))
+        self.last = self._op(first, "Sub", total, _array(self.graph, "one", np.array([1], np.int32)))
         self.total = self._op(first, "Squeeze", total)
         tables = dict.fromkeys(table for node in nodes for table in node.inputs[3:5])
         self.tables = {table: self._op(first, "Unsqueeze", table, self._integers(0)) for table in tables}
@@ -104,13 +115,7 @@ class _Rewriter:
         return self._op(node, "RotaryEmbedding", x, *tables, num_heads=heads, rotary_embedding_dim=spec.rotary_dim)
 
     def _integers(self, *values: int) -> ir.Value:
-        return self._array("_".join(map(str, values)), np.array(values, np.int64))
-
-    def _array(self, name: str, array: np.ndarray) -> ir.Value:
-        name = f"attention.{name}"
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(initializer(name, Constant(array)))
-        return self.graph.initializers[name]
+        return _array(self.graph, "_".join(map(str, values)), np.array(values, np.int64))
 
     def _op(self, before: ir.Node, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         node = ir.node(op_type, inputs, attributes=attributes)

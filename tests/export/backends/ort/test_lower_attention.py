@@ -18,6 +18,7 @@ from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, attributes
 CAPACITY = 24
 TOLERANCE = 2e-6  # float32 against float64
 OPTIONAL = ("q_norm", "k_norm", "sinks")
+ONE_PAGE = {"page_table": np.zeros((1, 1), np.int32)}
 VARIANTS = {
     "plain": AttentionVariant(AttentionSpec(4, 4, 16), 16, 16),
     "grouped": AttentionVariant(AttentionSpec(4, 2, 16), 16, 16),
@@ -101,7 +102,7 @@ def step_inputs(variant: AttentionVariant, context: int, tokens: int, rng: np.ra
         "sin": np.sin(angle),
         "query_start": np.array([0, tokens], np.int32),
         "context_len": np.array([context], np.int32),
-        "page_table": np.zeros((1, 1), np.int32),
+        "page_table": np.array([[7]], np.int32),  # of some pool; the graph is given that page alone
     }
 
 
@@ -134,7 +135,7 @@ def test_lowered_attention_equals_the_spec(name: str, in_place: bool) -> None:
         buffers = {key: onnxruntime.OrtValue.ortvalue_from_numpy(held[key]) for key in ("key_cache", "value_cache")}
         for context, tokens in steps:
             step = step_inputs(variant, context, tokens, rng) | held
-            theirs = attention(**dict.fromkeys(OPTIONAL) | step, spec=variant.spec)
+            theirs = attention(**dict.fromkeys(OPTIONAL) | step | ONE_PAGE, spec=variant.spec)
             feeds = {f"{key}.0": array for key, array in step.items()} | step
             feeds = {key: array for key, array in feeds.items() if key in wanted}
             ours = _run_in_place(running, feeds, buffers) if in_place else running.run(None, feeds)
@@ -182,12 +183,13 @@ def test_nothing_behind_the_last_token_is_seen() -> None:
     ],
     ids=["values of another size", "rotated behind"],
 )
-def test_what_the_kernel_cannot_express_keeps_its_body(variant: AttentionVariant) -> None:
+def test_what_the_kernel_cannot_express_keeps_its_body_and_reads_the_one_page(variant: AttentionVariant) -> None:
     model = layers(variant)
-    assert run([LowerAttention()], model) == {"LowerAttention": 0}
+    run([LowerAttention()], model)
+    assert [node.op_type for node in model.graph] == ["PagedAttention"]
     rng = np.random.default_rng(9)
     step = step_inputs(variant, 3, 4, rng) | fixed_inputs(variant, rng)
-    theirs = attention(**dict.fromkeys(OPTIONAL) | step, spec=variant.spec)
+    theirs = attention(**dict.fromkeys(OPTIONAL) | step | ONE_PAGE, spec=variant.spec)
     running = session(model)
     feeds = {f"{key}.0": array for key, array in step.items()} | step
     assert_close(running.run(None, {i.name: feeds[i.name] for i in running.get_inputs()}), theirs, 7)
