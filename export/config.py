@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
-from moevlm.runtime.core.errors import shown
+from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec
 
@@ -77,7 +77,7 @@ class GQAConfig(MixerConfig):
     def __post_init__(self) -> None:
         self.spec(0.0)
         if self.rotary_dim > self.head_dim:
-            raise ValueError(f"rotary_dim = {self.rotary_dim} (allowed: even, up to head_dim = {self.head_dim})")
+            raise FieldError("rotary_dim", self.rotary_dim, f"even, up to head_dim = {self.head_dim}")
 
     def spec(self, epsilon: float) -> AttentionSpec:
         """The op's attributes. epsilon: of the norms."""
@@ -133,9 +133,9 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         for group, dim in (found for layer in self.layers for found in layer.mixer.rotations().items()):
             if not 0 <= group < len(self.ropes):
-                raise ValueError(f"rope = {group} (allowed: one of the {len(self.ropes)} rope groups)")
+                raise FieldError("rope", group, f"one of the {len(self.ropes)} rope groups")
             if dim != self.ropes[group].dim:
-                raise ValueError(f"rotary_dim = {dim} (allowed: rope.dim = {self.ropes[group].dim})")
+                raise FieldError("rotary_dim", dim, f"rope.dim = {self.ropes[group].dim}")
 
     @property
     def states(self) -> tuple[StateSpec, ...]:
@@ -182,12 +182,10 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.hidden % self.heads or self.head_dim % 4:  # two axes, and pairs on each
-            raise ValueError(f"vision heads = {self.heads} (allowed: width {self.hidden} / heads is a multiple of 4)")
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
         allowed = range(self.depth)
         if len(set(self.deepstack_layers)) < len(self.deepstack_layers) or not set(self.deepstack_layers) <= {*allowed}:
-            raise ValueError(
-                f"deepstack layers = {shown(list(self.deepstack_layers))} (allowed: some of 0 to {self.depth - 1})"
-            )
+            raise FieldError("deepstack layers", list(self.deepstack_layers), f"some of 0 to {self.depth - 1}")
 
     @property
     def head_dim(self) -> int:
@@ -210,12 +208,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.vision.merger.out != self.decoder.hidden:
-            raise ValueError(f"width of visual tokens = {self.vision.merger.out} (allowed: {self.decoder.hidden})")
+            raise FieldError("width of visual tokens", self.vision.merger.out, str(self.decoder.hidden))
         if self.decoder.deepstack > len(self.decoder.layers):
-            levels, layers = shown(list(self.vision.deepstack_layers)), len(self.decoder.layers)
-            raise ValueError(f"deepstack layers = {levels} (allowed: at most {layers}, one per decoder layer)")
+            levels, layers = list(self.vision.deepstack_layers), len(self.decoder.layers)
+            raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
         if self.image_token_id >= self.decoder.vocabulary:
-            raise ValueError(f"image_token_id = {self.image_token_id} (allowed: up to {self.decoder.vocabulary - 1})")
+            raise FieldError("image_token_id", self.image_token_id, f"up to {self.decoder.vocabulary - 1}")
 
     @property
     def moe(self) -> dict[int, MoEConfig]:

@@ -14,9 +14,9 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
 from moevlm.export.graph.weights import Weight, cast, slices
-from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError, one_line, quoted
+from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
 
-# How the canonical config's own checks call a field -> its name in config.json, which is the same in every family.
+# What the canonical config calls a field -> its name in config.json, which is the same in every family.
 _CONFIG_NAMES = {
     "deepstack layers": "vision_config.deepstack_visual_indexes",
     "kv_heads": "text_config.num_key_value_heads",
@@ -84,10 +84,9 @@ class Family(ABC):
         fields = Fields(values, ignored=ignored)
         try:
             config = self.translate(fields)
-        except ValueError as error:  # "name = value (allowed: ...)", from the canonical config or a spec
-            name, *rest = str(error).partition(" = ")
-            field = _CONFIG_NAMES.get(name, name) + "".join(rest)
-            raise UnsupportedModelError(f"unsupported value in config.json: {field}") from error
+        except FieldError as error:  # from the canonical config or a spec
+            told = error.named(_CONFIG_NAMES.get(error.field, error.field))
+            raise UnsupportedModelError(f"unsupported value in config.json: {told}") from error
         fields.refuse_unread()
         return config
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moevlm.plugins.gpu.program import TOKENS, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.errors import FieldError
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 GROUP_SIZES = (32, 128)
@@ -64,7 +65,7 @@ class ExpertsOp:
             ("group_size", self.group_size, GROUP_SIZES),
         ):
             if value not in allowed:
-                raise ValueError(f"{field} = {value!r} (allowed: {', '.join(map(repr, allowed))})")
+                raise FieldError(field, value, ", ".join(map(repr, allowed)))
 
     @property
     def weight_bits(self) -> int:

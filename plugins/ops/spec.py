@@ -3,6 +3,8 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
+from moevlm.runtime.core.errors import FieldError
+
 DOMAIN = "moevlm"
 OPSET_VERSION = 1
 SCORINGS = ("softmax", "sigmoid", "softmax_after_topk")
@@ -13,7 +15,7 @@ WEIGHT_SIDES = ("output", "input")
 
 def _require(field: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f'{field} = "{value}" (allowed: {", ".join(allowed)})')
+        raise FieldError(field, value, ", ".join(allowed))
 
 
 @dataclass(frozen=True)
@@ -40,23 +42,23 @@ class RouterSpec:
         _require("scoring", self.scoring, SCORINGS)
         _require("group_score", self.group_score, GROUP_SCORES)
         if self.top_k < 1:
-            raise ValueError(f"top_k = {self.top_k} (allowed: 1 or more)")
+            raise FieldError("top_k", self.top_k, "1 or more")
         if not 1 <= self.topk_group <= self.n_group:
-            raise ValueError(f"topk_group = {self.topk_group} (allowed: 1 to n_group = {self.n_group})")
-        if self.scale <= 0 or self.epsilon < 0:
-            raise ValueError(f"scale = {self.scale}, epsilon = {self.epsilon} (allowed: scale > 0, epsilon >= 0)")
+            raise FieldError("topk_group", self.topk_group, f"1 to n_group = {self.n_group}")
+        if self.scale <= 0:
+            raise FieldError("scale", self.scale, "above 0")
+        if self.epsilon < 0:
+            raise FieldError("epsilon", self.epsilon, "0 or more")
 
     def check(self, experts: int) -> None:
-        """Raise ValueError if a router of `experts` experts cannot choose as this spec says."""
+        """Raise FieldError if a router of `experts` experts cannot choose as this spec says."""
         if experts % self.n_group:
-            raise ValueError(f"n_group = {self.n_group} (allowed: a divisor of the {experts} experts)")
+            raise FieldError("n_group", self.n_group, f"a divisor of the {experts} experts")
         size = experts // self.n_group
         if self.n_group > 1 and self.group_score == "top2_sum" and size < 2:
-            raise ValueError(f'group_score = "top2_sum" (allowed: "max", as a group has only {size} expert)')
+            raise FieldError("group_score", self.group_score, f'"max", as a group has only {size} expert')
         if self.top_k > self.topk_group * size:
-            raise ValueError(
-                f"top_k = {self.top_k} (allowed: 1 to the {self.topk_group * size} experts not masked out)"
-            )
+            raise FieldError("top_k", self.top_k, f"1 to the {self.topk_group * size} experts not masked out")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class ExpertsSpec:
         _require("activation", self.activation, ACTIVATIONS)
         _require("weight_on", self.weight_on, WEIGHT_SIDES)
         if self.activation == "swiglu_clamped" and not self.gated:
-            raise ValueError('activation = "swiglu_clamped" needs gated = true')
+            raise FieldError("gated", self.gated, 'true with activation = "swiglu_clamped"')
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,14 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads = {self.kv_heads} (allowed: a divisor of the {self.heads} heads)")
-        if self.rotary_dim < 2 or self.rotary_dim % 2 or self.rotary_start < 0:
-            start = f"rotary_start = {self.rotary_start}"
-            raise ValueError(f"rotary_dim = {self.rotary_dim}, {start} (allowed: even and positive, from 0)")
-        if min(self.scale, self.window, self.softcap) < 0:
-            values = f"scale = {self.scale}, window = {self.window}, softcap = {self.softcap}"
-            raise ValueError(f"{values} (allowed: 0 or more)")
+            raise FieldError("kv_heads", self.kv_heads, f"a divisor of the {self.heads} heads")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise FieldError("rotary_dim", self.rotary_dim, "even and positive")
+        for field in ("rotary_start", "scale", "window", "softcap"):
+            if (value := getattr(self, field)) < 0:
+                raise FieldError(field, value, "0 or more")
         if self.value_in_key != (self.value_dim > 0):
-            raise ValueError(f"value_dim = {self.value_dim} (allowed: 1 or more with value_in_key, else 0)")
+            raise FieldError("value_dim", self.value_dim, "1 or more with value_in_key, else 0")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,21 @@ class DeadlineExceeded(MoevlmError):
     """A request did not end before its deadline."""
 
 
+class FieldError(MoevlmError, ValueError):
+    """A field of a configuration has a value that is not allowed; whoever knows the field's file names both.
+
+    field: its name in the code. value: as it is. allowed: what would do, in words.
+    """
+
+    def __init__(self, field: str, value: object, allowed: str) -> None:
+        self.field, self.value, self.allowed = field, value, allowed
+        super().__init__(self.named(field))
+
+    def named(self, field: str) -> str:
+        """The message under another name of the field."""
+        return f"{field} = {quoted(self.value)} (allowed: {self.allowed})"
+
+
 def one_line(text: object, most: int = 300) -> str:
     """str(text) for a message: on one line, without control characters, at most so many characters."""
     line = " ".join(str(text)[: 4 * most].split())
