@@ -22,8 +22,9 @@ from bench.peers.client import Peer, PeerError
 from bench.peers.protocol import Reply, Request
 from bench.random_checkpoint import config, write
 from bench.systems import METRICS, SYSTEMS, Metric, System, prepare
-from moevlm.runtime.cli.console import bytes_text, console, progress_bar, publish, table
+from moevlm.runtime.cli.console import console, progress_bar, publish, table
 from moevlm.runtime.core.errors import MoevlmError
+from moevlm.runtime.core.printable import bytes_text
 from moevlm.runtime.perf.machine import measure_machine
 from moevlm.runtime.perf.process_limits import cores
 

@@ -18,7 +18,8 @@ import onnx
 import onnx.inliner
 
 from bench.random_checkpoint import config, write
-from moevlm.runtime.cli.console import bytes_text, console, table
+from moevlm.runtime.cli.console import console, table
+from moevlm.runtime.core.printable import bytes_text
 
 FOLDER = Path("build/bench")
 ONE_BILLION = {"layers": 12, "hidden": 1024, "experts": 64, "top_k": 8, "width": 384, "vocabulary": 32000}

@@ -14,7 +14,8 @@ import numpy as np
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.console import bytes_text, console
+from moevlm.runtime.cli.console import console
+from moevlm.runtime.core.printable import bytes_text
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.request.prompt import Prompt
 

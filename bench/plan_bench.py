@@ -23,7 +23,8 @@ from bench.export_bench import FOLDER, ONE_BILLION
 from bench.random_checkpoint import config, write
 from bench.scale_bench import BANKS, QWEN
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.console import bytes_text, console, table
+from moevlm.runtime.cli.console import console, table
+from moevlm.runtime.core.printable import bytes_text
 
 SECONDS_BETWEEN_SAMPLES = 0.05
 BUILD = """

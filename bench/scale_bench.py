@@ -20,7 +20,8 @@ from bench.export_bench import FOLDER, measure
 from bench.random_checkpoint import config, write
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.console import bytes_text, console, table
+from moevlm.runtime.cli.console import console, table
+from moevlm.runtime.core.printable import bytes_text
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.perf.machine import measure_machine
 from moevlm.runtime.request.prompt import Prompt

@@ -9,9 +9,10 @@ import click
 from moevlm.export.option_effects import PLANS, require_effect
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
-from moevlm.runtime.cli.console import bytes_text, console, progress_bar, publish
+from moevlm.runtime.cli.console import console, progress_bar, publish
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.gpus import gpu_text
+from moevlm.runtime.core.printable import bytes_text
 
 _LAYOUT = click.option(
     "--expert-layout",
@@ -176,7 +177,7 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     """Parity of what was built, on a machine that can run it."""
     if any(name.partition(":")[0] not in PLANS for name in names):
         return f"next: {parity}"
-    sms = sorted({sm for engine in built.manifest.engines.values() if engine.tensorrt for sm in engine.tensorrt.sms})
+    sms = sorted({sm for engine in built.manifest.engines.values() for sm in engine.sms})
     return f"next, on a machine with {' or '.join(map(gpu_text, sms))}: {parity}"
 
 

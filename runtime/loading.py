@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
-from moevlm.runtime.backends.libraries import DOMAIN, instruction_set, operators_path
-from moevlm.runtime.backends.ort.engine import OrtEngine
-from moevlm.runtime.backends.ort.library import onnxruntime
+from moevlm.runtime.backends.base import EngineOptions
+from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.bundle.file_hashes import Progress
-from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import BundleError, EngineError, RequestError, require_positive, shown
+from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.core.json_object import json_object
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.perf.process_limits import cores, cpu_quota
@@ -81,76 +74,9 @@ def load_engine(
     """
     require_cores(threads)
     name, engine = select(bundle, target)
-    if engine.tensorrt is not None:
-        return _tensorrt_engine(bundle, name, engine, engine.tensorrt, progress)
     if threads is None and cpu_quota() is not None:
         threads = cores()  # ONNX Runtime counts the cores that it sees, not the time on them that it gets
-    vision, decoder = open_graphs(bundle, name, progress)
-    return OrtEngine(
-        vision, decoder, bundle.manifest.model, engine, threads, spinning=spinning, operators=operators_for(engine)
-    )
-
-
-def require_library(engine: EngineMetadata) -> None:
-    """Find out at once whether what the engine runs on is installed. Raises EngineError, naming what to install."""
-    if engine.tensorrt is not None:
-        from moevlm.runtime.backends.tensorrt.library import find_module
-
-        find_module(engine.tensorrt)
-        return
-    onnxruntime()
-    operators_for(engine)
-
-
-def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> tuple[GraphFile, GraphFile]:
-    """Vision and decoder graph of an engine on ONNX Runtime: every file opened once, hashed, and read or mapped.
-
-    Raises BundleError or EngineError.
-    """
-    _, engine = bundle.engine(name)
-    with _opened(bundle, name, (engine.vision, engine.decoder), progress) as files:
-        vision, decoder = (
-            GraphFile.of(bundle.directory, graph, bundle.read_bytes(graph), files)
-            for graph in (engine.vision, engine.decoder)
-        )
-    return vision, decoder
-
-
-def _tensorrt_engine(
-    bundle: Bundle, name: str, engine: EngineMetadata, metadata: TensorRTMetadata, progress: Progress | None
-) -> Engine:
-    from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
-
-    graphs = engine.vision, engine.decoder
-    with _opened(bundle, name, graphs, progress) as files:
-        experts = files[metadata.experts].map() if metadata.experts else None
-    # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
-    vision, decoder = (
-        PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
-    )
-    return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine)
-
-
-@contextmanager
-def _opened(
-    bundle: Bundle, name: str, graphs: Container[str], progress: Progress | None
-) -> Iterator[Mapping[str, BundleFile]]:
-    """All files of an engine but its graphs, which are checked as they are read."""
-    with ExitStack() as stack:
-        files = bundle.open_verified([path for path in bundle.engine_files(name) if path not in graphs], progress)
-        for file in files.values():
-            stack.push(file)
-        yield files
-
-
-def operators_for(engine: EngineMetadata) -> Path | None:
-    """The operator library that an engine needs; None if ONNX Runtime has all. Raises EngineError."""
-    if engine.operators not in ("", DOMAIN):
-        raise EngineError(f"the engine needs operators of {shown(engine.operators)} (there are: {DOMAIN})")
-    if not engine.operators:
-        return None
-    instruction_set()
-    return operators_path()
+    return backend_of(engine).load(bundle, name, EngineOptions(threads, spinning), progress)
 
 
 def load_images(

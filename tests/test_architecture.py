@@ -27,12 +27,14 @@ IMPORTS: dict[str, set[str]] = {
     "runtime.request": {"runtime.core"},
     "runtime.engine": {"runtime.core", "runtime.request"},
     "runtime.backends.libraries": {"runtime.core"},
+    "runtime.backends.base": {"runtime.core", "runtime.bundle", "runtime.engine"},
     "runtime.backends.ort": {
         "runtime.core",
         "runtime.bundle",
         "runtime.request",
         "runtime.engine",
         "runtime.backends.libraries",
+        "runtime.backends.base",
     },
     "runtime.backends.tensorrt": {
         "runtime.core",
@@ -40,8 +42,10 @@ IMPORTS: dict[str, set[str]] = {
         "runtime.request",
         "runtime.engine",
         "runtime.backends.libraries",
+        "runtime.backends.base",
     },
-    "runtime.backends": {"runtime.core", "runtime.bundle", "runtime.backends.ort", "runtime.backends.tensorrt"},
+    # The registry names the backends' modules in text: nothing imports them but by it.
+    "runtime.backends": {"runtime.core", "runtime.bundle", "runtime.backends.base"},
     "runtime.perf": {
         "runtime.core",
         "runtime.request",
@@ -55,8 +59,7 @@ IMPORTS: dict[str, set[str]] = {
         "runtime.request",
         "runtime.engine",
         "runtime.backends.libraries",
-        "runtime.backends.ort",
-        "runtime.backends.tensorrt",
+        "runtime.backends.base",
         "runtime.backends",
         "runtime.perf",
     },
@@ -66,6 +69,7 @@ IMPORTS: dict[str, set[str]] = {
         "runtime.request",
         "runtime.engine",
         "runtime.backends.libraries",
+        "runtime.backends.base",
         "runtime.backends.tensorrt",
         "runtime.backends",
         "runtime.perf",
@@ -204,6 +208,19 @@ def test_imports_are_those_of_the_table(part: str) -> None:
         and row_of(name) not in {row_of(module_of(path)), *IMPORTS[row_of(module_of(path))]}
     }
     assert not wrong
+
+
+def test_no_code_but_a_backend_s_own_asks_which_backend_an_engine_has() -> None:
+    """Metadata of TensorRT are read in its folders, in the manifest's own module, and where inspect shows them all."""
+    own = ("runtime/backends/tensorrt/", "export/backends/tensorrt/", "runtime/core/manifest")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in sources(*PARTS)
+        for node in ast.walk(ast.parse(path.read_text(), path))
+        if isinstance(node, ast.Attribute) and node.attr == "tensorrt" and not isinstance(node.value, ast.Call)
+    }
+    outside = {path for path in found if not path.startswith(own)}
+    assert outside == {"runtime/cli/inspect_report.py", "runtime/core/dtypes.py"}  # of a dtype: its name there
 
 
 def test_heavy_packages_are_imported_by_export_only() -> None:

@@ -8,13 +8,13 @@ import onnx
 
 from moevlm.export.config import ModelConfig
 from moevlm.plugins.ops import reference
+from moevlm.runtime.backends.ort.backend import open_graphs, operators_for
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
-from moevlm.runtime.loading import open_graphs, operators_for
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 

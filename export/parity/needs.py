@@ -13,8 +13,8 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.cases import Case
 from moevlm.export.parity.stored_reference import Storage
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.console import bytes_text
 from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.printable import bytes_text
 
 _BASE = 600_000_000  # Python, torch and transformers, before any weight
 _PARTS = 2.5  # a part in float32 and what it is made of: its bytes on disk and, where experts are fused, a copy
@@ -41,7 +41,7 @@ class Needs:
         files, names = bundle.manifest.files, list(names)
         sizes = [sum(files[file].size for file in bundle.engine_files(name)) for name in names]
         engines = [bundle.manifest.engines[name] for name in names]
-        quantized = sum(engine.group_size > 0 and engine.tensorrt is None for engine in engines)
+        quantized = sum(engine.group_size > 0 and not engine.sms for engine in engines)
         rewritten = sum(Storage.of(engine) != Storage() for engine in engines)
         parts = _parts(model.vision_weights) + _parts(model.decoder_weights)
         decoder, largest, tokens = model.config.decoder, max(parts.values()), sum(len(case.whole.ids) for case in cases)

@@ -26,11 +26,11 @@ from moevlm.export.parity.text import Text, measure_text
 from moevlm.export.parity.tolerances import EXACT, TEXT_TOKENS, tolerance_of
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.writing.verdicts import note, reserve
+from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.backends.selection import runnable, select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.engine.limits import limits_of
-from moevlm.runtime.loading import load_engine, require_library
+from moevlm.runtime.loading import load_engine
 from moevlm.runtime.perf.process_limits import available_memory
 
 
@@ -67,11 +67,12 @@ def check_parity(
         names, left_out = runnable(opened)
     if not names:
         select(opened)  # says why none runs here
+    backends = Backends()
     for name in names:
-        require_library(engines[name])
+        backends.of(engines[name]).require_library(engines[name])
     for name in names:
         opened.verify(opened.engine_files(name))
-    limits = [limits_of(opened.manifest.model, engines[name]) for name in names]
+    limits = [backends.of(engines[name]).limits(opened.manifest.model, engines[name]) for name in names]
     context = min(limit.max_context for limit in limits)
     read = None if text is None else Text.read(Path(text), opened, max_tokens, context)
     if not quick:
@@ -126,7 +127,7 @@ def check_parity(
             checks=found,
             pruned=tuple(name for name, storage in stored.items() if storage.sparsity),
             rounded=tuple(name for name, storage in stored.items() if storage.experts),
-            plans=tuple(name for name in names if engines[name].tensorrt is not None),
+            plans=tuple(name for name in names if engines[name].sms),
             left_out=left_out,
             costs=tuple(costs),
             text=None if read is None else _text_report(opened, names, read, model, progress),
@@ -142,13 +143,13 @@ def _checks_of_engine(
 ) -> tuple[list[Check], list[Cost]]:
     """model: the canonical one that `expected` is of."""
     entry, inside = bundle.manifest.engines[name], None
-    if entry.group_size and entry.tensorrt is None:
+    if entry.group_size and not entry.sms:
         with closing(load_engine(bundle, name)) as engine:
             shipped = Recording.of(engine, expected)
         with closing(DebugEngine(bundle, name, expected.config)) as debug:
             recorded = Recording.of(debug, expected)
         return quantized_checks(expected, model, name, entry, shipped, recorded, debug.kernel_routes)
-    if entry.tensorrt is None:
+    if not entry.sms:
         with closing(DebugEngine(bundle, name, expected.config)) as debug:
             inside = debug_outputs(expected, debug, debug.kernel_routes)
     with closing(load_engine(bundle, name)) as engine:

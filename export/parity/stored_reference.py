@@ -36,9 +36,9 @@ class Storage:
     @classmethod
     def of(cls, engine: EngineMetadata) -> "Storage":
         """On a CPU activations are rounded like the weights, so there it is no more than pruning."""
-        if engine.tensorrt is None or not engine.group_size:
+        if not engine.sms or not engine.group_size:
             return cls(engine.sparsity)
-        return cls(engine.sparsity, engine.dtype, engine.group_size, engine.tensorrt.activations)
+        return cls(engine.sparsity, engine.dtype, engine.group_size, engine.activations)
 
     @property
     def unrounded(self) -> "Storage":

@@ -92,6 +92,4 @@ def tolerance_of(engine: EngineMetadata) -> Tolerance | PlanTolerance:
 
     What rounding a plan's experts costs is a limit of its own, ROUNDING.
     """
-    if engine.tensorrt is None or engine.tensorrt.activations == "float32":
-        return EXACT
-    return PLAN_TOLERANCES[engine.tensorrt.activations]
+    return EXACT if engine.activations == "float32" else PLAN_TOLERANCES[engine.activations]

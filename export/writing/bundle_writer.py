@@ -14,7 +14,7 @@ from moevlm.export.writing.atomic_directory import AtomicDirectory
 from moevlm.export.writing.destination import require_replaceable
 from moevlm.export.writing.model_file import Progress, data_bytes, graph_bytes, plan, write_data
 from moevlm.export.writing.streamed_file import StreamedFile
-from moevlm.runtime.bundle.reader import MANIFEST, Bundle, is_bundle_path, named_files, unlisted
+from moevlm.runtime.bundle.reader import MANIFEST, Bundle, is_bundle_path, unlisted
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import FileMetadata, Manifest, digest_of
 
@@ -124,7 +124,7 @@ class BundleWriter:
         files and digest of `manifest` are ignored. Raises BuildError if an engine names a file that was not added.
         """
         for name, engine in manifest.engines.items():
-            for path in named_files(engine):
+            for path in engine.named_files:
                 if path not in self._files:
                     raise BuildError(f"engine {name} names {path}, which was not written")
         manifest = msgspec.structs.replace(manifest, files=dict(sorted(self._files.items())))

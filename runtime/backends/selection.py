@@ -1,13 +1,13 @@
-"""Which engine of a bundle this machine runs: by GPU, product and version, and what there is where none fits."""
+"""Which engine of a bundle this machine runs, and what there is where none fits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle, preferred
-from moevlm.runtime.core.errors import BundleError, EngineError
-from moevlm.runtime.core.gpus import gpu_text
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
+from moevlm.runtime.core.errors import BundleError, Misfit
+from moevlm.runtime.core.manifest import EngineMetadata
 
 
 def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineMetadata]:
@@ -21,14 +21,15 @@ def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineMetada
         where = bundle.directory
         raise BundleError(f"{where} has no engine yet (moevlm build {where} --checkpoint CHECKPOINT adds one)")
     names = list(engines) if target is None else bundle.matches(target)
-    machine = _Machine()
-    on_cpu, on_gpu, misfits = machine.sorted(engines, sorted(names))
-    if fitting := preferred(engines, on_gpu + on_cpu):
-        return fitting[0], engines[fitting[0]]
-    others = preferred(engines, (name for name in engines if engines[name].tensorrt is None))
+    backends = Backends()
+    fitting, misfits = _sorted(backends, engines, sorted(names))
+    if fitting:
+        name = preferred(engines, fitting)[0]
+        return name, engines[name]
+    others = preferred(engines, (name for name in engines if not engines[name].sms))
     hint = f" (use --target {others[0]})" if others else ""
     raise BundleError(
-        f"no engine for this machine in {bundle.directory}: it has {_listed(misfits)}; {machine.has}{hint}"
+        f"no engine for this machine in {bundle.directory}: it has {_listed(misfits)}; {backends.machine}{hint}"
     )
 
 
@@ -37,57 +38,24 @@ def runnable(bundle: Bundle) -> tuple[list[str], str]:
 
     And in one line the others and what they need; "" without others.
     """
-    machine, engines = _Machine(), bundle.manifest.engines
-    on_cpu, on_gpu, misfits = machine.sorted(engines, sorted(engines, reverse=True))
-    return on_cpu + on_gpu, f"{_listed(misfits)}; {machine.has}" if misfits else ""
+    backends, engines = Backends(), bundle.manifest.engines
+    fitting, misfits = _sorted(backends, engines, sorted(engines, reverse=True))
+    fitting.sort(key=lambda name: bool(engines[name].sms))  # stable
+    return fitting, f"{_listed(misfits)}; {backends.machine}" if misfits else ""
 
 
-def _listed(misfits: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} ({reason})" for name, reason in misfits.items())
+def _listed(misfits: Mapping[str, Misfit]) -> str:
+    return ", ".join(f"{name} ({misfit.need})" for name, misfit in misfits.items())
 
 
-class _Machine:
-    """This machine's GPU, looked for once, when the first engine asks."""
-
-    def __init__(self) -> None:
-        self._sm: int | None = None
-        self.has = ""
-
-    def sorted(
-        self, engines: Mapping[str, EngineMetadata], names: Iterable[str]
-    ) -> tuple[list[str], list[str], dict[str, str]]:
-        """Of `names` those on the CPU, those on a GPU that run here, and why the others do not."""
-        on_cpu, on_gpu, misfits = [], [], {}
-        for name in names:
-            metadata = engines[name].tensorrt
-            if metadata is None:
-                on_cpu.append(name)
-            elif reason := self._misfit(metadata):
-                misfits[name] = reason
-            else:
-                on_gpu.append(name)
-        return on_cpu, on_gpu, misfits
-
-    def _misfit(self, metadata: TensorRTMetadata) -> str | None:
-        """What the engine needs and this machine does not have; None if it runs here."""
-        if not self.has:
-            self._look()
-        if self._sm not in metadata.sms:
-            return f"needs {' or '.join(map(gpu_text, sorted(metadata.sms)))}"
-        from moevlm.runtime.backends.tensorrt.library import find_module
-
-        try:
-            find_module(metadata)
-        except EngineError as error:
-            return str(error).removeprefix("the engine ")
-        return None
-
-    def _look(self) -> None:
-        from moevlm.runtime.backends.tensorrt.cuda import find_gpu
-
-        try:
-            gpu = find_gpu()
-        except EngineError as error:
-            self.has = f"this machine has {error}"
+def _sorted(
+    backends: Backends, engines: Mapping[str, EngineMetadata], names: Iterable[str]
+) -> tuple[list[str], dict[str, Misfit]]:
+    """Of `names` those that run here, and why the others do not."""
+    fitting, misfits = [], {}
+    for name in names:
+        if (misfit := backends.of(engines[name]).misfit(engines[name])) is None:
+            fitting.append(name)
         else:
-            self._sm, self.has = gpu.sm, f"this machine has {gpu.name}, sm{gpu.sm}"
+            misfits[name] = misfit
+    return fitting, misfits

@@ -85,7 +85,7 @@ class Bundle:
         Of a TensorRT engine also the experts' weights, which it may share with others.
         """
         _, engine = self.engine(name)
-        named = named_files(engine)
+        named = engine.named_files
         folders = {PurePosixPath(graph).parent for graph in (engine.vision, engine.decoder)}
         return tuple(
             path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
@@ -142,7 +142,7 @@ class Bundle:
             if not _SHA256.fullmatch(metadata.sha256) or metadata.size < 0:
                 raise BundleError(f"{where}: files has no sha256 and size for {name}")
         for target, engine in self.manifest.engines.items():
-            for path in named_files(engine):
+            for path in engine.named_files:
                 if path not in self.manifest.files:
                     raise BundleError(f"{where}: engines.{target} names {path}, which files does not list")
 
@@ -183,12 +183,6 @@ def is_clutter(name: str) -> bool:
     return name in _CLUTTER or name.startswith("._")
 
 
-def named_files(engine: EngineMetadata) -> tuple[str, ...]:
-    """The files that an engine's metadata name, as paths inside the bundle."""
-    experts = engine.tensorrt.experts if engine.tensorrt is not None else ""
-    return (engine.vision, engine.decoder, *((experts,) if experts else ()))
-
-
 def preferred(engines: Mapping[str, EngineMetadata], names: Iterable[str]) -> list[str]:
     """`names` in the order in which an engine is taken where several would do.
 
@@ -217,9 +211,9 @@ def _is_plan_for(name: str, metadata: EngineMetadata, target: str) -> bool:
     """Whether `target`, such as rtx:4090,l40s or rtx:4090:bf16, means this engine."""
     kind, _, rest = target.partition(":")
     gpus, _, precision = rest.partition(":")
-    if metadata.tensorrt is None or name.partition(":")[0] != kind:
+    if name.partition(":")[0] != kind:
         return False
-    return {sm_of(gpu) for gpu in gpus.split(",")} <= set(metadata.tensorrt.sms) and (
+    return {sm_of(gpu) for gpu in gpus.split(",")} <= set(metadata.sms) and (
         not precision or name.endswith(f":{precision}")
     )
 

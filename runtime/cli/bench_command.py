@@ -73,6 +73,7 @@ def latency(
     plot: Path | None,
 ) -> None:
     """Time one request, stage by stage: medians of several, beside the least that this machine would need."""
+    from moevlm.runtime.backends.registry import backend_of
     from moevlm.runtime.backends.selection import select
     from moevlm.runtime.bundle.reader import Bundle
     from moevlm.runtime.cli.background import Background
@@ -90,11 +91,11 @@ def latency(
     model, images = opened.manifest.model, load_images(opened)
     engines = [select(opened, target) for target in targets or (None,)]
     require_cores(threads)
-    context = min([model.context, *(engine.tensorrt.capacity for _, engine in engines if engine.tensorrt is not None)])
+    context = min(backend_of(engine).limits(model, engine).max_context for _, engine in engines)
     _require_context(prompt_tokens, new_tokens, context)  # before they are made
     prompt = random_prompt(model, images, prompt_tokens, image_size)
     _require_context(len(prompt.ids), new_tokens, context)
-    on_gpu = [name for name, engine in engines if engine.tensorrt is not None]
+    on_gpu = [name for name, engine in engines if engine.sms]
     notes: list[str] = []
     machine = gpu = None
     with progress_bar() as progress:

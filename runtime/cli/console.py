@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.printable import printable
+from moevlm.runtime.core.printable import bytes_text, printable
 
 _NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # with a unit, if any; or none
 _NOTICE_SECONDS = 1.0
@@ -60,24 +60,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
 
     texts = ["  ".join(map(pad, line, widths, numeric)).rstrip() for line in lines]
     return "\n".join([title, *texts])
-
-
-def bytes_text(count: int) -> str:
-    """A size for people: 9.9 MB, 4.3 GB (powers of 1000)."""
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def count_text(count: int) -> str:
-    """A number of parameters for people: 31 thousand, 4.9 million, 30.5 billion."""
-    for size, unit in ((10**9, "billion"), (10**6, "million"), (1000, "thousand")):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return str(count)
 
 
 @contextmanager

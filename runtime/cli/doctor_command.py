@@ -20,8 +20,9 @@ def doctor(as_json: bool) -> None:
 
 
 def _text(report: DoctorReport) -> str:
-    from moevlm.runtime.cli.console import bytes_text, table
+    from moevlm.runtime.cli.console import table
     from moevlm.runtime.core.gpus import gpu_text
+    from moevlm.runtime.core.printable import bytes_text
 
     cores = f"{report.cores} cores"
     if report.quota is not None:

@@ -11,9 +11,10 @@ import click
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import Manifest, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 
 if TYPE_CHECKING:
+    from moevlm.runtime.bundle.reader import Bundle
     from moevlm.runtime.cli.inspect_report import EngineReport, InspectReport
 
 
@@ -37,14 +38,15 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     if as_json:
         print_json(to_json(report))
     else:
-        console().print(_metadata(opened.manifest, report))
+        console().print(_metadata(opened, report))
     if problems:
         raise BundleError(f"{bundle}: {'; '.join(problems)}")
     if as_json:
         return
+    on_gpu = {name for name, engine in opened.manifest.engines.items() if engine.sms}
     if not report.engines:
         console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
-    elif any(engine.parity == "not checked" and engine.tensorrt is None for engine in report.engines):
+    elif any(engine.parity == "not checked" for engine in report.engines if engine.target not in on_gpu):
         console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
 
 
@@ -56,7 +58,7 @@ def _weights(engine: EngineReport) -> str:
 
 def _parameters(model: ModelMetadata) -> str:
     """, 30.5 B parameters, 3.3 B for a token; empty where the bundle does not say."""
-    from moevlm.runtime.cli.console import count_text
+    from moevlm.runtime.core.printable import count_text
 
     if not model.parameters:
         return ""
@@ -81,12 +83,13 @@ def _attention(model: ModelMetadata) -> str:
     return next(iter(kinds)) if len(kinds) == 1 else "; ".join(f"{n} layers: {text}" for text, n in kinds.items())
 
 
-def _metadata(manifest: Manifest, report: InspectReport) -> str:
-    from moevlm.runtime.cli.console import bytes_text, table
+def _metadata(bundle: Bundle, report: InspectReport) -> str:
+    from moevlm.runtime.cli.console import table
+    from moevlm.runtime.core.printable import bytes_text
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
     from moevlm.runtime.request.sampling import SamplingParams
 
-    model = manifest.model
+    model = bundle.manifest.model
     sampling = SamplingParams(**{name: getattr(report.sampling, name) for name in FIELDS})
     rows = [
         ("model", f"{model.model_type}{_parameters(model)}"),
@@ -118,7 +121,7 @@ def _metadata(manifest: Manifest, report: InspectReport) -> str:
     ]
     heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
     text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
-    return text + _plans(manifest, report)
+    return text + _tables(bundle)
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:
@@ -126,25 +129,14 @@ def left_out_text(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} tensors {pattern}" for pattern, count in left_out.items())
 
 
-def _plans(manifest: Manifest, report: InspectReport) -> str:
-    """What TensorRT engines were built with and for; empty without one."""
-    from moevlm.runtime.cli.console import bytes_text, table
-    from moevlm.runtime.core.gpus import sms_text
+def _tables(bundle: Bundle) -> str:
+    """What each backend tells of its engines; empty where nothing is to tell."""
+    from moevlm.runtime.backends.registry import Backends
+    from moevlm.runtime.cli.console import table
 
-    rows = []
-    for engine in report.engines:
-        if (t := engine.tensorrt) is not None:
-            experts = bytes_text(manifest.files[t.experts].size) if t.experts else "-"
-            versions = " or its lean runtime" if t.version_compatible else ""
-            steps = f"{t.max_batch} x {t.chunk_tokens} tokens, {t.max_visual} of images"
-            product = f"{t.product} {t.version}{versions}"
-            sizes = experts, steps, str(t.capacity), str(t.max_patches)
-            rows.append((engine.target, product, sms_text(t.sms), t.activations, *sizes))
-    heads = ("target", "runs on", "GPUs", "activations", "experts", "a step", "context", "patches")
-    text = "\n\n" + table("TensorRT engines, up to", heads, rows) if rows else ""
-    return text + "".join(
-        f"\n{engine.target}: {k.count} kernels, up to {bytes_text(k.shared)} of shared memory, "
-        + (f"spills of up to {k.spilled} bytes a thread" if k.spilled else "no spills")
-        for engine in report.engines
-        if (k := engine.kernels) is not None
-    )
+    engines, backends, text = bundle.manifest.engines, Backends(), ""
+    for backend in dict.fromkeys(map(backends.of, engines.values())):
+        own = {name: engine for name, engine in sorted(engines.items()) if backends.of(engine) is backend}
+        if (told := backend.table(bundle, own)) is not None:
+            text += "\n\n" + "\n".join([table(told.title, told.heads, told.rows), *told.lines])
+    return text

@@ -4,8 +4,8 @@ from typing import Any
 
 import msgspec
 
-from moevlm.runtime.backends.tensorrt.kernel_resources import KernelsReport, kernels_of
-from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
+from moevlm.runtime.backends.base import KernelsReport
+from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.reports import Report
@@ -64,6 +64,7 @@ class InspectReport(Report, frozen=True, tag="moevlm.inspect/2"):
 
 def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
     """What the manifest and the small files say. verified: whether all hashes were checked. Raises BundleError."""
+    backends = Backends()
     manifest, sampling = bundle.manifest, released_sampling(bundle.optional_text(GENERATION))
     return InspectReport(
         bundle=str(bundle.directory),
@@ -82,8 +83,8 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 built=engine.built,
                 sparsity=engine.sparsity,
                 tensorrt=engine.tensorrt,
-                problems=plan_problems(bundle, engine),
-                kernels=kernels_of(bundle, engine),
+                problems=backends.of(engine).problems(bundle, engine),
+                kernels=backends.of(engine).kernels(bundle, engine),
             )
             for name, engine in sorted(manifest.engines.items())
         ],

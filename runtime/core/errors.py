@@ -33,6 +33,14 @@ class EngineError(MoevlmError):
     """An inference engine refused its artifact or its inputs."""
 
 
+class Misfit(EngineError):
+    """An engine does not run on this machine. need: what it needs, as in "needs sm89"."""
+
+    def __init__(self, need: str) -> None:
+        self.need = need
+        super().__init__(f"the engine {need}")
+
+
 class RequestError(MoevlmError):
     """A prompt, image or option of one generation request is not acceptable."""
 

@@ -165,6 +165,27 @@ class EngineMetadata(_Metadata, frozen=True):
     built: str = ""
 
     @property
+    def backend(self) -> str:
+        """What runs it: onnxruntime or tensorrt, see `runtime.backends.registry`."""
+        return "onnxruntime" if self.tensorrt is None else "tensorrt"
+
+    @property
+    def sms(self) -> tuple[int, ...]:
+        """The kinds of GPUs that it runs on; none for an engine on the CPU."""
+        return () if self.tensorrt is None else self.tensorrt.sms
+
+    @property
+    def activations(self) -> str:
+        """The dtype of values between layers."""
+        return "float32" if self.tensorrt is None else self.tensorrt.activations
+
+    @property
+    def named_files(self) -> tuple[str, ...]:
+        """The files that these metadata name, as paths inside the bundle."""
+        experts = "" if self.tensorrt is None else self.tensorrt.experts
+        return (self.vision, self.decoder, *((experts,) if experts else ()))
+
+    @property
     def kv_cache(self) -> str:
         """The dtype of keys and values; "" without attention."""
         return next((state.dtype for state in self.states if isinstance(state, PagedKV)), "")

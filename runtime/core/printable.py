@@ -1,4 +1,4 @@
-"""Text of others (a bundle's, a checkpoint's, a library's) made fit for a terminal."""
+"""Text of others (a bundle's, a checkpoint's, a library's) made fit for a terminal, and sizes for people."""
 
 import re
 from typing import TextIO
@@ -28,3 +28,21 @@ def escape_unencodable(stream: TextIO | None) -> None:
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+
+
+def bytes_text(count: int) -> str:
+    """A size for people: 9.9 MB, 4.3 GB (powers of 1000)."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for people: 31 thousand, 4.9 million, 30.5 billion."""
+    for size, unit in ((10**9, "billion"), (10**6, "million"), (1000, "thousand")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)

@@ -11,6 +11,7 @@ import numpy as np
 from moevlm.runtime.backends.ort.binding import Binding
 from moevlm.runtime.backends.ort.graph_check import check_decoder_graph, check_vision_graph
 from moevlm.runtime.backends.ort.library import onnxruntime
+from moevlm.runtime.backends.ort.limits import limits_of
 from moevlm.runtime.backends.ort.pools import Pool, SequencePages, SharedPages
 from moevlm.runtime.backends.ort.session import Session
 from moevlm.runtime.bundle.graph_file import GraphFile
@@ -20,7 +21,6 @@ from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, output_name
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.limits import limits_of
 from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Candidates, Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs

@@ -14,6 +14,7 @@ from moevlm.runtime.backends.tensorrt.cuda import Device
 from moevlm.runtime.backends.tensorrt.decoder import Decoder
 from moevlm.runtime.backends.tensorrt.kernel_cache import KernelCache, cache_file
 from moevlm.runtime.backends.tensorrt.library import Library
+from moevlm.runtime.backends.tensorrt.limits import limits_of
 from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
@@ -22,7 +23,6 @@ from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.limits import limits_of
 from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs
@@ -57,7 +57,7 @@ class TensorRTEngine:
         """
         assert metadata.tensorrt is not None
         self._model, self._metadata, self._pages = model, metadata.tensorrt, 0
-        self.states, self.limits = metadata.states, limits_of(model, metadata)
+        self.states, self.limits = metadata.states, limits_of(model, metadata.tensorrt)
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()

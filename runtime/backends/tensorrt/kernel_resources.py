@@ -6,6 +6,7 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from moevlm.runtime.backends.base import KernelsReport
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.manifest import EngineMetadata
@@ -27,21 +28,10 @@ class _Op(msgspec.Struct, frozen=True):
     kernels: list[Kernel]
 
 
-class KernelsReport(msgspec.Struct, frozen=True):
-    """Over all kernels of an engine, the most registers of a thread, bytes of shared memory of a block, and bytes that
-    a thread spills, 0 if none does.
-    """
-
-    count: int
-    registers: int
-    shared: int
-    spilled: int
-
-
 def kernels_of(bundle: Bundle, engine: EngineMetadata) -> KernelsReport | None:
     """None where the bundle does not say. Raises BundleError if the file is damaged."""
     name = str(PurePosixPath(engine.decoder).with_name(KERNELS))
-    if engine.tensorrt is None or name not in bundle.manifest.files:
+    if name not in bundle.manifest.files:
         return None
     try:
         ops = msgspec.json.decode(bundle.read_bytes(name), type=list[_Op])

@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 from moevlm.runtime.backends.tensorrt.plugin_library import checked_plugin_path
-from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.errors import EngineError, Misfit
 from moevlm.runtime.core.installation import install_command
 from moevlm.runtime.core.manifest import TensorRTMetadata
 
@@ -24,7 +24,7 @@ _plugins: dict[str, Any] = {}  # handles, by module: a library is registered onc
 
 
 def find_module(metadata: TensorRTMetadata) -> Any:
-    """The installed module that can run the engine. Raises EngineError, naming what there is."""
+    """The installed module that can run the engine. Raises Misfit, naming what there is, or EngineError."""
     if metadata.product not in MODULES:
         raise EngineError(f"unsupported value product = {metadata.product!r} (supported: {', '.join(MODULES)})")
     installed = []
@@ -37,7 +37,7 @@ def find_module(metadata: TensorRTMetadata) -> Any:
             return module
         installed.append(f"{name} {module.__version__}")
     hint = f"installed: {', '.join(installed)}" if installed else install_command(EXTRAS[metadata.product])
-    raise EngineError(f"the engine needs {metadata.product} {metadata.version} ({hint})")
+    raise Misfit(f"needs {metadata.product} {metadata.version} ({hint})")
 
 
 def _runs(name: str, version: str, metadata: TensorRTMetadata) -> bool:

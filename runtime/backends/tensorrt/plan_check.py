@@ -10,15 +10,13 @@ from moevlm.runtime.core.gpus import sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 
 
-def plan_problems(bundle: Bundle, engine: EngineMetadata) -> list[str]:
-    """One line for each contradiction; none for an engine without plans."""
-    if engine.tensorrt is None:
-        return []
+def plan_problems(bundle: Bundle, engine: EngineMetadata, built: TensorRTMetadata) -> list[str]:
+    """One line for each contradiction. built: what the manifest says of the plans."""
     problems = []
     for name in (engine.vision, engine.decoder):
         try:
             with bundle.open_file(name) as file:
-                problems += [f"{name} {problem}" for problem in _problems(file, engine.tensorrt)]
+                problems += [f"{name} {problem}" for problem in _problems(file, built)]
         except BundleError as error:
             problems.append(str(error))
     return problems

@@ -4,7 +4,8 @@ import pytest
 from rich.console import Console
 
 from moevlm.runtime.cli import console as module
-from moevlm.runtime.cli.console import amount_text, bytes_text, count_text, table
+from moevlm.runtime.cli.console import amount_text, table
+from moevlm.runtime.core.printable import bytes_text, count_text
 
 
 def test_a_slow_load_shows_a_notice_on_a_terminal(

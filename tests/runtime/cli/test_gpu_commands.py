@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
+from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.gpus import gpu_text
 from moevlm.runtime.perf import machine
@@ -71,13 +71,14 @@ def test_a_plan_that_is_none_or_cut_or_gone_is_a_problem(copy) -> None:
         file.write(b"more")
     (copy / engine.decoder).write_bytes(b"vtrt")
     size = (copy / engine.vision).stat().st_size
-    assert plan_problems(opened, engine) == [
+    assert backend_of(engine).problems(opened, engine) == [
         f"{engine.vision} says size {size - 4}, the file has {size}",
         f"{engine.decoder} is no plan of TensorRT, manifest.json says tensorrt_rtx 1.7.1.116",
     ]
     (copy / engine.decoder).unlink()
-    assert plan_problems(opened, engine)[1] == f"{copy / engine.decoder} is missing"
-    assert plan_problems(opened, opened.manifest.engines["reference"]) == []
+    assert backend_of(engine).problems(opened, engine)[1] == f"{copy / engine.decoder} is missing"
+    reference = opened.manifest.engines["reference"]
+    assert backend_of(reference).problems(opened, reference) == []
 
 
 def test_run_answers_on_the_gpu_by_default_as_on_the_cpu(bundle, tmp_path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 import onnx
 import pytest
 
+from moevlm.runtime.backends.ort.backend import open_graphs
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, EngineError
-from moevlm.runtime.loading import open_graphs
 from tests.support.bundles import copy_bundle, edit_manifest
 from tests.support.command_line import assert_refused, call
 

@@ -27,8 +27,8 @@ from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, plan_header
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.console import bytes_text
 from moevlm.runtime.core.errors import BuildError, BundleError
+from moevlm.runtime.core.printable import bytes_text
 from tests.export.backends.tensorrt.test_passes import with_sizes
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import assert_refused, call

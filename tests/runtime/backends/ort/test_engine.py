@@ -15,13 +15,14 @@ import onnx
 import pytest
 from PIL import Image
 
+from moevlm.runtime.backends.ort.backend import open_graphs
 from moevlm.runtime.backends.ort.binding import Binding
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
 from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.protocol import VisualFeatures
-from moevlm.runtime.loading import load_runtime, open_graphs
+from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.packed_steps import Kept, reserved, rows

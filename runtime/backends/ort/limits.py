@@ -1,0 +1,15 @@
+"""What a step of an engine on ONNX Runtime may hold."""
+
+from __future__ import annotations
+
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.engine.step import EngineLimits
+
+_ANY = 1 << 20  # sequences, tokens or logits of a step: the graph has no limit of its own
+
+
+def limits_of(model: ModelMetadata, engine: EngineMetadata) -> EngineLimits:
+    """The limits of one engine of a model."""
+    if not engine.page_size:
+        return EngineLimits(1, model.context, model.context, model.context, model.context)
+    return EngineLimits(_ANY, _ANY, _ANY, model.context, engine.page_size, packed=engine.row_independent)

@@ -1,0 +1,103 @@
+"""Engines of TensorRT and TensorRT-RTX, on the first GPU that this process may use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+from moevlm.runtime.backends.base import EngineOptions, KernelsReport, Table, opened_files
+from moevlm.runtime.backends.tensorrt.cuda import find_gpu
+from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
+from moevlm.runtime.backends.tensorrt.library import find_module
+from moevlm.runtime.backends.tensorrt.limits import limits_of
+from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
+from moevlm.runtime.bundle.file_hashes import Progress
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import EngineError, Misfit
+from moevlm.runtime.core.gpus import gpu_text, sms_text
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.engine.step import EngineLimits
+
+_HEADS = ("target", "runs on", "GPUs", "activations", "experts", "a step", "context", "patches")
+
+
+class TensorRTBackend:
+    """See `Backend`."""
+
+    machine = ""
+
+    @cached_property
+    def _sm(self) -> int | None:
+        """Of this machine's GPU, which is looked for when the first engine asks; None without one."""
+        try:
+            gpu = find_gpu()
+        except EngineError as error:
+            self.machine = f"this machine has {error}"
+            return None
+        self.machine = f"this machine has {gpu.name}, sm{gpu.sm}"
+        return gpu.sm
+
+    def misfit(self, engine: EngineMetadata) -> Misfit | None:
+        if self._sm not in engine.sms:
+            return Misfit(f"needs {' or '.join(map(gpu_text, sorted(engine.sms)))}")
+        try:
+            find_module(_built(engine))
+        except Misfit as error:
+            return error
+        except EngineError as error:
+            return Misfit(str(error))
+        return None
+
+    def require_library(self, engine: EngineMetadata) -> None:
+        find_module(_built(engine))
+
+    def limits(self, model: ModelMetadata, engine: EngineMetadata) -> EngineLimits:
+        return limits_of(model, _built(engine))
+
+    def load(
+        self,
+        bundle: Bundle,
+        name: str,
+        options: EngineOptions,  # noqa: ARG002 - of engines on the CPU
+        progress: Progress | None = None,
+    ) -> Engine:
+        from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
+
+        engine = bundle.manifest.engines[name]
+        built, graphs = _built(engine), (engine.vision, engine.decoder)
+        with opened_files(bundle, name, graphs, progress) as files:
+            experts = files[built.experts].map() if built.experts else None
+        # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
+        vision, decoder = (
+            PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
+        )
+        return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine)
+
+    def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:
+        return plan_problems(bundle, engine, _built(engine))
+
+    def kernels(self, bundle: Bundle, engine: EngineMetadata) -> KernelsReport | None:
+        return kernels_of(bundle, engine)
+
+    def table(self, bundle: Bundle, engines: Mapping[str, EngineMetadata]) -> Table | None:
+        """What the engines were built with and for."""
+        rows, lines = [], []
+        for name, engine in engines.items():
+            built = _built(engine)
+            experts = bytes_text(bundle.manifest.files[built.experts].size) if built.experts else "-"
+            product = f"{built.product} {built.version}{' or its lean runtime' if built.version_compatible else ''}"
+            steps = f"{built.max_batch} x {built.chunk_tokens} tokens, {built.max_visual} of images"
+            sizes = experts, steps, str(built.capacity), str(built.max_patches)
+            rows.append((name, product, sms_text(built.sms), built.activations, *sizes))
+            if (kernels := self.kernels(bundle, engine)) is not None:
+                spills = f"spills of up to {kernels.spilled} bytes a thread" if kernels.spilled else "no spills"
+                shared = bytes_text(kernels.shared)
+                lines.append(f"{name}: {kernels.count} kernels, up to {shared} of shared memory, {spills}")
+        return Table("TensorRT engines, up to", _HEADS, rows, lines)
+
+
+def _built(engine: EngineMetadata) -> TensorRTMetadata:
+    assert engine.tensorrt is not None  # the registry's choice
+    return engine.tensorrt
