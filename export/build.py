@@ -7,26 +7,25 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import onnx_ir as ir
 
-from moevlm.export.backends.targets import GRAPHS, REFERENCE, TARGETS, Target, targets
-from moevlm.export.backends.tensorrt.options import PlanOptions
-from moevlm.export.backends.tensorrt.target import PlanTarget
+from moevlm.export.backends.base import GRAPHS, BuildContext, Progress, Target
+from moevlm.export.backends.ort.target import REFERENCE
+from moevlm.export.backends.registry import target_names as all_names
+from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.request_files import request_files
-from moevlm.export.config import ModelConfig
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest
 
-Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
 
 
@@ -41,25 +40,21 @@ def build(
     *,
     expert_layout: str = "auto",
     ignored_config: Sequence[str] = (),
-    group_size: int = defaults.GROUP_SIZE,
-    kv_cache: str = defaults.KV_CACHE,
-    sparsity: str = "",
-    plans: PlanOptions | None = None,
     replace: bool = False,
     progress: Progress = _silent,
     note: Callable[[str], None] = _silent,
+    **options: Any,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
-    config.json to be left out of account, though what they mean is not known. group_size: weights that share a scale
-    where they are quantized. kv_cache: "float32" or "int8", of the cpu targets. sparsity: "2:4" prunes the dense
-    layers of every target, see `passes.prune_2_4`. plans: the other options of rtx and trt targets. replace: whether a
-    bundle at the destination may be replaced. note: called with each thing that the user should know of the checkpoint,
-    in a line. Memory stays at a few tensors, whatever the checkpoint's size. Raises CheckpointError,
-    UnsupportedModelError or BuildError, and leaves nothing behind then.
+    config.json to be left out of account, though what they mean is not known. replace: whether a bundle at the
+    destination may be replaced. note: called with each thing that the user should know of the checkpoint, in a line.
+    options: of the backends, by the names of their fields: `backends.ort.options.Options` and so on.
+    Memory stays at a few tensors, whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or
+    BuildError, and leaves nothing behind then.
     """
-    chosen = targets(target_names, group_size, kv_cache, sparsity, plans)
+    chosen = targets(target_names, options)
     require_new(Path(destination), Path(checkpoint), replace)
     with (
         Checkpoint.open(checkpoint) as source,
@@ -79,11 +74,10 @@ def build(
         for path, data in carried.files.items():
             writer.add_bytes(path, data)
         graphs = _trace(model, progress)
-        reference = targets([REFERENCE])[0]
-        if reference not in chosen:
+        if REFERENCE not in chosen:
             for name in GRAPHS:
-                writer.add_structure(graphs[name], reference.path(name))
-        engines = _build_engines(chosen, writer, graphs, model.config, progress)
+                writer.add_structure(graphs[name], REFERENCE.path(name))
+        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress))
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -106,20 +100,17 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
-    group_size: int = defaults.GROUP_SIZE,
-    kv_cache: str = defaults.KV_CACHE,
-    sparsity: str = "",
-    plans: PlanOptions | None = None,
     progress: Progress = _silent,
+    **options: Any,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
     Another process that changes the bundle is waited for. Raises CheckpointError if the checkpoint is another one, and
     what `build` raises.
     """
-    chosen = targets(target_names, group_size, kv_cache, sparsity, plans)
+    chosen = targets(target_names, options)
     if not chosen:
-        raise BuildError(f"name a target to add (allowed: {', '.join(TARGETS)})")
+        raise BuildError(f"name a target to add (allowed: {', '.join(all_names())})")
     Bundle.open(bundle)
     with ExitStack() as stack:
         stack.enter_context(locked(Path(bundle), progress))
@@ -134,7 +125,7 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        engines = _build_engines(chosen, writer, graphs, model.config, progress, existing)
+        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, existing))
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -146,19 +137,12 @@ def add_targets(
         return Bundle.open(writer.commit(manifest))
 
 
-def _build_engines(
-    chosen: Iterable[Target | PlanTarget],
-    writer: BundleWriter,
-    graphs: dict[str, ir.Model],
-    config: ModelConfig,
-    progress: Progress,
-    existing: Bundle | None = None,
-) -> dict[str, EngineMetadata]:
+def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str, EngineMetadata]:
     """Write each target's files. What the manifest says of them, by name."""
     # Where builds have to be the same bytes, reproducible-builds.org's variable stands for the clock.
     clock = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     built = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    engines = {target.name: target.write(writer, graphs, config, progress, existing) for target in chosen}
+    engines = {target.name: target.write(context) for target in chosen}
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
 
 

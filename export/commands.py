@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
-from moevlm.export.option_effects import PLANS, require_effect
+from moevlm.export.backends.registry import all_options
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.cli.console import console, progress_bar, publish
@@ -32,71 +33,23 @@ _IGNORED = click.option(
 
 _FORCE = click.option("--force", is_flag=True, help="Replace a bundle that is there, with all its engines.")
 
-_GROUP = click.option(
-    "--group-size",
-    type=int,
-    default=defaults.GROUP_SIZE,
-    show_default=True,
-    help="Weights per scale in int8, int4 and fp8: 32 or 128.",
-)
 
-_CACHE = click.option(
-    "--kv-cache",
-    type=click.Choice(["float32", "int8"]),
-    default=defaults.KV_CACHE,
-    show_default=True,
-    help="Dtype of the KV cache in the cpu targets.",
-)
-
-_SPARSITY = click.option(
-    "--sparsity",
-    type=click.Choice(["2:4"]),
-    help="Prune the dense layers: of every four weights the two smallest become zero.",
-)
-
-_PLAN_OPTIONS = (
-    click.option(
-        "--dtype",
-        type=click.Choice(["bf16", "fp16"]),
-        default="bf16",
-        show_default=True,
-        help="rtx, trt: dtype of weights and activations.",
-    ),
-    click.option(
-        "--experts",
-        type=click.Choice(["same", "int8", "int4", "fp8"]),
-        default="same",
-        show_default=True,
-        help="rtx, trt: how the experts' weights are stored, as the others are, or quantized.",
-    ),
-    click.option(
-        "--capacity",
-        metavar="N",
-        type=int,
-        default=4096,
-        show_default=True,
-        help="rtx, trt: tokens in a sequence's KV cache, at most the model's context.",
-    ),
-    click.option(
-        "--max-batch", metavar="N", type=int, default=8, show_default=True, help="rtx, trt: sequences in a step."
-    ),
-    click.option(
-        "--chunk-tokens",
-        metavar="N",
-        type=int,
-        default=defaults.CHUNK_TOKENS,
-        show_default=True,
-        help="rtx, trt: prompt tokens in a step.",
-    ),
-    click.option("--version-compatible", is_flag=True, help="trt: plans for its lean runtime, too."),
-    click.option("--native-moe", is_flag=True, help="trt on sm100, sm103, sm110: TensorRT's own MoE layer."),
-)
-
-
-def _plan_options(command: Any) -> Any:
-    """Options of the rtx and trt targets."""
-    for option in reversed(_PLAN_OPTIONS):
-        command = option(command)
+def _backend_options(command: Any) -> Any:
+    """Every option of any backend, as its options class states it."""
+    for name, (default, told) in reversed(all_options().items()):
+        flag, kind = f"--{name.replace('_', '-')}", type(default)
+        if kind is bool:
+            command = click.option(flag, is_flag=True, help=told.help)(command)
+            continue
+        named = all(isinstance(choice, str) for choice in told.choices) and told.choices
+        command = click.option(
+            flag,
+            metavar=None if named else "N",
+            type=click.Choice(told.choices) if named else kind,
+            default=default or None,
+            show_default=True,
+            help=told.help,
+        )(command)
     return command
 
 
@@ -112,24 +65,18 @@ def _plan_options(command: Any) -> Any:
     f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
 @_FORCE
-@_GROUP
-@_CACHE
-@_SPARSITY
 @_LAYOUT
 @_IGNORED
-@_plan_options
+@_backend_options
 def build(
     source: Path,
     output: Path | None,
     checkpoint: Path | None,
     targets: tuple[str, ...],
     force: bool,
-    group_size: int,
-    kv_cache: str,
-    sparsity: str | None,
     expert_layout: str,
     ignored_config: tuple[str, ...],
-    **plans: Any,
+    **options: Any,
 ) -> None:
     """Trace a checkpoint and build one engine per target, or add targets to a bundle.
 
@@ -138,34 +85,32 @@ def build(
     moevlm build BUNDLE --checkpoint CHECKPOINT [--target ...]
     """
     require("torch", "export")
-    from moevlm.export.backends.tensorrt.options import PlanOptions
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
 
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
-    require_effect(click.get_current_context(), names)
-    options: Any = {"group_size": group_size, "kv_cache": kv_cache, "sparsity": sparsity or ""}
-    options["plans"] = PlanOptions(**plans)
+    source_of = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in options.items() if source_of(name) is ParameterSource.COMMANDLINE}
     with progress_bar() as progress:
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            options |= {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
-            built = build_bundle(origin, bundle, names, replace=force, progress=progress, **options)
+            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
+            built = build_bundle(origin, bundle, names, replace=force, progress=progress, **reading, **given)
         elif checkpoint is not None and output is None:
-            for option, given in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
-                if given:
+            for option, said in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
+                if said:
                     raise click.UsageError(f"{option} was decided when the bundle was made from its checkpoint")
             if force:
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
-            built = add_targets(bundle, origin, names, progress=progress, **options)
+            built = add_targets(bundle, origin, names, progress=progress, **given)
         elif checkpoint is None:
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
     _report(bundle, notes)
-    if sparsity:
+    if sparsity := given.get("sparsity"):
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
             f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
@@ -175,9 +120,11 @@ def build(
 
 def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     """Parity of what was built, on a machine that can run it."""
-    if any(name.partition(":")[0] not in PLANS for name in names):
+    kinds = {name.partition(":")[0] for name in names}
+    engines = [engine for name, engine in built.manifest.engines.items() if name.partition(":")[0] in kinds]
+    if not all(engine.sms for engine in engines):
         return f"next: {parity}"
-    sms = sorted({sm for engine in built.manifest.engines.values() for sm in engine.sms})
+    sms = sorted({sm for engine in engines for sm in engine.sms})
     return f"next, on a machine with {' or '.join(map(gpu_text, sms))}: {parity}"
 
 

@@ -33,12 +33,11 @@ def run(sm: int) -> Iterator[dict[str, Any]]:
 
 def _measure(target: str, dtype: str) -> dict[str, Any]:
     import moevlm.runtime
-    from moevlm.export.backends.tensorrt.options import PlanOptions
     from moevlm.export.build import build
 
     with TemporaryDirectory() as folder:
         path = Path(folder) / "demo.moevlm"
-        bundle = build(ROOT / "demo" / "checkpoint", path, [REFERENCE, target], plans=PlanOptions(dtype=dtype))
+        bundle = build(ROOT / "demo" / "checkpoint", path, [REFERENCE, target], dtype=dtype)
         names = sorted(bundle.manifest.engines, key=lambda name: name != REFERENCE)  # the other's has its dtype, too
         expected, found = (_answers(moevlm.runtime.load(path, name)) for name in names)
     same = sum(ours == theirs for (ours, _), (theirs, _) in zip(found, expected, strict=True))

@@ -1,4 +1,4 @@
-"""Quantized weights as lazy tensors: encoded as they are read."""
+"""Weights as lazy tensors that are quantized or pruned as they are read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
+from moevlm.export.formats.sparsity import prune
 from moevlm.export.graph.weights import PerRow, Weight
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -20,6 +21,11 @@ def as_stored(weight: Weight, form: WeightFormat) -> Weight:
         return form.decode(*form.encode(rows))[:, : rows.shape[1]].reshape(array.shape)
 
     return PerRow(weight, weight.shape, np.dtype(np.float32), through)
+
+
+def pruned(weight: Weight) -> Weight:
+    """A weight [N, K] pruned as it is read."""
+    return PerRow(weight, weight.shape, weight.dtype, prune)
 
 
 class Encoded:

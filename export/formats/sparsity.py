@@ -2,8 +2,6 @@
 
 import numpy as np
 
-from moevlm.export.graph.weights import PerRow, Weight
-
 TWO_OF_FOUR = "2:4"
 SPARSITIES = (TWO_OF_FOUR,)
 
@@ -23,8 +21,3 @@ def prune(rows: np.ndarray) -> np.ndarray:
             beaten[..., j] += first
             beaten[..., i] += ~first
     return np.where(beaten < 2, fours, np.zeros((), rows.dtype)).reshape(rows.shape)
-
-
-def pruned(weight: Weight) -> Weight:
-    """A weight [N, K] pruned as it is read."""
-    return PerRow(weight, weight.shape, weight.dtype, prune)

@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from moevlm.export.backends.targets import VISION
+from moevlm.export.backends.onnx_target import VISION
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.checks import Expected, alone, routing_flips
 from moevlm.export.parity.flip_margin import flip_margin

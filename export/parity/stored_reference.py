@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moevlm.export.formats.encoded import as_stored
+from moevlm.export.formats.encoded import as_stored, pruned
 from moevlm.export.formats.registry import weight_format
-from moevlm.export.formats.sparsity import pruned
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.batch import Batch, BatchLimits

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from moevlm.export.backends.onnx_target import EMBEDDING, VISION
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
-from moevlm.export.backends.targets import EMBEDDING, VISION
 from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.registry import int_format
 from moevlm.export.graph.weights import Weight

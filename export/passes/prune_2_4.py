@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from moevlm.export.formats.sparsity import pruned
+from moevlm.export.formats.encoded import pruned
 from moevlm.export.graph.weights import WeightTensor, weight_of
 from moevlm.export.passes.base import Pass
 from moevlm.export.passes.pack_projections import is_projection

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt.engine_target import TensorRTTarget
+from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.product import RTX
-from moevlm.export.backends.tensorrt.target import PlanTarget
 from moevlm.runtime.backends.tensorrt.decoder import plan_arrays
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATES
@@ -21,9 +21,9 @@ from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.plan_graphs import Evaluator, named
 
 
-def lowered(canonical: Mapping[str, ir.Model], options: PlanOptions, sm: int = 89) -> dict[str, ir.Model]:
+def lowered(canonical: Mapping[str, ir.Model], options: Options, sm: int = 89) -> dict[str, ir.Model]:
     """The graphs of an rtx target, the numpy spec in the place of compiled programs."""
-    return PlanTarget(RTX, (sm,), options).lower(canonical, named)
+    return TensorRTTarget(RTX, (sm,), options).lower(canonical, named)
 
 
 class SimulatedPlan:

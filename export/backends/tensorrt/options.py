@@ -2,18 +2,27 @@
 
 from dataclasses import dataclass
 
+from moevlm.export.backends.options import Option, check_choices, group_size, option, sparsity
 from moevlm.export.formats.registry import FORMATS
-from moevlm.plugins.gpu.ops import GROUP_SIZES
 from moevlm.runtime.core import defaults, dtypes
 from moevlm.runtime.core.errors import BuildError
 
+NAMES = ("rtx:smNN,...", "trt:smNN")
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
 EXPERTS = ("same", *FORMATS)
 MIN_LOGITS = 64
 
 
+def _both(told: str, choices: tuple[str, ...] = ()) -> Option:
+    return Option(f"rtx, trt: {told}", "rtx and trt targets", choices=choices)
+
+
+def _trt(told: str) -> Option:
+    return Option(told, "trt targets", lambda target, _: target.startswith("trt"))
+
+
 @dataclass(frozen=True)
-class PlanOptions:
+class Options:
     """dtype: of weights and activations. experts: how the experts' weights are stored, in groups of `group_size`.
 
     capacity: tokens in the cache of a sequence. max_batch: sequences in a step. chunk_tokens: of each in prefill.
@@ -21,24 +30,20 @@ class PlanOptions:
     sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises BuildError, naming a value and what is allowed.
     """
 
-    dtype: str = "bf16"
-    experts: str = "same"
-    group_size: int = defaults.GROUP_SIZE
-    capacity: int = 4096
-    max_batch: int = 8
-    chunk_tokens: int = defaults.CHUNK_TOKENS
-    version_compatible: bool = False
-    native_moe: bool = False
-    sparsity: str = ""
+    dtype: str = option("bf16", _both("dtype of weights and activations.", tuple(DTYPES)))
+    experts: str = option(
+        "same", _both("how the experts' weights are stored, as the others are, or quantized.", EXPERTS)
+    )
+    group_size: int = group_size(lambda _, values: values["experts"] != "same")
+    capacity: int = option(4096, _both("tokens in a sequence's KV cache, at most the model's context."))
+    max_batch: int = option(8, _both("sequences in a step."))
+    chunk_tokens: int = option(defaults.CHUNK_TOKENS, _both("prompt tokens in a step."))
+    version_compatible: bool = option(False, _trt("trt: plans for its lean runtime, too."))
+    native_moe: bool = option(False, _trt("trt on sm100, sm103, sm110: TensorRT's own MoE layer."))
+    sparsity: str = sparsity()
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("dtype", self.dtype, tuple(DTYPES)),
-            ("experts", self.experts, EXPERTS),
-            ("group size", self.group_size, GROUP_SIZES),
-        ):
-            if value not in allowed:
-                raise BuildError(f"unsupported {name} {value} (supported: {', '.join(map(str, allowed))})")
+        check_choices(self)
         for name, value in (("max batch", self.max_batch), ("chunk tokens", self.chunk_tokens)):
             if value < 1:
                 raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt.options import Options
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, tuned for, largest
 Profile = dict[str, Range]
@@ -15,7 +15,7 @@ MAX_PATCHES = 4096
 USUAL_PATCHES = 1024
 
 
-def decoder_profiles(decoder: ir.Model, options: PlanOptions) -> list[Profile]:
+def decoder_profiles(decoder: ir.Model, options: Options) -> list[Profile]:
     """For prefill, chunks of prompts, and for decode, one token of each sequence."""
     prefill = {
         "batch": (1, 1, options.max_batch),

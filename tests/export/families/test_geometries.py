@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moevlm.export.backends.targets import targets
+from moevlm.export.backends.registry import targets
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
@@ -107,7 +107,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     built = []
     for name in (*EXACT, *ROUNDED):
         try:
-            targets([name])[0].sizes.require(model.config, name)
+            targets([name], {})[0].sizes.require(model.config, name)
         except BuildError:
             with pytest.raises(BuildError, match=f"{name} cannot run this model"):
                 build(checkpoint, tmp_path / "refused", [name])
@@ -148,7 +148,7 @@ def test_size_that_a_target_cannot_run_is_named_with_what_is_allowed(
     values = TinyCheckpoint(text=plain | text, vision=vision).config().to_dict()
     config = family_for(values).config(values)
     with pytest.raises(BuildError) as raised:
-        targets([name])[0].sizes.require(config, name)
+        targets([name], {})[0].sizes.require(config, name)
     assert str(raised.value).startswith(f"{name} cannot run this model: ")
     assert told in str(raised.value)
-    targets(["reference"])[0].sizes.require(config, "reference")
+    targets(["reference"], {})[0].sizes.require(config, "reference")

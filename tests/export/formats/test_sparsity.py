@@ -18,8 +18,9 @@ from hypothesis.extra.numpy import arrays
 from moevlm.export.backends.tensorrt import worker
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.build import add_targets, build
+from moevlm.export.formats.encoded import pruned
 from moevlm.export.formats.integers import IntFormat
-from moevlm.export.formats.sparsity import prune, pruned
+from moevlm.export.formats.sparsity import prune
 from moevlm.export.graph import weights
 from moevlm.export.graph.weights import Constant, read
 from moevlm.export.parity.report import table_of

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moevlm.export.backends.tensorrt.options import DTYPES, PlanOptions
+from moevlm.export.backends.tensorrt.options import DTYPES, Options
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.registry import weight_format
@@ -214,7 +214,7 @@ def storage(dtype: str, experts: str) -> Storage:
 
 
 def simulated(canonical: Canonical, dtype: str, experts: str) -> SimulatedPlan:
-    options = PlanOptions(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
+    options = Options(dtype=dtype, experts=experts, capacity=192, chunk_tokens=64)
     states = canonical.states
     return SimulatedPlan(lowered(canonical.graphs, options), canonical.expected().metadata, states, options.capacity)
 

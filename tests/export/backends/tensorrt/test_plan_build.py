@@ -11,9 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from bench.variants import MODELS
-from moevlm.export.backends.tensorrt import names, target, worker
+from moevlm.export.backends.tensorrt import engine_target, target, worker
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
-from moevlm.export.backends.tensorrt.options import PlanOptions
 from moevlm.export.backends.tensorrt.passes import scatter_attention
 from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
@@ -119,9 +118,7 @@ def test_damaged_experts_are_found(bundle: Bundle) -> None:
 
 def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, bundle: Bundle) -> None:
     before = bundle.path("experts/bf16.safetensors").stat().st_ino
-    grown = add_targets(
-        bundle.directory, tiny_checkpoint, ["rtx:sm89"], plans=PlanOptions(capacity=256, chunk_tokens=64, max_batch=2)
-    )
+    grown = add_targets(bundle.directory, tiny_checkpoint, ["rtx:sm89"], capacity=256, chunk_tokens=64, max_batch=2)
     assert {NAME, "rtx:sm89:bf16"} == {*grown.manifest.engines}
     assert grown.path("experts/bf16.safetensors").stat().st_ino == before
     added = grown.manifest.engines["rtx:sm89:bf16"]
@@ -207,7 +204,7 @@ def test_nothing_is_left_where_float16_cannot_hold_a_weight(
     checkpoint = save_checkpoint()
     edit_tensors(checkpoint, lambda tensors: tensors["model.visual.patch_embed.proj.weight"].fill_(1e6))
     with pytest.raises(BuildError, match=r"patch_embedding.weight.*float16 has no numbers beyond 65504"):
-        build(checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"], plans=PlanOptions(dtype="fp16"))
+        build(checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"], dtype="fp16")
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
@@ -216,7 +213,7 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
 ) -> None:
     """TensorRT is a fake, everything in front of it real."""
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
-    monkeypatch.setattr(names, "current_sm", lambda: 100)
+    monkeypatch.setattr(target, "current_sm", lambda: 100)
     decoders = []
 
     def in_this_process(job: Job, progress: Callable[[int, int], None]) -> object:
@@ -228,9 +225,9 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
         monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
         return built
 
-    monkeypatch.setattr(target.worker, "run", in_this_process)
-    options = PlanOptions(native_moe=True, version_compatible=True)
-    built = build(tiny_checkpoint, tmp_path / "b200.moevlm", ["trt:sm100"], plans=options)
+    monkeypatch.setattr(engine_target.worker, "run", in_this_process)
+    options = {"native_moe": True, "version_compatible": True}
+    built = build(tiny_checkpoint, tmp_path / "b200.moevlm", ["trt:sm100"], **options)
     metadata = built.manifest.engines["trt:sm100:bf16"].tensorrt
     assert metadata is not None
     assert (metadata.product, metadata.version, metadata.sms, metadata.experts) == ("tensorrt", "11.4.0.1", (100,), "")

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from moevlm.export.backends.tensorrt import names, worker
-from moevlm.export.backends.tensorrt.names import plan_targets
-from moevlm.export.backends.tensorrt.options import PlanOptions
+from moevlm.export.backends.tensorrt import target, worker
+from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
 from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.backends.tensorrt.target import targets as plan_targets
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
 from tests.support.fakes.tensorrt_builder import PLAN, FakeTensorRT
@@ -174,7 +174,7 @@ def test_profiles_cover_prefill_and_decode() -> None:
         weight=[4, 8],
         key=["batch", 2, 9],
     )
-    prefill, decode = decoder_profiles(decoder, PlanOptions(max_batch=4, chunk_tokens=128))
+    prefill, decode = decoder_profiles(decoder, Options(max_batch=4, chunk_tokens=128))
     assert prefill == {
         "input_ids": ((1, 1), (1, 128), (4, 128)),
         "visual": ((1, 64), (128, 64), (512, 64)),
@@ -195,11 +195,11 @@ def test_vision_takes_whole_visual_tokens(merge: int) -> None:
 
 def test_rtx_plans_are_for_several_gpus_and_tensorrt_s_for_the_one_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, VERSIONS[1])
-    options = PlanOptions(experts="int4")
+    options = Options(experts="int4")
     (rtx,) = plan_targets("rtx:sm120,sm86,sm86", options)
     assert (rtx.name, rtx.sms) == ("rtx:sm86,sm120:bf16-int4", (86, 120))
     assert rtx.path("decoder") == "engines/rtx-sm86-sm120-bf16-int4/decoder.plan"
-    monkeypatch.setattr(names, "current_sm", lambda: 90)
+    monkeypatch.setattr(target, "current_sm", lambda: 90)
     (trt,) = plan_targets("trt:sm90", options)
     assert (trt.name, trt.product) == ("trt:sm90:bf16-int4", TENSORRT)
     assert plan_targets("cpu:int8", options) == ()
@@ -223,15 +223,15 @@ def test_target_that_cannot_be_built_is_refused_by_name(
     name: str, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, VERSIONS[1])
-    monkeypatch.setattr(names, "current_sm", lambda: 90)
+    monkeypatch.setattr(target, "current_sm", lambda: 90)
     with pytest.raises(BuildError, match=message):
-        plan_targets(name, PlanOptions(**options))
+        plan_targets(name, Options(**options))
 
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(BuildError, match=r"needs tensorrt \(pip install .*\[trt\]'\)"):
-        plan_targets("trt:sm90", PlanOptions())
+        plan_targets("trt:sm90", Options())
 
 
 def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
     with pytest.raises(
         BuildError, match=r"target rtx:sm89: compiling its kernels needs triton \(pip install .*\[kernels"
     ):
-        plan_targets("rtx:sm89", PlanOptions())
+        plan_targets("rtx:sm89", Options())
 
 
 @pytest.mark.parametrize(
@@ -254,4 +254,4 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
 )
 def test_option_that_there_is_not_is_refused_by_name(options: dict, message: str) -> None:
     with pytest.raises(BuildError, match=message):
-        PlanOptions(**options)
+        Options(**options)

@@ -1,0 +1,45 @@
+"""What a target is: something that `moevlm build` makes of the canonical graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+
+from moevlm.export.backends.sizes import Sizes
+from moevlm.export.config import ModelConfig
+from moevlm.export.writing.bundle_writer import BundleWriter
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.manifest import EngineMetadata
+
+GRAPHS = ("vision", "decoder")
+Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """What targets are built from, and into. canonical: the graphs by name; they stay as they are.
+
+    existing: the bundle that targets are added to, None for a new one.
+    """
+
+    writer: BundleWriter
+    canonical: Mapping[str, ir.Model]
+    config: ModelConfig
+    progress: Progress
+    existing: Bundle | None = None
+
+
+class Target(Protocol):
+    """name: in full, as in the manifest. sizes: that its kernels take."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def sizes(self) -> Sizes: ...
+
+    def write(self, build: BuildContext) -> EngineMetadata:
+        """Add its files to the bundle; what the manifest says of them. Raises BuildError."""
+        ...

@@ -1,0 +1,86 @@
+"""A target that is ONNX graphs with their weights beside them, for ONNX Runtime."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Self
+
+import onnx_ir as ir
+
+from moevlm.export.backends.base import GRAPHS, BuildContext
+from moevlm.export.backends.sizes import ANY_SIZE, Sizes
+from moevlm.export.backends.states import kept
+from moevlm.export.config import ModelConfig
+from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.sparsity import TWO_OF_FOUR
+from moevlm.export.graph.cost import cost
+from moevlm.export.passes.base import Pass, run
+from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata
+
+# Neither is what decoding waits for, so they get the bits that cost no accuracy.
+EMBEDDING = IntFormat(8, 32)
+VISION = IntFormat(8, 32)
+
+
+@dataclass(frozen=True)
+class OnnxTarget:
+    """name: as given to --target. folder: where its graphs lie in the bundle. dtype: of most weights.
+
+    group_size: weights that share a scale, 0 if they are not quantized. kv_cache: dtype of the KV cache.
+    passes: what lowers each of the canonical graphs. operators: domain of those that ONNX Runtime must be given.
+    sparsity: "2:4" if the passes prune the dense layers, else "". sizes: that its kernels take.
+    page_size, row_independent: as in EngineMetadata.
+    """
+
+    name: str
+    folder: str
+    dtype: str
+    group_size: int
+    kv_cache: str
+    passes: Mapping[str, tuple[Pass, ...]]
+    operators: str = ""
+    sparsity: str = ""
+    sizes: Sizes = ANY_SIZE
+    page_size: int = 0
+    row_independent: bool = False
+
+    def pruned(self) -> Self:
+        """This target from weights of which two of every four were set to zero first."""
+        passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
+        return replace(self, sparsity=TWO_OF_FOUR, passes=passes)
+
+    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model], config: ModelConfig) -> EngineMetadata:
+        """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
+        vision, decoder = (self.path(graph) for graph in GRAPHS)
+        return EngineMetadata(
+            vision=vision,
+            decoder=decoder,
+            dtype=self.dtype,
+            group_size=self.group_size,
+            page_size=self.page_size,
+            row_independent=self.row_independent,
+            states=kept(config.decoder.states, self.kv_cache),
+            operators=self.operators,
+            sparsity=self.sparsity,
+            pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
+            cost=cost,
+        )
+
+    def write(self, build: BuildContext) -> EngineMetadata:
+        """As `Target.write`."""
+        lowered = {name: self.lower(build.canonical[name], name) for name in GRAPHS}
+        for name, graph in lowered.items():
+            build.writer.add_model(graph, self.path(name), partial(build.progress, f"writing {self.name} {name}"))
+        found = cost(build.canonical, lowered, build.config.vision.merge_size)
+        return self.metadata(found, build.canonical, build.config)
+
+    def path(self, graph: str) -> str:
+        """The path inside the bundle of the vision or the decoder graph."""
+        return f"{self.folder}/{graph}.onnx"
+
+    def lower(self, canonical: ir.Model, graph: str) -> ir.Model:
+        """The vision or the decoder graph that this target runs; the canonical one stays, the weights are shared."""
+        model = canonical.clone()
+        run(self.passes[graph], model)
+        return model

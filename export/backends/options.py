@@ -1,0 +1,72 @@
+"""Options of `moevlm build`: each backend states its own once, as fields of a dataclass, for the API and the CLI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+from moevlm.export.formats.registry import GROUP_SIZES
+from moevlm.export.formats.sparsity import SPARSITIES
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import BuildError
+
+Values = Mapping[str, Any]
+T = TypeVar("T")
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line says of an option. whose: the targets that it is for.
+
+    counts: whether it says something about a target of its backend, given its name and all options.
+    choices: the values that are allowed; empty for a number or a flag.
+    """
+
+    help: str
+    whose: str
+    counts: Callable[[str, Values], bool] = lambda _target, _values: True
+    choices: tuple[Any, ...] = ()
+
+
+def option(default: T, told: Option) -> T:
+    """A field of an options class, with its default."""
+    made: T = field(default=default, metadata={_KEY: told})
+    return made
+
+
+def group_size(counts: Callable[[str, Values], bool]) -> int:
+    """The field `group_size` of a backend whose targets may be quantized."""
+    whose = "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"
+    told = Option("Weights per scale in int8, int4 and fp8: 32 or 128.", whose, counts, GROUP_SIZES)
+    return option(defaults.GROUP_SIZE, told)
+
+
+def sparsity() -> str:
+    """The field `sparsity`, which every backend has."""
+    help_ = "Prune the dense layers: of every four weights the two smallest become zero."
+    return option("", Option(help_, "all targets", choices=SPARSITIES))
+
+
+def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
+    """The default and the description of each option of an options class, by name."""
+    return {one.name: (one.default, one.metadata[_KEY]) for one in _options(kind)}
+
+
+def made(kind: type[T], given: Values) -> T:
+    """The options of one backend, from all that were given. Raises BuildError for a value that is not allowed."""
+    return kind(**{one.name: given[one.name] for one in _options(kind) if one.name in given})
+
+
+def check_choices(options: Any) -> None:
+    """Raises BuildError, naming an option, its value and what is allowed, for a choice that there is not."""
+    for one in _options(type(options)):
+        value, choices = getattr(options, one.name), one.metadata[_KEY].choices
+        if choices and value not in (*choices, one.default):
+            name, allowed = one.name.replace("_", " "), ", ".join(map(str, choices))
+            raise BuildError(f"unsupported {name} {value} (supported: {allowed})")
+
+
+def _options(kind: Any) -> list[Field[Any]]:
+    return [one for one in fields(kind) if _KEY in one.metadata]

@@ -1,0 +1,115 @@
+"""The backends that there are: a line each. What is heavy in them is imported when a target of theirs is built."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from moevlm.export.backends.options import Option, made, options_of
+from moevlm.runtime.core.errors import BuildError
+
+if TYPE_CHECKING:
+    from moevlm.export.backends.base import Target
+
+_HERE = "moevlm.export.backends"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A backend. kinds: what its targets' names begin with, up to a colon. folder: its folder, which has
+
+    options.py: `Options`, a dataclass of `option` fields, and NAMES of its targets, for people; nothing heavy.
+    target.py: targets(name, options) -> the targets of one name, empty if there is none of that name.
+    """
+
+    kinds: tuple[str, ...]
+    folder: str
+
+    @cached_property
+    def options(self) -> type:
+        """Its options class."""
+        kind: type = self._module("options").Options
+        return kind
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Its targets, as --target takes them."""
+        found: tuple[str, ...] = self._module("options").NAMES
+        return found
+
+    def targets(self, name: str, given: Mapping[str, Any]) -> tuple[Target, ...]:
+        """The targets of one name. Raises BuildError for a value, or for what cannot be built on this machine."""
+        found: tuple[Target, ...] = self._module("target").targets(name, made(self.options, given))
+        return found
+
+    def _module(self, name: str) -> Any:
+        return importlib.import_module(f"{_HERE}.{self.folder}.{name}")
+
+
+BACKENDS = (
+    Line(("reference", "ort-cpu"), "ort"),
+    Line(("cpu",), "cpu"),
+    Line(("rtx", "trt"), "tensorrt"),
+)
+
+
+def target_names() -> tuple[str, ...]:
+    """All that --target takes."""
+    return tuple(name for line in BACKENDS for name in line.names)
+
+
+def all_options() -> dict[str, tuple[Any, Option]]:
+    """The default and the description of every option of any backend, by name."""
+    found: dict[str, tuple[Any, Option]] = {}
+    for line in BACKENDS:
+        for name, told in options_of(line.options).items():
+            found.setdefault(name, told)  # what two have is told by the first
+    return found
+
+
+def targets(names: Iterable[str], given: Mapping[str, Any]) -> tuple[Target, ...]:
+    """The targets of these names, each once; ort-cpu:fp32 is ort-cpu, and trt:sm80,sm90 are two.
+
+    given: options by name, those that were asked for. Raises BuildError for a name or a value that there is not, an
+    option that counts for none of the targets, or a target that cannot be built on this machine.
+    """
+    names = tuple(names)
+    lines = {name: _line_of(name) for name in names}
+    _require_effect(lines, given)
+    chosen: dict[str, Target] = {}
+    for name, line in lines.items():
+        found = line.targets(name, given)
+        if not found:
+            raise _unknown(name)
+        chosen |= {target.name: target for target in found}
+    return tuple(chosen.values())
+
+
+def _line_of(name: str) -> Line:
+    kind = name.partition(":")[0]
+    for line in BACKENDS:
+        if kind in line.kinds:
+            return line
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> BuildError:
+    return BuildError(f'unknown target "{name}" (allowed: {", ".join(target_names())})')
+
+
+def _require_effect(lines: Mapping[str, Line], given: Mapping[str, Any]) -> None:
+    known = all_options()
+    values = {name: default for name, (default, _) in known.items()} | dict(given)
+    for name in given:
+        if name not in known:
+            raise BuildError(f"there is no option {name} (allowed: {', '.join(known)})")
+        counts = (
+            name in options_of(line.options) and options_of(line.options)[name][1].counts(target, values)
+            for target, line in lines.items()
+        )
+        if lines and not any(counts):
+            flag, whose = f"--{name.replace('_', '-')}", known[name][1].whose
+            raise BuildError(f"{flag} has no effect on {', '.join(lines)} (it is for {whose})")

@@ -1,0 +1,195 @@
+"""A TensorRT target: one pair of plans, and the experts' weights beside them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from moevlm.export.backends.base import BuildContext
+from moevlm.export.backends.sizes import ANY_SIZE, Sizes
+from moevlm.export.backends.states import kept
+from moevlm.export.backends.tensorrt import worker
+from moevlm.export.backends.tensorrt.kernels_file import kernels_json
+from moevlm.export.backends.tensorrt.onnx_file import write_onnx
+from moevlm.export.backends.tensorrt.options import Options
+from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
+from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
+from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
+from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
+from moevlm.export.backends.tensorrt.passes.typed import Typed
+from moevlm.export.backends.tensorrt.plan_builder import Built, Job
+from moevlm.export.backends.tensorrt.product import NO_FLOAT32_GEMM, Product
+from moevlm.export.backends.tensorrt.profiles import Profile, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.graph.cost import cost
+from moevlm.export.graph.weights import Weight
+from moevlm.export.passes.base import Pass, run
+from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
+from moevlm.export.writing.bundle_writer import BundleWriter
+from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
+from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.runtime.backends.libraries import plugin_path
+from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
+from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TensorRTTarget:
+    """sms: the kinds of GPUs that its plans are for, 86 for compute capability 8.6."""
+
+    product: Product
+    sms: tuple[int, ...]
+    options: Options
+    sizes: ClassVar[Sizes] = ANY_SIZE  # TensorRT itself refuses what it cannot build
+
+    @property
+    def name(self) -> str:
+        """As in the manifest: rtx:sm86,sm89:bf16-int4."""
+        return f"{self.product.kind}:{','.join(f'sm{sm}' for sm in self.sms)}:{self.options.precision}"
+
+    @property
+    def folder(self) -> str:
+        """Where its plans lie in the bundle."""
+        return f"engines/{self.name.replace(':', '-').replace(',', '-')}"
+
+    def path(self, graph: str) -> str:
+        """The path inside the bundle of the vision or the decoder plan."""
+        return f"{self.folder}/{graph}.plan"
+
+    def write(self, build: BuildContext) -> EngineMetadata:
+        """Build both plans into the bundle, and the experts' weights unless it, or the existing one, has them already.
+
+        A cache has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
+        """
+        capacity = min(self.options.capacity, build.config.decoder.context)
+        options = replace(self.options, capacity=capacity, chunk_tokens=min(self.options.chunk_tokens, capacity))
+        return replace(self, options=options)._write(build)
+
+    def _write(self, build: BuildContext) -> EngineMetadata:
+        writer, canonical, config, progress = build.writer, build.canonical, build.config, build.progress
+        programs = _Programs(self.sms, progress)
+        graphs = self.lower(canonical, programs.of)
+        experts = expert_weights(graphs["decoder"])
+        if experts:
+            self._add_experts(build, experts)
+        if programs.ops:
+            writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
+        merge = config.vision.merge_size
+        profiles = {
+            "vision": vision_profiles(graphs["vision"], merge),
+            "decoder": decoder_profiles(graphs["decoder"], self.options),
+        }
+        built = {
+            name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
+            for name, graph in graphs.items()
+        }
+        o = self.options
+        return EngineMetadata(
+            vision=self.path("vision"),
+            decoder=self.path("decoder"),
+            dtype=o.weights or o.activations,
+            group_size=o.group_size if o.weights else 0,
+            states=kept(config.decoder.states, o.activations),
+            sparsity=o.sparsity,
+            pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
+            cost=cost(canonical, graphs, merge),
+            tensorrt=TensorRTMetadata(
+                product=self.product.module,
+                version=built["decoder"].version,
+                sms=self.sms,
+                activations=o.activations,
+                experts=o.experts_path if experts else "",
+                max_batch=o.max_batch,
+                chunk_tokens=o.chunk_tokens,
+                max_logits=o.max_logits,
+                capacity=o.capacity,
+                max_visual=o.max_visual,
+                max_patches=max_patches(merge),
+                version_compatible=o.version_compatible,
+            ),
+        )
+
+    def lower(
+        self, canonical: Mapping[str, ir.Model], program: Callable[[RouterOp | ExpertsOp], bytes]
+    ) -> dict[str, ir.Model]:
+        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
+
+        program: compiles an op, see `plugins.gpu.program`.
+        """
+        graphs = {name: graph.clone() for name, graph in canonical.items()}
+        o = self.options
+        pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
+        native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
+        moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, program))
+        typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
+        run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
+        attention = (RectangularSteps(), StaticCache(o.capacity), ScatterAttention())
+        run((*pruned, typed, *attention, *moe), graphs["decoder"])
+        return graphs
+
+    def _add_experts(self, build: BuildContext, experts: Mapping[str, Weight]) -> None:
+        path, existing = self.options.experts_path, build.existing
+        if path in build.writer:
+            return
+        if existing is not None and path in existing.manifest.files:
+            build.writer.keep(existing, [path])
+            return
+        size = len(header_of(experts)) + sum(map(tensor_bytes, experts.values()))
+        told = partial(build.progress, f"writing {path}")
+        build.writer.add_stream(path, size, lambda file: write_tensors(experts, file, told))
+
+    def _build(
+        self, writer: BundleWriter, graph: ir.Model, name: str, profiles: list[Profile], progress: Callable
+    ) -> Built:
+        flags = ("VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME") if self.options.version_compatible else ()
+        plugins = [node for node in graph.graph if node.domain == DOMAIN]
+
+        def build(plan: Path, scratch: Path) -> Built:
+            progress(0, 0)
+            onnx = scratch / f"{name}.onnx"
+            write_onnx(graph, onnx)
+            job = Job(
+                product=self.product.module,
+                onnx=str(onnx),
+                plan=str(plan),
+                sms=self.sms,
+                profiles=profiles,
+                links=str(scratch),
+                plugins=str(plugin_path()) if plugins else "",
+                plugin_layers=len(plugins),
+                flags=(*flags, *(("SPARSE_WEIGHTS",) if self.options.sparsity else ())),
+            )
+            return worker.run(job, progress)
+
+        return writer.add_built(self.path(name), build)
+
+
+class _Programs:
+    """Compiles each op once."""
+
+    def __init__(self, sms: tuple[int, ...], progress: Progress) -> None:
+        self._sms, self._progress = sms, progress
+        self._known: dict[RouterOp | ExpertsOp, bytes] = {}
+
+    @property
+    def ops(self) -> tuple[RouterOp | ExpertsOp, ...]:
+        """All that were compiled."""
+        return tuple(self._known)
+
+    def of(self, op: RouterOp | ExpertsOp) -> bytes:
+        from moevlm.plugins.gpu.compiler import compile_program
+
+        if op not in self._known:
+            try:
+                self._known[op] = compile_program(op, self._sms, self._progress).to_bytes()
+            except ValueError as error:
+                raise BuildError(
+                    f"cannot compile {op.name} for {', '.join(f'sm{sm}' for sm in self._sms)}: {error}"
+                ) from error
+        return self._known[op]
