@@ -1,6 +1,7 @@
 """`moevlm build` and `moevlm parity`."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,16 @@ def build(
     require("torch", "export")
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
+    from moevlm.export.passes.base import checked
 
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
     source_of = click.get_current_context().get_parameter_source
     given = {name: value for name, value in options.items() if source_of(name) is ParameterSource.COMMANDLINE}
-    with progress_bar() as progress:
+    with ExitStack() as stack:
+        if click.get_current_context().obj:  # --debug
+            stack.enter_context(checked())
+        progress = stack.enter_context(progress_bar())
         if checkpoint is None and output is not None:
             bundle, origin = output, source
             reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}

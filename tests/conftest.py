@@ -1,6 +1,6 @@
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,15 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     from moevlm.export.build import build
 
     return build(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "demo.moevlm", ["reference", "ort-cpu"]).directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checked_passes() -> Iterator[None]:
+    """Every graph rewrite of every test is held to what it requires and ensures."""
+    from moevlm.export.passes.base import checked
+
+    with checked():
+        yield
 
 
 @pytest.fixture

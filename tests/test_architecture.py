@@ -93,7 +93,7 @@ IMPORTS: dict[str, set[str]] = {
     },
     "export.modules": {"runtime.core", "plugins.ops", "export.config", "export.formats"},
     "export.graph": {"runtime.core", "plugins.ops", "export.config", "export.graph.weights", "export.modules"},
-    "export.passes": {"runtime.core", "export.graph.weights", "export.formats", "export.graph"},
+    "export.passes": {"runtime.core", "plugins.ops", "export.graph.weights", "export.formats", "export.graph"},
     "export.writing": {"runtime.core", "runtime.bundle", "export.graph.weights"},
     "export.backends": {
         "runtime.core",
@@ -152,7 +152,15 @@ IMPORTS: dict[str, set[str]] = {
         "export.model",
         "export.build",
     },
-    "export": {"runtime.core", "runtime.bundle", "runtime.cli", "export.backends", "export.build", "export.parity"},
+    "export": {
+        "runtime.core",
+        "runtime.bundle",
+        "runtime.cli",
+        "export.passes",
+        "export.backends",
+        "export.build",
+        "export.parity",
+    },
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors")
 # The one place that imports ONNX Runtime: it switches the telemetry off first.

@@ -7,11 +7,11 @@ from torch import nn
 
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
+from moevlm.export.backends.ort.passes.quantize_experts import shared_scheme
 from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.registry import int_format
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
-from moevlm.export.passes.quantize_experts import shared_scheme
 from moevlm.runtime.core.manifest import EngineMetadata
 
 

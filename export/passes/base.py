@@ -1,23 +1,48 @@
 """What a graph rewrite is, and how a target's list of them is run."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moevlm.export.graph.functions import add_functions
+from moevlm.plugins.ops.spec import DOMAIN
+from moevlm.runtime.core.errors import PassError
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+_ROUTERS = ("MoERouter", "MoE", "QMoE")
+_checked: ContextVar[bool] = ContextVar("checked", default=False)
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """Inside of the block `run` holds every pass to what it requires and ensures, which costs time."""
+    token = _checked.set(True)
+    try:
+        yield
+    finally:
+        _checked.reset(token)
 
 
 class Pass(ABC):
     """One rewrite of a whole model, in place.
 
-    The docstring of each pass says what it Requires of a model and what it Ensures. A pass reads no weight: where it
+    `requires` and `ensures` say in code what a pass takes for granted of a model, the passes before it included, and
+    what it leaves behind; inside of `checked` they are held to every model. A pass reads no weight: where it
     rearranges one, it wraps the initializer's recipe (`moevlm.export.graph.weights`). What it leaves without a user
     stays in the graph until `run` ends.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:  # noqa: ARG002
+        """What of `model` this pass cannot take, a line each; nothing by default."""
+        yield from ()
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:  # noqa: ARG002
+        """What of `model`, rewritten, this pass should not have left, a line each; nothing by default."""
+        yield from ()
 
     @abstractmethod
     def apply(self, model: ir.Model) -> int:
@@ -46,6 +71,23 @@ class NodePass(Pass):
         return len(found)
 
 
+def _hold(what: str, problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise PassError(f"{what} otherwise, but {problem}")
+
+
+def left(model: ir.Model, what: str, matches: Callable[[ir.Node], bool]) -> Iterator[str]:
+    """A line if there are nodes that match. what: their name, for people."""
+    found = [node for node in model.graph if matches(node)]
+    if found:
+        yield f"there are {len(found)} nodes {what}, first {found[0].name or found[0].outputs[0].name}"
+
+
+def replaced_routers(model: ir.Model) -> Iterator[str]:
+    """A line if a router is no moevlm::MoERouter any more: then its logits cannot be told from a projection's."""
+    yield from left(model, "that route", lambda node: node.op_type in _ROUTERS and node.domain != DOMAIN)
+
+
 def substitute(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     """`new` in the place of `old`, its outputs under the same names."""
     ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
@@ -54,12 +96,17 @@ def substitute(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
 def run(passes: Iterable[Pass], model: ir.Model) -> dict[str, int]:
     """Apply `passes` in order, drop nodes and initializers that nothing uses any more, give moevlm nodes their bodies.
 
-    Returns the number of rewrites by class name.
+    Returns the number of rewrites by class name. Raises PassError inside of `checked` where a pass does not get what
+    it requires, or does not do what it ensures: a mistake of this program.
     """
     counts: dict[str, int] = {}
     for step in passes:
         name = type(step).__name__
+        if _checked.get():
+            _hold(f"{name} requires", step.requires(model))
         counts[name] = counts.get(name, 0) + step.apply(model)
+        if _checked.get():
+            _hold(f"{name} ensures", step.ensures(model))
     RemoveUnusedNodesPass()(model)
     add_functions(model)
     return counts

@@ -1,6 +1,7 @@
 """Several projections of one input as one."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 
 import onnx_ir as ir
 from onnx_ir import tape
@@ -8,25 +9,38 @@ from onnx_ir import tape
 from moevlm.export.graph.moe_functions import ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import Pass, replaced_routers
 
 
 class PackProjections(Pass):
     """Gemms on the same rows (q, k and v; gate and up) -> one Gemm on their joined weights, and a Split.
 
     The input is read once and the work handed to the threads once. Router logits stay apart: they are never quantized.
-    Requires: moevlm routers are still there. Ensures: Gemms that share an input differ in having a bias, or one routes.
     """
 
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The moevlm routers are still there."""
+        yield from replaced_routers(model)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """Gemms that share an input differ in having a bias, or one makes router logits."""
+        for nodes in _groups(model.graph):
+            yield f"{nodes[0].outputs[0].name} and {nodes[1].outputs[0].name} share their input"
+
     def apply(self, model: ir.Model) -> int:
-        groups: dict[tuple[ir.Value | None, bool], list[ir.Node]] = defaultdict(list)
-        for node in model.graph:
-            if is_projection(node):
-                groups[node.inputs[0], len(node.inputs) > 2].append(node)
-        packed = [nodes for nodes in groups.values() if len(nodes) > 1]
+        packed = _groups(model.graph)
         for nodes in packed:
             _pack(model.graph, nodes)
         return len(packed)
+
+
+def _groups(graph: ir.Graph) -> list[list[ir.Node]]:
+    """Projections of one input, all with a bias or all without, where there are several."""
+    groups: dict[tuple[ir.Value | None, bool], list[ir.Node]] = defaultdict(list)
+    for node in graph:
+        if is_projection(node):
+            groups[node.inputs[0], len(node.inputs) > 2].append(node)
+    return [nodes for nodes in groups.values() if len(nodes) > 1]
 
 
 def has_stored_weight(node: ir.Node) -> bool:

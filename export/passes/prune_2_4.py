@@ -1,11 +1,15 @@
 """Dense layers pruned to 2:4."""
 
+from collections.abc import Iterator
+
+import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.formats.encoded import pruned
 from moevlm.export.graph.weights import WeightTensor, weight_of
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import Pass, left
 from moevlm.export.passes.pack_projections import is_projection
+from moevlm.plugins.ops.spec import DOMAIN
 
 
 class PruneTwoOfFour(Pass):
@@ -13,8 +17,18 @@ class PruneTwoOfFour(Pass):
 
     Routers, routed experts, embeddings of tokens and patches, and the head stay as they are; so does a matrix whose
     width is no multiple of four, which no sparse kernel takes.
-    Requires: the canonical graph. Ensures: every weight that `prunable` names is 2:4; no other has changed.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The canonical graph: standard operators and moevlm's."""
+        yield from left(model, "of other domains", lambda node: node.domain not in ("", DOMAIN))
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """Every weight that `prunable` names is 2:4, by its first row."""
+        for value in prunable(model):
+            kept = np.count_nonzero(weight_of(value).rows(0, 1).reshape(-1, 4), axis=1)
+            if (kept > 2).any():
+                yield f"{value.name} has more than two of four"
 
     def apply(self, model: ir.Model) -> int:
         found = prunable(model)

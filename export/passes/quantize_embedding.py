@@ -1,11 +1,13 @@
 """The token embedding as integers, of which the rows asked for are widened."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 from onnx_ir import tape
 
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import weight_of
-from moevlm.export.passes.base import CONTRIB, NodePass
+from moevlm.export.passes.base import CONTRIB, NodePass, left
 from moevlm.export.passes.quantize_linear import quantized
 
 
@@ -14,13 +16,16 @@ class QuantizeEmbedding(NodePass):
 
     A row is read once per token, so the bits of an embedding cost memory but no time. The kernel yields whole groups:
     of a width that the group size does not divide, a Slice cuts the padding off again.
-    Requires: nothing. Ensures: no float32 matrix is looked up by rows; shapes are as before.
     """
 
     domain = CONTRIB
 
     def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No float32 matrix is looked up by rows."""
+        yield from left(model, "that look up a float32 matrix", _is_embedding)
 
     def matches(self, node: ir.Node) -> bool:
         return _is_embedding(node)

@@ -39,9 +39,12 @@ def _entry_points() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group="moevlm.commands")}
 
 
+_DEBUG = "Show tracebacks and warnings, check every graph rewrite; accepted after any command, too."
+
+
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(version("moevlm"), prog_name="moevlm")
-@click.option("--debug", is_flag=True, help="Show tracebacks and warnings; accepted after any command, too.")
+@click.option("--debug", is_flag=True, help=_DEBUG)
 def cli(debug: bool) -> None:  # `run` has taken --debug out of the arguments: here it only makes the help complete
     """Deploy sparse Mixture-of-Experts vision-language models: checkpoint to verified bundle to answers."""
 
@@ -51,7 +54,8 @@ def run(arguments: list[str]) -> Any:
     debug = "--debug" in arguments
     with _quiet(debug):
         try:
-            return cli.main([a for a in arguments if a != "--debug"], prog_name="moevlm", standalone_mode=False)
+            others = [argument for argument in arguments if argument != "--debug"]
+            return cli.main(others, prog_name="moevlm", standalone_mode=False, obj=debug)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)

@@ -21,6 +21,10 @@ class ExportError(MoevlmError):
     """Tracing or writing the canonical graphs failed."""
 
 
+class PassError(MoevlmError):
+    """A graph rewrite found or left what it must not: a mistake of this program, found by its own checks."""
+
+
 class BuildError(MoevlmError):
     """A target could not be built from the canonical graphs."""
 

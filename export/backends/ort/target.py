@@ -8,6 +8,7 @@ from moevlm.export.backends.ort.options import Options
 from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.backends.ort.passes.lower_segment_attention import LowerSegmentAttention
+from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
 from moevlm.export.backends.sizes import Sizes
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, int_format
@@ -15,7 +16,6 @@ from moevlm.export.passes.base import Pass
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
-from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.states import PAGE_SIZE

@@ -6,12 +6,12 @@ import pytest
 
 from bench import variants
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
+from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
-from moevlm.export.passes.quantize_experts import QuantizeExperts
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import BuildError

@@ -1,11 +1,13 @@
 """Attention over pages on moevlm's own CPU kernel."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 from onnx_ir import tape
 
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
-from moevlm.export.passes.base import NodePass
+from moevlm.export.passes.base import NodePass, left
 from moevlm.plugins.ops.spec import attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.core.states import SCALE_BYTES
@@ -14,16 +16,19 @@ from moevlm.runtime.core.states import SCALE_BYTES
 class CpuAttention(NodePass):
     """moevlm::PagedAttention -> moevlm.cpu::PagedAttention on rows of q, k and v side by side.
 
-    A cache's input and output may be bound to one buffer; how a page lies in it is the kernel's own. int8_cache: a
-    row of D values becomes int8, followed by its own float32 scale.
-    Requires: nothing; where q, k and v come from one Split, its input is used as it is (PackProjections).
-    Ensures: no moevlm::PagedAttention is left.
+    Where q, k and v come from one Split, its input is used as it is. A cache's input and output may be bound to one
+    buffer; how a page lies in it is the kernel's own. int8_cache: a row of D values becomes int8, followed by its own
+    float32 scale.
     """
 
     domain = CPU
 
     def __init__(self, int8_cache: bool = False) -> None:
         self.int8_cache = int8_cache
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::PagedAttention is left."""
+        yield from left(model, "moevlm::PagedAttention", self.matches)
 
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, PAGED_ATTENTION)

@@ -1,5 +1,7 @@
 """The likeliest tokens of each row of logits, beside the logits."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from moevlm.export.passes.base import Pass
@@ -11,8 +13,20 @@ class CpuCandidates(Pass):
     """logits [L, vocabulary] -> moevlm.cpu::Candidates behind it, whose outputs become the graph's.
 
     A sampler that reads 256 values of a row in place of 150,000 costs next to nothing.
-    Requires: an output `logits` of known width. Ensures: candidate_values, candidate_ids and log_sum_exp follow it.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """There is an output `logits` of known width."""
+        found = [value for value in model.graph.outputs if value.name == "logits" and value.shape is not None]
+        if not found or not isinstance(found[0].shape[-1], int):  # type: ignore[index]
+            yield "there is no output logits of known width"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """candidate_values, candidate_ids and log_sum_exp follow the logits."""
+        names = [value.name for value in model.graph.outputs]
+        behind = names[names.index("logits") + 1 :]
+        if tuple(behind[: len(CANDIDATE_OUTPUTS)]) != CANDIDATE_OUTPUTS:
+            yield f"the outputs behind logits are {behind}"
 
     def apply(self, model: ir.Model) -> int:
         graph = model.graph

@@ -1,25 +1,32 @@
 """Projections and router logits on moevlm's own CPU kernels."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import initializer, weight_of
-from moevlm.export.passes.base import NodePass, substitute
+from moevlm.export.passes.base import NodePass, left, replaced_routers, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
 class CpuLinear(NodePass):
-    """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it.
-
-    Requires: moevlm routers are still there. Ensures: of the Gemms with stored weights, only routers' are left.
-    """
+    """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it."""
 
     domain = CPU
 
     def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The moevlm routers are still there."""
+        yield from replaced_routers(model)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """Of the Gemms with stored weights, only routers' are left."""
+        yield from left(model, "that project", is_projection)
 
     def matches(self, node: ir.Node) -> bool:
         return is_projection(node)
@@ -39,10 +46,18 @@ class CpuFloatLinear(NodePass):
     """Gemm -> moevlm.cpu::FloatLinear, whose weight stays float32: for router logits, which are never quantized.
 
     A row's sums have the same order alone and among others; ONNX Runtime's Gemm has another kernel for a single row.
-    Requires: the Gemms to be quantized are no longer there. Ensures: no Gemm with a stored weight is left.
     """
 
     domain = CPU
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The Gemms to be quantized are no longer there."""
+        yield from replaced_routers(model)
+        yield from left(model, "that project", is_projection)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No Gemm with a stored weight is left."""
+        yield from left(model, "Gemm with a stored weight", has_stored_weight)
 
     def matches(self, node: ir.Node) -> bool:
         return has_stored_weight(node)

@@ -1,5 +1,7 @@
 """Router and experts on moevlm's own CPU kernels."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedExperts
@@ -7,7 +9,7 @@ from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import initializer, weight_of
-from moevlm.export.passes.base import NodePass, substitute
+from moevlm.export.passes.base import NodePass, left, substitute
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
@@ -15,13 +17,22 @@ class CpuMoE(NodePass):
     """moevlm::MoERouter -> moevlm.cpu::MoERouter, moevlm::MoEExperts -> moevlm.cpu::MoEExperts, one for one.
 
     Every variant of both ops has a kernel, and the routing stays a value of the graph.
-    Requires: expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
     """
 
     domain = CPU
 
     def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Expert weights are initializers."""
+        for node in (node for node in model.graph if is_op(node, EXPERTS)):
+            if not all(value is not None and value.is_initializer() for value in node.inputs[3:5]):
+                yield f"the weights of {node.outputs[0].name} are not all stored"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::MoERouter and no moevlm::MoEExperts is left."""
+        yield from left(model, "of moevlm's MoE", self.matches)
 
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, ROUTER) or is_op(node, EXPERTS)

@@ -1,5 +1,6 @@
 """Attention of one sequence in one page on ONNX Runtime's grouped-query kernel."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,18 @@ class LowerAttention(Pass):
     """moevlm::PagedAttention -> RotaryEmbedding + com.microsoft::GroupQueryAttention, writing into the cache it reads.
 
     A step has one sequence, whose caches are the one page [1, kv_heads, capacity, D] of the pool.
-    Requires: nothing. Ensures: where a PagedAttention is left, keys and values differ in size, share a cache, or do
-    not start with the rotated dimensions, and it reads that page; a cache's input and output may be bound to one
-    buffer.
+    A PagedAttention that the kernel cannot express keeps its body, and reads that page.
     Rotation stays outside the kernel: its own looks the table up by position, and ours has a row for each token.
     """
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """Where a PagedAttention is left, keys and values differ in size, share a cache, or rotate other dimensions."""
+        for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
+            table = node.inputs[_PAGE_TABLE]
+            if _expressible(node):
+                yield f"{node.outputs[0].name} is not lowered"
+            elif table is None or not table.is_initializer():
+                yield f"{node.outputs[0].name} reads pages of a table"
 
     def apply(self, model: ir.Model) -> int:
         nodes = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]

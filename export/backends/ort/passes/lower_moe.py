@@ -1,6 +1,6 @@
 """moevlm::MoERouter + moevlm::MoEExperts -> com.microsoft::MoE on ONNX Runtime's CPU."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from onnx_ir import tape
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, initializer, weight_of
-from moevlm.export.passes.base import CONTRIB, Pass
+from moevlm.export.passes.base import CONTRIB, Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import BuildError
 
@@ -37,23 +37,33 @@ class LowerMoE(Pass):
     beta 1. Its silu is ungated silu, and its gelu is the tanh form (measured on [-6, 6]: within 4.3e-7 of tanh, 4.7e-4
     away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies, a loop over the chosen experts
     that takes 1.4 times the kernel's time for 1 token, 1.1 times for 256 (H 1024, I 384, 8 of 64 experts, 1 thread).
-
-    Requires: the nodes stand in the main graph; expert weights and biases are initializers; expert_index and
-    expert_weight come from one MoERouter.
-    Ensures: the only moevlm::MoEExperts left are gated gelu_tanh.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Expert weights and biases are initializers."""
+        for node in (node for node in model.graph if is_op(node, EXPERTS)):
+            if not all(value.is_initializer() for value in node.inputs[3:] if value is not None):
+                yield f"the weights of {node.outputs[0].name} are not all stored"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """The only moevlm::MoEExperts left are gated gelu_tanh."""
+        yield from left(model, "MoEExperts", is_lowerable)
 
     def apply(self, model: ir.Model) -> int:
         interleaved: dict[ir.Value, ir.Value] = {}
         lowered = 0
         for node in [n for n in model.graph if is_op(n, EXPERTS)]:
-            attributes = kernel_attributes(node_spec(node))
-            if attributes is not None:
+            if (attributes := kernel_attributes(node_spec(node))) is not None:
                 _lower(model.graph, node, attributes, interleaved)
                 lowered += 1
         if lowered:
             model.graph.opset_imports[CONTRIB] = 1
         return lowered
+
+
+def is_lowerable(node: ir.Node) -> bool:
+    """A moevlm::MoEExperts that the kernel can compute."""
+    return is_op(node, EXPERTS) and kernel_attributes(node_spec(node)) is not None
 
 
 def kernel_attributes(spec: ExpertsSpec) -> dict[str, int | float | str] | None:

@@ -1,12 +1,14 @@
 """Experts as TensorRT's own MoE layer, which some GPUs have."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 from onnx_ir import tape
 
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
 
@@ -17,14 +19,25 @@ class NativeMoE(Pass):
     """moevlm::MoEExperts -> TRT_MoE on [1, T, H], whose weights [E, H, I], [E, H, I], [E, I, H] are part of the plan.
 
     Raises BuildError for experts that it does not compute.
-    Requires: Typed. Ensures: no moevlm::MoEExperts is left. Routing is another pass's.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The dtype of what experts read is known: their weights get it."""
+        yield from left(model, "MoEExperts of no dtype", lambda node: is_op(node, EXPERTS) and _dtype(node) is None)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::MoEExperts is left; routing is another pass's."""
+        yield from left(model, "MoEExperts", lambda node: is_op(node, EXPERTS))
 
     def apply(self, model: ir.Model) -> int:
         found = [node for node in model.graph if is_op(node, EXPERTS)]
         for node in found:
             _replace(model.graph, node)
         return len(found)
+
+
+def _dtype(node: ir.Node) -> ir.DataType | None:
+    return None if node.inputs[0] is None else node.inputs[0].dtype
 
 
 def _replace(graph: ir.Graph, node: ir.Node) -> None:

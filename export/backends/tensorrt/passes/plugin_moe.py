@@ -1,15 +1,17 @@
 """Router and experts as TensorRT plugins, the experts' weights as inputs of the graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.expert_weights import expert_tensors
+from moevlm.export.backends.tensorrt.passes.typed import other_experts
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import Weight, weight_of
-from moevlm.export.passes.base import NodePass, substitute
+from moevlm.export.passes.base import NodePass, left, substitute
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.runtime.core.dtypes import DTYPES
 
 DOMAIN = "moevlm.tensorrt"  # has no function bodies: TensorRT finds its plugins from any domain
 _WEIGHT = "moevlm.weight"
@@ -19,7 +21,6 @@ class PluginMoE(NodePass):
     """moevlm::MoERouter and moevlm::MoEExperts -> nodes of the same names that carry a GPU program.
 
     Every weight and bias of the experts becomes an input of the graph, stored as the kernels read it: `expert_weights`.
-    Requires: Typed; expert weights are initializers. Ensures: no moevlm::MoERouter and no moevlm::MoEExperts is left.
     """
 
     domain = DOMAIN
@@ -29,6 +30,17 @@ class PluginMoE(NodePass):
     ) -> None:
         """dtype: of the activations. weights, group_size: as in ExpertsOp. program: bytes of an op's program."""
         self.dtype, self.weights, self.group_size, self.program = dtype, weights, group_size, program
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Typed has run with this dtype; expert weights are initializers."""
+        yield from other_experts(model, ir.DataType(DTYPES[self.dtype].onnx))
+        for node in (node for node in model.graph if is_op(node, EXPERTS)):
+            if not all(value.is_initializer() for value in node.inputs[3:] if value is not None):
+                yield f"the weights of {node.outputs[0].name} are not all stored"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::MoERouter and no moevlm::MoEExperts is left."""
+        yield from left(model, "of moevlm's MoE", self.matches)
 
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, ROUTER) or is_op(node, EXPERTS)

@@ -1,5 +1,6 @@
 """Steps of sequences that all have as many tokens, each in one page: the shape of step that plans are built for."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,14 @@ class RectangularSteps(Pass):
     """The packed inputs [T, ...] of a decoder -> [batch, sequence, ...], and its sequences -> cache_position [batch].
 
     Sequence n has the rows n * S to n * S + S, the first of them at cache_position[n], and page n of the caches, which
-    become [batch, kv_heads, capacity, D].
-    Requires: every state is a cache of PagedAttention, else BuildError. Ensures: query_start, context_len and
-    page_table are computed.
+    become [batch, kv_heads, capacity, D]. Raises BuildError for a state that is no cache of PagedAttention.
     """
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """query_start, context_len and page_table are computed."""
+        given = {value.name for value in model.graph.inputs} & {"query_start", "context_len", "page_table"}
+        if given:
+            yield f"the graph still has the inputs {sorted(map(str, given))}"
 
     def apply(self, model: ir.Model) -> int:
         graph = model.graph
@@ -81,6 +86,12 @@ class RectangularSteps(Pass):
         node = ir.node(op_type, inputs, attributes=attributes)
         self._graph.insert_before(self._first, node)
         return node.outputs[0]
+
+
+def paged(model: ir.Model) -> Iterator[str]:
+    """A line if `RectangularSteps` has not run, where it has anything to do."""
+    if any(value.name == "page_table" for value in model.graph.inputs):
+        yield "steps are packed, their caches in pages"
 
 
 def _first_size(value: ir.Value) -> str:

@@ -1,15 +1,16 @@
 """Attention as TensorRT knows it: standard operators under a mask, the cache of a fixed capacity scattered into."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import cache_position, rectangle
+from moevlm.export.backends.tensorrt.passes.rectangular_steps import cache_position, paged, rectangle
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.weights import Constant, initializer
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import AttentionSpec
 from moevlm.runtime.core.errors import BuildError
 
@@ -22,10 +23,20 @@ class ScatterAttention(Pass):
     """moevlm::PagedAttention -> norms, RotaryEmbedding, TensorScatter, Attention; a mask is made once for all layers.
 
     Rotation is float32, and so is the scale, on the queries: TensorRT's own scale would be rounded to their dtype.
-    Requires: rotary tables in float32; RectangularSteps and StaticCache; keys that start with the rotated dimensions,
-    values of their own, no softcap and no sinks, else BuildError. Ensures: no PagedAttention is left; caches may be
-    updated in place.
+    Raises BuildError for keys that do not start with the rotated dimensions, values in keys, softcap and sinks.
     """
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """RectangularSteps and StaticCache have run; rotary tables are float32."""
+        yield from paged(model)
+        for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
+            for table in node.inputs[3:5]:
+                if table is not None and table.dtype not in (None, ir.DataType.FLOAT):
+                    yield f"the rotary table {table.name} is {table.dtype}"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No PagedAttention is left."""
+        yield from left(model, "PagedAttention", lambda node: is_op(node, PAGED_ATTENTION))
 
     def apply(self, model: ir.Model) -> int:
         found = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]
@@ -101,10 +112,18 @@ def _expressible(node: ir.Node) -> AttentionSpec:
 
 
 class SegmentMaskAttention(Pass):
-    """moevlm::SegmentAttention -> RotaryEmbedding, Attention; the mask, patches squared booleans, is made once.
+    """moevlm::SegmentAttention -> RotaryEmbedding, Attention; the mask, patches squared booleans, is made once."""
 
-    Requires: rotary tables in float32. Ensures: no SegmentAttention is left.
-    """
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Rotary tables are float32."""
+        for node in (node for node in model.graph if is_op(node, "SegmentAttention")):
+            for table in node.inputs[3:5]:
+                if table is not None and table.dtype not in (None, ir.DataType.FLOAT):
+                    yield f"the rotary table {table.name} is {table.dtype}"
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No SegmentAttention is left."""
+        yield from left(model, "SegmentAttention", lambda node: is_op(node, "SegmentAttention"))
 
     def apply(self, model: ir.Model) -> int:
         found = [node for node in model.graph if is_op(node, "SegmentAttention")]

@@ -1,12 +1,15 @@
 """The float32 graph in the dtype of a GPU's matrix units, every conversion a node of its own."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.weights import cast, initializer, weight_of
-from moevlm.export.passes.base import Pass
+from moevlm.export.passes.base import Pass, left
+from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.core.dtypes import DTYPES
 
 FLOAT = ir.DataType.FLOAT
@@ -23,12 +26,24 @@ class Typed(Pass):
     cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are computed in
     float32: experts at a near tie then change places for the model's reasons only, and the matrix is small. Without
     exact_router only the sum is widened: TensorRT has no float32 products for SM75.
-    Requires: moevlm ops are still there; no other subgraph. Ensures: all float inputs of a standard op have one dtype;
-    the experts' own weights are as they were.
     """
 
     def __init__(self, dtype: str, exact_router: bool = True) -> None:
         self.dtype, self.exact_router = ir.DataType(DTYPES[dtype].onnx), exact_router
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """The moevlm ops are still there; there is no other subgraph."""
+        yield from left(model, "of other domains", lambda node: node.domain not in ("", DOMAIN))
+        yield from left(model, "with a subgraph", _has_subgraph)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """All float inputs of a standard op have one dtype, and the caches and what experts read have `dtype`."""
+        yield from untyped(model)
+        for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
+            for cache, _ in caches(node):
+                if cache.dtype is not self.dtype:
+                    yield f"{cache.name} is {cache.dtype}"
+        yield from other_experts(model, self.dtype)
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
@@ -61,6 +76,26 @@ class Typed(Pass):
         data = node.inputs[0] if node.op_type == "Gather" else None
         # Rows of an input are converted after they are picked.
         return FLOAT if data is not None and data.dtype is FLOAT and not data.is_initializer() else self.dtype
+
+
+def untyped(model: ir.Model) -> Iterator[str]:
+    """A line if the floating-point inputs of a standard op differ in dtype, as they do before `Typed`."""
+    floats = (FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    for node in (node for node in model.graph if not node.domain):
+        dtypes = {value.dtype for value in node.inputs if value is not None and value.dtype in floats}
+        if len(dtypes) > 1:
+            yield f"the inputs of {node.op_type} {node.outputs[0].name} are {sorted(str(dtype) for dtype in dtypes)}"
+
+
+def other_experts(model: ir.Model, dtype: ir.DataType) -> Iterator[str]:
+    """A line for each moevlm::MoEExperts whose tokens are of another dtype."""
+    for node in (node for node in model.graph if is_op(node, EXPERTS)):
+        if (x := node.inputs[0]) is not None and x.dtype is not dtype:
+            yield f"{node.outputs[0].name} reads {x.dtype}"
+
+
+def _has_subgraph(node: ir.Node) -> bool:
+    return any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
 
 
 def _exact_inputs(node: ir.Node) -> tuple[int, ...]:

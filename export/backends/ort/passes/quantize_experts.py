@@ -1,10 +1,13 @@
 """Experts on ONNX Runtime's sparse kernel for quantized weights."""
 
+from collections.abc import Iterator
+
 import onnx_ir as ir
 
+from moevlm.export.backends.ort.passes.lower_moe import is_lowerable
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.graph.weights import weight_of
-from moevlm.export.passes.base import CONTRIB, NodePass, substitute
+from moevlm.export.passes.base import CONTRIB, NodePass, left, substitute
 from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, quantized
 from moevlm.runtime.core.errors import BuildError
 
@@ -16,13 +19,20 @@ class QuantizeExperts(NodePass):
     their own: where the softmax over all experts is the weight, that is what it gets.
     Both matrices of an expert share one group size: the scheme's, or the largest power of two below it that divides the
     inner sizes of both. Raises BuildError if 16 does not.
-    Requires: LowerMoE. Ensures: no com.microsoft::MoE is left.
     """
 
     domain = CONTRIB
 
     def __init__(self, scheme: IntFormat) -> None:
         self.scheme = scheme
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """LowerMoE has taken all experts that it can."""
+        yield from left(model, "MoEExperts to be lowered", is_lowerable)
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No com.microsoft::MoE is left."""
+        yield from left(model, "com.microsoft::MoE", self.matches)
 
     def matches(self, node: ir.Node) -> bool:
         return (node.domain, node.op_type) == (CONTRIB, "MoE")
