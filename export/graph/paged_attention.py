@@ -215,6 +215,11 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     return function(PAGED_ATTENTION, spec, list(INPUTS[: len(present)]), outputs, constants, text)
 
 
+def inputs_of(node: ir.Node) -> list[ir.Value | None]:
+    """All 13 inputs of a PagedAttention node; None for those that it has not."""
+    return [*node.inputs, *[None] * (13 - len(node.inputs))]
+
+
 def caches(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
     """Each cache of a PagedAttention node as it goes in and as it comes out."""
     given = [value for value in node.inputs[5:7] if value is not None]

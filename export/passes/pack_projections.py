@@ -4,8 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir import tape
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
@@ -57,16 +57,15 @@ def is_projection(node: ir.Node) -> bool:
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
-    first, t = nodes[0], tape.Tape()
-    joined = []
+    first, joined = nodes[0], []
+    b = Builder(graph, first, "projections")
     for i in range(1, len(first.inputs)):
         values = [value for node in nodes if (value := node.inputs[i]) is not None]
         name = "+".join(str(value.name) for value in values)
         joined.append(initializer(name, Concat([weight_of(value) for value in values])))
         graph.register_initializer(joined[-1])
     sizes = [weight_of(value).shape[0] for node in nodes if (value := node.inputs[1]) is not None]
-    rows = t.op("Gemm", [first.inputs[0], *joined], {"transB": 1})
-    split = t.op("Constant", [], {"value_ints": sizes})
-    outputs = t.op_multi_out("Split", [rows, split], {"axis": 1}, num_outputs=len(nodes))
+    rows = b.op("Gemm", first.inputs[0], *joined, transB=1)
+    outputs = b.ops("Split", rows, b.integers(*sizes), outputs=len(nodes), axis=1)
     old = [node.outputs[0] for node in nodes]
-    ir.convenience.replace_nodes_and_values(graph, first, nodes, t.nodes, old, outputs)
+    ir.convenience.replace_nodes_and_values(graph, first, nodes, [], old, outputs)

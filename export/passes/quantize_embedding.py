@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir import tape
 
 from moevlm.export.formats.integers import IntFormat
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, left
 from moevlm.export.passes.quantize_linear import quantized
@@ -40,12 +40,11 @@ class QuantizeEmbedding(NodePass):
             "quantize_axis": 1,
         }
         values, scales = quantized(graph, table, self.scheme, flat=True)
-        t, width = tape.Tape(), weight_of(table).shape[1]
-        rows = t.op("GatherBlockQuantized", [values, index, scales], attributes, domain=CONTRIB)
+        b, width = Builder(graph, node, "embedding"), weight_of(table).shape[1]
+        rows = b.op("GatherBlockQuantized", values, index, scales, domain=CONTRIB, **attributes)
         if width % self.scheme.group_size:
-            begin, end, axis = (t.op("Constant", [], {"value_ints": [n]}) for n in (0, width, -1))
-            rows = t.op("Slice", [rows, begin, end, axis])
-        ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [rows])
+            rows = b.op("Slice", rows, *(b.integers(n) for n in (0, width, -1)))
+        b.replace(node, [rows])
 
 
 def _is_embedding(node: ir.Node) -> bool:

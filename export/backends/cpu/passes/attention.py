@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir import tape
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.passes.base import NodePass, left
@@ -38,12 +38,9 @@ class CpuAttention(NodePass):
         if self.int8_cache:
             for cache in (value for pair in caches(node) for value in pair):
                 _make_int8(cache)
-        t = tape.Tape()
-        qkv = _whole(*rows) or t.op("Concat", rows, {"axis": 1})
-        outputs = t.op_multi_out(
-            PAGED_ATTENTION, [qkv, *others], attributes(node_spec(node)), domain=CPU, num_outputs=len(node.outputs)
-        )
-        ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, outputs)
+        b, told = Builder(graph, node, "attention"), attributes(node_spec(node))
+        qkv = _whole(*rows) or b.op("Concat", *rows, axis=1)
+        b.replace(node, b.ops(PAGED_ATTENTION, qkv, *others, outputs=len(node.outputs), domain=CPU, **told))
 
 
 def _whole(*parts: ir.Value) -> ir.Value | None:

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir import tape
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, initializer, weight_of
@@ -92,7 +92,7 @@ def _lower(
     graph: ir.Graph, node: ir.Node, attributes: Mapping[str, Any], interleaved: dict[ir.Value, ir.Value]
 ) -> None:
     """Put a com.microsoft::MoE node, and what its routing needs around it, in the place of a MoEExperts node."""
-    t = tape.Tape()
+    b = Builder(graph, node, "moe")
     x, index, weight, gate_up, down = (_input(node, i) for i in range(5))
     gate_up_bias, down_bias = [*node.inputs[5:], None, None][:2]
     router = index.producer()
@@ -108,20 +108,20 @@ def _lower(
         """rows [R, H] f32, probs [R, E] f32 -> [R, H] f32."""
         inputs = [rows, probs, gate_up, gate_up_bias, down, down_bias]
         routed = {"k": k, "normalize_routing_weights": int(normalize)}
-        return t.op("MoE", inputs, {**attributes, **routed}, domain=CONTRIB)
+        return b.op("MoE", *inputs, domain=CONTRIB, **attributes, **routed)
 
     if spec.weight_on == "input":
-        y = _one_row_per_choice(t, x, index, weight, experts, kernel)
+        y = _one_row_per_choice(b, x, index, weight, experts, kernel)
     elif is_direct(routing, experts, has_bias=any(router.inputs[1:])) and _only_user(router, node):
         renormalize = routing.renormalize or routing.scoring == "softmax_after_topk"
         y = kernel(x, _input(router, 0), routing.top_k, renormalize)
         if routing.scale != 1:
-            y = t.op("Mul", [y, _constant(t, np.float32(routing.scale))])
+            y = b.op("Mul", y, _number(b, routing.scale))
     else:
-        y = kernel(x, _log_probs(t, index, weight, experts), routing.top_k, normalize=True)
+        y = kernel(x, _log_probs(b, index, weight, experts), routing.top_k, normalize=True)
         if not _sums_to_one(routing):
-            y = t.op("Mul", [y, t.op("ReduceSum", [weight, _constant(t, [1])], {"keepdims": 1})])
-    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
+            y = b.op("Mul", y, b.op("ReduceSum", weight, b.integers(1), keepdims=1))
+    b.replace(node, [y])
 
 
 def _input(node: ir.Node, i: int) -> ir.Value:
@@ -140,34 +140,33 @@ def _sums_to_one(spec: RouterSpec) -> bool:
     return shares and spec.scale == 1
 
 
-def _log_probs(t: tape.Tape, index: ir.Value, weight: ir.Value | None, experts: int) -> ir.Value:
+def _log_probs(b: Builder, index: ir.Value, weight: ir.Value | None, experts: int) -> ir.Value:
     """[R, k] index and weight (None: k = 1, weight 1) -> [R, E] f32, whose softmax is weight / sum(weight) at index."""
-    shape = t.op("Concat", [t.op("Shape", [index], {"start": 0, "end": 1}), _constant(t, [experts])], {"axis": 0})
-    nothing = t.op("Expand", [_constant(t, np.float32(NOT_CHOSEN)), shape])
+    shape = b.op("Concat", b.op("Shape", index, start=0, end=1), b.integers(experts), axis=0)
+    nothing = b.op("Expand", _number(b, NOT_CHOSEN), shape)
     if weight is None:
-        logs = t.op("Expand", [_constant(t, np.float32(0)), t.op("Shape", [index])])
+        logs = b.op("Expand", _number(b, 0), b.op("Shape", index))
     else:
-        logs = t.op("Log", [t.op("Max", [weight, _constant(t, np.float32(SMALLEST))])])
-    return t.op("ScatterElements", [nothing, index, logs], {"axis": 1})
+        logs = b.op("Log", b.op("Max", weight, _number(b, SMALLEST)))
+    return b.op("ScatterElements", nothing, index, logs, axis=1)
 
 
 def _one_row_per_choice(
-    t: tape.Tape, x: ir.Value, index: ir.Value, weight: ir.Value, experts: int, kernel: Callable[..., ir.Value]
+    b: Builder, x: ir.Value, index: ir.Value, weight: ir.Value, experts: int, kernel: Callable[..., ir.Value]
 ) -> ir.Value:
     """x [T, H] times weight [T, k] as T * k rows, each through the one expert in index, added up per token: [T, H]."""
-    last, middle = _constant(t, [2]), _constant(t, [1])
-    weighted = t.op("Mul", [t.op("Unsqueeze", [x, middle]), t.op("Unsqueeze", [weight, last])])
-    hidden = t.op("Shape", [x], {"start": 1, "end": 2})
-    rows = t.op("Reshape", [weighted, t.op("Concat", [_constant(t, [-1]), hidden], {"axis": 0})])
-    choices = t.op("Reshape", [index, _constant(t, [-1, 1])])
-    out = kernel(rows, _log_probs(t, choices, None, experts), k=1, normalize=True)
-    per_choice = t.op("Reshape", [out, t.op("Shape", [weighted])], {"allowzero": 1})
-    return t.op("ReduceSum", [per_choice, middle], {"keepdims": 0})
+    weighted = b.op("Mul", b.op("Unsqueeze", x, b.integers(1)), b.op("Unsqueeze", weight, b.integers(2)))
+    hidden = b.op("Shape", x, start=1, end=2)
+    rows = b.op("Reshape", weighted, b.op("Concat", b.integers(-1), hidden, axis=0))
+    choices = b.op("Reshape", index, b.integers(-1, 1))
+    out = kernel(rows, _log_probs(b, choices, None, experts), k=1, normalize=True)
+    per_choice = b.op("Reshape", out, b.op("Shape", weighted), allowzero=1)
+    return b.op("ReduceSum", per_choice, b.integers(1), keepdims=0)
 
 
-def _constant(t: tape.Tape, value: np.float32 | list[int]) -> ir.Value:
-    array = np.array(value, None if isinstance(value, np.float32) else np.int64)
-    return t.op("Constant", [], {"value": ir.tensor(array)})
+def _number(b: Builder, value: float) -> ir.Value:
+    """float32, a scalar."""
+    return b.array(f"float.{np.float32(value)}", np.array(value, np.float32))
 
 
 def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import onnx_ir as ir
-from onnx_ir import tape
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
@@ -60,16 +60,14 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         bias = weight_of(biases[0])
         parts |= {"gate_bias": _rows(bias, 0, inner), "up_bias": _rows(bias, inner, 2 * inner)}
         parts["down_bias"] = weight_of(biases[1])
-    t, stored = tape.Tape(), []
+    b, stored = Builder(graph, node, "moe"), []
     for name, part in parts.items():
         stored.append(initializer(f"{gate_up.name}.native.{name}", cast(part, x.dtype.numpy())))
         graph.register_initializer(stored[-1])
-    first = t.op("Constant", [], {"value_ints": [0]})
-    scores = t.op("Cast", [weight], {"to": int(x.dtype)})
-    batched = [t.op("Unsqueeze", [value, first]) for value in (x, index, scores)]
-    batched_y = t.op("TRT_MoE", [*batched, *stored], {"activation_type": SILU})
-    y = t.op("Squeeze", [batched_y, first])
-    ir.convenience.replace_nodes_and_values(graph, node, [node], t.nodes, node.outputs, [y])
+    scores = b.op("Cast", weight, to=int(x.dtype))
+    batched = [b.op("Unsqueeze", value, b.integers(0)) for value in (x, index, scores)]
+    batched_y = b.op("TRT_MoE", *batched, *stored, activation_type=SILU)
+    b.replace(node, [b.op("Squeeze", batched_y, b.integers(0))])
 
 
 def _rows(source: Weight, start: int, stop: int) -> Weight:

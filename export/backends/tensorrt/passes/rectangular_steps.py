@@ -1,14 +1,12 @@
 """Steps of sequences that all have as many tokens, each in one page: the shape of step that plans are built for."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
-from moevlm.export.graph.weights import Constant, initializer
 from moevlm.export.passes.base import Pass
 from moevlm.runtime.core.errors import BuildError
 
@@ -36,56 +34,40 @@ class RectangularSteps(Pass):
             raise BuildError(f"a TensorRT plan cannot keep {recurrent[0]} (supported: caches of keys and values)")
         if "page_table" not in given:
             return 0
-        self._graph, self._first = graph, next(iter(graph))
+        b = Builder(graph, next(iter(graph)), "steps")
         packed = [value for value in given.values() if _first_size(value) == "tokens"]
         for value in packed:
-            self._widen(value)
-        sequence = self._op("Shape", graph.inputs[0], start=1, end=2)
+            _widen(b, value)
+        sequence = b.op("Shape", graph.inputs[0], start=1, end=2)
         position = ir.Value(name="cache_position", shape=ir.Shape(["batch"]), type=ir.TensorType(ir.DataType.INT64))
-        batch = self._op("Squeeze", self._op("Shape", position))
-        numbers = self._op("Range", self._integer(0), batch, self._integer(1))
-        boundaries = self._op("Range", self._integer(0), self._op("Add", batch, self._integer(1)), self._integer(1))
+        batch = b.op("Squeeze", b.op("Shape", position))
+        numbers = b.op("Range", b.integer(0), batch, b.integer(1))
+        boundaries = b.op("Range", b.integer(0), b.op("Add", batch, b.integer(1)), b.integer(1))
         made = {
-            "query_start": self._op("Mul", boundaries, sequence),
+            "query_start": b.op("Mul", boundaries, sequence),
             "context_len": position,
-            "page_table": self._op("Unsqueeze", numbers, self._integers(1)),
+            "page_table": b.op("Unsqueeze", numbers, b.integers(1)),
         }
         place = graph.inputs.index(given["query_start"])
         graph.inputs.insert(place, position)
         for name, value in made.items():
-            given[name].replace_all_uses_with(self._op("Cast", value, to=INT32))
+            given[name].replace_all_uses_with(b.op("Cast", value, to=INT32))
             graph.inputs.remove(given[name])
         for value in (*graph.inputs, *graph.outputs):
             if value.shape is not None and _first_size(value) == "pages":
                 value.shape = ir.Shape(["batch", value.shape[1], "capacity", value.shape[3]])
         return len(packed)
 
-    def _widen(self, value: ir.Value) -> None:
-        """The rows of a new input [batch, sequence, ...] in the place of an input [T, ...]."""
-        assert value.shape is not None
-        rest = [size for size in value.shape[1:] if isinstance(size, int)]  # all: tokens are the open dimension
-        wide = ir.Value(name=value.name, shape=ir.Shape(["batch", "sequence", *rest]), type=value.type)
-        self._graph.inputs[self._graph.inputs.index(value)] = wide
-        rows = self._op("Reshape", wide, self._integers(-1, *rest))
-        rows.shape, rows.type = value.shape, value.type
-        value.replace_all_uses_with(rows)
 
-    def _integer(self, value: int) -> ir.Value:
-        return self._array(str(value), np.array(value, np.int64))
-
-    def _integers(self, *values: int) -> ir.Value:
-        return self._array("_".join(map(str, ("list", *values))), np.array(values, np.int64))
-
-    def _array(self, name: str, array: np.ndarray) -> ir.Value:
-        name = f"steps.{name}"
-        if name not in self._graph.initializers:
-            self._graph.register_initializer(initializer(name, Constant(array)))
-        return self._graph.initializers[name]
-
-    def _op(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        self._graph.insert_before(self._first, node)
-        return node.outputs[0]
+def _widen(b: Builder, value: ir.Value) -> None:
+    """The rows of a new input [batch, sequence, ...] in the place of an input [T, ...]."""
+    assert value.shape is not None
+    rest = [size for size in value.shape[1:] if isinstance(size, int)]  # all: tokens are the open dimension
+    wide = ir.Value(name=value.name, shape=ir.Shape(["batch", "sequence", *rest]), type=value.type)
+    b.graph.inputs[b.graph.inputs.index(value)] = wide
+    rows = b.op("Reshape", wide, b.integers(-1, *rest))
+    rows.shape, rows.type = value.shape, value.type
+    value.replace_all_uses_with(rows)
 
 
 def paged(model: ir.Model) -> Iterator[str]:

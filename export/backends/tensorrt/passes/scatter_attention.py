@@ -7,9 +7,9 @@ import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.passes.rectangular_steps import cache_position, paged, rectangle
+from moevlm.export.graph.builder import Builder, width
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
-from moevlm.export.graph.weights import Constant, initializer
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches, inputs_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import AttentionSpec
 from moevlm.runtime.core.errors import BuildError
@@ -42,17 +42,17 @@ class ScatterAttention(Pass):
         found = [node for node in model.graph if is_op(node, PAGED_ATTENTION)]
         if not found:
             return 0
-        o = _Ops(model.graph, found[0])
+        o = _Ops(model.graph, found[0], "attention")
         specs = [_expressible(node) for node in found]
         masks = _CausalMasks(o, found[0], {spec.window for spec in specs})
         for node, spec in zip(found, specs, strict=True):
             o.before = node
-            q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, _ = _inputs(node)
+            q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, _ = inputs_of(node)
             tables = rectangle(cos), rectangle(sin)
-            dim = o.width(q) // spec.heads
+            dim = width(q) // spec.heads
 
             def split(x: ir.Value | None, heads: int, norm: ir.Value | None, epsilon: float = spec.epsilon) -> ir.Value:
-                shape = o.op("Concat", masks.rows, o.integers(heads, o.width(x) // heads), axis=0)
+                shape = o.op("Concat", masks.rows, o.integers(heads, width(x) // heads), axis=0)
                 cut = o.op("Reshape", x, shape)
                 if norm is not None:
                     cut = o.op("RMSNormalization", cut, norm, axis=-1, epsilon=epsilon)
@@ -64,7 +64,7 @@ class ScatterAttention(Pass):
             keys = o.op("TensorScatter", key_cache, k, masks.position, axis=-2)
             values = o.op("TensorScatter", value_cache, v, masks.position, axis=-2)
             y = o.op("Transpose", o.attention(q, keys, values, masks.by_window[spec.window]), perm=HEADS_FIRST)
-            o.replace(node, [o.op("Reshape", y, o.integers(-1, o.width(node.outputs[0]))), keys, values])
+            o.replace(node, [o.op("Reshape", y, o.integers(-1, width(node.outputs[0]))), keys, values])
         return len(found)
 
 
@@ -77,7 +77,7 @@ class _CausalMasks:
 
     def __init__(self, o: "_Ops", first: ir.Node, windows: set[int]) -> None:
         self.position = cache_position(first)
-        cos = rectangle(_inputs(first)[3])
+        cos = rectangle(inputs_of(first)[3])
         self.rows = o.op("Shape", cos, start=0, end=2)
         step = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", cos, start=1, end=2)), o.integer(1))
         column = o.op("Unsqueeze", self.position, o.integers(-1))
@@ -93,10 +93,6 @@ class _CausalMasks:
             self.by_window[window] = o.op("And", causal, near)
 
 
-def _inputs(node: ir.Node) -> list[ir.Value | None]:
-    return [*node.inputs, *[None] * (13 - len(node.inputs))]
-
-
 def _expressible(node: ir.Node) -> AttentionSpec:
     """The node's spec. Raises BuildError, by name, for what TensorRT's attention cannot compute."""
     spec: AttentionSpec = node_spec(node)
@@ -104,7 +100,7 @@ def _expressible(node: ir.Node) -> AttentionSpec:
         ("rotary_start", spec.rotary_start),
         ("value_in_key", int(spec.value_in_key)),
         ("softcap", spec.softcap),
-        ("sinks", int(_inputs(node)[12] is not None)),
+        ("sinks", int(inputs_of(node)[12] is not None)),
     ):
         if value:
             raise BuildError(f"TensorRT's attention cannot compute {name} = {value} (allowed: 0)")
@@ -129,7 +125,7 @@ class SegmentMaskAttention(Pass):
         found = [node for node in model.graph if is_op(node, "SegmentAttention")]
         if not found:
             return 0
-        o = _Ops(model.graph, found[0])
+        o = _Ops(model.graph, found[0], "attention")
         q, _, _, cos, sin, image_start = found[0].inputs
         starts = o.op("Cast", image_start, to=INT64)
         ends = o.op("Slice", starts, o.integers(1), o.integers(FAR))
@@ -140,41 +136,24 @@ class SegmentMaskAttention(Pass):
         cos, sin = (o.op("Unsqueeze", table, o.integers(0)) for table in (cos, sin))
         for node in found:
             o.before = node
-            heads, width = node.attributes["heads"].as_int(), o.width(node.inputs[0])
-            shape = o.integers(1, -1, heads, width // heads)
+            heads, size = node.attributes["heads"].as_int(), width(node.inputs[0])
+            shape = o.integers(1, -1, heads, size // heads)
             q, k, v = (o.op("Transpose", o.op("Reshape", x, shape), perm=HEADS_FIRST) for x in node.inputs[:3])
-            q = o.rotated(q, cos, sin, width // heads, (width // heads) ** -0.5)
-            k = o.rotated(k, cos, sin, width // heads)
+            q = o.rotated(q, cos, sin, size // heads, (size // heads) ** -0.5)
+            k = o.rotated(k, cos, sin, size // heads)
             y = o.op("Transpose", o.attention(q, k, v, mask), perm=HEADS_FIRST)
-            o.replace(node, [o.op("Reshape", y, o.integers(-1, width))])
+            o.replace(node, [o.op("Reshape", y, o.integers(-1, size))])
         return len(found)
 
 
-class _Ops:
-    """Makes nodes in front of `before`, and small constants for all of them. Types follow where they are known."""
+class _Ops(Builder):
+    """A builder whose types follow where they are known."""
 
-    def __init__(self, graph: ir.Graph, before: ir.Node) -> None:
-        self.graph, self.before = graph, before
-
-    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes)
-        self.graph.insert_before(self.before, node)
-        first = inputs[0]
-        if first is not None and op_type in ("Reshape", "Transpose", "RMSNormalization"):
-            node.outputs[0].type = first.type
-        return node.outputs[0]
-
-    def array(self, name: str, array: np.ndarray) -> ir.Value:
-        name = f"attention.{name}"
-        if name not in self.graph.initializers:
-            self.graph.register_initializer(initializer(name, Constant(array)))
-        return self.graph.initializers[name]
-
-    def integer(self, value: int) -> ir.Value:
-        return self.array(str(value), np.array(value, np.int64))
-
-    def integers(self, *values: int) -> ir.Value:
-        return self.array("_".join(map(str, ("list", *values))), np.array(values, np.int64))
+    def op(self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: Any) -> ir.Value:
+        made = super().op(op_type, *inputs, domain=domain, **attributes)
+        if inputs[0] is not None and op_type in ("Reshape", "Transpose", "RMSNormalization"):
+            made.type = inputs[0].type
+        return made
 
     def rotated(
         self, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, rotary_dim: int, scale: float = 1.0
@@ -190,13 +169,3 @@ class _Ops:
     def attention(self, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
         # Where no kernel of its own has the head size, TensorRT may compute it in steps instead of refusing.
         return self.op("Attention", q, k, v, mask, scale=1.0, TRT_decomposable=1)
-
-    def width(self, x: ir.Value | None) -> int:
-        """The fixed last dimension of rows."""
-        assert x is not None and x.shape is not None
-        width = x.shape[-1]
-        assert isinstance(width, int)
-        return width
-
-    def replace(self, node: ir.Node, values: list[ir.Value]) -> None:
-        ir.convenience.replace_nodes_and_values(self.graph, node, [node], [], node.outputs, values)
