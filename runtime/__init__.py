@@ -5,8 +5,10 @@ for piece in runtime.generate([{"role": "user", "content": "Translate to Chinese
     print(piece.text, end="")
 
 An answer ends after max_new_tokens, 256 by default; every option is a field of SamplingParams. Where none is given the
-model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Threads may share one Runtime. Images
-are pathlib.Path objects, encoded bytes, binary files, Pillow images or arrays: text never names a file.
+model's own sampling counts, `runtime.sampling`; temperature=0 is greedy. Threads may share one Runtime: requests that
+run at the same time share steps, and a prompt that begins as an earlier one did goes on from there. generate_many()
+answers a list of requests, AsyncEngine serves an event loop. Images are pathlib.Path objects, encoded
+bytes, binary files, Pillow images or arrays: text never names a file.
 
 generate() decodes the images and returns an Answer, whose first piece encodes them and reads the prompt: an event loop
 calls both in a thread. Whoever leaves before the last piece closes the answer, which frees its cache; any thread may
@@ -23,8 +25,17 @@ from typing import TYPE_CHECKING, Any
 from moevlm.runtime.core import defaults
 
 if TYPE_CHECKING:
-    from moevlm.runtime.core.errors import BundleError, Cancelled, EngineError, MoevlmError, RequestError
-    from moevlm.runtime.engine.answer import Answer, Piece, Usage
+    from moevlm.runtime.core.errors import (
+        BundleError,
+        Cancelled,
+        DeadlineExceeded,
+        EngineError,
+        MoevlmError,
+        QueueFull,
+        RequestError,
+    )
+    from moevlm.runtime.engine.answer import Answer, Completion, Piece, Usage
+    from moevlm.runtime.engine.async_engine import AsyncEngine
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.prompt import Prompt
     from moevlm.runtime.request.sampling import SamplingParams
@@ -32,12 +43,16 @@ if TYPE_CHECKING:
 # Imported when they are first asked for, so that importing this package stays quick.
 _HOMES = {
     "Answer": "engine.answer",
+    "AsyncEngine": "engine.async_engine",
     "BundleError": "core.errors",
     "Cancelled": "core.errors",
+    "Completion": "engine.answer",
+    "DeadlineExceeded": "core.errors",
     "EngineError": "core.errors",
     "MoevlmError": "core.errors",
     "Piece": "engine.answer",
     "Prompt": "request.prompt",
+    "QueueFull": "core.errors",
     "RequestError": "core.errors",
     "Runtime": "engine.generate",
     "SamplingParams": "request.sampling",
@@ -45,12 +60,16 @@ _HOMES = {
 }
 __all__ = [
     "Answer",
+    "AsyncEngine",
     "BundleError",
     "Cancelled",
+    "Completion",
+    "DeadlineExceeded",
     "EngineError",
     "MoevlmError",
     "Piece",
     "Prompt",
+    "QueueFull",
     "RequestError",
     "Runtime",
     "SamplingParams",
@@ -68,6 +87,7 @@ def load(
     chunk_tokens: int = defaults.CHUNK_TOKENS,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     max_image_tokens: int | None = None,
+    cache_memory: int | None = None,
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
@@ -79,13 +99,22 @@ def load(
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
     max_image_tokens: the most for an image; larger ones are resized. Without it the checkpoint's own limit holds, often
     16,384 tokens, of which a photo from a phone takes most; a request may ask for less.
+    cache_memory: bytes for what requests keep between steps. Without it a quarter of the memory that is free, and never
+    more than 32 requests of full length can use. It is taken as it is first used.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
     without that engine, and EngineError for an engine that does not load here.
     """
     from moevlm.runtime.loading import load_runtime
 
     return load_runtime(
-        path, target, threads, spinning, chunk_tokens, max_image_pixels, max_image_tokens=max_image_tokens
+        path,
+        target,
+        threads,
+        spinning,
+        chunk_tokens,
+        max_image_pixels,
+        max_image_tokens=max_image_tokens,
+        cache_memory=cache_memory,
     )
 
 

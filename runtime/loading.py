@@ -14,7 +14,7 @@ from moevlm.runtime.core.errors import BundleError, RequestError, require_positi
 from moevlm.runtime.core.json_object import json_object
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
-from moevlm.runtime.perf.process_limits import cores, cpu_quota
+from moevlm.runtime.perf.process_limits import available_memory, cores, cpu_quota
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION, released_sampling
 from moevlm.runtime.request.images import ImageProcessor
@@ -30,6 +30,7 @@ def load_runtime(
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     progress: Progress | None = None,
     max_image_tokens: int | None = None,
+    cache_memory: int | None = None,
 ) -> Runtime:
     """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
     require_cores(threads)
@@ -37,6 +38,8 @@ def load_runtime(
     require_positive("max_image_pixels", max_image_pixels)
     if max_image_tokens is not None:
         require_positive("max_image_tokens", max_image_tokens)
+    if cache_memory is not None:
+        require_positive("cache_memory", cache_memory)
     if not isinstance(spinning, bool):
         raise RequestError(f"unsupported value spinning = {shown(spinning)} (allowed: true or false)")
     if target is not None and not isinstance(target, str):
@@ -49,6 +52,8 @@ def load_runtime(
     images = load_images(bundle, max_image_pixels, max_image_tokens)
     sampling = released_sampling(bundle.optional_text(GENERATION))
     engine = load_engine(bundle, name, threads, spinning, progress)
+    if cache_memory is None and (free := available_memory()) is not None:
+        cache_memory = int(free * defaults.CACHE_SHARE)
     return Runtime(
         bundle.manifest.model,
         tokenizer,
@@ -58,6 +63,7 @@ def load_runtime(
         chunk_tokens=chunk_tokens,
         target=name,
         sampling=sampling,
+        cache_memory=cache_memory,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
@@ -49,6 +49,31 @@ class Piece:
     sampled: tuple[Sampled, ...]
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer; the fields are those of its pieces together."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    sampled: tuple[Sampled, ...]
+    finish_reason: FinishReason
+    usage: Usage
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece]) -> Completion:
+        """pieces: all of an answer, the last one included."""
+        last = pieces[-1]
+        assert last.finish_reason is not None
+        assert last.usage is not None
+        return cls(
+            "".join(piece.text for piece in pieces),
+            tuple(token for piece in pieces for token in piece.token_ids),
+            tuple(sampled for piece in pieces for sampled in piece.sampled),
+            last.finish_reason,
+            last.usage,
+        )
 
 
 class Meter:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from moevlm.runtime.core.errors import Cancelled
@@ -33,9 +33,52 @@ class Cancellation:
     @contextmanager
     def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
         """Call `stop` if the request is cancelled while the block runs. Raises Cancelled if it was before."""
-        self._stops.append(stop)
+        self.add(stop)
         try:
             self.check()  # after the line above: whoever cancels in between finds `stop`
             yield
         finally:
-            self._stops.remove(stop)
+            self.remove(stop)
+
+    def add(self, stop: Callable[[], None]) -> None:
+        """Have `cancel` call a function."""
+        self._stops.append(stop)
+
+    def remove(self, stop: Callable[[], None]) -> None:
+        """Have it do so no longer."""
+        self._stops.remove(stop)
+
+
+class Together(Cancellation):
+    """The cancellation of work that several requests share: it ends when the last of them is cancelled."""
+
+    def __init__(self, members: Iterable[Cancellation]) -> None:
+        super().__init__()
+        self._members = tuple(members)
+
+    @property
+    def cancelled(self) -> bool:
+        return all(member.cancelled for member in self._members)
+
+    def cancel(self) -> None:
+        for member in self._members:
+            member.cancel()
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Cancelled("all requests of the step were cancelled")
+
+    @contextmanager
+    def stopping(self, stop: Callable[[], None]) -> Iterator[None]:
+        def ask() -> None:
+            if self.cancelled:
+                stop()
+
+        for member in self._members:
+            member.add(ask)
+        try:
+            self.check()
+            yield
+        finally:
+            for member in self._members:
+                member.remove(ask)

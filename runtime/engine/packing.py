@@ -43,24 +43,31 @@ class StepPacker:
     def __init__(self, ropes: Items[RopeMetadata]) -> None:
         self._ropes = tuple(ropes)
         self._rows = tuple(RopeRows(rope) for rope in ropes)
+        self._singles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def text(self, positions: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Rotary tables of text at these positions [T] int64, by rope group."""
+        return {str(group): rows.at(positions) for group, rows in enumerate(self._rows)}
 
     def pack(self, parts: Items[Part]) -> tuple[Step, VisualFeatures | None]:
         """One step of all parts, and the visual features that it reads. Their images must have been encoded."""
-        sizes = [part.stop - part.start for part in parts]
-        starts = np.zeros(len(parts) + 1, np.int32)
-        np.cumsum(sizes, out=starts[1:])
-        if all(part.sequence.decoding for part in parts):
-            ids = np.array([part.sequence.generated[-1] for part in parts], np.int64)
-            visual_index, visual = np.full(len(parts), -1, np.int64), None
-            first = [part.sequence.prompt.next_position + len(part.sequence.generated) - 1 for part in parts]
-            at = np.array(first, np.int64)
-            rope = {str(group): rows.at(at) for group, rows in enumerate(self._rows)}
+        visual = None
+        if all(part.last and part.stop - part.start == 1 and part.sequence.generated for part in parts):
+            starts, visual_index = self._single(len(parts))
+            last = starts[:-1]
+            later = [part.sequence for part in parts]
+            ids = np.array([one.generated[-1] for one in later], np.int64)
+            rope = self.text(np.array([one.prompt.next_position + len(one.generated) - 1 for one in later], np.int64))
         else:
+            ends = np.cumsum([part.stop - part.start for part in parts])
+            starts, last = (
+                np.append(0, ends).astype(np.int32),
+                (ends[[part.last for part in parts]] - 1).astype(np.int32),
+            )
             ids = np.concatenate([part.sequence.ids(part.start, part.stop) for part in parts])
             visual_index, visual = _visual(parts)
             positions = np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], axis=1)
             rope = {str(group): rope_tables(positions, one) for group, one in enumerate(self._ropes)}
-        last = [end - 1 for part, end in zip(parts, starts[1:].tolist(), strict=True) if part.last]
         step = Step(
             input_ids=ids,
             visual_index=visual_index,
@@ -69,17 +76,22 @@ class StepPacker:
             context_len=np.array([part.start for part in parts], np.int32),
             page_table=_page_table(parts),
             state_row=np.array([part.sequence.state_row for part in parts], np.int32),
-            # An engine's profile may not allow an empty axis: where nothing is wanted, one row is made and dropped.
-            logits_index=np.array(last or [0], np.int32),
+            logits_index=last,
             copies=tuple(copy for part in parts for copy in part.copies),
             cleared=tuple(row for part in parts for row in part.cleared),
         )
         return step, visual
 
+    def _single(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """query_start and visual_index of a step of one text token for each of `count` sequences."""
+        if count not in self._singles:
+            self._singles[count] = np.arange(count + 1, dtype=np.int32), np.full(count, -1, np.int64)
+        return self._singles[count]
+
 
 def _page_table(parts: Items[Part]) -> np.ndarray:
     tables = [part.sequence.table.pages for part in parts if part.sequence.table is not None]
-    columns = -(-max(len(pages) for pages in tables) // _PAGE_COLUMNS) * _PAGE_COLUMNS
+    columns = -(-max(map(len, tables)) // _PAGE_COLUMNS) * _PAGE_COLUMNS
     table = np.zeros((len(parts), columns), np.int32)
     for row, pages in zip(table, tables, strict=True):
         row[: len(pages)] = pages

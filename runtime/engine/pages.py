@@ -91,10 +91,18 @@ class PagePool:
             return self._free.pop()
         if not self._warm:
             raise EngineError("no page is available")
+        return self._cooled()
+
+    def _cooled(self) -> int:
+        """The warm page that was used the longest time ago; its content is not known any more."""
         page, node = self._warm.popitem(last=False)
         assert node.parent is not None
         node.parent.remove(node)
         return page
+
+    def forget(self) -> None:
+        """Make all warm pages free."""
+        self._free += [self._cooled() for _ in range(len(self._warm))]
 
     def give_back(self, page: int) -> None:
         """The end of a private page."""

@@ -23,7 +23,10 @@ from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampler
 from moevlm.runtime.request.sampling import SamplingParams
 
+# A thread that comes back for its next piece steps for all: those that have not come back yet must not miss the step.
+AHEAD = 4
 Status = Literal["new", "waiting", "running", "ended"]
+Listener = Callable[[list["Sequence"]], None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Sequence:
         ending: Ending,
         images: tuple[PromptImage, ...] = (),
         cancellation: Cancellation | None = None,
-        ahead: float = 1,
+        ahead: float = AHEAD,
     ) -> None:
         self.prompt = replace(prompt, images=())
         self.images = images
@@ -63,7 +66,7 @@ class Sequence:
         self.cancellation = cancellation or Cancellation()
         self.deadline = ending.deadline
         self.ahead = ahead
-        self.listener: Callable[[], None] | None = None  # called when there is a piece or the end
+        self.listener: Listener | None = None  # called with those that have a piece more or have ended
         self.pieces: deque[Piece] = deque()
         self.error: MoevlmError | None = None
         self.status: Status = "new"
@@ -79,6 +82,7 @@ class Sequence:
         self._ends = np.cumsum([image.tokens for image in images], dtype=np.int64)
         self._sampler = Sampler(params, prompt.ids)
         self._ending = ending
+        self._size = len(prompt.ids)
 
     @property
     def prompt_tokens(self) -> int:
@@ -87,7 +91,7 @@ class Sequence:
     @property
     def tokens(self) -> int:
         """Prompt and generated tokens; the last is computed by the next step."""
-        return len(self.prompt.ids) + len(self.generated)
+        return self._size + len(self.generated)
 
     @property
     def limit(self) -> int:
@@ -97,7 +101,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether its next step is one generated token."""
-        return bool(self.generated) and self.computed == self.tokens - 1
+        generated = len(self.generated)
+        return generated > 0 and self.computed == self._size + generated - 1
 
     @property
     def paused(self) -> bool:

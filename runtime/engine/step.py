@@ -15,7 +15,7 @@ class EngineLimits:
     max_sequences, max_tokens, max_logits: of one step. max_context: tokens of one sequence. page_size: tokens of a
     page. max_visual: rows of visual features that a step uses; max_patches: of one image; None for any number.
     packed: rows give the same bits whatever else is in a step, so prompts may be cut at any page's border; else they
-    are cut at multiples of max_tokens alone.
+    are cut at multiples of max_tokens alone. copies: a step may copy pages.
     """
 
     max_sequences: int
@@ -26,6 +26,7 @@ class EngineLimits:
     max_visual: int | None = None
     max_patches: int | None = None
     packed: bool = False
+    copies: bool = True
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def _limits(
 
 def _request(runtime: Runtime, prompt: Prompt, new_tokens: int) -> tuple[float, float, float]:
     """Seconds for the image, for the prompt, and for one further token (the median of new_tokens - 1)."""
+    runtime.forget()  # else the prompt would be read once only
     stream = runtime.generate(prompt, params=SamplingParams(max_new_tokens=new_tokens, ignore_eos=True))
     times, usage = [], None
     for piece in stream:

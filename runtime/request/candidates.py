@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from moevlm.runtime.request.sampling import SamplingParams
@@ -16,8 +17,7 @@ _MASS_ERROR = 2e-6
 _FLOAT32 = float(np.finfo(np.float32).eps)
 
 
-@dataclass(frozen=True, slots=True)
-class CandidateRow:
+class CandidateRow(msgspec.Struct, frozen=True, eq=False):
     """The likeliest tokens of one row, and the row itself for whoever needs it.
 
     values: [C] float32 logits, falling. ids: [C] int32, of equal logits the lower first. log_sum_exp: of the whole

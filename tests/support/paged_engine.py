@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.states import PagedKV, page_bytes
 from moevlm.runtime.engine.cancellation import Cancellation
+from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.sampler import Sampler
+from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
-VOCABULARY = 40
+VOCABULARY = 41
 ROPE = RopeMetadata(dim=4, theta=100.0, sections=(1, 1, 0), interleaved=False)
+EOS, IMAGE = 3, VOCABULARY - 1
+MODEL = ModelMetadata(
+    model_type="paged",
+    hidden=1,
+    vocabulary=VOCABULARY,
+    context=2000,
+    layers=(LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4),),
+    eos_token_ids=(EOS,),
+    image_token_id=IMAGE,
+    ropes=(ROPE,),
+    vision=VisionMetadata(
+        patch_size=4,
+        temporal_patch_size=2,
+        merge_size=2,
+        channels=3,
+        head_dim=4,
+        rope_theta=1e4,
+        position_grid=4,
+        position_resampling="bilinear",
+        deepstack=0,
+    ),
+)
 _EMPTY = -(1 << 40)
 _PRIME = (1 << 31) - 1
 
@@ -28,7 +56,9 @@ def fold(state: int, value: int) -> int:
 
 def logits_of(state: int) -> np.ndarray:
     """[VOCABULARY] float32, of a sequence in this state."""
-    return np.random.default_rng(state).standard_normal(VOCABULARY).astype(np.float32) * 2
+    logits = np.random.default_rng(state).standard_normal(VOCABULARY).astype(np.float32) * 2
+    logits[IMAGE] = -30  # what is generated may be a prompt
+    return logits
 
 
 def candidates_of(logits: np.ndarray, count: int = VOCABULARY) -> Candidates:
@@ -52,6 +82,7 @@ class PagedEngine:
 
     def __init__(self, limits: EngineLimits, *, recurrent: bool = False) -> None:
         self.limits = limits
+        self.states = (PagedKV(layer=0, kv_heads=1, key_dim=4, value_dim=4),)
         self.recurrent = recurrent
         self.steps: list[Step] = []
         self.encoded: list[VisionInputs] = []
@@ -119,3 +150,26 @@ def check_rope(step: Step, positions: np.ndarray) -> None:
     cos, sin = rope_tables(positions, ROPE)
     np.testing.assert_array_equal(step.rope["0"][0], cos)
     np.testing.assert_array_equal(step.rope["0"][1], sin)
+
+
+def paged_runtime(engine: PagedEngine, chunk_tokens: int = 64, pages: int | None = None, **options: Any) -> Runtime:
+    """A runtime without a tokenizer. pages: of the pool, page 0 included; by default as many as are of use."""
+    memory = None if pages is None else pages * page_bytes(engine.states, engine.limits.page_size)
+    return Runtime(MODEL, None, None, engine, chunk_tokens=chunk_tokens, cache_memory=memory, **options)
+
+
+def prompt_of(ids: Sequence[int]) -> Prompt:
+    return Prompt.from_ids(list(ids), [], MODEL)
+
+
+@lru_cache(maxsize=4096)
+def alone(ids: tuple[int, ...], new_tokens: int, params: SamplingParams) -> list[int]:
+    """What a prompt is continued with, without pages and without company."""
+    state, sampler = 0, Sampler(params, ids)
+    tokens: list[int] = []
+    for token in ids:
+        state = fold(state, token)
+    while len(tokens) < new_tokens and (params.ignore_eos or EOS not in tokens):
+        tokens.append(sampler.choose(row_of(logits_of(state))).token_id)
+        state = fold(state, tokens[-1])
+    return tokens

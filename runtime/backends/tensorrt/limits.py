@@ -11,4 +11,4 @@ def limits_of(model: ModelMetadata, built: TensorRTMetadata) -> EngineLimits:
     context = min(model.context, built.capacity)
     # Every token of a step may be of an image.
     tokens = min(built.chunk_tokens, built.max_visual, context)
-    return EngineLimits(1, tokens, tokens, context, built.capacity, built.max_visual, built.max_patches)
+    return EngineLimits(1, tokens, tokens, context, built.capacity, built.max_visual, built.max_patches, copies=False)

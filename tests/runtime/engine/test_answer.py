@@ -20,7 +20,6 @@ from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.engine.answer import Answer
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.single import SingleSequence
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 from tests.runtime.engine.test_generate import TWO_IMAGES, ToyEngine, _free, _ids, _runtime, _text
 
@@ -87,7 +86,7 @@ def test_a_prompt_is_left_between_its_chunks(steps: int) -> None:
 
 
 def test_images_are_left_between_calls_of_the_vision_tower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moevlm.runtime.engine.generate.ENCODED_PATCHES", 24)
+    monkeypatch.setattr("moevlm.runtime.engine.image_features.ENCODED_PATCHES", 24)
     engine = Hooked()
     runtime = _runtime(engine)
     answer = runtime.generate(TWO_IMAGES)
@@ -102,7 +101,7 @@ def test_images_in_several_calls_are_the_same_features(monkeypatch: pytest.Monke
     prompts = [runtime.prompt(TWO_IMAGES), runtime.prompt(TWO_IMAGES)]
     together = runtime.encode(prompts)
     for most, calls in ((40, 2), (24, 4), (1, 4)):
-        monkeypatch.setattr("moevlm.runtime.engine.generate.ENCODED_PATCHES", most)
+        monkeypatch.setattr("moevlm.runtime.engine.image_features.ENCODED_PATCHES", most)
         engine.encoded.clear()
         apart = runtime.encode(prompts)
         assert len(engine.encoded) == calls
@@ -231,14 +230,17 @@ def test_onnxruntime_stops_within_a_step_and_answers_as_before(runtime: Runtime)
     assert _ids(list(runtime.generate(question, max_new_tokens=6))) == before
 
 
-def test_onnxruntime_starts_nothing_for_a_request_that_was_cancelled(runtime: Runtime) -> None:
+def test_onnxruntime_starts_nothing_for_a_request_that_was_cancelled(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    forward = runtime.engine.forward
+    monkeypatch.setattr(runtime.engine, "forward", lambda *call: (calls.append(call), forward(*call))[1])
+    assert list(runtime.generate(_text("hi"), max_new_tokens=2))
+    step, visual, _ = calls[0]
     cancellation = Cancellation()
-    prompt = runtime.prompt(_text("hi"))
-    with runtime._pages(len(prompt.ids) + 4) as (pages, row):
-        sequence = SingleSequence(runtime.engine, runtime.model, prompt, None, pages, row, cancellation)
-        sequence.prefill(512)
-        cancellation.cancel()
-        with pytest.raises(Cancelled):
-            sequence.decode(65)
+    cancellation.cancel()
+    with pytest.raises(Cancelled):
+        forward(step, visual, cancellation)
     with pytest.raises(Cancelled):
         runtime.engine.encode(many_patches(runtime.model.vision, 2), cancellation)

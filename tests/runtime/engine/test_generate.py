@@ -140,7 +140,7 @@ class ToyEngine:
 def _free(runtime: Runtime) -> bool:
     """Whether all pages that were reserved are free again."""
     assert isinstance(runtime.engine, ToyEngine)
-    return len(runtime._free_pages) == len(runtime.engine.pages) - 1
+    return runtime.loop.used_pages == 0
 
 
 def _tokenizer() -> Tokenizer:

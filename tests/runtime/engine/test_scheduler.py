@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,36 +17,14 @@ from moevlm.runtime.engine.pages import PageNode, PagePool
 from moevlm.runtime.engine.scheduler import MIXED_TOKENS, Part, Scheduler
 from moevlm.runtime.engine.sequence import Ending, Sequence
 from moevlm.runtime.engine.step import EngineLimits
-from moevlm.runtime.request.prompt import Prompt
-from moevlm.runtime.request.sampler import Sampler
 from moevlm.runtime.request.sampling import SamplingParams
-from tests.support.paged_engine import ROPE, VOCABULARY, PagedEngine, check_rope, fold, logits_of, row_of
-
-EOS = 3
-
-
-def prompt_of(ids: tuple[int, ...] | list[int]) -> Prompt:
-    size = len(ids)
-    positions = np.broadcast_to(np.arange(size), (3, size))
-    return Prompt(np.array(ids, np.int64), np.full(size, -1, np.int64), positions, size)
+from tests.support.paged_engine import EOS, IMAGE, ROPE, VOCABULARY, PagedEngine, alone, check_rope, prompt_of
 
 
 def sequence_of(ids: list[int], new_tokens: int = 5, ahead: float = 1e9, **options: Any) -> Sequence:
     deadline = options.pop("deadline", None)
     ending = Ending(new_tokens, frozenset({EOS}), deadline=deadline)
     return Sequence(prompt_of(ids), SamplingParams(**options), ending, ahead=ahead)
-
-
-@lru_cache(maxsize=4096)
-def alone(ids: tuple[int, ...], new_tokens: int, params: SamplingParams) -> list[int]:
-    """What a prompt is continued with, without pages and without company."""
-    state, sampler, tokens = 0, Sampler(params, ids), []
-    for token in ids:
-        state = fold(state, token)
-    while len(tokens) < new_tokens and EOS not in tokens:
-        tokens.append(sampler.choose(row_of(logits_of(state))).token_id)
-        state = fold(state, tokens[-1])
-    return tokens
 
 
 class House:
@@ -62,15 +39,12 @@ class House:
         chunk: int = 64,
         page: int = 4,
         rows: int = 0,
-        waiting: int | None = None,
         max_tokens: int = 128,
     ) -> None:
         self.limits = EngineLimits(sequences, max_tokens, sequences, 10_000, page, packed=packed)
         self.chunk = min(chunk, max_tokens)
         self.pool = PagePool(pages, page)
-        self.scheduler = Scheduler(
-            self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk, rows=rows, waiting=waiting
-        )
+        self.scheduler = Scheduler(self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk, rows=rows)
         self.engine = PagedEngine(self.limits, recurrent=rows > 0)
         self.engine.reserve(pages, max(rows, 1))
         self.packer = StepPacker([ROPE])
@@ -154,7 +128,7 @@ PREFIXES = [(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 9)]
 PROMPTS = st.builds(
     lambda prefix, rest: (*prefix, *rest),
     st.sampled_from(PREFIXES),
-    st.lists(st.integers(4, VOCABULARY - 1), min_size=1, max_size=40).map(tuple),
+    st.lists(st.integers(4, IMAGE - 1), min_size=1, max_size=40).map(tuple),
 )
 PARAMS = st.builds(
     lambda seed, hot: SamplingParams(temperature=1.0, top_p=0.9, seed=seed) if hot else SamplingParams(),
@@ -449,12 +423,12 @@ def test_cancelling_frees_pages_in_the_same_step():
 
 
 def test_what_cannot_be_taken_is_refused():
-    house = House(pages=4, page=4, waiting=1)
+    house = House(pages=4, page=4)
     with pytest.raises(RequestError, match=r"^the request may take 13 tokens, the cache has room for 12$"):
         house.scheduler.add(sequence_of([5] * 10, 4))
     house.scheduler.add(sequence_of([5] * 10, 3))
     with pytest.raises(QueueFull, match=r"^1 requests wait already \(allowed: 1\)$"):
-        house.scheduler.add(sequence_of([5], 1))
+        house.scheduler.add(sequence_of([5], 1), waiting=1)
 
 
 def test_unused_pages_go_the_longest_unused_first_and_the_deepest_of_these():

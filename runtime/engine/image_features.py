@@ -1,0 +1,117 @@
+"""Visual features of images: encoded in calls of bounded size, and kept by what the images show."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.engine.cancellation import Cancellation
+from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.request.prompt import SMALLER_IMAGES
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from moevlm.runtime.request.images import ImageProcessor
+
+# Images are encoded together up to so many patches: enough for full speed, few enough for a bounded memory and for a
+# cancellation to be heard between two calls.
+ENCODED_PATCHES = 4096
+
+
+class ImageEncoder:
+    """An engine's vision tower behind the bundle's preprocessing."""
+
+    def __init__(self, engine: Engine, processor: ImageProcessor, merge_size: int) -> None:
+        """merge_size: see VisionMetadata."""
+        self._engine, self._processor, self._merge = engine, processor, merge_size**2
+
+    def tokens(self, image: Image) -> int:
+        """How many rows of features a resized image has."""
+        return math.prod(self._processor.grid(image)) // self._merge
+
+    def check(self, images: Sequence[Image]) -> None:
+        """Raises RequestError for an image that the engine cannot take."""
+        most = self._engine.limits.max_patches
+        for number, image in enumerate(images, 1):
+            patches = math.prod(self._processor.grid(image))
+            if most is not None and patches > most:
+                raise RequestError(
+                    f"image {number} has {patches} patches, the engine was built for up to {most} "
+                    f"({SMALLER_IMAGES}: at most {most // self._merge} here)"
+                )
+
+    def encode(self, images: Sequence[Image], cancellation: Cancellation) -> Iterator[VisualFeatures]:
+        """Features of each of the images, call by call. Raises Cancelled."""
+        for group in self._groups(images):
+            cancellation.check()
+            inputs, _ = self._processor.pack(group)
+            features = self._engine.encode(inputs, cancellation)
+            rows = [self.tokens(image) for image in group]
+            if sum(rows) != len(features.embeds):
+                raise EngineError(f"{len(features.embeds)} visual features for {sum(rows)} image tokens")
+            if len(group) == 1:
+                yield features
+                continue
+            ends = np.cumsum(rows)[:-1]
+            embeds, deepstack = np.split(features.embeds, ends), np.split(features.deepstack, ends, axis=1)
+            for one, levels in zip(embeds, deepstack, strict=True):
+                yield VisualFeatures(one.copy(), levels.copy())  # so that one alone can be kept
+
+    def _groups(self, images: Sequence[Image]) -> Iterator[list[Image]]:
+        """Consecutive images that are encoded in one call."""
+        most = self._engine.limits.max_patches or ENCODED_PATCHES
+        group: list[Image] = []
+        patches = 0
+        for image in images:
+            size = math.prod(self._processor.grid(image))
+            if group and patches + size > most:
+                yield group
+                group, patches = [], 0
+            group.append(image)
+            patches += size
+        yield group
+
+
+class FeatureCache:
+    """Features by the hash of the image that they show, the longest unused of them dropped first."""
+
+    def __init__(self, limit: int) -> None:
+        """limit: bytes; 0 keeps none."""
+        self._limit, self._bytes = limit, 0
+        self._kept: OrderedDict[bytes, VisualFeatures] = OrderedDict()
+
+    @property
+    def kept_bytes(self) -> int:
+        """The size of what is kept now."""
+        return self._bytes
+
+    def forget(self) -> None:
+        """Drop all."""
+        self._kept.clear()
+        self._bytes = 0
+
+    def get(self, digest: bytes) -> VisualFeatures | None:
+        found = self._kept.get(digest)
+        if found is not None:
+            self._kept.move_to_end(digest)
+        return found
+
+    def put(self, digest: bytes, features: VisualFeatures) -> None:
+        """Keep features, which must own their memory: a part of a larger array would keep all of it."""
+        size = _size(features)
+        if digest in self._kept or size > self._limit:
+            return
+        self._kept[digest] = features
+        self._bytes += size
+        while self._bytes > self._limit:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+
+
+def _size(features: VisualFeatures) -> int:
+    return features.embeds.nbytes + features.deepstack.nbytes

@@ -1,0 +1,44 @@
+"""How many pages and state rows an engine is given, from the memory that they may take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.states import Recurrent, StateSpec, page_bytes
+from moevlm.runtime.engine.step import EngineLimits
+
+SEQUENCES = 32  # requests that take part in steps at the same time, the others wait
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """pages, rows: page 0 and row 0 included, which are no sequence's. rows is 0 without recurrent states."""
+
+    pages: int
+    rows: int
+
+    @classmethod
+    def of(
+        cls, limits: EngineLimits, states: tuple[StateSpec, ...], context: int, cache_memory: int | None
+    ) -> PoolSize:
+        """As much as SEQUENCES requests of `context` tokens can use, within `cache_memory` bytes if that is given.
+
+        Raises RequestError where the memory holds not even one page.
+        """
+        recurrent = [state for state in states if isinstance(state, Recurrent)]
+        rows = 1 + SEQUENCES if recurrent else 0
+        each = -(-context // limits.page_size)
+        pages = 1 + SEQUENCES * each
+        page, row = page_bytes(states, limits.page_size), sum(state.row_bytes for state in recurrent)
+        if cache_memory is None or not page:
+            return cls(pages, rows)
+        fitting = (cache_memory - rows * row) // page
+        if each == 1:  # the engine lets a page grow with its sequence, whatever a whole one would take
+            fitting = max(fitting, 2)
+        if fitting < 2:
+            raise RequestError(
+                f"unsupported value cache_memory = {cache_memory} (allowed: {rows * row + 2 * page} bytes or more, "
+                f"{limits.page_size} tokens)"
+            )
+        return cls(min(pages, fitting), rows)

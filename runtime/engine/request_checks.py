@@ -1,0 +1,33 @@
+"""Checks of a request's parameters that need more than the parameters themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from moevlm.runtime.core.errors import RequestError, one_line, shown
+from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
+from moevlm.runtime.request.tokenizer import Tokenizer
+
+
+def chosen_params(params: SamplingParams | None, otherwise: SamplingParams, options: SamplingOptions) -> SamplingParams:
+    """`params`, or what counts without them, with `options` on top. Raises RequestError."""
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(f"unsupported value params = {shown(params)} (allowed: SamplingParams)")
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    for name in options:
+        if name not in known:
+            raise RequestError(f"unsupported option {one_line(name, 60)} (supported: {', '.join(sorted(known))})")
+    return (params or otherwise).updated(options)
+
+
+def check_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    """Raises RequestError for a stop that no text of this tokenizer can have."""
+    if params.stop and tokenizer is None:
+        raise RequestError("stop needs text, and the bundle has no tokenizer.json")
+    special = tokenizer.special if tokenizer and params.skip_special_tokens else {}
+    for stop in params.stop:
+        if stop not in special and any(token in stop for token in special):
+            raise RequestError(
+                f"unsupported value stop = {shown(stop)} (allowed: a special token alone, or text without one: "
+                "they are left out of the text)"
+            )

@@ -1,0 +1,257 @@
+"""Requests that share steps: threads, batches, errors, cancellations and images."""
+
+from __future__ import annotations
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.runtime.core.errors import Cancelled, EngineError, RequestError
+from moevlm.runtime.engine.answer import Piece
+from moevlm.runtime.engine.cancellation import Cancellation
+from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.engine.step import EngineLimits, Step
+from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.support.paged_engine import IMAGE, MODEL, PagedEngine, alone, paged_runtime, prompt_of
+
+LIMITS = EngineLimits(8, 128, 8, 2000, 4, packed=True)
+PROMPTS = [tuple(range(5 + n, 12 + 3 * n)) for n in range(7)]
+FORCED: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True}
+PROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 4096},
+}
+
+
+def ids(pieces: list[Piece]) -> list[int]:
+    return [token for piece in pieces for token in piece.token_ids]
+
+
+def expected(prompt: tuple[int, ...], **options: Any) -> list[int]:
+    params = SamplingParams(**{**FORCED, **options})
+    return alone(prompt, params.max_new_tokens, params)
+
+
+def test_a_batch_shares_steps_and_each_answer_is_what_it_is_alone() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    params = [SamplingParams(**FORCED, temperature=1.0, top_p=0.9, seed=n) for n in range(7)]
+    completions = runtime.generate_many([prompt_of(one) for one in PROMPTS], params=params)
+    for completion, prompt, chosen in zip(completions, PROMPTS, params, strict=True):
+        assert list(completion.token_ids) == alone(prompt, 12, chosen)
+        assert completion.finish_reason == "length"
+        assert completion.usage.new_tokens == len(completion.sampled) == 12
+    assert max(step.sequences for step in engine.steps) == 7
+    assert len(engine.steps) < 7 * 12 / 4
+    assert runtime.loop.used_pages == 0
+
+
+def test_a_batch_is_checked_before_its_first_step() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    with pytest.raises(RequestError, match="leaves no room"):
+        runtime.generate_many([prompt_of([5]), prompt_of([5] * 2000)])
+    with pytest.raises(RequestError, match=r"^1 params for 2 requests"):
+        runtime.generate_many([prompt_of([5]), prompt_of([6])], params=[SamplingParams()])
+    assert engine.steps == []
+    assert runtime.generate_many([]) == []
+
+
+def test_threads_that_share_a_runtime_get_their_own_answers() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    first = threading.Event()
+    waiting = threading.Barrier(len(PROMPTS))
+
+    def hold(*_: object) -> None:
+        if not first.is_set():  # until the others have come, or nearly
+            first.set()
+            waiting.wait(60)
+
+    engine.before = hold
+
+    def read(n: int) -> list[int]:
+        answer = runtime.generate(prompt_of(PROMPTS[n]), params=SamplingParams(**FORCED, temperature=1.0, seed=n))
+        if n:
+            assert first.wait(60)
+            threading.Timer(0.05, waiting.wait, [60]).start()
+        return ids(list(answer))
+
+    with ThreadPoolExecutor(len(PROMPTS)) as readers:
+        answers = list(readers.map(read, range(len(PROMPTS))))
+    assert answers == [expected(prompt, temperature=1.0, seed=n) for n, prompt in enumerate(PROMPTS)]
+    assert max(step.sequences for step in engine.steps) > 3
+    assert runtime.loop.used_pages == 0
+
+
+def test_an_error_in_one_step_reaches_all_its_requests_and_nothing_else() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    answers = [runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:3]]
+    for answer in answers:
+        next(answer)
+
+    def fail(*_: object) -> None:
+        raise ValueError("a bug\nof the engine")
+
+    engine.before = fail
+    for answer in answers:
+        with pytest.raises(EngineError, match=r"^the engine failed: a bug of the engine$"):
+            list(answer)
+    assert runtime.loop.used_pages == 0
+    engine.before = None
+    assert ids(list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))) == expected(PROMPTS[0])
+
+
+def test_logits_that_are_not_usable_end_their_own_request() -> None:
+    class Broken(PagedEngine):
+        def forward(self, step: Step, *arguments: Any) -> Any:
+            output = super().forward(step, *arguments)
+            broken = step.context_len[[n for n in range(step.sequences) if n < len(output.candidates.values)]] == 10
+            output.candidates.values[broken, 0] = np.nan
+            return output
+
+    runtime = paged_runtime(Broken(LIMITS))
+    good, bad = (runtime.generate(prompt_of(prompt), **FORCED) for prompt in ((5,) * 20, (6,) * 6))
+    assert next(good)
+    with pytest.raises(EngineError, match="not usable"):
+        list(bad)
+    assert len(list(good)) == 11
+    assert runtime.loop.used_pages == 0
+
+
+def test_a_step_is_stopped_within_only_when_the_last_of_its_requests_is_cancelled() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    answers = [runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:3]]
+    for answer in answers:
+        next(answer)
+    stops: list[int] = []
+
+    def cancel(step: Step, cancellation: Cancellation | None) -> None:
+        assert cancellation is not None
+        if step.sequences == 3:
+            with cancellation.stopping(lambda: stops.append(1)):
+                for number, answer in enumerate(answers):
+                    answer.cancel()
+                    assert bool(stops) == (number == 2)
+            cancellation.check()
+
+    engine.before = cancel
+    for answer in answers:
+        list(answer)
+    assert stops
+    assert runtime.loop.used_pages == 0
+
+
+def test_cancelling_one_of_a_crowd_leaves_the_others_alone() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    answers = [runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS]
+    made = [ids([next(answer)]) for answer in answers]
+
+    def cancel(*_: object) -> None:
+        if len(engine.steps) == 12:
+            answers[2].cancel()
+
+    engine.before = cancel
+    for n, answer in enumerate(answers):
+        made[n] += ids(list(answer))
+        assert made[n] == expected(PROMPTS[n])[: len(made[n])]
+        assert n == 2 or len(made[n]) == 12
+    assert len(made[2]) < 12
+    assert runtime.loop.used_pages == 0
+
+
+def test_an_interrupt_ends_the_request_of_the_thread_that_it_meets_alone() -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    one, other = (runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:2])
+    begun = [*ids([next(other)]), *ids([next(one)])][:1]
+
+    def interrupt(step: Step, _: object) -> None:
+        if step.sequences == 2:
+            engine.before = None
+            raise KeyboardInterrupt
+
+    engine.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        list(one)
+    assert begun + ids(list(other)) == expected(PROMPTS[1])
+    assert runtime.loop.used_pages == 0
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 24, 3), np.uint8))
+
+
+def shown(*images: Image.Image, text: tuple[int, ...] = (7, 8)) -> Prompt:
+    tokens = [5, *(token for _ in images for token in (6, *[IMAGE] * 6)), *text]
+    return Prompt.from_ids(tokens, [(4, 6)] * len(images), MODEL, images)
+
+
+def seeing(engine: PagedEngine, **options: Any) -> Runtime:
+    return Runtime(MODEL, None, None, engine, ImageProcessor(PROCESSOR, MODEL.vision), **options)
+
+
+def answer_of(runtime: Runtime, prompt: Prompt) -> list[int]:
+    return ids(list(runtime.generate(prompt, **FORCED)))
+
+
+def test_a_repeated_image_is_not_encoded_again() -> None:
+    runtime = seeing(engine := PagedEngine(LIMITS))
+    a, b = picture(1), picture(2)
+    first = answer_of(runtime, shown(a))
+    assert len(engine.encoded) == 1
+    assert answer_of(runtime, shown(a)) == first
+    both = answer_of(runtime, shown(b, a, b, text=(9,)))
+    assert len(engine.encoded) == 2
+    assert len(engine.encoded[1].pixel_patches) == 24  # the new one, once
+    forgetful = seeing(without := PagedEngine(LIMITS), feature_memory=0)
+    assert answer_of(forgetful, shown(b, a, b, text=(9,))) == both
+    assert answer_of(forgetful, shown(a, text=(10,))) != first
+    assert len(without.encoded) == 2
+
+
+def test_images_that_look_different_never_share_pages() -> None:
+    pictures = [picture(seed) for seed in range(4)]
+    apart = [answer_of(seeing(PagedEngine(LIMITS)), shown(one)) for one in pictures]
+    assert len({tuple(answer) for answer in apart}) == 4
+    runtime = seeing(PagedEngine(LIMITS))
+    assert [answer_of(runtime, shown(one)) for one in pictures] == apart
+    assert [answer_of(runtime, shown(one)) for one in pictures] == apart
+
+
+@pytest.mark.parametrize("feature_memory", [0, 1 << 20])
+def test_images_are_there_again_after_a_preemption(feature_memory: int) -> None:
+    prompts = [shown(picture(seed), text=tuple(range(5, 25))) for seed in range(4)]
+    options = {"max_new_tokens": 30, "ignore_eos": True}
+    apart = [ids(list(seeing(PagedEngine(LIMITS)).generate(prompt, **options))) for prompt in prompts]
+    size = paged_runtime(PagedEngine(LIMITS)).engine.states[0].token_bytes * LIMITS.page_size
+    runtime = seeing(engine := PagedEngine(LIMITS), cache_memory=34 * size, feature_memory=feature_memory)
+    together = runtime.generate_many(prompts, **options)
+    assert [list(completion.token_ids) for completion in together] == apart
+    assert sum(step.tokens for step in engine.steps) > sum(len(prompt.ids) + 29 for prompt in prompts)  # some again
+
+
+def test_the_context_is_what_the_cache_holds() -> None:
+    runtime = paged_runtime(PagedEngine(LIMITS), pages=11)
+    assert runtime.context == 40
+    with pytest.raises(RequestError, match=r"leaves no room in the cache's context of 40 \(a larger cache_memory"):
+        runtime.generate(prompt_of([5] * 40))
+    assert len(list(runtime.generate(prompt_of([5] * 38), ignore_eos=True))) == 2
+    with pytest.raises(RequestError, match=r"^unsupported value cache_memory = 1 \(allowed: \d+ bytes or more, 4 tok"):
+        Runtime(MODEL, None, None, PagedEngine(LIMITS), cache_memory=1)
+
+
+def test_a_request_that_ends_without_its_last_piece_says_so() -> None:
+    runtime = paged_runtime(PagedEngine(LIMITS))
+    request = runtime.sequence(prompt_of([5]), ahead=math.inf, **FORCED)
+    runtime.loop.add(request)
+    assert runtime.loop.next_piece(request) is not None
+    request.cancellation.cancel()
+    with pytest.raises(Cancelled):
+        list(runtime._pieces(request))

@@ -1,0 +1,231 @@
+"""Requests in a crowd on real engines: what each says alone, whoever shares its steps and whatever is known before."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.runtime import AsyncEngine, Runtime, SamplingParams, load
+from moevlm.runtime.core.errors import Cancelled, DeadlineExceeded, EngineError
+from moevlm.runtime.core.states import page_bytes
+from moevlm.runtime.engine.answer import Completion, Piece
+
+QUESTIONS = [
+    "hi",
+    "What is this?",
+    "a longer question, to be read in two chunks " * 3,
+    "count",
+    "no",
+    "yes",
+    "why",
+    "b",
+]
+
+
+def picture(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 24, 3), np.uint8))
+
+
+def messages(n: int) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": QUESTIONS[n]}]
+    if n % 3 == 1:
+        content.insert(0, {"type": "image", "image": picture(n % 2)})
+    return [{"role": "system", "content": "Be brief, be kind, and never say what was not asked for."}, user(content)]
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def params(n: int, new_tokens: int = 12) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, temperature=1.0, top_p=0.9, seed=n, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moevlm.export.build import build
+
+    targets = ["reference", "ort-cpu", "cpu:int8"]
+    return build(tiny_checkpoint, tmp_path_factory.mktemp("served") / "tiny.moevlm", targets).directory
+
+
+@pytest.fixture(scope="module", params=["cpu:int8", "reference", "ort-cpu"])
+def runtime(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Runtime]:
+    with load(bundle, request.param, chunk_tokens=64) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def alone(runtime: Runtime) -> list[Completion]:
+    """Each answer by itself, with nothing known before."""
+    answers = []
+    for n in range(8):
+        runtime.forget()
+        answers.append(Completion.of(list(runtime.generate(messages(n), params=params(n)))))
+    runtime.forget()
+    return answers
+
+
+def assert_same(runtime: Runtime, got: Completion, expected: Completion) -> None:
+    """Every bit where rows do not depend on the step, else the same text."""
+    assert got.token_ids == expected.token_ids
+    assert got.text == expected.text
+    if runtime.engine.limits.packed:
+        assert got.sampled == expected.sampled
+    for one, other in zip(got.sampled, expected.sampled, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+
+
+def test_eight_at_once_say_what_each_says_alone(runtime: Runtime, alone: list[Completion]) -> None:
+    together = runtime.generate_many([messages(n) for n in range(8)], params=[params(n) for n in range(8)])
+    for got, expected in zip(together, alone, strict=True):
+        assert_same(runtime, got, expected)
+    assert runtime.loop.used_pages == 0
+
+
+def test_eight_clients_get_what_each_gets_alone(runtime: Runtime, alone: list[Completion]) -> None:
+    async def read(service: AsyncEngine, n: int) -> Completion:
+        return Completion.of([piece async for piece in service.generate(messages(n), params=params(n))])
+
+    async def serve() -> list[Completion]:
+        async with AsyncEngine(runtime) as service:
+            return await asyncio.gather(*(read(service, n) for n in range(8)))
+
+    for got, expected in zip(asyncio.run(serve()), alone, strict=True):
+        assert_same(runtime, got, expected)
+
+
+def test_what_is_known_of_a_prompt_changes_nothing_in_the_answer(runtime: Runtime, alone: list[Completion]) -> None:
+    for expected, n in [(alone[n], n) for n in range(8)] * 2:
+        assert_same(runtime, Completion.of(list(runtime.generate(messages(n), params=params(n)))), expected)
+    turns = [*messages(2), {"role": "assistant", "content": alone[2].text}, user("and then?")]
+    known = Completion.of(list(runtime.generate(turns, params=params(3))))
+    runtime.forget()
+    assert_same(runtime, known, Completion.of(list(runtime.generate(turns, params=params(3)))))
+
+
+def test_a_second_turn_reads_what_is_new(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(bundle, "cpu:int8") as runtime:
+        tokens: list[int] = []
+        forward = runtime.engine.forward
+        monkeypatch.setattr(
+            runtime.engine, "forward", lambda step, *rest: (tokens.append(step.tokens), forward(step, *rest))[1]
+        )
+        first = Completion.of(list(runtime.generate(messages(2), params=params(2))))
+        read = len(runtime.prompt(messages(2)).ids)
+        assert sum(tokens) == read + 11
+        # The end of the answer that the template writes, the question, and the beginning of the next answer.
+        turns = [*messages(2), {"role": "assistant", "content": first.text}, user("more")]
+        tokens.clear()
+        assert list(runtime.generate(turns, max_new_tokens=1))
+        assert sum(tokens) < len(runtime.prompt(turns).ids) - read + 12
+
+
+def test_a_small_cache_makes_requests_wait_and_start_again_but_changes_no_answer(
+    runtime: Runtime, alone: list[Completion], bundle: Path
+) -> None:
+    longest = max(len(runtime.prompt(messages(n)).ids) for n in range(8)) + 12
+    page = runtime.engine.limits.page_size
+    memory = (1 + -(-longest // page)) * page_bytes(runtime.engine.states, page)
+    with load(bundle, runtime.target, cache_memory=memory, chunk_tokens=64) as small:
+        together = small.generate_many([messages(n) for n in range(8)], params=[params(n) for n in range(8)])
+        for got, expected in zip(together, alone, strict=True):
+            assert_same(small, got, expected)
+
+
+def test_leaving_a_crowd_ends_one_answer_alone(runtime: Runtime, alone: list[Completion]) -> None:
+    answers = [runtime.generate(messages(n), params=params(n)) for n in range(4)]
+    pieces: list[list[Piece]] = [[next(answer)] for answer in answers]
+    answers[1].cancel()
+    for n in (0, 2, 3):
+        assert_same(runtime, Completion.of(pieces[n] + list(answers[n])), alone[n])
+    assert list(answers[1]) == []
+    assert runtime.loop.used_pages == 0
+
+
+def test_an_error_ends_the_requests_of_its_step(
+    runtime: Runtime, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, steps = runtime.engine.forward, 0
+
+    def failing(step: Any, *rest: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 9:
+            raise EngineError("the machine is on fire")
+        return forward(step, *rest)
+
+    async def read(service: AsyncEngine, n: int) -> Completion | EngineError:
+        try:
+            return Completion.of([piece async for piece in service.generate(messages(n), params=params(n))])
+        except EngineError as error:
+            return error
+
+    async def serve() -> list[Completion | EngineError]:
+        async with AsyncEngine(runtime) as service:
+            return await asyncio.gather(*(read(service, n) for n in range(4)))
+
+    monkeypatch.setattr(runtime.engine, "forward", failing)
+    ended = asyncio.run(serve())
+    assert any(isinstance(one, EngineError) for one in ended)
+    assert runtime.loop.used_pages == 0
+    for n, one in enumerate(ended):
+        if isinstance(one, Completion):
+            assert_same(runtime, one, alone[n])
+    assert_same(runtime, runtime.generate_many([messages(0)], params=params(0))[0], alone[0])
+
+
+def test_a_client_that_leaves_and_one_that_is_late(runtime: Runtime, alone: list[Completion]) -> None:
+    async def serve() -> Completion:
+        async with AsyncEngine(runtime) as service:
+            leaving = service.generate(messages(0), params=params(0, 400))
+            late = service.generate(messages(1), params=params(1, 400), deadline=0.05)
+            staying = service.generate(messages(2), params=params(2))
+            await anext(leaving)
+            await leaving.aclose()
+            with pytest.raises(DeadlineExceeded):
+                while True:
+                    await anext(late)
+            return Completion.of([piece async for piece in staying])
+
+    assert_same(runtime, asyncio.run(serve()), alone[2])
+    assert runtime.loop.used_pages == 0
+
+
+def test_closing_the_service_cancels_what_runs(runtime: Runtime) -> None:
+    async def serve() -> None:
+        service = AsyncEngine(runtime)
+        stream = service.generate(messages(0), params=params(0, 400))
+        await anext(stream)
+        await service.close()
+        with pytest.raises(Cancelled):
+            while True:
+                await anext(stream)
+
+    asyncio.run(serve())
+    assert runtime.loop.used_pages == 0
+
+
+def test_an_image_that_comes_again_is_not_encoded_again(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    encode = runtime.engine.encode
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return encode(*arguments)
+
+    monkeypatch.setattr(runtime.engine, "encode", counting)
+    runtime.forget()
+    other = [user([{"type": "text", "text": "Here is another: "}, {"type": "image", "image": picture(5)}])]
+    texts = [Completion.of(list(runtime.generate(other, max_new_tokens=6))).text for _ in range(2)]
+    assert calls == 1
+    assert texts[0] == texts[1]
+    assert list(runtime.generate([*other, user("And?")], max_new_tokens=2))
+    assert calls == 1
