@@ -269,6 +269,22 @@ def test_chunks_and_threads_change_nothing_in_the_answer(tiny_bundle: Path, imag
     assert run(tiny_bundle, *arguments, "--chunk-tokens", "5", "--threads", "1").token_ids == expected.token_ids
 
 
+def test_cache_memory_is_a_size_that_changes_no_answer(tiny_bundle: Path) -> None:
+    arguments = ("--prompt", "What is this?", "--target", "reference")
+    expected = run(tiny_bundle, *arguments).token_ids
+    for size in ("1M", "0.5mib", "2000000"):
+        assert run(tiny_bundle, *arguments, "--cache-memory", size).token_ids == expected
+    result = call("run", tiny_bundle, *arguments, "--cache-memory", "1")
+    assert (result.status, result.out) == (2, "")
+    assert re.search(
+        r"^error: unsupported value cache_memory = 1 \(allowed: \d+ bytes or more, 64 tokens\)$", result.err
+    )
+    for wrong in ("0", "-1", "much", "1X"):
+        result = call("run", tiny_bundle, *arguments, "--cache-memory", wrong)
+        assert result.status == 2
+        assert f"'{wrong}' (allowed: a size, such as 800M or 1.5G)" in result.err
+
+
 def test_inspect_json_agrees_with_the_manifest(tiny_bundle: Path) -> None:
     result = call("inspect", tiny_bundle, "--json")
     report, manifest = decode(result.out, InspectReport), Bundle.open(tiny_bundle).manifest

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moevlm.runtime.cli.command_line import SPINNING, THREADS, OutputFile, complete_target, require, require_apart
+from moevlm.runtime.cli.command_line import (
+    CACHE_MEMORY,
+    SPINNING,
+    THREADS,
+    OutputFile,
+    Size,
+    complete_target,
+    require,
+    require_apart,
+)
 from moevlm.runtime.core.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -58,6 +67,7 @@ def bench() -> None:
 )
 @click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
+@click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
 @click.option("--json", "output", type=OutputFile(), help="Write the results to this file, too; - prints only them.")
 @click.option("--plot", type=OutputFile(), help="Draw a roofline of the stages into this PNG file.")
 def latency(
@@ -69,6 +79,7 @@ def latency(
     repeats: int,
     threads: int | None,
     spinning: bool,
+    cache_memory: int | None,
     output: Path | None,
     plot: Path | None,
 ) -> None:
@@ -120,7 +131,7 @@ def latency(
                         measure,
                         name,
                         engine,
-                        partial(load_runtime, bundle, name, threads, spinning),
+                        partial(load_runtime, bundle, name, threads, spinning, cache_memory=cache_memory),
                         prompt,
                         new_tokens,
                         repeats,

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,10 @@ _ORDER = ("doctor", "export", "build", "inspect", "parity", "run", "bench")
 
 # Help of options that commands share.
 THREADS = "Use N threads.  [default: one for each core, within a container's CPU quota]"
+CACHE_MEMORY = (
+    "Keep what requests need between steps in at most so much memory, such as 800M or 1.5G.  "
+    "[default: a quarter of what is free]"
+)
 SPINNING = "Keep waiting threads awake for half a millisecond: faster, and takes the cores from other processes."
 
 
@@ -117,6 +122,21 @@ def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     except MoevlmError:  # no bundle yet, or none that can be read: nothing to offer
         return []
     return sorted(name for name in engines if name.startswith(incomplete))
+
+
+class Size(click.ParamType):
+    """A number of bytes, such as 800M or 1.5G, in powers of 1024."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([KMGT]?)(?:i?B)?", value, re.IGNORECASE)
+        size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+        if size < 1:
+            self.fail(f"{value!r} (allowed: a size, such as 800M or 1.5G)", param, ctx)
+        return size
 
 
 class InputFile(click.File):

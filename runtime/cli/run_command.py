@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moevlm.runtime.cli.command_line import SPINNING, THREADS, InputFile, complete_target
+from moevlm.runtime.cli.command_line import (
+    CACHE_MEMORY,
+    SPINNING,
+    THREADS,
+    InputFile,
+    Size,
+    complete_target,
+)
 from moevlm.runtime.core import defaults
 
 if TYPE_CHECKING:
@@ -87,6 +94,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Read at most N prompt tokens in one step.",
 )
+@click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
 @click.option(
     "--max-image-megapixels",
     metavar="X",
@@ -114,6 +122,7 @@ def run(
     threads: int | None,
     spinning: bool,
     chunk_tokens: int,
+    cache_memory: int | None,
     max_image_megapixels: float,
     max_image_tokens: int | None,
     verbose: bool,
@@ -164,6 +173,7 @@ def run(
                 chunk_tokens,
                 pixels,
                 lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
+                cache_memory=cache_memory,
             )
             runtime = background.call(load)
         with runtime:
