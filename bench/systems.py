@@ -76,6 +76,12 @@ METRICS = (
     Metric("prefill of 256, 8-bit", Request("prefill", 256), "tok/s", (*_of(8), HUGGING_FACE)),
     Metric("8 sequences, 4-bit, 256 past", Request("decode", 32, 256, batch=8), "tok/s", _of(4)),
     Metric(
+        "8 clients at once, 4-bit, 256 past",
+        Request("clients", 32, 256, batch=8),
+        "tok/s",
+        (OURS.format(4), LLAMA.format(4)),
+    ),
+    Metric(
         "first token, 448 x 448 image and 256 text",
         Request("first_token", 256, image_size=448),
         "s",

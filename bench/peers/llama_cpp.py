@@ -54,6 +54,17 @@ class LlamaCpp(System):
             chosen = self._argmax(session, len(column))
         return perf_counter() - started, int(chosen[0])
 
+    def clients(self, history: np.ndarray, tokens: int) -> Timed:
+        past = history.shape[1]
+        session = self._session(len(history), past + tokens)
+        chosen = self._prompt(session, history)
+        sequences, wanted = np.arange(len(history)), np.ones(len(history), bool)
+        started = perf_counter()
+        for i in range(tokens):
+            self._forward(session, chosen, np.full(len(history), past + i), sequences, wanted)
+            chosen = self._argmax(session, len(history))
+        return perf_counter() - started, int(chosen[0])
+
     def _prompt(self, session: Session, ids: np.ndarray) -> np.ndarray:
         """ids: [B, S], sequence after sequence, in chunks. Returns the argmax [B] behind each."""
         chosen = np.zeros(len(ids), np.int64)

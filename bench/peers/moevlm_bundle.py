@@ -1,5 +1,7 @@
 """Our engines: a target of a bundle that lies beside the checkpoint."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from time import perf_counter
 
@@ -8,10 +10,13 @@ from PIL import Image
 
 from bench.peers.protocol import System, Timed, arguments, serve
 from moevlm.export.parity.batch import Batch, BatchLimits
+from moevlm.runtime import AsyncEngine, Piece, SamplingParams
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.loading import load_images, load_runtime
 from moevlm.runtime.request.prompt import Prompt
+
+CLIENTS_MEMORY = 2 << 30  # bytes
 
 
 def bundle_of(checkpoint: Path, group_size: int) -> Path:
@@ -54,6 +59,21 @@ class MoevlmBundle(System):
             chosen = batch.decode(column).argmax(-1)
         return perf_counter() - started, int(chosen[0])
 
+    def clients(self, history: np.ndarray, tokens: int) -> Timed:
+        prompts = [Prompt.from_ids(row, [], self._model) for row in history]
+        runtime = Runtime(self._model, None, None, self._runtime.engine, cache_memory=CLIENTS_MEMORY)
+
+        async def timed(new_tokens: int) -> Timed:
+            async with AsyncEngine(runtime) as service:
+                streams = [service.generate(prompt, params=_params(new_tokens)) for prompt in prompts]
+                await asyncio.gather(*(anext(stream) for stream in streams))
+                started = perf_counter()
+                answers = await asyncio.gather(*(_rest(stream) for stream in streams))
+                return perf_counter() - started, answers[0][-1]
+
+        asyncio.run(timed(2))  # the prompts are known from now on
+        return asyncio.run(timed(tokens + 1))
+
     def _first(self, prompt: Prompt, started: float) -> Timed:
         batch = self._batch([prompt], 1)
         chosen = int(batch.prefill(self._runtime.chunk_tokens)[0].argmax())
@@ -63,6 +83,14 @@ class MoevlmBundle(System):
         engine = self._runtime.engine
         limits = BatchLimits.of(prompts, engine.limits, new_tokens)
         return Batch(engine, self._model, prompts, self._runtime.encode(prompts), limits)
+
+
+def _params(new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
+
+
+async def _rest(stream: AsyncIterator[Piece]) -> list[int]:
+    return [token async for piece in stream for token in piece.token_ids]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ class Request:
     """One measurement.
 
     metric: decode: `tokens` steps of `batch` sequences that have `past` tokens each;
+            clients: the same, of `batch` clients at once, each token the one that was chosen;
             prefill: a prompt of `tokens` tokens, up to the choice of the first new one;
             first_token: the same after an image of image_size x image_size pixels, from its pixels on.
     """
@@ -65,6 +66,10 @@ class System(ABC):
     def decode(self, history: np.ndarray, steps: np.ndarray) -> Timed:
         """history: [B, past] int64, not timed. steps: [B, T] int64, fed one column at a time whatever was chosen."""
 
+    def clients(self, history: np.ndarray, tokens: int) -> Timed:  # noqa: ARG002
+        """history: [B, past] int64, not timed. Each of B clients then gets `tokens` tokens."""
+        raise ValueError(f"{type(self).__name__} has no clients")
+
     def first_token(self, pixels: np.ndarray, ids: np.ndarray) -> Timed:  # noqa: ARG002
         """pixels: [height, width, 3] uint8, an image before the text ids [S] int64."""
         raise ValueError(f"{type(self).__name__} takes no images")
@@ -100,11 +105,13 @@ def answer(system: System, request: Request) -> Reply:
             seconds, chosen = system.prefill(ids[0])
         case "decode":
             seconds, chosen = system.decode(ids[:, : request.past], ids[:, request.past :])
+        case "clients":
+            seconds, chosen = system.clients(ids[:, : request.past], request.tokens)
         case "first_token":
             pixels = rng.integers(0, 256, (request.image_size, request.image_size, 3), np.uint8)
             seconds, chosen = system.first_token(pixels, ids[0])
         case other:
-            raise ValueError(f'unsupported metric = "{other}" (supported: decode, first_token, prefill)')
+            raise ValueError(f'unsupported metric = "{other}" (supported: clients, decode, first_token, prefill)')
     return Reply(seconds, request.batch * request.tokens, chosen)
 
 
