@@ -25,12 +25,12 @@ class Arithmetic:
     """The places where an engine computes otherwise than the canonical modules; none by default.
 
     chosen: [T, k] int32, the experts that tokens go to, instead of the router's own choice.
-    block: experts round activations to int8 on their way into weights, with a scale for so many; 0: they do not.
+    group_size: experts round activations to int8 on their way into weights, with a scale for so many; 0: they do not.
     int8_cache: keys and values are rounded to int8, with a scale for each token and head.
     """
 
     chosen: np.ndarray | None = None
-    block: int = 0
+    group_size: int = 0
     int8_cache: bool = False
 
 
@@ -94,10 +94,10 @@ def experts(
 ) -> Tensor:
     """x [T, H] -> y [T, H] through the chosen experts; see `ExpertsSpec`."""
     spec = ExpertsSpec(activation, bool(gated), weight_on, alpha, limit)
-    block = _computing().block
+    group_size = _computing().group_size
 
     def through(rows: np.ndarray) -> np.ndarray:
-        return rounded(rows, block) if block else rows
+        return rounded(rows, group_size) if group_size else rows
 
     routing, weights = (expert_index.numpy(), expert_weight.numpy()), (gate_up.detach().numpy(), down.detach().numpy())
     return torch.from_numpy(reference.experts(through(x.numpy()), *routing, *weights, spec, between=through))

@@ -92,19 +92,19 @@ def checks(
         value = measure(ours, theirs)
         return Check(step, quantity, value, tolerance.features, value <= tolerance.features)
 
-    def logits(quantity: str, ours: Array, theirs: Array, note: str = "") -> Iterator[Check]:
+    def logits(run: Run) -> Iterator[Check]:
+        ours, theirs, note = run.ours, run.theirs, run.note
         if isinstance(tolerance, Tolerance):
             value = relative_error(ours, theirs)
-            yield Check(step, quantity, value, tolerance.logits, value <= tolerance.logits, note)
+            yield Check(step, run.logits, value, tolerance.logits, value <= tolerance.logits, note)
             return
-        quantity = f"{quantity.removesuffix(' logits')} KL"
         found = kl_divergences(ours, theirs)
         value, same = float(found.mean()), ours.argmax(-1) == theirs.argmax(-1)
         first = f"first choice differs in {1 - same.mean():.1%}"
         note = f"{first}, {note}" if note else first
-        yield Check(step, quantity, value, tolerance.kl, value <= tolerance.kl, note)
+        yield Check(step, run.divergence, value, tolerance.kl, value <= tolerance.kl, note)
         value, limit = float(np.quantile(found, 0.75)), tolerance.usual_kl
-        yield Check(step, f"{quantity}, 3 of 4 positions", value, limit, value <= limit)
+        yield Check(step, f"{run.divergence}, 3 of 4 positions", value, limit, value <= limit)
 
     visual = engine.encode(expected.images)
     yield error("image features", visual.embeds, expected.embeds)
@@ -117,33 +117,46 @@ def checks(
             yield _hidden(expected, step, inside, tolerance.features)
     choices = FirstChoices()
     for run in runs(expected, engine, visual, limits):
-        yield from logits(run.quantity, run.ours, run.theirs, run.note)
-        if run.quantity in ("prefill logits", "decode logits"):
+        yield from logits(run)
+        if run.way in ("prefill", "decode"):
             choices.add(run.ours, run.theirs)
     if isinstance(tolerance, Tolerance):
         yield choices.check(step, tolerance.logits)
+
+
+ALONE = "each prompt alone"
 
 
 @dataclass(frozen=True)
 class Run:
     """Logits from one way to take the prompts through an engine, and what they should be."""
 
-    quantity: str
+    way: str
     ours: Array
     theirs: Array
     note: str = ""
+
+    @property
+    def logits(self) -> str:
+        """The name of the check of all logits."""
+        return self.way if self.way == ALONE else f"{self.way} logits"
+
+    @property
+    def divergence(self) -> str:
+        """The name of the check of what the logits mean."""
+        return f"{self.way} KL"
 
 
 def runs(expected: Expected, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Iterator[Run]:
     """In one pass, in chunks and then step by step, each prompt alone. What is asked depends on no answer."""
     batch = expected.batch(engine, visual, limits)
-    yield Run("prefill logits", batch.prefill(every_position=True), expected.prefill)
+    yield Run("prefill", batch.prefill(every_position=True), expected.prefill)
     batch = expected.batch(engine, visual, limits)
-    yield Run("chunked prefill logits", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
+    yield Run("chunked prefill", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
     steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: limits.steps]])
     note = "" if limits.steps == len(expected.tokens) else f"{limits.steps} steps fit into the context"
-    yield Run("decode logits", steps, expected.decode[: limits.steps], note)
-    yield Run("each prompt alone", *alone(expected, engine, limits))
+    yield Run("decode", steps, expected.decode[: limits.steps], note)
+    yield Run(ALONE, *alone(expected, engine, limits))
 
 
 def ask(expected: Expected, engine: Engine) -> None:

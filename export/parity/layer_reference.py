@@ -33,9 +33,9 @@ FLOAT32 = 1e-5  # what float32 sums may differ by, relative to their result
 
 @dataclass(frozen=True)
 class Rounding:
-    """The rounding in an engine besides its weights: activations to int8 in blocks, and maybe the cache."""
+    """The rounding in an engine besides its weights: activations to int8 in groups, and maybe the cache."""
 
-    block: int
+    group_size: int
     int8_cache: bool
 
 
@@ -97,8 +97,8 @@ def layer_deviations(
         layer = _filled(decoder, i, weights)
         chosen = _joined(sequences, f"layers.{i}.expert_index") if i in config.moe else None
         exact, logits = _outputs(layer, decoder, i, sequences, inputs, Arithmetic(chosen))
-        with rounded_inputs(layer, rounding.block):
-            arithmetic = Arithmetic(chosen, rounding.block, rounding.int8_cache)
+        with rounded_inputs(layer, rounding.group_size):
+            arithmetic = Arithmetic(chosen, rounding.group_size, rounding.int8_cache)
             others, other_logits = _outputs(layer, decoder, i, sequences, inputs, arithmetic)
         if logits is not None and other_logits is not None:
             yield Deviation.of(f"router of layer {i}", _joined(sequences, _logits(i)), logits, other_logits)
@@ -109,7 +109,7 @@ def layer_deviations(
 
 
 def vision_deviations(
-    model: CanonicalModel, inputs: VisionInputs, block: int, found: VisualFeatures
+    model: CanonicalModel, inputs: VisionInputs, group_size: int, found: VisualFeatures
 ) -> Iterator[Deviation]:
     """Yield the deviation of image features and each deepstack level, through the whole tower: its layers are not seen.
 
@@ -117,7 +117,7 @@ def vision_deviations(
     """
     (tower, _), (other, _) = model.towers(), model.towers()
     exact = Images(tower, model).encode(inputs)
-    with rounded_inputs(other, block):
+    with rounded_inputs(other, group_size):
         rounding = Images(other, model).encode(inputs)
     yield Deviation.of("image features", found.embeds, exact.embeds, rounding.embeds)
     for i, level in enumerate(found.deepstack):
@@ -125,11 +125,11 @@ def vision_deviations(
 
 
 @contextmanager
-def rounded_inputs(module: nn.Module, block: int) -> Iterator[None]:
+def rounded_inputs(module: nn.Module, group_size: int) -> Iterator[None]:
     """Activations are rounded to int8 on their way into every linear layer but routers."""
 
     def through(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        return torch.from_numpy(rounded(inputs[0].numpy(), block))
+        return torch.from_numpy(rounded(inputs[0].numpy(), group_size))
 
     linear = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and not name.endswith("router")]
     hooks = [m.register_forward_pre_hook(through) for m in linear]
@@ -224,7 +224,7 @@ def _head(
     found = np.stack([row for sequence in sequences for row in sequence.logits.values()])
     norm = torch.from_numpy(read(weights["norm.weight"]).astype(np.float32))
     normed = F.rms_norm(torch.from_numpy(rows), norm.shape, norm, config.epsilon).numpy()
-    both, parts = np.concatenate([normed, rounded(normed, rounding.block)]), []
+    both, parts = np.concatenate([normed, rounded(normed, rounding.group_size)]), []
     parts = [both @ piece.reshape(-1, config.hidden).T for piece in slices(weights["head"])]
     exact, other = np.split(np.concatenate(parts, axis=1), 2)
     return Deviation.of("head", found, exact, other)

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from moevlm.runtime.bundle.verified_file import BundleFile, MappedFile
+from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import EngineError, one_line, shown
 
 # Fields of onnx.proto, which never change.
@@ -22,7 +23,8 @@ _INITIALIZER = 5  # of GraphProto
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14  # of TensorProto
 _KEY, _VALUE = 1, 2  # of StringStringEntryProto
 _EXTERNAL = 1  # TensorProto.DataLocation
-_DTYPES = {1: np.float32, 2: np.uint8, 3: np.int8, 6: np.int32, 7: np.int64, 10: np.float16, 11: np.float64}
+_NAMES = ("float32", "uint8", "int8", "int32", "int64", "float16", "float64")
+_DTYPES = {DTYPES[name].onnx: DTYPES[name].numpy for name in _NAMES}
 _MAX_DIMS = 8
 
 Value = int | memoryview
@@ -113,7 +115,7 @@ def _tensor(fields: Mapping[int, list[Value]]) -> _Tensor:
     for entry in fields.get(_EXTERNAL_DATA, []):
         pair = dict(_fields(entry)) if isinstance(entry, memoryview) else {}
         where[_text(pair.get(_KEY, memoryview(b"")))] = _text(pair.get(_VALUE, memoryview(b"")))
-    numpy = np.dtype(_DTYPES[dtype])
+    numpy = _DTYPES[dtype]
     length = where.get("length", str(math.prod(shape) * numpy.itemsize))
     return _Tensor(name, numpy, shape, where.get("location", ""), int(where.get("offset", "0")), int(length))
 

@@ -12,6 +12,7 @@ from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, DeviceMemory
 from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
 from moevlm.runtime.bundle.safetensors import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
+from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
@@ -19,7 +20,7 @@ from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import Step
 
 PREFILL, DECODE = 0, 1  # profiles
-ACTIVATIONS = {"bfloat16": ("BF16", 2), "float16": ("HALF", 2), "float32": ("FLOAT", 4)}
+ACTIVATIONS = ("bfloat16", "float16", "float32")
 UPLOAD_BYTES = 32 << 20  # of each of the two buffers that expert weights go through
 
 Bindings = dict[str, tuple[int, tuple[int, ...]]]  # address and shape
@@ -136,7 +137,7 @@ class Decoder:
         if metadata.activations not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
-        dtype = ACTIVATIONS[metadata.activations][0]
+        dtype = DTYPES[metadata.activations].tensorrt
         for name, shape in self._cache_shapes.items():
             if (plan.inputs[name], plan.dtypes[name]) != ((-1, *shape), dtype):
                 shown = f"{plan.dtypes[name]} {plan.inputs[name]}"
@@ -201,7 +202,7 @@ class Decoder:
         places, end = {}, 0
         for name, shape in self._cache_shapes.items():
             places[name] = end
-            size = math.prod(shape) * ACTIVATIONS[self._metadata.activations][1]
+            size = math.prod(shape) * DTYPES[self._metadata.activations].bytes
             end += -(-size // ALIGNMENT) * ALIGNMENT
         with ExitStack() as undo:
             memory = self._device.allocate(end)
