@@ -1,5 +1,7 @@
 """The body of `moevlm::PagedAttention` in standard ONNX: pages are written in one scatter, and read per sequence."""
 
+from typing import NamedTuple
+
 import onnx
 import onnx_ir as ir
 
@@ -7,10 +9,27 @@ from moevlm.export.graph.op import Op, function, register
 from moevlm.plugins.ops.spec import AttentionSpec
 
 PAGED_ATTENTION = "PagedAttention"
-INPUTS = (
-    *("q", "k", "v", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table"),
-    *("q_norm", "k_norm", "sinks"),
-)
+
+
+class Inputs(NamedTuple):
+    """The inputs of a PagedAttention node, in order; None where it has none."""
+
+    q: ir.Value | None = None
+    k: ir.Value | None = None
+    v: ir.Value | None = None
+    cos: ir.Value | None = None
+    sin: ir.Value | None = None
+    key_cache: ir.Value | None = None
+    value_cache: ir.Value | None = None
+    query_start: ir.Value | None = None
+    context_len: ir.Value | None = None
+    page_table: ir.Value | None = None
+    q_norm: ir.Value | None = None
+    k_norm: ir.Value | None = None
+    sinks: ir.Value | None = None
+
+
+INPUTS = Inputs._fields
 
 # Where each token stands: its sequence (as many as end before it), its position there, its page, its row in the page.
 PLACES = """
@@ -215,14 +234,15 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     return function(PAGED_ATTENTION, spec, list(INPUTS[: len(present)]), outputs, constants, text)
 
 
-def inputs_of(node: ir.Node) -> list[ir.Value | None]:
-    """All 13 inputs of a PagedAttention node; None for those that it has not."""
-    return [*node.inputs, *[None] * (13 - len(node.inputs))]
+def inputs_of(node: ir.Node) -> Inputs:
+    """The inputs of a PagedAttention node by name."""
+    return Inputs(*node.inputs)
 
 
 def caches(node: ir.Node) -> list[tuple[ir.Value, ir.Value]]:
     """Each cache of a PagedAttention node as it goes in and as it comes out."""
-    given = [value for value in node.inputs[5:7] if value is not None]
+    inputs = inputs_of(node)
+    given = [value for value in (inputs.key_cache, inputs.value_cache) if value is not None]
     return list(zip(given, node.outputs[1:], strict=True))
 
 

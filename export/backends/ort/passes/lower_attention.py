@@ -8,12 +8,12 @@ import onnx_ir as ir
 
 from moevlm.export.graph.builder import Builder, width
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.paged_attention import PAGED_ATTENTION, inputs_of
+from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION, inputs_of
 from moevlm.export.passes.base import CONTRIB, Pass
 from moevlm.plugins.ops.spec import AttentionSpec
 
 _INT32 = int(ir.DataType.INT32)
-_PAGE_TABLE, _HEAD_SINK = 9, 11  # which of the op's inputs, and of the kernel's
+_HEAD_SINK = 11  # which of the kernel's inputs
 
 
 class LowerAttention(Pass):
@@ -27,7 +27,7 @@ class LowerAttention(Pass):
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """Where a PagedAttention is left, keys and values differ in size, share a cache, or rotate other dimensions."""
         for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
-            table = node.inputs[_PAGE_TABLE]
+            table = inputs_of(node).page_table
             if _expressible(node):
                 yield f"{node.outputs[0].name} is not lowered"
             elif table is None or not table.is_initializer():
@@ -46,13 +46,14 @@ class LowerAttention(Pass):
             if node in found:
                 rewriter.replace(node)
             else:  # its body finds the page where the kernel does
-                node.replace_input_with(_PAGE_TABLE, b.array("first_page", np.zeros((1, 1), np.int32)))
+                node.replace_input_with(INPUTS.index("page_table"), b.array("first_page", np.zeros((1, 1), np.int32)))
         return len(nodes)
 
 
 def _expressible(node: ir.Node) -> bool:
     spec: AttentionSpec = node_spec(node)
-    return not spec.value_in_key and not spec.rotary_start and width(node.inputs[5]) == width(node.inputs[6])
+    inputs = inputs_of(node)
+    return not spec.value_in_key and not spec.rotary_start and width(inputs.key_cache) == width(inputs.value_cache)
 
 
 class _Rewriter:
@@ -60,12 +61,12 @@ class _Rewriter:
 
     def __init__(self, b: Builder, nodes: list[ir.Node]) -> None:
         """b: in front of the first of `nodes`."""
-        self._b, context = b, nodes[0].inputs[8]
-        tokens = b.op("Cast", b.op("Shape", nodes[0].inputs[0], start=0, end=1), to=_INT32)
-        total = b.op("Add", context, tokens)
+        self._b, inputs = b, [inputs_of(node) for node in nodes]
+        tokens = b.op("Cast", b.op("Shape", inputs[0].q, start=0, end=1), to=_INT32)
+        total = b.op("Add", inputs[0].context_len, tokens)
         self._last = b.op("Sub", total, b.array("one", np.array([1], np.int32)))
         self._total = b.op("Squeeze", total)
-        tables = dict.fromkeys(table for node in nodes for table in node.inputs[3:5])
+        tables = dict.fromkeys(table for given in inputs for table in (given.cos, given.sin))
         self._tables = {table: b.op("Unsqueeze", table, b.integers(0)) for table in tables}
 
     def replace(self, node: ir.Node) -> None:

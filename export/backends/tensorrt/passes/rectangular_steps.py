@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.op import is_op
-from moevlm.export.graph.paged_attention import PAGED_ATTENTION
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, inputs_of
 from moevlm.export.passes.base import Pass
 from moevlm.runtime.core.errors import BuildError
 
@@ -88,7 +88,7 @@ def rectangle(rows: ir.Value | None) -> ir.Value:
 def cache_position(attention: ir.Node) -> ir.Value:
     """The input from which the sequences of a PagedAttention node were computed."""
     assert is_op(attention, PAGED_ATTENTION)
-    return _source(attention.inputs[8], "Cast")
+    return _source(inputs_of(attention).context_len, "Cast")
 
 
 def _source(value: ir.Value | None, op_type: str) -> ir.Value:

@@ -77,7 +77,7 @@ class _CausalMasks:
 
     def __init__(self, o: "_Ops", first: ir.Node, windows: set[int]) -> None:
         self.position = cache_position(first)
-        cos = rectangle(inputs_of(first)[3])
+        cos = rectangle(inputs_of(first).cos)
         self.rows = o.op("Shape", cos, start=0, end=2)
         step = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", cos, start=1, end=2)), o.integer(1))
         column = o.op("Unsqueeze", self.position, o.integers(-1))
@@ -100,7 +100,7 @@ def _expressible(node: ir.Node) -> AttentionSpec:
         ("rotary_start", spec.rotary_start),
         ("value_in_key", int(spec.value_in_key)),
         ("softcap", spec.softcap),
-        ("sinks", int(inputs_of(node)[12] is not None)),
+        ("sinks", int(inputs_of(node).sinks is not None)),
     ):
         if value:
             raise BuildError(f"TensorRT's attention cannot compute {name} = {value} (allowed: 0)")
