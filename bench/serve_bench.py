@@ -189,10 +189,10 @@ def share(runtime: Runtime) -> float:
 def kept(runtime: Runtime) -> tuple[float, float]:
     """Bytes of no file that CLIENTS sequences of 300 tokens make resident, and those of their pages.
 
-    As many others came before them and stay known, so that all else that such steps take is there already.
+    Others came before them and stay known, so that all else that such steps take is there already.
     """
     size, before = runtime.engine.limits.page_size, 0
-    for seed in (0, CLIENTS):
+    for seed in (0, CLIENTS, 2 * CLIENTS):
         before = memory()["RssAnon"]
         runtime.generate_many([prompt_of(runtime, 300 - 8, seed + n) for n in range(CLIENTS)], params=params(8))
     pages = CLIENTS * -(-300 // size)
