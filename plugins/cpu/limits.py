@@ -1,7 +1,6 @@
 """The largest sizes that the operators of moevlm.cpu take: plugins/cpu/sizes.h for Python."""
 
 HEADS = 1024
-HEAD_DIM = 512  # and even
 KEY_DIM, VALUE_DIM = 576, 512  # of PagedAttention's heads, and even
 WIDTH = 1 << 24  # of a row of activations or of a weight: hidden and intermediate sizes, projections, vocabularies
 EXPERTS = 4096  # of a layer; a token may choose any number of them

@@ -6,7 +6,6 @@
 namespace moevlm {
 
 constexpr int64_t kMaxHeads = 1024;
-constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kMaxKeyDim = 576, kMaxValueDim = 512;  // of PagedAttention: a latent of 512 and 64 rotated dimensions
 constexpr int64_t kMaxEntries = 1 << 30;                 // of a sequence
 constexpr int64_t kMaxWidth = 1 << 24;                   // of a row of activations or of a weight

@@ -1,6 +1,5 @@
 // The operator library that ONNX Runtime loads: domain moevlm.cpu, version 1. Its operators are those below.
 #include "ort/attention_op.h"
-#include "ort/cached_attention_op.h"
 #include "ort/candidates_op.h"
 #include "ort/custom_op.h"
 #include "simd/instruction_set.h"
@@ -15,8 +14,7 @@ ort::OpDomain* operator_domain(const ort::Api* api) {
     instruction_set();  // throws here rather than in the first call of an operator
     ort::OpDomain* domain = nullptr;
     check(api->create_op_domain("moevlm.cpu", &domain));
-    for (auto operators : {attention_operators(), cached_attention_operators(), matmul::matmul_operators(),
-                           candidates_operators()})
+    for (auto operators : {attention_operators(), matmul::matmul_operators(), candidates_operators()})
       for (auto op = operators; *op; ++op) check(api->op_domain_add(domain, *op));
     return domain;
   }();

@@ -1,7 +1,0 @@
-// Two floats at a time: for heads whose size is even, and no wider vector divides it.
-
-#define MOEVLM_ISA pairs
-#define MOEVLM_LANES 2
-#define MOEVLM_TILE_M 6
-
-#include "cached_attention/kernels.h"
