@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from moevlm.export.backends.base import GRAPHS, BuildContext, Progress, Target
+from moevlm.export.backends.base import GRAPHS, BuildContext, Target
 from moevlm.export.backends.ort.target import REFERENCE
 from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
@@ -25,12 +25,9 @@ from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest
+from moevlm.runtime.core.progress import Stages, silent
 
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
-
-
-def _silent(*_: object) -> None:
-    pass
 
 
 def build(
@@ -41,8 +38,8 @@ def build(
     expert_layout: str = "auto",
     ignored_config: Sequence[str] = (),
     replace: bool = False,
-    progress: Progress = _silent,
-    note: Callable[[str], None] = _silent,
+    progress: Stages = silent,
+    note: Callable[[str], None] = silent,
     **options: Any,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
@@ -100,7 +97,7 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
-    progress: Progress = _silent,
+    progress: Stages = silent,
     **options: Any,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
@@ -146,7 +143,7 @@ def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str,
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
 
 
-def _trace(model: CanonicalModel, progress: Progress) -> dict[str, ir.Model]:
+def _trace(model: CanonicalModel, progress: Stages) -> dict[str, ir.Model]:
     progress("tracing the model", 0, 0)
     graphs = model.graphs
     for graph in graphs.values():

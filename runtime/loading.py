@@ -7,11 +7,11 @@ import os
 from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.backends.selection import select
-from moevlm.runtime.bundle.file_hashes import Progress
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.core.json_object import json_object
+from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.perf.process_limits import available_memory, cores, cpu_quota

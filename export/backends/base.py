@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,9 +13,9 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.progress import Stages
 
 GRAPHS = ("vision", "decoder")
-Progress = Callable[[str, int, int], None]  # (what is being done, bytes done, bytes in total; 0 and 0: no measure)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BuildContext:
     writer: BundleWriter
     canonical: Mapping[str, ir.Model]
     config: ModelConfig
-    progress: Progress
+    progress: Stages
     existing: Bundle | None = None
 
 

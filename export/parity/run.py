@@ -8,7 +8,6 @@ from typing import Any
 
 import transformers
 
-from moevlm.export.build import Progress
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
@@ -30,6 +29,7 @@ from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.backends.selection import runnable, select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError
+from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.perf.process_limits import available_memory
 
@@ -43,7 +43,7 @@ def check_parity(
     quick: bool = False,
     text: str | Path | None = None,
     max_tokens: int = TEXT_TOKENS,
-    progress: Progress = lambda *_: None,
+    progress: Stages = lambda *_: None,
 ) -> ParityReport:
     """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
@@ -156,7 +156,7 @@ def _checks_of_engine(
         return list(checks(expected, name, engine, inside, tolerance_of(entry))), []
 
 
-def _text_report(bundle: Bundle, names: list[str], text: Text, model: CanonicalModel, progress: Progress) -> TextReport:
+def _text_report(bundle: Bundle, names: list[str], text: Text, model: CanonicalModel, progress: Stages) -> TextReport:
     with ExitStack() as stack:
         engines = {name: stack.enter_context(closing(load_engine(bundle, name))) for name in names}
         return measure_text(text, model, bundle.manifest.model, engines, progress)

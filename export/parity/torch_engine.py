@@ -21,6 +21,7 @@ from moevlm.export.modules.streaming import parts_of, release, set_tensor, strea
 from moevlm.export.modules.vision import Vision
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.names import CANDIDATES
+from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
@@ -28,7 +29,6 @@ from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
-Progress = Callable[[int, int], None]
 PAGE = 16  # tokens: short prompts have several pages
 _ANY = 1 << 20  # sequences, tokens or logits of a step
 

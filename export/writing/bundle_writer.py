@@ -12,11 +12,12 @@ import onnx_ir as ir
 
 from moevlm.export.writing.atomic_directory import AtomicDirectory
 from moevlm.export.writing.destination import require_replaceable
-from moevlm.export.writing.model_file import Progress, data_bytes, graph_bytes, plan, write_data
+from moevlm.export.writing.model_file import data_bytes, graph_bytes, plan, write_data
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle.reader import MANIFEST, Bundle, is_bundle_path, unlisted
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import FileMetadata, Manifest, digest_of
+from moevlm.runtime.core.progress import Progress
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _SCRATCH = ".scratch"

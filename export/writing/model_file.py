@@ -1,6 +1,6 @@
 """An ONNX model as two files: the graph, and one data file into which every large initializer is streamed."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -10,11 +10,10 @@ import onnx_ir as ir
 from moevlm.export.graph.weights import WeightTensor
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.core.errors import ExportError
+from moevlm.runtime.core.progress import Progress
 
 INLINE_BYTES = 1024  # initializers up to this size stay in the graph file
 PAGE = 4096  # large tensors begin at a page, so that ONNX Runtime can map them
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
 
 
 @dataclass(frozen=True)

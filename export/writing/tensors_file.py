@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 
 from moevlm.export.graph.weights import Weight, slices
-from moevlm.export.writing.model_file import PAGE, Progress
+from moevlm.export.writing.model_file import PAGE
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle import safetensors
 from moevlm.runtime.core.dtypes import dtype_of
 from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.progress import Progress
 
 
 def tensor_bytes(weight: Weight) -> int:

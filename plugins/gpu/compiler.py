@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -20,9 +20,9 @@ from moevlm.plugins.gpu.plan import KernelSpec, Plan
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, Variant
 from moevlm.plugins.gpu.resources import Resources
+from moevlm.runtime.core.progress import Stages, silent
 
 KERNELS = "moevlm.plugins.gpu.kernels"
-Progress = Callable[[str, int, int], None]  # (what is being done, kernels done, kernels in total)
 _MOST_WORKERS = 16
 _SETTINGS = ("TRITON_CACHE_DIR", "TRITON_HOME")  # the environment's others of Triton would change the code
 _Task = tuple[str, KernelSpec, int]
@@ -33,11 +33,7 @@ class CompileError(ValueError):
     """A kernel that the compiler refused, or that asks for what a program cannot give it."""
 
 
-def _silent(*_: object) -> None:
-    pass
-
-
-def compile_program(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Progress = _silent) -> Program:
+def compile_program(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Stages = silent) -> Program:
     """The program of an op, with an image for each of the `sms`. The same kernel is compiled once in a process.
 
     Raises ValueError for a GPU that is not compiled for or lacks the op's dtype, or where a kernel is over the GPU's
@@ -46,12 +42,12 @@ def compile_program(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Prog
     return compile_plans(_plans(op, sms), progress=progress)
 
 
-def resources(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Progress = _silent) -> list[Resources]:
+def resources(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Stages = silent) -> list[Resources]:
     """What each kernel of `compile_program(op, sms)` takes, in order; compiles those that are not compiled yet."""
     return [found for _, found in _compile(_tasks(_plans(op, sms), KERNELS), progress).values()]
 
 
-def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Progress = _silent) -> Program:
+def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Stages = silent) -> Program:
     """The program of one op's plans, at least one, each for another GPU. module: where the kernels are.
 
     Raises as `compile_program` does.
@@ -99,7 +95,7 @@ def _finished(variant: Variant, kernels: Sequence[Kernel], place: Sequence[int])
     return replace(variant, steps=tuple(steps))
 
 
-def _compile(tasks: Sequence[_Task], progress: Progress) -> dict[_Task, tuple[Kernel, Resources]]:
+def _compile(tasks: Sequence[_Task], progress: Stages) -> dict[_Task, tuple[Kernel, Resources]]:
     missing = [task for task in tasks if task not in _done]
     workers = min(len(os.sched_getaffinity(0)), len(missing), _MOST_WORKERS)
     with ExitStack() as stack:

@@ -9,11 +9,11 @@ from typing import Protocol
 
 import msgspec
 
-from moevlm.runtime.bundle.file_hashes import Progress
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import Misfit
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 

@@ -2,15 +2,14 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.manifest import FileMetadata
-
-Progress = Callable[[int, int], None]  # (bytes done, bytes in total)
+from moevlm.runtime.core.progress import Progress
 
 
 def check_files(

@@ -10,12 +10,13 @@ from typing import Self
 
 import msgspec
 
-from moevlm.runtime.bundle.file_hashes import Progress, check_files, read_checked
+from moevlm.runtime.bundle.file_hashes import check_files, read_checked
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.gpus import sm_of
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, FileMetadata, Manifest, digest_of
 from moevlm.runtime.core.manifest_limits import check_metadata
+from moevlm.runtime.core.progress import Progress
 
 MANIFEST = "manifest.json"
 ENGINES = "engines"

@@ -2,7 +2,7 @@
 
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
@@ -25,13 +25,12 @@ from rich.text import Text
 
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.printable import bytes_text, printable
+from moevlm.runtime.core.progress import Stages
 
 _NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # with a unit, if any; or none
 _NOTICE_SECONDS = 1.0
 _LINE_SECONDS = 15.0  # between two lines of one stage where there is no terminal
 _COUNTS = 10_000
-
-Show = Callable[[str, int, int], None]  # (what is being done, done, total; 0 and 0: no measure)
 
 
 class _Console(Console):
@@ -63,7 +62,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
 
 
 @contextmanager
-def progress_bar() -> Iterator[Show]:
+def progress_bar() -> Iterator[Stages]:
     """A function (what, done, total) that shows one bar per `what`; without a terminal, lines in place of bars.
 
     Totals below _COUNTS are numbers of things, as layers or repeats, others are bytes.
@@ -88,7 +87,7 @@ def progress_bar() -> Iterator[Show]:
 
 
 @contextmanager
-def notice() -> Iterator[Show]:
+def notice() -> Iterator[Stages]:
     """Like `progress_bar`, for what is mostly quick: seen on a terminal only, after a second, and wiped at the end."""
     terminal = console(stderr=True)
     bars = _bars(terminal, transient=True)

@@ -35,8 +35,7 @@ from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
-
-Progress = Callable[[str, int, int], None]
+from moevlm.runtime.core.progress import Stages
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ class TensorRTTarget:
 class _Programs:
     """Compiles each op once."""
 
-    def __init__(self, sms: tuple[int, ...], progress: Progress) -> None:
+    def __init__(self, sms: tuple[int, ...], progress: Stages) -> None:
         self._sms, self._progress = sms, progress
         self._known: dict[RouterOp | ExpertsOp, bytes] = {}
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from moevlm.export.writing.model_file import Progress, data_bytes, graph_bytes, plan, write_data
+from moevlm.export.writing.model_file import data_bytes, graph_bytes, plan, write_data
 from moevlm.export.writing.streamed_file import StreamedFile
+from moevlm.runtime.core.progress import Progress
 
 
 def write_onnx(model: ir.Model, path: Path, progress: Progress | None = None) -> None:

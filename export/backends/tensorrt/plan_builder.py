@@ -1,6 +1,5 @@
 """One ONNX file to one plan, by TensorRT in the process that runs this: see `worker`."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from moevlm.export.backends.tensorrt.profiles import Profile
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import FileMetadata
-
-Progress = Callable[[int, int], None]  # (steps done, steps in total)
+from moevlm.runtime.core.progress import Progress
 
 
 class Job(msgspec.Struct, frozen=True):

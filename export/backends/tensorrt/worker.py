@@ -13,8 +13,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from moevlm.export.backends.tensorrt.plan_builder import Built, Job, Progress, build_plan
+from moevlm.export.backends.tensorrt.plan_builder import Built, Job, build_plan
 from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.progress import Progress
 
 
 class Message(msgspec.Struct, frozen=True, omit_defaults=True):

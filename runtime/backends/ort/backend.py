@@ -10,11 +10,11 @@ from moevlm.runtime.backends.libraries import DOMAIN, instruction_set, operators
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.backends.ort.library import onnxruntime
 from moevlm.runtime.backends.ort.limits import limits_of
-from moevlm.runtime.bundle.file_hashes import Progress
 from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, Misfit, shown
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 

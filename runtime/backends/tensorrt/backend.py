@@ -11,12 +11,12 @@ from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
 from moevlm.runtime.backends.tensorrt.library import find_module
 from moevlm.runtime.backends.tensorrt.limits import limits_of
 from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
-from moevlm.runtime.bundle.file_hashes import Progress
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, Misfit
 from moevlm.runtime.core.gpus import gpu_text, sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 
