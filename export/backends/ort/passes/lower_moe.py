@@ -166,7 +166,8 @@ def _one_row_per_choice(
 
 def _number(b: Builder, value: float) -> ir.Value:
     """float32, a scalar."""
-    return b.array(f"float.{np.float32(value)}", np.array(value, np.float32))
+    name = f"float.{value:.9g}".replace("+", "")  # a plus joins the names of weights that were packed
+    return b.array(name, np.array(value, np.float32))
 
 
 def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Value]) -> ir.Value:
