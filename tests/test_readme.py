@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/gpu.md", "docs/sparsity.md")
+PAGES = ("README.md", "docs/service.md", "docs/gpu.md", "docs/sparsity.md")
 TEXT = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT, flags=re.M | re.S)
 COMMANDS = [line for language, block in BLOCKS if language == "" for line in block.splitlines() if line.strip()]
