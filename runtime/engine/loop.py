@@ -204,9 +204,10 @@ class EngineLoop:
                 if sequence.images and (missing := sequence.unencoded(part.start, part.stop)):
                     with sequence.meter.timed("vision_seconds"):
                         self._encode(sequence, missing[0])
-            except Cancelled:
+            except Cancelled:  # others that were cancelled meanwhile take part in this step and end after it
                 self._scheduler.abort([part])
-                news += self._scheduler.sweep(monotonic())
+                self._scheduler.remove(sequence)
+                news.append(sequence)
             except Exception as error:
                 self._fail([part], error, news)
             else:

@@ -15,10 +15,12 @@ from moevlm.runtime.core.errors import Cancelled, EngineError, RequestError
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits, Step
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampling import SamplingParams
+from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.paged_engine import IMAGE, MODEL, PagedEngine, alone, paged_runtime, prompt_of
 
 LIMITS = EngineLimits(8, 128, 8, 2000, 4, packed=True)
@@ -223,6 +225,22 @@ def test_images_that_look_different_never_share_pages() -> None:
     runtime = seeing(PagedEngine(LIMITS))
     assert [answer_of(runtime, shown(one)) for one in pictures] == apart
     assert [answer_of(runtime, shown(one)) for one in pictures] == apart
+
+
+def test_requests_that_end_while_an_image_is_encoded_take_nobody_with_them() -> None:
+    class Left(PagedEngine):
+        def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+            left.cancel()
+            looking.cancel()
+            return super().encode(inputs, cancellation)
+
+    runtime = seeing(Left(LIMITS))
+    stays, left = (runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:2])
+    made = [*ids([next(stays)]), *ids([next(left)])][:1]
+    looking = runtime.generate(shown(picture(1)), **FORCED)
+    assert list(looking) == list(left) == []
+    assert made + ids(list(stays)) == expected(PROMPTS[0])
+    assert runtime.loop.used_pages == 0
 
 
 @pytest.mark.parametrize("feature_memory", [0, 1 << 20])
