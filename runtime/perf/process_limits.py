@@ -27,11 +27,14 @@ def cpu_quota(groups: Path = _CONTROL_GROUPS, root: Path = _ROOT) -> float | Non
 
 
 def available_memory(meminfo: Path = _MEMINFO, groups: Path = _CONTROL_GROUPS, root: Path = _ROOT) -> int | None:
-    """Bytes that this process may still take: what is free, and at most what its control groups allow. None if unknown.
+    """Bytes that this process may still take: what is free, and at most what its control groups leave. None if unknown.
 
-    Source: the kernel's documentation, cgroup-v2 (memory.max) and cgroup-v1 (memory.limit_in_bytes).
+    A group leaves its limit less what its processes use; cached pages of files that nobody used lately are not counted
+    as used, as the kernel gives them up before it refuses memory.
+    Source: the kernel's documentation, cgroup-v2 (memory.max, memory.current, memory.stat) and cgroup-v1
+    (memory.limit_in_bytes, memory.usage_in_bytes, memory.stat).
     """
-    limits = [memory("MemAvailable", meminfo), *(_memory_limit(folder) for folder in _folders("memory", groups, root))]
+    limits = [memory("MemAvailable", meminfo), *(_memory_left(folder) for folder in _folders("memory", groups, root))]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -73,10 +76,35 @@ def _quota(folder: Path) -> float | None:
         return None
 
 
-def _memory_limit(folder: Path) -> int | None:
-    for name in ("memory.max", "memory.limit_in_bytes"):
-        try:
-            return int((folder / name).read_text())
-        except (OSError, ValueError):  # not there, or "max"
-            continue
+# Of cgroup-v2 and cgroup-v1: the limit, what is used under it, and the field of memory.stat that counts idle file cache
+# of the group and all below it.
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _memory_left(folder: Path) -> int | None:
+    """Bytes that a control group still allows, all of its limit if it does not say what is used; None for no limit."""
+    for limit, usage, cache in _MEMORY_FILES:
+        allowed = _number(folder / limit)
+        if allowed is not None:
+            used = _number(folder / usage) or 0
+            return max(0, allowed - max(0, used - _statistic(folder / "memory.stat", cache)))
     return None
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _statistic(path: Path, field: str) -> int:
+    """A field of memory.stat; 0 if it is not there."""
+    try:
+        found = re.search(rf"^{field} (\d+)$", path.read_text(), flags=re.M)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0

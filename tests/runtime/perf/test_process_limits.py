@@ -77,5 +77,45 @@ def test_available_memory_ends_at_the_limit_of_the_control_groups(
     assert available_memory(tmp_path / "meminfo", **control_groups(tmp_path, lines, **files)) == expected
 
 
+VERSION_2 = {"memory.max": "9000\n", "memory.current": "5000\n"}
+VERSION_1 = {"memory__x__memory.limit_in_bytes": "9000\n", "memory__x__memory.usage_in_bytes": "5000\n"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "expected"),
+    [
+        ("0::/\n", VERSION_2, 4000),
+        ("0::/\n", VERSION_2 | {"memory.stat": "anon 3000\ninactive_file 1500\nactive_file 500\n"}, 5500),
+        ("0::/\n", VERSION_2 | {"memory.stat": "anon 3000\n"}, 4000),
+        ("0::/\n", VERSION_2 | {"memory.current": "9999\n"}, 0),
+        ("0::/\n", VERSION_2 | {"memory.stat": "inactive_file 7000\n"}, 9000),
+        ("0::/a\n", {f"a__{name}": text for name, text in VERSION_2.items()} | {"memory.max": "5000\n"}, 4000),
+        (
+            "0::/a\n",
+            {"a__memory.max": "8000\n", "a__memory.current": "100\n"} | VERSION_2 | {"memory.current": "8500\n"},
+            500,
+        ),
+        ("4:memory:/x\n", VERSION_1, 4000),
+        ("4:memory:/x\n", VERSION_1 | {"memory__x__memory.stat": "inactive_file 9\ntotal_inactive_file 1000\n"}, 5000),
+    ],
+    ids=[
+        "used",
+        "idle file cache",
+        "no cache said",
+        "over the limit",
+        "more cache than used",
+        "own group is tighter",
+        "parent is tighter",
+        "version 1",
+        "version 1, cache of all below",
+    ],
+)
+def test_memory_that_control_groups_use_is_not_available(
+    lines: str, files: dict, expected: int, tmp_path: Path
+) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 2000 kB\n")
+    assert available_memory(tmp_path / "meminfo", **control_groups(tmp_path, lines, **files)) == expected
+
+
 def test_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
     assert available_memory(tmp_path / "absent", tmp_path / "absent", tmp_path) is None
