@@ -11,7 +11,8 @@ from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.plan import Plan
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec
 
 Op = RouterOp | ExpertsOp
@@ -72,7 +73,7 @@ def router_case(op: RouterOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
 def experts_case(op: ExpertsOp, tokens: int, seed: int, skewed: bool = False) -> tuple[list[torch.Tensor], np.ndarray]:
     """(inputs in the op's order, y by the spec). skewed: every token goes to the same experts."""
     logits = variants.router_inputs(tokens, False, op.experts, seed)["logits"]
-    index, weight = reference.route(logits, RouterSpec(op.top_k))
+    index, weight = route(logits, RouterSpec(op.top_k))
     if skewed:
         index = np.broadcast_to(index[:1], index.shape).copy()
     x = rounded(variants.hidden_states(tokens, op.hidden, seed + 1), op.dtype)
@@ -88,7 +89,7 @@ def experts_case(op: ExpertsOp, tokens: int, seed: int, skewed: bool = False) ->
             meant[name] = unpack(stored, scales, form, array.shape[-1])
         else:
             arrays[name] = meant[name] = rounded(array, op.dtype)
-    y = reference.experts(x.astype(np.float64), index, weight, spec=op.spec, **meant)
+    y = reference_experts(x.astype(np.float64), index, weight, spec=op.spec, **meant)
     return [torch.from_numpy(arrays[t.name]).to(getattr(torch, t.dtype)) for t in op.inputs], y
 
 
@@ -107,10 +108,10 @@ def deviation(found: np.ndarray, expected: np.ndarray) -> float:
 def near_ties(inputs: dict[str, np.ndarray], spec: RouterSpec, seed: int, draws: int = 8) -> np.ndarray:
     """Which tokens [T] choose otherwise when their logits change by NEAR_TIE: there, rounding decides."""
     random = np.random.RandomState(seed)
-    index = reference.route(inputs["logits"], spec, inputs.get("bias"))[0]
+    index = route(inputs["logits"], spec, inputs.get("bias"))[0]
     unsteady = np.zeros(len(index), bool)
     for _ in range(draws):
         noise = 1 + NEAR_TIE * random.standard_normal(inputs["logits"].shape)
         moved = (inputs["logits"] * noise).astype(np.float32)
-        unsteady |= (reference.route(moved, spec, inputs.get("bias"))[0] != index).any(axis=1)
+        unsteady |= (route(moved, spec, inputs.get("bias"))[0] != index).any(axis=1)
     return unsteady

@@ -15,7 +15,7 @@ from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, com
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.gpu.program import Program
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import route
 
 FOLDER = Path(__file__).parents[2] / "build" / "check"
 MOST_TOKENS = 1024  # of the optimization profile
@@ -94,7 +94,7 @@ def _case(op: Op, tokens: int, seed: int) -> tuple[list[torch.Tensor], list[np.n
         inputs, y = experts_case(op, tokens, seed)
         return inputs, [y]
     arrays = router_case(op, tokens, seed)
-    expected = reference.route(arrays["logits"], op.spec, arrays.get("bias"))
+    expected = route(arrays["logits"], op.spec, arrays.get("bias"))
     return [torch.from_numpy(arrays[tensor.name]) for tensor in op.inputs], list(expected)
 
 

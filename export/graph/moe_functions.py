@@ -126,7 +126,7 @@ def router_function(spec: RouterSpec, has_bias: bool) -> onnx.FunctionProto:
 def experts_function(spec: ExpertsSpec, has_biases: bool) -> onnx.FunctionProto:
     """MoEExperts(x, expert_index, expert_weight, gate_up, down, gate_up_bias, down_bias if has_biases) -> y [T, H] f32.
 
-    Shapes as in `moevlm.plugins.ops.reference.experts`.
+    Shapes as in `moevlm.plugins.ops.experts.experts`.
     """
     on_input = spec.weight_on == "input"
     body = LOOP.format(

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from moevlm.export.formats.activations import rounded
-from moevlm.plugins.ops import reference
 from moevlm.plugins.ops.attention import attention
 from moevlm.plugins.ops.attention import segment_attention as reference_segment_attention
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route, weigh
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
 
 
@@ -68,8 +69,8 @@ def router(
     spec = RouterSpec(top_k, scoring, bool(renormalize), epsilon, scale, n_group, topk_group, group_score)
     chosen = _computing().chosen
     if chosen is not None:
-        return torch.from_numpy(chosen.copy()), torch.from_numpy(reference.weigh(logits.numpy(), chosen, spec))
-    index, weight = reference.route(logits.numpy(), spec, None if bias is None else bias.numpy())
+        return torch.from_numpy(chosen.copy()), torch.from_numpy(weigh(logits.numpy(), chosen, spec))
+    index, weight = route(logits.numpy(), spec, None if bias is None else bias.numpy())
     return torch.from_numpy(index), torch.from_numpy(weight)
 
 
@@ -100,7 +101,7 @@ def experts(
         return rounded(rows, group_size) if group_size else rows
 
     routing, weights = (expert_index.numpy(), expert_weight.numpy()), (gate_up.detach().numpy(), down.detach().numpy())
-    return torch.from_numpy(reference.experts(through(x.numpy()), *routing, *weights, spec, between=through))
+    return torch.from_numpy(reference_experts(through(x.numpy()), *routing, *weights, spec, between=through))
 
 
 @experts.register_fake

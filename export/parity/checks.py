@@ -20,7 +20,7 @@ from moevlm.export.parity.tolerances import (
     PlanTolerance,
     Tolerance,
 )
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import choice_scores
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
@@ -225,7 +225,7 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
     """
     router = expected.config.moe[expected.config.moe_layers[layer]].router
     logits, bias = expected.router_logits[layer][row, None], expected.biases[layer]
-    (choice,) = reference.choice_scores(logits, router, bias)
+    (choice,) = choice_scores(logits, router, bias)
     return max(flip_margin(choice, mine, router), flip_margin(choice, theirs, router))
 
 

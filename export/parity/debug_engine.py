@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx
 
 from moevlm.export.config import ModelConfig
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import route
 from moevlm.runtime.backends.ort.backend import open_graphs, operators_for
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
@@ -69,7 +69,7 @@ class DebugEngine:
         if not self.kernel_routes:
             return output
         chosen = {  # such a kernel has no correction bias, see `LowerMoE`
-            f"layers.{i}.expert_index": reference.route(output.outputs[f"layers.{i}.router_logits"], moe.router)[0]
+            f"layers.{i}.expert_index": route(output.outputs[f"layers.{i}.router_logits"], moe.router)[0]
             for i, moe in self._config.moe.items()
         }
         return replace(output, outputs={**output.outputs, **chosen})

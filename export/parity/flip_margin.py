@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import group_scores
 from moevlm.plugins.ops.spec import RouterSpec
 
 Array = np.ndarray
@@ -11,7 +11,7 @@ Array = np.ndarray
 def flip_margin(choice: Array, chosen: Array, spec: RouterSpec) -> float:
     """Twice the smallest change of single scores that makes the router choose `chosen`; 0 if it does so as it is.
 
-    choice: [E], what experts are chosen by (`reference.choice_scores`). chosen: [k] indices in any order.
+    choice: [E], what experts are chosen by (`plugins.ops.router.choice_scores`). chosen: [k] indices in any order.
     Without groups this is the gap between the best expert left out and the worst one chosen. With groups, the chosen
     ones must also stand in groups that are kept: a sum of two scores changes twice as fast as one, so a gap between
     such sums counts half. So scores that differ by at most d make no flip with a margin above 2 d.
@@ -28,7 +28,7 @@ def flip_margin(choice: Array, chosen: Array, spec: RouterSpec) -> float:
     best = np.full(spec.n_group, -np.inf)  # of each group's experts that were left out
     np.maximum.at(best, left_out // size, choice[left_out])
     gap = np.maximum(best - choice[chosen].min(), 0)  # what keeping that group costs
-    scores = reference.group_scores(choice[None], spec)[0] / (2 if spec.group_score == "top2_sum" else 1)
+    scores = group_scores(choice[None], spec)[0] / (2 if spec.group_score == "top2_sum" else 1)
     others = np.setdiff1d(np.argsort(-scores, kind="stable"), used, assume_unique=True)  # the best group first
     free = spec.topk_group - len(used)
     margins = []

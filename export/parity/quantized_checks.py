@@ -16,7 +16,7 @@ from moevlm.export.parity.recorded_engine import RecordedEngine, RecordedSequenc
 from moevlm.export.parity.report import Check, Cost
 from moevlm.export.parity.stored_weights import stored_weights
 from moevlm.export.parity.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import choice_scores, route
 from moevlm.runtime.core.manifest import EngineMetadata
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
 
@@ -133,7 +133,7 @@ def _own_choices(
             np.concatenate([sequence.values[f"layers.{layer}.{name}"] for sequence in sequences])
             for name in ("router_logits", "expert_index")
         )
-        choice, best = reference.choice_scores(logits, spec, bias), reference.route(logits, spec, bias)[0]
+        choice, best = choice_scores(logits, spec, bias), route(logits, spec, bias)[0]
         rows = np.flatnonzero((np.sort(chosen, -1) != np.sort(best, -1)).any(-1))
         total, used, different = total + len(chosen), used + len(np.unique(chosen)), different + len(rows)
         widest = max([widest, *(flip_margin(choice[row], chosen[row], spec) for row in rows)])

@@ -39,7 +39,7 @@ class RouterOp:
 
 @dataclass(frozen=True)
 class ExpertsOp:
-    """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.reference.experts`.
+    """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.experts.experts`.
 
     weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in groups of `group_size` values along the input axis, the
     last one short where `group_size` does not divide it; a group's scale is in `dtype`.

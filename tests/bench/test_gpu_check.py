@@ -23,7 +23,8 @@ from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp, RouterOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver, image
 
@@ -113,7 +114,7 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
     logits = torch.randn(33, small.experts, generator=generator)
     bias = 0.1 * torch.randn(small.experts, generator=generator) if small.has_bias else None
     index, weight = grouped_mm.route(logits, small.router, bias)
-    expected = reference.route(logits.numpy(), small.router, None if bias is None else bias.numpy())
+    expected = route(logits.numpy(), small.router, None if bias is None else bias.numpy())
     assert (index.numpy() == expected[0]).all()
     np.testing.assert_allclose(weight, expected[1], rtol=1e-5)
     x = torch.randn(33, 48, generator=generator)
@@ -122,7 +123,7 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
     y = grouped_mm.experts(x, index, weight, gate_up, down, small.activation)
     arrays = [tensor.numpy().astype(np.float64) for tensor in (x, index.int(), weight, gate_up, down)]
     arrays[1] = index.numpy()
-    assert cases.deviation(y.numpy(), reference.experts(*arrays, small.experts_op().spec)) < 1e-5
+    assert cases.deviation(y.numpy(), reference_experts(*arrays, small.experts_op().spec)) < 1e-5
 
 
 def test_weights_taking_turns_exceed_any_cache() -> None:

@@ -10,7 +10,8 @@ from bench import variants
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.graph.weights import Constant, initializer
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import operators_path
 
@@ -108,8 +109,8 @@ class Case:
         return {"logits": logits, "x": variants.hidden_states(tokens, self.hidden, seed=tokens)}
 
     def want(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        index, weight = reference.route(inputs["logits"], self.router, self.bias)
-        return reference.experts(inputs["x"], index, weight, spec=self.block, **self.weights)
+        index, weight = route(inputs["logits"], self.router, self.bias)
+        return reference_experts(inputs["x"], index, weight, spec=self.block, **self.weights)
 
     def check(self, model: ir.Model, tolerance: float = TOLERANCE) -> None:
         running = session(model)

@@ -18,7 +18,8 @@ from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import read
 from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts
+from moevlm.plugins.ops.router import route, sigmoid
 from moevlm.runtime.core.dtypes import DTYPES
 
 _OPS: dict[str, Any] = {}
@@ -37,7 +38,7 @@ class MoERouter(OpRun):
     def _run(self, *inputs: np.ndarray, program: str) -> tuple[np.ndarray, ...]:
         op = _OPS[program]
         _check(op.inputs, inputs)
-        return reference.route(inputs[0], op.spec, *inputs[1:])
+        return route(inputs[0], op.spec, *inputs[1:])
 
 
 class MoEExperts(OpRun):
@@ -48,7 +49,7 @@ class MoEExperts(OpRun):
         _check(op.inputs, inputs)
         x, index, weight = inputs[:3]
         exact = _unpacked(op, inputs[3:])
-        return (reference.experts(x.astype(np.float32), index, weight, spec=op.spec, **exact).astype(x.dtype),)
+        return (experts(x.astype(np.float32), index, weight, spec=op.spec, **exact).astype(x.dtype),)
 
 
 def _unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ class TRT_MoE(OpRun):
             inner, other = row @ gate[e], row @ up[e]
             if biases:
                 inner, other = inner + biases[0][e], other + biases[1][e]
-            out = (inner * reference.sigmoid(inner) * other) @ down[e]
+            out = (inner * sigmoid(inner) * other) @ down[e]
             y[place[:2]] += float(scores[place]) * (out + biases[2][e] if biases else out)
         return (y.astype(x.dtype),)
 

@@ -1,4 +1,4 @@
-// The experts of a layer over packed weights: moevlm.plugins.ops.reference.experts.
+// The experts of a layer over packed weights: moevlm.plugins.ops.experts.experts.
 //
 // Two products, and the weights of each are read once however many tokens they serve. The first makes the channels of
 // every pair of a token and one of its experts, and quantizes them; a task is an expert and a range of its channels.

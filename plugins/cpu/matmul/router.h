@@ -1,4 +1,4 @@
-// Router logits -> the experts of each token and their weights: moevlm.plugins.ops.reference.route.
+// Router logits -> the experts of each token and their weights: moevlm.plugins.ops.router.route.
 #pragma once
 #include "matmul/kernels.h"
 #include "parallel.h"

@@ -13,7 +13,8 @@ from bench import variants
 from moevlm.export.graph import functions
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER, experts_function, router_function
 from moevlm.export.graph.op import ONNX_OPSET, node_spec
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import UnsupportedModelError
 
@@ -63,7 +64,7 @@ def assert_close(got: Array, want: Array) -> None:
 
 
 def assert_routes(run: Run, spec: RouterSpec, inputs: dict[str, Array]) -> None:
-    index, weight = reference.route(inputs["logits"], spec, inputs.get("bias"))
+    index, weight = route(inputs["logits"], spec, inputs.get("bias"))
     got_index, got_weight = run(None, inputs)
     assert got_index.dtype == np.int32
     np.testing.assert_array_equal(got_index, index)
@@ -120,12 +121,12 @@ def test_experts_body_agrees_with_the_spec(name, has_bias, runtime):
     run = runtime(one_node(experts_function(spec, has_bias), spec))
     weights = variants.expert_weights(spec, has_bias)
     for tokens in TOKENS:
-        index, weight = reference.route(
+        index, weight = route(
             variants.router_inputs(tokens, False, seed=tokens)["logits"], variants.MODELS["glm4v_moe"]
         )
         x = variants.hidden_states(tokens, seed=tokens)
         got = run(None, {"x": x, "expert_index": index, "expert_weight": weight, **weights})[0]
-        assert_close(got, reference.experts(x, index, weight, spec=spec, **weights))
+        assert_close(got, reference_experts(x, index, weight, spec=spec, **weights))
 
 
 @pytest.mark.parametrize(("experts", "top_k", "hidden", "inner"), [(64, 8, 48, 24), (3, 3, 5, 7), (5, 1, 1, 1)])
@@ -134,10 +135,10 @@ def test_experts_body_agrees_with_the_spec_in_other_shapes(experts, top_k, hidde
     run = in_onnxruntime(one_node(experts_function(spec, True), spec))
     weights = variants.expert_weights(spec, True, hidden, inner, experts)
     logits = variants.router_inputs(33, False, experts)["logits"]
-    index, weight = reference.route(logits, RouterSpec(top_k))
+    index, weight = route(logits, RouterSpec(top_k))
     x = variants.hidden_states(33, hidden)
     got = run(None, {"x": x, "expert_index": index, "expert_weight": weight, **weights})[0]
-    assert_close(got, reference.experts(x, index, weight, spec=spec, **weights))
+    assert_close(got, reference_experts(x, index, weight, spec=spec, **weights))
 
 
 @runtimes
@@ -185,7 +186,7 @@ def test_each_node_gets_the_body_of_its_own_spec_and_inputs():
     inputs = variants.router_inputs(5)
     outputs = in_onnxruntime(proto)(None, inputs)
     for (spec, has_bias), index, weight in zip(nodes, outputs[0::2], outputs[1::2], strict=True):
-        want_index, want_weight = reference.route(inputs["logits"], spec, inputs["bias"] if has_bias else None)
+        want_index, want_weight = route(inputs["logits"], spec, inputs["bias"] if has_bias else None)
         np.testing.assert_array_equal(index, want_index)
         assert_close(weight, want_weight)
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from bench.variants import MODELS, ROUTERS
 from moevlm.export.parity.flip_margin import flip_margin
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import choice_scores, route
 from moevlm.plugins.ops.spec import RouterSpec
 
 # How far a score moves at most where every logit moves by 1: a softmax's slopes add up to 2 s (1 - s).
@@ -16,7 +16,7 @@ SPECS = ROUTERS | MODELS | {"many": RouterSpec(top_k=9, n_group=5, topk_group=3,
 
 
 def margins(logits: np.ndarray, index: np.ndarray, spec: RouterSpec, bias: np.ndarray | None) -> list[float]:
-    choice = reference.choice_scores(logits, spec, bias)
+    choice = choice_scores(logits, spec, bias)
     return [flip_margin(scores, chosen, spec) for scores, chosen in zip(choice, index, strict=True)]
 
 
@@ -30,7 +30,7 @@ def test_margin_of_a_flip_is_at_most_what_the_logits_moved(name: str, biased: bo
     logits = rng.standard_normal((16, experts), np.float32)
     bias = rng.standard_normal(experts, np.float32) * 0.3 if biased else None
     other = logits + rng.uniform(-moved, moved, logits.shape).astype(np.float32)
-    found = margins(logits, reference.route(other, spec, bias)[0], spec, bias)
+    found = margins(logits, route(other, spec, bias)[0], spec, bias)
     assert max(found) <= 2 * SLOPE[spec.scoring] * moved + 1e-5
 
 
@@ -38,9 +38,9 @@ def test_margin_of_a_flip_is_at_most_what_the_logits_moved(name: str, biased: bo
 def test_margin_of_the_reference_choice_is_nothing_and_of_the_worst_experts_is_wide(name: str) -> None:
     spec, rng = SPECS[name], np.random.default_rng(0)
     logits = rng.standard_normal((32, 8 if spec.top_k < 9 else 130), np.float32)
-    assert max(margins(logits, reference.route(logits, spec)[0], spec, None)) == 0
-    worst = margins(logits, reference.route(-logits, spec)[0], spec, None)
-    spread = np.ptp(reference.choice_scores(logits, spec), axis=1)
+    assert max(margins(logits, route(logits, spec)[0], spec, None)) == 0
+    worst = margins(logits, route(-logits, spec)[0], spec, None)
+    spread = np.ptp(choice_scores(logits, spec), axis=1)
     assert np.median(worst / spread) > 0.25
 
 

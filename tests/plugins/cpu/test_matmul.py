@@ -10,7 +10,8 @@ import pytest
 from bench import variants
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import activate, linear
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.support.cpu_kernels import Kernels
 
@@ -124,7 +125,7 @@ def test_linear_is_the_product_of_what_was_quantized(kernels, rng, bits, block, 
         x = normal(rng, tokens, k)
         bias = normal(rng, n) if tokens % 2 else None
         rows = dequantize_rows(x, block)
-        expected = reference.linear(rows, weight, bias)
+        expected = linear(rows, weight, bias)
         magnitude = np.abs(rows) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
         assert (np.abs(kernels.linear(x, packed, bias, n, bits, block) - expected) <= ROUNDING * magnitude).all()
 
@@ -159,7 +160,7 @@ def test_float_linear_is_the_product(kernels, rng, n, k):
     for tokens in (0, 1, 2, 7, 12, 13, 61):
         x = normal(rng, tokens, k)
         bias = normal(rng, n) if tokens % 2 else None
-        expected = reference.linear(x.astype(np.float64), weight.astype(np.float64), bias)
+        expected = linear(x.astype(np.float64), weight.astype(np.float64), bias)
         magnitude = np.abs(x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
         assert (np.abs(kernels.float_linear(x, packed, bias, n) - expected) <= 2 * ROUNDING * magnitude).all()
 
@@ -190,15 +191,15 @@ def routing(rng, tokens, top_k=3):
 
 
 def expected_experts(x, index, weight, plain, spec, block, biases):
-    """reference.experts with its two inputs of a product quantized; and the magnitude of one step of a hidden value."""
+    """`experts` with its two inputs of a product quantized; and the magnitude of one step of a hidden value."""
     y, step = np.zeros(x.shape), np.zeros(x.shape)
     rows = dequantize_rows(x, block)
     for token, slot in np.ndindex(index.shape):
         e, scale = index[token, slot], float(weight[token, slot])
         row = rows[token : token + 1] * (scale if spec.weight_on == "input" else 1.0)
         up_bias, down_bias = (biases[name][e] if biases else None for name in ("gate_up_bias", "down_bias"))
-        hidden = reference.activate(reference.linear(row, plain["gate_up"][e], up_bias), spec)
-        out = reference.linear(dequantize_rows(hidden, block), plain["down"][e], down_bias)[0]
+        hidden = activate(linear(row, plain["gate_up"][e], up_bias), spec)
+        out = linear(dequantize_rows(hidden, block), plain["down"][e], down_bias)[0]
         factor = 1.0 if spec.weight_on == "input" else scale
         y[token] += factor * out
         step[token] += factor * np.abs(hidden).max() / 127 * np.abs(plain["down"][e]).max(axis=1)
@@ -275,7 +276,7 @@ def test_routers_choose_as_the_spec_does_ties_too(kernels, rng, has_bias):
         logits = normal(rng, 40, variants.EXPERTS) * 1.5
         logits[20:] = np.round(logits[20:])  # many ties
         bias = np.round(normal(rng, variants.EXPERTS) * 2) / 4 if has_bias else None
-        expected_index, expected_weight = reference.route(logits, spec, bias)
+        expected_index, expected_weight = route(logits, spec, bias)
         index, weight = kernels.route(logits, spec, bias)
         np.testing.assert_array_equal(index, expected_index, err_msg=name)
         np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, err_msg=name)
@@ -288,7 +289,7 @@ def test_choice_falls_as_numpy_s_where_float32_scores_run_together(kernels, rng,
     spec = RouterSpec(top_k=4, scoring=scoring)
     close = normal(rng, 200, 1) + normal(rng, 200, experts) * np.float32(1e-7)
     logits = np.concatenate([close, normal(rng, 50, experts) * 60])
-    expected_index, expected_weight = reference.route(logits, spec)
+    expected_index, expected_weight = route(logits, spec)
     index, weight = kernels.route(logits, spec)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
@@ -297,7 +298,7 @@ def test_choice_falls_as_numpy_s_where_float32_scores_run_together(kernels, rng,
 def test_router_chooses_many_of_many_experts(kernels, rng):
     spec = RouterSpec(top_k=300, n_group=256, topk_group=100, scoring="sigmoid")
     logits = normal(rng, 2, cpu_limits.EXPERTS)
-    expected_index, expected_weight = reference.route(logits, spec)
+    expected_index, expected_weight = route(logits, spec)
     index, weight = kernels.route(logits, spec)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)

@@ -12,7 +12,9 @@ from onnx import TensorProto, helper
 from bench import variants
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.experts import linear
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.backends import libraries as native
 
@@ -70,7 +72,7 @@ def test_linear_in_a_session(rng, tokens, has_bias):
     x, bias = normal(rng, tokens, 72), normal(rng, 50) if has_bias else None
     (y,) = run("Linear", {"x": x, "weight": packed, "bias": bias}, LINEAR)
     # Activations are rounded to 1/254 of the largest of their block.
-    np.testing.assert_allclose(y, reference.linear(x, weight, bias), atol=0.03 * np.abs(weight).sum(axis=1).max())
+    np.testing.assert_allclose(y, linear(x, weight, bias), atol=0.03 * np.abs(weight).sum(axis=1).max())
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 9])
@@ -79,7 +81,7 @@ def test_float_linear_in_a_session(rng, tokens, has_bias):
     weight, x, bias = normal(rng, 50, 72), normal(rng, tokens, 72), normal(rng, 50) if has_bias else None
     inputs = {"x": x, "weight": cpu_packing.pack_floats(weight), "bias": bias}
     (y,) = run("FloatLinear", inputs, {"N": 50, "K": 72})
-    np.testing.assert_allclose(y, reference.linear(x, weight, bias), atol=1e-4)
+    np.testing.assert_allclose(y, linear(x, weight, bias), atol=1e-4)
 
 
 @pytest.mark.parametrize("has_biases", [False, True])
@@ -97,7 +99,7 @@ def test_experts_in_a_session(rng, name, has_biases):
     names = ("x", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias")
     (y,) = run("MoEExperts", dict(zip(names, arrays, strict=True)), {**BANK, **attributes(spec)})
     plain = np.stack([w for _, w in up]), np.stack([w for _, w in down])
-    expected = reference.experts(x, index, weight, *plain, spec, *biases)
+    expected = reference_experts(x, index, weight, *plain, spec, *biases)
     np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
@@ -105,7 +107,7 @@ def test_experts_in_a_session(rng, name, has_biases):
 def test_router_in_a_session(spec):
     inputs = variants.router_inputs(7, has_bias=True)
     index, weight = run("MoERouter", {"logits": inputs["logits"], "bias": inputs["bias"]}, attributes(spec), 2)
-    expected_index, expected_weight = reference.route(inputs["logits"], spec, inputs["bias"])
+    expected_index, expected_weight = route(inputs["logits"], spec, inputs["bias"])
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
 
@@ -113,7 +115,7 @@ def test_router_in_a_session(spec):
 def test_router_s_attributes_default_to_the_spec_s():
     logits = variants.router_inputs(3)["logits"]
     index, weight = run("MoERouter", {"logits": logits}, {"top_k": 2}, 2)
-    expected_index, expected_weight = reference.route(logits, RouterSpec(2))
+    expected_index, expected_weight = route(logits, RouterSpec(2))
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
 

@@ -16,7 +16,7 @@ from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.planning import plan
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.spec import ExpertsSpec
 from tests.plugins.gpu.interpreter import Interpreter
 
@@ -59,7 +59,7 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray]) -> np.ndarray:
             weights[f"{name}_bias"] = inputs[f"{name}_bias"]
     weights = {name: values.astype(np.float64) for name, values in weights.items()}
     routing = inputs["expert_index"], inputs["expert_weight"]
-    return reference.experts(inputs["x"].astype(np.float64), *routing, spec=op.spec, **weights)
+    return reference_experts(inputs["x"].astype(np.float64), *routing, spec=op.spec, **weights)
 
 
 def agrees(interpreter: Interpreter, op: ExpertsOp, tokens: int, sm: int = 80, seed: int | None = None) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from bench.variants import EXPERTS, MODELS, ROUTERS, router_inputs
 from moevlm.plugins.gpu.ops import RouterOp
 from moevlm.plugins.gpu.planning import plan
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import SCORINGS, RouterSpec
 from tests.plugins.gpu.interpreter import Interpreter
 
@@ -18,7 +18,7 @@ SPECS = ROUTERS | MODELS
 def agrees(interpreter: Interpreter, spec: RouterSpec, inputs: dict[str, np.ndarray]) -> None:
     op = RouterOp(spec, inputs["logits"].shape[1], "bias" in inputs)
     index, weight = interpreter.run(plan(op, 80), inputs)
-    expected_index, expected_weight = reference.route(spec=spec, **inputs)
+    expected_index, expected_weight = route(spec=spec, **inputs)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, atol=1e-7)
 
@@ -55,7 +55,7 @@ def test_logits_that_are_not_numbers_still_name_experts_and_touch_no_other_token
     made = plan(RouterOp(spec, EXPERTS, True), 80)
     index, weight = triton_interpreter.run(made, inputs | {"logits": wrong})
     assert ((index >= 0) & (index < EXPERTS)).all()
-    expected_index, expected_weight = reference.route(spec=spec, **inputs)
+    expected_index, expected_weight = route(spec=spec, **inputs)
     np.testing.assert_array_equal(index[[0, 4]], expected_index[[0, 4]])
     np.testing.assert_allclose(weight[[0, 4]], expected_weight[[0, 4]], rtol=2e-6, atol=1e-7)
 

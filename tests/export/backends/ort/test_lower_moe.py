@@ -12,7 +12,8 @@ from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.weights import initializer
 from moevlm.export.passes.base import run
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts
+from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, RouterSpec
 from moevlm.runtime.core.errors import BuildError
 from tests.support.moe_cases import SILU, Case, assert_close, ops, session, value
@@ -104,7 +105,7 @@ def test_a_tapped_router_stays_and_shows_the_routing_that_was_used(name):
     inputs = case.inputs(33)
     inputs["logits"][7] = 0
     y, index, weight = session(model).run(None, inputs)
-    want_index, want_weight = reference.route(inputs["logits"], case.router, case.bias)
+    want_index, want_weight = route(inputs["logits"], case.router, case.bias)
     np.testing.assert_array_equal(index, want_index)
     assert_close(weight, want_weight)
     assert_close(y, case.want(inputs))
@@ -123,7 +124,7 @@ def test_a_tapped_router_stays_and_shows_the_routing_that_was_used(name):
 def test_a_weight_of_zero_counts_nothing(router, logits):
     case = Case(router)
     inputs = {"logits": np.array([logits], np.float32), "x": variants.hidden_states(1)}
-    index, weight = reference.route(inputs["logits"], router)
+    index, weight = route(inputs["logits"], router)
     assert (weight == 0).any()
     # The chosen experts are still the chosen ones: no other's weights are read in their place.
     for array in case.weights.values():
@@ -134,7 +135,7 @@ def test_a_weight_of_zero_counts_nothing(router, logits):
 def test_equal_logits_go_to_the_higher_index_in_the_direct_form():
     case = Case(RouterSpec(1), experts=4)
     inputs = {"logits": np.zeros((1, 4), np.float32), "x": variants.hidden_states(1)}
-    last = reference.experts(inputs["x"], np.array([[3]]), np.ones((1, 1)), spec=SILU, **case.weights)
+    last = experts(inputs["x"], np.array([[3]]), np.ones((1, 1)), spec=SILU, **case.weights)
     assert_close(session(lowered(case)).run(None, inputs)[0], last)
 
 
@@ -142,7 +143,7 @@ def test_equal_logits_go_to_the_higher_index_in_the_direct_form():
 def test_weights_of_experts_that_no_token_chose_are_never_read(router):
     case = Case(router, expert_biases=True)
     inputs = case.inputs(1)
-    index, _ = reference.route(inputs["logits"], router)
+    index, _ = route(inputs["logits"], router)
     for array in case.weights.values():
         array[np.setdiff1d(np.arange(8), index)] = np.nan
     assert np.isfinite(session(lowered(case)).run(None, inputs)[0]).all()

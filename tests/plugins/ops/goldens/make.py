@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from bench import variants
-from moevlm.plugins.ops import reference
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
 
 FILE = Path(__file__).parent / "moe.json"
 TOKENS = 3
@@ -31,17 +32,15 @@ def goldens() -> dict[str, dict]:
 
 def _route(spec: variants.RouterSpec, has_bias: bool) -> dict[str, list]:
     inputs = variants.router_inputs(TOKENS, has_bias, seed=SEED)
-    index, weight = reference.route(inputs["logits"], spec, inputs.get("bias"))
+    index, weight = route(inputs["logits"], spec, inputs.get("bias"))
     return {"index": index.tolist(), "weight": _short(weight)}
 
 
 def _experts(spec: variants.ExpertsSpec, has_biases: bool) -> list:
-    index, weight = reference.route(
-        variants.router_inputs(TOKENS, False, seed=SEED)["logits"], variants.MODELS["gpt_oss"]
-    )
+    index, weight = route(variants.router_inputs(TOKENS, False, seed=SEED)["logits"], variants.MODELS["gpt_oss"])
     weights = variants.expert_weights(spec, has_biases, hidden=4, inner=3, seed=SEED)
     x = variants.hidden_states(TOKENS, hidden=4, seed=SEED)
-    return _short(reference.experts(x, index, weight, spec=spec, **weights))
+    return _short(reference_experts(x, index, weight, spec=spec, **weights))
 
 
 def _short(array: np.ndarray) -> list:
