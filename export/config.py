@@ -11,6 +11,8 @@ from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec
 
+NORMS = ("pre", "sandwich", "parallel")
+
 
 @dataclass(frozen=True)
 class MLPConfig:
@@ -111,10 +113,20 @@ class GQAConfig(MixerConfig):
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """One layer of the decoder: RMS norm and mixer, then RMS norm and feed-forward, each added to the residual."""
+    """One layer of the decoder. norms: where its RMS norms stand around the residual stream x.
+
+    pre:      x = x + mixer(norm(x)), then x = x + feed_forward(norm(x)).
+    sandwich: x = x + norm(mixer(norm(x))), then x = x + norm(feed_forward(norm(x))) (Gemma 2 and 3).
+    parallel: x = x + mixer(y) + feed_forward(y) with y = norm(x) (Command R).
+    """
 
     mixer: MixerConfig
     feed_forward: MLPConfig | MoEConfig
+    norms: str = "pre"
+
+    def __post_init__(self) -> None:
+        if self.norms not in NORMS:
+            raise FieldError("norms", self.norms, ", ".join(NORMS))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, reshape, swap_last
+from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, cast, reshape, swap_last
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -45,6 +45,16 @@ def named(pattern: str) -> Source:
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
         return _expect(name, _get(tensors, name), shape)
+
+    return source
+
+
+def plus_one(pattern: str) -> Source:
+    """The gain of a norm stored as its difference from 1 (Gemma): w -> 1 + w in float32, whatever the dtype of w."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
+        return PerRow(weight, shape, weight.dtype, lambda a: a + np.float32(1))
 
     return source
 

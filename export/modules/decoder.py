@@ -17,32 +17,44 @@ VisualRows = tuple[Tensor, Tensor]
 
 
 class Layer(nn.Module):
-    """Pre-norm mixer, then pre-norm feed-forward, each added to the residual stream."""
+    """Mixer and feed-forward, both added to the residual stream; norms as `export.config.LayerConfig` says."""
 
     def __init__(self, config: DecoderConfig, index: int) -> None:
         super().__init__()
         layer = config.layers[index]
-        self.attention_norm = RMSNorm(config.hidden, config.epsilon)
+
+        def norm(is_there: bool) -> nn.Module:
+            return RMSNorm(config.hidden, config.epsilon) if is_there else nn.Identity()
+
+        self.parallel = layer.norms == "parallel"
+        self.attention_norm = norm(True)
         self.attention: nn.Module = mixer(config.hidden, layer.mixer, config.epsilon)
-        self.feed_forward_norm = RMSNorm(config.hidden, config.epsilon)
+        self.attention_post_norm = norm(layer.norms == "sandwich")
+        self.feed_forward_norm = norm(not self.parallel)
         if isinstance(layer.feed_forward, MoEConfig):
             self.feed_forward: MoE | MLP = MoE(config.hidden, layer.feed_forward, f"layers.{index}")
         else:
             self.feed_forward = MLP(config.hidden, layer.feed_forward)
+        self.feed_forward_post_norm = norm(layer.norms == "sandwich")
 
     def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """x [T, H] and the layer's states -> both behind it."""
-        x, states = self.mix(x, step, states)
-        return self.feed(x), states
+        x, normed, states = self.mix(x, step, states)
+        return self.feed(x, normed), states
 
-    def mix(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
-        """The first half: tokens see those of their sequence."""
-        y, states = self.attention(self.attention_norm(x), step, states)
-        return x + y, states
+    def mix(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, Tensor, States]:
+        """The first half: tokens see those of their sequence.
 
-    def feed(self, x: Tensor) -> Tensor:
-        """The second half: every token for itself."""
-        return x + self.feed_forward(self.feed_forward_norm(x))
+        x [T, H] -> x with the mixer's output added, the rows [T, H] that the feed-forward takes, and the states.
+        """
+        normed = self.attention_norm(x)
+        y, states = self.attention(normed, step, states)
+        x = x + self.attention_post_norm(y)
+        return x, normed if self.parallel else self.feed_forward_norm(x), states
+
+    def feed(self, x: Tensor, normed: Tensor) -> Tensor:
+        """The second half, every token for itself: what `mix` returned -> the residual stream behind the layer."""
+        return x + self.feed_forward_post_norm(self.feed_forward(normed))
 
 
 class Decoder(nn.Module):

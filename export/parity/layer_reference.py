@@ -182,20 +182,20 @@ def _outputs(
     arithmetic: Arithmetic,
 ) -> tuple[Array, Array | None]:
     """Rows of all sequences behind a layer, and its router's logits if it has one."""
-    attended, added = [], []
+    attended, normed, added = [], [], []
     specs = config.layers[index].mixer.states(index)
     with computing(arithmetic), recorded_taps() as outputs:
         for sequence, rows in zip(sequences, inputs, strict=True):
             x = torch.from_numpy(rows)
             # A pool of one page, which the whole sequence fits into.
-            y, _ = layer.attention(layer.attention_norm(x), _whole(sequence, config), zeros(specs, 2, 2, len(x)))
-            attended.append(x + y)
+            y, fed, _ = layer.mix(x, _whole(sequence, config), zeros(specs, 2, 2, len(x)))
+            attended.append(y)
+            normed.append(fed)
             added.append(torch.zeros_like(x))
             place = sequence.values["visual_index"]
             if sequence.visual is not None and index < config.deepstack:
                 added[-1][place >= 0] = torch.from_numpy(sequence.visual.deepstack[index][place[place >= 0]])
-        x = torch.cat(attended)
-        x = x + layer.feed_forward(layer.feed_forward_norm(x)) + torch.cat(added)
+        x = layer.feed(torch.cat(attended), torch.cat(normed)) + torch.cat(added)
     logits = outputs.get(_logits(index))
     return x.numpy(), None if logits is None else logits.numpy()
 

@@ -231,17 +231,19 @@ def _tensor(array: np.ndarray) -> torch.Tensor:
 def _run_layer(decoder: Decoder, i: int, layer: Layer, pools: Sequence[NotedPool], steps: Sequence[NotedStep]) -> None:
     specs = decoder.config.layers[i].mixer.states(i)
     recurrent = [n for n, state in enumerate(specs) if not isinstance(state, PagedKV)]
+    normed = []
     for pool in pools:
         states = zeros(specs, pool.pages, pool.rows, PAGE)
         for noted in pool.steps:
             for n in recurrent:  # a layer with such a state has no pages, so specs and tensors are one to one
                 states[n][list(noted.step.cleared)] = 0
-            noted.x, states = layer.mix(noted.x, tensors_of(noted.step), states)
+            noted.x, rows, states = layer.mix(noted.x, tensors_of(noted.step), states)
+            normed.append(rows)
     # Behind the mixer no token sees another, so each expert is used once for all of them.
     if not steps:
         return
-    fed = layer.feed(torch.cat([noted.x for noted in steps])).split([len(noted.x) for noted in steps])
-    for noted, x in zip(steps, fed, strict=True):
+    fed = layer.feed(torch.cat([noted.x for noted in steps]), torch.cat(normed))
+    for noted, x in zip(steps, fed.split([len(noted.x) for noted in steps]), strict=True):
         deepstack = torch.from_numpy(noted.visual.deepstack) if decoder.config.deepstack else None
         visual = visual_rows(torch.from_numpy(noted.step.visual_index))
         noted.x = decoder.add_deepstack(i, x, deepstack, visual)

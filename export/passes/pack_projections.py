@@ -13,7 +13,7 @@ from moevlm.export.passes.base import Pass, replaced_routers
 
 
 class PackProjections(Pass):
-    """Gemms on the same rows (q, k and v; gate and up) -> one Gemm on their joined weights, and a Split.
+    """Gemms on the same rows (q, k and v; gate and up; in a parallel layer all) -> one Gemm on joined weights, a Split.
 
     The input is read once and the work handed to the threads once. Router logits stay apart: they are never quantized.
     """

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.config import LayerConfig
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.debug_engine import DebugEngine
 from moevlm.export.parity.layer_reference import Rounding, layer_deviations
@@ -17,7 +18,9 @@ from moevlm.export.parity.recorded_engine import RecordedEngine
 from moevlm.export.parity.stored_weights import stored_weights
 from moevlm.export.parity.tolerances import QUANTIZED
 from moevlm.export.parity.torch_engine import TorchEngine
+from moevlm.export.passes.base import checked
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.engine.protocol import Engine
@@ -26,6 +29,7 @@ from moevlm.runtime.loading import load_engine
 from moevlm.runtime.request.positions import rope_tables
 from tests.support.hybrid import PlainModel, save
 from tests.support.hybrid.checkpoint import LAYERS
+from tests.support.hybrid.family import DENSE, WIDE
 from tests.support.tiny import VOCABULARY
 
 Array = np.ndarray
@@ -64,7 +68,8 @@ def expected(checkpoint: Path, sequences: list[Array]) -> list[Array]:
 
 @pytest.fixture(scope="module")
 def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(checkpoint, tmp_path_factory.mktemp("hybrid") / "hybrid.moevlm", TARGETS)
+    with checked():
+        return build(checkpoint, tmp_path_factory.mktemp("hybrid") / "hybrid.moevlm", TARGETS)
 
 
 def logits_of(
@@ -165,11 +170,16 @@ def test_rows_on_cpu_have_the_same_bits_whatever_steps_hold(
 def test_manifest_says_what_each_layer_keeps(bundle: Bundle) -> None:
     for target in TARGETS:
         states = bundle.manifest.engines[target].states
-        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV]
-        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16]
+        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV, PagedKV]
+        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16, 0]
     shapes = [
         (layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.experts)
         for layer in bundle.manifest.model.layers
     ]
-    wide, recurrent, local = (4, 2, 16, 16, 8), (0, 0, 0, 0, 0), (2, 1, 32, 24, 8)
-    assert shapes == [wide, recurrent, local, recurrent, local]
+    wide, recurrent, local, parallel = (4, 2, 16, 16, 8), (0, 0, 0, 0, 0), (2, 1, 32, 24, 8), (4, 2, 16, 16, 0)
+    assert shapes == [wide, recurrent, local, recurrent, local, parallel]
+
+
+def test_norms_in_another_place_are_refused() -> None:
+    with pytest.raises(FieldError, match=r'norms = "post" \(allowed: pre, sandwich, parallel\)|norms'):
+        LayerConfig(WIDE, DENSE, norms="post")

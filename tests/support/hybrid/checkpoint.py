@@ -11,12 +11,12 @@ from moevlm.export.modules.vision import Vision
 from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import END, IMAGE, STOP, VOCABULARY, write_side_files
 
-LAYERS = ("wide", "recurrent", "local", "recurrent", "local")
+LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel")
 _PREPROCESSOR = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
 def save(directory: Path, layers: tuple[str, ...] = LAYERS, seed: int = 0) -> Path:
-    """A checkpoint with tokenizer, chat template and preprocessor. layers: kinds, see `family.MIXERS`."""
+    """A checkpoint with tokenizer, chat template and preprocessor. layers: kinds, see `family.LAYERS`."""
     config = {
         "model_type": "hybrid_test",
         "layers": layers,
@@ -44,6 +44,8 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     values = torch.randn(shape, generator=generator)
     if name.endswith("decay"):
         return torch.sigmoid(2 + values)
+    if "post_norm" in name:  # stored as the difference from 1
+        return 0.2 * values
     if "norm" in name:
         return 1 + 0.2 * values if name.endswith("weight") else 0.2 * values
     if name.endswith("sinks") or name == "embedding":

@@ -18,7 +18,7 @@ from moevlm.export.config import (
 )
 from moevlm.export.families.base import Family
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import Source
+from moevlm.export.families.sources import Source, plus_one
 from moevlm.export.modules.vision import Vision
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
@@ -68,10 +68,17 @@ ROPES = (
     RopeMetadata(dim=16, theta=1e4, sections=(8, 0, 0), interleaved=False),
     RopeMetadata(dim=16, theta=500.0, sections=(8, 0, 0), interleaved=False),
 )
-MIXERS = {"wide": WIDE, "local": LOCAL, "windowed": WINDOWED, "recurrent": RecurrenceConfig(CHANNELS)}
 DENSE = MLPConfig(40, "silu")
 SPARSE = MoEConfig(8, 24, RouterSpec(top_k=2), ExpertsSpec())
-FEED_FORWARDS = {"wide": SPARSE, "local": SPARSE, "windowed": SPARSE, "recurrent": DENSE}
+LAYERS = {
+    "wide": LayerConfig(WIDE, SPARSE),
+    "local": LayerConfig(LOCAL, SPARSE),
+    "windowed": LayerConfig(WINDOWED, SPARSE),
+    "recurrent": LayerConfig(RecurrenceConfig(CHANNELS), DENSE),
+    "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
+    "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
+    "parallel": LayerConfig(WIDE, DENSE, norms="parallel"),
+}
 
 _LAYER = "model.layers.{i}."
 _ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm")
@@ -98,7 +105,7 @@ class Hybrid(Family):
                 epsilon=EPSILON,
                 tied_head=False,
                 ropes=ROPES,
-                layers=tuple(LayerConfig(MIXERS[kind], FEED_FORWARDS[kind]) for kind in kinds),
+                layers=tuple(LAYERS[kind] for kind in kinds),
             ),
             vision=VISION,
             image_token_id=fields.count("image_token_id"),
@@ -122,6 +129,10 @@ class Hybrid(Family):
                 "feed_forward.gate_up",
                 "feed_forward.down",
             )
+        },
+        **{
+            f"decoder.layers.{{i}}.{name}.weight": plus_one(f"{_LAYER}{name}.weight")
+            for name in ("attention_post_norm", "feed_forward_post_norm")
         },
         **{f"vision.{name}": f"vision.{name}" for name in _vision_names()},
     }

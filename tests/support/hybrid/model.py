@@ -5,11 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPSILON = 1e-6
-ATTENTION = {  # heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale
-    "wide": (4, 2, 16, 16, 16, 1e4, None, None, 16**-0.5),
-    "local": (2, 1, 32, 24, 16, 500.0, 16, 4.0, 0.25),
-    "windowed": (2, 1, 32, 24, 16, 500.0, 16, None, 0.25),
-}
+_WIDE = (4, 2, 16, 16, 16, 1e4, None, None, 16**-0.5)
+_LOCAL = (2, 1, 32, 24, 16, 500.0, 16, 4.0, 0.25)
+# Heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale.
+ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE}
 TOP_K = 2
 
 
@@ -26,9 +25,17 @@ class PlainModel:
         for i, kind in enumerate(self.layers):
             own = {k.removeprefix(f"model.layers.{i}."): v for k, v in self.weights.items() if f".layers.{i}." in k}
             normed = _norm(x, own["attention_norm.weight"])
-            x = x + (_recurrence(normed, own) if kind == "recurrent" else _attention(normed, own, kind))
-            normed = _norm(x, own["feed_forward_norm.weight"])
-            x = x + (_dense(normed, own) if kind == "recurrent" else _sparse(normed, own))
+            y = _recurrence(normed, own) if kind == "recurrent" else _attention(normed, own, kind)
+            if kind == "parallel":
+                x = x + y + _dense(normed, own)
+            elif kind == "sandwich":
+                x = x + _norm(y, 1 + own["attention_post_norm.weight"])
+                y = _sparse(_norm(x, own["feed_forward_norm.weight"]), own)
+                x = x + _norm(y, 1 + own["feed_forward_post_norm.weight"])
+            else:
+                x = x + y
+                normed = _norm(x, own["feed_forward_norm.weight"])
+                x = x + (_dense(normed, own) if kind == "recurrent" else _sparse(normed, own))
         return _norm(x, self.weights["model.norm.weight"]) @ self.weights["model.head"].T
 
 

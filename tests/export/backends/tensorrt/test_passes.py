@@ -107,7 +107,7 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 @pytest.mark.usefixtures("hybrid_family")
 def test_windows_and_other_rotations_than_the_first_layers(tmp_path: Path) -> None:
-    canonical = hybrid(tmp_path / "checkpoint", "wide", "windowed", "wide")
+    canonical = hybrid(tmp_path / "checkpoint", "wide", "windowed", "windowed sandwich", "parallel")
     attention = (RectangularSteps(), StaticCache(40), ScatterAttention())
     model = lowered(canonical, *attention, PluginMoE("float32", "", 32, named))
     feeds = random_feeds(canonical, DECODER | {"sequence": 20, "capacity": 40}, np.random.default_rng())
