@@ -30,6 +30,7 @@ from moevlm.runtime.core.states import page_bytes
 from moevlm.runtime.engine.packing import StepPacker
 from moevlm.runtime.engine.scheduler import MIXED_TOKENS
 from moevlm.runtime.engine.step import Step
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.perf.process_limits import cores
 
@@ -234,7 +235,7 @@ async def measured(runtime: Runtime, repeats: int) -> list[Row]:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(bundle: Path, target: str | None, repeats: int, threads: int, output: Path | None) -> None:
     """Measure what many clients get of one engine."""
-    with load_runtime(bundle, target, threads, cache_memory=MEMORY) as runtime:
+    with load_runtime(bundle, target, LoadOptions(threads, cache_memory=MEMORY)) as runtime:
         resident, pages = kept(runtime)
         rows = asyncio.run(measured(runtime, repeats))
         host = Row("scheduling and sampling, of a step of 8", "", "", [share(runtime) for _ in range(repeats)])

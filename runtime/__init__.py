@@ -92,8 +92,8 @@ def load(
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
     target: the engine's name, or its beginning up to a colon. Of several that run here the first counts in this order:
-    plans for this machine's GPU, cpu, ort-cpu, reference; of one kind int8, unrounded, fp8, int4. `Runtime.target` says
-    which it is.
+    engines for this machine's GPU, cpu, ort-cpu, reference; of one kind int8, unrounded, fp8, int4. `Runtime.target`
+    says which it is.
     threads: for one operator on the CPU, by default all cores.
     spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
     chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
@@ -104,18 +104,11 @@ def load(
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
     without that engine, and EngineError for an engine that does not load here.
     """
+    from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
 
-    return load_runtime(
-        path,
-        target,
-        threads,
-        spinning,
-        chunk_tokens,
-        max_image_pixels,
-        max_image_tokens=max_image_tokens,
-        cache_memory=cache_memory,
-    )
+    options = LoadOptions(threads, spinning, chunk_tokens, max_image_pixels, max_image_tokens, cache_memory)
+    return load_runtime(path, target, options)
 
 
 def __dir__() -> list[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
+from moevlm.runtime.core.errors import BundleError, RequestError, shown
 from moevlm.runtime.core.json_object import json_object
 from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.perf.process_limits import available_memory, cores, cpu_quota
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION, released_sampling
@@ -24,24 +26,11 @@ from moevlm.runtime.request.tokenizer import Tokenizer
 def load_runtime(
     path: str | os.PathLike[str],
     target: str | None = None,
-    threads: int | None = None,
-    spinning: bool = True,
-    chunk_tokens: int = defaults.CHUNK_TOKENS,
-    max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
+    options: LoadOptions | None = None,
     progress: Progress | None = None,
-    max_image_tokens: int | None = None,
-    cache_memory: int | None = None,
 ) -> Runtime:
     """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
-    require_cores(threads)
-    require_positive("chunk_tokens", chunk_tokens)
-    require_positive("max_image_pixels", max_image_pixels)
-    if max_image_tokens is not None:
-        require_positive("max_image_tokens", max_image_tokens)
-    if cache_memory is not None:
-        require_positive("cache_memory", cache_memory)
-    if not isinstance(spinning, bool):
-        raise RequestError(f"unsupported value spinning = {shown(spinning)} (allowed: true or false)")
+    options = options or LoadOptions()
     if target is not None and not isinstance(target, str):
         raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
     bundle = Bundle.open(_directory(path))
@@ -49,9 +38,10 @@ def load_runtime(
     vocabulary, template = (bundle.optional_text(file) for file in ("tokenizer.json", "chat_template.jinja"))
     tokenizer = None if vocabulary is None else Tokenizer(vocabulary)
     chat = None if template is None else ChatTemplate(template, bundle.manifest.template_variables)
-    images = load_images(bundle, max_image_pixels, max_image_tokens)
+    images = load_images(bundle, options.max_image_pixels, options.max_image_tokens)
     sampling = released_sampling(bundle.optional_text(GENERATION))
-    engine = load_engine(bundle, name, threads, spinning, progress)
+    engine = load_engine(bundle, name, options.engine, progress)
+    cache_memory = options.cache_memory
     if cache_memory is None and (free := available_memory()) is not None:
         cache_memory = int(free * defaults.CACHE_SHARE)
     return Runtime(
@@ -60,7 +50,7 @@ def load_runtime(
         chat,
         engine,
         images,
-        chunk_tokens=chunk_tokens,
+        chunk_tokens=options.chunk_tokens,
         target=name,
         sampling=sampling,
         cache_memory=cache_memory,
@@ -70,19 +60,16 @@ def load_runtime(
 def load_engine(
     bundle: Bundle,
     target: str | None = None,
-    threads: int | None = None,
-    spinning: bool = True,
+    options: EngineOptions | None = None,
     progress: Progress | None = None,
 ) -> Engine:
-    """One engine of the bundle, its files verified. Raises RequestError, BundleError or EngineError.
-
-    threads, spinning: of engines on the CPU.
-    """
-    require_cores(threads)
+    """One engine of the bundle, its files verified. Raises BundleError or EngineError."""
+    options = options or EngineOptions()
     name, engine = select(bundle, target)
-    if threads is None and cpu_quota() is not None:
-        threads = cores()  # ONNX Runtime counts the cores that it sees, not the time on them that it gets
-    return backend_of(engine).load(bundle, name, EngineOptions(threads, spinning), progress)
+    if options.threads is None and cpu_quota() is not None:
+        # ONNX Runtime counts the cores that it sees, not the time on them that it gets.
+        options = replace(options, threads=cores())
+    return backend_of(engine).load(bundle, name, options, progress)
 
 
 def load_images(
@@ -104,11 +91,3 @@ def _directory(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:
         pass
     raise RequestError(f"unsupported value path = {shown(path)} (allowed: the path of a bundle, as text)")
-
-
-def require_cores(threads: int | None) -> None:
-    """Raises RequestError for more threads than this process has cores."""
-    most = cores()
-    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
-    if threads is not None and not good:
-        raise RequestError(f"unsupported value threads = {shown(threads)} (allowed: 1 to {most}, this process's cores)")

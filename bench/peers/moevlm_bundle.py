@@ -13,6 +13,7 @@ from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime import AsyncEngine, Piece, SamplingParams
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_images, load_runtime
 from moevlm.runtime.request.prompt import Prompt
 
@@ -30,7 +31,7 @@ class MoevlmBundle(System):
     def __init__(self, bundle: Path, target: str, threads: int) -> None:
         from importlib.metadata import version
 
-        self._runtime: Runtime = load_runtime(bundle, target, threads)
+        self._runtime: Runtime = load_runtime(bundle, target, LoadOptions(threads))
         self._model = self._runtime.model
         self._images = load_images(Bundle.open(bundle))
         self.vocabulary = self._model.vocabulary

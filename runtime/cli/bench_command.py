@@ -90,7 +90,8 @@ def latency(
     from moevlm.runtime.cli.background import Background
     from moevlm.runtime.cli.console import console, progress_bar, publish
     from moevlm.runtime.core.reports import to_json
-    from moevlm.runtime.loading import load_images, load_runtime, require_cores
+    from moevlm.runtime.load_options import LoadOptions
+    from moevlm.runtime.loading import load_images, load_runtime
     from moevlm.runtime.perf.latency import measure, random_prompt
     from moevlm.runtime.perf.latency_report import BenchReport
     from moevlm.runtime.perf.machine import measure_gpu, measure_machine
@@ -101,7 +102,7 @@ def latency(
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
     engines = [select(opened, target) for target in targets or (None,)]
-    require_cores(threads)
+    options = LoadOptions(threads, spinning, cache_memory=cache_memory)
     context = min(backend_of(engine).limits(model, engine).max_context for _, engine in engines)
     _require_context(prompt_tokens, new_tokens, context)  # before they are made
     prompt = random_prompt(model, images, prompt_tokens, image_size)
@@ -131,7 +132,7 @@ def latency(
                         measure,
                         name,
                         engine,
-                        partial(load_runtime, bundle, name, threads, spinning, cache_memory=cache_memory),
+                        partial(load_runtime, bundle, name, options),
                         prompt,
                         new_tokens,
                         repeats,

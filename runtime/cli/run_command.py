@@ -138,6 +138,7 @@ def run(
     from moevlm.runtime.cli.run_options import conversation_of, template_options_of
     from moevlm.runtime.cli.run_report import run_report
     from moevlm.runtime.core.reports import to_json
+    from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.request.generation_file import GENERATION, released_sampling
     from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
@@ -168,12 +169,8 @@ def run(
                 load_runtime,
                 bundle,
                 name,
-                threads,
-                spinning,
-                chunk_tokens,
-                pixels,
+                LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory),
                 lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
-                cache_memory=cache_memory,
             )
             runtime = background.call(load)
         with runtime:

@@ -17,6 +17,7 @@ from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack, random_cases
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.plugins.cpu import limits as cpu_limits
+from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine
@@ -116,7 +117,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     bundle = build(checkpoint, tmp_path / "bundle", built)
     assert not (tmp_path / "refused").exists()
     for name in built:
-        engine = load_engine(bundle, name, threads=1)
+        engine = load_engine(bundle, name, EngineOptions(threads=1))
         found = answers(engine, metadata, cases)
         engine.close()
         if name in EXACT:

@@ -178,6 +178,7 @@ def test_roofline_without_limits_is_refused(tmp_path: Path) -> None:
 
 def test_measured_stages_name_their_limits(tiny_bundle: Path) -> None:
     from moevlm.runtime.bundle.reader import Bundle
+    from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_images, load_runtime
 
     bundle = Bundle.open(tiny_bundle)
@@ -185,7 +186,15 @@ def test_measured_stages_name_their_limits(tiny_bundle: Path) -> None:
     prompt = random_prompt(bundle.manifest.model, load_images(bundle), 12, 16)
     machine = Machine(threads=1, read=1e10, float32=1e10, int8=4e10)
     found = measure(
-        name, metadata, lambda: load_runtime(tiny_bundle, name, 1), prompt, 3, 1, machine, 1, lambda *_: None
+        name,
+        metadata,
+        lambda: load_runtime(tiny_bundle, name, LoadOptions(threads=1)),
+        prompt,
+        3,
+        1,
+        machine,
+        1,
+        lambda *_: None,
     )
     for stage in (found.vision_limit, found.prefill_limit, found.decode_limit):
         assert stage is not None

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moevlm.export.build import build
+from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.loading import load_engine
@@ -28,7 +29,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 @pytest.fixture(scope="module", params=TARGETS)
 def engine(request: pytest.FixtureRequest, bundle: Bundle) -> Iterator[Engine]:
-    loaded = load_engine(bundle, request.param, threads=2)
+    loaded = load_engine(bundle, request.param, EngineOptions(threads=2))
     assert loaded.limits.packed
     yield loaded
     loaded.close()

@@ -10,6 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from moevlm.export.build import build
+from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.loading import load_engine, load_images
 from tests.support.tiny import TinyCheckpoint
@@ -25,7 +26,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_images_among_others_are_those_alone(bundle: Bundle) -> None:
-    images, engine = load_images(bundle), load_engine(bundle, threads=2)
+    images, engine = load_images(bundle), load_engine(bundle, options=EngineOptions(threads=2))
     assert images is not None
     rng = np.random.default_rng(0)
     fitted = [images.fit(Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))) for size in SIZES]

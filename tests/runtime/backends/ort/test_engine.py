@@ -22,6 +22,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
 from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 from tests.support.bundles import copy_bundle, rehash
@@ -390,7 +391,7 @@ def test_weights_are_mapped_and_not_copied_and_let_go_when_an_engine_closes(tiny
 
 
 def test_threads_share_one_runtime(tiny_bundle: Path) -> None:
-    runtime = load_runtime(tiny_bundle, threads=1)
+    runtime = load_runtime(tiny_bundle, options=LoadOptions(threads=1))
     rng = np.random.default_rng(6)
     pictures = [Image.fromarray(rng.integers(0, 256, (32, 8 * n, 3), np.uint8)) for n in range(2, 6)]
 

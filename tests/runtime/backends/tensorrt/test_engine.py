@@ -21,6 +21,7 @@ from moevlm.runtime.backends.tensorrt.engine import TensorRTEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, EngineError, MoevlmError, RequestError
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_engine, load_images, load_runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.bundles import edit_manifest, rehash
@@ -50,7 +51,7 @@ def runtime(bundle: Path, gpu: FakeGpu) -> Iterator[Runtime]:
 
 @pytest.fixture
 def reference(bundle: Path) -> Runtime:
-    return load_runtime(bundle, "reference", threads=1)
+    return load_runtime(bundle, "reference", LoadOptions(threads=1))
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+"""How a bundle is loaded: the keyword arguments of `moevlm.runtime.load`, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moevlm.runtime.backends.base import EngineOptions
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import RequestError, require_positive, shown
+from moevlm.runtime.perf.process_limits import cores
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Fields as in `moevlm.runtime.load`. Raises RequestError for a value that is not allowed."""
+
+    threads: int | None = None
+    spinning: bool = True
+    chunk_tokens: int = defaults.CHUNK_TOKENS
+    max_image_pixels: int = defaults.MAX_IMAGE_PIXELS
+    max_image_tokens: int | None = None
+    cache_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        require_cores(self.threads)
+        for name in ("chunk_tokens", "max_image_pixels", "max_image_tokens", "cache_memory"):
+            value = getattr(self, name)
+            if value is not None or name in ("chunk_tokens", "max_image_pixels"):
+                require_positive(name, value)
+        if not isinstance(self.spinning, bool):
+            raise RequestError(f"unsupported value spinning = {shown(self.spinning)} (allowed: true or false)")
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Those of the engine alone."""
+        return EngineOptions(self.threads, self.spinning)
+
+
+def require_cores(threads: int | None) -> None:
+    """Raises RequestError for more threads than this process has cores."""
+    most = cores()
+    good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
+    if threads is not None and not good:
+        raise RequestError(f"unsupported value threads = {shown(threads)} (allowed: 1 to {most}, this process's cores)")
