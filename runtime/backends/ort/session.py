@@ -54,6 +54,9 @@ class Session:
     def running(self, cancellation: Cancellation | None) -> Iterator[Any]:
         """Options of one run, which a cancellation ends. Raises EngineError if it fails by itself."""
         options = self._ort.RunOptions()
+        options.add_run_config_entry(
+            "gpu_graph_id", "0"
+        )  # looked up at each run; where it is absent, for 30 us and more
         cancellation = cancellation or Cancellation()
         with cancellation.stopping(lambda: setattr(options, "terminate", True)):
             try:
