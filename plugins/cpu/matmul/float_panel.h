@@ -28,7 +28,7 @@ template <int M>
 void float_tile(const float* panel, const float* x, int64_t depth, float* out) {
   constexpr int N = tile_columns<M>(), width = kPanel;
   for (int i = 0; i < width; i += N * kLanes)
-    multiply<M, N, true, kFloatAhead>(x, kFloatDepth, panel + i, width, out + i, width, depth);
+    multiply<M, N, kFloatAhead>(x, kFloatDepth, panel + i, width, out + i, width, depth);
 }
 
 template <int... Less>

@@ -128,15 +128,11 @@ MOEVLM_INLINE Vec absolute(Vec x) { return (Vec)magnitude(x); }
 
 template <int... Lane>
 struct Shuffles {
-  // Lanes come in pairs that differ in bit H of their number. `own`: the lower of a pair from a, the upper from b;
-  // `other`: the same after both vectors have their pairs swapped; `low`, `high`: both lower lanes, both upper ones.
+  // Lanes come in pairs that differ in bit H of their number. `other`: the other lane of each pair; `low`, `high`: of
+  // two vectors, both lower lanes, both upper ones.
   template <int H>
-  static MOEVLM_INLINE Vec own(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + Lane : Lane)...);
-  }
-  template <int H>
-  static MOEVLM_INLINE Vec other(Vec a, Vec b) {
-    return __builtin_shufflevector(a, b, (Lane & H ? kLanes + (Lane ^ H) : Lane ^ H)...);
+  static MOEVLM_INLINE Vec other(Vec v) {
+    return __builtin_shufflevector(v, v, (Lane ^ H)...);
   }
   template <int H>
   static MOEVLM_INLINE Vec low(Vec a, Vec b) {
@@ -158,18 +154,6 @@ using Shuffle = Shuffles<0, 1, 2, 3>;
 using Shuffle = Shuffles<0, 1>;
 #endif
 
-// v[i] summed over its lanes, in lane i. v is overwritten.
-template <int H = kLanes / 2>
-MOEVLM_INLINE Vec lane_sums(Vec* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < H; ++i) v[i] = Shuffle::own<H>(v[i], v[i + H]) + Shuffle::other<H>(v[i], v[i + H]);
-  if constexpr (H > 1) {
-    return lane_sums<H / 2>(v);
-  } else {
-    return v[0];
-  }
-}
-
 // v as the rows of a square matrix, transposed in place.
 template <int H = kLanes / 2>
 MOEVLM_INLINE void transpose(Vec* v) {
@@ -184,24 +168,24 @@ MOEVLM_INLINE void transpose(Vec* v) {
 }
 
 MOEVLM_INLINE float sum(Vec v) {
-  if constexpr (kLanes > 8) v += Shuffle::other<8>(v, v);
-  if constexpr (kLanes > 4) v += Shuffle::other<4>(v, v);
-  if constexpr (kLanes > 2) v += Shuffle::other<2>(v, v);
+  if constexpr (kLanes > 8) v += Shuffle::other<8>(v);
+  if constexpr (kLanes > 4) v += Shuffle::other<4>(v);
+  if constexpr (kLanes > 2) v += Shuffle::other<2>(v);
   return v[0] + v[1];
 }
 
 MOEVLM_INLINE float largest(Vec v) {
-  if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v, v));
-  if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v, v));
-  if constexpr (kLanes > 2) v = larger(v, Shuffle::other<2>(v, v));
+  if constexpr (kLanes > 8) v = larger(v, Shuffle::other<8>(v));
+  if constexpr (kLanes > 4) v = larger(v, Shuffle::other<4>(v));
+  if constexpr (kLanes > 2) v = larger(v, Shuffle::other<2>(v));
   return v[0] > v[1] ? v[0] : v[1];
 }
 
 // The largest of some magnitudes, as a float.
 MOEVLM_INLINE float largest_magnitude(Ints v) {
-  if constexpr (kLanes > 8) v = larger(v, (Ints)Shuffle::other<8>((Vec)v, (Vec)v));
-  if constexpr (kLanes > 4) v = larger(v, (Ints)Shuffle::other<4>((Vec)v, (Vec)v));
-  if constexpr (kLanes > 2) v = larger(v, (Ints)Shuffle::other<2>((Vec)v, (Vec)v));
+  if constexpr (kLanes > 8) v = larger(v, (Ints)Shuffle::other<8>((Vec)v));
+  if constexpr (kLanes > 4) v = larger(v, (Ints)Shuffle::other<4>((Vec)v));
+  if constexpr (kLanes > 2) v = larger(v, (Ints)Shuffle::other<2>((Vec)v));
   const int32_t most = v[0] > v[1] ? v[0] : v[1];
   float value;
   std::memcpy(&value, &most, sizeof value);
@@ -224,9 +208,9 @@ MOEVLM_INLINE Vec exp2(Vec x) {
   return x < broadcast(-126.0f) ? Vec{} : p;
 }
 
-// result[M][N * kLanes] (+)= a[M][depth] times b[depth][N * kLanes]; strides are in elements.
+// result[M][N * kLanes] += a[M][depth] times b[depth][N * kLanes]; strides are in elements.
 // Ahead: how many bytes from each element of b that is loaded to ask for another, or 0.
-template <int M, int N, bool Accumulate, int64_t Ahead = 0, class T>
+template <int M, int N, int64_t Ahead, class T>
 MOEVLM_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64_t b_stride, float* result,
                             int64_t result_stride, int64_t depth) {
   Vec sums[M][N];
@@ -254,7 +238,7 @@ MOEVLM_INLINE void multiply(const float* a, int64_t a_stride, const T* b, int64_
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
       float* to = result + m * result_stride + n * kLanes;
-      store(to, Accumulate ? load(to) + sums[m][n] : sums[m][n]);
+      store(to, load(to) + sums[m][n]);
     }
   }
 }
