@@ -48,21 +48,16 @@ struct Strip {
 template <int M, int N, class T>
 MOEVLM_INLINE void score(const float* q, int64_t dim, const Strip<T>* key, float* scores) {
   constexpr int line_vectors = kStrip / kLanes;
-  constexpr bool bytes = sizeof(T) == 1;
+  constexpr int64_t memory_line = 64 / (kStrip * sizeof(T));  // dimensions
   for (int64_t begin = 0; begin < dim; begin += kDepth) {
     const int64_t end = smaller(begin + kDepth, dim);
     Vec sums[M][N] = {};
-    if (bytes) {  // several dimensions in a line of memory
-      for (int64_t i = begin * kStrip; i < end * kStrip; i += 64) {
-        for (int n = 0; n < N; n += line_vectors) prefetch(key[n].ahead + i, 0);
-      }
-    }
     for (int64_t d = begin; d < end; ++d) {
       Vec line[N];
 #pragma GCC unroll 16
       for (int n = 0; n < N; ++n) {
         line[n] = load(key[n].at + d * kStrip);
-        if (!bytes && n % line_vectors == 0) prefetch(key[n].ahead + d * kStrip, 0);
+        if (n % line_vectors == 0 && d % memory_line == 0) prefetch(key[n].ahead + d * kStrip, 0);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
@@ -79,6 +74,9 @@ MOEVLM_INLINE void score(const float* q, int64_t dim, const Strip<T>* key, float
         store(to, begin ? load(to) + sums[m][n] : sums[m][n]);
       }
     }
+  }
+  if (sizeof(T) == 1) {
+    for (int n = 0; n < N; n += line_vectors) prefetch(key[n].ahead + dim * kStrip, 0);  // scales
   }
 }
 
@@ -133,6 +131,7 @@ MOEVLM_INLINE void add_columns(const Rows& rows, Range part, const Strip<T>* str
       const int64_t offset = entry % kStrip * dim + column;
       const T *line = strip.at + offset, *ahead = strip.ahead + offset;
       const int64_t end = smaller((entry / kStrip + 1) * kStrip, all.end);
+      if (sizeof(T) == 1 && column == 0) prefetch(strip.ahead + kStrip * dim, 0);  // scales
       for (; entry < end; ++entry, line += dim, ahead += dim) {
         Vec value[N];
 #pragma GCC unroll 16
