@@ -39,18 +39,12 @@ __attribute__((noinline)) inline void prepare(
 // row = x as int8, symmetric; returns the scale.
 inline float quantize(const float* x, int64_t size, int8_t* row) {
   Ints top = {};
-  for (int64_t d = 0; d < size; d += kLanes) {
-    const Ints next = magnitude(load(x + d));
-    top = next > top ? next : top;
-  }
-  int32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits = top[i] > bits ? top[i] : bits;
-  float most;  // NaN if there is one, which the scale carries to the result
-  std::memcpy(&most, &bits, sizeof most);
+  for (int64_t d = 0; d < size; d += kLanes) top = larger(top, magnitude(load(x + d)));
+  const float most = largest_magnitude(top);  // NaN if there is one, which the scale carries to the result
   const float scale = most / 127, inverse = most > 1e-35f ? 127 / most : 0;
-  for (int64_t d = 0; d < size; ++d) {
-    const float value = x[d] * inverse, low = value > -127 ? value : -127;  // -127 of NaN, which has no integer
-    row[d] = static_cast<int8_t>(std::nearbyint(low < 127 ? low : 127));
+  for (int64_t d = 0; d < size; d += kLanes) {
+    const Vec low = larger(load(x + d) * inverse, broadcast(-127));  // of NaN, which has no integer
+    store_int8(row + d, nearest(smaller(low, broadcast(127))));
   }
   return scale;
 }

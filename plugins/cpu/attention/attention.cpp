@@ -18,17 +18,17 @@ namespace avx512 { extern const Kernels kernels; }
 
 namespace {
 
-// The widest vectors that divide a head.
+// Those with the widest vectors that divide a head.
 const Kernels& kernels_for(const Call& call) {
-  const auto fits = [&](const Kernels& kernels) {
-    return call.key_dim % kernels.lanes == 0 && call.value_dim % kernels.lanes == 0;
+  const auto fitting = [&](const Kernels& kernels) {
+    return call.key_dim % kernels.lanes || call.value_dim % kernels.lanes ? nullptr : &kernels;
   };
+  const Kernels* const narrow = fitting(baseline::kernels) ? &baseline::kernels : &pairs::kernels;
 #if defined(__x86_64__)
-  const InstructionSet set = instruction_set();
-  if (set >= InstructionSet::avx512 && fits(avx512::kernels)) return avx512::kernels;
-  if (set >= InstructionSet::avx2 && fits(avx2::kernels)) return avx2::kernels;
+  return fastest<Kernels>({narrow, fitting(avx2::kernels), fitting(avx512::kernels)}, instruction_set());
+#else
+  return fastest<Kernels>({narrow}, instruction_set());
 #endif
-  return fits(baseline::kernels) ? baseline::kernels : pairs::kernels;
 }
 
 // As many tokens of a sequence as a task takes. There are `lanes` rows of tasks for them: one for each key/value head

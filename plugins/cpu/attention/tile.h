@@ -25,7 +25,7 @@ class Tile {
         task_(task),
         keys_(call, call.key, call.key_dim, task.sequence, task.kv_head),
         values_(call, call.value, call.value_dim, task.sequence, task.kv_head) {
-    const int64_t rows = task.rows(), tiles = (rows + kTileM - 1) / kTileM;
+    const int64_t rows = task.rows(), tiles = ceil_div(rows, kTileM);
     height_ = (rows + tiles - 1) / tiles;
     load_queries();
   }
@@ -102,7 +102,7 @@ class Tile {
     return any_of_all;
   }
 
-  static Range strips_of(Range seen) { return {seen.begin / kStrip, (seen.end + kStrip - 1) / kStrip}; }
+  static Range strips_of(Range seen) { return {seen.begin / kStrip, ceil_div(seen.end, kStrip)}; }
 
   // Where the block's strips lie, in the order in which they are read: keys, values, then the next block's keys.
   void find_strips(int64_t block, Range seen) {

@@ -166,7 +166,7 @@ struct AttentionOp {
         invalid("context_len[", n, "] = ", context_len, " (allowed: 0 to ", kMaxEntries - length, ")");
       }
       if (length == 0) continue;
-      const int64_t used = (context_len + length + call.page - 1) / call.page;
+      const int64_t used = ceil_div(context_len + length, call.page);
       if (used > call.table_width) {
         invalid("page_table has ", call.table_width, " pages a sequence (allowed: ", used, " or more, for the ",
                 context_len + length, " tokens of sequence ", n, ")");
