@@ -56,9 +56,10 @@ class MixerConfig(ABC):
 
 @dataclass(frozen=True)
 class GQAConfig(MixerConfig):
-    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head.
+    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head, or none (0).
 
-    rope: the rope group. value_dim: of a value's head; 0 for head_dim. qk_norm: an RMS norm of each query and key.
+    rope: the rope group; of no use without rotation. value_dim: of a value's head; 0 for head_dim.
+    qk_norm: an RMS norm of each query and key.
     window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
     """
 
@@ -79,7 +80,7 @@ class GQAConfig(MixerConfig):
     def __post_init__(self) -> None:
         self.spec(0.0)
         if self.rotary_dim > self.head_dim:
-            raise FieldError("rotary_dim", self.rotary_dim, f"even, up to head_dim = {self.head_dim}")
+            raise FieldError("rotary_dim", self.rotary_dim, f"even, 0 to head_dim = {self.head_dim}")
 
     def spec(self, epsilon: float) -> AttentionSpec:
         """The op's attributes. epsilon: of the norms."""
@@ -108,7 +109,7 @@ class GQAConfig(MixerConfig):
         )
 
     def rotations(self) -> Mapping[int, int]:
-        return {self.rope: self.rotary_dim}
+        return {self.rope: self.rotary_dim} if self.rotary_dim else {}
 
 
 @dataclass(frozen=True)

@@ -64,23 +64,27 @@ PLACES = """
     slot_head = Expand (head_column, slot_shape)
     slot_row = Expand (row_3d, slot_shape)
     slot = Concat <axis = 2> (slot_page, slot_head, slot_row)
+"""
+TABLES = """
     cos_3d = Unsqueeze (cos, one_1)
     sin_3d = Unsqueeze (sin, one_1)
 """
 # x [T, heads, D]: the dimensions from rotary_start turn as two halves.
-ROTATE = """
-    {x}_before = Slice ({x}_normed, zero_1, turn_1, minus_one_1)
-    {x}_a = Slice ({x}_normed, turn_1, middle_1, minus_one_1)
-    {x}_b = Slice ({x}_normed, middle_1, turned_1, minus_one_1)
-    {x}_rest = Slice ({x}_normed, turned_1, far_1, minus_one_1)
-    {x}_a_cos = Mul ({x}_a, cos_3d)
-    {x}_b_sin = Mul ({x}_b, sin_3d)
-    {x}_b_cos = Mul ({x}_b, cos_3d)
-    {x}_a_sin = Mul ({x}_a, sin_3d)
-    {x}_first = Sub ({x}_a_cos, {x}_b_sin)
-    {x}_second = Add ({x}_b_cos, {x}_a_sin)
-    {x}_turned = Concat <axis = 2> ({x}_before, {x}_first, {x}_second, {x}_rest)
-"""
+ROTATE = {
+    False: "{x}_turned = Identity ({x}_normed)",
+    True: """
+        {x}_before = Slice ({x}_normed, zero_1, turn_1, minus_one_1)
+        {x}_a = Slice ({x}_normed, turn_1, middle_1, minus_one_1)
+        {x}_b = Slice ({x}_normed, middle_1, turned_1, minus_one_1)
+        {x}_rest = Slice ({x}_normed, turned_1, far_1, minus_one_1)
+        {x}_a_cos = Mul ({x}_a, cos_3d)
+        {x}_b_sin = Mul ({x}_b, sin_3d)
+        {x}_b_cos = Mul ({x}_b, cos_3d)
+        {x}_a_sin = Mul ({x}_a, sin_3d)
+        {x}_first = Sub ({x}_a_cos, {x}_b_sin)
+        {x}_second = Add ({x}_b_cos, {x}_a_sin)
+        {x}_turned = Concat <axis = 2> ({x}_before, {x}_first, {x}_second, {x}_rest)""",
+}
 NORM = {
     False: "{x}_normed = Identity ({x}_heads)",
     True: "{x}_normed = RMSNormalization <axis = -1, epsilon = {epsilon}> ({x}_heads, {x}_norm)",
@@ -193,17 +197,19 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     Raises ValueError for inputs that do not go together.
     """
     given = {name for name, there in zip(INPUTS, present, strict=False) if there}
-    required = set(INPUTS[:10]) - ({"v", "value_cache"} if spec.value_in_key else set())
-    missing, norms = required - given, {"q_norm", "k_norm"} & given
-    if missing or len(norms) == 1 or (spec.value_in_key and given & {"v", "value_cache"}):
+    useless = {"v", "value_cache"} if spec.value_in_key else set()
+    useless |= set() if spec.rotary_dim else {"cos", "sin"}
+    missing, norms = set(INPUTS[:10]) - useless - given, {"q_norm", "k_norm"} & given
+    if missing or len(norms) == 1 or given & useless:
         raise ValueError(
-            f"{PAGED_ATTENTION} with value_in_key = {int(spec.value_in_key)} cannot have the inputs "
-            f"{', '.join(name for name in INPUTS if name in given)}"
+            f"{PAGED_ATTENTION} with value_in_key = {int(spec.value_in_key)} and rotary_dim = {spec.rotary_dim} "
+            f"cannot have the inputs {', '.join(name for name in INPUTS if name in given)}"
         )
-    text = [PLACES]
+    rotated = spec.rotary_dim > 0
+    text = [PLACES, TABLES if rotated else ""]
     for x in ("q", "k"):
         text += [f"{x}_heads = Reshape ({x}, {'q' if x == 'q' else 'kv'}_split)"]
-        text += [NORM[bool(norms)].format(x=x, epsilon=f"{spec.epsilon:.9g}"), ROTATE.format(x=x)]
+        text += [NORM[bool(norms)].format(x=x, epsilon=f"{spec.epsilon:.9g}"), ROTATE[rotated].format(x=x)]
     text += [SCALE[spec.scale > 0], "q_groups = Reshape (q_scaled, group_split)"]
     text += ["key_cache_out = ScatterND (key_cache, slot, k_turned)", WRITE_VALUES[spec.value_in_key]]
     text += ["sink = Reshape (sinks, sink_shape)"] if "sinks" in given else []

@@ -70,10 +70,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """x [T, H] -> the same, and the key and value cache with T more tokens."""
         assert step.query_start is not None and step.context_len is not None and step.page_table is not None
+        cos, sin = step.ropes[self.config.rope] if self.spec.rotary_dim else (None, None)
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         y, *caches = ops.paged_attention(
             *(self.q(x), self.k(x), self.v(x)),
-            *(*step.ropes[self.config.rope], *states),
+            *(cos, sin, *states),
             *(step.query_start, step.context_len, step.page_table),
             *(q_norm, k_norm, self.sinks),
             **attributes(self.spec),

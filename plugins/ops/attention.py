@@ -18,8 +18,8 @@ def attention(
     q: Array,
     k: Array,
     v: Array | None,
-    cos: Array,
-    sin: Array,
+    cos: Array | None,
+    sin: Array | None,
     key_cache: Array,
     value_cache: Array | None,
     query_start: Array,
@@ -34,7 +34,8 @@ def attention(
     """Norm and rotate q and k, write k and v into their pages, attend causally over each sequence's pages.
 
     q: [T, Hq * Dk]. k: [T, Hkv * Dk]. v: [T, Hkv * Dv], None where the value is in the key.
-    cos, sin: [T, rotary_dim / 2]. key_cache: [pages, Hkv, page, Dk]. value_cache: [pages, Hkv, page, Dv], or None.
+    cos, sin: [T, rotary_dim / 2], None where rotary_dim is 0.
+    key_cache: [pages, Hkv, page, Dk]. value_cache: [pages, Hkv, page, Dv], or None.
     query_start: [N + 1], sequence n has the rows query_start[n] to query_start[n + 1], the first of them at position
     context_len[n]. page_table: [N, M]; position p lies in page page_table[n, p // page], row p % page.
     q_norm, k_norm: [Dk], gains of an RMS norm of each head, before the rotation; both or neither.
@@ -47,7 +48,9 @@ def attention(
     k = k.reshape(tokens, spec.kv_heads, -1).astype(np.float64)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, spec.epsilon), rms_norm(k, k_norm, spec.epsilon)
-    q, k = (rotate(x, cos, sin, spec.rotary_start) for x in (q, k))
+    if spec.rotary_dim:
+        assert cos is not None and sin is not None
+        q, k = (rotate(x, cos, sin, spec.rotary_start) for x in (q, k))
     key_cache = key_cache.copy()
     value_cache = None if value_cache is None else value_cache.copy()
 

@@ -29,6 +29,7 @@ ATTENTIONS: dict[str, AttentionVariant] = {
     "one_kv_head": AttentionVariant(AttentionSpec(4, 1, 8)),
     "qwen3_vl_moe": AttentionVariant(AttentionSpec(4, 2, 8, epsilon=0.05), norms=True),
     "glm4v_moe": AttentionVariant(AttentionSpec(4, 2, 4)),
+    "no_rotation": AttentionVariant(AttentionSpec(4, 2, 0, epsilon=0.05), norms=True),
     "window": AttentionVariant(AttentionSpec(4, 2, 8, window=5)),
     "softcap": AttentionVariant(AttentionSpec(4, 2, 8, softcap=1.5)),
     "gpt_oss": AttentionVariant(AttentionSpec(4, 2, 8, window=3), sinks=True),
@@ -79,6 +80,7 @@ def attention_inputs(
         "sinks": random.standard_normal(spec.heads),
     }
     absent = {"v", "value_cache"} if spec.value_in_key else set()
+    absent |= set() if spec.rotary_dim else {"cos", "sin"}
     absent |= set() if variant.norms else {"q_norm", "k_norm"}
     absent |= set() if variant.sinks else {"sinks"}
     return {name: array.astype(np.float32) for name, array in inputs.items() if name not in absent} | {

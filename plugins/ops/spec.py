@@ -88,7 +88,8 @@ class ExpertsSpec:
 class AttentionSpec:
     """How queries attend to their sequence's pages of keys and values. Field names are the op's attribute names.
 
-    rotary_dim, rotary_start: how many dimensions of a head are rotated, and the first of them.
+    rotary_dim, rotary_start: how many dimensions of a head are rotated, and the first of them; 0 for none (NoPE), and
+    there are no cos and sin.
     scale: of the scores; 0 for key_dim**-0.5. window: tokens that a query sees, itself included; 0 for all before it.
     softcap: scores become softcap * tanh(scores / softcap); 0 for none.
     value_in_key: a value is the first value_dim dimensions of its key, and there is no value cache (MLA).
@@ -109,8 +110,8 @@ class AttentionSpec:
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise FieldError("kv_heads", self.kv_heads, f"a divisor of the {self.heads} heads")
-        if self.rotary_dim < 2 or self.rotary_dim % 2:
-            raise FieldError("rotary_dim", self.rotary_dim, "even and positive")
+        if self.rotary_dim < 0 or self.rotary_dim % 2:
+            raise FieldError("rotary_dim", self.rotary_dim, "even, 0 or more")
         for field in ("rotary_start", "scale", "window", "softcap"):
             if (value := getattr(self, field)) < 0:
                 raise FieldError(field, value, "0 or more")

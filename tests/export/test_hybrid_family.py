@@ -170,14 +170,14 @@ def test_rows_on_cpu_have_the_same_bits_whatever_steps_hold(
 def test_manifest_says_what_each_layer_keeps(bundle: Bundle) -> None:
     for target in TARGETS:
         states = bundle.manifest.engines[target].states
-        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV, PagedKV]
-        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16, 0]
+        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV, PagedKV, PagedKV]
+        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16, 0, 0]
     shapes = [
         (layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.experts)
         for layer in bundle.manifest.model.layers
     ]
     wide, recurrent, local, parallel = (4, 2, 16, 16, 8), (0, 0, 0, 0, 0), (2, 1, 32, 24, 8), (4, 2, 16, 16, 0)
-    assert shapes == [wide, recurrent, local, recurrent, local, parallel]
+    assert shapes == [wide, recurrent, local, recurrent, local, parallel, local]
 
 
 def test_norms_in_another_place_are_refused() -> None:

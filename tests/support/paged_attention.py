@@ -28,7 +28,7 @@ INPUTS = {  # in the operator's order; the types of the caches are a case's
     "k_norm": (TensorProto.FLOAT, 1),
     "sinks": (TensorProto.FLOAT, 1),
 }
-OPTIONAL = ("value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
 STRIP = 16  # tokens whose keys lie transposed
 Array = np.ndarray
 
@@ -76,6 +76,7 @@ class Case:
     def given(self) -> list[str]:
         """The inputs that a node of this case has; empty names for those in between that it has not."""
         absent = {"value_cache"} if self.value_in_key else set()
+        absent |= {"cos", "sin"} if not self.rotary_dim else set()
         absent |= {"q_norm", "k_norm"} if not self.norm else set()
         absent |= {"sinks"} if not self.sinks else set()
         names = ["" if name in absent else name for name in INPUTS]
@@ -249,10 +250,10 @@ def check(case: Case, inputs: dict[str, Array], outputs: dict[str, Array], toler
         return
     caches = [dequantize(before[name]) if name in before else None for name in ("key_cache", "value_cache")]
     indices = [inputs[name] for name in ("query_start", "context_len", "page_table")]
+    tables = [inputs.get(name) for name in ("cos", "sin")]
     optional = [inputs.get(name) for name in ("q_norm", "k_norm", "sinks")]
     rows = [None if x is None else x.astype(np.float64) for x in split(case, inputs)]
-    # The reference rotates what cos and sin are for; a spec without rotation there is none.
-    spec = AttentionSpec(**(case.attributes | {"rotary_dim": max(case.rotary_dim, 2)}))
-    y, *_ = attention(*rows, inputs["cos"], inputs["sin"], *caches, *indices, *optional, spec, stored)
+    spec = AttentionSpec(**case.attributes)
+    y, *_ = attention(*rows, *tables, *caches, *indices, *optional, spec, stored)
     assert np.isfinite(outputs["y"]).all()
     assert np.abs(outputs["y"] - y).max() <= tolerance * np.abs(y).max()

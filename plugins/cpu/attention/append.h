@@ -21,6 +21,7 @@ __attribute__((noinline)) inline void prepare(
   } else {
     for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(x + d) * scale);
   }
+  if (half == 0) return;
   const float *cos = call.cos + token * half, *sin = call.sin + token * half;
   float *lower = out + call.rotary_start, *upper = lower + half;
   int64_t d = 0;

@@ -23,7 +23,7 @@ constexpr int64_t kBlockStrips = kBlock / kStrip;
 
 struct Call {
   const float* qkv;     // [tokens, (heads + kv_heads) * key_dim + kv_heads * value_dim]; no values if value_in_key
-  const float* cos;     // [tokens, rotary_dim / 2]
+  const float* cos;     // [tokens, rotary_dim / 2]; null where rotary_dim is 0
   const float* sin;
   const float* q_norm;  // [key_dim], or null
   const float* k_norm;

@@ -28,8 +28,8 @@ template <ort::ElementType Cache>
 struct AttentionOp {
   static constexpr const char* name = "PagedAttention";
   static constexpr Port inputs[] = {{"qkv", ort::kFloat},
-                                    {"cos", ort::kFloat},
-                                    {"sin", ort::kFloat},
+                                    {"cos", ort::kFloat, ort::kOptional},
+                                    {"sin", ort::kFloat, ort::kOptional},
                                     {"key_cache", Cache},
                                     {"value_cache", Cache, ort::kOptional},
                                     {"query_start", ort::kInt32},
@@ -92,8 +92,13 @@ struct AttentionOp {
     require(kQkv, {call.tokens, call.width()},
             value_in_key ? "[T, (heads + kv_heads) * key_dim]"
                          : "[T, (heads + kv_heads) * key_dim + kv_heads * value_dim]");
-    require(kCos, {call.tokens, rotary_dim / 2}, "[T, rotary_dim / 2]");
-    require(kSin, {call.tokens, rotary_dim / 2}, "[T, rotary_dim / 2]");
+    for (const Input table : {kCos, kSin}) {
+      if ((rotary_dim > 0) != (in[table].data != nullptr)) {
+        invalid(inputs[table].name, " is ", rotary_dim ? "missing" : "given", " (allowed with rotary_dim = ", rotary_dim,
+                rotary_dim ? ": [T, rotary_dim / 2])" : ": none)");
+      }
+      require(table, {call.tokens, rotary_dim / 2}, "[T, rotary_dim / 2]");
+    }
     require(kQNorm, {call.key_dim}, "[key_dim]");
     require(kKNorm, {call.key_dim}, "[key_dim]");
     require(kSinks, {heads}, "[heads]");

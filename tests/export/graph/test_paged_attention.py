@@ -58,7 +58,7 @@ def one_node(variant: AttentionVariant) -> onnx.ModelProto:
 
 
 def expected(variant: AttentionVariant, inputs: dict[str, Array]) -> list[Array]:
-    optional = dict.fromkeys(("v", "value_cache", "q_norm", "k_norm", "sinks"))
+    optional = dict.fromkeys(("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks"))
     return [made for made in attention(**optional | inputs, spec=variant.spec) if made is not None]
 
 
@@ -119,9 +119,13 @@ def test_caches_may_be_written_in_place():
         (AttentionSpec(4, 2, 8), {"v", "sinks"}),
         (AttentionSpec(4, 2, 8), {"k_norm", "sinks"}),
         (AttentionSpec(4, 1, 8, value_in_key=True, value_dim=4), {"q_norm", "k_norm", "sinks"}),
+        (AttentionSpec(4, 2, 8), {"cos", "sin"}),
+        (AttentionSpec(4, 2, 0), {"sinks"}),
     ],
-    ids=["no_values", "one_norm", "values_twice"],
+    ids=["no_values", "one_norm", "values_twice", "no_tables", "tables_for_nothing"],
 )
 def test_inputs_that_do_not_go_together_are_refused(spec, absent):
-    with pytest.raises(ValueError, match=r"PagedAttention with value_in_key = [01] cannot have the inputs q, k"):
+    with pytest.raises(
+        ValueError, match=r"PagedAttention with value_in_key = [01] and rotary_dim = [08] cannot have the inputs q, k"
+    ):
         paged_attention_function(spec, tuple(name not in absent for name in INPUTS))

@@ -141,7 +141,7 @@ def in_steps(case: Case, rng: np.random.Generator, whole: dict[str, np.ndarray],
         step = make_inputs(step_case, rng)
         mine = len(before)
         first, last = step["query_start"][mine : mine + 2]
-        for name in ("qkv", "cos", "sin"):
+        for name in {"qkv", "cos", "sin"} & whole.keys():
             step[name][first:last] = whole[name][begin:end]
         step |= {name: whole[name] for name in ("q_norm", "k_norm", "sinks") if name in whole}
         used = -(-(past + end) // case.page)
@@ -378,6 +378,8 @@ def test_bad_attribute_is_refused_by_name(attributes: dict[str, Any], message: s
             "value_cache is given (allowed with value_in_key = 1: none)",
         ),
         (Case(), {}, "value_cache", "value_cache is missing (allowed with value_in_key = 0: [pages, kv_heads, page, v"),
+        (Case(), {}, "cos", "cos is missing (allowed with rotary_dim = 32: [T, rotary_dim / 2])"),
+        (Case(), {"rotary_dim": 0}, "cos", "sin is given (allowed with rotary_dim = 0: none)"),
         (Case(norm=True), {}, "k_norm", "k_norm is missing (allowed: both norms, or none)"),
         (Case(norm=True), {}, "q_norm", "q_norm is missing (allowed: both norms, or none)"),
         (MLA, {"value_dim": 98}, "", "value_dim = 98 (allowed: up to key_dim, 96)"),

@@ -19,7 +19,7 @@ from moevlm.plugins.ops.spec import AttentionSpec
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "attention.json").read_text())
 GOLDEN_TOLERANCE = 1e-6  # goldens hold 7 digits
 HF_TOLERANCE = 5e-6  # two computations in float32, and one in float64
-OPTIONAL = ("v", "value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
 
 Array = np.ndarray
 
@@ -188,6 +188,7 @@ def test_images_see_their_own_patches_alone_and_all_of_them():
     [
         ({"heads": 4, "kv_heads": 3, "rotary_dim": 8}, "kv_heads = 3"),
         ({"heads": 4, "kv_heads": 2, "rotary_dim": 7}, "rotary_dim = 7"),
+        ({"heads": 4, "kv_heads": 2, "rotary_dim": -2}, "rotary_dim = -2"),
         ({"heads": 4, "kv_heads": 2, "rotary_dim": 8, "window": -1}, "window = -1"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_in_key": True}, "value_dim = 0"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_dim": 8}, "value_dim = 8"),

@@ -11,7 +11,7 @@ from moevlm.export.modules.vision import Vision
 from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import END, IMAGE, STOP, VOCABULARY, write_side_files
 
-LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel")
+LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel", "unturned")
 _PREPROCESSOR = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 

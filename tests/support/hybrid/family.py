@@ -64,6 +64,8 @@ LOCAL = GQAConfig(
 )
 # What targets without softcap and sinks have of it.
 WINDOWED = replace(LOCAL, softcap=0.0, sinks=False)
+# No rotation.
+UNTURNED = replace(WINDOWED, rotary_dim=0, window=0)
 ROPES = (
     RopeMetadata(dim=16, theta=1e4, sections=(8, 0, 0), interleaved=False),
     RopeMetadata(dim=16, theta=500.0, sections=(8, 0, 0), interleaved=False),
@@ -74,6 +76,7 @@ LAYERS = {
     "wide": LayerConfig(WIDE, SPARSE),
     "local": LayerConfig(LOCAL, SPARSE),
     "windowed": LayerConfig(WINDOWED, SPARSE),
+    "unturned": LayerConfig(UNTURNED, SPARSE),
     "recurrent": LayerConfig(RecurrenceConfig(CHANNELS), DENSE),
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 EPSILON = 1e-6
 _WIDE = (4, 2, 16, 16, 16, 1e4, None, None, 16**-0.5)
 _LOCAL = (2, 1, 32, 24, 16, 500.0, 16, 4.0, 0.25)
+_UNTURNED = (2, 1, 32, 24, 0, 1.0, None, None, 0.25)
 # Heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale.
-ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE}
+ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE, "unturned": _UNTURNED}
 TOP_K = 2
 
 

@@ -66,7 +66,7 @@ class _Rewriter:
         total = b.op("Add", inputs[0].context_len, tokens)
         self._last = b.op("Sub", total, b.array("one", np.array([1], np.int32)))
         self._total = b.op("Squeeze", total)
-        tables = dict.fromkeys(table for given in inputs for table in (given.cos, given.sin))
+        tables = dict.fromkeys(table for given in inputs for table in (given.cos, given.sin) if table)
         self._tables = {table: b.op("Unsqueeze", table, b.integers(0)) for table in tables}
 
     def replace(self, node: ir.Node) -> None:
@@ -95,11 +95,13 @@ class _Rewriter:
         norm: ir.Value | None,
         tables: tuple[ir.Value | None, ...],
     ) -> ir.Value:
-        """x [T, heads * dim], normed and rotated: [1, T, heads * dim]."""
+        """x [T, heads * dim], normed and rotated as far as the node does: [1, T, heads * dim]."""
         b = self._b
         if norm is not None:
             split = b.op("Reshape", x, b.integers(-1, heads, dim))
             x = b.op("RMSNormalization", split, norm, axis=-1, epsilon=spec.epsilon)
         x = b.op("Reshape", x, b.integers(1, -1, heads * dim))
-        turned = [self._tables[table] for table in tables]
+        if not spec.rotary_dim:
+            return x
+        turned = [self._tables[table] for table in tables if table]
         return b.op("RotaryEmbedding", x, *turned, num_heads=heads, rotary_embedding_dim=spec.rotary_dim)

@@ -48,7 +48,8 @@ class ScatterAttention(Pass):
         for node, spec in zip(found, specs, strict=True):
             o.before = node
             q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, _ = inputs_of(node)
-            tables = rectangle(cos), rectangle(sin)
+            if spec.rotary_dim:
+                cos, sin = rectangle(cos), rectangle(sin)
             dim = width(q) // spec.heads
 
             def split(x: ir.Value | None, heads: int, norm: ir.Value | None, epsilon: float = spec.epsilon) -> ir.Value:
@@ -59,8 +60,8 @@ class ScatterAttention(Pass):
                 return o.op("Transpose", cut, perm=HEADS_FIRST)
 
             q, k, v = split(q, spec.heads, q_norm), split(k, spec.kv_heads, k_norm), split(v, spec.kv_heads, None)
-            q = o.rotated(q, *tables, spec.rotary_dim, spec.scale or dim**-0.5)
-            k = o.rotated(k, *tables, spec.rotary_dim)
+            q = o.rotated(q, cos, sin, spec.rotary_dim, spec.scale or dim**-0.5)
+            k = o.rotated(k, cos, sin, spec.rotary_dim)
             keys = o.op("TensorScatter", key_cache, k, masks.position, axis=-2)
             values = o.op("TensorScatter", value_cache, v, masks.position, axis=-2)
             y = o.op("Transpose", o.attention(q, keys, values, masks.by_window[spec.window]), perm=HEADS_FIRST)
@@ -77,9 +78,9 @@ class _CausalMasks:
 
     def __init__(self, o: "_Ops", first: ir.Node, windows: set[int]) -> None:
         self.position = cache_position(first)
-        cos = rectangle(inputs_of(first).cos)
-        self.rows = o.op("Shape", cos, start=0, end=2)
-        step = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", cos, start=1, end=2)), o.integer(1))
+        tokens = o.graph.inputs[0]
+        self.rows = o.op("Shape", tokens, start=0, end=2)
+        step = o.op("Range", o.integer(0), o.op("Squeeze", o.op("Shape", tokens, start=1, end=2)), o.integer(1))
         column = o.op("Unsqueeze", self.position, o.integers(-1))
         query = o.op("Unsqueeze", o.op("Add", column, step), o.integers(1, 3))
         shape = caches(first)[0][0].shape
@@ -158,10 +159,11 @@ class _Ops(Builder):
     def rotated(
         self, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, rotary_dim: int, scale: float = 1.0
     ) -> ir.Value:
-        """x [B, heads, S, D] rotated by cos and sin [B, S, rotary_dim / 2] and multiplied, in the dtype of x."""
+        """x [B, heads, S, D] rotated by cos and sin [B, S, rotary_dim / 2], if any, and multiplied, in its dtype."""
         assert x.type is not None
-        wide = self.op("Cast", x, to=FLOAT)
-        turned = self.op("RotaryEmbedding", wide, cos, sin, rotary_embedding_dim=rotary_dim)
+        turned = self.op("Cast", x, to=FLOAT)
+        if rotary_dim:
+            turned = self.op("RotaryEmbedding", turned, cos, sin, rotary_embedding_dim=rotary_dim)
         if scale != 1:
             turned = self.op("Mul", turned, self.array(f"scale.{scale:.9g}", np.array(scale, np.float32)))
         return self.op("Cast", turned, to=int(x.type.dtype))

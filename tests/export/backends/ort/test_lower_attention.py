@@ -17,13 +17,14 @@ from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, attributes
 
 CAPACITY = 24
 TOLERANCE = 2e-6  # float32 against float64
-OPTIONAL = ("q_norm", "k_norm", "sinks")
+OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
 ONE_PAGE = {"page_table": np.zeros((1, 1), np.int32)}
 VARIANTS = {
     "plain": AttentionVariant(AttentionSpec(4, 4, 16), 16, 16),
     "grouped": AttentionVariant(AttentionSpec(4, 2, 16), 16, 16),
     "one kv head": AttentionVariant(AttentionSpec(8, 1, 32), 32, 32),
     "half rotated": AttentionVariant(AttentionSpec(6, 3, 32), 64, 64),
+    "not rotated": AttentionVariant(AttentionSpec(4, 2, 0), 16, 16),
     "norms": AttentionVariant(AttentionSpec(4, 2, 16, epsilon=0.05), 16, 16, norms=True),
     "window": AttentionVariant(AttentionSpec(4, 2, 16, window=5), 16, 16),
     "window of one": AttentionVariant(AttentionSpec(4, 2, 16, window=1), 16, 16),
@@ -54,10 +55,10 @@ def layers(variant: AttentionVariant, count: int = 1) -> ir.Model:
     """q.0, k.0, ... -> y.0, ...: attention nodes side by side on the same rotary tables and sequences."""
     spec = variant.spec
     table, int32 = ["tokens", spec.rotary_dim // 2], ir.DataType.INT32
-    ropes = [value("cos", table), value("sin", table)]
+    ropes = [value(name, table) if spec.rotary_dim else None for name in ("cos", "sin")]
     places = [value("query_start", ["starts"], int32), value("context_len", ["sequences"], int32)]
     places.append(value("page_table", ["sequences", "table"], int32))
-    inputs, outputs, nodes = [*ropes, *places], [], []
+    inputs, outputs, nodes = [*filter(None, ropes), *places], [], []
     dims = {"key": variant.key_dim, "value": variant.value_dim}
     for i in range(count):
         own = [value(f"q.{i}", ["tokens", spec.heads * variant.key_dim])]
@@ -94,12 +95,11 @@ def session(model: ir.Model) -> onnxruntime.InferenceSession:
 def step_inputs(variant: AttentionVariant, context: int, tokens: int, rng: np.random.Generator) -> dict[str, Array]:
     spec = variant.spec
     angle = rng.uniform(0, 6, (tokens, spec.rotary_dim // 2)).astype(np.float32)
-    return {
+    tables = {"cos": np.cos(angle), "sin": np.sin(angle)} if spec.rotary_dim else {}
+    return tables | {
         "q": 3 * rng.standard_normal((tokens, spec.heads * variant.key_dim), np.float32),
         "k": rng.standard_normal((tokens, spec.kv_heads * variant.key_dim), np.float32),
         "v": rng.standard_normal((tokens, spec.kv_heads * variant.value_dim), np.float32),
-        "cos": np.cos(angle),
-        "sin": np.sin(angle),
         "query_start": np.array([0, tokens], np.int32),
         "context_len": np.array([context], np.int32),
         "page_table": np.array([[7]], np.int32),  # of some pool; the graph is given that page alone

@@ -106,8 +106,8 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 
 @pytest.mark.usefixtures("hybrid_family")
-def test_windows_and_other_rotations_than_the_first_layers(tmp_path: Path) -> None:
-    canonical = hybrid(tmp_path / "checkpoint", "wide", "windowed", "windowed sandwich", "parallel")
+def test_layers_with_windows_other_rotations_or_none(tmp_path: Path) -> None:
+    canonical = hybrid(tmp_path / "checkpoint", "unturned", "windowed", "windowed sandwich", "parallel")
     attention = (RectangularSteps(), StaticCache(40), ScatterAttention())
     model = lowered(canonical, *attention, PluginMoE("float32", "", 32, named))
     feeds = random_feeds(canonical, DECODER | {"sequence": 20, "capacity": 40}, np.random.default_rng())

@@ -11,7 +11,7 @@ from moevlm.plugins.ops.attention_variants import ATTENTIONS, STEPS, attention_i
 
 FILE = Path(__file__).parent / "attention.json"
 SEED = 20
-OPTIONAL = ("v", "value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
 
 
 def golden(name: str) -> list[list[float]]:
