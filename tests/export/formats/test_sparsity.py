@@ -28,6 +28,7 @@ from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
 from tests.support.bundles import copy_bundle, edit_manifest
+from tests.support.checkpoints import families
 from tests.support.command_line import assert_refused, call
 from tests.support.tiny import TinyCheckpoint
 
@@ -76,7 +77,7 @@ def initializers(bundle: Path, graph: str) -> dict[str, np.ndarray]:
     return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_vl_moe", "glm4v_moe"])
+@families
 def test_engine_is_two_of_four_where_layers_are_dense_and_as_given_elsewhere(
     model_type: str, save_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

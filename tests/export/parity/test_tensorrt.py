@@ -31,6 +31,7 @@ from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.protocol import Engine
 from tests.support.bundles import edit_manifest, rehash
+from tests.support.checkpoints import FAMILIES
 from tests.support.command_line import assert_refused, call
 from tests.support.fakes.gpu import EXPERTS, TARGET, fake_gpu, gpu_bundle
 from tests.support.simulated_plan import SimulatedPlan, lowered
@@ -199,7 +200,7 @@ class Canonical:
         return expected_on(stored_model(self._model, storage), self._model.config.metadata(), self._cases)
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl_moe", "glm4v_moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def canonical(
     seed: int, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Canonical]:

@@ -22,6 +22,7 @@ from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.ops import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
+from tests.support.checkpoints import FAMILIES
 from tests.support.hybrid import save
 from tests.support.moe_cases import Case
 from tests.support.plan_graphs import (
@@ -46,7 +47,6 @@ TOLERANCE = {"bfloat16": 0.03, "float16": 0.004}
 WEIGHTS = {"": 0.0, "int8": 0.006, "fp8": 0.04, "int4": 0.1}
 ATTENTION = (RectangularSteps(), StaticCache(CAPACITY), ScatterAttention())
 FLOAT16 = (Typed("float16"), *ATTENTION)
-FAMILIES = ("qwen3_vl_moe", "glm4v_moe")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
