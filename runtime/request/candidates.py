@@ -90,10 +90,12 @@ class _Ranked:
         total = math.exp(row.log_sum_exp - raw) * unit
         slack = total * (_MASS_ERROR + _FLOAT32 * max(1.0, abs(row.log_sum_exp)))
         most, count = max(total - known + slack, 0.0), row.vocabulary - len(row.ids)
-        largest = math.exp(min(self.floor - best, 0.0))  # no other token has more, at a temperature of 1
+        # No other token has more than exp(ceiling) at a temperature of 1. Far below the likeliest that is less than
+        # float64 holds, and at a high temperature it is not.
+        ceiling = min(self.floor - best, 0.0)
         # A seen token among the others lost a part that is not known; the penalty may have left nothing of it.
-        least = max(total - known - slack - self.hidden * largest, 0.0)
-        low, high = _at_temperature(least, most, count, largest, temperature)
+        least = max(total - known - slack - self.hidden * math.exp(ceiling), 0.0)
+        low, high = _at_temperature(least, most, count, ceiling, temperature)
         mine = float(np.exp((self.dropped.astype(np.float64) - best) / temperature).sum())
         return low + mine, high + mine
 
@@ -147,11 +149,11 @@ def greedy(row: CandidateRow, penalty: float, seen: np.ndarray | None) -> int | 
     return int(ranked.ids[0]) if len(ranked.ids) else None
 
 
-def _at_temperature(least: float, most: float, count: int, largest: float, temperature: float) -> tuple[float, float]:
-    """Bounds of sum(z ** (1 / T)) of `count` numbers z <= largest whose sum lies between least and most.
+def _at_temperature(least: float, most: float, count: int, ceiling: float, temperature: float) -> tuple[float, float]:
+    """Bounds of sum(z ** (1 / T)) of `count` numbers z <= exp(ceiling) whose sum lies between least and most.
 
     The power is convex where T < 1 and concave where T > 1: so the sum is at one bound where all z are equal, and at
-    the other where as many as possible are `largest`.
+    the other where as many as possible are the largest.
     """
     if temperature == 1:
         return least, most
@@ -161,11 +163,11 @@ def _at_temperature(least: float, most: float, count: int, largest: float, tempe
         return math.exp(power * math.log(mass / count)) * count if mass > 0 else 0.0
 
     def few(mass: float) -> float:
-        return math.exp((power - 1) * math.log(largest)) * mass if largest > 0 else 0.0
+        return math.exp((power - 1) * ceiling + math.log(mass)) if mass > 0 else 0.0
 
     if temperature < 1:
         return equal(least), few(most)
-    return few(least), min(equal(most), count * largest**power)
+    return few(least), min(equal(most), count * math.exp(power * ceiling))
 
 
 def _nucleus(weight: np.ndarray, top_p: float, low: float, high: float) -> int | None:

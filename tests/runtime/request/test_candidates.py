@@ -79,6 +79,19 @@ def test_candidates_choose_the_token_that_the_whole_row_gives(options, kind, siz
         assert few.choose(row.candidates) == whole.sample(row.logits)
 
 
+@pytest.mark.parametrize("above", [300, 720, 740, 1000])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_p": 0.999, "repetition_penalty": 1.1}], ids=str)
+def test_a_likeliest_token_far_above_all_others_hides_none_of_them_at_a_high_temperature(above, options):
+    rng = np.random.default_rng(above)
+    params = SamplingParams(temperature=100.0, seed=7, **options)
+    few, whole = Sampler(params, [1, 2, 3]), Sampler(params, [1, 2, 3])
+    for _ in range(40):
+        logits = random_logits(rng, "peaked", 300)
+        logits[5] += above
+        row = Row(logits)
+        assert few.choose(row.candidates) == whole.sample(row.logits)
+
+
 @pytest.mark.parametrize("options", [options for options in OPTIONS if options.get("temperature") != 0], ids=str)
 @pytest.mark.parametrize("kind", ["flat", "peaked", "tied"])
 def test_kept_sets_are_equal_and_bounds_hold(options, kind):
