@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Items
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.messages import Message
     from moevlm.runtime.request.prompt import Prompt
+
+_MAX_SECONDS = 10**9  # longer than any process lives, and still a time that the system can wait for
 
 
 class AsyncEngine:
@@ -63,8 +66,9 @@ class AsyncEngine:
         deadline: seconds from now, after which DeadlineExceeded is raised. Images are decoded in a thread.
         Raises RequestError, QueueFull, EngineError, and Cancelled if the engine is closed meanwhile.
         """
-        if deadline is not None and not (isinstance(deadline, (int, float)) and deadline > 0):
-            raise RequestError(f"unsupported value deadline = {shown(deadline)} (allowed: seconds, above 0)")
+        if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline <= _MAX_SECONDS):
+            allowed = f"seconds, above 0 and up to {_MAX_SECONDS}"
+            raise RequestError(f"unsupported value deadline = {shown(deadline)} (allowed: {allowed})")
         ends = None if deadline is None else monotonic() + deadline
         self._require_open()
         sequence = await asyncio.to_thread(
@@ -110,10 +114,12 @@ class AsyncEngine:
         try:
             await asyncio.wait_for(self._empty.wait(), grace)
         except TimeoutError:
+            pass
+        finally:  # the task that closes may have been cancelled itself
             for sequence in self._news:
                 sequence.cancellation.cancel()
-        self._stop.set()  # the thread ends what was cancelled before it stops
-        self._runtime.loop.wake()
+            self._stop.set()  # the thread ends what was cancelled before it stops
+            self._runtime.loop.wake()
         await asyncio.to_thread(self._thread.join)
 
     async def __aenter__(self) -> Self:
@@ -128,7 +134,7 @@ class AsyncEngine:
 
     def _told(self, sequences: Items[Sequence]) -> None:
         """From the thread that steps: these have a piece more, or have ended."""
-        if not self._events.is_closed():
+        with suppress(RuntimeError):  # the event loop was closed, and nobody is left to be told
             self._events.call_soon_threadsafe(self._wake, sequences)
 
     def _wake(self, sequences: Items[Sequence]) -> None:
