@@ -9,7 +9,7 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from time import monotonic, perf_counter
 
-from moevlm.runtime.core.errors import Cancelled, EngineError, MoevlmError, QueueFull, reason
+from moevlm.runtime.core.errors import Cancelled, EngineError, QueueFull
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.cancellation import Cancellation, Together
 from moevlm.runtime.engine.image_features import FeatureCache, ImageEncoder
@@ -38,6 +38,7 @@ class EngineLoop:
         self._encoder, self._features = encoder, features
         self._changed = threading.Condition()  # of all that follows, and of every sequence's pieces and status
         self._stepping: int | None = None  # the thread that does
+        self._visitors = 0  # threads that want the scheduler between two steps: they go before the next step
         self._arrived: deque[Sequence] = deque()
 
     @property
@@ -47,9 +48,7 @@ class EngineLoop:
 
     def forget(self) -> None:
         """Drop what is kept for requests to come: warm pages, and features of images."""
-        with self._changed:
-            while self._stepping is not None:
-                self._changed.wait()
+        with self._between_steps():
             self._scheduler.forget()
             self._features.forget()
 
@@ -74,7 +73,7 @@ class EngineLoop:
         while True:
             with self._turn() as news:
                 with self._changed:
-                    while self._stepping is not None and not sequence.pieces and sequence.status != "ended":
+                    while self._busy and not sequence.pieces and sequence.status != "ended":
                         self._changed.wait()
                     if sequence.pieces:
                         return self.take(sequence)
@@ -88,9 +87,7 @@ class EngineLoop:
     def step(self) -> None:
         """Step once for all, for a caller that waits for no piece."""
         with self._turn() as news:
-            with self._changed:
-                while self._stepping is not None:
-                    self._changed.wait()
+            with self._between_steps():
                 self._stepping = threading.get_ident()
             self._step(news)
 
@@ -102,16 +99,22 @@ class EngineLoop:
             return sequence.pieces.popleft()
 
     def serve(self, stop: threading.Event) -> None:
-        """Step for all whenever there is something to do, until `stop` is set and `wake` called."""
+        """Step for all whenever there is something to do, until `stop` is set and `wake` called.
+
+        What was cancelled before has ended then.
+        """
         while True:
             with self._turn() as news:
                 with self._changed:
-                    while self._stepping is not None or not self._wanted():
-                        if stop.is_set():
-                            return
-                        self._changed.wait(None if self._stepping else self._seconds_left())
+                    while not stop.is_set() and (self._busy or not self._wanted()):
+                        self._changed.wait(None if self._busy else self._seconds_left())
+                    if stop.is_set():
+                        break
                     self._stepping = threading.get_ident()
                 self._step(news)
+        with self._turn() as news, self._between_steps():
+            self._take_in()
+            news += self._scheduler.sweep(monotonic())
 
     def wake(self) -> None:
         """Have the thread that serves look again, as after a cancellation."""
@@ -134,6 +137,24 @@ class EngineLoop:
             self._scheduler.remove(sequence)
             sequence.pieces.clear()
             self._changed.notify_all()
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """No step runs within the block, nor another before it."""
+        with self._changed:
+            self._visitors += 1
+            try:
+                while self._stepping is not None:
+                    self._changed.wait()
+                yield
+            finally:
+                self._visitors -= 1
+                self._changed.notify_all()
+
+    @property
+    def _busy(self) -> bool:
+        """Whether a thread that wants to step has to wait."""
+        return self._stepping is not None or self._visitors > 0
 
     def _wanted(self) -> bool:
         """Whether a step, or the end of a sequence, is due."""
@@ -171,10 +192,26 @@ class EngineLoop:
 
     def _step(self, news: list[Sequence]) -> None:
         """One step of the engine. news: takes the sequences that have a piece more, or have ended."""
-        started = perf_counter()
         with self._changed:
-            while self._arrived:
-                self._scheduler.add(self._arrived.popleft())
+            self._take_in()
+        everyone = self._scheduler.sequences
+        try:
+            self._run(news)
+        except Exception as error:  # a bug outside of the engine, which no thread that waits would be told of
+            self._scheduler.restart(everyone, error)
+            news[:] = everyone
+        except BaseException:  # of the thread that happens to step, and of no sequence
+            self._scheduler.restart(everyone)
+            news[:] = everyone
+            raise
+
+    def _take_in(self) -> None:
+        while self._arrived:
+            self._scheduler.add(self._arrived.popleft())
+
+    def _run(self, news: list[Sequence]) -> None:
+        """See `_step`. What it raises leaves the scheduler as it may be."""
+        started = perf_counter()
         news += self._scheduler.sweep(monotonic())
         parts: Items[Part] = self._scheduler.schedule()
         try:
@@ -185,15 +222,13 @@ class EngineLoop:
                 return
             step, visual = self._packer.pack(parts)
             output = self._engine.forward(step, visual, _cancellation(parts))
-            news += self._scheduler.finish(parts, output, started)
         except Cancelled:
             self._scheduler.abort(parts)
             news += self._scheduler.sweep(monotonic())
         except Exception as error:
             self._fail(parts, error, news)
-        except BaseException:  # of the thread that happens to step, and of no sequence
-            self._scheduler.abort(parts)
-            raise
+        else:
+            news += self._scheduler.finish(parts, output, started)
 
     def _encoded(self, parts: Items[Part], news: list[Sequence]) -> list[Part]:
         """Have the images of each part encoded. Returns the parts of which that succeeded."""
@@ -231,10 +266,6 @@ class EngineLoop:
             self._features.put(digest, features)
 
     def _fail(self, parts: Items[Part], error: Exception, news: list[Sequence]) -> None:
-        if not isinstance(error, MoevlmError):
-            wrapped = EngineError(f"the engine failed: {reason(error)}")
-            wrapped.__cause__ = error
-            error = wrapped
         self._scheduler.fail(parts, error)
         news += [part.sequence for part in parts]
 

@@ -69,8 +69,12 @@ class PagePool:
         if pages < 2:
             raise EngineError(f"unsupported value pages = {pages} (allowed: 2 or more, page 0 is nobody's)")
         self.pages, self.page_size = pages, page_size
+        self.restart()
+
+    def restart(self) -> None:
+        """All pages are free, whoever had them."""
         self.root = PageNode(0, None, b"")
-        self._free = list(range(pages - 1, 0, -1))  # the lowest goes first, the latest to come back before it
+        self._free = list(range(self.pages - 1, 0, -1))  # the lowest goes first, the latest to come back before it
         # The longest unused first. A sequence gives its pages back from the last to the first, so that a page never
         # comes before those below it.
         self._warm: OrderedDict[int, PageNode] = OrderedDict()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import insort
+from collections.abc import Iterable
 
 from moevlm.runtime.core.errors import DeadlineExceeded, MoevlmError, QueueFull, RequestError
 from moevlm.runtime.engine.page_table import PageTable
@@ -22,7 +23,8 @@ class Residents:
         # Rows of a step that is not packed depend on how its prompt was cut, so what is shared was cut there, too.
         unit = 1 if limits.packed else chunk
         self._unit = None if rows else unit if limits.copies else math.lcm(unit, limits.page_size)
-        self._rows = list(range(rows - 1, 0, -1))
+        self._all_rows = range(rows - 1, 0, -1)
+        self._rows = list(self._all_rows)
         self._recurrent = rows > 0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -73,16 +75,14 @@ class Residents:
         Its first `computed` tokens are known then. Returns copies of pages, to be made before its next step; None if
         it goes on waiting.
         """
-        if self._recurrent and not self._rows:
+        if self._recurrent and not self._rows and not self._preempt_paused():
             return None
         table = PageTable(self.pool, self._unit)
         start, copies = table.begin(bytes(sequence.content))
         while not self._spare(table, sequence.tokens):
-            paused = [one for one in self.running if one.paused]
-            if not paused:
+            if not self._preempt_paused():
                 table.release(sequence.content, 0)
                 return None
-            self.preempt(paused[-1], paused[-1].computed)
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_number)
         sequence.status, sequence.table, sequence.computed = "running", table, start
@@ -108,12 +108,29 @@ class Residents:
                 return False
         return True
 
+    def _preempt_paused(self) -> bool:
+        """Take the pages and the row of the youngest sequence whose reader is behind; False if there is none."""
+        paused = [one for one in self.running if one.paused]
+        if paused:
+            self.preempt(paused[-1], paused[-1].computed)
+        return bool(paused)
+
     def preempt(self, sequence: Sequence, computed: int) -> None:
         """Have a running sequence wait again. computed: see `stop`."""
         self.stop(sequence, computed)
         self.preemptions += 1
         sequence.status, sequence.computed = "waiting", 0
         insort(self.waiting, sequence, key=_number)
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Have all sequences wait, whatever state an interrupt left them, the pages and the rows in."""
+        self.pool.restart()
+        self._rows = list(self._all_rows)
+        self.running = []
+        self.waiting = sorted((one for one in sequences if one.status != "ended" and not one.finished), key=_number)
+        for sequence in sequences:
+            sequence.status = "waiting" if sequence in self.waiting else "ended"
+            sequence.computed, sequence.state_row, sequence.table = 0, 0, None
 
     def stop(self, sequence: Sequence, computed: int) -> None:
         """Give back what a running sequence has. computed: its first tokens, as far as their pages are sure."""

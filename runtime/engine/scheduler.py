@@ -7,7 +7,7 @@ from functools import partial
 
 import msgspec
 
-from moevlm.runtime.core.errors import MoevlmError
+from moevlm.runtime.core.errors import EngineError, MoevlmError, reason
 from moevlm.runtime.engine.pages import PagePool
 from moevlm.runtime.engine.residents import Residents
 from moevlm.runtime.engine.sequence import Sequence
@@ -110,46 +110,61 @@ class Scheduler:
     def finish(self, parts: Iterable[Part], output: StepOutput, started: float) -> list[Sequence]:
         """Take what a step made: each sequence whose last token it computed has one more piece, or has ended.
 
-        parts: of a step that ran. started: when, by perf_counter(). Returns these sequences.
+        parts: of a step that ran. started: when, by perf_counter(). Returns these sequences, and those that were
+        cancelled meanwhile.
         """
         made: list[Sequence] = []
         candidates = output.candidates
-        rows = zip(candidates.values, candidates.ids, candidates.log_sum_exp.tolist(), strict=True)
+        rows = enumerate(zip(candidates.values, candidates.ids, candidates.log_sum_exp.tolist(), strict=True))
         for part in parts:
             sequence = part.sequence
             assert sequence.table is not None
-            sequence.computed, sequence.stepped = part.stop, self._steps
+            sequence.stepped = self._steps
+            if part.last:
+                made.append(sequence)
+                place, (values, ids, total) = next(rows)
+                row = CandidateRow(values, ids, total, self._vocabulary, partial(output.logits, place))
+                try:
+                    ended = sequence.accept(row, started).finish_reason is not None
+                except BaseException as error:  # what it computed may be as wrong as its logits
+                    self.fail([part], error)
+                    if isinstance(error, Exception):
+                        continue
+                    raise
+            else:
+                sequence.count_seconds(started)
+                ended = False
+            sequence.computed = part.stop
             if part.stop // self._limits.page_size > sequence.table.shared:
                 sequence.table.filled(sequence.content, self._all.shareable(sequence))
-            if not part.last:
-                sequence.count_seconds(started)
-            else:
-                values, ids, total = next(rows)
-                logits = partial(output.logits, len(made))
-                made.append(sequence)
-                try:
-                    piece = sequence.accept(CandidateRow(values, ids, total, self._vocabulary, logits), started)
-                except MoevlmError as error:
-                    self.remove(sequence, error)
-                else:
-                    if piece.finish_reason is not None:
-                        self.remove(sequence)
-            if sequence.cancellation.cancelled:
+            if ended or sequence.cancellation.cancelled:
                 self.remove(sequence)
+                if not part.last:
+                    made.append(sequence)
         return made
 
-    def fail(self, parts: Iterable[Part], error: MoevlmError) -> None:
+    def fail(self, parts: Iterable[Part], error: BaseException) -> None:
         """A step went wrong: its sequences end with the error."""
         for part in parts:
             if part.sequence.status == "running":
                 self._all.stop(part.sequence, 0)
-                part.sequence.status, part.sequence.error = "ended", error
+                part.sequence.status, part.sequence.error = "ended", _engine_error(error)
 
     def abort(self, parts: Iterable[Part]) -> None:
         """A step was interrupted, and nobody knows how far it came: its sequences start again from their tokens."""
         for part in parts:
             if part.sequence.status == "running":
                 self._all.preempt(part.sequence, 0)
+
+    def restart(self, sequences: Iterable[Sequence], error: Exception | None = None) -> None:
+        """Between `schedule` and `finish` something was interrupted, at any place. Whatever was shared is forgotten.
+
+        sequences: all that there were. They start again from their tokens, or end with the error.
+        """
+        self._all.restart(sequences)
+        if error is not None:
+            for sequence in self.sequences:
+                self.remove(sequence, _engine_error(error))
 
     def _packed_step(self) -> list[Part]:
         """One token of each running sequence, and chunks of prompts as far as they fit beside."""
@@ -219,3 +234,12 @@ def _cut(sequence: Sequence, start: int, budget: int, unit: int) -> int:
     """Where a chunk of at most `budget` tokens ends: with the tokens, or at a multiple of `unit`."""
     stop = start + budget
     return sequence.tokens if stop >= sequence.tokens else stop // unit * unit
+
+
+def _engine_error(error: BaseException) -> MoevlmError:
+    """What the clients of a sequence are told."""
+    if isinstance(error, MoevlmError):
+        return error
+    wrapped = EngineError(f"the engine failed: {reason(error)}")
+    wrapped.__cause__ = error
+    return wrapped

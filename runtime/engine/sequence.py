@@ -70,6 +70,7 @@ class Sequence:
         self.pieces: deque[Piece] = deque()
         self.error: MoevlmError | None = None
         self.status: Status = "new"
+        self.finished = False  # whether its last piece was made
         self.number = self.stepped = 0
         self.computed = 0
         self.table: PageTable | None = None
@@ -171,6 +172,7 @@ class Sequence:
         self.meter.add(phase, perf_counter() - started)
         piece = Piece(text, (token,), (sampled,), reason, self.meter.usage if reason else None)
         self.pieces.append(piece)
+        self.finished = reason is not None
         return piece
 
     def count_seconds(self, started: float) -> None:

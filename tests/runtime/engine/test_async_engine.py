@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from moevlm.runtime.core.errors import Cancelled, DeadlineExceeded, EngineError, QueueFull, RequestError
 from moevlm.runtime.engine.async_engine import AsyncEngine
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.engine.scheduler import Scheduler
 from moevlm.runtime.engine.step import EngineLimits
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.paged_engine import PagedEngine, alone, paged_runtime, prompt_of
@@ -153,9 +155,9 @@ def test_a_deadline_ends_a_request_that_waits_and_one_that_runs(engine: PagedEng
                 with pytest.raises(DeadlineExceeded):
                     await task
             assert await other == alone(PROMPTS[2], 20, params(2))
-            for wrong in (0, -1, "soon"):
+            for wrong in (0, -1, "soon", math.nan, math.inf, 10**400):
                 with pytest.raises(
-                    RequestError, match=r"^unsupported value deadline = .* \(allowed: seconds, above 0\)$"
+                    RequestError, match=r"^unsupported value deadline = .* \(allowed: seconds, above 0 and up to .*\)$"
                 ):
                     await read(service, 0, deadline=wrong)
 
@@ -218,6 +220,59 @@ def test_closing_lets_requests_end_or_cancels_them(runtime: Runtime) -> None:
     run(body)
     assert runtime.loop.used_pages == 0
     assert threading.active_count() == 1 or not any("moevlm" in one.name for one in threading.enumerate())
+
+
+def test_closing_reaches_a_client_whose_prompt_is_half_read(engine: PagedEngine) -> None:
+    runtime = paged_runtime(engine, chunk_tokens=4)  # of a step that nothing stops within
+
+    async def body() -> None:
+        gate = Gate(engine)
+        gate.close()
+        service = AsyncEngine(runtime)
+        task = asyncio.create_task(read(service, 7))
+        await asyncio.to_thread(gate.reached.wait, 60)
+        closing = asyncio.create_task(service.close())
+        while not all(one.cancellation.cancelled for one in service._news):
+            await asyncio.sleep(0.001)
+        gate.open()
+        with pytest.raises(Cancelled, match="closed"):
+            await task
+        await closing
+
+    run(body)
+    assert runtime.loop.used_pages == 0
+
+
+def test_an_engine_whose_closing_is_cancelled_stops_all_the_same(runtime: Runtime) -> None:
+    async def body() -> None:
+        service = AsyncEngine(runtime)
+        stream = service.generate(prompt_of(PROMPTS[0]), params=params(0, 1900))
+        assert (await anext(stream)).token_ids
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(service.close(grace=None), 0.05)
+        with pytest.raises(Cancelled, match="closed"):
+            while True:
+                await anext(stream)
+        await service.close()
+        assert not service._thread.is_alive()
+
+    run(body)
+
+
+def test_a_bug_beside_the_engine_is_told_to_every_client(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise ValueError("a bug")
+
+    async def body() -> None:
+        async with AsyncEngine(runtime) as service:
+            with monkeypatch.context() as patch:
+                patch.setattr(Scheduler, "schedule", fail)
+                answers = await asyncio.gather(*(read(service, n) for n in range(3)), return_exceptions=True)
+                assert {str(answer) for answer in answers} == {"the engine failed: a bug"}
+            assert await read(service, 0) == alone(PROMPTS[0], 20, params(0))
+
+    run(body)
+    assert runtime.loop.used_pages == 0
 
 
 def test_threads_and_coroutines_share_a_runtime(runtime: Runtime) -> None:

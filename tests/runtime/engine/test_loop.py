@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,10 @@ from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits, Step
+from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.sampler import Sampled, Sampler
 from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.paged_engine import IMAGE, MODEL, PagedEngine, alone, paged_runtime, prompt_of
@@ -128,6 +134,48 @@ def test_logits_that_are_not_usable_end_their_own_request() -> None:
     assert runtime.loop.used_pages == 0
 
 
+def test_a_bug_in_the_choice_of_a_token_ends_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = paged_runtime(engine := PagedEngine(LIMITS))
+    answers = [runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:3]]
+    made = [ids([next(answer)]) for answer in answers]
+    choose = Sampler.choose
+
+    def fail(sampler: Sampler, row: CandidateRow) -> Sampled:
+        if len(made[0]) == 1 and not failed and engine.steps[-1].sequences == 3:
+            failed.append(sampler)
+        if sampler in failed:
+            raise OverflowError("math range error")
+        return choose(sampler, row)
+
+    failed: list[Sampler] = []
+    monkeypatch.setattr(Sampler, "choose", fail)
+    errors = []
+    for n, answer in enumerate(answers):
+        try:
+            made[n] += ids(list(answer))
+        except EngineError as error:
+            errors.append(str(error))
+        else:
+            assert made[n] == expected(PROMPTS[n])
+    assert errors == ["the engine failed: math range error"]
+    assert runtime.loop.used_pages == 0
+
+
+def test_pages_of_a_step_that_gave_no_logits_are_not_shared() -> None:
+    class Broken(PagedEngine):
+        def forward(self, step: Step, *arguments: Any) -> Any:
+            output = super().forward(step, *arguments)
+            if len(self.steps) == 1:
+                self.pages[1:] = -5
+                output.candidates.values[:] = np.nan
+            return output
+
+    runtime = paged_runtime(Broken(LIMITS))
+    with pytest.raises(EngineError, match="not usable"):
+        list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))
+    assert ids(list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))) == expected(PROMPTS[0])
+
+
 def test_a_step_is_stopped_within_only_when_the_last_of_its_requests_is_cancelled() -> None:
     runtime = paged_runtime(engine := PagedEngine(LIMITS))
     answers = [runtime.generate(prompt_of(prompt), **FORCED) for prompt in PROMPTS[:3]]
@@ -184,6 +232,59 @@ def test_an_interrupt_ends_the_request_of_the_thread_that_it_meets_alone() -> No
         list(one)
     assert begun + ids(list(other)) == expected(PROMPTS[1])
     assert runtime.loop.used_pages == 0
+
+
+# What the thread that steps does in Python, beside the engine.
+BOOKKEEPING = ("loop.py", "scheduler.py", "residents.py", "page_table.py", "pages.py", "packing.py", "sequence.py")
+
+
+def interrupted_at(line: int) -> tuple[bool, list[list[int]], int]:
+    """Two requests of which one is interrupted. Returns (whether it was, tokens of both and of a third, pages used)."""
+    runtime = paged_runtime(PagedEngine(LIMITS), pages=12)
+    list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))
+    one, other = (runtime.generate(prompt_of((*PROMPTS[0][:6], n)), **FORCED) for n in (5, 6))
+    made = [ids([next(other)]), ids([next(one)])]
+    lines = iter(range(line + 1))
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if Path(frame.f_code.co_filename).name not in BOOKKEEPING or frame.f_code.co_name in ("next_piece", "_turn"):
+            return trace if event == "call" else None
+        if event == "line" and next(lines, None) == line:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    try:
+        sys.settrace(trace)
+        made[1] += ids(list(one))
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        sys.settrace(None)
+    one.close()
+    try:
+        made[0] += ids(list(other))
+    except EngineError as error:  # it was this one's turn to choose a token
+        assert "KeyboardInterrupt" in str(error)
+        made[0] += expected((*PROMPTS[0][:6], 6))[len(made[0]) :]
+    made.append(ids(list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))))
+    return interrupted, made, runtime.loop.used_pages
+
+
+def test_an_interrupt_at_any_place_changes_no_other_answer() -> None:
+    wanted = [expected((*PROMPTS[0][:6], n)) for n in (6, 5)]
+    count = 0
+    for line in range(0, 100_000, 21):
+        interrupted, made, used = interrupted_at(line)
+        assert made[0] == wanted[0]
+        assert made[1] == wanted[1][: len(made[1])]
+        assert made[2] == expected(PROMPTS[0])
+        assert used == 0
+        if not interrupted:
+            break
+        count += 1
+    assert count > 20
 
 
 def picture(seed: int) -> Image.Image:
@@ -273,3 +374,16 @@ def test_a_request_that_ends_without_its_last_piece_says_so() -> None:
     request.cancellation.cancel()
     with pytest.raises(Cancelled):
         list(runtime._pieces(request))
+
+
+def test_what_was_kept_is_forgotten_while_others_go_on() -> None:
+    runtime = paged_runtime(PagedEngine(LIMITS))
+    list(runtime.generate(prompt_of(PROMPTS[1]), **FORCED))
+    with ThreadPoolExecutor(2) as readers:
+        options = {"max_new_tokens": 1900, "ignore_eos": True}
+        busy = [readers.submit(list, runtime.generate(prompt_of(prompt), **options)) for prompt in PROMPTS[2:4]]
+        while not runtime.loop.used_pages:
+            time.sleep(0.001)
+        runtime.forget()
+        assert not any(one.done() for one in busy)
+        assert [ids(one.result()) for one in busy] == [expected(prompt, **options) for prompt in PROMPTS[2:4]]

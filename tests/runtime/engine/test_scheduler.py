@@ -408,6 +408,28 @@ def test_a_reader_that_does_not_read_stops_its_own_sequence_alone():
     assert made == alone(tuple(range(5, 25)), 20, SamplingParams())
 
 
+def test_readers_that_do_not_read_keep_no_state_row_from_others():
+    house = House(pages=100, page=4, rows=3)
+    lazy = [sequence_of([5 + n, 6], 20, ahead=1) for n in range(2)]
+    for sequence in lazy:
+        house.scheduler.add(sequence)
+        house.step()
+    assert house.step() == 0
+    busy = sequence_of([8, 9], 6)
+    house.scheduler.add(busy)
+    while busy.status != "ended":
+        assert house.step() == 1
+    assert tokens_of(busy) == alone((8, 9), 6, SamplingParams())
+    for n, sequence in enumerate(lazy):
+        made = []
+        while sequence.status != "ended" or sequence.pieces:
+            made += tokens_of(sequence)
+            sequence.pieces.clear()
+            house.step()
+        assert made == alone((5 + n, 6), 20, SamplingParams())
+    house.check_pages(lazy)
+
+
 def test_cancelling_frees_pages_in_the_same_step():
     house = House(pages=30, page=4)
     sequences = [sequence_of(list(range(5 + n, 25 + n)), 20) for n in range(2)]
