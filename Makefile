@@ -8,7 +8,7 @@ DEMO := build/demo.moevlm
 setup: .venv/installed
 
 .venv/installed: pyproject.toml $(wildcard plugins/cpu/*.h plugins/cpu/*/* plugins/tensorrt/*)
-	@echo "installing into .venv (a minute or two)"
+	@echo "installing into .venv (some minutes)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --upgrade pip setuptools wheel
 	PYTHONWARNINGS=ignore $(BIN)/pip install --disable-pip-version-check --editable '.[dev]'

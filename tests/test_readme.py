@@ -83,3 +83,13 @@ def test_what_is_skipped_is_there() -> None:
 def test_links_lead_to_files(page: str) -> None:
     links = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+def test_every_page_can_be_found_from_the_readme() -> None:
+    seen, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#:]+\.md)", page.read_text(encoding="utf-8"))
+        left += {(page.parent / link).resolve() for link in links} - seen
+    assert not {ROOT / page for page in DOCS} - seen
