@@ -275,7 +275,12 @@ def test_bundle_that_does_not_exist(tmp_path: Path) -> None:
 
 
 def test_directory_that_is_not_a_bundle(tiny_checkpoint: Path) -> None:
-    refused_run(tiny_checkpoint, "--prompt", "Hi", words=("is not a bundle: it has no manifest.json",))
+    refused_run(
+        tiny_checkpoint,
+        "--prompt",
+        "Hi",
+        words=("is not a bundle: it has no manifest.json", f"moevlm build {tiny_checkpoint} -o"),
+    )
 
 
 USED = (

@@ -420,7 +420,7 @@ def test_parity_exits_with_1_and_names_the_engine_that_differs(
     told = result.err.splitlines()
     assert told.pop(1).startswith("parity needs about ")
     assert told == [
-        "comparing the checkpoint with the bundle's",
+        "checking that the bundle came from this checkpoint",
         "comparing requests",
         "running transformers",
         "running canonical PyTorch",

@@ -60,7 +60,7 @@ class Needs:
     def __str__(self) -> str:
         return (
             f"needs about {bytes_text(self.memory)} of memory beside engines of up to {bytes_text(self.engines)}; "
-            f"reads {bytes_text(self.read)}, in some {max(1, round(self.seconds / 60))} min on two free cores"
+            f"reads {bytes_text(self.read)}; takes some {max(1, round(self.seconds / 60))} min on two free cores"
         )
 
     def require(self, available: int | None) -> None:

@@ -78,7 +78,7 @@ def check_parity(
     if not quick:
         reserve(opened)
     with Checkpoint.open(checkpoint) as source:
-        progress("comparing the checkpoint with the bundle's", 0, 0)
+        progress("checking that the bundle came from this checkpoint", 0, 0)
         require_same_source(opened.manifest, source)
         manifest, metadata = opened.manifest, opened.manifest.model
         model = CanonicalModel.of(source, manifest.expert_layout, manifest.ignored_config)

@@ -219,6 +219,10 @@ def _is_plan_for(name: str, metadata: EngineMetadata, target: str) -> bool:
     )
 
 
+def _is_checkpoint(directory: Path) -> bool:
+    return os.path.isfile(directory / "config.json")  # noqa: PTH113 - Path.is_file raises for a name that is too long
+
+
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     try:
@@ -226,7 +230,8 @@ def _read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"no bundle at {directory}: {error.strerror}") from None
     if not exists or not os.path.lexists(path):
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}")
+        build = f" (a checkpoint becomes one: moevlm build {directory} -o BUNDLE)" if _is_checkpoint(directory) else ""
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{build}")
     with BundleFile(directory, MANIFEST) as file:
         if file.size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {file.size} bytes (allowed: up to {MAX_MANIFEST_BYTES})")
@@ -237,7 +242,8 @@ def _read_manifest(directory: Path) -> Manifest:
             raise BundleError(f"{path}: schema = {version} (supported: {SCHEMA}): a newer moevlm made it")
         if version < SCHEMA:
             raise BundleError(
-                f"{path}: schema = {version} (supported: {SCHEMA}): build it again from its checkpoint (moevlm build)"
+                f"{path}: schema = {version} (supported: {SCHEMA}): an older moevlm made it; build it again: "
+                f"moevlm build CHECKPOINT -o {directory} --force"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

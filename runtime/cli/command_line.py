@@ -22,7 +22,7 @@ _ORDER = ("doctor", "build", "inspect", "parity", "run", "bench")
 # Help of options that commands share.
 THREADS = "Use N threads.  [default: one for each core, within a container's CPU quota]"
 CACHE_MEMORY = (
-    "Keep what requests need between steps in at most so much memory, such as 800M or 1.5G.  "
+    "Most memory for what requests keep between steps, such as keys and values: 800M, 1.5G.  "
     "[default: a quarter of what is free]"
 )
 SPINNING = "Keep waiting threads awake for half a millisecond: faster, and takes the cores from other processes."

@@ -32,6 +32,8 @@ class TerminalChat:
 
     def add_image(self, path: Path) -> None:
         """To the next message. Raises RequestError for what is no file."""
+        if not path.name:
+            raise RequestError("which image? /image FILE")
         if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             raise RequestError(f"image {shown(str(path))} does not exist or is no file")
         self._images.append(path)
@@ -72,7 +74,10 @@ class TerminalChat:
                 self._send(line)
 
     def _send(self, text: str) -> None:
-        """A message that is refused, or whose answer is interrupted, is not part of the conversation."""
+        """A message that is refused, or whose answer is interrupted, is not part of the conversation.
+
+        Images of a refused one are dropped: one of them may be why, and would be in the way of the next message, too.
+        """
         content = [*({"type": "image", "image": path} for path in self._images), {"type": "text", "text": text}]
         messages = [*self._messages, {"role": "user", "content": content if self._images else text}]
         try:
@@ -80,5 +85,10 @@ class TerminalChat:
         except KeyboardInterrupt:
             self._say("\n(stopped; the message and what there was of the answer are forgotten)")
             return
+        except RequestError as error:
+            if not self._images:
+                raise
+            self._images = []
+            raise RequestError(f"{error} (the message and its images are forgotten)") from None
         self._messages = [*messages, {"role": "assistant", "content": reply}]
         self._images = []

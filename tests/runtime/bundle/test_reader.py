@@ -124,7 +124,10 @@ def test_no_changed_bit_of_the_manifest_goes_unnoticed(demo: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=1, model={}), ["schema = 1", "supported: 2", "build it again", "moevlm build"]),
+        (
+            lambda m: m.update(schema=1, model={}),
+            ["schema = 1", "supported: 2", "build it again", "moevlm build CHECKPOINT -o", "--force"],
+        ),
         (lambda m: m.update(schema=3, colour="red"), ["schema = 3", "supported: 2", "a newer moevlm made it"]),
         (lambda m: m.pop("schema"), ["schema"]),
         (lambda m: m.pop("engines"), ["engines"]),

@@ -28,7 +28,7 @@ class Terminal:
     def answer(self, messages: list[dict[str, Any]]) -> str:
         self.asked.append(messages)
         match messages[-1]["content"]:
-            case "too long":
+            case "too long" | [*_, {"text": "too long"}]:
                 raise RequestError("the prompt is too long")
             case "stop":
                 raise KeyboardInterrupt
@@ -81,6 +81,7 @@ def test_images_go_with_the_next_message_and_no_further(tmp_path: Path) -> None:
         ("/image absent.png", "error: image 'absent.png' does not exist"),
         (f"/image {'a' * 300}.png", "error: image 'aaa"),
         ("/image ~nobody-has-this-name/a.png", "error: image '~nobody"),
+        ("/image", "error: which image?"),
         ("/nonsense", "error: unknown command"),
         ("too long", "error: the prompt is too long"),
     ],
@@ -90,6 +91,13 @@ def test_a_mistake_is_said_and_forgotten(line: str, said: str) -> None:
     terminal = Terminal(line, "one").chat()
     assert terminal.said[0].startswith(said)
     assert terminal.asked[-1] == [user("one")]
+
+
+def test_images_of_a_refused_message_are_not_in_the_way_of_the_next(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    terminal = Terminal("one", f"/image {tmp_path / 'a.png'}", "too long", "two").chat()
+    assert terminal.said[-1] == "error: the prompt is too long (the message and its images are forgotten)"
+    assert terminal.asked[-1] == [user("one"), assistant("answer 1"), user("two")]
 
 
 def test_an_interrupted_answer_is_forgotten_and_an_interrupt_at_the_prompt_does_not_leave() -> None:
