@@ -39,7 +39,7 @@ def bench() -> None:
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="Length of the random prompt, in tokens.",
+    help="Tokens of the random text; those of the image come on top.",
 )
 @click.option(
     "--new-tokens",
