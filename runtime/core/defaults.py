@@ -9,5 +9,5 @@ MAX_IMAGE_PIXELS = 50_000_000
 LARGE_IMAGE_TOKENS = 2048  # an image of more is told on a terminal before it is encoded
 CACHE_SHARE = 0.25  # of the memory that is free when an engine was loaded, for what requests keep between steps
 FEATURE_MEMORY = 256 << 20  # bytes, for features of images that come again
-WAITING = 256  # requests that wait for their first step
+WAITING = 256  # requests that wait for their first token
 AHEAD = 32  # pieces that wait for a client before its request is left out of steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Items
@@ -36,7 +37,7 @@ class AsyncEngine:
     """
 
     def __init__(self, runtime: Runtime, *, waiting: int = defaults.WAITING, ahead: int = defaults.AHEAD) -> None:
-        """waiting: the most requests that wait for their first step. ahead: the most pieces that wait for a client."""
+        """waiting: the most requests that wait for their first token. ahead: the most pieces that wait for a client."""
         require_positive("waiting", waiting)
         require_positive("ahead", ahead)
         self._runtime, self._waiting, self._ahead = runtime, waiting, ahead
@@ -50,6 +51,7 @@ class AsyncEngine:
             target=runtime.loop.serve, args=(self._stop,), name="moevlm engine", daemon=True
         )
         self._thread.start()
+        atexit.register(self._end)  # a thread that is within the engine when the process ends aborts it
 
     async def generate(
         self,
@@ -63,7 +65,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[Piece, None]:
         """Pieces of an answer, as `Runtime.generate` yields them; closing the iterator or cancelling its task ends it.
 
-        deadline: seconds from now, after which DeadlineExceeded is raised. Images are decoded in a thread.
+        deadline: seconds from now, up to 1e9, after which DeadlineExceeded is raised. Images are decoded in a thread.
         Raises RequestError, QueueFull, EngineError, and Cancelled if the engine is closed meanwhile.
         """
         if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline <= _MAX_SECONDS):
@@ -116,11 +118,8 @@ class AsyncEngine:
         except TimeoutError:
             pass
         finally:  # the task that closes may have been cancelled itself
-            for sequence in self._news:
-                sequence.cancellation.cancel()
-            self._stop.set()  # the thread ends what was cancelled before it stops
-            self._runtime.loop.wake()
-        await asyncio.to_thread(self._thread.join)
+            self._cancel()
+        await asyncio.to_thread(self._end)
 
     async def __aenter__(self) -> Self:
         return self
@@ -128,9 +127,24 @@ class AsyncEngine:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def _cancel(self) -> None:
+        """End all requests, then the thread."""
+        for sequence in tuple(self._news):
+            sequence.cancellation.cancel()
+        self._stop.set()  # the thread ends what was cancelled before it stops
+        self._runtime.loop.wake()
+
+    def _end(self) -> None:
+        """Return when the thread has ended."""
+        self._cancel()
+        self._thread.join()
+        atexit.unregister(self._end)
+
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("this engine was closed")
+        if asyncio.get_running_loop() is not self._events:
+            raise EngineError("this engine was made in another event loop (allowed: one engine for each)")
 
     def _told(self, sequences: Items[Sequence]) -> None:
         """From the thread that steps: these have a piece more, or have ended."""

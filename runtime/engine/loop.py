@@ -59,7 +59,7 @@ class EngineLoop:
         """
         with self._changed:
             self._scheduler.check(sequence)
-            count = self._scheduler.waiting + len(self._arrived)
+            count = self._scheduler.queued + len(self._arrived)
             if waiting is not None and count >= waiting:
                 raise QueueFull(f"{count} requests wait already (allowed: {waiting})")
             self._arrived.append(sequence)

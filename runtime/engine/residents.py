@@ -31,6 +31,11 @@ class Residents:
         self._arrivals = 0
         self.preemptions = 0  # so far
 
+    @property
+    def queued(self) -> int:
+        """How many wait for their first token; others go on, or their readers do not read."""
+        return sum(not sequence.generated for sequence in tuple(self.waiting))
+
     def check(self, sequence: Sequence) -> None:
         """Raises RequestError for a sequence that the whole pool cannot hold."""
         most = (self.pool.pages - 1) * self.pool.page_size
@@ -40,8 +45,8 @@ class Residents:
     def add(self, sequence: Sequence, waiting: int | None) -> None:
         """See Scheduler.add."""
         self.check(sequence)
-        if waiting is not None and len(self.waiting) >= waiting:
-            raise QueueFull(f"{len(self.waiting)} requests wait already (allowed: {waiting})")
+        if waiting is not None and self.queued >= waiting:
+            raise QueueFull(f"{self.queued} requests wait already (allowed: {waiting})")
         self._arrivals += 1
         sequence.number, sequence.status = self._arrivals, "waiting"
         self.waiting.append(sequence)

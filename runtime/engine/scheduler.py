@@ -62,6 +62,11 @@ class Scheduler:
         return len(self._all.waiting)
 
     @property
+    def queued(self) -> int:
+        """Sequences without pages that wait for their first token."""
+        return self._all.queued
+
+    @property
     def running(self) -> int:
         """Sequences with pages."""
         return len(self._all.running)

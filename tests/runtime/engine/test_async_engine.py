@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -257,6 +261,62 @@ def test_an_engine_whose_closing_is_cancelled_stops_all_the_same(runtime: Runtim
         assert not service._thread.is_alive()
 
     run(body)
+
+
+def test_an_engine_is_of_one_event_loop(runtime: Runtime) -> None:
+    async def body() -> None:
+        async with AsyncEngine(runtime) as service:
+
+            def elsewhere() -> None:
+                with pytest.raises(EngineError, match="another event loop"):
+                    asyncio.run(read(service, 0))
+
+            await asyncio.to_thread(elsewhere)
+            assert await read(service, 0) == alone(PROMPTS[0], 20, params(0))
+
+    run(body)
+
+
+def test_requests_whose_clients_do_not_read_leave_the_queue_to_others(engine: PagedEngine) -> None:
+    runtime = paged_runtime(engine, pages=14)
+
+    async def body() -> None:
+        async with AsyncEngine(runtime, waiting=1, ahead=1) as service:
+            streams = [service.generate(prompt_of(PROMPTS[n]), params=params(n)) for n in (0, 7, 6)]
+            begun = [list((await anext(stream)).token_ids) for stream in streams]
+            for n in (7, 6, 5):  # each takes the pages of those before it
+                assert await read(service, n) == alone(PROMPTS[n], 20, params(n))
+            for n, stream, made in zip((0, 7, 6), streams, begun, strict=True):
+                made += [token async for piece in stream for token in piece.token_ids]
+                assert made == alone(PROMPTS[n], 20, params(n))
+
+    run(body)
+
+
+def test_a_process_that_ends_while_a_step_runs_is_not_aborted(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import asyncio, time\n"
+        "from tests.runtime.engine.test_async_engine import *\n"
+        "engine = PagedEngine(LIMITS)\n"
+        "def slow(step, cancellation):\n"
+        "    with cancellation.stopping(lambda: print('stopped')):\n"
+        "        while len(engine.steps) > 5 and not cancellation.cancelled:\n"
+        "            time.sleep(0.001)\n"
+        "engine.before = slow\n"
+        "async def main():\n"
+        "    service = AsyncEngine(paged_runtime(engine))\n"
+        "    stream = service.generate(prompt_of(PROMPTS[0]), params=params(0))\n"
+        "    await anext(stream)\n"
+        "    while len(engine.steps) < 6:\n"
+        "        await asyncio.sleep(0.001)\n"
+        "    return stream\n"
+        "stream = asyncio.new_event_loop().run_until_complete(main())\n"
+        "raise SystemExit(3)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60, env=environment)
+    assert (ended.returncode, ended.stdout) == (3, "stopped\n"), ended.stderr
 
 
 def test_a_bug_beside_the_engine_is_told_to_every_client(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
