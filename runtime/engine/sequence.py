@@ -107,8 +107,12 @@ class Sequence:
 
     @property
     def paused(self) -> bool:
-        """Whether its reader is so far behind that no more pieces are made."""
-        return len(self.pieces) >= self.ahead
+        """Whether its reader is so far behind that no more pieces are made.
+
+        Where it has no pages, until half is read: all of its tokens are computed again then, for more than one piece.
+        """
+        most = self.ahead if self.status == "running" else max(self.ahead / 2, 1)
+        return len(self.pieces) >= most
 
     def ids(self, start: int, stop: int) -> np.ndarray:
         """Tokens of places start to stop, [stop - start] int64."""

@@ -408,6 +408,24 @@ def test_a_reader_that_does_not_read_stops_its_own_sequence_alone():
     assert made == alone(tuple(range(5, 25)), 20, SamplingParams())
 
 
+def test_slow_readers_in_a_small_pool_have_little_computed_again():
+    house = House(pages=16, page=4)
+    params = SamplingParams(seed=1, temperature=1.0, ignore_eos=True)
+    slow = [Sequence(prompt_of([5 + n, *range(6, 20)]), params, Ending(40), ahead=16) for n in range(3)]
+    for sequence in slow:
+        house.scheduler.add(sequence)
+    made: list[list[int]] = [[] for _ in slow]
+    while any(sequence.status != "ended" or sequence.pieces for sequence in slow):
+        for _ in range(5):  # steps while a reader takes a piece
+            house.step()
+        for n, sequence in enumerate(slow):
+            if sequence.pieces:
+                made[n] += sequence.pieces.popleft().token_ids
+    for n, tokens in enumerate(made):
+        assert tokens == alone((5 + n, *range(6, 20)), 40, params)
+    assert sum(step.tokens for step in house.engine.steps) < 3 * 3 * (15 + 40)
+
+
 def test_readers_that_do_not_read_keep_no_state_row_from_others():
     house = House(pages=100, page=4, rows=3)
     lazy = [sequence_of([5 + n, 6], 20, ahead=1) for n in range(2)]
