@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +18,7 @@ from moevlm.runtime import load
 from moevlm.runtime.core.errors import Cancelled
 from moevlm.runtime.core.manifest import VisionMetadata
 from moevlm.runtime.engine.answer import Answer
+from moevlm.runtime.engine.async_engine import AsyncEngine
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
@@ -158,38 +159,38 @@ def test_cancelling_one_request_leaves_others_alone() -> None:
     assert ids + _ids(list(other)) == expected
 
 
-def example() -> dict[str, Any]:
-    """The functions that docs/requests.md shows for a service."""
-    code = re.search(r"```python\n(import asyncio\n.*?)```", (ROOT / "docs/requests.md").read_text(), re.DOTALL)
+def documented_client() -> Callable[[AsyncEngine, str], Coroutine[Any, Any, str]]:
+    """The function that docs/service.md shows for a client."""
+    code = re.search(
+        r"```python\n(import asyncio\n.*?)async def main", (ROOT / "docs/service.md").read_text(), re.DOTALL
+    )
     assert code is not None
     names: dict[str, Any] = {}
     exec(code[1], names)
-    return names
+    return names["client"]
 
 
 def test_a_client_that_leaves_ends_the_step_that_runs() -> None:
-    engine = Waiting()
+    engine, ask = Waiting(), documented_client()
 
     async def served() -> None:
-        async def read() -> None:
-            async for _ in await example()["respond"](_runtime(engine), _text("hi")):
-                pass
+        async with AsyncEngine(_runtime(engine)) as service:
+            client = asyncio.create_task(ask(service, "hi"))
+            assert await asyncio.to_thread(engine.entered.wait, 60)
+            client.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await client
 
-        client = asyncio.create_task(read())
-        assert await asyncio.to_thread(engine.entered.wait, 60)
-        client.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await client
-
-    asyncio.run(served())  # waits for its threads
+    asyncio.run(served())
     assert is_free(engine)
 
 
 def test_the_documented_lines_for_a_service_give_the_whole_answer() -> None:
     async def served() -> str:
-        return "".join([text async for text in await example()["respond"](_runtime(), _text("hi"))])
+        async with AsyncEngine(_runtime()) as service:
+            return await documented_client()(service, "hi")
 
-    expected = "".join(piece.text for piece in _runtime().generate(_text("hi")))
+    expected = "".join(piece.text for piece in _runtime().generate(_text("hi"), seed=1))
     assert asyncio.run(served()) == expected != ""
 
 
