@@ -37,7 +37,7 @@ class EngineLoop:
         self._engine, self._scheduler, self._packer = engine, scheduler, packer
         self._encoder, self._features = encoder, features
         self._changed = threading.Condition()  # of all that follows, and of every sequence's pieces and status
-        self._stepping: int | None = None  # the thread that does
+        self._stepping: int | None = None  # the thread that does, or that changes the scheduler between two steps
         self._visitors = 0  # threads that want the scheduler between two steps: they go before the next step
         self._arrived: deque[Sequence] = deque()
 
@@ -87,8 +87,8 @@ class EngineLoop:
     def step(self) -> None:
         """Step once for all, for a caller that waits for no piece."""
         with self._turn() as news:
-            with self._between_steps():
-                self._stepping = threading.get_ident()
+            with self._changed:
+                self._take_turn()
             self._step(news)
 
     def take(self, sequence: Sequence) -> Piece:
@@ -124,17 +124,20 @@ class EngineLoop:
     def leave(self, sequence: Sequence) -> None:
         """End a sequence, wherever it is, and return when no step computes it any more and its pages are free.
 
-        From within a step, as a signal handler or a destructor may come, it ends with that step.
+        From within a step or another call of this, as a signal handler or a destructor may come, it ends with that.
         """
         sequence.cancellation.cancel()
-        with self._changed:
+        if self._stepping == threading.get_ident():
+            return
+        with self._turn() as news, self._changed:
             while self._stepping is not None and sequence.status != "ended":
-                if self._stepping == threading.get_ident():
-                    return
                 self._changed.wait()
-            if sequence in self._arrived:
-                self._arrived.remove(sequence)
-            self._scheduler.remove(sequence)
+            if sequence.status != "ended":
+                self._stepping = threading.get_ident()
+                if sequence in self._arrived:
+                    self._arrived.remove(sequence)
+                self._scheduler.remove(sequence)
+                news += self._scheduler.sweep(monotonic())
             sequence.pieces.clear()
             self._changed.notify_all()
 
@@ -142,14 +145,23 @@ class EngineLoop:
     def _between_steps(self) -> Iterator[None]:
         """No step runs within the block, nor another before it."""
         with self._changed:
-            self._visitors += 1
+            self._take_turn()
             try:
-                while self._stepping is not None:
-                    self._changed.wait()
                 yield
             finally:
-                self._visitors -= 1
+                self._stepping = None
                 self._changed.notify_all()
+
+    def _take_turn(self) -> None:
+        """Be the next that steps."""
+        self._visitors += 1
+        try:
+            while self._stepping is not None:
+                self._changed.wait()
+            self._stepping = threading.get_ident()
+        finally:
+            self._visitors -= 1
+            self._changed.notify_all()
 
     @property
     def _busy(self) -> bool:

@@ -287,6 +287,47 @@ def test_an_interrupt_at_any_place_changes_no_other_answer() -> None:
     assert count > 20
 
 
+def left_at(line: int) -> bool:
+    """One request is closed while another is, as by a destructor that comes at any line. Returns whether it was."""
+    runtime = paged_runtime(PagedEngine(LIMITS), pages=40)
+    first = expected(PROMPTS[0])[0]
+    one, other = (runtime.generate(prompt_of(prompt), **FORCED) for prompt in (PROMPTS[0], (*PROMPTS[0], first)))
+    for answer in (one, other) * 2:  # both have the same tokens
+        next(answer)
+    lines = iter(range(line + 1))
+    closed = False
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal closed
+        if Path(frame.f_code.co_filename).name not in BOOKKEEPING:
+            return None
+        if event == "line" and next(lines, None) == line:
+            sys.settrace(None)
+            closed = True
+            other.close()
+        return trace
+
+    sys.settrace(trace)
+    try:
+        one.close()
+    finally:
+        sys.settrace(None)
+    other.close()
+    assert ids(list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))) == expected(PROMPTS[0])
+    assert runtime.loop.used_pages == 0
+    runtime.forget()
+    pool = runtime.loop._scheduler._all.pool
+    assert sorted(pool._free) == list(range(1, pool.pages))
+    return closed
+
+
+def test_a_destructor_at_any_place_loses_no_page() -> None:
+    line = 0
+    while left_at(line):
+        line += 1
+    assert line > 30
+
+
 def picture(seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 24, 3), np.uint8))
 
