@@ -41,6 +41,7 @@ type: setup
 
 bench: setup
 	$(BIN)/python -m bench.cpu_bench --json bench/results/cpu.json
+	$(BIN)/python -m bench.serve_bench build/bench/1B.group32.moevlm --target cpu:int4 --json bench/results/serve.json
 
 # Not in .venv: $(PYTHON) has torch, triton and numpy for this machine's GPU. There may be no network.
 gpu-check:

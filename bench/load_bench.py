@@ -1,6 +1,6 @@
 """What loading an engine costs: seconds; peak memory after a prompt, and how much of it is not the mapped file.
 
-    python -m bench.load_bench build/bench/1B.block32.moevlm --target cpu:int4
+    python -m bench.load_bench build/bench/1B.group32.moevlm --target cpu:int4
 
 In this process, so one engine at a time. `make bench` leaves that bundle behind.
 """

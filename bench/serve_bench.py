@@ -1,6 +1,6 @@
 """Many clients of one engine: what they get together, what a long prompt costs the others, and what is known before.
 
-    python -m bench.serve_bench build/bench/1B.block32.moevlm --target cpu:int4 [--json FILE]
+    python -m bench.serve_bench build/bench/1B.group32.moevlm --target cpu:int4 [--json FILE]
 
 A closed loop over AsyncEngine: each client sends its next request when it has read the answer to the last. In this
 process alone; `make bench` leaves that bundle behind.
