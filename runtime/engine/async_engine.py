@@ -8,11 +8,10 @@ import threading
 from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Items
 from contextlib import suppress
-from time import monotonic
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import Cancelled, EngineError, RequestError, require_positive, shown
+from moevlm.runtime.core.errors import Cancelled, EngineError, require_positive
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.sequence import Sequence
 from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.messages import Message
     from moevlm.runtime.request.prompt import Prompt
-
-_MAX_SECONDS = 10**9  # longer than any process lives, and still a time that the system can wait for
 
 
 class AsyncEngine:
@@ -68,10 +65,6 @@ class AsyncEngine:
         deadline: seconds from now, up to 1e9, after which DeadlineExceeded is raised. Images are decoded in a thread.
         Raises RequestError, QueueFull, EngineError, and Cancelled if the engine is closed meanwhile.
         """
-        if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline <= _MAX_SECONDS):
-            allowed = f"seconds, above 0 and up to {_MAX_SECONDS}"
-            raise RequestError(f"unsupported value deadline = {shown(deadline)} (allowed: {allowed})")
-        ends = None if deadline is None else monotonic() + deadline
         self._require_open()
         sequence = await asyncio.to_thread(
             self._runtime.sequence,
@@ -80,7 +73,7 @@ class AsyncEngine:
             template_options=template_options,
             max_image_tokens=max_image_tokens,
             ahead=self._ahead,
-            deadline=ends,
+            deadline=deadline,
             **options,
         )
         self._require_open()

@@ -27,7 +27,7 @@ from moevlm.runtime.engine.pages import PagePool
 from moevlm.runtime.engine.pool_size import SEQUENCES, PoolSize
 from moevlm.runtime.engine.prompt_image import PromptImage
 from moevlm.runtime.engine.protocol import Engine, VisualFeatures
-from moevlm.runtime.engine.request_checks import check_stops, chosen_params
+from moevlm.runtime.engine.request_checks import check_stops, chosen_params, end_of
 from moevlm.runtime.engine.scheduler import Scheduler
 from moevlm.runtime.engine.sequence import AHEAD, Ending
 from moevlm.runtime.engine.sequence import Sequence as Request
@@ -132,6 +132,7 @@ class Runtime:
         params: SamplingParams | None = None,
         template_options: Mapping[str, Any] | None = None,
         max_image_tokens: int | None = None,
+        deadline: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Answer:
         """Stream the assistant's answer.
@@ -139,14 +140,20 @@ class Runtime:
         params: exactly how; by default `sampling`, with which the model was released. Options are fields of
         SamplingParams, on top: temperature=0 is greedy.
 
-        template_options, max_image_tokens: see `prompt`.
+        template_options, max_image_tokens: see `prompt`. deadline: seconds from now, after which the answer ends by
+        DeadlineExceeded.
         The request is checked and its images are decoded here, before the first piece is asked for: RequestError.
         max_new_tokens is cut to what the context leaves. Closing the answer, or an exception in it, frees its cache.
         Other requests of this runtime that run at the same time take part in the same steps; a piece may be made while
         the reader is at the one before.
         """
         request = self.sequence(
-            messages, params=params, template_options=template_options, max_image_tokens=max_image_tokens, **options
+            messages,
+            params=params,
+            template_options=template_options,
+            max_image_tokens=max_image_tokens,
+            deadline=deadline,
+            **options,
         )
         return Answer(self._stream(request), request.meter, request.cancellation)
 
@@ -155,11 +162,13 @@ class Runtime:
         requests: Sequence[Sequence[Message] | Prompt],
         *,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
+        deadline: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> list[Completion]:
         """Whole answers, in the order of the requests, which share steps.
 
-        requests: messages or ready prompts. params, options: as in `generate`, of all requests or one each.
+        requests: messages or ready prompts. params, options: as in `generate`, of all requests or one each. deadline:
+        of all of them, as in `generate`.
         All requests are checked before the first step: RequestError. An error that ends one ends all.
         """
         each = [params] * len(requests) if params is None or isinstance(params, SamplingParams) else list(params)
@@ -168,7 +177,7 @@ class Runtime:
         started: list[Request] = []
         try:
             for messages, chosen in zip(requests, each, strict=True):
-                started.append(self.sequence(messages, params=chosen, ahead=math.inf, **options))
+                started.append(self.sequence(messages, params=chosen, ahead=math.inf, deadline=deadline, **options))
             for request in started:
                 self.loop.add(request)
             return [Completion.of(list(self._pieces(request))) for request in started]
@@ -187,7 +196,8 @@ class Runtime:
         deadline: float | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Request:
-        """A request for `loop`: see `generate` and Sequence. deadline: on the clock of time.monotonic()."""
+        """A request for `loop`: see `generate` and Sequence."""
+        ends = end_of(deadline)
         chosen = chosen_params(params, self.sampling, options)
         check_stops(chosen, self.tokenizer)
         if isinstance(messages, Prompt):
@@ -216,7 +226,7 @@ class Runtime:
         if self.tokenizer is not None:
             text = StreamDecoder(self.tokenizer, chosen.stop, chosen.skip_special_tokens)
         eos = frozenset() if chosen.ignore_eos else frozenset(self.model.eos_token_ids)
-        ending = Ending(min(chosen.max_new_tokens, room), eos, text, deadline)
+        ending = Ending(min(chosen.max_new_tokens, room), eos, text, ends)
         return Request(prompt, chosen, ending, images, ahead=ahead)
 
     def forget(self) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from time import monotonic
 
 from moevlm.runtime.core.errors import RequestError, one_line, shown
 from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
+
+MAX_SECONDS = 10**9  # longer than any process lives, and still a time that the system can wait for
 
 
 def chosen_params(params: SamplingParams | None, otherwise: SamplingParams, options: SamplingOptions) -> SamplingParams:
@@ -31,3 +34,15 @@ def check_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> None:
                 f"unsupported value stop = {shown(stop)} (allowed: a special token alone, or text without one: "
                 "they are left out of the text)"
             )
+
+
+def end_of(deadline: float | None) -> float | None:
+    """On the clock of time.monotonic, from now. Raises RequestError."""
+    if deadline is None:
+        return None
+    number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
+    if not (number and 0 < deadline <= MAX_SECONDS):  # written so that NaN fails
+        raise RequestError(
+            f"unsupported value deadline = {shown(deadline)} (allowed: seconds, above 0 and up to {MAX_SECONDS})"
+        )
+    return monotonic() + deadline

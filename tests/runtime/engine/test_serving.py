@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from moevlm.runtime import AsyncEngine, Runtime, SamplingParams, load
-from moevlm.runtime.core.errors import Cancelled, DeadlineExceeded, EngineError
+from moevlm.runtime.core.errors import Cancelled, DeadlineExceeded, EngineError, RequestError
 from moevlm.runtime.core.states import page_bytes
 from moevlm.runtime.engine.answer import Completion, Piece
 
@@ -195,6 +195,18 @@ def test_a_client_that_leaves_and_one_that_is_late(runtime: Runtime, alone: list
             return Completion.of([piece async for piece in staying])
 
     assert_same(runtime, asyncio.run(serve()), alone[2])
+    assert runtime.loop.used_pages == 0
+
+
+def test_a_deadline_in_seconds_ends_plain_answers_too(runtime: Runtime) -> None:
+    with pytest.raises(DeadlineExceeded):
+        list(runtime.generate(messages(0), params=params(0, 400), deadline=0.05))
+    with pytest.raises(DeadlineExceeded):
+        runtime.generate_many([messages(0), messages(1)], params=params(0, 400), deadline=0.05)
+    for wrong in (0, -1, float("nan"), "1", True):
+        with pytest.raises(RequestError, match=r"^unsupported value deadline = "):
+            runtime.generate(messages(0), deadline=wrong)  # type: ignore[arg-type]
+    assert len(runtime.generate_many([messages(0)], params=params(0), deadline=60)[0].token_ids) > 0
     assert runtime.loop.used_pages == 0
 
 
