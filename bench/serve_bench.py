@@ -174,7 +174,8 @@ def counted(runtime: Runtime, spent: list[float]) -> Iterator[None]:
 def share(runtime: Runtime) -> float:
     """What scheduling, packing and sampling take of the time between two decode steps of CLIENTS sequences."""
     bare = Runtime(runtime.model, None, None, runtime.engine, cache_memory=MEMORY)  # without a tokenizer
-    requests = [bare.sequence(prompt_of(bare, PAST, n), params=params(NEW), ahead=inf) for n in range(CLIENTS)]
+    tokens = NEW + CLIENTS * PAST // MIXED_TOKENS  # the first still runs when the last has read its prompt
+    requests = [bare.sequence(prompt_of(bare, PAST, n), params=params(tokens), ahead=inf) for n in range(CLIENTS)]
     for request in requests:
         bare.loop.add(request)
     while any(len(request.generated) < 2 for request in requests):
