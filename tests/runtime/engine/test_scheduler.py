@@ -359,7 +359,7 @@ def test_a_prompt_is_read_in_small_chunks_beside_decodes_and_in_large_ones_alone
     first.cancellation.cancel()
     house.scheduler.sweep(0)
     (part,) = house.schedule()
-    assert (part.start, part.stop) == (96, 196)  # 49 pages: at most 100 tokens more, and whole pages
+    assert (part.start, part.stop) == (3 * MIXED_TOKENS, 172)  # 43 pages: at most 100 tokens more, and whole pages
 
 
 def test_prompts_on_an_engine_whose_rows_depend_on_the_step_are_cut_and_shared_at_fixed_places():
