@@ -14,7 +14,7 @@ from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
 QUICK_IMAGES, QUICK_STEPS = (0, 1), 8
-# Kernels of attention take keys in blocks of 128 and 256, and cut a longer cache into pieces that they join.
+# Attention takes keys in blocks of 256, and joins the results of several.
 LONG_PROMPT = 270
 _SIDE = 5  # the largest side of an image, in visual tokens
 

@@ -46,7 +46,8 @@ class Row:
         self.asked = 0
         self.logits = logits
         order = np.lexsort((np.arange(len(logits)), -logits))[:count]
-        total = np.float32(np.logaddexp.reduce(logits.astype(np.float64)))
+        with np.errstate(invalid="ignore"):  # of logits that are not usable
+            total = np.float32(np.logaddexp.reduce(logits.astype(np.float64)))
         self.candidates = CandidateRow(logits[order], order.astype(np.int32), float(total), len(logits), self._ask)
 
     def _ask(self) -> np.ndarray:
