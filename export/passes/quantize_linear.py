@@ -1,37 +1,21 @@
 """Projections on ONNX Runtime's kernel for quantized weights."""
 
-from collections.abc import Iterator
-
 import onnx_ir as ir
 
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.ort_packing import packed
 from moevlm.export.graph.weights import initializer, weight_of
-from moevlm.export.passes.base import CONTRIB, NodePass, left, replaced_routers, substitute
-from moevlm.export.passes.pack_projections import is_projection
+from moevlm.export.passes.base import CONTRIB, substitute
+from moevlm.export.passes.projection_pass import ProjectionPass
 
 # The kernel may round activations to int8 per group: twice the speed of level 0 and an error below the weights' own.
 ACCURACY_LEVEL = 4
 
 
-class QuantizeLinear(NodePass):
+class QuantizeLinear(ProjectionPass):
     """Gemm -> com.microsoft::MatMulNBits."""
 
     domain = CONTRIB
-
-    def __init__(self, scheme: IntFormat) -> None:
-        self.scheme = scheme
-
-    def requires(self, model: ir.Model) -> Iterator[str]:
-        """The moevlm routers are still there."""
-        yield from replaced_routers(model)
-
-    def ensures(self, model: ir.Model) -> Iterator[str]:
-        """Of the Gemms with stored weights, only routers' are left."""
-        yield from left(model, "that project", is_projection)
-
-    def matches(self, node: ir.Node) -> bool:
-        return is_projection(node)
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, weight, *bias = node.inputs

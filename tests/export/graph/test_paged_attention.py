@@ -11,8 +11,8 @@ from onnx.reference import ReferenceEvaluator
 from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION, paged_attention_function
 from moevlm.export.parity.measures import relative_error
 from moevlm.plugins.ops.attention import attention
-from moevlm.plugins.ops.attention_variants import ATTENTIONS, STEPS, AttentionVariant, attention_inputs
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, attributes
+from tests.support.attention_variants import ATTENTIONS, STEPS, AttentionVariant, attention_inputs
 
 TOLERANCE = 2e-6  # the body is float32, the spec float64
 Array = np.ndarray

@@ -13,8 +13,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
 from moevlm.plugins.ops.attention import attention, rms_norm, rotate, segment_attention
-from moevlm.plugins.ops.attention_variants import ATTENTIONS, PAGE, STEPS, AttentionVariant, attention_inputs
 from moevlm.plugins.ops.spec import AttentionSpec
+from tests.support.attention_variants import ATTENTIONS, PAGE, STEPS, AttentionVariant, attention_inputs
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "attention.json").read_text())
 GOLDEN_TOLERANCE = 1e-6  # goldens hold 7 digits

@@ -5,31 +5,17 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
-from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, left, replaced_routers, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
+from moevlm.export.passes.projection_pass import ProjectionPass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
-class CpuLinear(NodePass):
+class CpuLinear(ProjectionPass):
     """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it."""
 
     domain = CPU
-
-    def __init__(self, scheme: IntFormat) -> None:
-        self.scheme = scheme
-
-    def requires(self, model: ir.Model) -> Iterator[str]:
-        """The moevlm routers are still there."""
-        yield from replaced_routers(model)
-
-    def ensures(self, model: ir.Model) -> Iterator[str]:
-        """Of the Gemms with stored weights, only routers' are left."""
-        yield from left(model, "that project", is_projection)
-
-    def matches(self, node: ir.Node) -> bool:
-        return is_projection(node)
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, weight, *bias = node.inputs

@@ -12,8 +12,8 @@ from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.plugins.ops.attention import attention
-from moevlm.plugins.ops.attention_variants import AttentionVariant
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, attributes
+from tests.support.attention_variants import AttentionVariant
 
 CAPACITY = 24
 TOLERANCE = 2e-6  # float32 against float64

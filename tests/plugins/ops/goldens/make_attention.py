@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from moevlm.plugins.ops.attention import attention
-from moevlm.plugins.ops.attention_variants import ATTENTIONS, STEPS, attention_inputs
+from tests.support.attention_variants import ATTENTIONS, STEPS, attention_inputs
 
 FILE = Path(__file__).parent / "attention.json"
 SEED = 20
