@@ -9,8 +9,8 @@ from contextlib import ExitStack
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, DeviceMemory
+from moevlm.runtime.backends.tensorrt.expert_memory import ExpertMemory, expert_weights
 from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
-from moevlm.runtime.bundle.safetensors import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import EngineError
@@ -21,7 +21,6 @@ from moevlm.runtime.engine.step import Step
 
 PREFILL, DECODE = 0, 1  # profiles
 ACTIVATIONS = ("bfloat16", "float16", "float32")
-UPLOAD_BYTES = 32 << 20  # of each of the two buffers that expert weights go through
 
 Bindings = dict[str, tuple[int, tuple[int, ...]]]  # address and shape
 
@@ -61,9 +60,11 @@ class Decoder:
         self._fixed: Bindings = {}
         self._resources = ExitStack()
         try:
-            weights = _weights(plan, experts, model, self._cache_shapes)
+            weights = expert_weights(plan, _weight_inputs(plan, model, self._cache_shapes), experts)
             self._require_what_was_said()
-            self._fixed = self._upload(weights)
+            memory = ExpertMemory(self._device, weights)
+            self._resources.callback(memory.free)
+            self._fixed = {name: (address, plan.inputs[name]) for name, address in memory.addresses.items()}
             self._blank = self._allocate_blank()
             self._prefill = plan.execution(PREFILL)
             self._resources.callback(self._prefill.close)
@@ -160,35 +161,6 @@ class Decoder:
             if any(a < b for a, b in zip(most, wanted, strict=True)):
                 raise EngineError(f"{plan.name} takes {name} up to {most}, manifest.json says {wanted}")
 
-    def _upload(self, weights: dict[str, np.ndarray]) -> Bindings:
-        """Expert weights, once for all contexts: from the mapped file through two pinned buffers in turn."""
-        places, end = {}, 0
-        for name, data in weights.items():
-            places[name] = end
-            end += -(-len(data) // ALIGNMENT) * ALIGNMENT
-        if not weights:
-            return {}
-        memory = self._device.allocate(end)
-        self._resources.callback(memory.free)
-        with ExitStack() as stack:
-            buffers = []
-            for _ in range(2):
-                buffer = self._device.allocate_host(min(UPLOAD_BYTES, end))
-                stack.callback(buffer.free)
-                buffers.append((buffer, stack.enter_context(self._device.event())))
-            stack.callback(self._device.synchronize)  # before the buffers go
-            turn = 0
-            for name, data in weights.items():
-                for start in range(0, len(data), UPLOAD_BYTES):
-                    piece = data[start : start + UPLOAD_BYTES]
-                    buffer, copied = buffers[turn % 2]
-                    copied.wait()
-                    buffer.array[: len(piece)] = piece
-                    self._device.copy_in(memory.address + places[name] + start, buffer.address, len(piece))
-                    copied.record()
-                    turn += 1
-        return {name: (memory.address + places[name], self._plan.inputs[name]) for name in weights}
-
     def _allocate_blank(self) -> Bindings:
         """One row of zeros that no visual_index points at, for steps without images."""
         hidden = self._model.hidden
@@ -249,10 +221,8 @@ def plan_arrays(step: Step) -> dict[str, np.ndarray]:
     return batch | {"cache_position": step.context_len.astype(np.int64), "logits_index": step.logits_index}
 
 
-def _weights(
-    plan: Plan, experts: MappedFile | None, model: ModelMetadata, caches: Iterable[str]
-) -> dict[str, np.ndarray]:
-    """Bytes of every input of the plan that is no part of a step and no cache. Raises EngineError."""
+def _weight_inputs(plan: Plan, model: ModelMetadata, caches: Iterable[str]) -> list[str]:
+    """Every input of the plan that is no part of a step and no cache. Raises EngineError for those that it lacks."""
     ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
     step = {"input_ids", "visual_embeds", "visual_index", *ropes, "cache_position", "logits_index"}
     for names, given, kind in (
@@ -261,18 +231,4 @@ def _weights(
     ):
         if missing := sorted(set(names) - set(given)):
             raise EngineError(f"{plan.name} has no {kind} {missing[0]}")
-    wanted = [name for name in plan.inputs if name not in {*step, *caches, "deepstack_embeds"}]
-    if not wanted:
-        return {}
-    if experts is None:
-        raise EngineError(f"{plan.name} has an input {wanted[0]}, and manifest.json names no file with expert weights")
-    tensors = open_tensors(experts)
-    for name in wanted:
-        if name not in tensors:
-            raise EngineError(f"{plan.name} has an input {name}, which {experts.path.name} does not have")
-        if len(tensors[name].data) != plan.size(name):
-            raise EngineError(
-                f"{plan.name} takes {plan.size(name)} bytes for {name} {plan.inputs[name]}, "
-                f"{experts.path.name} has {len(tensors[name].data)}"
-            )
-    return {name: tensors[name].data for name in wanted}
+    return [name for name in plan.inputs if name not in {*step, *caches, "deepstack_embeds"}]

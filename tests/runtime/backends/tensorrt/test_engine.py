@@ -176,7 +176,7 @@ def test_expert_weights_are_uploaded_once_for_all_profiles_and_pages(bundle, gpu
 
 @pytest.mark.usefixtures("gpu")
 def test_weights_larger_than_the_upload_buffers_arrive_whole(bundle, reference, monkeypatch) -> None:
-    monkeypatch.setattr("moevlm.runtime.backends.tensorrt.decoder.UPLOAD_BYTES", 1000)
+    monkeypatch.setattr("moevlm.runtime.backends.tensorrt.expert_memory.UPLOAD_BYTES", 1000)
     with load_runtime(bundle, TARGET) as runtime:
         assert answer(runtime, TWO_IMAGES) == answer(reference, TWO_IMAGES)
 
