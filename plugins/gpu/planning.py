@@ -84,18 +84,18 @@ class _Experts:
                 "few_gate_up",
                 (_tiles(op.inner, gate_up), rows, ONE),
                 ("x", "expert_index", "expert_weight", *self._weights("gate_up"), self.INNER, "tokens"),
-                self._gate_up_constants() | {"PADDED_K": _power(op.top_k)},
+                self._gate_up_constants() | {"EXPERTS": op.experts, "PADDED_K": _power(op.top_k)},
                 gate_up,
             )
         ]
-        sides = {"SCALES_INPUT": op.spec.weight_on == "input"}
+        routing = {"EXPERTS": op.experts, "TOP_K": op.top_k}
         if max_tokens == 1:
             steps.append(
                 self._launch(
                     "single_down",
                     (_tiles(op.hidden, down), ONE, ONE),
                     (self.INNER, "expert_index", "expert_weight", *self._weights("down"), "y"),
-                    self._constants() | sides | {"TOP_K": op.top_k},
+                    self._constants() | routing | {"SCALES_INPUT": op.spec.weight_on == "input"},
                     down,
                 )
             )
@@ -105,7 +105,7 @@ class _Experts:
                 "few_down",
                 (_tiles(op.hidden, down), rows, ONE),
                 (self.INNER, "expert_index", *self._weights("down"), self.ROWS_OUT, "tokens"),
-                self._constants() | {"TOP_K": op.top_k, "PADDED_K": _power(op.top_k)},
+                self._constants() | routing | {"PADDED_K": _power(op.top_k)},
                 down,
             )
         )
@@ -126,7 +126,7 @@ class _Experts:
                 "count_rows",
                 (by_rows, ONE, ONE),
                 ("expert_index", self.COUNTS, "tokens"),
-                {"TOP_K": op.top_k, "STEP": ROWS_STEP},
+                shape | {"TOP_K": op.top_k, "STEP": ROWS_STEP},
             ),
             self._launch(
                 "start_rows",

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moevlm.plugins.gpu.plan import Plan
+from tests.plugins.gpu import guarded_memory
 
 Result = TypeVar("Result")
 
 
 class Interpreter:
-    """Runs plans on numpy arrays."""
+    """Runs plans on numpy arrays; raises OutOfBounds where a kernel touches anything but its arguments."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
@@ -36,7 +37,7 @@ def interpreter() -> Iterator[Interpreter]:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(os.getpid).result()  # it has the environment of now
+            pool.submit(guarded_memory.install).result()  # it has the environment of now
             _restore(before)
             yield Interpreter(pool)
     finally:

@@ -173,6 +173,31 @@ def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Inter
     np.testing.assert_array_equal(z, y[order])
 
 
+@pytest.mark.parametrize("weights", ["", "int4"])
+@pytest.mark.parametrize("tokens", [1, 6, 20])
+def test_an_index_of_any_content_reads_and_writes_nothing_out_of_bounds(
+    triton_interpreter: Interpreter, tokens: int, weights: str
+) -> None:
+    op = ExpertsOp(SILU, 5, 3, hidden=40, inner=24, dtype="float16", weights=weights, has_biases=True)
+    inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
+    wrong = np.random.randint(-(1 << 31), 1 << 31, (tokens, 3)).astype(np.int32)
+    wrong[:, 1] = np.random.choice([-1, 5, 6, np.iinfo(np.int32).max, np.iinfo(np.int32).min], tokens)
+    (y,) = triton_interpreter.run(plan(op, 80), inputs | {"expert_index": wrong})
+    assert y.shape == (tokens, op.hidden)
+
+
+def test_the_nearest_expert_takes_an_index_that_names_none(triton_interpreter: Interpreter) -> None:
+    op = ExpertsOp(SILU, 5, 1, hidden=40, inner=24, dtype="float16")
+    for tokens in (1, 6, 20):
+        inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
+        wrong = np.random.choice([-7, -1, 5, 1 << 30], (tokens, 1)).astype(np.int32)
+        outputs = [
+            triton_interpreter.run(plan(op, 80), inputs | {"expert_index": index})[0]
+            for index in (wrong, wrong.clip(0, 4))
+        ]
+        np.testing.assert_array_equal(*outputs)
+
+
 def test_inputs_that_differ_from_the_plan_are_refused(triton_interpreter: Interpreter) -> None:
     op = ExpertsOp(SILU, 5, 2, hidden=32, inner=16, dtype="float16")
     inputs = draw_inputs(op, 3, 0)

@@ -26,6 +26,12 @@ def matmul(x, w, y, n, BLOCK: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
+def gather(x, index, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + tl.load(index + i, mask=i < n, other=0), mask=i < n), mask=i < n)
+
+
+@triton.jit
 def never(x, y, BLOCK: tl.constexpr):
     tl.static_assert(BLOCK < 0, "this kernel never compiles")
     tl.store(y, tl.load(x))

@@ -8,16 +8,18 @@ where one does, as the router lets a token whose logits are not numbers, its own
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
 from moevlm.plugins.gpu.kernels.moe.products import add_product, down_tile, gate_up_tile, load_rows
 
 
 @triton.jit
-def rows_of(index, e, tokens, TOP_K: tl.constexpr, PADDED_K: tl.constexpr, BM: tl.constexpr):
+def rows_of(index, e, tokens, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, PADDED_K: tl.constexpr, BM: tl.constexpr):
     """For each token, its row that goes to expert e; a large number if none does: [BM]."""
     token = tl.arange(0, BM)[:, None]
     slot = tl.arange(0, PADDED_K)[None, :]
-    chosen = tl.load(index + token * TOP_K + slot, mask=(token < tokens) & (slot < TOP_K), other=-1)
-    return tl.min(tl.where(chosen == e, token * TOP_K + slot, 1 << 30), 1)
+    real = (token < tokens) & (slot < TOP_K)
+    chosen = nearest_expert(tl.load(index + token * TOP_K + slot, mask=real, other=0), EXPERTS)
+    return tl.min(tl.where(real & (chosen == e), token * TOP_K + slot, 1 << 30), 1)
 
 
 @triton.jit
@@ -30,6 +32,7 @@ def few_gate_up(
     bias,
     inner,  # [T * k, I], written
     tokens,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     PADDED_K: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -48,8 +51,8 @@ def few_gate_up(
     NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    e = tl.load(index + tl.program_id(1))
-    row = rows_of(index, e, tokens, TOP_K, PADDED_K, BM)
+    e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
+    row = rows_of(index, e, tokens, EXPERTS, TOP_K, PADDED_K, BM)
     if tl.min(row, 0) != tl.program_id(1):
         return
     mask = row < tokens * TOP_K
@@ -75,6 +78,7 @@ def few_down(
     bias,
     out,  # [T * k, H], written
     tokens,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     PADDED_K: tl.constexpr,
     HIDDEN: tl.constexpr,
@@ -88,8 +92,8 @@ def few_down(
     NATIVE_FP8: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    e = tl.load(index + tl.program_id(1))
-    row = rows_of(index, e, tokens, TOP_K, PADDED_K, BM)
+    e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
+    row = rows_of(index, e, tokens, EXPERTS, TOP_K, PADDED_K, BM)
     if tl.min(row, 0) != tl.program_id(1):
         return
     mask = row < tokens * TOP_K
@@ -111,6 +115,7 @@ def single_down(
     scale,
     bias,
     y,  # [1, H], written: the sum over the token's experts
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
@@ -135,7 +140,7 @@ def single_down(
     acc = tl.zeros([BM, BN], tl.float32)  # of one expert; all but the first row are zeros
     total = tl.zeros([BM, BN], tl.float32)
     # Read one step ahead: weights that wait for an index read in their own step are copied ahead less far.
-    e = tl.load(index)
+    e = nearest_expert(tl.load(index), EXPERTS)
     factor = tl.load(weight)
     for step in range(TOP_K * STEPS):
         part = step % STEPS
@@ -151,12 +156,13 @@ def single_down(
         total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)
         acc = tl.where(last, 0.0, acc)
         after = tl.minimum((step + 1) // STEPS, TOP_K - 1)
-        e = tl.load(index + after)
+        e = nearest_expert(tl.load(index + after), EXPERTS)
         factor = tl.load(weight + after)
     out = tl.sum(total, 0)
     if HAS_BIASES:
         for j in tl.static_range(TOP_K):
-            value = tl.load(bias + tl.load(index + j).to(tl.int64) * HIDDEN + n).to(tl.float32)
+            chosen = nearest_expert(tl.load(index + j), EXPERTS).to(tl.int64)
+            value = tl.load(bias + chosen * HIDDEN + n).to(tl.float32)
             if not SCALES_INPUT:
                 value *= tl.load(weight + j)
             out += value

@@ -6,18 +6,22 @@ The order of rows inside an expert is left to chance: each row's numbers depend 
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
+
 
 @triton.jit
 def count_rows(
     index,  # [T, k] int32
     counts,  # [2, E] int32, zeroed: how many rows go to each expert, and how many of them have been placed
     tokens,
+    EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     STEP: tl.constexpr,
 ):
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = row < tokens * TOP_K
-    tl.atomic_add(counts + tl.load(index + row, mask=mask, other=0), 1, mask=mask)
+    expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
+    tl.atomic_add(counts + expert, 1, mask=mask)
 
 
 @triton.jit
@@ -52,7 +56,7 @@ def place_rows(
 ):
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = row < tokens * TOP_K
-    expert = tl.load(index + row, mask=mask, other=0)
+    expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
     place = tl.atomic_add(counts + EXPERTS + expert, 1, mask=mask)
     position = tl.load(starts + expert, mask=mask, other=0) + place
     tl.store(rows + position, row, mask=mask)
