@@ -23,6 +23,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from moevlm.runtime.core import defaults
+from moevlm.runtime.core.experts_in import DEVICE
 
 if TYPE_CHECKING:
     from moevlm.runtime.core.errors import (
@@ -88,6 +89,7 @@ def load(
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     max_image_tokens: int | None = None,
     cache_memory: int | None = None,
+    experts_in: str = DEVICE,
 ) -> Runtime:
     """Open a bundle, check the hashes of everything that will be used, and load one engine.
 
@@ -101,13 +103,15 @@ def load(
     16,384 tokens, of which a photo from a phone takes most; a request may ask for less.
     cache_memory: bytes for what requests keep between steps. Without it a quarter of the memory that is free, and never
     more than 32 requests of full length can use. It is taken as it is first used.
+    experts_in: of an engine on a GPU with less memory than the model needs: "host" leaves the experts' weights in the
+    memory of the host, where the GPU reads them over its link, which is slow; "host:N" those of N layers.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or
     without that engine, and EngineError for an engine that does not load here.
     """
     from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
 
-    options = LoadOptions(threads, spinning, chunk_tokens, max_image_pixels, max_image_tokens, cache_memory)
+    options = LoadOptions(threads, spinning, chunk_tokens, max_image_pixels, max_image_tokens, cache_memory, experts_in)
     return load_runtime(path, target, options)
 
 

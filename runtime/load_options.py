@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, require_positive, shown
+from moevlm.runtime.core.experts_in import DEVICE, require_experts_in
 from moevlm.runtime.perf.process_limits import cores
 
 
@@ -20,6 +21,7 @@ class LoadOptions:
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS
     max_image_tokens: int | None = None
     cache_memory: int | None = None
+    experts_in: str = DEVICE
 
     def __post_init__(self) -> None:
         require_cores(self.threads)
@@ -29,11 +31,12 @@ class LoadOptions:
                 require_positive(name, value)
         if not isinstance(self.spinning, bool):
             raise RequestError(f"unsupported value spinning = {shown(self.spinning)} (allowed: true or false)")
+        require_experts_in(self.experts_in)
 
     @property
     def engine(self) -> EngineOptions:
         """Those of the engine alone."""
-        return EngineOptions(self.threads, self.spinning)
+        return EngineOptions(self.threads, self.spinning, self.experts_in)
 
 
 def require_cores(threads: int | None) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import Misfit
+from moevlm.runtime.core.experts_in import DEVICE
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.protocol import Engine
@@ -20,10 +21,14 @@ from moevlm.runtime.engine.step import EngineLimits
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is loaded. threads, spinning: of engines on the CPU, see `moevlm.runtime.load`."""
+    """How an engine is loaded, see `moevlm.runtime.load`. threads, spinning: of engines on the CPU.
+
+    experts_in: of engines on a GPU.
+    """
 
     threads: int | None = None
     spinning: bool = True
+    experts_in: str = DEVICE
 
 
 class KernelsReport(msgspec.Struct, frozen=True):

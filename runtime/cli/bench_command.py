@@ -10,6 +10,7 @@ import click
 
 from moevlm.runtime.cli.command_line import (
     CACHE_MEMORY,
+    EXPERTS_IN,
     SPINNING,
     THREADS,
     OutputFile,
@@ -19,6 +20,7 @@ from moevlm.runtime.cli.command_line import (
     require_apart,
 )
 from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.core.experts_in import DEVICE
 
 if TYPE_CHECKING:
     from moevlm.runtime.perf.latency_report import BenchReport
@@ -68,6 +70,7 @@ def bench() -> None:
 @click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
+@click.option("--experts-in", metavar="PLACE", default=DEVICE, help=EXPERTS_IN)
 @click.option("--json", "output", type=OutputFile(), help="Write the results to this file, too; - prints only them.")
 @click.option("--plot", type=OutputFile(), help="Draw a roofline of the stages into this PNG file.")
 def latency(
@@ -80,6 +83,7 @@ def latency(
     threads: int | None,
     spinning: bool,
     cache_memory: int | None,
+    experts_in: str,
     output: Path | None,
     plot: Path | None,
 ) -> None:
@@ -102,7 +106,7 @@ def latency(
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
     engines = [select(opened, target) for target in targets or (None,)]
-    options = LoadOptions(threads, spinning, cache_memory=cache_memory)
+    options = LoadOptions(threads, spinning, cache_memory=cache_memory, experts_in=experts_in)
     context = min(backend_of(engine).limits(model, engine).max_context for _, engine in engines)
     _require_context(prompt_tokens, new_tokens, context)  # before they are made
     prompt = random_prompt(model, images, prompt_tokens, image_size)

@@ -25,6 +25,10 @@ CACHE_MEMORY = (
     "Most memory for what requests keep between steps, such as keys and values: 800M, 1.5G.  "
     "[default: a quarter of what is free]"
 )
+EXPERTS_IN = (
+    "On a GPU, where the experts' weights lie: device, host, or host:N for those of N layers. The GPU reads the host's "
+    "memory over its link, which is slow.  [default: device]"
+)
 SPINNING = "Keep waiting threads awake for half a millisecond: faster, and takes the cores from other processes."
 
 

@@ -11,6 +11,7 @@ import click
 
 from moevlm.runtime.cli.command_line import (
     CACHE_MEMORY,
+    EXPERTS_IN,
     SPINNING,
     THREADS,
     InputFile,
@@ -18,6 +19,7 @@ from moevlm.runtime.cli.command_line import (
     complete_target,
 )
 from moevlm.runtime.core import defaults
+from moevlm.runtime.core.experts_in import DEVICE
 
 if TYPE_CHECKING:
     from moevlm.runtime.cli.answer_printer import AnswerPrinter
@@ -95,6 +97,7 @@ if TYPE_CHECKING:
     help="Read at most N prompt tokens in one step.",
 )
 @click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
+@click.option("--experts-in", metavar="PLACE", default=DEVICE, help=EXPERTS_IN)
 @click.option(
     "--max-image-megapixels",
     metavar="X",
@@ -123,6 +126,7 @@ def run(
     spinning: bool,
     chunk_tokens: int,
     cache_memory: int | None,
+    experts_in: str,
     max_image_megapixels: float,
     max_image_tokens: int | None,
     verbose: bool,
@@ -169,7 +173,7 @@ def run(
                 load_runtime,
                 bundle,
                 name,
-                LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory),
+                LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory, experts_in=experts_in),
                 lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
             )
             runtime = background.call(load)

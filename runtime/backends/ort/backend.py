@@ -12,7 +12,8 @@ from moevlm.runtime.backends.ort.library import onnxruntime
 from moevlm.runtime.backends.ort.limits import limits_of
 from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import EngineError, Misfit, shown
+from moevlm.runtime.core.errors import EngineError, Misfit, RequestError, shown
+from moevlm.runtime.core.experts_in import DEVICE
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.engine.protocol import Engine
@@ -35,6 +36,8 @@ class OrtBackend:
         return limits_of(model, engine)
 
     def load(self, bundle: Bundle, name: str, options: EngineOptions, progress: Progress | None = None) -> Engine:
+        if options.experts_in != DEVICE:
+            raise RequestError(f"experts_in = {options.experts_in} has no effect on {name}: it is for engines on a GPU")
         engine = bundle.manifest.engines[name]
         vision, decoder = open_graphs(bundle, name, progress)
         return OrtEngine(

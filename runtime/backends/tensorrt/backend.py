@@ -12,7 +12,8 @@ from moevlm.runtime.backends.tensorrt.library import find_module
 from moevlm.runtime.backends.tensorrt.limits import limits_of
 from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import EngineError, Misfit
+from moevlm.runtime.core.errors import EngineError, Misfit, RequestError
+from moevlm.runtime.core.experts_in import host_layers
 from moevlm.runtime.core.gpus import gpu_text, sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.printable import bytes_text
@@ -60,12 +61,15 @@ class TensorRTBackend:
         self,
         bundle: Bundle,
         name: str,
-        options: EngineOptions,  # noqa: ARG002 - of engines on the CPU
+        options: EngineOptions,
         progress: Progress | None = None,
     ) -> Engine:
         from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
 
-        engine = bundle.manifest.engines[name]
+        engine, model = bundle.manifest.engines[name], bundle.manifest.model
+        host = host_layers(options.experts_in, sum(bool(layer.experts) for layer in model.layers))
+        if host and not _built(engine).experts:
+            raise RequestError(f"experts_in = {options.experts_in} has no effect on {name}: it has its experts inside")
         built, graphs = _built(engine), (engine.vision, engine.decoder)
         with opened_files(bundle, name, graphs, progress) as files:
             experts = files[built.experts].map() if built.experts else None
@@ -73,7 +77,7 @@ class TensorRTBackend:
         vision, decoder = (
             PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
         )
-        return TensorRTEngine(vision, decoder, experts, bundle.manifest.model, engine)
+        return TensorRTEngine(vision, decoder, experts, model, engine, host)
 
     def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:
         return plan_problems(bundle, engine, _built(engine))

@@ -99,6 +99,21 @@ class Device:
         """`size` bytes of pinned memory of the host, which copies to and from the device need to run beside it."""
         return HostMemory(self, int(self._call("cuMemHostAlloc", size, 0)), size)
 
+    def allocate_mapped(self, size: int) -> MappedMemory:
+        """`size` bytes of pinned memory of the host that kernels read over the GPU's link. Raises EngineError."""
+        flags = self._driver.CU_MEMHOSTALLOC_DEVICEMAP | self._driver.CU_MEMHOSTALLOC_PORTABLE
+        try:
+            address = int(self._call("cuMemHostAlloc", size, flags))
+        except EngineError as error:
+            raise EngineError(f"{error}: {size / 1e9:.2f} GB of the host's memory wanted, pinned") from error
+        memory = MappedMemory(self, address, size)
+        try:
+            memory.device_address = int(self._call("cuMemHostGetDevicePointer", address, 0))
+        except EngineError:
+            memory.free()
+            raise
+        return memory
+
     def copy_in(self, target: int, source: int, size: int) -> None:
         """Queue a copy of `size` bytes from pinned memory to the device."""
         self._call("cuMemcpyHtoDAsync", target, source, size, self._stream)
@@ -180,6 +195,12 @@ class HostMemory:
         address, self.address, self.array = self.address, 0, np.empty(0, np.uint8)
         if address:
             self._device._call("cuMemFreeHost", address)
+
+
+class MappedMemory(HostMemory):
+    """Pinned bytes of the host that are at `device_address` for kernels, too."""
+
+    device_address = 0
 
 
 class Event:

@@ -48,8 +48,9 @@ class Decoder:
         model: ModelMetadata,
         states: tuple[StateSpec, ...],
         metadata: TensorRTMetadata,
+        host_layers: int = 0,
     ) -> None:
-        """experts: a file whose hash was checked, if the plan needs one.
+        """experts: a file whose hash was checked, if the plan needs one. host_layers: see `ExpertMemory`.
 
         Raises EngineError if it or the plan is not what the metadata say.
         """
@@ -62,7 +63,7 @@ class Decoder:
         try:
             weights = expert_weights(plan, _weight_inputs(plan, model, self._cache_shapes), experts)
             self._require_what_was_said()
-            memory = ExpertMemory(self._device, weights)
+            memory = ExpertMemory(self._device, weights, host_layers)
             self._resources.callback(memory.free)
             self._fixed = {name: (address, plan.inputs[name]) for name, address in memory.addresses.items()}
             self._blank = self._allocate_blank()

@@ -50,8 +50,11 @@ class TensorRTEngine:
         experts: MappedFile | None,
         model: ModelMetadata,
         metadata: EngineMetadata,
+        host_layers: int = 0,
     ) -> None:
         """experts: a file whose hash was checked; None if the plan has all weights.
+
+        host_layers: how many sparse layers' experts stay in the host's memory.
 
         Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the metadata say.
         """
@@ -64,12 +67,19 @@ class TensorRTEngine:
         self._finalizer = weakref.finalize(self, _close, self._device, resources)
         try:
             with self._device:
-                self._open(resources, vision, decoder, experts)
+                self._open(resources, vision, decoder, experts, host_layers)
         except BaseException:
             self._finalizer()
             raise
 
-    def _open(self, resources: ExitStack, vision: PlanFile, decoder: PlanFile, experts: MappedFile | None) -> None:
+    def _open(
+        self,
+        resources: ExitStack,
+        vision: PlanFile,
+        decoder: PlanFile,
+        experts: MappedFile | None,
+        host_layers: int,
+    ) -> None:
         metadata, gpu = self._metadata, self._device.gpu
         if gpu.sm not in metadata.sms:
             raise EngineError(f"the engine needs {sms_text(metadata.sms, ' or ')}; {gpu.name} is sm{gpu.sm}")
@@ -90,7 +100,7 @@ class TensorRTEngine:
             resources.callback(scratch.free)
             for plan in plans:
                 plan.scratch = scratch
-        self._decoder = Decoder(plans[0], experts, self._model, self.states, metadata)
+        self._decoder = Decoder(plans[0], experts, self._model, self.states, metadata, host_layers)
         resources.callback(self._decoder.close)
         self._vision = _vision(plans[1])
         resources.callback(self._vision.close)

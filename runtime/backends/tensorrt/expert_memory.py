@@ -17,18 +17,26 @@ UPLOAD_BYTES = 32 << 20  # of each of the two buffers that expert weights go thr
 
 
 class ExpertMemory:
-    """Weights of experts where kernels read them, until `free`. addresses: on the device, by the engine's inputs.
+    """Weights of experts where kernels read them, until `free`. addresses: for kernels, by the engine's inputs.
 
     Made and freed inside the device's context.
     """
 
-    def __init__(self, device: Device, weights: Mapping[str, np.ndarray]) -> None:
-        """weights: bytes by name, as `expert_weights` gives them; none are allowed. Raises EngineError."""
+    def __init__(self, device: Device, weights: Mapping[str, np.ndarray], host_layers: int = 0) -> None:
+        """weights: bytes by name, as `expert_weights` gives them; none are allowed.
+
+        host_layers: the last so many layers stay in the host's memory, mapped, and kernels read them there. Raises
+        EngineError.
+        """
         self._device, self._resources = device, ExitStack()
         self.addresses: dict[str, int] = {}
+        layers = list(dict.fromkeys(map(_layer, weights)))
+        mapped = set(layers[len(layers) - host_layers :])
         try:
-            if weights:
-                self._upload(weights)
+            if here := {name: data for name, data in weights.items() if _layer(name) not in mapped}:
+                self._upload(here)
+            if there := {name: data for name, data in weights.items() if _layer(name) in mapped}:
+                self._map(there)
         except BaseException:
             self.free()
             raise
@@ -57,6 +65,16 @@ class ExpertMemory:
                     copied.record()
                     turn += 1
 
+    def _map(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Into pinned memory, one copy; the pages of the file are the system's to drop."""
+        places, size = _places(weights)
+        memory = self._device.allocate_mapped(size)
+        self._resources.callback(memory.free)
+        for name, data in weights.items():
+            place = places[name]
+            memory.array[place : place + len(data)] = data
+            self.addresses[name] = memory.device_address + place
+
     def free(self) -> None:
         self._resources.close()
 
@@ -81,6 +99,11 @@ def expert_weights(plan: Plan, names: Sequence[str], experts: MappedFile | None)
                 f"{experts.path.name} has {len(tensors[name].data)}"
             )
     return {name: tensors[name].data for name in names}
+
+
+def _layer(name: str) -> str:
+    """layers.3.feed_forward for layers.3.feed_forward.gate_up."""
+    return name.rpartition(".")[0]
 
 
 def _places(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:

@@ -87,8 +87,13 @@ def test_run_answers_on_the_gpu_by_default_as_on_the_cpu(bundle, tmp_path) -> No
         ours = call(*arguments)
         assert ours.status == 0, ours.err
         assert not gpu.held()
+        on_host = call(*arguments, "--experts-in", "host")
+        assert on_host.status == 0, on_host.err
+        assert not gpu.held()
     with fake_gpu(tmp_path, devices=0):
         theirs = call(*arguments, "--target", "reference")
+        refused = call(*arguments, "--target", "reference", "--experts-in", "host:1")
+        assert_refused(refused, "experts_in = host:1 has no effect on reference: it is for engines on a GPU")
         assert_refused(
             call(*arguments, "--target", "rtx"),
             f"no engine for this machine in {bundle}: it has {TARGET} (needs {gpu_text(86)} or {gpu_text(89)})",
@@ -97,7 +102,7 @@ def test_run_answers_on_the_gpu_by_default_as_on_the_cpu(bundle, tmp_path) -> No
         )
     found, expected = json.loads(ours.out), json.loads(theirs.out)
     assert (found["target"], expected["target"]) == (TARGET, "reference")
-    assert found["token_ids"] == expected["token_ids"]
+    assert found["token_ids"] == json.loads(on_host.out)["token_ids"] == expected["token_ids"]
 
 
 @pytest.mark.parametrize("refuses", [False, True])

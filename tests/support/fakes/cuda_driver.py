@@ -77,6 +77,8 @@ class Driver:
     CUstream_flags = real.CUstream_flags
     CUevent_flags = real.CUevent_flags
     CUstreamCaptureMode = real.CUstreamCaptureMode
+    CU_MEMHOSTALLOC_DEVICEMAP = real.CU_MEMHOSTALLOC_DEVICEMAP
+    CU_MEMHOSTALLOC_PORTABLE = real.CU_MEMHOSTALLOC_PORTABLE
 
     def __init__(self, sm: tuple[int, int] = (8, 9), devices: int = 1, total: int = 1 << 30) -> None:
         self.faults = Faults()
@@ -85,6 +87,8 @@ class Driver:
         self.retained = 0
         self.device: dict[int, np.ndarray] = {}
         self.host: dict[int, np.ndarray] = {}
+        self.host_total = 1 << 30  # bytes that may be pinned
+        self.mapped: dict[int, int] = {}  # address on the device of pinned memory that kernels may read, by the host's
         self.streams: dict[int, list[Work]] = {}
         self.events: dict[int, bool] = {}
         self.graphs: dict[int, list[Work]] = {}
@@ -108,8 +112,9 @@ class Driver:
         return {kind: count for kind, count in found.items() if count}
 
     def view(self, address: int, size: int) -> np.ndarray:
-        """Bytes of device memory; refuses what is not inside one allocation."""
-        for base, memory in self.device.items():
+        """Bytes that kernels may read; refuses what is not inside one allocation."""
+        mapped = {address: self.host[base] for base, address in self.mapped.items()}
+        for base, memory in (self.device | mapped).items():
             if base <= address and address + size <= base + len(memory):
                 return memory[address - base : address - base + size]
         raise AssertionError(f"{size} bytes at {address:#x} are not inside an allocation")
@@ -233,17 +238,28 @@ class Driver:
 
     @call(1)
     def cuMemHostAlloc(self, bytesize: int, Flags: int) -> Any:
-        assert Flags == 0
+        mapped = self.CU_MEMHOSTALLOC_DEVICEMAP | self.CU_MEMHOSTALLOC_PORTABLE
+        assert Flags in (0, mapped)
         if self._forbidden_in_capture() or not bytesize:
             return real.CUresult.CUDA_ERROR_INVALID_VALUE
         memory = np.full(bytesize, 0xFF, np.uint8)
+        if sum(map(len, self.host.values())) + bytesize > self.host_total:
+            return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
         self.host[memory.ctypes.data] = memory
+        if Flags == mapped:
+            self.mapped[memory.ctypes.data] = next(self._addresses)
         return memory.ctypes.data
+
+    @call(1)
+    def cuMemHostGetDevicePointer(self, p: int, Flags: int) -> Any:
+        assert Flags == 0
+        return real.CUdeviceptr(self.mapped[p])  # another number than on the host: nobody may mix them up
 
     @call()
     def cuMemFreeHost(self, p: Any) -> Any:
         self._drain()
         memory = self.host.pop(p)
+        self.mapped.pop(p, None)
         ctypes.memset(p, 0xFF, len(memory))  # whoever still looks sees NaN
 
     @call(2)

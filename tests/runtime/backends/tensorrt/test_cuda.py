@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes.util
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,34 @@ def test_too_little_memory_says_how_much_there_is(device, driver) -> None:
         EngineError, match=r"CUDA_ERROR_OUT_OF_MEMORY \(out of memory\): 5.00 GB wanted, 3.00 of 3.00 GB free on Fake"
     ):
         device.allocate(5_000_000_000)
+
+
+def test_mapped_memory_is_the_host_s_and_kernels_see_what_is_written_there(device, driver) -> None:
+    memory = device.allocate_mapped(1000)
+    assert memory.device_address not in (0, memory.address)
+    memory.array[:] = np.random.default_rng(2).integers(0, 256, 1000, np.uint8)
+    np.testing.assert_array_equal(driver.view(memory.device_address + 10, 900), memory.array[10:910])
+    assert not driver.device
+    memory.free()
+    memory.free()
+    with pytest.raises(AssertionError, match="not inside an allocation"):
+        driver.view(memory.device_address, 1)
+
+
+def test_too_little_host_memory_says_how_much_is_wanted(device, driver) -> None:
+    driver.host_total = 1000
+    wanted = (
+        "cuMemHostAlloc failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory): 0.50 GB of the host's memory wanted, pinned"
+    )
+    with pytest.raises(EngineError, match=re.escape(wanted)):
+        device.allocate_mapped(500_000_000)
+
+
+def test_mapped_memory_without_an_address_for_kernels_is_given_back(device, driver) -> None:
+    driver.faults.fail = "cuMemHostGetDevicePointer", 0
+    with pytest.raises(EngineError, match="cuMemHostGetDevicePointer failed"):
+        device.allocate_mapped(1000)
+    assert not driver.host
 
 
 def test_calls_outside_of_the_context_fail(driver) -> None:

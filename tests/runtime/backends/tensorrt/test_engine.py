@@ -174,6 +174,46 @@ def test_expert_weights_are_uploaded_once_for_all_profiles_and_pages(bundle, gpu
         assert copies() == 1
 
 
+@pytest.mark.parametrize("place", ["host:1", "host"])
+def test_experts_of_chosen_layers_are_read_from_the_host_s_memory(bundle, gpu, reference, place) -> None:
+    weights = load_file(bundle / EXPERTS)
+    layers = sorted({int(name.split(".")[1]) for name in weights})
+    expected = set(layers[-1:]) if place == "host:1" else set(layers)
+    assert len(layers) > 1
+    with load_runtime(bundle, TARGET, LoadOptions(experts_in=place)) as runtime:
+        assert answer(runtime, TWO_IMAGES) == answer(reference, TWO_IMAGES)
+        assert engine_of(runtime).graphs == "replayed"
+        for name, array in weights.items():
+            data, host = array.tobytes(), gpu.driver.host
+            here = sum(data in memory.tobytes() for memory in gpu.driver.device.values())
+            there = sum(data in host[address].tobytes() for address in gpu.driver.mapped)
+            assert (here, there) == ((0, 1) if int(name.split(".")[1]) in expected else (1, 0)), name
+    assert not gpu.held()
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("host:9", r"experts_in = host:9 \(allowed: up to host:\d, all sparse layers\)"),
+        ("host:0", "experts_in = 'host:0' .allowed: device, host, or host:N"),
+        ("disk", "experts_in = 'disk' .allowed: device, host, or host:N"),
+    ],
+)
+def test_a_place_for_experts_that_there_is_not_is_refused(bundle, place, reason) -> None:
+    with pytest.raises(RequestError, match=reason):
+        load_runtime(bundle, TARGET, LoadOptions(experts_in=place))
+
+
+def test_a_place_for_experts_is_refused_where_it_has_no_effect(bundle, copy, gpu) -> None:
+    with pytest.raises(RequestError, match="experts_in = host has no effect on reference: it is for engines on a GPU"):
+        load_runtime(bundle, "reference", LoadOptions(experts_in="host"))
+    edit_manifest(copy, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(experts=""))
+    with pytest.raises(RequestError, match="it has its experts inside"):
+        load_runtime(copy, TARGET, LoadOptions(experts_in="host"))
+    assert not gpu.held()
+
+
 @pytest.mark.usefixtures("gpu")
 def test_weights_larger_than_the_upload_buffers_arrive_whole(bundle, reference, monkeypatch) -> None:
     monkeypatch.setattr("moevlm.runtime.backends.tensorrt.expert_memory.UPLOAD_BYTES", 1000)
