@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moevlm.plugins.gpu.program import TOKENS, Tensor
+from moevlm.plugins.gpu.program import Sizes, Tensor
 from moevlm.runtime.core.dtypes import DTYPES
 
 SOURCES = Path(__file__).parents[1] / "plugins" / "tensorrt"
@@ -114,24 +114,20 @@ class Fields(ctypes.Structure):
     _fields_ = (("count", ctypes.c_int32), ("fields", ctypes.POINTER(Field)))
 
 
-def shape_of(tensor: Tensor, tokens: int) -> tuple[int, ...]:
-    """Its shape for so many tokens."""
-    return tuple(tokens if dim == TOKENS else dim for dim in tensor.shape)
-
-
 @dataclass(frozen=True)
 class Io:
-    """What a plugin is told of its inputs and outputs: those of a program, for T from `least` to `most`."""
+    """What a plugin is told of its inputs and outputs: those of a program, for sizes from `least` to `most`."""
 
     inputs: Sequence[DynamicTensorDesc]
     outputs: Sequence[DynamicTensorDesc]
 
     @classmethod
-    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor], least: int, most: int) -> Io:
-        """As the program has them."""
+    def of(cls, inputs: Sequence[Tensor], outputs: Sequence[Tensor], least: Sizes, most: Sizes | None = None) -> Io:
+        """As the program has them. most: as least where it is None."""
+        upper = least if most is None else most
 
         def described(tensors: Sequence[Tensor]) -> list[DynamicTensorDesc]:
-            return [DynamicTensorDesc.of(t.dtype, shape_of(t, least), shape_of(t, most)) for t in tensors]
+            return [DynamicTensorDesc.of(t.dtype, t.at(least), t.at(upper)) for t in tensors]
 
         return cls(described(inputs), described(outputs))
 
@@ -140,7 +136,7 @@ class Io:
         return _array(DynamicTensorDesc, self.inputs) + _array(DynamicTensorDesc, self.outputs)
 
     def at_most(self) -> tuple[list[TensorDesc], list[TensorDesc]]:
-        """As they are in an execution with the most tokens."""
+        """As they are in an execution of the largest sizes."""
 
         def fixed(tensors: Sequence[DynamicTensorDesc]) -> list[TensorDesc]:
             return [TensorDesc(t.max, t.desc.type, t.desc.format, t.desc.scale) for t in tensors]

@@ -298,7 +298,7 @@ print("numpy" in sys.modules, all(getattr(runtime, name).__name__ == name for na
         "moevlm.export.commands",
         "moevlm.export.formats.gpu_packing",
         "moevlm.export.formats.registry",
-        "moevlm.plugins.gpu.planning",
+        "moevlm.plugins.gpu.ops.experts",
     ],
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:

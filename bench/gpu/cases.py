@@ -9,8 +9,9 @@ from bench import variants
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import weight_format
-from moevlm.plugins.gpu.ops import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp, RouterOp
-from moevlm.plugins.gpu.plan import Plan
+from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec
@@ -45,9 +46,9 @@ def experts_ops(sm: int) -> list[ExpertsOp]:
     ]
 
 
-def token_counts(plan: Plan) -> list[int]:
-    """Numbers of tokens that use every variant of a plan, the last one beyond the others' limits."""
-    limits = [variant.max_tokens for variant in plan.variants]
+def token_counts(draft: Draft) -> list[int]:
+    """Numbers of tokens that use every variant of a draft, the last one beyond the others' limits."""
+    limits = [variant.max_tokens for variant in draft.variants]
     return sorted({1, 5, *limits[:-1], *(limit + 1 for limit in limits[:-1]), max([0, *limits[:-1]]) + BEYOND})
 
 

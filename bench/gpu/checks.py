@@ -24,9 +24,9 @@ from bench.gpu.cases import (
 from bench.gpu.driver import CubinRunner
 from bench.gpu.facts import launcher_missing
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.gpu.plan import Plan
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.router import route
 
 ROUTER_TOKENS = (1, 7, 300)
@@ -46,32 +46,32 @@ def check(op: Op, sm: int, device: str) -> dict[str, Any]:
     seed = secrets.randbelow(1 << 31)
     entry: dict[str, Any] = {"kind": "check", "op": describe(op), "seed": seed}
     try:
-        planned = plan(op, sm)
-        with _running(op, planned, device) as run:
+        draft = op.draft(sm)
+        with _running(op, draft, device) as run:
             if isinstance(op, ExpertsOp):
-                return entry | _experts(op, planned, run, seed, device)
+                return entry | _experts(op, draft, run, seed, device)
             return entry | _router(op, run, seed, device)
     except Exception as error:
         return entry | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 
 
 @contextmanager
-def _running(op: Op, planned: Plan, device: str) -> Iterator[Run]:
+def _running(op: Op, draft: Draft, device: str) -> Iterator[Run]:
     """What runs the op: Triton's launcher or, where a GPU's machine has none, the machine code that a program has."""
     if device == "cpu" or not launcher_missing():
-        yield lambda inputs: launch.run(planned, inputs)
+        yield lambda inputs: launch.run(draft, inputs)
         return
-    runner = CubinRunner(compile_program(op, [planned.sm]), planned.sm)
+    runner = CubinRunner(compile_program(op, [draft.sm]), draft.sm)
     try:
-        yield lambda inputs: runner.run(inputs, len(inputs[0]))
+        yield lambda inputs: runner.run(inputs)
     finally:
         runner.close()
 
 
-def _experts(op: ExpertsOp, planned: Plan, run: Run, seed: int, device: str) -> dict[str, Any]:
+def _experts(op: ExpertsOp, draft: Draft, run: Run, seed: int, device: str) -> dict[str, Any]:
     allowed = ALLOWED[op.dtype]
     found: dict[str, float] = {}
-    for tokens in token_counts(planned):
+    for tokens in token_counts(draft):
         for skewed in (False, True) if tokens >= SKEWED_FROM else (False,):
             inputs, expected = experts_case(op, tokens, seed, skewed)
             (y,) = run([tensor.to(device) for tensor in inputs])

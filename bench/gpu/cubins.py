@@ -22,8 +22,7 @@ from bench.gpu.cases import (
 from bench.gpu.driver import CubinRunner
 from bench.gpu.facts import launcher_missing
 from moevlm.plugins.gpu.compiler import compile_program, resources
-from moevlm.plugins.gpu.ops import ExpertsOp
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROUTERS = 6
 MOST_TOKENS = 1000
@@ -53,18 +52,18 @@ def inputs_of(op: Op, tokens: int, seed: int) -> list[torch.Tensor]:
 
 
 def compare(op: Op, sm: int) -> dict[str, Any]:
-    """Both ways for numbers of tokens that use every variant of the plan."""
+    """Both ways for numbers of tokens that use every variant of the draft."""
     seed = secrets.randbelow(1 << 31)
     entry: dict[str, Any] = {"kind": "cubins", "op": describe(op), "seed": seed}
     try:
-        program, planned = compile_program(op, [sm]), plan(op, sm)
+        program, draft = compile_program(op, [sm]), op.draft(sm)
         runner = CubinRunner(program, sm)
         worst, same = 0.0, True
-        for tokens in token_counts(planned):
+        for tokens in token_counts(draft):
             if tokens > MOST_TOKENS:
                 continue
             inputs = inputs_of(op, tokens, seed)
-            for ours, other in zip(runner.run(inputs, tokens), launch.run(planned, inputs), strict=True):
+            for ours, other in zip(runner.run(inputs), launch.run(draft, inputs), strict=True):
                 same &= bool(torch.equal(ours, other))
                 worst = max(worst, deviation(*(part.double().cpu().numpy() for part in (ours, other))))
         runner.close()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Fill, Image, Kernel, Program, Variant
+from moevlm.plugins.gpu.program import ALIGNMENT, SYMBOLS, Fill, Image, Kernel, Program, Sizes, Variant, sizes_of
 
 POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -40,27 +40,26 @@ class Call:
     arguments: tuple[ctypes.c_void_p | ctypes.c_int32, ...]
 
 
-def empty_outputs(program: Program, tokens: int, device: str = "cuda") -> list[torch.Tensor]:
+def empty_outputs(program: Program, sizes: Sizes, device: str = "cuda") -> list[torch.Tensor]:
     """A program's outputs, holding poison."""
     outputs = []
     for tensor in program.outputs:
-        shape = [tokens if length == TOKENS else length for length in tensor.shape]
-        outputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device=device))
+        outputs.append(torch.empty(tensor.at(sizes), dtype=getattr(torch, tensor.dtype), device=device))
         outputs[-1].view(torch.uint8).fill_(POISON)
     return outputs
 
 
-def resolve(variant: Variant, tokens: int, pointers: Pointers) -> list[Set | Call]:
-    """The variant's steps for so many tokens."""
+def resolve(variant: Variant, sizes: Sizes, pointers: Pointers) -> list[Set | Call]:
+    """The variant's steps for such sizes."""
     buffers, at = [], pointers.workspace
     for buffer in variant.buffers:
         buffers.append(at)
-        at += -(-buffer.at(tokens) // ALIGNMENT) * ALIGNMENT
+        at += -(-buffer.at(sizes) // ALIGNMENT) * ALIGNMENT
     places = {"input": pointers.inputs, "output": pointers.outputs, "workspace": buffers}
     steps: list[Set | Call] = []
     for step in variant.steps:
         if isinstance(step, Fill):
-            steps.append(Set(buffers[step.buffer], step.value, step.words.at(tokens)))
+            steps.append(Set(buffers[step.buffer], step.value, step.words.at(sizes)))
             continue
         arguments: list[ctypes.c_void_p | ctypes.c_int32] = []
         for argument in step.arguments:
@@ -69,8 +68,9 @@ def resolve(variant: Variant, tokens: int, pointers: Pointers) -> list[Set | Cal
             elif argument.kind == "null":
                 arguments.append(ctypes.c_void_p(None))
             else:
-                arguments.append(ctypes.c_int32(tokens if argument.kind == "tokens" else argument.index))
-        steps.append(Call(step.kernel, tuple(count.at(tokens) for count in step.grid), tuple(arguments)))
+                symbol = argument.kind == "symbol"
+                arguments.append(ctypes.c_int32(sizes[SYMBOLS[argument.index]] if symbol else argument.index))
+        steps.append(Call(step.kernel, tuple(count.at(sizes) for count in step.grid), tuple(arguments)))
     return steps
 
 
@@ -117,18 +117,19 @@ class CubinRunner:
             self._check(f"{kernel.shared} bytes of shared memory for {kernel.entry}", code)
         return function
 
-    def prepare(self, inputs: Sequence[torch.Tensor], tokens: int) -> "Prepared":
+    def prepare(self, inputs: Sequence[torch.Tensor]) -> "Prepared":
         """What runs the op on these inputs, as often as it is called, on the stream current then."""
-        variant = self._image.variant(tokens)
-        outputs = empty_outputs(self._program, tokens, self._device)
-        size = max(variant.workspace(tokens), 1)
+        sizes = sizes_of(self._program.inputs, [tuple(tensor.shape) for tensor in inputs])
+        variant = self._image.variant(sizes)
+        outputs = empty_outputs(self._program, sizes, self._device)
+        size = max(variant.workspace(sizes), 1)
         workspace = torch.full((size,), POISON, dtype=torch.uint8, device=self._device)
         pointers = Pointers([t.data_ptr() for t in inputs], [t.data_ptr() for t in outputs], workspace.data_ptr())
-        return Prepared(self, resolve(variant, tokens, pointers), outputs, (*inputs, workspace))
+        return Prepared(self, resolve(variant, sizes, pointers), outputs, (*inputs, workspace))
 
-    def run(self, inputs: Sequence[torch.Tensor], tokens: int) -> list[torch.Tensor]:
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The op's outputs; they and the workspace hold poison before."""
-        prepared = self.prepare(inputs, tokens)
+        prepared = self.prepare(inputs)
         prepared()
         if self._device == "cuda":
             torch.cuda.synchronize()

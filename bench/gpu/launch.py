@@ -1,4 +1,4 @@
-"""Runs a Plan through Triton: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
+"""Runs a Draft through Triton: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,9 @@ import torch
 from triton import knobs
 
 from moevlm.plugins.gpu import kernels
-from moevlm.plugins.gpu.plan import KernelSpec, Plan
-from moevlm.plugins.gpu.program import ALIGNMENT, TOKENS, Argument, Fill, Tensor, Variant
+from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.program import ALIGNMENT, SYMBOLS, Argument, Fill, Sizes, Tensor, chosen, sizes_of
 from moevlm.runtime.core.dtypes import DTYPES
-
-
-def variant_for(plan: Plan, tokens: int) -> Variant:
-    """The plan's first variant with room for so many tokens. Raises ValueError if none has."""
-    for variant in plan.variants:
-        if tokens <= variant.max_tokens:
-            return variant
-    raise ValueError(f"{tokens} tokens (allowed: up to {plan.variants[-1].max_tokens})")
 
 
 def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
@@ -28,23 +20,23 @@ def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) ->
     getattr(kernels, spec.function)[grid](*arguments, **constants, num_warps=spec.warps, num_stages=spec.stages)
 
 
-def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The op's outputs. inputs: as plan.inputs states them, all on one device.
+def run(draft: Draft, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The op's outputs. inputs: as draft.inputs states them, all on one device; those that it says are written are.
 
-    The workspace is what the plan asks for; it and the outputs start as garbage: every word is all ones. Raises
-    ValueError where an input is not of the stated dtype or shape.
+    The workspace is what the draft asks for; it and the outputs start as garbage: every word is all ones. Raises
+    ValueError where an input is not of the stated dtype or shape, or no variant holds.
     """
-    tokens = _check(plan.inputs, inputs)
+    sizes = _check(draft.inputs, inputs)
     device = inputs[0].device
-    outputs = [torch.empty(_shape(t, tokens), dtype=getattr(torch, t.dtype), device=device) for t in plan.outputs]
+    outputs = [torch.empty(t.at(sizes), dtype=getattr(torch, t.dtype), device=device) for t in draft.outputs]
     for output in outputs:
         output.view(torch.uint8).fill_(0xFF)
-    variant = variant_for(plan, tokens)
-    workspace = torch.full((variant.workspace(tokens),), 0xFF, dtype=torch.uint8, device=device)
+    variant = chosen(draft.variants, sizes)
+    workspace = torch.full((variant.workspace(sizes),), 0xFF, dtype=torch.uint8, device=device)
     buffers, offset = [], 0
     for size in variant.buffers:
-        buffers.append(workspace[offset : offset + size.at(tokens)])
-        offset += -(-size.at(tokens) // ALIGNMENT) * ALIGNMENT
+        buffers.append(workspace[offset : offset + size.at(sizes)])
+        offset += -(-size.at(sizes) // ALIGNMENT) * ALIGNMENT
 
     def value(argument: Argument, kind: str) -> Any:
         if argument.kind in ("input", "output"):
@@ -52,30 +44,25 @@ def run(plan: Plan, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if argument.kind == "workspace":
             buffer, dtype = buffers[argument.index], _DTYPES[kind]
             return buffer[: len(buffer) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return {"tokens": tokens, "null": None, "constant": argument.index}[argument.kind]
+        if argument.kind == "symbol":
+            return sizes[SYMBOLS[argument.index]]
+        return {"null": None, "constant": argument.index}[argument.kind]
 
     for step in variant.steps:
         if isinstance(step, Fill):
-            buffers[step.buffer].view(torch.int32)[: step.words.at(tokens)] = step.value
+            buffers[step.buffer].view(torch.int32)[: step.words.at(sizes)] = step.value
             continue
-        spec = plan.kernels[step.kernel]
+        spec = draft.kernels[step.kernel]
         arguments = [value(a, kind) for a, kind in zip(step.arguments, spec.types, strict=True)]
-        launch(spec, tuple(count.at(tokens) for count in step.grid), arguments)
+        launch(spec, tuple(count.at(sizes) for count in step.grid), arguments)
     return outputs
 
 
-_DTYPES = {DTYPES[name].pointer: getattr(torch, name) for name in ("int32", "float16", "bfloat16", "float32")}
+_DTYPES = {DTYPES[name].pointer: getattr(torch, name) for name in ("int8", "int32", "float16", "bfloat16", "float32")}
 
 
-def _shape(tensor: Tensor, tokens: int) -> tuple[int, ...]:
-    return tuple(tokens if n == TOKENS else n for n in tensor.shape)
-
-
-def _check(expected: Sequence[Tensor], given: Sequence[torch.Tensor]) -> int:
-    """The number of tokens."""
-    tokens = len(given[0])
+def _check(expected: Sequence[Tensor], given: Sequence[torch.Tensor]) -> Sizes:
     for tensor, stated in zip(given, expected, strict=True):
-        found, allowed = (str(tensor.dtype)[6:], tuple(tensor.shape)), (stated.dtype, _shape(stated, tokens))
-        if found != allowed or not tensor.is_contiguous():
-            raise ValueError(f"{stated.name}: {found[0]} {found[1]} (allowed: {allowed[0]} {allowed[1]}, contiguous)")
-    return tokens
+        if (found := str(tensor.dtype)[6:]) != stated.dtype or not tensor.is_contiguous():
+            raise ValueError(f"{stated.name}: {found} (allowed: {stated.dtype}, contiguous)")
+    return sizes_of(expected, [tuple(tensor.shape) for tensor in given])

@@ -18,7 +18,7 @@ from bench.gpu.limits import measure_limits
 from bench.gpu.shapes import LAYERS, TOKEN_COUNTS, Layer, Limits, operations, tensor_bytes, weight_bytes
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
 
 DECODE_TOKENS = 64  # up to which weights with fewer bits are timed
 TOLERANCE = 2e-2  # between two implementations that both round to 16 bits
@@ -130,12 +130,12 @@ def _times(
     limits: Limits,
 ) -> dict[str, Any]:
     routed = draw(layer, op.dtype, tokens, sets)
-    ours = [experts.prepare(inputs.experts(), tokens) for inputs in routed]
+    ours = [experts.prepare(inputs.experts()) for inputs in routed]
     seconds = median_seconds(ours)
     active = mean(inputs.index.unique().numel() for inputs in routed)
     entry = {
         "experts_seconds": seconds,
-        "router_seconds": median_seconds([router.prepare(inputs.router(), tokens) for inputs in routed]),
+        "router_seconds": median_seconds([router.prepare(inputs.router()) for inputs in routed]),
         "active": active,
         "bytes": weight_bytes(op, 1) * active,
         "operations": operations(op, tokens),

@@ -13,7 +13,7 @@ from bench.gpu.cases import ALLOWED, Op, describe, deviation, experts_case, expe
 from bench.gpu.driver import POISON, empty_outputs
 from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library, compiler
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.ops.router import route
 
@@ -45,7 +45,7 @@ def check(op: Op, library: PluginLibrary, sm: int) -> dict[str, Any]:
     try:
         program = compile_program(op, [sm])
         built = library.plugin(op.name, program.to_bytes())
-        profile = Io.of(program.inputs, program.outputs, 1, MOST_TOKENS)
+        profile = Io.of(program.inputs, program.outputs, {"T": 1}, {"T": MOST_TOKENS})
         built.configure(profile)
         plugin, size = built.attach(), built.workspace(profile)
         worst = max(_run(op, program, plugin, size, tokens, seed) for tokens in TOKENS)
@@ -60,10 +60,10 @@ def check(op: Op, library: PluginLibrary, sm: int) -> dict[str, Any]:
 
 def _run(op: Op, program: Program, plugin: Plugin, size: int, tokens: int, seed: int) -> float:
     """The worst deviation of a direct call and of a replayed graph, for inputs of their own."""
-    io = Io.of(program.inputs, program.outputs, tokens, tokens)
+    io = Io.of(program.inputs, program.outputs, {"T": tokens})
     cases = [_case(op, tokens, seed + i) for i in range(2)]
     inputs = [tensor.cuda() for tensor in cases[0][0]]
-    outputs = empty_outputs(program, tokens)
+    outputs = empty_outputs(program, {"T": tokens})
     workspace = torch.full((size + GUARD_BYTES,), POISON, dtype=torch.uint8, device="cuda")
     workspace[size:] = GUARD
     plugin.shape_change(io)

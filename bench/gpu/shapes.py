@@ -1,9 +1,11 @@
 """MoE layers as real models have them, and the fewest bytes and operations that one takes."""
 
+import math
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.gpu.program import TOKENS, Tensor
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
+from moevlm.plugins.gpu.program import Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.dtypes import DTYPES
 
@@ -58,10 +60,7 @@ TOKEN_COUNTS = tuple(1 << n for n in range(13))
 
 def tensor_bytes(tensor: Tensor, tokens: int) -> int:
     """Bytes of an op's input or output for so many tokens."""
-    size = DTYPES[tensor.dtype].bytes
-    for length in tensor.shape:
-        size *= tokens if length == TOKENS else length
-    return size
+    return math.prod(tensor.at({"T": tokens})) * DTYPES[tensor.dtype].bytes
 
 
 def weight_bytes(op: ExpertsOp, active: int) -> int:

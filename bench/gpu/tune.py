@@ -18,9 +18,8 @@ from bench.gpu.layers import SPARE_BYTES, draw, weight_sets
 from bench.gpu.shapes import LAYERS, Layer, tensor_bytes
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.compiler import compile_plans
-from moevlm.plugins.gpu.ops import ExpertsOp
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.compiler import compile_drafts
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.program import Program
 
 BITS = {"16": "", "8": "int8", "4": "int4"}
@@ -103,27 +102,27 @@ class _Tuner:
         candidates: Sequence[tuple[int, ...]],
     ) -> dict[tuple[int, ...], float]:
         """Seconds of the whole op by candidate, those left out that do not fit."""
-        plans = []
+        drafts = []
         for tile in candidates:
             used[projection] = list(tile)
-            plans.append(plan(op, self.sm, tokens))
+            drafts.append(op.draft(self.sm, tokens))
 
         def compiled(number: int) -> Program | None:
             try:
-                return compile_plans([plans[number]])
+                return compile_drafts([drafts[number]])
             except ValueError:  # too much shared memory, mostly
                 return None
 
         compiled(0)  # and with it the kernels that all of them share
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            programs = list(pool.map(compiled, range(len(plans))))
+            programs = list(pool.map(compiled, range(len(drafts))))
         inputs = draw(layer, op.dtype, tokens, weight_sets(op))
         seconds = {}
         for tile, program in zip(candidates, programs, strict=True):
             if program is None:
                 continue
             runner = CubinRunner(program, self.sm)
-            calls = [runner.prepare(each.experts(), tokens) for each in inputs]
+            calls = [runner.prepare(each.experts()) for each in inputs]
             seconds[tile] = median_seconds(calls, REPLAYS)
             runner.close()
         return seconds

@@ -17,7 +17,7 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moevlm.plugins.gpu.plan import KernelSpec
+from moevlm.plugins.gpu.draft import KernelSpec
 from moevlm.plugins.gpu.resources import measure
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)", re.DOTALL)

@@ -1,4 +1,4 @@
-"""From an op to its program: every kernel of its plans, compiled ahead of time. No GPU is needed."""
+"""From an op to its program: every kernel of its drafts, compiled ahead of time. No GPU is needed."""
 
 import base64
 import json
@@ -15,9 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from moevlm.plugins.gpu.devices import device
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.gpu.plan import KernelSpec, Plan
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, Variant
 from moevlm.plugins.gpu.resources import Resources
 from moevlm.runtime.core.progress import Stages, silent
@@ -33,36 +32,36 @@ class CompileError(ValueError):
     """A kernel that the compiler refused, or that asks for what a program cannot give it."""
 
 
-def compile_program(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Stages = silent) -> Program:
+def compile_program(op: KernelOp, sms: Iterable[int], progress: Stages = silent) -> Program:
     """The program of an op, with an image for each of the `sms`. The same kernel is compiled once in a process.
 
     Raises ValueError for a GPU that is not compiled for or lacks the op's dtype, or where a kernel is over the GPU's
     limits; CompileError, a ValueError, if one does not compile.
     """
-    return compile_plans(_plans(op, sms), progress=progress)
+    return compile_drafts(_drafts(op, sms), progress=progress)
 
 
-def resources(op: RouterOp | ExpertsOp, sms: Iterable[int], progress: Stages = silent) -> list[Resources]:
+def resources(op: KernelOp, sms: Iterable[int], progress: Stages = silent) -> list[Resources]:
     """What each kernel of `compile_program(op, sms)` takes, in order; compiles those that are not compiled yet."""
-    return [found for _, found in _compile(_tasks(_plans(op, sms), KERNELS), progress).values()]
+    return [found for _, found in _compile(_tasks(_drafts(op, sms), KERNELS), progress).values()]
 
 
-def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Stages = silent) -> Program:
-    """The program of one op's plans, at least one, each for another GPU. module: where the kernels are.
+def compile_drafts(drafts: Sequence[Draft], module: str = KERNELS, progress: Stages = silent) -> Program:
+    """The program of one op's drafts, at least one, each for another GPU. module: where the kernels are.
 
     Raises as `compile_program` does.
     """
-    first = plans[0]
-    for other in plans:
+    first = drafts[0]
+    for other in drafts:
         if (other.op, other.inputs, other.outputs) != (first.op, first.inputs, first.outputs):
-            raise ValueError(f"the plan for SM{other.sm} is of another op than that for SM{first.sm}")
+            raise ValueError(f"the draft for SM{other.sm} is of another op than that for SM{first.sm}")
         gpu = device(other.sm)
         for tensor in (*other.inputs, *other.outputs):
             if tensor.dtype == "bfloat16" and not gpu.bf16:
                 raise ValueError(f"{other.op}.{tensor.name} is bfloat16 on SM{gpu.sm} (allowed: float16, float32)")
-    compiled = _compile(_tasks(plans, module), progress)
+    compiled = _compile(_tasks(drafts, module), progress)
     images = []
-    for one in plans:
+    for one in drafts:
         specs = tuple(dict.fromkeys(one.kernels))
         kernels = tuple(compiled[module, spec, one.sm][0] for spec in specs)
         place = tuple(specs.index(spec) for spec in one.kernels)
@@ -70,12 +69,12 @@ def compile_plans(plans: Sequence[Plan], module: str = KERNELS, progress: Stages
     return Program(first.op, first.inputs, first.outputs, tuple(images))
 
 
-def _plans(op: RouterOp | ExpertsOp, sms: Iterable[int]) -> list[Plan]:
-    return [plan(op, device(sm).sm) for sm in sms]
+def _drafts(op: KernelOp, sms: Iterable[int]) -> list[Draft]:
+    return [op.draft(device(sm).sm) for sm in sms]
 
 
-def _tasks(plans: Iterable[Plan], module: str) -> list[_Task]:
-    return list(dict.fromkeys((module, spec, one.sm) for one in plans for spec in one.kernels))
+def _tasks(drafts: Iterable[Draft], module: str) -> list[_Task]:
+    return list(dict.fromkeys((module, spec, one.sm) for one in drafts for spec in one.kernels))
 
 
 def _finished(variant: Variant, kernels: Sequence[Kernel], place: Sequence[int]) -> Variant:

@@ -1,63 +1,135 @@
-"""What a GPU does for one op, as data: compiled kernels and, by the number of tokens, which are launched and how.
+"""What a GPU does for one op, as data: compiled kernels and, by the sizes of a call, which are launched and how.
 
 The TensorRT plugin is an interpreter of such programs: it knows no model and no kernel. A program reaches it as bytes,
 see `Program.to_bytes`; `plugins/tensorrt/program.h` reads them.
 """
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from moevlm.runtime.core.dtypes import DTYPES
 
-TOKENS = -1  # in a tensor's shape: the number of tokens T
 MAGIC, VERSION = b"MOEVLMGP", 1
 NO_LIMIT = (1 << 63) - 1
 ALIGNMENT = 256  # of every workspace buffer, in bytes
 _FILL = 0xFFFFFFFF
+_TOKENS = -1  # in a tensor's shape
 # Of the tensors that a kernel takes.
 TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "float8_e4m3fn", "bfloat16")
-ARGUMENTS = ("input", "output", "workspace", "tokens", "null", "constant")
+ARGUMENTS = ("input", "output", "workspace", "symbol", "null", "constant")
+# What is known only when an op runs: T tokens (or patches, or rows), N sequences (or images), M columns of a page
+# table, P pages.
+SYMBOLS = ("T", "N", "M", "P")
+Sizes = Mapping[str, int]  # the value of each symbol that an op has
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """A dimension: the value of a symbol, and `plus` more."""
+
+    name: str
+    plus: int = 0
+
+    def __add__(self, more: int) -> "Symbol":
+        return Symbol(self.name, self.plus + more)
+
+    def __str__(self) -> str:
+        return f"{self.name} + {self.plus}" if self.plus else self.name
+
+
+T, N, M, P = map(Symbol, SYMBOLS)
+Dim = int | Symbol
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output of the op. dtype: one of TENSOR_DTYPES. shape: with TOKENS for the number of tokens."""
+    """An input or output of the op. dtype: one of TENSOR_DTYPES. written: an input that the kernels write in place."""
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[Dim, ...]
+    written: bool = False
+
+    def at(self, sizes: Sizes) -> tuple[int, ...]:
+        """Its shape for such sizes."""
+        return tuple(sizes[dim.name] + dim.plus if isinstance(dim, Symbol) else dim for dim in self.shape)
+
+
+def sizes_of(tensors: Iterable[Tensor], shapes: Iterable[tuple[int, ...]]) -> dict[str, int]:
+    """The value of each symbol, from the first of the tensors that has it. Raises ValueError where a shape differs."""
+    sizes: dict[str, int] = {}
+    for tensor, shape in zip(tensors, shapes, strict=True):
+        if len(shape) == len(tensor.shape):
+            for dim, given in zip(tensor.shape, shape, strict=True):
+                if isinstance(dim, Symbol):
+                    sizes.setdefault(dim.name, given - dim.plus)
+        if len(shape) != len(tensor.shape) or shape != tensor.at(sizes):
+            allowed = ", ".join(map(str, tensor.shape))
+            raise ValueError(f"{tensor.name} has the shape {list(shape)} (allowed: [{allowed}] with {sizes})")
+    return sizes
+
+
+@dataclass(frozen=True)
+class Linear:
+    """offset + T * tokens + N * sequences + M * columns + P * pages."""
+
+    offset: int = 0
+    T: int = 0
+    N: int = 0
+    M: int = 0
+    P: int = 0
+
+    @property
+    def slopes(self) -> dict[str, int]:
+        """Of each symbol, those that are 0 left out."""
+        return {name: slope for name in SYMBOLS if (slope := getattr(self, name))}
+
+    def at(self, sizes: Sizes) -> int:
+        """Its value for such sizes."""
+        return self.offset + sum(slope * sizes[name] for name, slope in self.slopes.items())
 
 
 @dataclass(frozen=True)
 class Count:
-    """A number that never falls as T rises: min(ceil((slope * T + offset) / divisor), limit_slope * T + limit)."""
+    """A number that never falls as a size rises: ceil(value / divisor), at most `limit`. No slope is negative."""
 
-    slope: int = 0
-    offset: int = 0
+    value: Linear
     divisor: int = 1
-    limit_slope: int = 0
-    limit: int = NO_LIMIT
+    limit: Linear | None = None
 
-    def at(self, tokens: int) -> int:
-        """Its value for so many tokens."""
-        value = -(-(self.slope * tokens + self.offset) // self.divisor)
-        return min(value, self.limit_slope * tokens + self.limit)
+    def at(self, sizes: Sizes) -> int:
+        """Its value for such sizes."""
+        value = -(-self.value.at(sizes) // self.divisor)
+        return value if self.limit is None else min(value, self.limit.at(sizes))
 
 
-ONE = Count(offset=1)
+def fixed(number: int) -> Count:
+    """The same for every size."""
+    return Count(Linear(number))
+
+
+def per_token(slope: int, offset: int = 0, divisor: int = 1, limit: Linear | None = None) -> Count:
+    """ceil((slope * T + offset) / divisor), at most `limit`."""
+    return Count(Linear(offset, T=slope), divisor, limit)
+
+
+ONE = fixed(1)
 
 
 @dataclass(frozen=True)
 class Argument:
     """What a kernel is given.
 
-    kind: the pointer of "input", "output" or "workspace" buffer `index`; "tokens", T as int32; "null", a null pointer;
-    "constant", `index` as int32.
+    kind: the pointer of "input", "output" or "workspace" buffer `index`; "symbol", the value of SYMBOLS[index] as
+    int32; "null", a null pointer; "constant", `index` as int32.
     """
 
     kind: str
     index: int = 0
+
+
+TOKENS = Argument("symbol", SYMBOLS.index("T"))
 
 
 @dataclass(frozen=True)
@@ -78,17 +150,34 @@ class Fill:
     words: Count
 
 
+def at_most(most: int, symbol: str = "T") -> Linear:
+    """The bound of a variant for up to so many tokens, or another symbol's number."""
+    return Linear(-most, **{symbol: 1})
+
+
 @dataclass(frozen=True)
 class Variant:
-    """Steps in order, for T up to max_tokens; buffers: bytes of each, laid out one after the other in the workspace."""
+    """Steps in order, for sizes at which no bound is above 0; buffers: bytes of each, one after the other in memory.
 
-    max_tokens: int
+    Variants differ in speed alone: each is right for all sizes that its bounds let through.
+    """
+
+    bounds: tuple[Linear, ...]
     buffers: tuple[Count, ...]
     steps: tuple[Launch | Fill, ...]
 
-    def workspace(self, tokens: int) -> int:
-        """Bytes of workspace for so many tokens."""
-        return sum(-(-buffer.at(tokens) // ALIGNMENT) * ALIGNMENT for buffer in self.buffers)
+    def holds(self, sizes: Sizes) -> bool:
+        """Whether it may run for such sizes."""
+        return all(bound.at(sizes) <= 0 for bound in self.bounds)
+
+    @property
+    def max_tokens(self) -> int:
+        """The most tokens that a bound on tokens alone lets through; NO_LIMIT without one."""
+        return min((-bound.offset // bound.T for bound in self.bounds if set(bound.slopes) == {"T"}), default=NO_LIMIT)
+
+    def workspace(self, sizes: Sizes) -> int:
+        """Bytes of workspace for such sizes."""
+        return sum(-(-buffer.at(sizes) // ALIGNMENT) * ALIGNMENT for buffer in self.buffers)
 
 
 @dataclass(frozen=True)
@@ -102,9 +191,17 @@ class Kernel:
     image: bytes
 
 
+def chosen(variants: Iterable[Variant], sizes: Sizes) -> Variant:
+    """The first variant that holds. Raises ValueError if none does."""
+    for variant in variants:
+        if variant.holds(sizes):
+            return variant
+    raise ValueError(f"no variant for {', '.join(f'{name} = {value}' for name, value in sizes.items())}")
+
+
 @dataclass(frozen=True)
 class Image:
-    """Kernels of one kind of GPU (sm: 86 for compute capability 8.6), and variants by rising max_tokens.
+    """Kernels of one kind of GPU (sm: 86 for compute capability 8.6), and variants, of which the first that holds runs.
 
     A cubin runs on its own compute capability alone: those for 90 and up use instructions of that one.
     """
@@ -113,17 +210,14 @@ class Image:
     kernels: tuple[Kernel, ...]
     variants: tuple[Variant, ...]
 
-    def variant(self, tokens: int) -> Variant:
-        """The first one that has room for so many tokens. Raises ValueError if none has."""
-        for variant in self.variants:
-            if tokens <= variant.max_tokens:
-                return variant
-        raise ValueError(f"{tokens} tokens (allowed: up to {self.variants[-1].max_tokens})")
+    def variant(self, sizes: Sizes) -> Variant:
+        """See `chosen`."""
+        return chosen(self.variants, sizes)
 
 
 @dataclass(frozen=True)
 class Program:
-    """op: MoERouter or MoEExperts. inputs, outputs: what the kernels were compiled for."""
+    """op: one of the plugins' names. inputs, outputs: what the kernels were compiled for."""
 
     op: str
     inputs: tuple[Tensor, ...]
@@ -149,7 +243,7 @@ class Program:
                 out.blob(tensor.name.encode())
                 out.u32(DTYPES[tensor.dtype].tensorrt_number)
                 out.u32(len(tensor.shape))
-                out.i64(*tensor.shape)
+                out.i64(*(_TOKENS if isinstance(dim, Symbol) else dim for dim in tensor.shape))
         out.u32(len(self.images))
         for image in self.images:
             _write_image(out, image)
@@ -176,7 +270,7 @@ def _write_image(out: "_Writer", image: Image) -> None:
             out.counts(step.grid)
             out.u32(len(step.arguments))
             for argument in step.arguments:
-                out.u32(ARGUMENTS.index(argument.kind), argument.index)
+                out.u32(ARGUMENTS.index(argument.kind), 0 if argument == TOKENS else argument.index)
 
 
 class _Writer:
@@ -198,4 +292,5 @@ class _Writer:
 
     def counts(self, counts: Iterable[Count]) -> None:
         for count in counts:
-            self.i64(count.slope, count.offset, count.divisor, count.limit_slope, count.limit)
+            limit = count.limit or Linear(NO_LIMIT)
+            self.i64(count.value.T, count.value.offset, count.divisor, limit.T, limit.offset)

@@ -5,13 +5,16 @@ tiles.json: GPUs of like resources -> bits of a weight (32 for any if activation
 for gate_up and one for down.
 """
 
+from __future__ import annotations
+
 import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moevlm.plugins.gpu.ops import ExpertsOp
+if TYPE_CHECKING:
+    from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 FEW_TOKENS = 8
 FAMILIES = {75: "75", 80: "80", 87: "80", 86: "86", 89: "86", 120: "86", 121: "86", 90: "90", 100: "100"}

@@ -20,9 +20,24 @@ from bench import gpu_check, variants
 from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp, RouterOp
-from moevlm.plugins.gpu.planning import plan
-from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Image, Kernel, Launch, Program, Tensor, Variant
+from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
+from moevlm.plugins.gpu.program import (
+    ONE,
+    TOKENS,
+    Argument,
+    Fill,
+    Image,
+    Kernel,
+    Launch,
+    Program,
+    T,
+    Tensor,
+    Variant,
+    at_most,
+    fixed,
+    per_token,
+)
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
@@ -154,20 +169,18 @@ def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None
     assert len(set(descriptions)) == len(descriptions)
 
 
-def test_token_counts_use_every_variant_of_a_plan() -> None:
+def test_token_counts_use_every_variant_of_a_draft() -> None:
     for op in cases.experts_ops(90)[:6]:
-        planned = plan(op, 90)
-        used = {
-            next(i for i, v in enumerate(planned.variants) if t <= v.max_tokens) for t in cases.token_counts(planned)
-        }
-        assert used == set(range(len(planned.variants)))
+        draft = op.draft(90)
+        used = {next(i for i, v in enumerate(draft.variants) if t <= v.max_tokens) for t in cases.token_counts(draft)}
+        assert used == set(range(len(draft.variants)))
 
 
 def test_inputs_are_what_the_op_states_and_skewed_ones_share_their_experts() -> None:
     op = ExpertsOp(ExpertsSpec(), 6, 2, 40, 24, "bfloat16", "int4", 32, has_biases=True)
     inputs, y = cases.experts_case(op, 7, seed=3, skewed=True)
     stated = [(str(tensor.dtype)[6:], list(tensor.shape)) for tensor in inputs]
-    assert stated == [(t.dtype, [7 if n == -1 else n for n in t.shape]) for t in op.inputs]
+    assert stated == [(t.dtype, list(t.at({"T": 7}))) for t in op.inputs]
     assert y.shape == (7, 40)
     assert len(inputs[1].unique()) == 2
     other, _ = cases.experts_case(op, 7, seed=4)
@@ -184,17 +197,18 @@ CHECKER = """
 import json
 from bench.gpu import cases, checks
 from bench.gpu import launch
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-checks.token_counts = lambda planned: [1, 3, 9]
+checks.token_counts = lambda draft: [1, 3, 9]
 checks.ROUTER_TOKENS = (1, 5)
 experts = ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32)
 router = RouterOp(RouterSpec(top_k=2), 6)
 found = [checks.check(op, 90, "cpu") for op in (experts, router)]
 run = launch.run
-def wrong(planned, inputs):
-    outputs = run(planned, inputs)
-    if planned.op == "MoERouter":
+def wrong(draft, inputs):
+    outputs = run(draft, inputs)
+    if draft.op == "MoERouter":
         outputs[0][-1] = (outputs[0][-1] + 1) % 6
     else:
         outputs[0][-1, -1] = float("nan")
@@ -260,19 +274,19 @@ def test_machine_code_is_launched_as_the_program_says(fake: tuple[FakeCuda, Path
         Kernel("first", 4, 60_000, 5, image("first", ["*fp32", "*i32", "i32", "*i8", "*i8"])),
         Kernel("second", 2, 0, 3, image("second", ["*i32", "*fp32", "i32"])),
     )
-    given = ("input", 1), ("workspace", 1), ("tokens",), ("null",), ("null",)
+    given = Argument("input", 1), Argument("workspace", 1), TOKENS, Argument("null"), Argument("null")
     others = Argument("workspace"), Argument("output"), Argument("constant", 5)
     steps = (
-        Fill(1, 7, Count(slope=3)),
-        Launch(0, (Count(slope=1, divisor=4), ONE, Count(offset=2)), tuple(Argument(*each) for each in given)),
-        Launch(1, (Count(slope=1, offset=-9), ONE, ONE), others),
+        Fill(1, 7, per_token(3)),
+        Launch(0, (per_token(1, divisor=4), ONE, fixed(2)), given),
+        Launch(1, (per_token(1, -9), ONE, ONE), others),
     )
-    buffers = (Count(slope=100), Count(slope=12))
-    named = (Tensor("a", "float32", (-1,)), Tensor("b", "float32", (4,))), (Tensor("y", "bfloat16", (-1, 2)),)
-    program = Program("MoEExperts", *named, (Image(86, kernels, (Variant(4096, buffers, steps),)),))
+    buffers = (per_token(100), per_token(12))
+    named = (Tensor("a", "float32", (T,)), Tensor("b", "float32", (4,))), (Tensor("y", "bfloat16", (T, 2)),)
+    program = Program("MoEExperts", *named, (Image(86, kernels, (Variant((at_most(4096),), buffers, steps),)),))
     runner = CubinRunner(program, 86, "cpu", str(path))
     inputs = [torch.zeros(9), torch.zeros(4)]
-    prepared = runner.prepare(inputs, 9)
+    prepared = runner.prepare(inputs)
     (y,) = prepared.outputs
     assert (y.dtype, y.shape) == (torch.bfloat16, (9, 2))
     assert (y.view(torch.uint8) == POISON).all()
@@ -291,7 +305,7 @@ def test_machine_code_is_launched_as_the_program_says(fake: tuple[FakeCuda, Path
         60_000,
     )
     assert launch["arguments"] == [inputs[1].data_ptr(), second, 9, 0, 0]
-    runner.run([torch.zeros(10), inputs[1]], 10)
+    runner.run([torch.zeros(10), inputs[1]])
     last = [event.values for event in cuda.events() if event.values][-1]
     assert (last["entry"], last["grid"], last["arguments"][2]) == ("second", [1, 1, 1], 5)
     assert first != last["arguments"][0]
@@ -316,7 +330,7 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
         tried_tiles.update(tried)
         for tile in tried:
             used[projection] = list(tile)
-            plan(op, tuner.sm, tokens)  # is accepted
+            op.draft(tuner.sm, tokens)  # is accepted
         wanted = {"gate_up": 64, "down": 128}[projection]
         fits = [tile for tile in tried if tile[1] < 256]
         return {tile: 1.0 + abs(tile[1] - wanted) + abs(tile[2] - 64) + abs(tile[0] - tokens / 100) for tile in fits}
@@ -330,10 +344,10 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     try:
         *entries, last = tune.run(90)
         tiles.table()["90"] = last["table"]
-        planned = [plan(layer.experts_op(weights=w), 90) for layer in shapes.LAYERS for w in ("", "int8", "int4")]
+        drafts = [layer.experts_op(weights=w).draft(90) for layer in shapes.LAYERS for w in ("", "int8", "int4")]
     finally:
         tiles.table.cache_clear()
-    assert all(len(one.variants) >= 4 for one in planned)
+    assert all(len(one.variants) >= 4 for one in drafts)
     assert set(last["table"]) == {"32", "16", "8", "4"}
     assert tried_tiles.issuperset(in_use)
     table = last["table"]["16"]

@@ -17,7 +17,8 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import read
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.experts import experts
 from moevlm.plugins.ops.router import route, sigmoid
 from moevlm.runtime.core.dtypes import DTYPES
@@ -25,7 +26,7 @@ from moevlm.runtime.core.dtypes import DTYPES
 _OPS: dict[str, Any] = {}
 
 
-def named(op: RouterOp | ExpertsOp) -> bytes:
+def named(op: KernelOp) -> bytes:
     """In the place of an op's program: a name under which the evaluator finds the op."""
     name = repr(op)
     _OPS[name] = op

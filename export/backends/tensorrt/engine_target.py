@@ -30,7 +30,7 @@ from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.core.errors import BuildError
@@ -114,9 +114,7 @@ class TensorRTTarget:
             ),
         )
 
-    def lower(
-        self, canonical: Mapping[str, ir.Model], program: Callable[[RouterOp | ExpertsOp], bytes]
-    ) -> dict[str, ir.Model]:
+    def lower(self, canonical: Mapping[str, ir.Model], program: Callable[[KernelOp], bytes]) -> dict[str, ir.Model]:
         """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
 
         program: compiles an op, see `plugins.gpu.program`.
@@ -174,14 +172,14 @@ class _Programs:
 
     def __init__(self, sms: tuple[int, ...], progress: Stages) -> None:
         self._sms, self._progress = sms, progress
-        self._known: dict[RouterOp | ExpertsOp, bytes] = {}
+        self._known: dict[KernelOp, bytes] = {}
 
     @property
-    def ops(self) -> tuple[RouterOp | ExpertsOp, ...]:
+    def ops(self) -> tuple[KernelOp, ...]:
         """All that were compiled."""
         return tuple(self._known)
 
-    def of(self, op: RouterOp | ExpertsOp) -> bytes:
+    def of(self, op: KernelOp) -> bytes:
         from moevlm.plugins.gpu.compiler import compile_program
 
         if op not in self._known:

@@ -9,7 +9,7 @@ from moevlm.export.formats.encoded import Encoded
 from moevlm.export.formats.gpu_packing import pack
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.weights import Weight, cast
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
 
 
@@ -19,7 +19,7 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
     weights: gate_up [E, 2I, H] (not gated: [E, I, H]), down [E, H, I], and, with biases, gate_up_bias, down_bias.
     """
     stored: dict[str, Weight] = {}
-    shapes = {tensor.name: (tensor.shape, DTYPES[tensor.dtype].numpy) for tensor in op.inputs}
+    shapes = {tensor.name: (tensor.at({}), DTYPES[tensor.dtype].numpy) for tensor in op.inputs[3:]}
     form = weight_format(op.weights, op.group_size, op.dtype) if op.weights else None
     for name, weight in weights.items():
         if form is not None and not name.endswith("_bias"):

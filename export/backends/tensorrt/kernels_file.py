@@ -5,22 +5,21 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.base import KernelOp
 
 _TILE = ("BM", "BN", "BK")
 
 
-def kernels_json(ops: Iterable[RouterOp | ExpertsOp], sms: Iterable[int]) -> bytes:
+def kernels_json(ops: Iterable[KernelOp], sms: Iterable[int]) -> bytes:
     """Of ops that were compiled in this process, whose kernels are not compiled again."""
     sms = tuple(sms)
     return json.dumps([_entry(op, sms) for op in ops], indent=1).encode()
 
 
-def _entry(op: RouterOp | ExpertsOp, sms: tuple[int, ...]) -> dict[str, Any]:
+def _entry(op: KernelOp, sms: tuple[int, ...]) -> dict[str, Any]:
     from moevlm.plugins.gpu.compiler import resources
-    from moevlm.plugins.gpu.planning import plan
 
-    specs = dict.fromkeys((spec, sm) for sm in sms for spec in plan(op, sm).kernels)
+    specs = dict.fromkeys((spec, sm) for sm in sms for spec in op.draft(sm).kernels)
     kernels = []
     for (spec, sm), taken in zip(specs, resources(op, sms), strict=True):
         constants = dict(spec.constants)

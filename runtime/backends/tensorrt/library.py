@@ -11,11 +11,11 @@ from moevlm.runtime.backends.tensorrt.plugin_library import checked_plugin_path
 from moevlm.runtime.core.errors import EngineError, Misfit
 from moevlm.runtime.core.installation import install_command
 from moevlm.runtime.core.manifest import TensorRTMetadata
+from moevlm.runtime.core.names import PLUGINS
 
 # By product.
 MODULES = {"tensorrt": ("tensorrt", "tensorrt_lean"), "tensorrt_rtx": ("tensorrt_rtx",)}
 EXTRAS = {"tensorrt": "trt", "tensorrt_rtx": "rtx"}
-PLUGINS = ("MoERouter", "MoEExperts")
 PLUGIN_VERSION = "1"
 
 _lock = threading.Lock()

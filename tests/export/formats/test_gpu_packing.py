@@ -5,7 +5,7 @@ import pytest
 
 from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import FORMATS, weight_format
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
 
 

@@ -9,21 +9,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moevlm.plugins.gpu.plan import Plan
+from moevlm.plugins.gpu.draft import Draft
 from tests.plugins.gpu import guarded_memory
 
 Result = TypeVar("Result")
 
 
 class Interpreter:
-    """Runs plans on numpy arrays; raises OutOfBounds where a kernel touches anything but its arguments."""
+    """Runs drafts on numpy arrays; raises OutOfBounds where a kernel touches anything but its arguments."""
 
     def __init__(self, pool: ProcessPoolExecutor) -> None:
         self._pool = pool
 
-    def run(self, plan: Plan, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of plan, those in floating point as float32. inputs are rounded to the dtypes it states."""
-        return self.call(_run, plan, dict(inputs))
+    def run(self, draft: Draft, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs of the draft, those in floating point as float32. inputs are rounded to the dtypes it states."""
+        return self.call(_run, draft, dict(inputs))
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """Run a function of a module there."""
@@ -51,12 +51,12 @@ def _restore(before: str | None) -> None:
         os.environ["TRITON_INTERPRET"] = before
 
 
-def _run(plan: Plan, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _run(draft: Draft, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     import torch
 
     from bench.gpu import launch
 
     torch.set_num_threads(1)
-    given: list[Any] = [torch.from_numpy(inputs[t.name]).to(getattr(torch, t.dtype)) for t in plan.inputs]
-    outputs = launch.run(plan, given)
+    given: list[Any] = [torch.from_numpy(inputs[t.name]).to(getattr(torch, t.dtype)) for t in draft.inputs]
+    outputs = launch.run(draft, given)
     return [(y.float() if y.is_floating_point() else y).numpy() for y in outputs]

@@ -11,9 +11,10 @@ import pytest
 from triton import knobs
 
 from moevlm.plugins.gpu import compiler, devices
-from moevlm.plugins.gpu.compiler import CompileError, compile_plans, compile_program, resources
+from moevlm.plugins.gpu.compiler import CompileError, compile_drafts, compile_program, resources
 from moevlm.plugins.gpu.devices import DEVICES, device
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import Kernel, Launch, Program
 from moevlm.plugins.gpu.resources import Resources
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
@@ -24,7 +25,7 @@ CUBIN = {"magic": b"\x7fELF", "machine": 190}  # EM_CUDA
 
 
 def toys(*sms: int, **options: object) -> Program:
-    return compile_plans([toy.plan(sm, **options) for sm in sms], toy.__name__)
+    return compile_drafts([toy.draft(sm, **options) for sm in sms], toy.__name__)
 
 
 def cubin_sm(image: bytes) -> int:
@@ -88,7 +89,7 @@ def test_launches_give_every_parameter_that_the_machine_code_has(everywhere: Pro
             launches = [step for step in variant.steps if isinstance(step, Launch)]
             assert [len(launch.arguments) for launch in launches] == [counted[launch.kernel] for launch in launches]
             kinds = [[argument.kind for argument in launch.arguments] for launch in launches]
-            assert kinds[0][:3] == ["input", "workspace", "tokens"]
+            assert kinds[0][:3] == ["input", "workspace", "symbol"]
             assert {kind for launch in kinds for kind in launch[3:]} <= {"null"}
 
 
@@ -106,11 +107,11 @@ def test_two_builds_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_matrix_products_use_each_gpu_s_own_memory() -> None:
-    plans = [toy.plan(sm, kernels=(toy.MATMUL, toy.SCALE)) for sm in DEVICES]
+    drafts = [toy.draft(sm, kernels=(toy.MATMUL, toy.SCALE)) for sm in DEVICES]
     found = {
         sm: measured
         for (_, spec, sm), (_, measured) in compiler._compile(
-            compiler._tasks(plans, toy.__name__), lambda *_: None
+            compiler._tasks(drafts, toy.__name__), lambda *_: None
         ).items()
         if spec == toy.MATMUL
     }
@@ -129,7 +130,7 @@ def test_a_kernel_is_compiled_once_in_a_process(monkeypatch: pytest.MonkeyPatch)
     assert toys(86) == toys(86)
 
 
-def test_equal_kernels_of_a_plan_are_stored_once() -> None:
+def test_equal_kernels_of_a_draft_are_stored_once() -> None:
     image = toys(86, kernels=(toy.SCALE, toy.SCALE)).images[0]
     assert len(image.kernels) == 1
     assert [step.kernel for step in image.variants[0].steps if isinstance(step, Launch)] == [0, 0]
@@ -145,9 +146,9 @@ def test_bfloat16_is_refused_where_the_gpu_has_none() -> None:
         toys(80, 75, dtype="bfloat16")
 
 
-def test_plans_of_different_ops_are_refused() -> None:
-    with pytest.raises(ValueError, match="the plan for SM86 is of another op than that for SM80"):
-        compile_plans([toy.plan(80), replace(toy.plan(86), op="Other")], toy.__name__)
+def test_drafts_of_different_ops_are_refused() -> None:
+    with pytest.raises(ValueError, match="the draft for SM86 is of another op than that for SM80"):
+        compile_drafts([toy.draft(80), replace(toy.draft(86), op="Other")], toy.__name__)
 
 
 def test_a_kernel_that_does_not_compile_is_named_in_one_line() -> None:
@@ -162,11 +163,11 @@ def test_wrong_constants_are_named() -> None:
 
 
 def test_too_few_arguments_are_refused() -> None:
-    plan = toy.plan(86)
-    fill, first, second = plan.variants[0].steps
-    short = replace(plan.variants[0], steps=(fill, first, replace(second, arguments=second.arguments[:2])))
+    draft = toy.draft(86)
+    fill, first, second = draft.variants[0].steps
+    short = replace(draft.variants[0], steps=(fill, first, replace(second, arguments=second.arguments[:2])))
     with pytest.raises(CompileError, match=r"scale has 5 parameters \(its launch gives 2"):
-        compile_plans([replace(plan, variants=(short,))], toy.__name__)
+        compile_drafts([replace(draft, variants=(short,))], toy.__name__)
 
 
 def test_a_compiler_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,7 +176,7 @@ def test_a_compiler_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_p
     )
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(CompileError, match=r"^cannot compile scale for sm_86: the compiler ended \(-6\): last words$"):
-        compile_plans([toy.plan(86)], "deadly")
+        compile_drafts([toy.draft(86)], "deadly")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, unpack
 from moevlm.export.formats.registry import weight_format
-from moevlm.plugins.gpu.ops import FORMATS, ExpertsOp
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
 from moevlm.plugins.ops.experts import experts as reference_experts
@@ -64,7 +63,7 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 def agrees(interpreter: Interpreter, op: ExpertsOp, tokens: int, sm: int = 80, seed: int | None = None) -> None:
     inputs = draw_inputs(op, tokens, np.random.randint(1 << 30) if seed is None else seed)
-    (y,) = interpreter.run(plan(op, sm), inputs)
+    (y,) = interpreter.run(op.draft(sm), inputs)
     want = expected(op, inputs)
     assert np.linalg.norm(y - want) <= TOLERANCES[op.dtype] * np.linalg.norm(want)
 
@@ -129,7 +128,7 @@ def one_expert(weights: str) -> ExpertsOp:
 def test_every_tile_agrees_with_the_spec(
     triton_interpreter: Interpreter, sm: int, weights: str, chosen: Range, tokens: int
 ) -> None:
-    made = plan(one_expert(weights), sm)
+    made = one_expert(weights).draft(sm)
     last = next(v for v in made.variants if tokens <= v.max_tokens).steps[-2:]
     used = [dict(made.kernels[step.kernel].constants).get("BN") for step in last if isinstance(step, Launch)]
     assert chosen.down.BN in used
@@ -169,7 +168,7 @@ def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Inter
     inputs = draw_inputs(op, 30, np.random.randint(1 << 30))
     order = np.random.permutation(30)
     moved = {name: inputs[name][order] for name in ("x", "expert_index", "expert_weight")}
-    (y,), (z,) = (triton_interpreter.run(plan(op, 80), given) for given in (inputs, inputs | moved))
+    (y,), (z,) = (triton_interpreter.run(op.draft(80), given) for given in (inputs, inputs | moved))
     np.testing.assert_array_equal(z, y[order])
 
 
@@ -182,7 +181,7 @@ def test_an_index_of_any_content_reads_and_writes_nothing_out_of_bounds(
     inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
     wrong = np.random.randint(-(1 << 31), 1 << 31, (tokens, 3)).astype(np.int32)
     wrong[:, 1] = np.random.choice([-1, 5, 6, np.iinfo(np.int32).max, np.iinfo(np.int32).min], tokens)
-    (y,) = triton_interpreter.run(plan(op, 80), inputs | {"expert_index": wrong})
+    (y,) = triton_interpreter.run(op.draft(80), inputs | {"expert_index": wrong})
     assert y.shape == (tokens, op.hidden)
 
 
@@ -192,17 +191,17 @@ def test_the_nearest_expert_takes_an_index_that_names_none(triton_interpreter: I
         inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
         wrong = np.random.choice([-7, -1, 5, 1 << 30], (tokens, 1)).astype(np.int32)
         outputs = [
-            triton_interpreter.run(plan(op, 80), inputs | {"expert_index": index})[0]
+            triton_interpreter.run(op.draft(80), inputs | {"expert_index": index})[0]
             for index in (wrong, wrong.clip(0, 4))
         ]
         np.testing.assert_array_equal(*outputs)
 
 
-def test_inputs_that_differ_from_the_plan_are_refused(triton_interpreter: Interpreter) -> None:
+def test_inputs_that_differ_from_the_draft_are_refused(triton_interpreter: Interpreter) -> None:
     op = ExpertsOp(SILU, 5, 2, hidden=32, inner=16, dtype="float16")
     inputs = draw_inputs(op, 3, 0)
     wrong = inputs | {"down": inputs["down"][:, :, :15]}
-    with pytest.raises(ValueError, match=r"down: float16 \(5, 32, 15\) \(allowed: float16 \(5, 32, 16\), contiguous\)"):
-        triton_interpreter.run(plan(op, 80), wrong)
-    with pytest.raises(ValueError, match=r"9 tokens \(allowed: up to 8\)"):
-        triton_interpreter.run(plan(op, 80, max_tokens=8), draw_inputs(op, 9, 0))
+    with pytest.raises(ValueError, match=r"down has the shape \[5, 32, 15\] \(allowed: \[5, 32, 16\] "):
+        triton_interpreter.run(op.draft(80), wrong)
+    with pytest.raises(ValueError, match="no variant for T = 9"):
+        triton_interpreter.run(op.draft(80, max_tokens=8), draw_inputs(op, 9, 0))

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.variants import EXPERTS, MODELS, ROUTERS, router_inputs
-from moevlm.plugins.gpu.ops import RouterOp
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import SCORINGS, RouterSpec
 from tests.plugins.gpu.interpreter import Interpreter
@@ -17,7 +16,7 @@ SPECS = ROUTERS | MODELS
 
 def agrees(interpreter: Interpreter, spec: RouterSpec, inputs: dict[str, np.ndarray]) -> None:
     op = RouterOp(spec, inputs["logits"].shape[1], "bias" in inputs)
-    index, weight = interpreter.run(plan(op, 80), inputs)
+    index, weight = interpreter.run(op.draft(80), inputs)
     expected_index, expected_weight = route(spec=spec, **inputs)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, atol=1e-7)
@@ -52,7 +51,7 @@ def test_logits_that_are_not_numbers_still_name_experts_and_touch_no_other_token
     inputs = router_inputs(5, seed=np.random.randint(1 << 30))
     wrong = inputs["logits"].copy()
     wrong[1], wrong[2, 3], wrong[3, :2] = np.nan, np.nan, np.inf
-    made = plan(RouterOp(spec, EXPERTS, True), 80)
+    made = RouterOp(spec, EXPERTS, True).draft(80)
     index, weight = triton_interpreter.run(made, inputs | {"logits": wrong})
     assert ((index >= 0) & (index < EXPERTS)).all()
     expected_index, expected_weight = route(spec=spec, **inputs)

@@ -1,10 +1,22 @@
-"""Small kernels, and a plan that launches them, for tests of the compiler."""
+"""Small kernels, and a draft that launches them, for tests of the compiler."""
 
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.plan import KernelSpec, Plan
-from moevlm.plugins.gpu.program import NO_LIMIT, ONE, TOKENS, Argument, Count, Fill, Launch, Tensor, Variant
+from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.program import (
+    NO_LIMIT,
+    ONE,
+    TOKENS,
+    Argument,
+    Fill,
+    Launch,
+    T,
+    Tensor,
+    Variant,
+    at_most,
+    per_token,
+)
 
 BLOCK = 128
 
@@ -48,15 +60,15 @@ MATMUL = KernelSpec("matmul", ("*fp16", "*fp16", "*fp32", "i32"), (("BLOCK", 64)
 BROKEN = KernelSpec("calls_never", ("*fp32", "*fp32"), (("BLOCK", BLOCK),))
 
 
-def plan(sm: int, dtype: str = "float32", kernels: tuple[KernelSpec, ...] = (SCALE, TRIPLE)) -> Plan:
+def draft(sm: int, dtype: str = "float32", kernels: tuple[KernelSpec, ...] = (SCALE, TRIPLE)) -> Draft:
     """x [T] -> y [T], tripled, then doubled; with one buffer between the two and two tile configurations."""
-    blocks = Count(slope=1, divisor=BLOCK)
+    blocks = per_token(1, divisor=BLOCK)
     steps = (
-        Fill(0, 0, Count(slope=1)),
-        Launch(1, (blocks, ONE, ONE), (Argument("input"), Argument("workspace"), Argument("tokens"))),
-        Launch(0, (blocks, ONE, ONE), (Argument("workspace"), Argument("output"), Argument("tokens"))),
+        Fill(0, 0, per_token(1)),
+        Launch(1, (blocks, ONE, ONE), (Argument("input"), Argument("workspace"), TOKENS)),
+        Launch(0, (blocks, ONE, ONE), (Argument("workspace"), Argument("output"), TOKENS)),
     )
-    variants = tuple(Variant(limit, (Count(slope=4),), steps) for limit in (64, (1 << 31) - 1))
-    tensors = (Tensor("x", dtype, (TOKENS,)),), (Tensor("y", dtype, (TOKENS,)),)
+    variants = tuple(Variant((at_most(limit),), (per_token(4),), steps) for limit in (64, (1 << 31) - 1))
+    tensors = (Tensor("x", dtype, (T,)),), (Tensor("y", dtype, (T,)),)
     assert all(variant.max_tokens < NO_LIMIT for variant in variants)
-    return Plan("Toy", *tensors, sm, kernels, variants)
+    return Draft("Toy", *tensors, sm, kernels, variants)

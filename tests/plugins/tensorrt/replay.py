@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.plugins.gpu.plan import KernelSpec, Plan
+from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.program import ALIGNMENT, Argument, Image, Kernel, Launch, Program
 from tests.plugins.tensorrt.fake_cuda import Event, image
 
@@ -15,20 +15,20 @@ GUARD = 4096
 SCRATCH = (Argument("null"),) * 2  # Triton appends two pointers to every kernel
 
 
-def fake_program(plan: Plan) -> Program:
-    """As the compiler makes it of a plan, but the images are for the recording driver. Kernels are called by number."""
+def fake_program(draft: Draft) -> Program:
+    """As the compiler makes it of a draft, but with images for the recording driver. Kernels are called by number."""
     kernels = tuple(
         Kernel(str(i), spec.warps, 0, len(spec.types) + 2, image(str(i), (*spec.types, "*i8", "*i8")))
-        for i, spec in enumerate(plan.kernels)
+        for i, spec in enumerate(draft.kernels)
     )
     variants = []
-    for variant in plan.variants:
+    for variant in draft.variants:
         steps = tuple(
             Launch(step.kernel, step.grid, step.arguments + SCRATCH) if isinstance(step, Launch) else step
             for step in variant.steps
         )
-        variants.append(type(variant)(variant.max_tokens, variant.buffers, steps))
-    return Program(plan.op, plan.inputs, plan.outputs, (Image(plan.sm, kernels, tuple(variants)),))
+        variants.append(type(variant)(variant.bounds, variant.buffers, steps))
+    return Program(draft.op, draft.inputs, draft.outputs, (Image(draft.sm, kernels, tuple(variants)),))
 
 
 @dataclass(frozen=True)

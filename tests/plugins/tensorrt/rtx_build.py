@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from moevlm.plugins.gpu.program import TOKENS, Program, Tensor
+from moevlm.plugins.gpu.program import Program, Symbol, Tensor
 from moevlm.runtime.backends.libraries import plugin_path
 from tests.plugins.tensorrt.programs import MAX_TOKENS, experts_program, router_program
 
@@ -66,7 +66,7 @@ def model(program: Program, experts: int | None, is_tensor: bool) -> bytes:
         other = {EXPERTS.inputs[3].shape[0]: experts} if experts else {}
         return [
             helper.make_tensor_value_info(
-                t.name, TYPES[t.dtype], ["tokens" if n == TOKENS else other.get(n, n) for n in t.shape]
+                t.name, TYPES[t.dtype], ["tokens" if isinstance(n, Symbol) else other.get(n, n) for n in t.shape]
             )
             for t in tensors
         ]

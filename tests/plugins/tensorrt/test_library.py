@@ -26,7 +26,7 @@ if driver:
     cuda = FakeCuda(Path(driver))
 program = router_program()
 plugin = PluginLibrary(Path(library), Path(harness)).plugin(program.op, program.to_bytes())
-io = Io.of(program.inputs, program.outputs, 5, 5)
+io = Io.of(program.inputs, program.outputs, {"T": 5})
 try:
     plugin.shape_change(io)
 except PluginError as error:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
-from moevlm.plugins.gpu.program import TENSOR_DTYPES, TOKENS, Count, Fill, Image, Program, Variant
+from moevlm.plugins.gpu.program import TENSOR_DTYPES, Fill, Image, Program, Variant, at_most, fixed, per_token
 from moevlm.runtime.core.dtypes import DTYPES
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.programs import (
@@ -28,7 +28,7 @@ PROGRAMS = {"MoEExperts": experts_program(), "MoERouter": router_program()}
 
 
 def io_of(program: Program, least: int, most: int | None = None) -> Io:
-    return Io.of(program.inputs, program.outputs, least, most or least)
+    return Io.of(program.inputs, program.outputs, {"T": least}, {"T": most or least})
 
 
 def create(library: PluginLibrary, program: Program) -> Plugin:
@@ -73,8 +73,8 @@ def test_outputs_are_those_of_the_program(library: PluginLibrary, op: str) -> No
         [DTYPES[tensor.dtype].tensorrt_number for tensor in side] for side in (program.inputs, program.outputs)
     )
     assert plugin.output_types(inputs) == outputs
-    shapes = [[17 if dim == TOKENS else dim for dim in t.shape] for t in program.inputs]
-    expected = [tuple(17 if dim == TOKENS else dim for dim in t.shape) for t in program.outputs]
+    shapes = [list(t.at({"T": 17})) for t in program.inputs]
+    expected = [t.at({"T": 17}) for t in program.outputs]
     assert plugin.output_shapes(shapes) == expected
     plugin.close()
 
@@ -126,7 +126,7 @@ def test_any_program_runs_as_python_says(
         execute(context, program, tokens)
         inputs, outputs = addresses(program)
         assert executed(shared_cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
-        assert program.images[0].variant(tokens).workspace(tokens) <= reported
+        assert program.images[0].variant({"T": tokens}).workspace({"T": tokens}) <= reported
     context.close()
     plugin.close()
     assert shared_cuda.loaded() == 0
@@ -134,12 +134,15 @@ def test_any_program_runs_as_python_says(
 
 def test_workspace_is_the_most_that_any_gpu_and_number_of_tokens_needs(library: PluginLibrary) -> None:
     base = experts_program((86,))
-    hungry = Variant(9, (Count(offset=1 << 20),), ())  # a variant for few tokens that needs more than those for many
-    images = (*base.images, Image(89, (), (hungry, Variant(MAX_TOKENS, (Count(1 << 10),), ()))))
+    hungry = Variant(
+        (at_most(9),), (fixed(1 << 20),), ()
+    )  # a variant for few tokens that needs more than those for many
+    images = (*base.images, Image(89, (), (hungry, Variant((at_most(MAX_TOKENS),), (per_token(1 << 10),), ()))))
     program = replace(base, images=images)
     plugin = create(library, program)
     for most in (1, 4, 5, 9, 10, 64, 65, 700, 2000, MAX_TOKENS):
-        needed = (image.variant(t).workspace(t) for t in range(1, most + 1) for image in program.images)
+        every = [{"T": tokens} for tokens in range(1, most + 1)]
+        needed = (image.variant(sizes).workspace(sizes) for sizes in every for image in program.images)
         assert plugin.workspace(io_of(program, 1, most)) == max(needed)
     plugin.close()
 
@@ -447,7 +450,7 @@ def test_misaligned_tensor_is_named(library: PluginLibrary, cuda: FakeCuda) -> N
 
 @pytest.mark.usefixtures("cuda")
 def test_fill_beyond_its_buffer_is_refused(library: PluginLibrary) -> None:
-    variant = Variant(64, (Count(8),), (Fill(0, 0, Count(offset=10)),))
+    variant = Variant((at_most(64),), (per_token(8),), (Fill(0, 0, fixed(10)),))
     program = replace(PROGRAMS["MoEExperts"], images=(Image(86, (), (variant,)),))
     plugin = create(library, program)
     execute(plugin, program, 5)

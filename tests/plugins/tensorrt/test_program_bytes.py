@@ -20,8 +20,12 @@ from moevlm.plugins.gpu.program import (
     Kernel,
     Launch,
     Program,
+    T,
     Tensor,
     Variant,
+    at_most,
+    fixed,
+    per_token,
 )
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.programs import MAX_TOKENS, ROUTER, experts_program, programs, router_program
@@ -39,7 +43,7 @@ def launching(argument: Argument = INPUT, grid: Count = ONE, kernel: int = 0, ax
     sizes = [ONE, ONE, ONE]
     sizes[axis] = grid
     steps = (Launch(kernel, (sizes[0], sizes[1], sizes[2]), (argument,)),)
-    return router((Variant(64, (Count(offset=64),), steps),))
+    return router((Variant((at_most(64),), (fixed(64),), steps),))
 
 
 def with_tensor(**changes: object) -> Program:
@@ -48,36 +52,39 @@ def with_tensor(**changes: object) -> Program:
     return replace(program, inputs=(logits, program.inputs[1]))
 
 
-LOW, HIGH = Variant(64, (), ()), Variant(65, (), ())
+LOW, HIGH = Variant((at_most(64),), (), ()), Variant((at_most(65),), (), ())
 NEGATIVE = r"at most 0 T \+ 9223372036854775807 \(allowed: a divisor of 1 or more, no negative number\)"
 REFUSED = {
     "input": (launching(Argument("input", 2)), r"input 2 in the program \(it has 2\)"),
     "output": (launching(Argument("output", 2)), r"output 2 in the program \(it has 2\)"),
     "workspace": (launching(Argument("workspace", 1)), r"buffer 1 in the program \(it has 1\)"),
     "kernel": (launching(kernel=1), r"kernel 1 in the program \(it has 1\)"),
-    "filled buffer": (router((Variant(64, (), (Fill(0, 0, ONE),)),)), r"buffer 0 in the program \(it has 0\)"),
-    "divisor": (launching(grid=Count(1, 0, 0)), rf"\(1 T \+ 0\) / 0, {NEGATIVE}"),
-    "negative slope": (launching(grid=Count(-1, 9)), rf"\(-1 T \+ 9\) / 1, {NEGATIVE}"),
-    "empty grid": (launching(grid=Count()), r"kernel route of the program has a grid of 0 along x for 1 tokens"),
+    "filled buffer": (
+        router((Variant((at_most(64),), (), (Fill(0, 0, ONE),)),)),
+        r"buffer 0 in the program \(it has 0\)",
+    ),
+    "divisor": (launching(grid=per_token(1, 0, 0)), rf"\(1 T \+ 0\) / 0, {NEGATIVE}"),
+    "negative slope": (launching(grid=per_token(-1, 9)), rf"\(-1 T \+ 9\) / 1, {NEGATIVE}"),
+    "empty grid": (launching(grid=per_token(0)), r"kernel route of the program has a grid of 0 along x for 1 tokens"),
     "wide grid": (
-        launching(grid=Count(1 << 26)),
+        launching(grid=per_token(1 << 26)),
         r"kernel route of the program has a grid of 4294967296 along x for 64 tokens \(allowed: 1 to 2147483647\)",
     ),
     "high grid": (
-        launching(grid=Count(1024), axis=1),
+        launching(grid=per_token(1024), axis=1),
         r"a grid of 65536 along y for 64 tokens \(allowed: 1 to 65535\)",
     ),
     "deep grid": (
-        launching(grid=Count(1024), axis=2),
+        launching(grid=per_token(1024), axis=2),
         r"a grid of 65536 along z for 64 tokens \(allowed: 1 to 65535\)",
     ),
-    "overflow": (launching(grid=Count(1 << 62, 1 << 62)), r"a grid of 9223372036854775807 along x for 1 tokens"),
+    "overflow": (launching(grid=per_token(1 << 62, 1 << 62)), r"a grid of 9223372036854775807 along x for 1 tokens"),
     "arguments": (
         router((LOW,), (replace(KERNEL, parameters=2),)),
         None,  # what is not launched may have any number
     ),
     "too few arguments": (
-        router((Variant(64, (), (Launch(0, (ONE, ONE, ONE), ()),)),)),
+        router((Variant((at_most(64),), (), (Launch(0, (ONE, ONE, ONE), ()),)),)),
         r"kernel route of the program is launched with 0 arguments \(it has 1 parameters\)",
     ),
     "no warps": (router((LOW,), (replace(KERNEL, warps=0),)), r"kernel route of the program has 0 warps"),
@@ -87,16 +94,16 @@ REFUSED = {
         r"a variant of the program is for up to 64 tokens \(allowed: 65 to 2147483647\)",
     ),
     "falling variants": (router((HIGH, LOW)), r"a variant of the program is for up to 64 tokens \(allowed: 66 to"),
-    "no tokens": (router((replace(LOW, max_tokens=0),)), r"for up to 0 tokens \(allowed: 1 to"),
+    "no tokens": (router((replace(LOW, bounds=(at_most(0),)),)), r"for up to 0 tokens \(allowed: 1 to"),
     "no variant": (router(()), "the program's image for sm86 has no variant"),
     "no image": (replace(router_program(), images=()), "the program has no image"),
     "two images": (router_program((86, 86)), "the program has two images for sm86"),
     "workspace size": (
-        router((Variant(64, (Count(offset=1 << 43), Count(offset=1 << 43)), ()),)),
+        router((Variant((at_most(64),), (fixed(1 << 43), fixed(1 << 43)), ()),)),
         "has buffers of over 17592186044416 bytes",
     ),
     "rank": (with_tensor(shape=(1,) * 9), r"tensor logits of the program has 9 dimensions \(allowed: up to 8\)"),
-    "dimension": (with_tensor(shape=(-1, 0)), "tensor logits of the program has a dimension 0"),
+    "dimension": (with_tensor(shape=(T, 0)), "tensor logits of the program has a dimension 0"),
     "tokens nowhere": (with_tensor(shape=(4, 8)), "no input of the program has the number of tokens in its shape"),
 }
 
@@ -131,7 +138,7 @@ def test_bytes_that_are_no_program_are_refused(library: PluginLibrary, data: byt
 
 
 def test_a_tensor_may_have_a_name_of_any_length(library: PluginLibrary) -> None:
-    inputs = (Tensor("", "float32", (-1,)), Tensor("n" * 5000, "float32", ()))
+    inputs = (Tensor("", "float32", (T,)), Tensor("n" * 5000, "float32", ()))
     program = replace(router_program(), inputs=inputs, images=(Image(86, (), (LOW,)),))
     library.plugin("MoERouter", program.to_bytes()).close()
 

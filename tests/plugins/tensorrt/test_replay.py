@@ -1,4 +1,4 @@
-"""The whole chain without a GPU: op, plan, program, plugin, launches, kernels; against the numpy spec."""
+"""The whole chain without a GPU: op, draft, program, plugin, launches, kernels; against the numpy spec."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.plugin_harness import Io, PluginLibrary, shape_of
+from bench.plugin_harness import Io, PluginLibrary
 from bench.variants import EXPERTS, MODELS, router_inputs
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.gpu.planning import plan
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec
@@ -39,32 +40,32 @@ def run(
     library: PluginLibrary,
     cuda: FakeCuda,
     interpreter: Interpreter,
-    op: RouterOp | ExpertsOp,
+    op: KernelOp,
     inputs: Mapping[str, np.ndarray],
     tokens: int,
     sm: int,
 ) -> list[np.ndarray]:
     """The outputs of the plugin's execution, those in floating point as float32."""
     cuda.set_sm(sm)
-    planned = plan(op, sm)
-    program = fake_program(planned)
+    draft = op.draft(sm)
+    program = fake_program(draft)
     plugin = library.plugin(op.name, program.to_bytes())
-    most = Io.of(op.inputs, op.outputs, 1, max(TOKENS))
+    most = Io.of(op.inputs, op.outputs, {"T": 1}, {"T": max(TOKENS)})
     plugin.configure(most)
     reported = plugin.workspace(most)
     memory = Memory()
     given = [memory.add(as_bytes(inputs[tensor.name], tensor.dtype)) for tensor in op.inputs]
     types = [getattr(torch, tensor.dtype) for tensor in op.outputs]
-    shapes = [shape_of(tensor, tokens) for tensor in op.outputs]
+    shapes = [tensor.at({"T": tokens}) for tensor in op.outputs]
     sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
     made = [memory.reserve(size + GUARD) for size in sizes]
     workspace = memory.reserve(reported + GUARD)
     context = plugin.attach()
-    io = Io.of(op.inputs, op.outputs, tokens, tokens)
+    io = Io.of(op.inputs, op.outputs, {"T": tokens})
     context.shape_change(io)
     cuda.events()
     context.enqueue(io, given, made, workspace)
-    launched = calls(cuda.events(), planned.kernels, memory)
+    launched = calls(cuda.events(), draft.kernels, memory)
     context.close()
     plugin.close()
     blocks = interpreter.call(replay, launched, memory.blocks)
@@ -112,12 +113,12 @@ MODELS_LAYERS = {
 
 
 @pytest.mark.parametrize("name", MODELS_LAYERS)
-def test_plans_of_large_models_are_programs_for_every_gpu(library: PluginLibrary, name: str) -> None:
+def test_drafts_of_large_models_are_programs_for_every_gpu(library: PluginLibrary, name: str) -> None:
     op = MODELS_LAYERS[name]
-    images = [fake_program(plan(op, sm)).images[0] for sm in SMS]
+    images = [fake_program(op.draft(sm)).images[0] for sm in SMS]
     program = Program(op.name, op.inputs, op.outputs, tuple(images))
     plugin = library.plugin(op.name, program.to_bytes())
-    io = Io.of(op.inputs, op.outputs, 1, 4096)
+    io = Io.of(op.inputs, op.outputs, {"T": 1}, {"T": 4096})
     plugin.configure(io)
-    assert plugin.workspace(io) >= max(image.variant(4096).workspace(4096) for image in images)
+    assert plugin.workspace(io) >= max(image.variant({"T": 4096}).workspace({"T": 4096}) for image in images)
     plugin.close()

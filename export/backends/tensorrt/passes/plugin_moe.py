@@ -10,7 +10,9 @@ from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import NodePass, left, substitute
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.runtime.core.dtypes import DTYPES
 
 DOMAIN = "moevlm.tensorrt"  # has no function bodies: TensorRT finds its plugins from any domain
@@ -25,9 +27,7 @@ class PluginMoE(NodePass):
 
     domain = DOMAIN
 
-    def __init__(
-        self, dtype: str, weights: str, group_size: int, program: Callable[[RouterOp | ExpertsOp], bytes]
-    ) -> None:
+    def __init__(self, dtype: str, weights: str, group_size: int, program: Callable[[KernelOp], bytes]) -> None:
         """dtype: of the activations. weights, group_size: as in ExpertsOp. program: bytes of an op's program."""
         self.dtype, self.weights, self.group_size, self.program = dtype, weights, group_size, program
 
@@ -47,7 +47,7 @@ class PluginMoE(NodePass):
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         if is_op(node, ROUTER):
-            op: RouterOp | ExpertsOp = router_op(node)
+            op: KernelOp = router_op(node)
             inputs = list(node.inputs)
         else:
             op = self._experts_op(node)

@@ -19,7 +19,7 @@ from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
 from tests.support.checkpoints import FAMILIES

@@ -21,7 +21,7 @@ from moevlm.export.checkpoint.safetensors_file import read_header
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu import compiler
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, plan_header

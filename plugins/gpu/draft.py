@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.program import Tensor, Variant
 
+MAX_TOKENS = 1 << 20  # that programs have room for
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -21,7 +23,7 @@ class KernelSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Draft:
     """Launches name kernels by their place in `kernels`, and one argument for each of their `types`."""
 
     op: str
@@ -30,3 +32,8 @@ class Plan:
     sm: int
     kernels: tuple[KernelSpec, ...]
     variants: tuple[Variant, ...]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is n or more."""
+    return 1 << (n - 1).bit_length()

@@ -1,9 +1,11 @@
-"""Both MoE ops as a GPU program has them: attributes, shapes and dtypes, all known when the kernels are compiled."""
+"""Experts as a GPU program has them: attributes, shapes and dtypes, all known when the kernels are compiled."""
 
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.program import TOKENS, Tensor
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
+from moevlm.plugins.gpu.ops.experts_draft import ExpertsDraft
+from moevlm.plugins.gpu.program import T, Tensor
+from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import FieldError
 
@@ -11,30 +13,6 @@ ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 GROUP_SIZES = (32, 128)
 # The dtype that a weight's code has in each format; "" is the dtype of the activations.
 FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
-
-
-@dataclass(frozen=True)
-class RouterOp:
-    """logits [T, E], bias [E] if has_bias -> expert_index [T, k] int32, expert_weight [T, k]; else float32."""
-
-    spec: RouterSpec
-    experts: int
-    has_bias: bool = False
-
-    name = "MoERouter"
-
-    def __post_init__(self) -> None:
-        self.spec.check(self.experts)
-
-    @property
-    def inputs(self) -> tuple[Tensor, ...]:
-        logits = Tensor("logits", "float32", (TOKENS, self.experts))
-        return (logits, Tensor("bias", "float32", (self.experts,))) if self.has_bias else (logits,)
-
-    @property
-    def outputs(self) -> tuple[Tensor, ...]:
-        shape = (TOKENS, self.spec.top_k)
-        return Tensor("expert_index", "int32", shape), Tensor("expert_weight", "float32", shape)
 
 
 @dataclass(frozen=True)
@@ -79,10 +57,10 @@ class ExpertsOp:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        tokens = (TOKENS, self.top_k)
+        tokens = (T, self.top_k)
         projections = (("gate_up", self.rows, self.hidden), ("down", self.hidden, self.inner))
         tensors = [
-            Tensor("x", self.dtype, (TOKENS, self.hidden)),
+            Tensor("x", self.dtype, (T, self.hidden)),
             Tensor("expert_index", "int32", tokens),
             Tensor("expert_weight", "float32", tokens),
         ]
@@ -101,4 +79,8 @@ class ExpertsOp:
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
-        return (Tensor("y", self.dtype, (TOKENS, self.hidden)),)
+        return (Tensor("y", self.dtype, (T, self.hidden)),)
+
+    def draft(self, sm: int, max_tokens: int = MAX_TOKENS) -> Draft:
+        """See `KernelOp`; for up to max_tokens. Raises ValueError for bfloat16 on sm75, which has none."""
+        return ExpertsDraft(self, sm, max_tokens).draft()

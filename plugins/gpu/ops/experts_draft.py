@@ -1,56 +1,35 @@
-"""An op's kernels and launches for one kind of GPU."""
+"""The experts' kernels and launches for one kind of GPU."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.ops import ExpertsOp, RouterOp
-from moevlm.plugins.gpu.plan import KernelSpec, Plan
-from moevlm.plugins.gpu.program import ONE, Argument, Count, Fill, Launch, Variant
+from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.program import (
+    ONE,
+    TOKENS,
+    Argument,
+    Count,
+    Fill,
+    Launch,
+    Linear,
+    Variant,
+    at_most,
+    fixed,
+    per_token,
+)
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
 from moevlm.runtime.core.dtypes import DTYPES
 
-MAX_TOKENS = 1 << 20
+if TYPE_CHECKING:
+    from moevlm.plugins.gpu.ops.experts import ExpertsOp
+
 ROWS_STEP = 1024  # rows that one program counts or places
 COMBINE_STEP = 1024  # columns that one program adds up
 
 
-def plan(op: RouterOp | ExpertsOp, sm: int, max_tokens: int = MAX_TOKENS) -> Plan:
-    """Everything that `op` needs on GPUs of compute capability sm / 10, for 1 to max_tokens tokens.
-
-    Raises ValueError for an sm that is not known, and for bfloat16 on sm75, which has none.
-    """
-    return _route(op, sm, max_tokens) if isinstance(op, RouterOp) else _Experts(op, sm, max_tokens).plan()
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def _route(op: RouterOp, sm: int, max_tokens: int) -> Plan:
-    spec = op.spec
-    size = op.experts // spec.n_group
-    constants: dict[str, int | float | bool | str] = {
-        "EXPERTS": op.experts,
-        "TOP_K": spec.top_k,
-        "SCORING": spec.scoring,
-        "RENORMALIZE": spec.renormalize,
-        "EPSILON": spec.epsilon,
-        "SCALE": spec.scale,
-        "GROUPS": spec.n_group,
-        "TOP_GROUPS": spec.topk_group,
-        "GROUP_SCORE": spec.group_score,
-        "HAS_BIAS": op.has_bias,
-        "PADDED_GROUPS": _power(spec.n_group),
-        "PADDED_SIZE": _power(size),
-        "PADDED_K": _power(spec.top_k),
-    }
-    kernel = KernelSpec("route", ("*fp32", "*fp32", "*i32", "*fp32"), tuple(constants.items()), warps=1)
-    bias = Argument("input", 1) if op.has_bias else Argument("null")
-    arguments = (Argument("input", 0), bias, Argument("output", 0), Argument("output", 1))
-    launch = Launch(0, (Count(slope=1), ONE, ONE), arguments)
-    return Plan(op.name, op.inputs, op.outputs, sm, (kernel,), (Variant(max_tokens, (), (launch,)),))
-
-
-class _Experts:
+class ExpertsDraft:
     """Collects kernels, each once, while the variants are laid out."""
 
     # Workspace buffers. A variant without sorting has only the first two.
@@ -65,7 +44,7 @@ class _Experts:
         self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
         self.dtype = DTYPES[op.dtype].pointer
 
-    def plan(self) -> Plan:
+    def draft(self) -> Draft:
         op = self.op
         variants = []
         for i, chosen in enumerate(self.ranges):
@@ -73,18 +52,18 @@ class _Experts:
             variants.append(self._few(limit, chosen) if i < 2 else self._grouped(limit, chosen))
             if limit == self.max_tokens:
                 break
-        return Plan(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
+        return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
 
     def _few(self, max_tokens: int, chosen: Range) -> Variant:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
-        rows = Count(slope=op.top_k)
+        rows = per_token(op.top_k)
         steps = [
             self._launch(
                 "few_gate_up",
-                (_tiles(op.inner, gate_up), rows, ONE),
+                (fixed(_tiles(op.inner, gate_up)), rows, ONE),
                 ("x", "expert_index", "expert_weight", *self._weights("gate_up"), self.INNER, "tokens"),
-                self._gate_up_constants() | {"EXPERTS": op.experts, "PADDED_K": _power(op.top_k)},
+                self._gate_up_constants() | {"EXPERTS": op.experts, "PADDED_K": power_of_two(op.top_k)},
                 gate_up,
             )
         ]
@@ -93,24 +72,24 @@ class _Experts:
             steps.append(
                 self._launch(
                     "single_down",
-                    (_tiles(op.hidden, down), ONE, ONE),
+                    (fixed(_tiles(op.hidden, down)), ONE, ONE),
                     (self.INNER, "expert_index", "expert_weight", *self._weights("down"), "y"),
                     self._constants() | routing | {"SCALES_INPUT": op.spec.weight_on == "input"},
                     down,
                 )
             )
-            return Variant(max_tokens, (self._row_bytes(op.inner),), tuple(steps))
+            return Variant((at_most(max_tokens),), (self._row_bytes(op.inner),), tuple(steps))
         steps.append(
             self._launch(
                 "few_down",
-                (_tiles(op.hidden, down), rows, ONE),
+                (fixed(_tiles(op.hidden, down)), rows, ONE),
                 (self.INNER, "expert_index", *self._weights("down"), self.ROWS_OUT, "tokens"),
-                self._constants() | routing | {"PADDED_K": _power(op.top_k)},
+                self._constants() | routing | {"PADDED_K": power_of_two(op.top_k)},
                 down,
             )
         )
         steps.append(self._combine())
-        return Variant(max_tokens, (self._row_bytes(op.inner), self._row_bytes(op.hidden)), tuple(steps))
+        return Variant((at_most(max_tokens),), (self._row_bytes(op.inner), self._row_bytes(op.hidden)), tuple(steps))
 
     def _grouped(self, max_tokens: int, chosen: Range) -> Variant:
         op = self.op
@@ -118,10 +97,10 @@ class _Experts:
         if gate_up.BM != down.BM:
             raise ValueError(f"BM = {gate_up.BM} and {down.BM} in one entry of tiles.json (allowed: one value)")
         block = gate_up.BM
-        by_rows = Count(slope=op.top_k, divisor=ROWS_STEP)
+        by_rows = per_token(op.top_k, divisor=ROWS_STEP)
         shape = {"EXPERTS": op.experts}
         steps: list[Launch | Fill] = [
-            Fill(self.COUNTS, 0, Count(offset=2 * op.experts)),
+            Fill(self.COUNTS, 0, fixed(2 * op.experts)),
             self._launch(
                 "count_rows",
                 (by_rows, ONE, ONE),
@@ -132,7 +111,7 @@ class _Experts:
                 "start_rows",
                 (ONE, ONE, ONE),
                 (self.COUNTS, self.STARTS, ("constant", block)),
-                shape | {"PADDED_EXPERTS": _power(op.experts)},
+                shape | {"PADDED_EXPERTS": power_of_two(op.experts)},
             ),
             self._launch(
                 "place_rows",
@@ -142,7 +121,7 @@ class _Experts:
             ),
             self._launch(
                 "grouped_gate_up",
-                (self._blocks(block, _tiles(op.inner, gate_up).offset), ONE, ONE),
+                (self._blocks(block, _tiles(op.inner, gate_up)), ONE, ONE),
                 (
                     *("x", "expert_weight", *self._weights("gate_up")),
                     *(self.ROWS, self.STARTS, self.BLOCKS, self.INNER),
@@ -152,7 +131,7 @@ class _Experts:
             ),
             self._launch(
                 "grouped_down",
-                (self._blocks(block, _tiles(op.hidden, down).offset), ONE, ONE),
+                (self._blocks(block, _tiles(op.hidden, down)), ONE, ONE),
                 (self.INNER, *self._weights("down"), self.ROWS, self.STARTS, self.BLOCKS, self.ROWS_OUT),
                 shape | self._constants(),
                 down,
@@ -162,33 +141,28 @@ class _Experts:
         buffers = (
             self._row_bytes(op.inner),
             self._row_bytes(op.hidden),
-            Count(offset=2 * op.experts * 4),
-            Count(offset=2 * (op.experts + 1) * 4),
-            Count(slope=op.top_k * 4),
+            fixed(2 * op.experts * 4),
+            fixed(2 * (op.experts + 1) * 4),
+            per_token(op.top_k * 4),
             self._blocks(block, 2 * 4),
         )
-        return Variant(max_tokens, buffers, tuple(steps))
+        return Variant((at_most(max_tokens),), buffers, tuple(steps))
 
     def _blocks(self, rows: int, times: int) -> Count:
         """times the most blocks of so many rows that T * k rows of E experts can make, at most rounded up."""
         op = self.op
-        return Count(
-            slope=times * op.top_k,
-            offset=times * op.experts * (rows - 1),
-            divisor=rows,
-            limit_slope=times * op.top_k,
-            limit=0,
-        )
+        most = times * op.top_k
+        return per_token(most, times * op.experts * (rows - 1), rows, limit=Linear(T=most))
 
     def _row_bytes(self, width: int) -> Count:
-        return Count(slope=self.op.top_k * width * DTYPES[self.op.dtype].bytes)
+        return per_token(self.op.top_k * width * DTYPES[self.op.dtype].bytes)
 
     def _combine(self) -> Launch:
         op = self.op
-        step = min(COMBINE_STEP, _power(op.hidden))
+        step = min(COMBINE_STEP, power_of_two(op.hidden))
         return self._launch(
             "combine",
-            (Count(slope=-(-op.hidden // step)), ONE, ONE),
+            (per_token(-(-op.hidden // step)), ONE, ONE),
             (self.ROWS_OUT, "expert_weight", "y"),
             {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SCALES_INPUT": op.spec.weight_on == "input", "STEP": step},
         )
@@ -242,7 +216,7 @@ class _Experts:
         if argument is None:
             return Argument("null"), self.dtype
         if argument == "tokens":
-            return Argument("tokens"), "i32"
+            return TOKENS, "i32"
         if argument == "y":
             return Argument("output", 0), self.dtype
         if isinstance(argument, str):
@@ -253,5 +227,5 @@ class _Experts:
         return Argument(*argument), "i32"
 
 
-def _tiles(width: int, tile: Tile) -> Count:
-    return Count(offset=-(-width // tile.BN))
+def _tiles(width: int, tile: Tile) -> int:
+    return -(-width // tile.BN)
