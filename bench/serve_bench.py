@@ -28,7 +28,6 @@ from moevlm.runtime import AsyncEngine, Prompt, Runtime, SamplingParams
 from moevlm.runtime.cli.console import bytes_text, publish, table
 from moevlm.runtime.core.states import page_bytes
 from moevlm.runtime.engine.packing import StepPacker
-from moevlm.runtime.engine.scheduler import MIXED_TOKENS
 from moevlm.runtime.engine.step import Step
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
@@ -55,6 +54,11 @@ def prompt_of(runtime: Runtime, tokens: int, seed: int) -> Prompt:
     ids = np.random.default_rng(seed).integers(0, runtime.model.vocabulary - 64, tokens)
     ids[ids == runtime.model.image_token_id] = 0
     return Prompt.from_ids(ids, [], runtime.model)
+
+
+def mixed_tokens(runtime: Runtime) -> int:
+    """Tokens of a prompt that are read in one step beside running decodes."""
+    return runtime.engine.limits.mixed_tokens or runtime.chunk_tokens
 
 
 def params(new_tokens: int) -> SamplingParams:
@@ -97,18 +101,18 @@ def by_hand(runtime: Runtime, prompts: Sequence[Prompt], new_tokens: int) -> flo
 
     ends = np.arange(count + 1) * PAST
     ids = np.concatenate([prompt.ids for prompt in prompts])
-    output = engine.forward(step(ids, ends, 0, ends[1:] - 1), None)
+    output = engine.forward(step(ids, ends, 0, ends[1:] - 1))
     single = np.arange(count + 1)
     steps = [step(np.zeros(count, np.int64), single, PAST + n, single[:-1]) for n in range(new_tokens - 1)]
     started = perf_counter()
     for one in steps:
         one.input_ids[:] = output.candidates.ids[:, 0]
-        output = engine.forward(one, None)
+        output = engine.forward(one)
     return count * len(steps) / (perf_counter() - started)
 
 
-async def gaps(service: AsyncEngine, prompts: Sequence[Prompt], arriving: Prompt | None) -> np.ndarray:
-    """Seconds between two pieces of running clients, while `arriving` is read, or for as many tokens without it."""
+async def gaps(service: AsyncEngine, prompts: Sequence[Prompt], arriving: Prompt | int) -> np.ndarray:
+    """Seconds between two pieces of running clients, while `arriving` is read, or for so many tokens of each."""
     came: list[list[float]] = [[] for _ in prompts]
 
     async def run(prompt: Prompt, own: list[float]) -> None:
@@ -119,8 +123,8 @@ async def gaps(service: AsyncEngine, prompts: Sequence[Prompt], arriving: Prompt
     while min(map(len, came)) < 10:  # all of them decode
         await asyncio.sleep(0.001)
     begin = perf_counter()
-    if arriving is None:
-        while min(map(len, came)) < 10 + LONG // MIXED_TOKENS:
+    if isinstance(arriving, int):
+        while min(map(len, came)) < 10 + arriving:
             await asyncio.sleep(0.001)
     else:
         stream = service.generate(arriving, params=params(2))
@@ -174,7 +178,7 @@ def counted(runtime: Runtime, spent: list[float]) -> Iterator[None]:
 def share(runtime: Runtime) -> float:
     """What scheduling, packing and sampling take of the time between two decode steps of CLIENTS sequences."""
     bare = Runtime(runtime.model, None, None, runtime.engine, cache_memory=MEMORY)  # without a tokenizer
-    tokens = NEW + CLIENTS * PAST // MIXED_TOKENS  # the first still runs when the last has read its prompt
+    tokens = NEW + CLIENTS * PAST // mixed_tokens(bare)  # the first still runs when the last has read its prompt
     requests = [bare.sequence(prompt_of(bare, PAST, n), params=params(tokens), ahead=inf) for n in range(CLIENTS)]
     for request in requests:
         bare.loop.add(request)
@@ -215,7 +219,9 @@ async def measured(runtime: Runtime, repeats: int) -> list[Row]:
             rounds.append((many, await together(service, prompts, NEW)))
             rounds.append((one, await together(service, prompts[:1], NEW)))
             arriving = prompt_of(runtime, min(LONG, runtime.context - 8), 1000 + n)
-            rounds.append((idle, float(np.percentile(await gaps(service, prompts[:-1], None), 99))))
+            rounds.append(
+                (idle, float(np.percentile(await gaps(service, prompts[:-1], LONG // mixed_tokens(runtime)), 99)))
+            )
             rounds.append((beside, float(np.percentile(await gaps(service, prompts[:-1], arriving), 99))))
         rounds += zip((first, second), turns(runtime, 2000 + 2 * n), strict=True)
         if n:

@@ -14,10 +14,6 @@ from moevlm.runtime.engine.sequence import Sequence
 from moevlm.runtime.engine.step import EngineLimits, StepOutput
 from moevlm.runtime.request.candidates import CandidateRow
 
-# Prompt tokens beside running decodes. Measured on two cores, such a step takes some 2 times as long as one of seven
-# decodes alone; with 32 it takes 3.1 times as long.
-MIXED_TOKENS = 24
-
 
 class Part(msgspec.Struct, frozen=True, eq=False):
     """Tokens start to stop of a sequence, the last of them behind which its next token is chosen, or not.
@@ -37,8 +33,9 @@ class Scheduler:
     """First come, first served: decodes of all running sequences first, then prompts in chunks.
 
     A running sequence has pages. One that needs a page where none is left takes those of the youngest, which starts
-    again from its tokens later. A prompt is cut at fixed places: multiples of a page on a packed engine, or of
-    MIXED_TOKENS beside decodes; multiples of the most tokens of a step on others, where a chunk has a step of its own.
+    again from its tokens later. A prompt is cut at fixed places: multiples of a page on a packed engine, or of its
+    mixed_tokens beside decodes if they are fewer; multiples of the most tokens of a step on others, where a chunk has a
+    step of its own.
     """
 
     def __init__(
@@ -53,6 +50,7 @@ class Scheduler:
         """chunk_tokens: the most prompt tokens in a step. rows: of recurrent states, 0 for a model without."""
         self._limits, self._vocabulary = limits, vocabulary
         self._chunk = min(chunk_tokens, limits.max_tokens, limits.max_visual or chunk_tokens)
+        self._mixed = min(limits.mixed_tokens or self._chunk, self._chunk)
         self._most = min(limits.max_sequences, limits.max_logits, limits.max_tokens)
         self._all = Residents(limits, pool, self._chunk, rows)
         self._steps = 0
@@ -177,8 +175,8 @@ class Scheduler:
         ready = [(sequence, sequence.decoding) for sequence in self._selected()]
         decodes = sum(decoding for _, decoding in ready)
         # Cut at fixed places, so that the same prompt is cut alike whatever the load.
-        budget = min(MIXED_TOKENS if decodes else self._chunk, self._chunk, self._limits.max_tokens - decodes)
-        unit = min(MIXED_TOKENS if decodes else self._limits.page_size, budget)
+        budget = min(self._mixed if decodes else self._chunk, self._limits.max_tokens - decodes)
+        unit = min(self._limits.page_size, budget)
         parts: list[Part] = []
         for sequence, decoding in ready:
             if sequence.status != "running":

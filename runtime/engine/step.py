@@ -14,8 +14,10 @@ class EngineLimits:
 
     max_sequences, max_tokens, max_logits: of one step. max_context: tokens of one sequence. page_size: tokens of a
     page. max_visual: rows of visual features that a step uses; max_patches: of one image; None for any number.
-    packed: rows give the same bits whatever else is in a step, so prompts may be cut at any page's border; else they
-    are cut at multiples of max_tokens alone. copies: a step may copy pages.
+    packed: a step may hold any mixture of sequences, and prompts are cut at any page's border; else it holds a token
+    of each of several sequences, or a chunk of one prompt, which is cut at multiples of max_tokens alone.
+    mixed_tokens: prompt tokens beside running decodes, in a packed step; None for as many as in a step without.
+    copies: a step may copy pages.
     """
 
     max_sequences: int
@@ -26,6 +28,7 @@ class EngineLimits:
     max_visual: int | None = None
     max_patches: int | None = None
     packed: bool = False
+    mixed_tokens: int | None = None
     copies: bool = True
 
 

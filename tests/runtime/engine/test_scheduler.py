@@ -14,7 +14,7 @@ from moevlm.runtime.core.errors import DeadlineExceeded, EngineError, QueueFull,
 from moevlm.runtime.engine.packing import StepPacker
 from moevlm.runtime.engine.page_table import PageTable
 from moevlm.runtime.engine.pages import PageNode, PagePool
-from moevlm.runtime.engine.scheduler import MIXED_TOKENS, Part, Scheduler
+from moevlm.runtime.engine.scheduler import Part, Scheduler
 from moevlm.runtime.engine.sequence import Ending, Sequence
 from moevlm.runtime.engine.step import EngineLimits
 from moevlm.runtime.request.sampling import SamplingParams
@@ -25,6 +25,9 @@ def sequence_of(ids: list[int], new_tokens: int = 5, ahead: float = 1e9, **optio
     deadline = options.pop("deadline", None)
     ending = Ending(new_tokens, frozenset({EOS}), deadline=deadline)
     return Sequence(prompt_of(ids), SamplingParams(**options), ending, ahead=ahead)
+
+
+MIXED_TOKENS = 24
 
 
 class House:
@@ -40,8 +43,11 @@ class House:
         page: int = 4,
         rows: int = 0,
         max_tokens: int = 128,
+        mixed_tokens: int | None = MIXED_TOKENS,
     ) -> None:
-        self.limits = EngineLimits(sequences, max_tokens, sequences, 10_000, page, packed=packed)
+        self.limits = EngineLimits(
+            sequences, max_tokens, sequences, 10_000, page, packed=packed, mixed_tokens=mixed_tokens
+        )
         self.chunk = min(chunk, max_tokens)
         self.pool = PagePool(pages, page)
         self.scheduler = Scheduler(self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk, rows=rows)
@@ -68,7 +74,7 @@ class House:
         assert prompts <= self.chunk
         assert len(parts) <= self.limits.max_sequences
         if tokens > prompts:
-            assert prompts <= (MIXED_TOKENS if self.limits.packed else 0)
+            assert prompts <= (self.limits.mixed_tokens or self.chunk if self.limits.packed else 0)
         elif not self.limits.packed:
             assert len(parts) <= 1
         return parts
@@ -77,10 +83,14 @@ class House:
         """Schedule, compute, finish. Returns how many sequences took part."""
         parts = self.schedule()
         if parts:
-            step, visual = self.packer.pack(parts)
-            check_rope(step, np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], 1))
-            self.scheduler.finish(parts, self.engine.forward(step, visual), 0.0)
+            self.finish(parts)
         return len(parts)
+
+    def finish(self, parts: tuple[Part, ...]) -> None:
+        """Compute a step."""
+        step, visual = self.packer.pack(parts)
+        check_rope(step, np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], 1))
+        self.scheduler.finish(parts, self.engine.forward(step, visual), 0.0)
 
     def drain(self, most: int = 5000) -> int:
         """Steps until all sequences have ended."""
@@ -145,10 +155,10 @@ class Traffic(RuleBasedStateMachine):
         chunk=st.sampled_from([1, 3, 8, 64]),
         page=st.sampled_from([1, 4, 64]),
         rows=st.sampled_from([0, 0, 3]),
+        mixed_tokens=st.sampled_from([None, MIXED_TOKENS]),
     )
-    def open(self, packed: bool, pages: int, sequences: int, chunk: int, page: int, rows: int) -> None:
-        pages = pages if page == 4 else pages * 4 if page == 1 else 4
-        self.house = House(pages, packed=packed, sequences=sequences, chunk=chunk, page=page, rows=rows)
+    def open(self, pages: int, page: int, **options: Any) -> None:
+        self.house = House(pages if page == 4 else pages * 4 if page == 1 else 4, page=page, **options)
         self.sequences: list[tuple[Sequence, tuple[int, ...], int, SamplingParams]] = []
         self.clock = 0.0
         self.first_steps: dict[int, int] = {}
@@ -290,8 +300,7 @@ def test_a_known_beginning_is_not_computed_again():
     # Wholly known: the last token alone, whose logits are wanted. Else from the first token that differs.
     assert [(part.start, part.stop) for part in parts] == [(21, 22), (22, 24), (10, 12)]
     assert all(len(part.copies) == 1 for part in parts)  # each goes on within a page that is known in part
-    step, visual = house.packer.pack(parts)
-    house.scheduler.finish(parts, house.engine.forward(step, visual), 0.0)
+    house.finish(parts)
     house.drain()
     assert len(house.engine.steps) == computed + 3
     for sequence, ids in ((again, first), (longer, [*first, 30, 31]), (other, [*first[:10], 30, 31])):
@@ -351,8 +360,7 @@ def test_a_prompt_is_read_in_small_chunks_beside_decodes_and_in_large_ones_alone
         parts = house.schedule()
         assert parts[0].sequence is first
         beside += [part.stop - part.start for part in parts[1:]]
-        step, visual = house.packer.pack(parts)
-        house.scheduler.finish(parts, house.engine.forward(step, visual), 0.0)
+        house.finish(parts)
         if len(beside) == 3:
             break
     assert beside == [MIXED_TOKENS] * 3
@@ -360,6 +368,21 @@ def test_a_prompt_is_read_in_small_chunks_beside_decodes_and_in_large_ones_alone
     house.scheduler.sweep(0)
     (part,) = house.schedule()
     assert (part.start, part.stop) == (3 * MIXED_TOKENS, 172)  # 43 pages: at most 100 tokens more, and whole pages
+
+
+def test_an_engine_without_such_a_limit_reads_whole_chunks_of_several_prompts_beside_decodes():
+    house = House(pages=200, page=4, chunk=100, mixed_tokens=None)
+    first = sequence_of(list(range(5, 10)), 60, temperature=1.0, seed=1)
+    house.scheduler.add(first)
+    house.step()
+    for size in (150, 31):
+        house.scheduler.add(sequence_of([(n + size) % 28 + 11 for n in range(size)], 2))
+    taken = []
+    for _ in range(2):
+        parts = house.schedule()
+        taken.append([part.stop - part.start for part in parts])
+        house.finish(parts)
+    assert taken == [[1, 100], [1, 50, 31]]
 
 
 def test_prompts_on_an_engine_whose_rows_depend_on_the_step_are_cut_and_shared_at_fixed_places():
@@ -382,8 +405,7 @@ def test_two_sequences_take_turns_on_an_engine_of_one():
     while first.status == "running":
         (part,) = house.schedule()
         turns.append(part.sequence is first)
-        step, visual = house.packer.pack([part])
-        house.scheduler.finish([part], house.engine.forward(step, visual), 0.0)
+        house.finish((part,))
     assert turns == [True, False] * (len(turns) // 2) + [True] * (len(turns) % 2)
 
 
@@ -455,8 +477,7 @@ def test_cancelling_frees_pages_in_the_same_step():
         house.scheduler.add(sequence)
     parts = house.schedule()
     sequences[0].cancellation.cancel()  # while the step runs
-    step, visual = house.packer.pack(parts)
-    house.scheduler.finish(parts, house.engine.forward(step, visual), 0.0)
+    house.finish(parts)
     assert sequences[0].status == "ended"
     assert house.scheduler.running == 1
     house.check_pages(sequences)
