@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import VisualFeatures, rows_between, step_features
 from moevlm.runtime.request.positions import rope_tables
 from moevlm.runtime.request.prompt import Prompt
 
@@ -77,10 +79,10 @@ class Batch:
         engine: Engine,
         model: ModelMetadata,
         prompts: Sequence[Prompt],
-        visual: VisualFeatures | None,
+        visual: Sequence[VisualFeatures],
         limits: BatchLimits,
     ) -> None:
-        """visual: features of the images of all prompts, in order; None if there are none."""
+        """visual: features of the images of all prompts, in order."""
         self._engine, self._visual, self._limits = engine, visual, limits
         self._sequences: list[_Sequence] = []
         rows, pages = 0, 0
@@ -160,9 +162,11 @@ class Batch:
         for row, (sequence, _) in zip(table, parts, strict=True):
             row[: len(sequence.pages)] = sequence.pages
         rows = np.array([span.number + 1 for span in spans], np.int32)
+        between = partial(rows_between, self._visual)
+        visual_index, visual = step_features((sequence.visual_index[part], between) for sequence, part in parts)
         step = Step(
             input_ids=np.concatenate([sequence.ids[part] for sequence, part in parts]),
-            visual_index=np.concatenate([sequence.visual_index[part] for sequence, part in parts]),
+            visual_index=visual_index,
             rope={
                 group: (
                     np.concatenate([sequence.ropes[group][0][part] for sequence, part in parts]),
@@ -177,7 +181,7 @@ class Batch:
             logits_index=logits_index.astype(np.int32),
             cleared=tuple(int(row) for row, span in zip(rows, spans, strict=True) if span.start == 0),
         )
-        output = self._engine.forward(step, self._visual if (step.visual_index >= 0).any() else None)
+        output = self._engine.forward(step, visual)
         for sequence, part in parts:
             sequence.length = part.stop
         return output

@@ -22,7 +22,8 @@ from moevlm.export.parity.tolerances import (
 )
 from moevlm.plugins.ops.router import choice_scores
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.engine.visual import VisualFeatures
 
 Array = np.ndarray
 
@@ -74,7 +75,7 @@ class Expected:
 
     def batch(self, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Batch:
         """All prompts in a new pool."""
-        return Batch(engine, self.metadata, self.prompts, visual, limits)
+        return Batch(engine, self.metadata, self.prompts, [visual], limits)
 
 
 def checks(
@@ -107,9 +108,10 @@ def checks(
         yield Check(step, f"{run.divergence}, 3 of 4 positions", value, limit, value <= limit)
 
     visual = engine.encode(expected.images)
-    yield error("image features", visual.embeds, expected.embeds)
+    values = visual.to_host()
+    yield error("image features", values.embeds, expected.embeds)
     if expected.deepstack.size:
-        yield error("deepstack features", visual.deepstack, expected.deepstack)
+        yield error("deepstack features", values.deepstack, expected.deepstack)
     if inside is not None:
         assert isinstance(tolerance, Tolerance)
         yield _routing(expected, step, inside, tolerance)
@@ -237,7 +239,7 @@ def alone(expected: Expected, engine: Engine, limits: BatchLimits) -> tuple[Arra
     ours, theirs, steps = [], [], min(ALONE_STEPS, limits.steps)
     for case, answer in zip(expected.cases, expected.answers, strict=True):
         images = pack([case], expected.metadata)
-        visual = None if images is None else engine.encode(images)
+        visual = [] if images is None else [engine.encode(images)]
         batch = Batch(engine, expected.metadata, [case.prompt], visual, limits)
         ours += [batch.prefill(every_position=True), *(batch.decode([t]) for t in case.continuation[:steps])]
         theirs += [answer.prefill, answer.decode[:steps]]

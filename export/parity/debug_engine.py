@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import onnx
@@ -13,8 +14,8 @@ from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 
@@ -63,7 +64,7 @@ class DebugEngine:
         self._engine.reserve(pages, rows)
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
         output = self._engine.forward(step, visual, cancellation)
         if not self.kernel_routes:

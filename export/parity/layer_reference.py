@@ -24,7 +24,7 @@ from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.parity.recorded_engine import RecordedSequence
 from moevlm.export.parity.torch_engine import Images, zeros
-from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.visual import HostFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Array = np.ndarray
@@ -109,7 +109,7 @@ def layer_deviations(
 
 
 def vision_deviations(
-    model: CanonicalModel, inputs: VisionInputs, group_size: int, found: VisualFeatures
+    model: CanonicalModel, inputs: VisionInputs, group_size: int, found: HostFeatures
 ) -> Iterator[Deviation]:
     """Yield the deviation of image features and each deepstack level, through the whole tower: its layers are not seen.
 

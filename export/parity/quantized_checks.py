@@ -18,7 +18,8 @@ from moevlm.export.parity.stored_weights import stored_weights
 from moevlm.export.parity.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
 from moevlm.plugins.ops.router import choice_scores, route
 from moevlm.runtime.core.manifest import EngineMetadata
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.engine.visual import HostFeatures
 
 Array = np.ndarray
 
@@ -31,7 +32,7 @@ class Recording:
     and of each prompt alone, too.
     """
 
-    visual: VisualFeatures
+    visual: HostFeatures
     prefill: Array
     decode: Array
     prompts: list[RecordedSequence]
@@ -48,7 +49,7 @@ class Recording:
         prompts = recorded.sequences()
         expected.batch(recorded, visual, limits).prefill(CHUNK_TOKENS)
         alone(expected, recorded, limits)
-        return cls(visual, prefill, decode, prompts, recorded.sequences())
+        return cls(visual.to_host(), prefill, decode, prompts, recorded.sequences())
 
     def apart(self, other: "Recording") -> float:
         """The largest relative difference of the logits of the two."""

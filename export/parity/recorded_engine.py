@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, VisualFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 Array = np.ndarray
@@ -25,7 +26,7 @@ class RecordedSequence:
     """
 
     values: Mapping[str, Array]
-    visual: VisualFeatures | None
+    visual: HostFeatures | None
     logits: Mapping[int, Array]
 
 
@@ -34,13 +35,21 @@ class _Kept:
     """Of one sequence: parts of its values, step after step."""
 
     parts: dict[str, list[Array]] = field(default_factory=dict)
-    visual: VisualFeatures | None = None
+    visual: list[HostFeatures] = field(default_factory=list)
     logits: dict[int, Array] = field(default_factory=dict)
+
+    def see(self, index: Array, features: HostFeatures) -> Array:
+        """Keep the rows of a step's features that `index` [S] names, -1 for none. Returns where they are kept."""
+        images = index >= 0
+        first = sum(one.rows for one in self.visual)
+        self.visual.append(HostFeatures(features.embeds[index[images]], features.deepstack[:, index[images]]))
+        return np.where(images, first + np.cumsum(images) - 1, -1)
 
     def sequence(self) -> RecordedSequence:
         for name, parts in self.parts.items():
             self.parts[name] = [np.concatenate(parts)]  # in place of the parts: memory for one name at a time
-        return RecordedSequence({name: part for name, (part,) in self.parts.items()}, self.visual, self.logits)
+        visual = joined([FeatureRows.all_of(one) for one in self.visual]) if self.visual else None
+        return RecordedSequence({name: part for name, (part,) in self.parts.items()}, visual, self.logits)
 
 
 class RecordedEngine:
@@ -69,18 +78,21 @@ class RecordedEngine:
         self._pools.append({})
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
         output = self._engine.forward(step, visual, cancellation)
         pool = self._pools[-1]
+        features = joined(visual) if visual else None
         values = {"input_ids": step.input_ids, "visual_index": step.visual_index, **output.outputs}
         for group, (cos, sin) in step.rope.items():
             values |= {f"rope_cos.{group}": cos, f"rope_sin.{group}": sin}
         for n, row in enumerate(step.state_row.tolist()):
             kept = pool.setdefault(row, _Kept())
-            kept.visual = visual or kept.visual
-            for name, rows in values.items():
-                kept.parts.setdefault(name, []).append(rows[step.query_start[n] : step.query_start[n + 1]].copy())
+            own = {name: rows[step.query_start[n] : step.query_start[n + 1]].copy() for name, rows in values.items()}
+            if features is not None:
+                own["visual_index"] = kept.see(own["visual_index"], features)
+            for name, rows in own.items():
+                kept.parts.setdefault(name, []).append(rows)
         self._keep_logits(pool, step, output)
         return output
 

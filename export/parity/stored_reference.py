@@ -16,7 +16,8 @@ from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.engine.visual import HostFeatures
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ def reference_output(
 
 def _asked(
     engine: Engine, case: Case, metadata: ModelMetadata
-) -> tuple[VisualFeatures | None, np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[HostFeatures | None, np.ndarray, dict[str, np.ndarray]]:
     """Features of a case's images, logits of all its tokens, and the debug outputs."""
     images = pack([case], metadata)
-    visual = None if images is None else engine.encode(images)
+    visual = [] if images is None else [engine.encode(images)]
     batch = Batch(engine, metadata, [case.whole], visual, BatchLimits.of([case.whole], engine.limits, steps=0))
-    return visual, *batch.prefill_outputs()
+    return visual[0].to_host() if visual else None, *batch.prefill_outputs()

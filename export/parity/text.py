@@ -67,7 +67,7 @@ def measure_text(
 
     def ask(engine: Engine, chunk_tokens: int | None = None) -> Iterator[Array]:
         for prompt in prompts:
-            batch = Batch(engine, metadata, [prompt], None, BatchLimits.of([prompt], engine.limits, steps=0))
+            batch = Batch(engine, metadata, [prompt], [], BatchLimits.of([prompt], engine.limits, steps=0))
             yield batch.prefill(chunk_tokens, every_position=True)
 
     reference = TorchEngine(

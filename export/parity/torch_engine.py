@@ -25,8 +25,9 @@ from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 PAGE = 16  # tokens: short prompts have several pages
@@ -38,7 +39,7 @@ class NotedStep:
     """A step and what became of it. x: the residual stream, [T, H]. outputs: debug outputs, if they were asked for."""
 
     step: Step
-    visual: VisualFeatures
+    visual: HostFeatures
     x: torch.Tensor
     asked: bool = False
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class StepNotes:
         self.limits, self.states = _limits(config), config.states
         self.pools: list[NotedPool] = []
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:  # noqa: ARG002
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:  # noqa: ARG002
         return self._images.encode(inputs)
 
     def reserve(self, pages: int, rows: int) -> None:
@@ -87,14 +88,14 @@ class StepNotes:
     def forward(
         self,
         step: Step,
-        visual: VisualFeatures | None,
+        visual: Sequence[FeatureRows] = (),
         cancellation: Cancellation | None = None,  # noqa: ARG002
     ) -> StepOutput:
-        none = VisualFeatures(
+        none = HostFeatures(
             np.zeros((1, self._config.hidden), np.float32),
             np.zeros((self._config.deepstack, 1, self._config.hidden), np.float32),
         )
-        noted = NotedStep(step, visual or none, torch.empty(0))
+        noted = NotedStep(step, joined(visual) if visual else none, torch.empty(0))
         self.pools[-1].steps.append(noted)
         rows = len(step.logits_index)
         logits, ids = np.zeros((rows, 0), np.float32), np.zeros((rows, 0), np.int32)
@@ -108,7 +109,7 @@ class Images:
     """The vision tower, block by block. An input that it has seen is not computed again."""
 
     def __init__(self, vision: Vision, model: CanonicalModel) -> None:
-        self._vision, self._seen = vision, list[tuple[VisionInputs, VisualFeatures]]()
+        self._vision, self._seen = vision, list[tuple[VisionInputs, HostFeatures]]()
         weights = model.vision_weights
         parts = parts_of(vision, (nn.ModuleList,))
         for name in vision.state_dict():
@@ -117,13 +118,13 @@ class Images:
         stream(parts, lambda name: load(parts[name], weights, f"{name}."))
 
     @torch.no_grad()
-    def encode(self, inputs: VisionInputs) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs) -> HostFeatures:
         for known, features in self._seen:
             if _equal(known, inputs):
                 return features
         embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in vars(inputs).items()})
         empty = np.zeros((0, *embeds.shape), np.float32)
-        features = VisualFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
+        features = HostFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
         self._seen.append((inputs, features))
         return features
 
@@ -148,7 +149,7 @@ class TorchEngine:
         self._pools = iter(notes.pools)
         self._pool = NotedPool(0, 0)
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:  # noqa: ARG002
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:  # noqa: ARG002
         return self._images.encode(inputs)
 
     def reserve(self, pages: int, rows: int) -> None:
@@ -161,7 +162,7 @@ class TorchEngine:
     def forward(
         self,
         step: Step,
-        visual: VisualFeatures | None,  # noqa: ARG002
+        visual: Sequence[FeatureRows] = (),  # noqa: ARG002
         cancellation: Cancellation | None = None,  # noqa: ARG002
     ) -> StepOutput:
         if not self._pool.steps or not _equal(step, self._pool.steps[0].step):

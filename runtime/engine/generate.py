@@ -7,8 +7,6 @@ import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import (
     BundleError,
@@ -26,11 +24,12 @@ from moevlm.runtime.engine.packing import StepPacker
 from moevlm.runtime.engine.pages import PagePool
 from moevlm.runtime.engine.pool_size import SEQUENCES, PoolSize
 from moevlm.runtime.engine.prompt_image import PromptImage
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.request_checks import check_stops, chosen_params, end_of
 from moevlm.runtime.engine.scheduler import Scheduler
 from moevlm.runtime.engine.sequence import AHEAD, Ending
 from moevlm.runtime.engine.sequence import Sequence as Request
+from moevlm.runtime.engine.visual import VisualFeatures
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
@@ -115,15 +114,12 @@ class Runtime:
             raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
         return self._prompts.build(messages, template_options or {}, max_image_tokens)
 
-    def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> VisualFeatures | None:
-        """Features of all images of all prompts, in order; None without images. Raises Cancelled."""
+    def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> list[VisualFeatures]:
+        """Features of each image of all prompts, in order. Raises Cancelled."""
         images = [image for prompt in prompts for image in prompt.images]
         if not images or self._encoder is None:
-            return None
-        parts = list(self._encoder.encode(images, cancellation or Cancellation()))
-        return VisualFeatures(
-            np.concatenate([part.embeds for part in parts]), np.concatenate([part.deepstack for part in parts], axis=1)
-        )
+            return []
+        return list(self._encoder.encode(images, cancellation or Cancellation()))
 
     def generate(
         self,

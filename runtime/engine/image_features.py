@@ -7,11 +7,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from moevlm.runtime.core.errors import EngineError, RequestError
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.engine.visual import VisualFeatures
 from moevlm.runtime.request.prompt import SMALLER_IMAGES
 
 if TYPE_CHECKING:
@@ -53,15 +52,9 @@ class ImageEncoder:
             inputs, _ = self._processor.pack(group)
             features = self._engine.encode(inputs, cancellation)
             rows = [self.tokens(image) for image in group]
-            if sum(rows) != len(features.embeds):
-                raise EngineError(f"{len(features.embeds)} visual features for {sum(rows)} image tokens")
-            if len(group) == 1:
-                yield features
-                continue
-            ends = np.cumsum(rows)[:-1]
-            embeds, deepstack = np.split(features.embeds, ends), np.split(features.deepstack, ends, axis=1)
-            for one, levels in zip(embeds, deepstack, strict=True):
-                yield VisualFeatures(one.copy(), levels.copy())  # so that one alone can be kept
+            if sum(rows) != features.rows:
+                raise EngineError(f"{features.rows} visual features for {sum(rows)} image tokens")
+            yield from features.split(rows)
 
     def _groups(self, images: Sequence[Image]) -> Iterator[list[Image]]:
         """Consecutive images that are encoded in one call."""
@@ -103,15 +96,11 @@ class FeatureCache:
         return found
 
     def put(self, digest: bytes, features: VisualFeatures) -> None:
-        """Keep features, which must own their memory: a part of a larger array would keep all of it."""
-        size = _size(features)
+        """Keep features of one image."""
+        size = features.nbytes
         if digest in self._kept or size > self._limit:
             return
         self._kept[digest] = features
         self._bytes += size
         while self._bytes > self._limit:
-            self._bytes -= _size(self._kept.popitem(last=False)[1])
-
-
-def _size(features: VisualFeatures) -> int:
-    return features.embeds.nbytes + features.deepstack.nbytes
+            self._bytes -= self._kept.popitem(last=False)[1].nbytes

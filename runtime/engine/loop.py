@@ -14,9 +14,10 @@ from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.cancellation import Cancellation, Together
 from moevlm.runtime.engine.image_features import FeatureCache, ImageEncoder
 from moevlm.runtime.engine.packing import StepPacker
-from moevlm.runtime.engine.protocol import Engine, VisualFeatures
+from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.scheduler import Part, Scheduler
 from moevlm.runtime.engine.sequence import Listener, Sequence
+from moevlm.runtime.engine.visual import VisualFeatures
 
 
 class EngineLoop:

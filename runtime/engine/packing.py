@@ -7,9 +7,9 @@ from collections.abc import Sequence as Items
 import numpy as np
 
 from moevlm.runtime.core.manifest import RopeMetadata
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.scheduler import Part
 from moevlm.runtime.engine.step import Step
+from moevlm.runtime.engine.visual import FeatureRows, step_features
 from moevlm.runtime.request.positions import rope_tables
 
 _FIRST_ROWS = 256
@@ -49,9 +49,9 @@ class StepPacker:
         """Rotary tables of text at these positions [T] int64, by rope group."""
         return {str(group): rows.at(positions) for group, rows in enumerate(self._rows)}
 
-    def pack(self, parts: Items[Part]) -> tuple[Step, VisualFeatures | None]:
-        """One step of all parts, and the visual features that it reads. Their images must have been encoded."""
-        visual = None
+    def pack(self, parts: Items[Part]) -> tuple[Step, tuple[FeatureRows, ...]]:
+        """One step of all parts, and the rows of visual features that it reads. Their images must have been encoded."""
+        visual: tuple[FeatureRows, ...] = ()
         if all(part.last and part.stop - part.start == 1 and part.sequence.generated for part in parts):
             starts, visual_index = self._single(len(parts))
             last = starts[:-1]
@@ -65,7 +65,9 @@ class StepPacker:
                 (ends[[part.last for part in parts]] - 1).astype(np.int32),
             )
             ids = np.concatenate([part.sequence.ids(part.start, part.stop) for part in parts])
-            visual_index, visual = _visual(parts)
+            visual_index, visual = step_features(
+                (part.sequence.visual_rows(part.start, part.stop), part.sequence.features_of) for part in parts
+            )
             positions = np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], axis=1)
             rope = {str(group): rope_tables(positions, one) for group, one in enumerate(self._ropes)}
         step = Step(
@@ -96,23 +98,3 @@ def _page_table(parts: Items[Part]) -> np.ndarray:
     for row, pages in zip(table, tables, strict=True):
         row[: len(pages)] = pages
     return table
-
-
-def _visual(parts: Items[Part]) -> tuple[np.ndarray, VisualFeatures | None]:
-    """Rows of the step's features for each token [T] int64, -1 for text, and these features, image after image."""
-    found: list[VisualFeatures] = []
-    index, rows = [], 0
-    for part in parts:
-        sequence = part.sequence
-        own = sequence.visual_rows(part.start, part.stop)
-        if (wanted := own[own >= 0]).size:
-            begin, end = int(wanted[0]), int(wanted[-1]) + 1
-            found.extend(sequence.features_of(begin, end))
-            own = np.where(own >= 0, own - begin + rows, -1)
-            rows += end - begin
-        index.append(own)
-    if not found:
-        return np.concatenate(index), None
-    embeds = np.concatenate([features.embeds for features in found])
-    deepstack = np.concatenate([features.deepstack for features in found], axis=1)
-    return np.concatenate(index), VisualFeatures(embeds, deepstack)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,15 +11,8 @@ from moevlm.runtime.core.errors import EngineError, shown
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
-
-
-@dataclass(frozen=True)
-class VisualFeatures:
-    """embeds: [V, H] float32, V = P / merge**2; deepstack: [L, V, H] float32, L may be 0."""
-
-    embeds: np.ndarray
-    deepstack: np.ndarray
 
 
 class Engine(Protocol):
@@ -47,9 +40,12 @@ class Engine(Protocol):
         ...
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
-        """Run a step. Raises EngineError for one that does not fit the limits, the pool or the features."""
+        """Run a step. visual: slices of this engine's features, through which visual_index counts.
+
+        Raises EngineError for a step that does not fit the limits, the pool or the features.
+        """
         ...
 
     def close(self) -> None:
@@ -73,7 +69,7 @@ def check_vision(inputs: VisionInputs) -> None:
 
 
 def check_step(
-    step: Step, visual: VisualFeatures | None, limits: EngineLimits, vocabulary: int, pages: int, rows: int
+    step: Step, visual: Sequence[FeatureRows], limits: EngineLimits, vocabulary: int, pages: int, rows: int
 ) -> None:
     """Raises EngineError, naming the value, for a step that does not fit.
 
@@ -94,7 +90,10 @@ def check_step(
         raise EngineError(f"query_start = {shown(starts)} (allowed: rising from 0 to the {tokens} tokens)")
     _check_range("context_len", kept, 0, limits.max_context)
     _check_range("input_ids", step.input_ids.tolist(), 0, vocabulary - 1)
-    _check_range("visual_index", step.visual_index.tolist(), -1, (0 if visual is None else len(visual.embeds)) - 1)
+    for one in visual:
+        if not 0 <= one.start < one.stop <= one.features.rows:
+            raise EngineError(f"visual features {one.start} to {one.stop} (allowed: of 0 to {one.features.rows})")
+    _check_range("visual_index", step.visual_index.tolist(), -1, sum(one.rows for one in visual) - 1)
     _check_range("logits_index", step.logits_index.tolist(), 0, tokens - 1)
     ends = [context + end - start for context, start, end in zip(kept, starts, starts[1:], strict=False)]
     _check_range("the length of a sequence", ends, 0, limits.max_context)

@@ -16,7 +16,7 @@ from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.page_table import PageTable
 from moevlm.runtime.engine.pages import KEY_BYTES, content_keys
 from moevlm.runtime.engine.prompt_image import PromptImage
-from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.prompt import Prompt
@@ -145,14 +145,13 @@ class Sequence:
             return []
         return [i for i in self._images_at(int(rows[0]), int(rows[-1]) + 1) if i not in self.features]
 
-    def features_of(self, begin: int, end: int) -> list[VisualFeatures]:
+    def features_of(self, begin: int, end: int) -> list[FeatureRows]:
         """Its visual features from row `begin` to row `end`, image by image."""
         found = []
         for i in self._images_at(begin, end):
             first = int(self._ends[i]) - self.images[i].tokens
-            part = slice(max(begin - first, 0), min(end - first, self.images[i].tokens))
-            features = self.features[i]
-            found.append(VisualFeatures(features.embeds[part], features.deepstack[:, part]))
+            part = max(begin - first, 0), min(end - first, self.images[i].tokens)
+            found.append(FeatureRows(self.features[i], *part))
         return found
 
     def _images_at(self, begin: int, end: int) -> range:

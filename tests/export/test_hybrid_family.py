@@ -94,7 +94,7 @@ def logits_of(
             logits_index=np.arange(len(positions), dtype=np.int32),
             cleared=tuple(3 - n for n, part in parts if part.start == 0),
         )
-        output = engine.forward(step, None)
+        output = engine.forward(step)
         found = iter(range(len(positions)))
         for n, part in parts:
             rows[n] += [output.logits(next(found)) for _ in part]

@@ -43,7 +43,7 @@ class Kept:
         """Logits of every token of one more step, [T, vocabulary]. A list is of sequence 0."""
         chosen = ids if isinstance(ids, Mapping) else {0: ids}
         step = self.step(chosen)
-        found = rows(self.engine.forward(step, None), step.tokens)
+        found = rows(self.engine.forward(step), step.tokens)
         for n, tokens in chosen.items():
             self.lengths[n] += len(tokens)
         return found

@@ -12,8 +12,8 @@ from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetad
 from moevlm.runtime.core.states import PagedKV, page_bytes
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.positions import rope_tables
 from moevlm.runtime.request.prompt import Prompt
@@ -93,16 +93,16 @@ class PagedEngine:
         self.pages = np.full((pages, self.limits.page_size), _EMPTY, np.int64)
         self.rows = np.full(rows, -1, np.int64)
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
         if cancellation is not None:
             cancellation.check()
         self.encoded.append(inputs)
         blocks = inputs.pixel_patches.reshape(-1, 4, inputs.pixel_patches.shape[1])
         embeds = np.rint(blocks.sum(axis=(1, 2), keepdims=True)[:, 0] * 1000).astype(np.float32)
-        return VisualFeatures(embeds, np.zeros((0, *embeds.shape), np.float32))
+        return HostFeatures(embeds, np.zeros((0, *embeds.shape), np.float32))
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None = None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
         self.steps.append(step)
         if self.before is not None:
@@ -115,8 +115,7 @@ class PagedEngine:
         values = step.input_ids.copy()
         images = step.visual_index >= 0
         if images.any():
-            assert visual is not None
-            values[images] = visual.embeds[step.visual_index[images], 0].astype(np.int64)
+            values[images] = joined(visual).embeds[step.visual_index[images], 0].astype(np.int64)
         size = self.limits.page_size
         for n in range(step.sequences):
             start, past = int(step.query_start[n]), int(step.context_len[n])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +15,9 @@ from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.protocol import VisualFeatures, check_step
+from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.plan_graphs import Evaluator, named
 
@@ -37,10 +38,10 @@ class SimulatedPlan:
         self.limits = EngineLimits(1, capacity, capacity, capacity, capacity)
         self.experts = self._decoder.experts
 
-    def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, *_: object) -> HostFeatures:
         found = self._vision.run(dict(vars(inputs)))
         embeds = found["visual_embeds"]
-        return VisualFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
+        return HostFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
 
     def reserve(self, pages: int, rows: int) -> None:
         self.pages, self.rows = pages, rows
@@ -55,13 +56,14 @@ class SimulatedPlan:
             for name, width in state.widths.items()
         }
 
-    def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
+    def forward(self, step: Step, visual: Sequence[FeatureRows] = (), *_: object) -> StepOutput:
         model, page = self._model, int(step.page_table[0, 0])
         check_step(step, visual, self.limits, model.vocabulary, self.pages, 0)
-        if visual is None:
-            zeros = np.zeros((1, model.hidden), np.float32)
-            visual = VisualFeatures(zeros, np.zeros((model.vision.deepstack, *zeros.shape), np.float32))
-        features = {"visual_embeds": visual.embeds, "deepstack_embeds": visual.deepstack}
+        zeros = np.zeros((1, model.hidden), np.float32)
+        seen = HostFeatures(zeros, np.zeros((model.vision.deepstack, *zeros.shape), np.float32))
+        if visual:
+            seen = joined(visual)
+        features = {"visual_embeds": seen.embeds, "deepstack_embeds": seen.deepstack}
         found = self._decoder.run(plan_arrays(step) | features | self._caches[page])
         self._caches[page] = {name: found[output_name(name)] for name in self._caches[page]}
         logits = found["logits"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +22,9 @@ from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, output_name
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
+from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Candidates, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 # Fields of a step that are inputs of the graph as they are, where it has them.
@@ -68,12 +70,12 @@ class OrtEngine:
         self._finds_candidates = set(CANDIDATE_OUTPUTS) <= set(outputs)
         # A step without images still feeds one row, which no visual_index points at.
         deepstack = np.zeros((model.vision.deepstack, 1, model.hidden), np.float32)
-        self._no_visual = VisualFeatures(np.zeros((1, model.hidden), np.float32), deepstack)
+        self._no_visual = HostFeatures(np.zeros((1, model.hidden), np.float32), deepstack)
         self._lock = threading.Lock()
         self._pool: Pool | None = None
         self._pages = self._rows = 0
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for an image_start that does not rise."""
         session = _opened(self._vision)
         check_vision(inputs)
@@ -81,7 +83,7 @@ class OrtEngine:
             outputs = session.inference.run(None, vars(inputs), options)
         embeds = outputs[0]
         empty = np.zeros((0, *embeds.shape), np.float32)
-        return VisualFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
+        return HostFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)
 
     def reserve(self, pages: int, rows: int) -> None:
         """See the protocol. The system gives memory where it is first written."""
@@ -101,7 +103,7 @@ class OrtEngine:
             self._pages, self._rows = pages if PagedKV in kinds else 0, rows if Recurrent in kinds else 0
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
         """See the protocol."""
         with self._lock:
@@ -130,7 +132,7 @@ class OrtEngine:
         dtypes = np.float32, np.int32, np.float32
         return [binding.output(*output) for output in zip(CANDIDATE_OUTPUTS, shapes, dtypes, strict=True)]
 
-    def _feed(self, binding: Binding, step: Step, visual: VisualFeatures | None) -> None:
+    def _feed(self, binding: Binding, step: Step, visual: Sequence[FeatureRows]) -> None:
         """Put a step's arrays where the graph reads them."""
         for name in self._plain:
             binding.feed(name, getattr(step, name))
@@ -140,11 +142,10 @@ class OrtEngine:
             binding.feed(sin_name, sin)
         if self._has_table:
             binding.feed_table("page_table", step.page_table)
-        give = binding.hold if visual is None else binding.feed
-        visual = visual or self._no_visual
-        give("visual_embeds", visual.embeds)
+        give, features = (binding.feed, joined(visual)) if visual else (binding.hold, self._no_visual)
+        give("visual_embeds", features.embeds)
         if self._model.vision.deepstack:
-            give("deepstack_embeds", visual.deepstack)
+            give("deepstack_embeds", features.deepstack)
 
     def close(self) -> None:
         """Let go of the sessions and the pool; they are freed with the steps that run now. Then nothing runs."""

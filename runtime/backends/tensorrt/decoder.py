@@ -16,8 +16,8 @@ from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import Step
+from moevlm.runtime.engine.visual import HostFeatures
 
 PREFILL, DECODE = 0, 1  # profiles
 ACTIVATIONS = ("bfloat16", "float16", "float32")
@@ -89,7 +89,7 @@ class Decoder:
                 stack.callback(slot.free)
             self._slots.clear()
 
-    def step(self, step: Step, visual: VisualFeatures | None) -> np.ndarray:
+    def step(self, step: Step, visual: HostFeatures | None) -> np.ndarray:
         """Logits [L, vocabulary] float32. The step was checked before; it has one sequence, in one page."""
         slot = self._slot(int(step.page_table[0, 0]))
         if int(step.context_len[0]) == 0:
@@ -122,7 +122,7 @@ class Decoder:
         for start in range(0, len(wanted), self._metadata.max_logits):
             yield {"logits_index": wanted[start : start + self._metadata.max_logits]}
 
-    def _rows(self, visual_index: np.ndarray, visual: VisualFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
+    def _rows(self, visual_index: np.ndarray, visual: HostFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
         """The visual rows that the step uses and no others, and where it finds them."""
         if len(used) > self._metadata.max_visual:
             raise EngineError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -23,8 +23,9 @@ from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.protocol import VisualFeatures, check_reserve, check_step, check_vision
+from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 
@@ -110,7 +111,7 @@ class TensorRTEngine:
         """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
         return self._decoder.graphs
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
         """Visual tokens of all images, as many images in a call as the plan has room for.
 
         Raises EngineError for an image_start that does not rise, and for an image that is too large for the plan.
@@ -128,7 +129,7 @@ class TensorRTEngine:
         embeds = np.concatenate([output["visual_embeds"] for output in outputs])
         empty = np.zeros((0, *embeds.shape), np.float32)
         deepstack = [output["deepstack_embeds"] for output in outputs if "deepstack_embeds" in output]
-        return VisualFeatures(embeds, np.concatenate(deepstack, axis=1) if deepstack else empty)
+        return HostFeatures(embeds, np.concatenate(deepstack, axis=1) if deepstack else empty)
 
     def reserve(self, pages: int, rows: int) -> None:
         """See the protocol. A page is a slot of the built capacity, allocated when a step first has it."""
@@ -140,7 +141,7 @@ class TensorRTEngine:
                 self._decoder.free_slots()
 
     def forward(
-        self, step: Step, visual: VisualFeatures | None, cancellation: Cancellation | None = None
+        self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
         """See the protocol. A cancellation is heard before the step starts, not while the GPU runs it."""
         with self._lock:
@@ -154,7 +155,7 @@ class TensorRTEngine:
             if step.copies:
                 raise EngineError(f"copies = {step.copies} (allowed: none, a sequence has a page of its own)")
             with self._device:
-                logits = self._decoder.step(step, visual)
+                logits = self._decoder.step(step, joined(visual) if visual else None)
         return StepOutput(candidates_of(logits, CANDIDATES), lambda row: logits[row].copy())
 
     def _require_open(self) -> None:

@@ -91,7 +91,7 @@ def answers(engine: Engine, model: ModelMetadata, cases: list[Case]) -> np.ndarr
     images = pack(cases, model)
     assert images is not None
     prompts = [case.prompt for case in cases]
-    batch = Batch(engine, model, prompts, engine.encode(images), BatchLimits.of(prompts, engine.limits))
+    batch = Batch(engine, model, prompts, [engine.encode(images)], BatchLimits.of(prompts, engine.limits))
     return np.concatenate([batch.prefill(every_position=True), batch.decode([6, 3])])
 
 

@@ -52,10 +52,10 @@ def test_any_way_to_cut_prompts_gives_the_same_logits(
     assert images is not None
 
     def run(engine: Engine, limits: BatchLimits, chunk: int | None) -> list[np.ndarray]:
-        batch = Batch(engine, metadata, prompts, engine.encode(images), limits)
+        batch = Batch(engine, metadata, prompts, [engine.encode(images)], limits)
         every = batch.prefill(chunk, every_position=True)
         later = [batch.decode([case.continuation[n] for case in cases]) for n in range(2)]
-        batch = Batch(engine, metadata, prompts, engine.encode(images), limits)
+        batch = Batch(engine, metadata, prompts, [engine.encode(images)], limits)
         return [every, *later, batch.prefill(chunk)]
 
     def both(engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -51,7 +51,7 @@ class Recording:
                 assert images is not None
                 prompts = [case.prompt for case in cases]
                 limits = BatchLimits.of(prompts, engine.limits)
-                batch = Batch(engine, metadata, prompts, engine.encode(images), limits)
+                batch = Batch(engine, metadata, prompts, [engine.encode(images)], limits)
                 batch.prefill(every_position=True)
                 for token in range(8, 16):
                     batch.decode([token] * len(cases))

@@ -16,8 +16,9 @@ from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import VisualFeatures, check_step
+from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, VisualFeatures, joined
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.positions import rope_positions, rope_tables
@@ -94,22 +95,22 @@ class ToyEngine:
         self.fail_at_step: BaseException | None = None
         self.owner: Runtime | None = None  # whose pages they are
 
-    def encode(self, inputs: VisionInputs, *_: object) -> VisualFeatures:
+    def encode(self, inputs: VisionInputs, *_: object) -> HostFeatures:
         self.encoded.append(inputs)
         blocks = inputs.pixel_patches.reshape(-1, MODEL.vision.merge_size**2, inputs.pixel_patches.shape[1])
         features = blocks[:, 0, :HIDDEN] * 3
-        return VisualFeatures(features.astype(np.float32), np.zeros((0, *features.shape), np.float32))
+        return HostFeatures(features.astype(np.float32), np.zeros((0, *features.shape), np.float32))
 
     def reserve(self, pages: int, rows: int) -> None:
         # Nothing that was not written may be read: it would make the logits NaN.
         self.pages = np.full((pages, PAGE, HIDDEN), np.nan)
         self.rows = rows
 
-    def tokens(self, step: Step, visual: VisualFeatures | None) -> np.ndarray:
+    def tokens(self, step: Step, visual: Sequence[FeatureRows]) -> np.ndarray:
         """[T, H] of a step alone."""
         value = self.embedding[step.input_ids]
-        if visual is not None:
-            value = np.where(step.visual_index[..., None] >= 0, visual.embeds[step.visual_index], value)
+        if visual:
+            value = np.where(step.visual_index[..., None] >= 0, joined(visual).embeds[step.visual_index], value)
         return value + np.concatenate(step.rope["0"], -1) @ self.rotate
 
     def read(self, values: np.ndarray) -> np.ndarray:
@@ -117,11 +118,11 @@ class ToyEngine:
         weight = 1 / np.arange(len(values), 0, -1)
         return np.tanh(weight @ values) @ self.head
 
-    def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
+    def forward(self, step: Step, visual: Sequence[FeatureRows] = (), *_: object) -> StepOutput:
         self.steps.append(step)
         if self.fail_at_step is not None and len(self.steps) > 2:
             raise self.fail_at_step
-        assert visual is not None or (step.visual_index < 0).all()
+        assert visual or (step.visual_index < 0).all()
         check_step(step, visual, self.limits, VOCABULARY, len(self.pages), self.rows)
         (kept,) = step.context_len.tolist()
         for place, value in enumerate(self.tokens(step, visual), kept):
@@ -186,16 +187,16 @@ TWO_IMAGES = [
 ]
 
 
-def _whole(engine: ToyEngine, prompt: Prompt, ids: list[int], visual: VisualFeatures | None = None) -> np.ndarray:
+def _whole(engine: ToyEngine, prompt: Prompt, ids: list[int], visual: Sequence[VisualFeatures] = ()) -> np.ndarray:
     """Logits after `ids`, the prompt's and later ones, without pages: positions by the rule itself."""
     n = len(ids) - len(prompt.ids)
     positions = np.concatenate([prompt.positions, np.tile(prompt.next_position + np.arange(n), (3, 1))], axis=1)
     index, nothing = np.concatenate([prompt.visual_index, np.full(n, -1)]), np.zeros(1, np.int32)
     step = Step(np.array(ids), index, {"0": rope_tables(positions, MODEL.ropes[0])}, *[nothing] * 5)
-    return engine.read(engine.tokens(step, visual)).astype(np.float32)
+    return engine.read(engine.tokens(step, [FeatureRows.all_of(one) for one in visual])).astype(np.float32)
 
 
-def _expected_ids(engine: ToyEngine, prompt: Prompt, visual: VisualFeatures | None, count: int) -> list[int]:
+def _expected_ids(engine: ToyEngine, prompt: Prompt, visual: Sequence[VisualFeatures], count: int) -> list[int]:
     """Greedy continuation: the whole sequence again for each token."""
     ids = prompt.ids.tolist()
     for _ in range(count):
@@ -432,7 +433,7 @@ def test_prompt_keeps_resized_images_only_and_generation_none():
     class Watching(ToyEngine):
         alive = None
 
-        def forward(self, step: Step, visual: VisualFeatures | None, *_: object) -> StepOutput:
+        def forward(self, step: Step, visual: Sequence[FeatureRows] = (), *_: object) -> StepOutput:
             gc.collect()
             self.alive = image()
             return super().forward(step, visual)

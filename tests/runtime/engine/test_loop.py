@@ -19,8 +19,8 @@ from moevlm.runtime.core.errors import Cancelled, EngineError, RequestError
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits, Step
+from moevlm.runtime.engine.visual import HostFeatures
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.images import ImageProcessor
 from moevlm.runtime.request.prompt import Prompt
@@ -371,7 +371,7 @@ def test_images_that_look_different_never_share_pages() -> None:
 
 def test_requests_that_end_while_an_image_is_encoded_take_nobody_with_them() -> None:
     class Left(PagedEngine):
-        def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
+        def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
             left.cancel()
             looking.cancel()
             return super().encode(inputs, cancellation)

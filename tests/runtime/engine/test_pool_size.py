@@ -9,8 +9,8 @@ from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.engine.image_features import FeatureCache
 from moevlm.runtime.engine.pool_size import SEQUENCES, PoolSize
-from moevlm.runtime.engine.protocol import VisualFeatures
 from moevlm.runtime.engine.step import EngineLimits
+from moevlm.runtime.engine.visual import HostFeatures
 
 LIMITS = EngineLimits(1 << 20, 1 << 20, 1 << 20, 1000, 64, packed=True)
 KEYS = PagedKV(layer=0, kv_heads=2, key_dim=8, value_dim=8)  # 128 bytes a token, 8192 a page
@@ -45,8 +45,8 @@ def test_an_engine_of_one_page_a_sequence_always_has_room_for_one():
 
 
 def test_features_stay_within_their_bytes_the_longest_unused_going_first():
-    def features(rows: int) -> VisualFeatures:
-        return VisualFeatures(np.zeros((rows, 2), np.float32), np.zeros((1, rows, 2), np.float32))  # 16 bytes a row
+    def features(rows: int) -> HostFeatures:
+        return HostFeatures(np.zeros((rows, 2), np.float32), np.zeros((1, rows, 2), np.float32))  # 16 bytes a row
 
     cache = FeatureCache(16 * 10)
     for name, rows in ((b"a", 4), (b"b", 4)):

@@ -21,7 +21,7 @@ from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, MoevlmError
 from moevlm.runtime.core.states import PagedKV
-from moevlm.runtime.engine.protocol import VisualFeatures
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
@@ -55,9 +55,9 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(4)
 
 
-def features(model, rows: int, rng: np.random.Generator) -> VisualFeatures:
+def features(model, rows: int, rng: np.random.Generator) -> HostFeatures:
     shape = (model.vision.deepstack, rows, model.hidden)
-    return VisualFeatures(rng.standard_normal(shape[1:], np.float32), rng.standard_normal(shape, np.float32))
+    return HostFeatures(rng.standard_normal(shape[1:], np.float32), rng.standard_normal(shape, np.float32))
 
 
 def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -67,8 +67,8 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 def test_text_without_images_does_not_depend_on_visual_features(engine, model, rng) -> None:
     step = reserved(engine, model).step({0: [9, 20, 30]})
-    alone = rows(engine.forward(step, None), 3)
-    beside_images = rows(engine.forward(step, features(model, 5, rng)), 3)
+    alone = rows(engine.forward(step), 3)
+    beside_images = rows(engine.forward(step, [FeatureRows.all_of(features(model, 5, rng))]), 3)
     assert alone.shape == (3, model.vocabulary)
     assert alone.dtype == np.float32
     np.testing.assert_array_equal(alone, beside_images)
@@ -79,8 +79,8 @@ def test_visual_rows_stand_in_for_tokens_and_reach_the_first_layers(engine, mode
     step = replace(step, visual_index=np.array([-1, 4, -1]))
     seen = features(model, 5, rng)
 
-    def logits(visual: VisualFeatures) -> np.ndarray:
-        return rows(engine.forward(step, visual), 3)
+    def logits(visual: HostFeatures) -> np.ndarray:
+        return rows(engine.forward(step, [FeatureRows.all_of(visual)]), 3)
 
     base = logits(seen)
     other_rows = replace(seen, embeds=seen.embeds.copy(), deepstack=seen.deepstack.copy())
@@ -126,17 +126,17 @@ def test_one_pass_equals_steps_of_any_size(engine, model) -> None:
 def test_only_the_logits_asked_for_are_returned_in_order(engine, model) -> None:
     kept = reserved(engine, model)
     step = kept.step({0: [9, 20, 30, 40, 50, 60]})
-    every = rows(engine.forward(step, None), 6)
-    some = engine.forward(replace(step, logits_index=np.array([4, 0], np.int32)), None)
+    every = rows(engine.forward(step), 6)
+    some = engine.forward(replace(step, logits_index=np.array([4, 0], np.int32)))
     assert_close(rows(some, 2), every[[4, 0]])
-    none = engine.forward(replace(step, logits_index=np.zeros(0, np.int32)), None)
+    none = engine.forward(replace(step, logits_index=np.zeros(0, np.int32)))
     assert len(none.candidates.values) == 0
     kept.lengths[0] = 6
     assert_close(kept.run([70]), reserved(engine, model).run([9, 20, 30, 40, 50, 60, 70])[-1:])
 
 
 def test_candidates_are_the_largest_logits(engine, model) -> None:
-    output = engine.forward(reserved(engine, model).step({0: [9, 20, 30]}), None)
+    output = engine.forward(reserved(engine, model).step({0: [9, 20, 30]}))
     logits, found = rows(output, 3), output.candidates
     order = np.argsort(-logits, axis=1, kind="stable")[:, :256]
     np.testing.assert_array_equal(found.ids, order)
@@ -147,10 +147,10 @@ def test_candidates_are_the_largest_logits(engine, model) -> None:
 
 def test_candidates_and_logits_survive_the_next_step_once_they_were_made(engine, model) -> None:
     kept = reserved(engine, model)
-    output = engine.forward(kept.step({0: [9, 20]}), None)
+    output = engine.forward(kept.step({0: [9, 20]}))
     made = [output.logits(0), output.logits(1), output.candidates.values]
     copies = [array.copy() for array in made]
-    engine.forward(kept.step({0: [30, 40]}), None)
+    engine.forward(kept.step({0: [30, 40]}))
     for array, copy in zip(made, copies, strict=True):
         np.testing.assert_array_equal(array, copy)
 
@@ -170,7 +170,7 @@ def test_a_copied_page_goes_on_by_itself(engine, model) -> None:
     kept.run({0: [9, 20]})
     kept.lengths[1] = 2
     copied = replace(kept.step({1: [40]}), copies=((kept.pages[0][0], kept.pages[1][0]),))
-    other = rows(engine.forward(copied, None), 1)
+    other = rows(engine.forward(copied), 1)
     assert_close(kept.run({0: [30]}), reserved(engine, model).run([9, 20, 30])[2:])
     assert_close(other, reserved(engine, model).run([9, 20, 40])[2:])
 
@@ -228,12 +228,12 @@ def test_debug_outputs_come_with_the_logits_and_change_nothing(target: str, tiny
     tapped, plain = load(tiny_bundle, target, graph.SerializeToString()), load(tiny_bundle, target)
     kept = reserved(tapped, model)
     step = kept.step({0: [9, 20, 30, 40]})
-    output = tapped.forward(step, None)
+    output = tapped.forward(step)
     assert list(output.outputs) == names
     assert output.outputs["layers.1.hidden"].shape == (4, model.hidden)
     assert output.outputs["layers.0.router_logits"].shape == (4, model.layers[0].experts)
     kept.lengths[0] = 4
-    later = tapped.forward(kept.step({0: [50, 60, 70, 80, 90, 99]}), None)
+    later = tapped.forward(kept.step({0: [50, 60, 70, 80, 90, 99]}))
     assert later.outputs["layers.1.hidden"].shape == (6, model.hidden)
     assert_close(rows(output, 4), reserved(plain, model).run([9, 20, 30, 40]))
 
@@ -265,7 +265,7 @@ def test_step_that_does_not_fit_is_refused_in_one_line_and_the_pool_goes_on(engi
     kept.run([9, 20, 30])
     good = kept.step({0: [11, 12, 13]})
     with pytest.raises(EngineError) as raised:
-        engine.forward(replace(good, **change), None)
+        engine.forward(replace(good, **change))
     assert words in str(raised.value)
     assert "\n" not in str(raised.value)
     assert_close(kept.run([11, 12, 13]), reserved(engine, model).run([9, 20, 30, 11, 12, 13])[3:])
@@ -275,18 +275,18 @@ def test_step_without_a_pool_or_of_too_many_sequences_is_refused(tiny_bundle, mo
     engine = load(tiny_bundle, "ort-cpu")
     step = Kept(engine, model, [0, 0], [[1], [2]]).step({0: [9], 1: [20]})
     with pytest.raises(EngineError, match="a step before any page was reserved"):
-        engine.forward(step, None)
+        engine.forward(step)
     with pytest.raises(EngineError, match=r"pages = 1 \(allowed: 2 or more\)"):
         engine.reserve(1, 0)
     engine.reserve(3, 0)
     with pytest.raises(EngineError, match=r"a step of 2 sequences \(allowed: 1 to 1\)"):
-        engine.forward(step, None)
+        engine.forward(step)
 
 
 def test_visual_index_past_the_features_is_refused(engine, model, rng) -> None:
     step = replace(reserved(engine, model).step({0: [9, 20]}), visual_index=np.array([-1, 5]))
     with pytest.raises(EngineError, match=r"visual_index has 5 \(allowed: -1 to 4\)"):
-        engine.forward(step, features(model, 5, rng))
+        engine.forward(step, [FeatureRows.all_of(features(model, 5, rng))])
 
 
 def test_images_that_do_not_begin_where_others_end_are_refused(engine, model, rng) -> None:
@@ -364,10 +364,10 @@ def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "copy"))
     engine = load(copy, "ort-cpu")
     step = reserved(engine, model).step({0: [9, 20, 30]})
-    engine.forward(step, None)
+    engine.forward(step)
     os.truncate(copy / "engines/ort-cpu/decoder.onnx.data", 4096)
     with pytest.raises(EngineError, match=r"decoder\.onnx\.data was cut short while it was in use: it has 4096 of"):
-        engine.forward(step, None)
+        engine.forward(step)
     os.truncate(copy / "engines/ort-cpu/vision.onnx.data", 0)
     patches = np.zeros((4, model.vision.channels * model.vision.temporal_patch_size * model.vision.patch_size**2))
     inputs = VisionInputs(patches.astype(np.float32), *pack_grids([(2, 2)], model.vision))
