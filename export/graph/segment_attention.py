@@ -5,6 +5,8 @@ from onnx import FunctionProto, parser
 from moevlm.export.graph.op import Op, register
 from moevlm.plugins.ops.spec import SegmentAttentionSpec
 
+SEGMENT_ATTENTION = "SegmentAttention"
+
 
 def segment_attention_function() -> FunctionProto:
     """Rotate, attend inside each image; as `moevlm.plugins.ops.attention.segment_attention`."""
@@ -90,5 +92,5 @@ SegmentFlashAttention <heads> (q, k, v, cos, sin, image_start) => (y)
     )
 
 
-register(Op("SegmentAttention", SegmentAttentionSpec, lambda *_: segment_attention_function(), "segment_attention"))
+register(Op(SEGMENT_ATTENTION, SegmentAttentionSpec, lambda *_: segment_attention_function(), "segment_attention"))
 register(Op("SegmentFlashAttention", SegmentAttentionSpec, lambda *_: segment_flash_attention_function()))

@@ -16,7 +16,11 @@ class PackProjections(Pass):
     """Gemms on the same rows (q, k and v; gate and up; in a parallel layer all) -> one Gemm on joined weights, a Split.
 
     The input is read once and the work handed to the threads once. Router logits stay apart: they are never quantized.
+    readers: with some, only Gemms that the same node of one of these moevlm ops reads, and nothing else does.
     """
+
+    def __init__(self, *readers: str) -> None:
+        self.readers = readers
 
     def requires(self, model: ir.Model) -> Iterator[str]:
         """The moevlm routers are still there."""
@@ -24,23 +28,38 @@ class PackProjections(Pass):
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """Gemms that share an input differ in having a bias, or one makes router logits."""
-        for nodes in _groups(model.graph):
+        for nodes in _groups(model.graph, self.readers):
             yield f"{nodes[0].outputs[0].name} and {nodes[1].outputs[0].name} share their input"
 
     def apply(self, model: ir.Model) -> int:
-        packed = _groups(model.graph)
+        packed = _groups(model.graph, self.readers)
         for nodes in packed:
             _pack(model.graph, nodes)
         return len(packed)
 
 
-def _groups(graph: ir.Graph) -> list[list[ir.Node]]:
-    """Projections of one input, all with a bias or all without, where there are several."""
-    groups: dict[tuple[ir.Value | None, bool], list[ir.Node]] = defaultdict(list)
+def whole(*parts: ir.Value) -> ir.Value | None:
+    """The value that was split into exactly `parts`, if they come from one Split."""
+    split = parts[0].producer()
+    if split is None or split.op_type != "Split" or tuple(split.outputs) != parts:
+        return None
+    return split.inputs[0]
+
+
+def _groups(graph: ir.Graph, readers: tuple[str, ...]) -> list[list[ir.Node]]:
+    """Projections of one input and reader, all with a bias or all without, where there are several."""
+    groups: dict[tuple[ir.Value | None, bool, ir.Node | None], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        if is_projection(node):
-            groups[node.inputs[0], len(node.inputs) > 2].append(node)
+        reader = _reader(node, readers)
+        if is_projection(node) and (reader is not None or not readers):
+            groups[node.inputs[0], len(node.inputs) > 2, reader].append(node)
     return [nodes for nodes in groups.values() if len(nodes) > 1]
+
+
+def _reader(node: ir.Node, readers: tuple[str, ...]) -> ir.Node | None:
+    """The only node that reads what `node` makes, if it is of one of the ops `readers`."""
+    users = node.outputs[0].consumers()
+    return users[0] if len(users) == 1 and any(is_op(users[0], op_type) for op_type in readers) else None
 
 
 def has_stored_weight(node: ir.Node) -> bool:

@@ -10,7 +10,7 @@ from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
-from moevlm.export.passes.pack_projections import PackProjections
+from moevlm.export.passes.pack_projections import PackProjections, whole
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.plugins.ops.spec import DOMAIN, ExpertsSpec, RouterSpec, attributes
@@ -135,6 +135,27 @@ def test_projections_with_and_without_a_bias_are_not_packed_together():
         [gemm(x, "w", y, "b"), gemm(x, "v", z)], [x], [y, z], w=matrix(16, 16), v=matrix(16, 16), b=matrix(16)
     )
     assert run([PackProjections()], model) == {"PackProjections": 0}
+
+
+def test_projections_are_packed_by_the_node_that_reads_them():
+    """In a parallel layer the feed-forward reads what attention does; here only q, k and v are to be side by side."""
+    x, y, *tables = (value(name, ["T", 16]) for name in ("x", "y", "cos", "sin", "start"))
+    outs = {name: value(name, ["T", 16]) for name in ("q", "up", "k", "gate", "v", "shared")}
+    nodes = [gemm(x, f"w{name}", out) for name, out in outs.items()]
+    q, up, k, gate, v, shared = outs.values()
+    nodes += [
+        ir.node("SegmentAttention", [q, k, v, *tables], {"heads": 2}, domain=DOMAIN, outputs=[y]),
+        ir.node("Mul", [shared, y]),
+        ir.node("Mul", [shared, x]),
+    ]
+    weights = {f"w{name}": matrix(16, 16) for name in outs}
+    model = graph(nodes, [x, *tables], [y, up, gate, *(node.outputs[0] for node in nodes[-2:])], **weights)
+    assert PackProjections("SegmentAttention").apply(model) == 1
+    (attention,) = [node for node in model.graph if node.op_type == "SegmentAttention"]
+    qkv = whole(*attention.inputs[:3])
+    assert qkv is not None and qkv.producer().op_type == "Gemm"
+    assert ops(model).count("Gemm") == 4
+    assert whole(*attention.inputs[:2]) is whole(attention.inputs[1], attention.inputs[0], attention.inputs[2]) is None
 
 
 def test_residual_sum_and_norm_are_fused_and_the_sum_keeps_its_name():

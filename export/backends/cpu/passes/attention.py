@@ -8,6 +8,7 @@ from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.passes.base import NodePass, left
+from moevlm.export.passes.pack_projections import whole
 from moevlm.plugins.ops.spec import attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from moevlm.runtime.core.states import SCALE_BYTES
@@ -39,16 +40,8 @@ class CpuAttention(NodePass):
             for cache in (value for pair in caches(node) for value in pair):
                 _make_int8(cache)
         b, told = Builder(graph, node, "attention"), attributes(node_spec(node))
-        qkv = _whole(*rows) or b.op("Concat", *rows, axis=1)
+        qkv = whole(*rows) or b.op("Concat", *rows, axis=1)
         b.replace(node, b.ops(PAGED_ATTENTION, qkv, *others, outputs=len(node.outputs), domain=CPU, **told))
-
-
-def _whole(*parts: ir.Value) -> ir.Value | None:
-    """The value that was split into exactly `parts`, if they come from one Split."""
-    split = parts[0].producer()
-    if split is None or split.op_type != "Split" or tuple(split.outputs) != parts:
-        return None
-    return split.inputs[0]
 
 
 def _make_int8(cache: ir.Value) -> None:
