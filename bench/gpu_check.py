@@ -3,7 +3,8 @@
     make gpu-check [PYTHON=python3] [ARGS="--only layers"]
 
 Needs torch, triton and numpy, and no network; a C and a C++ compiler, or else leaves out Triton's launcher and the
-plugin library. Writes bench/results/<gpu>.json and prints tables. Exit status 1: something failed; 2: no GPU.
+plugin library. Writes bench/results/<gpu>.json, where parts of earlier runs on that GPU stay, and prints tables. A part
+takes four minutes at most. Exit status 1: something failed; 2: no GPU.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,41 +31,57 @@ PARTS = {
     "layers": "times of MoE layers against grouped_mm and the GPU's limits",
     "engine": "the demo model through TensorRT, where one is installed",
 }
-SECONDS = 3600  # that a part may take
+SECONDS = 200  # after which a part begins nothing more
+GRACE_SECONDS = 40  # for what it has begun
+TUNING_SECONDS = 3600
+TOLD_SECONDS = 5  # between two looks at what a part has found
 MOST_SHARDS = 8
 
 Entries = list[dict[str, Any]]
 
 
-def run_part(name: str, options: dict[str, int], folder: Path, seconds: float = SECONDS) -> Entries:
+def run_part(
+    name: str, options: dict[str, int], folder: Path, seconds: float = SECONDS, grace: float = GRACE_SECONDS
+) -> Entries:
     """The entries of a part, run in a process of its own; a crash becomes one more entry."""
     label = "-".join([name, *map(str, options.values())])
     output = folder / f"{label}.jsonl"
-    command = [sys.executable, "-m", "bench.gpu.part", name, str(output), *(f"{k}={v}" for k, v in options.items())]
+    given = (f"{key}={value}" for key, value in options.items())
+    command = [sys.executable, "-m", "bench.gpu.part", name, str(output), str(seconds), *given]
     try:
-        status = subprocess.run(command, cwd=ROOT, timeout=seconds).returncode
+        status = subprocess.run(command, cwd=ROOT, timeout=seconds + grace).returncode
         ended = f"ended with status {status}" if status else ""
     except subprocess.TimeoutExpired:
-        ended = f"took more than {seconds:.0f} s"
-    lines = output.read_text().splitlines() if output.exists() else []
-    entries = []
-    for line in lines:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:  # the last one, cut off
-            ended = ended or "its last line is cut off"
+        ended = f"took more than {seconds + grace:.0f} s"
+    entries = written(output)
     if ended and not any(entry["kind"] == name and "error" in entry for entry in entries):
-        entries.append({"kind": name, "error": ended})
+        entries.append({"kind": name, "part": name, "error": ended})
     return entries
 
 
-def run_shards(name: str, sm: int, folder: Path) -> Entries:
-    """A part's entries. The checks are compiled and run by several processes at once; nothing of theirs is timed."""
+def written(output: Path) -> Entries:
+    """What a part has written so far. Its last line may be cut off."""
+    entries = []
+    for line in output.read_text().splitlines() if output.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
+def run_shards(name: str, sm: int, folder: Path, told: Callable[[Entries], None]) -> Entries:
+    """A part's entries; told: called with those so far, now and then.
+
+    The checks are compiled and run by several processes at once; nothing of theirs is timed.
+    """
     print(f"{name}: {PARTS.get(name, 'alternative tiles')}", file=sys.stderr, flush=True)
     shards = min(len(os.sched_getaffinity(0)), MOST_SHARDS) if name == "checks" else 1
     options = [{"sm": sm} | ({"shard": i, "shards": shards} if shards > 1 else {}) for i in range(shards)]
+    seconds = TUNING_SECONDS if name == "tune" else SECONDS
     with ThreadPoolExecutor(shards) as pool:
-        return [entry for found in pool.map(lambda given: run_part(name, given, folder), options) for entry in found]
+        running = [pool.submit(run_part, name, given, folder, seconds) for given in options]
+        while wait(running, timeout=TOLD_SECONDS).not_done:
+            told([entry for output in sorted(folder.glob(f"{name}-*.jsonl")) for entry in written(output)])
+        return [entry for part in running for entry in part.result()]
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,10 +105,16 @@ def main(given: Sequence[str] | None = None) -> int:
             return 2
         name = report.file_name(facts["gpu"])
         path = options.json or RESULTS / (name.replace(".json", "-tiles.json") if options.tune else name)
-        entries: Entries = []
-        for part in ["tune"] if options.tune else options.only or PARTS:
-            entries += run_shards(part, facts["sm"], folder)
-            report.write(path, facts, entries)  # after each part: the machine may be lent for a while only
+        parts = ["tune"] if options.tune else list(options.only or PARTS)
+        earlier, entries = report.earlier(path, parts), list[dict[str, Any]]()
+
+        def write(found: Entries) -> None:
+            """As they come: the machine may be lent for a while only."""
+            report.write(path, facts, [*earlier, *entries, *found])
+
+        for part in parts:
+            entries += run_shards(part, facts["sm"], folder, write)
+            write([])
     print(f"{facts['gpu']}, SM{facts['sm']}\n\n{report.text_of(entries)}\n\nwritten to {path}")
     return 1 if report.failures(entries) else 0
 

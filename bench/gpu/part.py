@@ -1,21 +1,24 @@
-"""One part of the check, in a process of its own: `python -m bench.gpu.part NAME OUTPUT [option=value ...]`.
+"""One part of the check, in a process of its own: `python -m bench.gpu.part NAME OUTPUT SECONDS [option=value ...]`.
 
-Each entry becomes a line of JSON in OUTPUT as soon as it is known, so what a crash leaves can still be read.
+Each entry becomes a line of JSON in OUTPUT as soon as it is known, so what a crash leaves can still be read. After so
+many seconds no further entry is begun.
 """
 
 import importlib
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 
 
-def main(name: str, output: str, *options: str) -> int:
+def main(name: str, output: str, seconds: str, *options: str) -> int:
     """Run `bench.gpu.<name>`'s `run(**options)`, options being integers. Returns the exit status."""
+    until = time.monotonic() + float(seconds)
     with Path(output).open("w") as file:
 
         def write(entry: dict[str, object]) -> None:
-            print(json.dumps(entry), file=file, flush=True)
+            print(json.dumps({**entry, "part": name}), file=file, flush=True)
 
         try:
             run = importlib.import_module(f"bench.gpu.{name}").run
@@ -23,6 +26,9 @@ def main(name: str, output: str, *options: str) -> int:
                 write(entry)
                 if name != "facts":
                     print(f"{name}: {summary(entry)}", file=sys.stderr, flush=True)
+                if time.monotonic() > until:
+                    write({"kind": name, "stopped": f"after {float(seconds):.0f} s"})
+                    break
         except Exception as error:
             text = " ".join(str(error).split())[:500]
             write({"kind": name, "error": f"{type(error).__name__}: {text}", "trace": traceback.format_exc()})

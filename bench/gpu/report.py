@@ -130,6 +130,7 @@ def text_of(entries: Sequence[Entry]) -> str:
             bandwidth, peak = entry["bandwidth"] / 1e12, entry["peak"] / 1e12
             parts.append(f"limits: {bandwidth:.2f} TB/s copied, {peak:.0f} TFLOP/s in a large product")
     left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
+    parts += [f"{entry['kind']}: stopped {entry['stopped']}" for entry in entries if "stopped" in entry]
     parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
     parts += [*layer_tables(entries), tiles_text(entries)]
     for entry in entries:
@@ -153,8 +154,15 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
+def earlier(path: Path, parts: Sequence[str]) -> list[Entry]:
+    """What a file of results has of other parts than these."""
+    if not path.exists():
+        return []
+    return [entry for entry in json.loads(path.read_text())["results"] if entry.get("part") not in (None, *parts)]
+
+
 def write(path: Path, facts: Entry, entries: Sequence[Entry]) -> None:
-    """The whole as one JSON file, in place of an earlier one."""
+    """The whole as one JSON file."""
     report = {"machine": facts, "aims": aims(entries), "failures": failures(entries), "results": list(entries)}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from collections.abc import Iterator
 from dataclasses import replace
@@ -383,23 +384,51 @@ def test_a_part_that_fails_is_recorded_and_the_check_goes_on(
     assert f"written to {output}" in printed
 
 
-def test_results_are_written_after_each_part(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_results_are_written_as_they_come_and_those_of_other_parts_stay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     output = tmp_path / "results.json"
+    seen: list[list[str]] = []
 
-    def run_part(name: str, *_: Any, **__: Any) -> list[dict[str, Any]]:
+    def results() -> list[str]:
+        return [entry["kind"] for entry in json.loads(output.read_text())["results"]] if output.exists() else []
+
+    def run_part(name: str, _: Any, folder: Path, *__: Any, **___: Any) -> list[dict[str, Any]]:
+        entry = {"kind": name, "part": name, "gpu": "G", "sm": 90}
         if name == "engine":
+            (folder / "engine-90.jsonl").write_text(json.dumps(entry) + "\n" + '{"kind": "cut')
+            while "engine" not in results():
+                time.sleep(0.01)
+            seen.append(results())
             raise KeyboardInterrupt
-        return [{"kind": name, "gpu": "G", "sm": 90}]
+        return [entry]
 
     monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "TOLD_SECONDS", 0.01)
+    gpu_check.main(["--only", "layers", "--json", str(output)])
     with pytest.raises(KeyboardInterrupt):
         gpu_check.main(["--only", "plugin", "--only", "engine", "--json", str(output)])
-    assert [entry["kind"] for entry in json.loads(output.read_text())["results"]] == ["plugin"]
+    assert seen == [["layers", "plugin", "engine"]]
+    gpu_check.main(["--only", "plugin", "--json", str(output)])
+    assert results() == ["layers", "engine", "plugin"]
 
 
 def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
-    entries = gpu_check.run_part("checks", {"sm": 90}, tmp_path, seconds=0.05)
-    assert entries == [{"kind": "checks", "error": "took more than 0 s"}]
+    entries = gpu_check.run_part("checks", {"sm": 90}, tmp_path, seconds=0.05, grace=0.05)
+    assert entries == [{"kind": "checks", "part": "checks", "error": "took more than 0 s"}]
+
+
+def test_a_part_begins_nothing_after_its_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run() -> Iterator[dict[str, Any]]:
+        yield {"kind": "check", "op": "one"}
+        pytest.fail("begun")
+
+    monkeypatch.setitem(sys.modules, "bench.gpu.stub", types.SimpleNamespace(run=run))
+    assert part.main("stub", str(tmp_path / "out"), "0") == 0
+    entries = gpu_check.written(tmp_path / "out")
+    assert entries[1:] == [{"kind": "stub", "stopped": "after 0 s", "part": "stub"}]
+    assert report.failures(entries) == []
+    assert "stub: stopped after 0 s" in report.text_of(entries)
 
 
 def test_entries_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -408,9 +437,9 @@ def test_entries_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_
         raise RuntimeError("two\nlines")
 
     monkeypatch.setitem(sys.modules, "bench.gpu.stub", types.SimpleNamespace(run=run))
-    assert part.main("stub", str(tmp_path / "out"), "sm=90") == 1
+    assert part.main("stub", str(tmp_path / "out"), "60", "sm=90") == 1
     first, second = map(json.loads, (tmp_path / "out").read_text().splitlines())
-    assert first == {"kind": "check", "op": "one", "worst": 90.0}
+    assert first == {"kind": "check", "op": "one", "worst": 90.0, "part": "stub"}
     assert second["error"] == "RuntimeError: two lines"
     assert "in run" in second["trace"]
 
