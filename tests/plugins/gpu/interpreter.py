@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from moevlm.plugins.gpu.draft import Draft
-from tests.plugins.gpu import guarded_memory
+from tests.plugins.gpu import guarded_memory, interpreter_speed
 
 Result = TypeVar("Result")
 
@@ -37,11 +37,16 @@ def interpreter() -> Iterator[Interpreter]:
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            pool.submit(guarded_memory.install).result()  # it has the environment of now
+            pool.submit(_prepare).result()  # it has the environment of now
             _restore(before)
             yield Interpreter(pool)
     finally:
         _restore(before)
+
+
+def _prepare() -> None:
+    interpreter_speed.install()
+    guarded_memory.install()
 
 
 def _restore(before: str | None) -> None:
