@@ -52,6 +52,10 @@ struct Expressions final : ExprBuilderImpl {
     made.push_back(new DimensionExpr{value});
     return made.back();
   }
+  const DimensionExpr* operation(DimensionOperation operation, const DimensionExpr& first,
+                                 const DimensionExpr& second) override {
+    return operation == DimensionOperation::kSum ? constant(first.value + second.value) : nullptr;
+  }
   ~Expressions() override {
     for (DimensionExpr* each : made) delete each;
   }
@@ -78,6 +82,16 @@ Creator* creator(void* library, const char* op) {
 }  // namespace
 
 extern "C" {
+
+// Names of the plugins, each on a line.
+const char* library_ops(void* library) {
+  thread_local std::string names;
+  names.clear();
+  int32_t count = 0;
+  Creator* const* creators = reinterpret_cast<Creator* const* (*)(int32_t&)>(dlsym(library, "getCreators"))(count);
+  for (int32_t i = 0; i < count; ++i) names.append(creators[i]->getPluginName()).append("\n");
+  return names.c_str();
+}
 
 void* library_open(const char* path) {
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);

@@ -156,7 +156,7 @@ class PluginLibrary:
         self.c = ctypes.CDLL(str(harness))
         for name in ("library_open", "plugin_create", "plugin_clone", "plugin_attach"):
             getattr(self.c, name).restype = ctypes.c_void_p
-        for name in ("take_messages", "field_names", "plugin_identity", "library_error"):
+        for name in ("take_messages", "field_names", "plugin_identity", "library_error", "library_ops"):
             getattr(self.c, name).restype = ctypes.c_char_p
         self.c.plugin_workspace.restype = ctypes.c_size_t
         self.c.plugin_fields.restype = ctypes.POINTER(Fields)
@@ -176,6 +176,10 @@ class PluginLibrary:
     def last_error(self) -> str:
         """What the library keeps as this thread's last error."""
         return self.c.library_error(self.handle).decode(errors="replace")
+
+    def ops(self) -> tuple[str, ...]:
+        """Names of its plugins."""
+        return tuple(self.c.library_ops(self.handle).decode().splitlines())
 
     def field_names(self, op: str) -> list[str]:
         """Of the attributes that TensorRT's parsers look for."""

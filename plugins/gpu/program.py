@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 from moevlm.runtime.core.dtypes import DTYPES
 
-MAGIC, VERSION = b"MOEVLMGP", 1
+MAGIC, VERSION = b"MOEVLMGP", 2
 NO_LIMIT = (1 << 63) - 1
 ALIGNMENT = 256  # of every workspace buffer, in bytes
-_FILL = 0xFFFFFFFF
-_TOKENS = -1  # in a tensor's shape
+_FILL = _NO_SYMBOL = 0xFFFFFFFF
 # Of the tensors that a kernel takes.
 TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "float8_e4m3fn", "bfloat16")
 ARGUMENTS = ("input", "output", "workspace", "symbol", "null", "constant")
@@ -134,11 +133,16 @@ TOKENS = Argument("symbol", SYMBOLS.index("T"))
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel: which of the image. grid: programs along x, y and z. arguments: one for each parameter."""
+    """kernel: which of the image. grid: programs along x, y and z. arguments: one for each parameter.
+
+    overlaps: it may begin while what was launched before it ends (programmatic dependent launch, from SM 9.0 on), so
+    its kernel waits, by griddepcontrol.wait, before it reads or writes what that one does.
+    """
 
     kernel: int
     grid: tuple[Count, Count, Count]
     arguments: tuple[Argument, ...]
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,9 @@ def at_most(most: int, symbol: str = "T") -> Linear:
 class Variant:
     """Steps in order, for sizes at which no bound is above 0; buffers: bytes of each, one after the other in memory.
 
-    Variants differ in speed alone: each is right for all sizes that its bounds let through.
+    Variants differ in speed alone: each is right for all sizes that its bounds let through. The plugin
+    refuses a program with a grid or buffers out of range at the largest of these, and an optimization profile of which
+    no variant lets through everything.
     """
 
     bounds: tuple[Linear, ...]
@@ -226,12 +232,15 @@ class Program:
 
     def to_bytes(self) -> bytes:
         """Little-endian, unpadded. A string or a blob is its length (u32) and its bytes; a list is its length (u32)
-        and its items; a Count is five i64.
+        and its items; a truth value is 0 or 1 (u32); a symbol is its place in SYMBOLS (u32).
 
-        MAGIC, version u32, op, inputs, outputs (Tensor: name, dtype u32, shape as a list of i64), images
-        (Image: sm u32, kernels, variants; Kernel: entry, warps u32, shared u32, parameters u32, image;
-        Variant: max_tokens u32, buffers, steps). A Launch is kernel u32, three Counts, a list of (kind u32, index u32);
-        a Fill is 0xFFFFFFFF in the place of the kernel, buffer u32, value u32, Count.
+        MAGIC, version u32, op, inputs, outputs, images.
+        Tensor: name, dtype u32, written, shape: a list of (symbol, plus i64), or (0xFFFFFFFF, number i64).
+        Linear: offset i64, and the slope of each of SYMBOLS, i64.
+        Count: value, divisor i64, whether it has a limit, and if it has, the limit.
+        Image: sm u32, kernels, variants. Kernel: entry, warps u32, shared u32, parameters u32, image.
+        Variant: bounds, buffers, steps. Launch: kernel u32, overlaps, three Counts, a list of (kind u32, index u32).
+        Fill: 0xFFFFFFFF in the place of the kernel, buffer u32, value u32, Count.
         """
         out = _Writer()
         out.raw(MAGIC)
@@ -241,9 +250,13 @@ class Program:
             out.u32(len(tensors))
             for tensor in tensors:
                 out.blob(tensor.name.encode())
-                out.u32(DTYPES[tensor.dtype].tensorrt_number)
-                out.u32(len(tensor.shape))
-                out.i64(*(_TOKENS if isinstance(dim, Symbol) else dim for dim in tensor.shape))
+                out.u32(DTYPES[tensor.dtype].tensorrt_number, tensor.written, len(tensor.shape))
+                for dim in tensor.shape:
+                    symbol, number = (
+                        (SYMBOLS.index(dim.name), dim.plus) if isinstance(dim, Symbol) else (_NO_SYMBOL, dim)
+                    )
+                    out.u32(symbol)
+                    out.i64(number)
         out.u32(len(self.images))
         for image in self.images:
             _write_image(out, image)
@@ -258,7 +271,10 @@ def _write_image(out: "_Writer", image: Image) -> None:
         out.blob(kernel.image)
     out.u32(len(image.variants))
     for variant in image.variants:
-        out.u32(variant.max_tokens, len(variant.buffers))
+        out.u32(len(variant.bounds))
+        for bound in variant.bounds:
+            out.linear(bound)
+        out.u32(len(variant.buffers))
         out.counts(variant.buffers)
         out.u32(len(variant.steps))
         for step in variant.steps:
@@ -266,11 +282,11 @@ def _write_image(out: "_Writer", image: Image) -> None:
                 out.u32(_FILL, step.buffer, step.value)
                 out.counts([step.words])
                 continue
-            out.u32(step.kernel)
+            out.u32(step.kernel, step.overlaps)
             out.counts(step.grid)
             out.u32(len(step.arguments))
             for argument in step.arguments:
-                out.u32(ARGUMENTS.index(argument.kind), 0 if argument == TOKENS else argument.index)
+                out.u32(ARGUMENTS.index(argument.kind), argument.index)
 
 
 class _Writer:
@@ -290,7 +306,13 @@ class _Writer:
         self.u32(len(data))
         self.data += data
 
+    def linear(self, linear: Linear) -> None:
+        self.i64(linear.offset, *(getattr(linear, symbol) for symbol in SYMBOLS))
+
     def counts(self, counts: Iterable[Count]) -> None:
         for count in counts:
-            limit = count.limit or Linear(NO_LIMIT)
-            self.i64(count.value.T, count.value.offset, count.divisor, limit.T, limit.offset)
+            self.linear(count.value)
+            self.i64(count.divisor)
+            self.u32(count.limit is not None)
+            if count.limit is not None:
+                self.linear(count.limit)

@@ -40,6 +40,7 @@ enum class TensorFormat : int32_t { kLinear = 0 };
 enum class FieldType : int32_t { kInt8 = 3, kInt32 = 5, kChar = 6, kUnknown = 8 };
 enum class Phase : int32_t { kBuild = 0, kRuntime = 1 };
 enum class Capability : int32_t { kCore = 0, kBuild = 1, kRuntime = 2 };
+enum class DimensionOperation : int32_t { kSum = 0 };
 enum class Severity : int32_t { kInternalError = 0, kError = 1, kWarning = 2, kInfo = 3, kVerbose = 4 };
 
 constexpr int32_t kMaxDims = 8;
@@ -92,6 +93,7 @@ struct DimsExprs {
 struct ExprBuilderImpl {
   virtual ~ExprBuilderImpl() = default;
   virtual const DimensionExpr* constant(int64_t value) = 0;
+  virtual const DimensionExpr* operation(DimensionOperation, const DimensionExpr&, const DimensionExpr&) = 0;
 };
 
 struct ExprBuilder {

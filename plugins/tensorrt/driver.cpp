@@ -14,6 +14,7 @@
 namespace moevlm::tensorrt {
 namespace {
 
+constexpr CudaDevice kFirstDevice = 0;
 constexpr int kComputeCapabilityMajor = 75, kComputeCapabilityMinor = 76;
 
 Driver resolve() {
@@ -29,12 +30,15 @@ Driver resolve() {
   find(driver.CtxPushCurrent, "cuCtxPushCurrent_v2");
   find(driver.CtxPopCurrent, "cuCtxPopCurrent_v2");
   find(driver.CtxGetDevice, "cuCtxGetDevice");
+  find(driver.DevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain");
+  find(driver.DevicePrimaryCtxRelease, "cuDevicePrimaryCtxRelease_v2");
   find(driver.DeviceGetAttribute, "cuDeviceGetAttribute");
   find(driver.ModuleLoadData, "cuModuleLoadData");
   find(driver.ModuleGetFunction, "cuModuleGetFunction");
   find(driver.ModuleUnload, "cuModuleUnload");
   find(driver.FuncSetAttribute, "cuFuncSetAttribute");
   find(driver.LaunchKernel, "cuLaunchKernel");
+  find(driver.LaunchKernelEx, "cuLaunchKernelEx");
   find(driver.MemsetD32Async, "cuMemsetD32Async");
   find(driver.GetErrorName, "cuGetErrorName");
   find(driver.GetErrorString, "cuGetErrorString");
@@ -71,6 +75,23 @@ uint32_t Driver::sm() const {
   check(DeviceGetAttribute(&major, kComputeCapabilityMajor, device), "cuDeviceGetAttribute", "the compute capability");
   check(DeviceGetAttribute(&minor, kComputeCapabilityMinor, device), "cuDeviceGetAttribute", "the compute capability");
   return static_cast<uint32_t>(10 * major + minor);
+}
+
+PrimaryContext::PrimaryContext() {
+  const Driver& cuda = driver();
+  cuda.check(cuda.DevicePrimaryCtxRetain(&context_, kFirstDevice), "cuDevicePrimaryCtxRetain", "the first device");
+}
+
+PrimaryContext::~PrimaryContext() { driver().DevicePrimaryCtxRelease(kFirstDevice); }
+
+Current::Current(CudaContext* context) {
+  const Driver& cuda = driver();
+  cuda.check(cuda.CtxPushCurrent(context), "cuCtxPushCurrent", "a CUDA context");
+}
+
+Current::~Current() {
+  CudaContext* popped = nullptr;
+  driver().CtxPopCurrent(&popped);
 }
 
 }  // namespace moevlm::tensorrt

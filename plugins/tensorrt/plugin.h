@@ -1,6 +1,7 @@
-// A TensorRT plugin that runs a program: what both ops are.
+// A TensorRT plugin that runs a program: what every op is.
 #pragma once
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "abi.h"
@@ -11,13 +12,19 @@ namespace moevlm::tensorrt {
 
 // One layer of a network, or of an engine in one execution context; each has its own state and shares only what does
 // not change: the program, and the kernels loaded into a CUDA context.
-class MoePlugin final : public abi::Plugin, public abi::PluginCore, public abi::PluginBuild, public abi::PluginRuntime {
+//
+// While TensorRT builds an engine it may run a layer on made-up inputs, to time it. Kernels take that: they clamp every
+// index that they read (an expert, a page, a position, the bounds of a sequence) to what it indexes.
+class ProgramPlugin final : public abi::Plugin,
+                            public abi::PluginCore,
+                            public abi::PluginBuild,
+                            public abi::PluginRuntime {
  public:
   static constexpr const char* kVersion = "1";
   static constexpr const char* kNamespace = "";  // found from any domain, and before a function of that name
   static constexpr const char* kField = "program";
 
-  MoePlugin(std::shared_ptr<const Program> program, abi::Phase phase);
+  ProgramPlugin(std::shared_ptr<const Program> program, abi::Phase phase);
 
   abi::PluginCapability* getCapabilityInterface(abi::Capability type) noexcept override;
   abi::Plugin* clone() noexcept override;
@@ -47,25 +54,31 @@ class MoePlugin final : public abi::Plugin, public abi::PluginCore, public abi::
   const abi::Fields* getFieldsToSerialize() noexcept override;
 
  private:
-  // A step for a certain number of tokens: a launch's grid, or the words of a fill.
-  struct Size {
+  // A step at certain sizes: a launch's grid, or the words of a fill.
+  struct Extent {
     unsigned grid[3];
     size_t words;
   };
 
+  const abi::DimensionExpr* size(size_t symbol, int64_t plus, const abi::DimsExprs* in,
+                                 abi::ExprBuilderImpl& builder) const;
+  std::optional<Current> enter();
   void load();
-  void prepare(int64_t tokens);
+  void prepare(const Sizes& sizes);
   void run(const void* const* inputs, void* const* outputs, char* workspace, abi::CudaStream* stream);
+  void launch(const Launch& launch, const Extent& extent, abi::CudaStream* stream);
   uint64_t value(const Argument& argument, const void* const* inputs, void* const* outputs,
                  const char* workspace) const;
 
   std::shared_ptr<const Program> program_;
   abi::Phase phase_;
+  std::shared_ptr<const PrimaryContext> primary_;  // outlives the modules in it
   std::shared_ptr<const Modules> modules_;
-  int64_t tokens_ = 0;  // what the following was made for
+  Sizes sizes_{};  // what the following was made for; zeros for nothing
   const Variant* variant_ = nullptr;
   std::vector<size_t> offsets_;  // of the buffers in the workspace
-  std::vector<Size> sizes_;      // of the steps
+  size_t workspace_ = 0;         // bytes of them all
+  std::vector<Extent> extents_;  // of the steps
   std::vector<uint64_t> values_;
   std::vector<void*> parameters_;  // to values_
   abi::Field field_;

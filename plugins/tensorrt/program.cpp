@@ -1,7 +1,6 @@
 #include "program.h"
 
 #include <algorithm>
-#include <limits>
 #include <mutex>
 
 #include "program_reader.h"
@@ -28,26 +27,28 @@ Known& known() {
 
 }  // namespace
 
-// 128 bits hold any product of two of the numbers.
-int64_t Count::at(int64_t tokens) const {
-  __extension__ using Wide = __int128;
-  const Wide value = (Wide{slope} * tokens + offset + divisor - 1) / divisor;
-  const Wide most = Wide{limit_slope} * tokens + limit;
-  return static_cast<int64_t>(std::min({value, most, Wide{std::numeric_limits<int64_t>::max()}}));
-}
-
 size_t aligned(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
 
-size_t Variant::workspace(int64_t tokens) const {
+bool Variant::holds(const Sizes& sizes) const { return holds_throughout(exactly(sizes)); }
+
+bool Variant::holds_throughout(const Ranges& ranges) const {
+  return std::all_of(bounds.begin(), bounds.end(), [&](const Linear& bound) { return bound.most(ranges) <= 0; });
+}
+
+size_t Variant::workspace(const Sizes& sizes) const {
   size_t bytes = 0;
-  for (const Count& buffer : buffers) bytes += aligned(buffer.at(tokens));
+  for (const Count& buffer : buffers) bytes += aligned(buffer.at(sizes));
   return bytes;
 }
 
-const Variant* Image::variant(int64_t tokens) const {
+const Variant* Image::variant(const Sizes& sizes) const {
   for (const Variant& variant : variants)
-    if (tokens <= variant.max_tokens) return &variant;
+    if (variant.holds(sizes)) return &variant;
   return nullptr;
+}
+
+bool Image::takes(const Ranges& ranges) const {
+  return std::any_of(variants.begin(), variants.end(), [&](const Variant& v) { return v.holds_throughout(ranges); });
 }
 
 std::shared_ptr<const Program> Program::read(std::string_view bytes) {
@@ -71,20 +72,29 @@ const Image* Program::image(uint32_t sm) const {
   return nullptr;
 }
 
-int64_t Program::max_tokens() const {
-  int64_t least = kMaxTokens;
-  for (const Image& image : images) least = std::min<int64_t>(least, image.variants.back().max_tokens);
-  return least;
+Ranges Program::possible() const {
+  Ranges ranges;
+  for (size_t s = 0; s < kSymbolCount; ++s) ranges[s] = {1, places[s] ? kMaxSize : 1};
+  return ranges;
 }
 
-size_t Program::workspace(int64_t tokens) const {
-  size_t most = 0;
+std::string Program::describe(const Ranges& ranges) const {
+  std::string all;
+  for (size_t s = 0; s < kSymbolCount; ++s)
+    if (places[s]) all += (all.empty() ? "" : ", ") + std::string(1, kSymbols[s]) + " = " + text(ranges[s]);
+  return all;
+}
+
+// Buffers never shrink as sizes rise, so a variant takes most at the upper ends of what it may be run for.
+size_t Program::workspace(const Ranges& ranges) const {
+  size_t bytes = 0;
   for (const Image& image : images)
     for (const Variant& variant : image.variants) {
-      most = std::max(most, variant.workspace(std::min<int64_t>(tokens, variant.max_tokens)));
-      if (tokens <= variant.max_tokens) break;
+      Ranges within = ranges;
+      if (narrow(within, variant.bounds)) bytes = std::max(bytes, variant.workspace(most(within)));
+      if (variant.holds_throughout(ranges)) break;  // the next ones are not reached
     }
-  return most;
+  return bytes;
 }
 
 }  // namespace moevlm::tensorrt

@@ -1,42 +1,47 @@
 // What a plugin runs: the kernels of one op and their launches, as plugins/gpu/program.py describes them.
 #pragma once
+#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <variant>
 #include <vector>
 
+#include "sizes.h"
+
 namespace moevlm::tensorrt {
 
-constexpr int64_t kTokens = -1;  // in a shape: the number of tokens T
-constexpr uint32_t kMaxTokens = std::numeric_limits<int32_t>::max();
-constexpr size_t kAlignment = 256;
+constexpr size_t kAlignment = 256;  // of a buffer in the workspace
 
+// A number, or a symbol plus a number.
+struct Dimension {
+  std::optional<size_t> symbol;
+  int64_t value;
+};
+
+// written: kernels write to it, though it is an input.
 struct Tensor {
   std::string name;
   int32_t dtype;
-  std::vector<int64_t> shape;
+  bool written;
+  std::vector<Dimension> shape;
 };
 
-// min(ceil((slope * T + offset) / divisor), limit_slope * T + limit); never negative, and never falls as T rises.
-struct Count {
-  int64_t slope, offset, divisor, limit_slope, limit;
-  int64_t at(int64_t tokens) const;
-};
-
-enum class ArgumentKind : uint32_t { kInput, kOutput, kWorkspace, kTokens, kNull, kConstant };
+enum class ArgumentKind : uint32_t { kInput, kOutput, kWorkspace, kSymbol, kNull, kConstant };
 
 struct Argument {
   ArgumentKind kind;
   uint32_t index;
 };
 
+// overlaps: it may begin while the step before it ends, for which its kernel waits itself.
 struct Launch {
   uint32_t kernel;
-  Count grid[3];
+  bool overlaps;
+  std::array<Count, 3> grid;
   std::vector<Argument> arguments;
 };
 
@@ -48,12 +53,15 @@ struct Fill {
 
 using Step = std::variant<Launch, Fill>;
 
+// For sizes at which no bound is above 0.
 struct Variant {
-  uint32_t max_tokens;
+  std::vector<Linear> bounds;
   std::vector<Count> buffers;
   std::vector<Step> steps;
 
-  size_t workspace(int64_t tokens) const;
+  bool holds(const Sizes& sizes) const;
+  bool holds_throughout(const Ranges& ranges) const;
+  size_t workspace(const Sizes& sizes) const;
 };
 
 struct Kernel {
@@ -68,8 +76,16 @@ struct Image {
   std::vector<Kernel> kernels;
   std::vector<Variant> variants;
 
-  // The first with room for so many tokens; null if none has.
-  const Variant* variant(int64_t tokens) const;
+  // The first that holds; null if none does.
+  const Variant* variant(const Sizes& sizes) const;
+  // Whether one of them holds throughout, so that none of those sizes is without.
+  bool takes(const Ranges& ranges) const;
+};
+
+// The input and its dimension that give a symbol its size, once `plus` is taken away.
+struct Place {
+  size_t input, dimension;
+  int64_t plus;
 };
 
 struct Program {
@@ -78,6 +94,8 @@ struct Program {
   std::vector<Tensor> inputs;
   std::vector<Tensor> outputs;
   std::vector<Image> images;
+  std::array<std::optional<Place>, kSymbolCount> places;  // of the symbols that it has
+  Sizes largest;  // that every image has a variant for, each symbol by itself
 
   // Throws std::invalid_argument that says what is wrong and where. The same bytes give the same object, as long as
   // somebody has it: a model's layers share one program.
@@ -85,10 +103,12 @@ struct Program {
 
   // Null if there is none for this compute capability.
   const Image* image(uint32_t sm) const;
-  // The most tokens that every image takes.
-  int64_t max_tokens() const;
-  // For up to so many tokens, on any of the GPUs.
-  size_t workspace(int64_t tokens) const;
+  // All that a symbol may be: 1 to kMaxSize, and 1 where the program has no such symbol.
+  Ranges possible() const;
+  // "T = 5, N = 1..4", of the symbols that it has.
+  std::string describe(const Ranges& ranges) const;
+  // For sizes within these ranges, on any of the GPUs.
+  size_t workspace(const Ranges& ranges) const;
 };
 
 size_t aligned(int64_t bytes);

@@ -13,9 +13,11 @@ namespace moevlm::tensorrt {
 namespace {
 
 constexpr std::string_view kMagic = "MOEVLMGP";
-constexpr uint32_t kVersion = 1;
-constexpr uint32_t kFill = 0xFFFFFFFF;
+constexpr uint32_t kVersion = 2;
+constexpr uint32_t kFill = 0xFFFFFFFF, kNoSymbol = 0xFFFFFFFF;
+constexpr uint32_t kFirstOverlappingSm = 90;
 constexpr uint32_t kMaxRank = 8, kMaxWarps = 32;
+constexpr int64_t kMaxDimension = int64_t{1} << 40;
 constexpr int64_t kMaxWorkspace = int64_t{1} << 44;
 constexpr int64_t kMaxGrid[3] = {std::numeric_limits<int32_t>::max(), 65535, 65535};
 constexpr int32_t kDtypes[] = {0, 1, 2, 3, 6, 7};
@@ -53,6 +55,12 @@ class Reader {
     return value;
   }
 
+  bool flag(const char* what) {
+    const uint32_t value = u32(what);
+    if (value > 1) invalid(what, " is ", value, " in the program (allowed: 0, 1)");
+    return value;
+  }
+
   static void require(bool holds, const char* what, uint32_t value, size_t count) {
     if (!holds) invalid(what, " ", value, " in the program (it has ", count, ")");
   }
@@ -64,34 +72,90 @@ class Reader {
   size_t at_ = 0;
 };
 
-constexpr size_t kCountSize = 5 * sizeof(int64_t);
+constexpr size_t kLinearSize = (1 + kSymbolCount) * sizeof(int64_t);
+constexpr size_t kCountSize = kLinearSize + sizeof(int64_t) + sizeof(uint32_t);  // without a limit
 
-Count read_count(Reader& in) {
-  Count count;
-  for (int64_t* value : {&count.slope, &count.offset, &count.divisor, &count.limit_slope, &count.limit})
-    *value = in.number<int64_t>("a count");
-  if (count.divisor < 1 || count.slope < 0 || count.offset < 0 || count.limit_slope < 0 || count.limit < 0)
-    invalid("a count of the program is (", count.slope, " T + ", count.offset, ") / ", count.divisor, ", at most ",
-            count.limit_slope, " T + ", count.limit, " (allowed: a divisor of 1 or more, no negative number)");
+std::string text(const Linear& linear) {
+  std::string sum = std::to_string(linear.offset);
+  for (size_t s = 0; s < kSymbolCount; ++s)
+    if (linear.coefficients[s]) sum += join(" + ", linear.coefficients[s], " ", kSymbols[s]);
+  return sum;
+}
+
+Linear read_linear(Reader& in, const Program& program) {
+  Linear linear;
+  linear.offset = in.number<int64_t>("a number");
+  for (int64_t& coefficient : linear.coefficients) coefficient = in.number<int64_t>("a number");
+  for (size_t s = 0; s < kSymbolCount; ++s)
+    if (linear.coefficients[s] && !program.places[s])
+      invalid("the program has ", text(linear), ", but no input has ", kSymbols[s], " in its shape");
+  return linear;
+}
+
+bool has_negative(const Linear& linear) {
+  return linear.offset < 0 || *std::min_element(linear.coefficients.begin(), linear.coefficients.end()) < 0;
+}
+
+Count read_count(Reader& in, const Program& program) {
+  Count count{};
+  count.value = read_linear(in, program);
+  count.divisor = in.number<int64_t>("a divisor");
+  count.has_limit = in.flag("whether a count has a limit");
+  if (count.has_limit) count.limit = read_linear(in, program);
+  if (count.divisor < 1 || has_negative(count.value) || has_negative(count.limit))
+    invalid("a count of the program is (", text(count.value), ") / ", count.divisor, ", at most ",
+            count.has_limit ? text(count.limit) : "any number",
+            " (allowed: a divisor of 1 or more, no negative number)");
   return count;
 }
 
+Dimension read_dimension(Reader& in, const Tensor& tensor) {
+  const uint32_t symbol = in.u32("a dimension");
+  const int64_t value = in.number<int64_t>("a dimension");
+  const bool is_symbol = symbol != kNoSymbol;
+  if (is_symbol && symbol >= kSymbolCount)
+    invalid("tensor ", tensor.name, " of the program has a symbol ", symbol, " (it has ", kSymbolCount, ")");
+  if (value < !is_symbol || value > kMaxDimension)
+    invalid("tensor ", tensor.name, " of the program has a dimension ",
+            is_symbol ? join(kSymbols[symbol], " + ") : "", value, " (allowed: ", is_symbol ? 0 : 1, " to ",
+            kMaxDimension, ")");
+  return {is_symbol ? std::optional<size_t>(symbol) : std::nullopt, value};
+}
+
 std::vector<Tensor> read_tensors(Reader& in) {
-  std::vector<Tensor> tensors(in.length(12, "tensors"));
+  std::vector<Tensor> tensors(in.length(16, "tensors"));
   for (Tensor& tensor : tensors) {
     tensor.name = in.blob("a tensor's name");
     tensor.dtype = in.number<int32_t>("a dtype");
     if (std::find(std::begin(kDtypes), std::end(kDtypes), tensor.dtype) == std::end(kDtypes))
       invalid("tensor ", tensor.name, " of the program has dtype ", tensor.dtype, " (allowed: 0, 1, 2, 3, 6, 7)");
-    tensor.shape.resize(in.length(sizeof(int64_t), "dimensions"));
-    if (tensor.shape.size() > kMaxRank)
-      invalid("tensor ", tensor.name, " of the program has ", tensor.shape.size(), " dimensions (allowed: up to 8)");
-    for (int64_t& dim : tensor.shape) {
-      dim = in.number<int64_t>("a dimension");
-      if (dim < 1 && dim != kTokens) invalid("tensor ", tensor.name, " of the program has a dimension ", dim);
-    }
+    tensor.written = in.flag("whether a tensor is written");
+    const uint32_t rank = in.length(sizeof(uint32_t) + sizeof(int64_t), "dimensions");
+    if (rank > kMaxRank)
+      invalid("tensor ", tensor.name, " of the program has ", rank, " dimensions (allowed: up to ", kMaxRank, ")");
+    for (uint32_t i = 0; i < rank; ++i) tensor.shape.push_back(read_dimension(in, tensor));
   }
   return tensors;
+}
+
+// A symbol's size is that of the first input that has it.
+void find_places(Program& program) {
+  for (size_t i = 0; i < program.inputs.size(); ++i)
+    for (size_t d = 0; d < program.inputs[i].shape.size(); ++d) {
+      const Dimension& dimension = program.inputs[i].shape[d];
+      if (dimension.symbol && !program.places[*dimension.symbol])
+        program.places[*dimension.symbol] = Place{i, d, dimension.value};
+    }
+}
+
+void check_outputs(const Program& program) {
+  for (const Tensor& output : program.outputs) {
+    if (output.written) invalid("output ", output.name, " of the program is marked as written (allowed: inputs)");
+    for (const Dimension& dimension : output.shape)
+      if (dimension.symbol && !program.places[*dimension.symbol])
+        invalid("output ", output.name, " of the program has ", kSymbols[*dimension.symbol],
+                " in its shape, no input has");
+  }
 }
 
 Kernel read_kernel(Reader& in) {
@@ -115,7 +179,10 @@ Argument read_argument(Reader& in, const Program& program, const Variant& varian
     case ArgumentKind::kWorkspace:
       in.require(index < variant.buffers.size(), "buffer", index, variant.buffers.size());
       break;
-    case ArgumentKind::kTokens:
+    case ArgumentKind::kSymbol:
+      in.require(index < kSymbolCount, "symbol", index, kSymbolCount);
+      if (!program.places[index]) invalid("a kernel of the program takes ", kSymbols[index], ", which no input has");
+      break;
     case ArgumentKind::kNull:
     case ArgumentKind::kConstant: break;
     default: invalid("kind ", kind, " of an argument in the program (allowed: 0 to 5)");
@@ -123,52 +190,72 @@ Argument read_argument(Reader& in, const Program& program, const Variant& varian
   return {static_cast<ArgumentKind>(kind), index};
 }
 
-// Counts never fall, so what holds at 1 and at the most tokens holds between them.
-void check_grid(const Count (&grid)[3], const Kernel& kernel, int64_t max_tokens) {
+// What each symbol may be in some variant of every image.
+Sizes find_largest(const Program& program) {
+  Sizes largest = most(program.possible());
+  for (const Image& image : program.images) {
+    Sizes of_image{};
+    for (const Variant& variant : image.variants) {
+      Ranges ranges = program.possible();
+      if (!narrow(ranges, variant.bounds)) continue;
+      for (size_t s = 0; s < kSymbolCount; ++s) of_image[s] = std::max(of_image[s], ranges[s].most);
+    }
+    for (size_t s = 0; s < kSymbolCount; ++s) largest[s] = std::min(largest[s], of_image[s]);
+  }
+  return largest;
+}
+
+// Counts never fall, so what holds at the ends of a variant's sizes holds between them.
+void check_grid(const std::array<Count, 3>& grid, const Kernel& kernel, const Program& program, const Ranges& ranges) {
   for (int axis = 0; axis < 3; ++axis)
-    for (const int64_t tokens : {int64_t{1}, max_tokens}) {
-      const int64_t size = grid[axis].at(tokens);
+    for (const Sizes& sizes : {least(ranges), most(ranges)}) {
+      const int64_t size = grid[axis].at(sizes);
       if (size < 1 || size > kMaxGrid[axis])
         invalid("kernel ", kernel.entry, " of the program has a grid of ", size, " along ", "xyz"[axis], " for ",
-                tokens, " tokens (allowed: 1 to ", kMaxGrid[axis], ")");
+                program.describe(exactly(sizes)), " (allowed: 1 to ", kMaxGrid[axis], ")");
     }
+}
+
+void check_buffers(const std::vector<Count>& buffers, const Program& program, const Sizes& sizes) {
+  int64_t room = kMaxWorkspace;
+  for (const Count& buffer : buffers) {
+    const int64_t bytes = buffer.at(sizes);
+    if (bytes > room - int64_t{kAlignment})
+      invalid("a variant of the program has buffers of over ", kMaxWorkspace, " bytes for ",
+              program.describe(exactly(sizes)));
+    room -= static_cast<int64_t>(aligned(bytes));
+  }
 }
 
 Variant read_variant(Reader& in, const Program& program, const Image& image, const std::vector<uint32_t>& parameters) {
   Variant variant;
-  variant.max_tokens = in.u32("a variant");
-  const uint32_t before = image.variants.empty() ? 0 : image.variants.back().max_tokens;
-  if (variant.max_tokens <= before || variant.max_tokens > kMaxTokens)
-    invalid("a variant of the program is for up to ", variant.max_tokens, " tokens (allowed: ", before + 1, " to ",
-            kMaxTokens, ")");
-  variant.buffers.resize(in.length(kCountSize, "buffers"));
-  int64_t room = kMaxWorkspace;
-  for (Count& buffer : variant.buffers) {
-    buffer = read_count(in);
-    const int64_t bytes = buffer.at(variant.max_tokens);
-    if (bytes > room - int64_t{kAlignment})
-      invalid("a variant of the program has buffers of over ", kMaxWorkspace, " bytes");
-    room -= static_cast<int64_t>(aligned(bytes));
-  }
-  const uint32_t steps = in.length(4, "steps");
-  for (uint32_t i = 0; i < steps; ++i) {
+  for (uint32_t i = in.length(kLinearSize, "bounds"); i; --i) variant.bounds.push_back(read_linear(in, program));
+  for (uint32_t i = in.length(kCountSize, "buffers"); i; --i) variant.buffers.push_back(read_count(in, program));
+  Ranges ranges = program.possible();
+  const bool is_reached = narrow(ranges, variant.bounds);  // what never runs may ask for anything
+  if (is_reached) check_buffers(variant.buffers, program, most(ranges));
+  for (uint32_t i = in.length(4, "steps"); i; --i) {
     const uint32_t kernel = in.u32("a step");
     if (kernel == kFill) {
       Fill fill;
       fill.buffer = in.index(variant.buffers.size(), "buffer");
       fill.value = in.u32("a fill");
-      fill.words = read_count(in);
-      variant.steps.emplace_back(fill);
+      fill.words = read_count(in, program);
+      variant.steps.emplace_back(std::move(fill));
       continue;
     }
     in.require(kernel < image.kernels.size(), "kernel", kernel, image.kernels.size());
-    Launch launch{kernel, {}, {}};
-    for (Count& count : launch.grid) count = read_count(in);
-    check_grid(launch.grid, image.kernels[kernel], variant.max_tokens);
+    const std::string& entry = image.kernels[kernel].entry;
+    Launch launch{kernel, in.flag("whether a launch overlaps"), {}, {}};
+    if (launch.overlaps && image.sm < kFirstOverlappingSm)
+      invalid("kernel ", entry, " of the program overlaps on sm", image.sm, " (allowed: from sm", kFirstOverlappingSm,
+              " on)");
+    for (Count& count : launch.grid) count = read_count(in, program);
+    if (is_reached) check_grid(launch.grid, image.kernels[kernel], program, ranges);
     const uint32_t arguments = in.length(8, "arguments");
     if (arguments != parameters[kernel])
-      invalid("kernel ", image.kernels[kernel].entry, " of the program is launched with ", arguments,
-              " arguments (it has ", parameters[kernel], " parameters)");
+      invalid("kernel ", entry, " of the program is launched with ", arguments, " arguments (it has ",
+              parameters[kernel], " parameters)");
     for (uint32_t a = 0; a < arguments; ++a) launch.arguments.push_back(read_argument(in, program, variant));
     variant.steps.emplace_back(std::move(launch));
   }
@@ -202,11 +289,8 @@ void read_program(Program& program) {
   program.op = in.blob("its op");
   program.inputs = read_tensors(in);
   program.outputs = read_tensors(in);
-  const auto has_tokens = [](const Tensor& tensor) {
-    return std::count(tensor.shape.begin(), tensor.shape.end(), kTokens) > 0;
-  };
-  if (std::none_of(program.inputs.begin(), program.inputs.end(), has_tokens))
-    invalid("no input of the program has the number of tokens in its shape");
+  find_places(program);
+  check_outputs(program);
   const uint32_t images = in.length(12, "images");
   if (!images) invalid("the program has no image");
   for (uint32_t i = 0; i < images; ++i) {
@@ -214,6 +298,7 @@ void read_program(Program& program) {
     if (program.image(image.sm)) invalid("the program has two images for sm", image.sm);
     program.images.push_back(std::move(image));
   }
+  program.largest = find_largest(program);
   if (in.left() == 1 && !program.bytes.back()) program.bytes.pop_back();
   else if (in.left()) invalid("the program has ", in.left(), " bytes after its end");
 }

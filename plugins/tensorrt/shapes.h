@@ -5,22 +5,17 @@
 
 namespace moevlm::tensorrt {
 
-struct Tokens {
-  int64_t least, most;
-};
-
-// Throw std::invalid_argument naming the tensor, what it is, and what is allowed; return the number of tokens.
-Tokens check(const Program& program, const abi::DynamicTensorDesc* in, int32_t inputs,
+// Throw std::invalid_argument naming the tensor, what it is, and what is allowed; return the sizes of the program's
+// symbols.
+Ranges check(const Program& program, const abi::DynamicTensorDesc* in, int32_t inputs,
              const abi::DynamicTensorDesc* out, int32_t outputs);
-int64_t check(const Program& program, const abi::TensorDesc* in, int32_t inputs, const abi::TensorDesc* out,
-              int32_t outputs);
+Sizes check(const Program& program, const abi::TensorDesc* in, int32_t inputs, const abi::TensorDesc* out,
+            int32_t outputs);
 
 void check_counts(const Program& program, int32_t inputs, int32_t outputs);
 
-// A tensor and its dimension that is the number of tokens.
-struct TokensAt {
-  size_t input, dimension;
-};
-TokensAt tokens_at(const Program& program);
+// The sizes of the symbols, from the inputs that give them; nothing else is looked at.
+Ranges ranges_of(const Program& program, const abi::DynamicTensorDesc* in);
+Sizes sizes_of(const Program& program, const abi::TensorDesc* in);
 
 }  // namespace moevlm::tensorrt

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = {0: "float32", 1: "float16", 2: "int8", 3: "int32", 6: "float8_e4m3fn", 7: "bfloat16"}
+SYMBOLS = ("T", "N", "M", "P")
 KINDS = ("input", "output", "workspace", "symbol", "null", "constant")
 
 
@@ -21,21 +22,32 @@ class Reader:
     def u32(self) -> int:
         return struct.unpack("<I", self.take(4))[0]
 
+    def i64(self) -> int:
+        return struct.unpack("<q", self.take(8))[0]
+
+    def flag(self) -> bool:
+        value = self.u32()
+        assert value in (0, 1)
+        return bool(value)
+
+    def linear(self) -> dict[str, int]:
+        return {name: self.i64() for name in ("offset", *SYMBOLS)}
+
     def count(self) -> dict[str, Any]:
-        slope, offset, divisor, limit_slope, limit = struct.unpack("<5q", self.take(40))
-        unlimited = limit == (1 << 63) - 1
-        limited = None if unlimited else linear(limit, limit_slope)
-        return {"value": linear(offset, slope), "divisor": divisor, "limit": limited}
+        value, divisor = self.linear(), self.i64()
+        return {"value": value, "divisor": divisor, "limit": self.linear() if self.flag() else None}
 
     def blob(self) -> bytes:
         return self.take(self.u32())
 
+    def dimension(self) -> int | dict[str, Any]:
+        symbol, number = self.u32(), self.i64()
+        return number if symbol == 0xFFFFFFFF else {"name": SYMBOLS[symbol], "plus": number}
+
     def tensor(self) -> dict[str, Any]:
-        name, dtype, rank = self.blob().decode(), DTYPES[self.u32()], self.u32()
-        shape = struct.unpack(f"<{rank}q", self.take(8 * rank))
-        tokens = {"name": "T", "plus": 0}
-        named = {"name": name, "dtype": dtype, "written": False}
-        return named | {"shape": tuple(tokens if dim == -1 else dim for dim in shape)}
+        name, dtype, written = self.blob().decode(), DTYPES[self.u32()], self.flag()
+        shape = tuple(self.dimension() for _ in range(self.u32()))
+        return {"name": name, "dtype": dtype, "shape": shape, "written": written}
 
     def kernel(self) -> dict[str, Any]:
         entry, warps, shared, parameters = self.blob().decode(), self.u32(), self.u32(), self.u32()
@@ -45,14 +57,14 @@ class Reader:
         kernel = self.u32()
         if kernel == 0xFFFFFFFF:
             return {"buffer": self.u32(), "value": self.u32(), "words": self.count()}
+        overlaps = self.flag()
         grid = tuple(self.count() for _ in range(3))
         arguments = tuple({"kind": KINDS[self.u32()], "index": self.u32()} for _ in range(self.u32()))
-        return {"kernel": kernel, "grid": grid, "arguments": arguments}
+        return {"kernel": kernel, "grid": grid, "arguments": arguments, "overlaps": overlaps}
 
     def variant(self) -> dict[str, Any]:
-        max_tokens = self.u32()
+        bounds = tuple(self.linear() for _ in range(self.u32()))
         buffers = tuple(self.count() for _ in range(self.u32()))
-        bounds = (linear(-max_tokens, 1),)
         return {"bounds": bounds, "buffers": buffers, "steps": tuple(self.step() for _ in range(self.u32()))}
 
     def image(self) -> dict[str, Any]:
@@ -61,15 +73,11 @@ class Reader:
         return {"sm": sm, "kernels": kernels, "variants": tuple(self.variant() for _ in range(self.u32()))}
 
 
-def linear(offset: int, slope: int) -> dict[str, int]:
-    return {"offset": offset, "T": slope, "N": 0, "M": 0, "P": 0}
-
-
 def read(data: bytes) -> dict[str, Any]:
     """The program as nested dictionaries, as dataclasses.asdict has it. Every byte must have a meaning."""
     reader = Reader(data)
     assert reader.take(8) == b"MOEVLMGP"
-    assert reader.u32() == 1
+    assert reader.u32() == 2
     op = reader.blob().decode()
     inputs, outputs = (tuple(reader.tensor() for _ in range(reader.u32())) for _ in range(2))
     images = tuple(reader.image() for _ in range(reader.u32()))

@@ -67,6 +67,7 @@ int main() {
   VALUE(Capability::kBuild, PluginCapabilityType::kBUILD);
   VALUE(Capability::kRuntime, PluginCapabilityType::kRUNTIME);
   VALUE(Language::kCpp, APILanguage::kCPP);
+  VALUE(DimensionOperation::kSum, DimensionOperation::kSUM);
   VALUE(Severity::kError, ILogger::Severity::kERROR);
   VALUE(kMaxDims, Dims::MAX_DIMS);
 
@@ -93,6 +94,7 @@ int main() {
   SIZE(InterfaceInfo, InterfaceInfo);
   SIZE(ExprBuilder, IExprBuilder);
   SLOT(ExprBuilderImpl, apiv::VExprBuilder, constant);
+  SLOT(ExprBuilderImpl, apiv::VExprBuilder, operation);
 
   SLOT(Versioned, IVersionedInterface, getAPILanguage);
   SLOT(Versioned, IVersionedInterface, getInterfaceInfo);

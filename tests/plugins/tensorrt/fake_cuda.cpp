@@ -13,9 +13,30 @@
 
 namespace {
 
-enum Result { kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kInvalidHandle = 400, kNotFound = 500 };
+enum Result {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kInvalidContext = 201,
+  kInvalidHandle = 400,
+  kNotFound = 500,
+  kNotSupported = 801
+};
+constexpr unsigned kProgrammaticStreamSerialization = 6;
+constexpr int kDevice = 3, kFirstDevice = 0;  // of contexts that a test makes; of the primary one
 enum Attribute { kMajor = 75, kMinor = 76, kMaxDynamicShared = 8 };
 constexpr unsigned kSharedWithoutOptIn = 48 * 1024, kSharedWithOptIn = 99 * 1024;
+
+// CUlaunchAttribute and CUlaunchConfig.
+struct LaunchAttribute {
+  unsigned id, padding;
+  int value[16];
+};
+struct LaunchConfig {
+  unsigned grid[3], block[3], shared;
+  void* stream;
+  const LaunchAttribute* attributes;
+  unsigned attribute_count;
+};
 
 struct Context {
   int id;
@@ -38,6 +59,9 @@ std::map<std::string, std::pair<int, int>> failures;  // call: how many more suc
 std::vector<std::string> events;
 int sm = 86, next_module = 1;
 
+Context* primary = nullptr;  // alive while somebody retains it
+int retained = 0;
+
 thread_local std::vector<Context*> stack;
 thread_local int thread_name = 0;
 
@@ -55,7 +79,7 @@ void record(const char* call, const Parts&... parts) {
   std::ostringstream event;
   event << "{\"call\": \"" << call << "\", \"thread\": " << thread_name;
   event << ", \"context\": " << (current() ? current()->id : 0);
-  (event << ... << parts);
+  static_cast<void>((event << ... << parts));
   events.push_back(event.str() + "}");
 }
 
@@ -65,14 +89,48 @@ Function* usable(void* handle) {
   return functions.count(function) && function->context == current() && current()->alive ? function : nullptr;
 }
 
+Context* new_context() {
+  contexts.push_back(std::make_unique<Context>(Context{static_cast<int>(contexts.size()) + 1}));
+  return contexts.back().get();
+}
+
+void destroy(Context* context) {
+  context->alive = false;
+  for (auto it = modules.begin(); it != modules.end();) {
+    if (it->second->context == context) functions.erase(it->second.get());
+    it = it->second->context == context ? modules.erase(it) : std::next(it);
+  }
+}
+
+// A launch, however it was asked for.
+int launch(const char* call, void* handle, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared,
+           void* stream, void** parameters, void** extra) {
+  if (const int error = told(call)) return error;
+  Function* function = usable(handle);
+  if (!function) return kInvalidHandle;
+  if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 0x7FFFFFFF || grid[1] > 65535 || grid[2] > 65535 || !block[0] ||
+      block[0] * block[1] * block[2] > 1024 || shared > function->shared || extra)
+    return kInvalidValue;
+  std::ostringstream arguments;
+  for (size_t i = 0; i < function->parameters.size(); ++i) {
+    uint64_t value = 0;
+    std::memcpy(&value, parameters[i], static_cast<size_t>(function->parameters[i]));
+    arguments << (i ? ", " : "") << value;
+  }
+  record(call, ", \"entry\": \"", function->entry, "\", \"module\": ", function->module, ", \"grid\": [", grid[0],
+         ", ", grid[1], ", ", grid[2], "], \"block\": [", block[0], ", ", block[1], ", ", block[2],
+         "], \"shared\": ", shared, ", \"stream\": ", reinterpret_cast<uintptr_t>(stream), ", \"arguments\": [",
+         arguments.str(), "]");
+  return kSuccess;
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 EXPORT void* fake_context() {
   const std::lock_guard<std::mutex> lock(mutex);
-  contexts.push_back(std::make_unique<Context>(Context{static_cast<int>(contexts.size()) + 1}));
-  return contexts.back().get();
+  return new_context();
 }
 
 // Of this thread; null for none.
@@ -84,11 +142,7 @@ EXPORT void fake_set_current(void* context) {
 // With the modules that are loaded in it.
 EXPORT void fake_destroy(void* context) {
   const std::lock_guard<std::mutex> lock(mutex);
-  static_cast<Context*>(context)->alive = false;
-  for (auto it = modules.begin(); it != modules.end();) {
-    if (it->second->context == context) functions.erase(it->second.get());
-    it = it->second->context == context ? modules.erase(it) : std::next(it);
-  }
+  destroy(static_cast<Context*>(context));
 }
 
 EXPORT void fake_set_sm(int value) { sm = value; }
@@ -139,13 +193,32 @@ EXPORT int cuCtxPopCurrent_v2(void** context) {
 EXPORT int cuCtxGetDevice(int* device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (!current() || !current()->alive) return kInvalidContext;
-  *device = 3;
+  *device = current() == primary ? kFirstDevice : kDevice;
   return told("cuCtxGetDevice");
+}
+
+EXPORT int cuDevicePrimaryCtxRetain(void** context, int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const int error = told("cuDevicePrimaryCtxRetain")) return error;
+  if (device != kFirstDevice) return kInvalidValue;
+  if (!retained++) primary = new_context();
+  *context = primary;
+  record("cuDevicePrimaryCtxRetain");
+  return kSuccess;
+}
+
+EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (device != kFirstDevice || !retained) return kInvalidContext;
+  record("cuDevicePrimaryCtxRelease");
+  if (!--retained) destroy(primary);
+  return kSuccess;
 }
 
 EXPORT int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (device != 3 || (attribute != kMajor && attribute != kMinor)) return kInvalidValue;
+  if (device != kDevice && device != kFirstDevice) return kInvalidValue;
+  if (attribute != kMajor && attribute != kMinor) return kInvalidValue;
   *value = attribute == kMajor ? sm / 10 : sm % 10;
   return told("cuDeviceGetAttribute");
 }
@@ -208,22 +281,18 @@ EXPORT int cuFuncSetAttribute(void* handle, int attribute, int value) {
 EXPORT int cuLaunchKernel(void* handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                           unsigned shared, void* stream, void** parameters, void** extra) {
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const int error = told("cuLaunchKernel")) return error;
-  Function* function = usable(handle);
-  if (!function) return kInvalidHandle;
-  if (!gx || !gy || !gz || gx > 0x7FFFFFFF || gy > 65535 || gz > 65535 || !bx || bx * by * bz > 1024 ||
-      shared > function->shared || extra)
+  return launch("cuLaunchKernel", handle, {gx, gy, gz}, {bx, by, bz}, shared, stream, parameters, extra);
+}
+
+// Of all attributes it takes the one that lets a launch begin while the one before it ends, and that alone.
+EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** parameters, void** extra) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const LaunchAttribute* attribute = config->attributes;
+  if (config->attribute_count != 1 || attribute->id != kProgrammaticStreamSerialization || attribute->value[0] != 1)
     return kInvalidValue;
-  std::ostringstream arguments;
-  for (size_t i = 0; i < function->parameters.size(); ++i) {
-    uint64_t value = 0;
-    std::memcpy(&value, parameters[i], static_cast<size_t>(function->parameters[i]));
-    arguments << (i ? ", " : "") << value;
-  }
-  record("cuLaunchKernel", ", \"entry\": \"", function->entry, "\", \"module\": ", function->module, ", \"grid\": [",
-         gx, ", ", gy, ", ", gz, "], \"block\": [", bx, ", ", by, ", ", bz, "], \"shared\": ", shared, ", \"stream\": ",
-         reinterpret_cast<uintptr_t>(stream), ", \"arguments\": [", arguments.str(), "]");
-  return kSuccess;
+  if (sm < 90) return kNotSupported;
+  const auto& [grid, block, shared, stream, attributes, count] = *config;
+  return launch("cuLaunchKernelEx", handle, grid, block, shared, stream, parameters, extra);
 }
 
 EXPORT int cuMemsetD32Async(uint64_t address, unsigned value, size_t words, void* stream) {

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
+from bench.plugin_harness import Io, PluginLibrary
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
-from moevlm.plugins.gpu.program import ALIGNMENT, Argument, Image, Kernel, Launch, Program
-from tests.plugins.tensorrt.fake_cuda import Event, image
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.program import (
+    ALIGNMENT,
+    TENSOR_DTYPES,
+    Argument,
+    Image,
+    Kernel,
+    Launch,
+    Program,
+    Sizes,
+    Tensor,
+    sizes_of,
+)
+from moevlm.runtime.core.dtypes import DTYPES
+from tests.plugins.gpu.interpreter import Interpreter
+from tests.plugins.tensorrt.fake_cuda import Event, FakeCuda, image
 
 GUARD = 4096
 SCRATCH = (Argument("null"),) * 2  # Triton appends two pointers to every kernel
@@ -24,10 +40,10 @@ def fake_program(draft: Draft) -> Program:
     variants = []
     for variant in draft.variants:
         steps = tuple(
-            Launch(step.kernel, step.grid, step.arguments + SCRATCH) if isinstance(step, Launch) else step
+            replace(step, arguments=step.arguments + SCRATCH) if isinstance(step, Launch) else step
             for step in variant.steps
         )
-        variants.append(type(variant)(variant.bounds, variant.buffers, steps))
+        variants.append(replace(variant, steps=steps))
     return Program(draft.op, draft.inputs, draft.outputs, (Image(draft.sm, kernels, tuple(variants)),))
 
 
@@ -87,7 +103,7 @@ def calls(events: Sequence[Event], kernels: Sequence[KernelSpec], memory: Memory
         values: Mapping = event.values
         if event.call == "cuMemsetD32Async":
             made.append(Call(None, (), (memory.place(values["address"]), values["value"], values["words"])))
-        elif event.call == "cuLaunchKernel":
+        elif event.call in ("cuLaunchKernel", "cuLaunchKernelEx"):
             spec = kernels[int(values["entry"])]
             assert values["block"] == [32 * spec.warps, 1, 1]
             *given, first, second = values["arguments"]
@@ -102,13 +118,10 @@ def calls(events: Sequence[Event], kernels: Sequence[KernelSpec], memory: Memory
 
 def replay(made: Sequence[Call], blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The memory's blocks after these calls. To be run in the interpreter's process."""
-    import torch
-
     from bench.gpu.launch import launch
 
     torch.set_num_threads(1)
-    dtypes = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32}
-    dtypes["*i8"] = torch.int8
+    dtypes = {DTYPES[name].pointer: getattr(torch, name) for name in TENSOR_DTYPES}
     memory = [torch.from_numpy(block.copy()) for block in blocks]
 
     def tensor(place: Place, dtype: torch.dtype) -> torch.Tensor:
@@ -127,3 +140,65 @@ def replay(made: Sequence[Call], blocks: Sequence[np.ndarray]) -> list[np.ndarra
         ]
         launch(call.kernel, call.grid, arguments)
     return [block.numpy() for block in memory]
+
+
+def execute(
+    library: PluginLibrary,
+    cuda: FakeCuda,
+    interpreter: Interpreter,
+    op: KernelOp,
+    inputs: Mapping[str, np.ndarray],
+    sm: int,
+    largest: Sizes | None = None,
+) -> dict[str, np.ndarray]:
+    """What the op's plugin does to these inputs, run as TensorRT would: its outputs by name, and its written inputs.
+
+    inputs: each is rounded to the dtype that the op states. Values in floating point come back as float32. largest: of
+    the optimization profile, the inputs' own sizes by default. Inputs that are not written must not change, and nothing
+    may be written beyond an output or the workspace that the plugin asked for.
+    """
+    cuda.set_sm(sm)
+    draft = op.draft(sm)
+    sizes = sizes_of(op.inputs, [inputs[tensor.name].shape for tensor in op.inputs])
+    plugin = library.plugin(op.name, fake_program(draft).to_bytes())
+    profile = Io.of(op.inputs, op.outputs, dict.fromkeys(sizes, 1), largest or sizes)
+    plugin.configure(profile)
+    reported = plugin.workspace(profile)
+    memory = Memory()
+    given = [memory.add(_bytes(inputs[tensor.name], tensor)) for tensor in op.inputs]
+    made = [memory.reserve(_size(tensor, sizes) + GUARD) for tensor in op.outputs]
+    workspace = memory.reserve(reported + GUARD)
+    context = plugin.attach()
+    io = Io.of(op.inputs, op.outputs, sizes)
+    context.shape_change(io)
+    cuda.events()
+    context.enqueue(io, given, made, workspace)
+    launched = calls(cuda.events(), draft.kernels, memory)
+    context.close()
+    plugin.close()
+    blocks = interpreter.call(replay, launched, memory.blocks)
+    lengths = [*(_size(tensor, sizes) for tensor in (*op.inputs, *op.outputs)), reported]
+    for block, length in zip(blocks[len(given) :], lengths[len(given) :], strict=True):
+        assert (block[length:] == 0xFF).all(), "a kernel wrote beyond its memory"
+    results = {}
+    for tensor, block, before in zip((*op.inputs, *op.outputs), blocks, memory.blocks, strict=False):
+        if tensor.written or tensor in op.outputs:
+            results[tensor.name] = _values(block, tensor, sizes)
+        else:
+            np.testing.assert_array_equal(block, before, f"{tensor.name} was written")
+    return results
+
+
+def _size(tensor: Tensor, sizes: Sizes) -> int:
+    return int(np.prod(tensor.at(sizes))) * DTYPES[tensor.dtype].bytes
+
+
+def _bytes(values: np.ndarray, tensor: Tensor) -> np.ndarray:
+    given = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, tensor.dtype))
+    return given.reshape(-1).view(torch.uint8).numpy()
+
+
+def _values(block: np.ndarray, tensor: Tensor, sizes: Sizes) -> np.ndarray:
+    dtype = getattr(torch, tensor.dtype)
+    values = torch.from_numpy(block[: _size(tensor, sizes)].copy()).view(dtype).reshape(tensor.at(sizes))
+    return (values.float() if dtype.is_floating_point else values).numpy()

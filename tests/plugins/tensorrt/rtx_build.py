@@ -16,23 +16,27 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from moevlm.plugins.gpu.program import Program, Symbol, Tensor
+from moevlm.plugins.gpu.program import Program, Sizes, Symbol, Tensor
 from moevlm.runtime.backends.libraries import plugin_path
-from tests.plugins.tensorrt.programs import MAX_TOKENS, experts_program, router_program
+from moevlm.runtime.core.names import PLUGINS
+from tests.plugins.tensorrt.programs import LARGEST, MAX_TOKENS, attention_program, experts_program, router_program
 
 TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
 }
-EXPERTS, ROUTER = experts_program(), router_program((86, 89))
-# Program, other number of experts if any, most tokens, whether the attribute is a tensor.
-CASES: list[tuple[Program, int | None, int, bool]] = [
-    (ROUTER, None, MAX_TOKENS, False),
-    (EXPERTS, None, MAX_TOKENS, False),
-    (EXPERTS, None, 64, True),
-    (EXPERTS, 9, 64, False),
-    (EXPERTS, None, MAX_TOKENS + 1, False),
+EXPERTS, ROUTER, ATTENTION = experts_program(), router_program((86, 89)), attention_program()
+# Program, other number of experts if any, largest sizes, whether the attribute is a tensor.
+CASES: list[tuple[Program, int | None, Sizes, bool]] = [
+    (ROUTER, None, LARGEST, False),
+    (EXPERTS, None, LARGEST, False),
+    (EXPERTS, None, {"T": 64}, True),
+    (ATTENTION, None, LARGEST, False),
+    (EXPERTS, 9, {"T": 64}, False),
+    (EXPERTS, None, {"T": MAX_TOKENS + 1}, False),
+    (ATTENTION, None, LARGEST | {"N": 65}, False),
 ]
 
 
@@ -66,7 +70,7 @@ def model(program: Program, experts: int | None, is_tensor: bool) -> bytes:
         other = {EXPERTS.inputs[3].shape[0]: experts} if experts else {}
         return [
             helper.make_tensor_value_info(
-                t.name, TYPES[t.dtype], ["tokens" if isinstance(n, Symbol) else other.get(n, n) for n in t.shape]
+                t.name, TYPES[t.dtype], [str(n) if isinstance(n, Symbol) else other.get(n, n) for n in t.shape]
             )
             for t in tensors
         ]
@@ -85,7 +89,7 @@ def main(links: Path) -> None:
             self.messages: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR and message.startswith("MoE"):
+            if severity <= trt.ILogger.Severity.ERROR and message.startswith(PLUGINS):
                 self.messages.append(message)
 
     logger = Logger()
@@ -98,11 +102,10 @@ def main(links: Path) -> None:
         parser.set_flag(trt.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
         assert parser.parse(model(program, experts, is_tensor)), parser.get_error(0).desc()
         profile = builder.create_optimization_profile()
-        for i in range(network.num_inputs):
-            given = network.get_input(i)
-            if -1 in given.shape:
-                least, best = ([n if dim == -1 else dim for dim in given.shape] for n in (1, most))
-                profile.set_shape(given.name, least, best, best)
+        for tensor in program.inputs:
+            if any(isinstance(dim, Symbol) for dim in tensor.shape):
+                largest = tensor.at(most)
+                profile.set_shape(tensor.name, tensor.at(dict.fromkeys(most, 1)), largest, largest)
         config = builder.create_builder_config()
         config.add_optimization_profile(profile)
         config.num_compute_capabilities = 1

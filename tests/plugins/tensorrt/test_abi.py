@@ -1,4 +1,4 @@
-"""The library's own declaration of TensorRT's interface, held to the official headers."""
+"""The library's own declarations of TensorRT's interface and of CUDA's driver, held to the official headers."""
 
 from __future__ import annotations
 
@@ -45,3 +45,13 @@ def test_declarations_are_those_of_tensorrts_headers(tmp_path: Path) -> None:
     subprocess.run(["g++", "-std=c++17", "-w", *include, source, "-o", program], check=True)
     checked = subprocess.run([program], capture_output=True, text=True)
     assert (checked.returncode, checked.stdout) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the check with")
+@pytest.mark.skipif(not cuda_headers(), reason="no cuda.h (of a CUDA toolkit, or of Triton)")
+def test_declarations_are_those_of_cudas_header() -> None:
+    include = [flag for folder in (cuda_headers()[0], SOURCES) for flag in ("-isystem", folder)]
+    source = Path(__file__).with_name("driver_check.cpp")
+    command = ["g++", "-std=c++17", "-fsyntax-only", *include, source]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")

@@ -11,24 +11,47 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
-from moevlm.plugins.gpu.program import TENSOR_DTYPES, Fill, Image, Program, Variant, at_most, fixed, per_token
+from moevlm.plugins.gpu.program import (
+    SYMBOLS,
+    TENSOR_DTYPES,
+    Count,
+    Fill,
+    Image,
+    Linear,
+    Program,
+    Sizes,
+    Tensor,
+    Variant,
+    at_most,
+    fixed,
+    per_token,
+)
 from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.names import PLUGINS
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.programs import (
     MAX_TOKENS,
+    attention_program,
     expected_calls,
     experts_program,
     programs,
     router_program,
+    sizes,
+    sizes_at,
 )
 
 WORKSPACE = 1 << 40
 STREAM = 77
-PROGRAMS = {"MoEExperts": experts_program(), "MoERouter": router_program()}
+ON_STREAM = ("cuLaunchKernel", "cuLaunchKernelEx", "cuMemsetD32Async")
+PROGRAMS = {
+    "MoEExperts": experts_program(),
+    "MoERouter": router_program(),
+    "PagedAttention": attention_program(),
+}
 
 
 def io_of(program: Program, least: int, most: int | None = None) -> Io:
-    return Io.of(program.inputs, program.outputs, {"T": least}, {"T": most or least})
+    return Io.of(program.inputs, program.outputs, sizes_at(least), sizes_at(most or least))
 
 
 def create(library: PluginLibrary, program: Program) -> Plugin:
@@ -40,20 +63,27 @@ def addresses(program: Program) -> tuple[list[int], list[int]]:
     return inputs, [(1 << 34) + (i << 20) for i in range(len(program.outputs))]
 
 
-def execute(plugin: Plugin, program: Program, tokens: int, workspace: int = WORKSPACE, stream: int = STREAM) -> None:
+def execute(
+    plugin: Plugin, program: Program, at: int | Sizes, workspace: int = WORKSPACE, stream: int = STREAM
+) -> None:
     inputs, outputs = addresses(program)
-    plugin.shape_change(io_of(program, tokens))
-    plugin.enqueue(io_of(program, tokens), inputs, outputs, workspace, stream)
+    io = Io.of(program.inputs, program.outputs, sizes_at(at) if isinstance(at, int) else at)
+    plugin.shape_change(io)
+    plugin.enqueue(io, inputs, outputs, workspace, stream)
 
 
 def executed(cuda: FakeCuda, context: int | None = None, thread: int = 0) -> list[tuple[str, dict[str, object]]]:
     """The driver's calls on the stream, without what tells one execution from another."""
-    events = [event for event in cuda.events() if event.call in ("cuLaunchKernel", "cuMemsetD32Async")]
+    events = [event for event in cuda.events() if event.call in ON_STREAM]
     return [
         (event.call, {name: value for name, value in event.values.items() if name not in ("stream", "module")})
         for event in events
         if event.thread == thread and (context is None or event.context == context)
     ]
+
+
+def test_library_has_a_plugin_for_every_op(library: PluginLibrary) -> None:
+    assert library.ops() == PLUGINS
 
 
 @pytest.mark.parametrize("op", PROGRAMS)
@@ -73,9 +103,9 @@ def test_outputs_are_those_of_the_program(library: PluginLibrary, op: str) -> No
         [DTYPES[tensor.dtype].tensorrt_number for tensor in side] for side in (program.inputs, program.outputs)
     )
     assert plugin.output_types(inputs) == outputs
-    shapes = [list(t.at({"T": 17})) for t in program.inputs]
-    expected = [t.at({"T": 17}) for t in program.outputs]
-    assert plugin.output_shapes(shapes) == expected
+    sizes = {"T": 17, "N": 5, "M": 3, "P": 9}
+    shapes = [list(t.at(sizes)) for t in program.inputs]
+    assert plugin.output_shapes(shapes) == [t.at(sizes) for t in program.outputs]
     plugin.close()
 
 
@@ -104,29 +134,30 @@ def test_launches_are_those_of_the_program(library: PluginLibrary, cuda: FakeCud
     context = plugin.attach()
     execute(context, program, tokens)
     inputs, outputs = addresses(program)
-    assert executed(cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
+    assert executed(cuda) == expected_calls(program, 86, sizes_at(tokens), inputs, outputs, WORKSPACE)
     context.close()
     plugin.close()
 
 
-@given(program=programs(), data=st.data())
+@given(program=programs(), executions=st.lists(sizes(), min_size=1, max_size=4))
 @settings(max_examples=80, deadline=None)
 def test_any_program_runs_as_python_says(
-    shared_library: PluginLibrary, shared_cuda: FakeCuda, program: Program, data: st.DataObject
+    shared_library: PluginLibrary, shared_cuda: FakeCuda, program: Program, executions: list[Sizes]
 ) -> None:
-    most = data.draw(st.integers(1, MAX_TOKENS))
-    executions = data.draw(st.lists(st.integers(1, most), min_size=1, max_size=4))
+    (image,) = program.images
     shared_cuda.reset()
+    shared_cuda.set_sm(image.sm)
     plugin = create(shared_library, program)
-    profile = io_of(program, 1, most)
+    least, most = ({symbol: which(at[symbol] for at in executions) for symbol in SYMBOLS} for which in (min, max))
+    profile = Io.of(program.inputs, program.outputs, least, most)
     plugin.configure(profile)
     reported = plugin.workspace(profile)
     context = plugin.attach()
-    for tokens in executions:
-        execute(context, program, tokens)
+    for at in executions:
+        execute(context, program, at)
         inputs, outputs = addresses(program)
-        assert executed(shared_cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
-        assert program.images[0].variant({"T": tokens}).workspace({"T": tokens}) <= reported
+        assert executed(shared_cuda) == expected_calls(program, image.sm, at, inputs, outputs, WORKSPACE)
+        assert image.variant(at).workspace(at) <= reported
     context.close()
     plugin.close()
     assert shared_cuda.loaded() == 0
@@ -134,9 +165,7 @@ def test_any_program_runs_as_python_says(
 
 def test_workspace_is_the_most_that_any_gpu_and_number_of_tokens_needs(library: PluginLibrary) -> None:
     base = experts_program((86,))
-    hungry = Variant(
-        (at_most(9),), (fixed(1 << 20),), ()
-    )  # a variant for few tokens that needs more than those for many
+    hungry = Variant((at_most(9),), (fixed(1 << 20),), ())  # for few tokens, and needs more than those for many
     images = (*base.images, Image(89, (), (hungry, Variant((at_most(MAX_TOKENS),), (per_token(1 << 10),), ()))))
     program = replace(base, images=images)
     plugin = create(library, program)
@@ -147,13 +176,64 @@ def test_workspace_is_the_most_that_any_gpu_and_number_of_tokens_needs(library: 
     plugin.close()
 
 
+def test_workspace_is_for_what_a_variants_bounds_let_through(library: PluginLibrary) -> None:
+    def taking(*variants: Variant) -> Program:
+        return replace(PROGRAMS["PagedAttention"], images=(Image(86, (), variants),))
+
+    decode = Variant((Linear(T=1, N=-1), at_most(16, "N")), (Count(Linear(T=4096)),), ())
+    long = Variant((Linear(2000, T=-1), at_most(64, "N")), (Count(Linear(N=1 << 20)),), ())
+    rest = Variant((at_most(MAX_TOKENS),), (Count(Linear(T=256)),), ())
+    for variants, most, expected in (
+        ((decode, rest), {"T": 100, "N": 16}, 16 * 4096),  # T <= N <= 16
+        ((decode, rest), {"T": 5, "N": 16}, 5 * 4096),
+        ((decode, rest), {"T": 4096, "N": 8}, 4096 * 256),
+        ((long, rest), {"T": 1999, "N": 8}, 1999 * 256),  # never long
+        ((long, rest), {"T": 2000, "N": 8}, 8 << 20),
+        ((rest, long), {"T": 2000, "N": 8}, 2000 * 256),  # long is never reached
+    ):
+        program = taking(*variants)
+        plugin = create(library, program)
+        least = {"T": 1, "N": 1, "M": 1, "P": 1}
+        assert plugin.workspace(Io.of(program.inputs, program.outputs, least, least | most)) == expected
+        plugin.close()
+
+
+def test_the_first_variant_that_holds_is_run(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["PagedAttention"]
+    plugin = create(library, program).attach()
+    entries = {}
+    for tokens, sequences in ((1, 1), (64, 64), (2, 1), (65, 64)):
+        execute(plugin, program, {"T": tokens, "N": sequences, "M": 3, "P": 9})
+        entries[tokens, sequences] = [values["entry"] for call, values in executed(cuda) if call != "cuMemsetD32Async"]
+    decode, mixed = ["append", "attend", "merge"], ["append", "attend"]
+    assert entries == {(1, 1): decode, (64, 64): decode, (2, 1): mixed, (65, 64): mixed}
+    plugin.close()
+
+
+def test_a_launch_overlaps_the_one_before_it_where_the_program_says_so(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["PagedAttention"]
+    cuda.set_sm(90)
+    plugin = create(library, program).attach()
+    execute(plugin, program, 64)
+    inputs, outputs = addresses(program)
+    calls = executed(cuda)
+    assert calls == expected_calls(program, 90, sizes_at(64), inputs, outputs, WORKSPACE)
+    assert [call for call, _ in calls] == ["cuLaunchKernel", "cuLaunchKernelEx", "cuLaunchKernelEx"]
+    with (
+        cuda.failing("cuLaunchKernelEx", 719),
+        pytest.raises(PluginError, match=r"^PagedAttention: cuLaunchKernelEx of attend: CUDA_ERROR_LAUNCH_FAILED"),
+    ):
+        execute(plugin, program, 64)
+    plugin.close()
+
+
 def test_shapes_may_change_with_no_call_between(library: PluginLibrary, cuda: FakeCuda) -> None:
     program = PROGRAMS["MoEExperts"]
     plugin = create(library, program).attach()
     inputs, outputs = addresses(program)
     for tokens in (3, 100, 3, 64):
         plugin.enqueue(io_of(program, tokens), inputs, outputs, WORKSPACE)
-        assert executed(cuda) == expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE)
+        assert executed(cuda) == expected_calls(program, 86, sizes_at(tokens), inputs, outputs, WORKSPACE)
     plugin.close()
 
 
@@ -219,7 +299,7 @@ def test_two_cuda_contexts_have_their_own_kernels(library: PluginLibrary, cuda: 
     for number, (context, copy) in enumerate(attached, start=1):
         cuda.use(context, thread=number)
         copy.enqueue(io_of(program, 50), inputs, outputs, WORKSPACE)
-        assert executed(cuda, thread=number) == expected_calls(program, 86, 50, inputs, outputs, WORKSPACE)
+        assert executed(cuda, thread=number) == expected_calls(program, 86, sizes_at(50), inputs, outputs, WORKSPACE)
     cuda.use(None)
     for _, copy in attached:
         copy.close()
@@ -275,14 +355,14 @@ def test_threads_do_not_disturb_each_other(library: PluginLibrary, cuda: FakeCud
     assert not failures
     by_thread: dict[int, list[tuple[str, dict[str, object]]]] = {}
     for event in cuda.events():
-        if event.call in ("cuLaunchKernel", "cuMemsetD32Async"):
+        if event.call in ON_STREAM:
             values = {k: v for k, v in event.values.items() if k not in ("stream", "module")}
             by_thread.setdefault(event.thread, []).append((event.call, values))
     for number in (1, 2, 3, 4):
         expected = []
         for i in range(rounds):
             tokens = 1 + 37 * i * number % MAX_TOKENS
-            expected += expected_calls(program, 86, tokens, inputs, outputs, WORKSPACE * number)
+            expected += expected_calls(program, 86, sizes_at(tokens), inputs, outputs, WORKSPACE * number)
         assert by_thread[number] == expected
     plugin.close()
 
@@ -308,14 +388,13 @@ def described(program: Program, name: str, shape: Sequence[int], dtype: str | No
     """The program's tensors for 5 tokens, but one of another shape, dtype or format."""
     io = io_of(program, 5)
 
-    def changed(tensors: Sequence[DynamicTensorDesc], names: Sequence[str]) -> list[DynamicTensorDesc]:
-        expected = {t.name: t.dtype for t in (*program.inputs, *program.outputs)}
-        other = DynamicTensorDesc.of(dtype or expected[name], shape, shape, layout)
-        return [other if each == name else tensor for each, tensor in zip(names, tensors, strict=True)]
+    def changed(described: Sequence[DynamicTensorDesc], tensors: Sequence[Tensor]) -> list[DynamicTensorDesc]:
+        return [
+            DynamicTensorDesc.of(dtype or tensor.dtype, shape, shape, layout) if tensor.name == name else given
+            for given, tensor in zip(described, tensors, strict=True)
+        ]
 
-    return Io(
-        changed(io.inputs, [t.name for t in program.inputs]), changed(io.outputs, [t.name for t in program.outputs])
-    )
+    return Io(changed(io.inputs, program.inputs), changed(io.outputs, program.outputs))
 
 
 GATE_UP = "its kernels were compiled for [8, 12, 12]"
@@ -335,9 +414,71 @@ SHAPES = {
         "output y has dtype float32, its kernels were compiled for float16",
     ),
     "format": ("x", (5, 12), None, 2, "input x has format 2 (allowed: 0, linear)"),
-    "tokens differ": ("expert_index", (4, 2), None, 0, "input expert_index has 4 tokens, x has 5"),
-    "tokens of an output": ("y", (6, 12), None, 0, "output y has 6 tokens, x has 5"),
+    "tokens differ": ("expert_index", (4, 2), None, 0, "input expert_index has T = 4, x has T = 5"),
+    "tokens of an output": ("y", (6, 12), None, 0, "output y has T = 6, x has T = 5"),
 }
+
+
+# At 5 tokens there are 5 sequences and columns, and 10 pages.
+ATTENTION_SHAPES = {
+    "starts": ("query_start", (5,), "input context_len has N = 5, query_start has N = 4"),
+    "no start": ("query_start", (1,), "input query_start has N = 0 (allowed: 1 to 64)"),
+    "sequences": ("context_len", (6,), "input context_len has N = 6, query_start has N = 5"),
+    "rows of the table": ("page_table", (4, 5), "input page_table has N = 4, query_start has N = 5"),
+    "no columns": ("page_table", (5, 0), "input page_table has M = 0 (allowed: 1 to 2147483647)"),
+    "page": (
+        *("key_cache", (10, 2, 32, 4)),
+        "input key_cache has shape [10, 2, 32, 4], its kernels were compiled for [P, 2, 64, 4]",
+    ),
+    "rank of the starts": (
+        *("query_start", (6, 1)),
+        "input query_start has shape [6, 1], its kernels were compiled for [N + 1]",
+    ),
+    "pages": ("key_cache", (1 << 31, 2, 64, 4), "input key_cache has P = 2147483648 (allowed: 1 to 2147483647)"),
+}
+
+
+@pytest.mark.parametrize("moment", ["configure", "shape_change"])
+@pytest.mark.parametrize("case", ATTENTION_SHAPES)
+@pytest.mark.usefixtures("cuda")
+def test_mismatch_of_any_symbol_is_named(library: PluginLibrary, case: str, moment: str) -> None:
+    name, shape, message = ATTENTION_SHAPES[case]
+    plugin = create(library, PROGRAMS["PagedAttention"])
+    with pytest.raises(PluginError) as error:
+        getattr(plugin, moment)(described(PROGRAMS["PagedAttention"], name, shape))
+    assert str(error.value) == f"PagedAttention: {message}"
+    plugin.close()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_sizes_that_no_variant_is_for_are_named(library: PluginLibrary) -> None:
+    variants = (
+        Variant((Linear(T=1, N=-1), at_most(64, "N")), (), ()),
+        Variant((at_most(8), at_most(8, "N")), (), ()),
+    )
+    images = (Image(89, (), (replace(variants[0], bounds=()),)), Image(86, (), variants))
+    program = replace(PROGRAMS["PagedAttention"], images=images)
+    plugin = create(library, program)
+    tall = {"T": 9, "N": 8, "M": 1, "P": 1}
+    message = "^PagedAttention: its kernels for sm86 are not for T = {}, N = {}, M = 1, P = 1$"
+    with pytest.raises(PluginError, match=message.format(r"1\.\.9", r"1\.\.8")):
+        plugin.configure(Io.of(program.inputs, program.outputs, dict.fromkeys(tall, 1), tall))
+    with pytest.raises(PluginError, match=message.format(9, 8)):
+        execute(plugin, program, tall)
+    with pytest.raises(PluginError, match=message.format(9, 8)):
+        plugin.enqueue(Io.of(program.inputs, program.outputs, tall), *addresses(program), WORKSPACE)
+    with pytest.raises(PluginError, match=message.format(0, 8)):
+        plugin.enqueue(Io.of(program.inputs, program.outputs, tall | {"T": 0}), *addresses(program), WORKSPACE)
+    plugin.close()
+
+
+def test_shapes_of_outputs_may_be_of_another_sum(library: PluginLibrary) -> None:
+    """rows [N] follows from query_start [N + 1]."""
+    plugin = create(library, PROGRAMS["PagedAttention"])
+    assert plugin.output_shapes([(7, 24), (9, 2, 64, 4), (4,), (3,), (3, 2)]) == [(7, 16), (3,)]
+    with pytest.raises(PluginError, match=r"input query_start has 2 dimensions \(allowed: 1\)"):
+        plugin.output_shapes([(7, 24), (9, 2, 64, 4), (4, 1), (3,), (3, 2)])
+    plugin.close()
 
 
 @pytest.mark.parametrize("moment", ["configure", "shape_change"])
@@ -370,7 +511,7 @@ def test_errors_without_a_logger_go_to_stderr(library: PluginLibrary, capfd: pyt
 def test_number_of_tokens_must_be_in_bounds(library: PluginLibrary, bounds: tuple[int, int]) -> None:
     plugin = create(library, PROGRAMS["MoEExperts"])
     low, high = bounds
-    with pytest.raises(PluginError, match=rf"^MoEExperts: input x has {low}\.\.{high} tokens \(allowed: 1 to 4096\)$"):
+    with pytest.raises(PluginError, match=rf"^MoEExperts: input x has T = {low}\.\.{high} \(allowed: 1 to 4096\)$"):
         plugin.configure(io_of(PROGRAMS["MoEExperts"], low, high))
     plugin.close()
 
@@ -379,7 +520,7 @@ def test_tokens_are_limited_by_the_gpu_with_the_fewest(library: PluginLibrary) -
     images = experts_program((86,)).images + experts_program((89,), max_tokens=99).images
     plugin = create(library, replace(PROGRAMS["MoEExperts"], images=images))
     plugin.configure(io_of(PROGRAMS["MoEExperts"], 1, 99))
-    with pytest.raises(PluginError, match=r"input x has 100 tokens \(allowed: 1 to 99\)"):
+    with pytest.raises(PluginError, match=r"input x has T = 100 \(allowed: 1 to 99\)"):
         plugin.configure(io_of(PROGRAMS["MoEExperts"], 100))
     plugin.close()
 
@@ -434,6 +575,24 @@ def test_builder_needs_no_gpu_and_no_kernels_for_its_own(library: PluginLibrary,
     plugin.close()
 
 
+def test_a_builders_thread_without_a_context_gets_the_primary_one(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = PROGRAMS["MoEExperts"]
+    plugin = library.plugin("MoEExperts", program.to_bytes(), phase=BUILD)
+    cuda.use(None)
+    for tokens in (5, 100):
+        execute(plugin, program, tokens)
+    events = cuda.events()
+    assert [event.call for event in events].count("cuDevicePrimaryCtxRetain") == 1
+    assert {event.context for event in events if event.call in ON_STREAM} != {0}
+    plugin.close()
+    assert [event.call for event in cuda.events()] == [*["cuModuleUnload"] * 3, "cuDevicePrimaryCtxRelease"]
+    with (
+        cuda.failing("cuDevicePrimaryCtxRetain", 2),
+        pytest.raises(PluginError, match="cuDevicePrimaryCtxRetain of the first device: CUDA_ERROR_OUT_OF_MEMORY"),
+    ):
+        execute(library.plugin("MoEExperts", program.to_bytes(), phase=BUILD), program, 5)
+
+
 def test_misaligned_tensor_is_named(library: PluginLibrary, cuda: FakeCuda) -> None:
     program = PROGRAMS["MoEExperts"]
     plugin = create(library, program)
@@ -444,7 +603,12 @@ def test_misaligned_tensor_is_named(library: PluginLibrary, cuda: FakeCuda) -> N
             plugin.enqueue(io_of(program, 5), changed, outputs, WORKSPACE)
         name = program.inputs[place].name
         assert str(error.value) == f"MoEExperts: input {name} is at address {address} (allowed: multiples of 16)"
+    for workspace in (WORKSPACE + 8, 0):
+        with pytest.raises(PluginError) as error:
+            plugin.enqueue(io_of(program, 5), inputs, outputs, workspace)
+        assert str(error.value) == f"MoEExperts: the workspace is at address {workspace} (allowed: multiples of 16)"
     assert executed(cuda) == []
+    execute(plugin, program, 4, workspace=0)  # this variant has none
     plugin.close()
 
 
@@ -485,7 +649,7 @@ def test_driver_errors_are_named_and_leave_a_usable_plugin(
     cuda.events()
     execute(plugin, program, 100)
     inputs, outputs = addresses(program)
-    assert executed(cuda) == expected_calls(program, 86, 100, inputs, outputs, WORKSPACE)
+    assert executed(cuda) == expected_calls(program, 86, sizes_at(100), inputs, outputs, WORKSPACE)
     plugin.close()
 
 

@@ -19,7 +19,9 @@ from moevlm.plugins.gpu.program import (
     Image,
     Kernel,
     Launch,
+    Linear,
     Program,
+    Sizes,
     T,
     Tensor,
     Variant,
@@ -28,7 +30,14 @@ from moevlm.plugins.gpu.program import (
     per_token,
 )
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
-from tests.plugins.tensorrt.programs import MAX_TOKENS, ROUTER, experts_program, programs, router_program
+from tests.plugins.tensorrt.programs import (
+    ROUTER,
+    attention_program,
+    experts_program,
+    programs,
+    router_program,
+    sizes,
+)
 
 DATA = experts_program().to_bytes()
 KERNEL = Kernel("route", 1, 0, 1, b"fake route 8\0")
@@ -39,11 +48,18 @@ def router(variants: tuple[Variant, ...], kernels: tuple[Kernel, ...] = (KERNEL,
     return Program(ROUTER.name, ROUTER.inputs, ROUTER.outputs, (Image(86, kernels, variants),))
 
 
-def launching(argument: Argument = INPUT, grid: Count = ONE, kernel: int = 0, axis: int = 0) -> Program:
+def launching(
+    argument: Argument = INPUT,
+    grid: Count = ONE,
+    kernel: int = 0,
+    axis: int = 0,
+    bounds: tuple[Linear, ...] = (at_most(64),),
+    overlaps: bool = False,
+) -> Program:
     sizes = [ONE, ONE, ONE]
     sizes[axis] = grid
-    steps = (Launch(kernel, (sizes[0], sizes[1], sizes[2]), (argument,)),)
-    return router((Variant((at_most(64),), (fixed(64),), steps),))
+    steps = (Launch(kernel, (sizes[0], sizes[1], sizes[2]), (argument,), overlaps),)
+    return router((Variant(bounds, (fixed(64),), steps),))
 
 
 def with_tensor(**changes: object) -> Program:
@@ -52,8 +68,8 @@ def with_tensor(**changes: object) -> Program:
     return replace(program, inputs=(logits, program.inputs[1]))
 
 
-LOW, HIGH = Variant((at_most(64),), (), ()), Variant((at_most(65),), (), ())
-NEGATIVE = r"at most 0 T \+ 9223372036854775807 \(allowed: a divisor of 1 or more, no negative number\)"
+LOW = Variant((at_most(64),), (), ())
+NEGATIVE = r"at most any number \(allowed: a divisor of 1 or more, no negative number\)"
 REFUSED = {
     "input": (launching(Argument("input", 2)), r"input 2 in the program \(it has 2\)"),
     "output": (launching(Argument("output", 2)), r"output 2 in the program \(it has 2\)"),
@@ -63,22 +79,26 @@ REFUSED = {
         router((Variant((at_most(64),), (), (Fill(0, 0, ONE),)),)),
         r"buffer 0 in the program \(it has 0\)",
     ),
-    "divisor": (launching(grid=per_token(1, 0, 0)), rf"\(1 T \+ 0\) / 0, {NEGATIVE}"),
-    "negative slope": (launching(grid=per_token(-1, 9)), rf"\(-1 T \+ 9\) / 1, {NEGATIVE}"),
-    "empty grid": (launching(grid=per_token(0)), r"kernel route of the program has a grid of 0 along x for 1 tokens"),
+    "divisor": (launching(grid=per_token(1, 0, 0)), rf"\(0 \+ 1 T\) / 0, {NEGATIVE}"),
+    "negative slope": (launching(grid=per_token(-1, 9)), rf"\(9 \+ -1 T\) / 1, {NEGATIVE}"),
+    "negative limit": (
+        launching(grid=per_token(1, limit=Linear(-1))),
+        r"\(0 \+ 1 T\) / 1, at most -1 \(allowed: a divisor",
+    ),
+    "empty grid": (launching(grid=per_token(0)), r"kernel route of the program has a grid of 0 along x for T = 1"),
     "wide grid": (
         launching(grid=per_token(1 << 26)),
-        r"kernel route of the program has a grid of 4294967296 along x for 64 tokens \(allowed: 1 to 2147483647\)",
+        r"kernel route of the program has a grid of 4294967296 along x for T = 64 \(allowed: 1 to 2147483647\)",
     ),
     "high grid": (
         launching(grid=per_token(1024), axis=1),
-        r"a grid of 65536 along y for 64 tokens \(allowed: 1 to 65535\)",
+        r"a grid of 65536 along y for T = 64 \(allowed: 1 to 65535\)",
     ),
     "deep grid": (
         launching(grid=per_token(1024), axis=2),
-        r"a grid of 65536 along z for 64 tokens \(allowed: 1 to 65535\)",
+        r"a grid of 65536 along z for T = 64 \(allowed: 1 to 65535\)",
     ),
-    "overflow": (launching(grid=per_token(1 << 62, 1 << 62)), r"a grid of 9223372036854775807 along x for 1 tokens"),
+    "overflow": (launching(grid=per_token(1 << 62, 1 << 62)), r"a grid of 9223372036854775807 along x for T = 1"),
     "arguments": (
         router((LOW,), (replace(KERNEL, parameters=2),)),
         None,  # what is not launched may have any number
@@ -89,22 +109,48 @@ REFUSED = {
     ),
     "no warps": (router((LOW,), (replace(KERNEL, warps=0),)), r"kernel route of the program has 0 warps"),
     "warps": (router((LOW,), (replace(KERNEL, warps=33),)), r"has 33 warps \(allowed: 1 to 32\)"),
-    "same variant": (
-        router((LOW, LOW)),
-        r"a variant of the program is for up to 64 tokens \(allowed: 65 to 2147483647\)",
+    "no bound": (
+        launching(grid=per_token(2), bounds=()),
+        "kernel route of the program has a grid of 4294967294 along x for T = 2147483647",
     ),
-    "falling variants": (router((HIGH, LOW)), r"a variant of the program is for up to 64 tokens \(allowed: 66 to"),
-    "no tokens": (router((replace(LOW, bounds=(at_most(0),)),)), r"for up to 0 tokens \(allowed: 1 to"),
+    "bounds": (launching(grid=per_token(1 << 26), bounds=(at_most(31),)), None),
+    "bounds above": (launching(grid=per_token(1, limit=Linear(-64, T=1)), bounds=(Linear(65, T=-1), at_most(99))), "1"),
+    "bounds that nothing is within": (launching(grid=per_token(0), bounds=(at_most(0),)), None),
+    "overlap": (launching(overlaps=True), r"kernel route of the program overlaps on sm86 \(allowed: from sm90 on\)"),
     "no variant": (router(()), "the program's image for sm86 has no variant"),
     "no image": (replace(router_program(), images=()), "the program has no image"),
     "two images": (router_program((86, 86)), "the program has two images for sm86"),
     "workspace size": (
         router((Variant((at_most(64),), (fixed(1 << 43), fixed(1 << 43)), ()),)),
-        "has buffers of over 17592186044416 bytes",
+        "a variant of the program has buffers of over 17592186044416 bytes for T = 64",
     ),
     "rank": (with_tensor(shape=(1,) * 9), r"tensor logits of the program has 9 dimensions \(allowed: up to 8\)"),
     "dimension": (with_tensor(shape=(T, 0)), "tensor logits of the program has a dimension 0"),
-    "tokens nowhere": (with_tensor(shape=(4, 8)), "no input of the program has the number of tokens in its shape"),
+    "dimension of a symbol": (
+        with_tensor(shape=(T + -1, 8)),
+        r"tensor logits of the program has a dimension T \+ -1 \(allowed: 0 to 1099511627776\)",
+    ),
+    "written output": (
+        replace(router_program(), outputs=(Tensor("index", "int32", (T, 2), written=True),)),
+        r"output index of the program is marked as written \(allowed: inputs\)",
+    ),
+    "unknown size of an output": (
+        with_tensor(shape=(4, 8)),
+        "output expert_index of the program has T in its shape, no input has",
+    ),
+    "unknown size in a grid": (
+        launching(grid=Count(Linear(1, N=2))),
+        r"the program has 1 \+ 2 N, but no input has N in its shape",
+    ),
+    "unknown size in a bound": (
+        launching(bounds=(at_most(64), at_most(3, "P"))),
+        r"the program has -3 \+ 1 P, but no input has P in its shape",
+    ),
+    "unknown size of an argument": (
+        launching(Argument("symbol", 2)),
+        "a kernel of the program takes M, which no input has",
+    ),
+    "symbol": (launching(Argument("symbol", 4)), r"symbol 4 in the program \(it has 4\)"),
 }
 
 
@@ -124,11 +170,11 @@ def test_what_is_wrong_is_named(library: PluginLibrary, case: str) -> None:
     [
         (b"MOEVLMG", r"attribute program is no GPU program \(it does not begin with MOEVLMGP\)"),
         (b"x" + DATA, "attribute program is no GPU program"),
-        (MAGIC + struct.pack("<I", 2) + DATA[12:], r"the program has version 2 \(allowed: 1\)"),
+        (MAGIC + struct.pack("<I", 1) + DATA[12:], r"the program has version 1 \(allowed: 2\)"),
         (DATA + b"\0\0", "the program has 2 bytes after its end"),
         (DATA + b"x", "the program has 1 bytes after its end"),
         (DATA.replace(b"x" + struct.pack("<I", 1), b"x" + struct.pack("<I", 5)), "tensor x of the program has dtype 5"),
-        (MAGIC + struct.pack("<II", 1, 0xFFFFFFFF), "the program ends at byte 16 in its op"),
+        (MAGIC + struct.pack("<II", 2, 0xFFFFFFFF), "the program ends at byte 16 in its op"),
         (DATA[:26] + struct.pack("<I", 0xFFFFFFFF), "the program ends within its 4294967295 tensors"),
     ],
 )
@@ -149,15 +195,18 @@ def test_every_truncation_is_refused(library: PluginLibrary) -> None:
             library.plugin("MoEExperts", DATA[:length])
 
 
-def survive(library: PluginLibrary, cuda: FakeCuda, data: bytes, tokens: int) -> None:
+STARTS = (experts_program(), router_program(), attention_program())
+
+
+def survive(library: PluginLibrary, cuda: FakeCuda, start: Program, data: bytes, sizes: Sizes) -> None:
     """Refused, or run as whatever program it became; the buffers it was given are only addresses."""
-    for op in ("MoEExperts", "MoERouter"):
+    for op in (start.op, "MoERouter"):
         try:
             plugin = library.plugin(op, data)
-        except PluginError:
+        except PluginError as error:
+            assert "\n" not in str(error)
             continue
-        program = experts_program() if op == "MoEExperts" else router_program()
-        io = Io.of(program.inputs, program.outputs, tokens, tokens)
+        io = Io.of(start.inputs, start.outputs, sizes)
         try:
             plugin.configure(io)
             plugin.workspace(io)
@@ -174,8 +223,9 @@ def survive(library: PluginLibrary, cuda: FakeCuda, data: bytes, tokens: int) ->
 @settings(max_examples=300, deadline=None)
 def test_no_mutation_crashes(shared_library: PluginLibrary, shared_cuda: FakeCuda, data: st.DataObject) -> None:
     shared_cuda.reset()
-    start = data.draw(st.sampled_from([DATA, router_program().to_bytes()]))
-    changed = bytearray(start)
+    start = data.draw(st.sampled_from(STARTS))
+    shared_cuda.set_sm(start.images[-1].sm)
+    changed = bytearray(start.to_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(changed) - 1))
         how = data.draw(st.sampled_from(["byte", "word", "long", "cut", "insert"]))
@@ -191,7 +241,7 @@ def test_no_mutation_crashes(shared_library: PluginLibrary, shared_cuda: FakeCud
         else:
             changed[at:at] = data.draw(st.binary(min_size=1, max_size=20))
     if changed:
-        survive(shared_library, shared_cuda, bytes(changed), data.draw(st.integers(1, MAX_TOKENS)))
+        survive(shared_library, shared_cuda, start, bytes(changed), data.draw(sizes()))
     assert shared_cuda.loaded() == 0
 
 

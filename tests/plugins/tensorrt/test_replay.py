@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pytest
-import torch
 
 from bench.plugin_harness import Io, PluginLibrary
 from bench.variants import EXPERTS, MODELS, router_inputs
-from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import Program
@@ -19,9 +15,10 @@ from moevlm.plugins.ops.spec import ExpertsSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_experts import TOLERANCES, draw_inputs, expected
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
-from tests.plugins.tensorrt.replay import GUARD, Memory, calls, fake_program, replay
+from tests.plugins.tensorrt.replay import execute, fake_program
 
 TOKENS = (1, 5, 33)
+LARGEST = {"T": max(TOKENS)}
 SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 OPS = {
     "fp16": ExpertsOp(ExpertsSpec("swiglu_clamped"), 8, 3, hidden=40, inner=24, dtype="float16", has_biases=True),
@@ -31,55 +28,6 @@ OPS = {
 }
 
 
-def as_bytes(values: np.ndarray, dtype: str) -> np.ndarray:
-    tensor = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def run(
-    library: PluginLibrary,
-    cuda: FakeCuda,
-    interpreter: Interpreter,
-    op: KernelOp,
-    inputs: Mapping[str, np.ndarray],
-    tokens: int,
-    sm: int,
-) -> list[np.ndarray]:
-    """The outputs of the plugin's execution, those in floating point as float32."""
-    cuda.set_sm(sm)
-    draft = op.draft(sm)
-    program = fake_program(draft)
-    plugin = library.plugin(op.name, program.to_bytes())
-    most = Io.of(op.inputs, op.outputs, {"T": 1}, {"T": max(TOKENS)})
-    plugin.configure(most)
-    reported = plugin.workspace(most)
-    memory = Memory()
-    given = [memory.add(as_bytes(inputs[tensor.name], tensor.dtype)) for tensor in op.inputs]
-    types = [getattr(torch, tensor.dtype) for tensor in op.outputs]
-    shapes = [tensor.at({"T": tokens}) for tensor in op.outputs]
-    sizes = [int(np.prod(shape)) * dtype.itemsize for shape, dtype in zip(shapes, types, strict=True)]
-    made = [memory.reserve(size + GUARD) for size in sizes]
-    workspace = memory.reserve(reported + GUARD)
-    context = plugin.attach()
-    io = Io.of(op.inputs, op.outputs, {"T": tokens})
-    context.shape_change(io)
-    cuda.events()
-    context.enqueue(io, given, made, workspace)
-    launched = calls(cuda.events(), draft.kernels, memory)
-    context.close()
-    plugin.close()
-    blocks = interpreter.call(replay, launched, memory.blocks)
-    outputs = []
-    for block, before in zip(blocks[: len(given)], memory.blocks, strict=False):
-        np.testing.assert_array_equal(block, before)  # inputs are left alone
-    for block, size in zip(blocks[len(given) :], [*sizes, reported], strict=True):
-        assert (block[size:] == 0xFF).all(), "a kernel wrote beyond its memory"
-    for block, size, dtype, shape in zip(blocks[len(given) :], sizes, types, shapes, strict=False):
-        values = torch.from_numpy(block[:size].copy()).view(dtype).reshape(shape)
-        outputs.append((values.float() if dtype.is_floating_point else values).numpy())
-    return outputs
-
-
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("name", OPS)
 def test_experts_agree_with_the_spec(
@@ -87,7 +35,7 @@ def test_experts_agree_with_the_spec(
 ) -> None:
     op = OPS[name]
     inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
-    (y,) = run(library, cuda, triton_interpreter, op, inputs, tokens, sm=86)
+    y = execute(library, cuda, triton_interpreter, op, inputs, 86, LARGEST)["y"]
     want = expected(op, inputs)
     assert np.linalg.norm(y - want) <= TOLERANCES[op.dtype] * np.linalg.norm(want)
 
@@ -99,10 +47,10 @@ def test_router_agrees_with_the_spec(
 ) -> None:
     op = RouterOp(MODELS[model], EXPERTS, has_bias)
     inputs = router_inputs(tokens, has_bias, seed=np.random.randint(1 << 30))
-    index, weight = run(library, cuda, triton_interpreter, op, inputs, tokens, sm=90)
+    found = execute(library, cuda, triton_interpreter, op, inputs, 90, LARGEST)
     expected_index, expected_weight = route(spec=op.spec, **inputs)
-    np.testing.assert_array_equal(index, expected_index)
-    np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, atol=1e-7)
+    np.testing.assert_array_equal(found["expert_index"], expected_index)
+    np.testing.assert_allclose(found["expert_weight"], expected_weight, rtol=2e-6, atol=1e-7)
 
 
 MODELS_LAYERS = {

@@ -24,13 +24,14 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[list[object]]:
 
 
 EXPERT_OUTPUTS = [["y", "HALF", [-1, 12]]]
+ATTENTION_OUTPUTS = [["y", "BF16", [-1, 16]], ["rows", "INT32", [-1]]]
 ROUTER_OUTPUTS = [["expert_index", "INT32", [-1, 2]], ["expert_weight", "FLOAT", [-1, 2]]]
 
 
 @pytest.mark.parametrize(
     ("case", "outputs"),
-    [(0, ROUTER_OUTPUTS), (1, EXPERT_OUTPUTS), (2, EXPERT_OUTPUTS)],
-    ids=["router", "experts", "program as a tensor"],
+    [(0, ROUTER_OUTPUTS), (1, EXPERT_OUTPUTS), (2, EXPERT_OUTPUTS), (3, ATTENTION_OUTPUTS)],
+    ids=["router", "experts", "program as a tensor", "attention"],
 )
 def test_engine_is_built_with_the_plugin_and_its_program(
     results: list[list[object]], case: int, outputs: list[object]
@@ -44,10 +45,11 @@ def test_engine_is_built_with_the_plugin_and_its_program(
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (3, "MoEExperts: input gate_up has shape [9, 12, 12], its kernels were compiled for [8, 12, 12]"),
-        (4, "MoEExperts: input x has 1..4097 tokens (allowed: 1 to 4096)"),
+        (4, "MoEExperts: input gate_up has shape [9, 12, 12], its kernels were compiled for [8, 12, 12]"),
+        (5, "MoEExperts: input x has T = 1..4097 (allowed: 1 to 4096)"),
+        (6, "PagedAttention: input query_start has N = 1..65 (allowed: 1 to 64)"),
     ],
-    ids=["shape", "tokens"],
+    ids=["shape", "tokens", "sequences"],
 )
 def test_engine_with_other_shapes_is_refused_by_name(results: list[list[object]], case: int, message: str) -> None:
     size, _, layers, _, errors = results[case]

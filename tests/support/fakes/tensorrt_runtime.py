@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from moevlm.runtime.core.names import PLUGINS
 from tests.support.fakes.cuda_driver import Driver
 
 HEADER_BYTES = 64
@@ -315,7 +316,7 @@ def fake_module(driver: Driver) -> ModuleType:
         def get_creator(self, type: str, version: str, plugin_namespace: str = "") -> Any:
             assert version == "1"
             assert plugin_namespace == ""
-            return object() if state["libraries"] and type in ("MoERouter", "MoEExperts") else None
+            return object() if state["libraries"] and type in PLUGINS else None
 
         def load_library(self, plugin_path: str) -> Any:
             current()
