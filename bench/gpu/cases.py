@@ -7,7 +7,7 @@ import torch
 
 from bench import variants
 from moevlm.export.formats.base import rounded
-from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp
@@ -85,7 +85,8 @@ def experts_case(op: ExpertsOp, tokens: int, seed: int, skewed: bool = False) ->
         if op.weights and name in ("gate_up", "down"):
             form = weight_format(op.weights, op.group_size, op.dtype)
             codes, found = form.encode(array.reshape(-1, array.shape[-1]))
-            stored, scales = (part.reshape(*array.shape[:2], -1) for part in (pack(codes, op.weights), found))
+            stored = pack(codes, op.weights).reshape(*array.shape[:2], -1)
+            scales = pack_scales(found.reshape(*array.shape[:2], -1))
             arrays |= {name: stored, f"{name}_scale": scales}
             meant[name] = unpack(stored, scales, form, array.shape[-1])
         else:

@@ -1,17 +1,21 @@
-"""The byte order in which the GPU kernels of plugins/gpu read quantized weights: codes <-> int8 [n, stored width].
+"""How the GPU kernels of plugins/gpu read quantized weights: codes <-> int8 [n, stored width], and their scales.
 
 K is cut into groups, the last padded with zeros. A group of B values is
 - int8: B bytes, the signed values;
 - int4: B / 4 units of 16 bits, little-endian: unit j has the values j, j + B / 4, j + B / 2 and j + 3 B / 4, the first
   in its lowest 4 bits, each plus 8;
 - fp8: B bytes, e4m3 codes.
+
+Scales stand by group, those of all rows side by side, so that a tile of rows reads them in few and whole pieces.
 """
 
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
+from moevlm.plugins.gpu.ops.experts import scale_rows
 
 Array = np.ndarray
+LAYOUT = 2  # raised with every change to what is described here
 
 
 def pack(codes: Array, name: str) -> Array:
@@ -24,8 +28,16 @@ def pack(codes: Array, name: str) -> Array:
     return stored.view(np.int8).reshape(len(codes), -1)
 
 
+def pack_scales(scales: Array) -> Array:
+    """scales: [.., N, groups] -> [.., groups, scale_rows(N)], zeros behind those of the rows."""
+    rows = scales.shape[-2]
+    padding = [(0, 0)] * (scales.ndim - 1) + [(0, scale_rows(rows) - rows)]
+    return np.pad(np.ascontiguousarray(scales.swapaxes(-1, -2)), padding)
+
+
 def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int) -> Array:
-    """The numbers that stored [.., N, stored width] and scales [.., N, groups] stand for: [.., N, width] float32."""
+    """What stored [.., N, stored width] and scales, as `pack_scales` leaves them, stand for: [.., N, width] float32."""
+    scales = np.ascontiguousarray(scales[..., : stored.shape[-2]].swapaxes(-1, -2))
     size = stored_as.group_size
     if stored_as.name == "int4":
         units = np.ascontiguousarray(stored).view("<u2").reshape(*scales.shape, size // 4)

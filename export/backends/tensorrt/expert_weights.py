@@ -1,12 +1,13 @@
 """Expert weights as the GPU kernels read them, see `moevlm.export.formats.gpu_packing`."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.encoded import Encoded
-from moevlm.export.formats.gpu_packing import pack
+from moevlm.export.formats.gpu_packing import pack, pack_scales
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.weights import Weight, cast
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
@@ -24,13 +25,15 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
     for name, weight in weights.items():
         if form is not None and not name.endswith("_bias"):
             scale = f"{name}_scale"
-            encoded = Encoded(weight, lambda rows: _encode(rows, form), shapes[name], shapes[scale])
+            encode = partial(_encode, form=form, rows=weight.shape[1])
+            encoded = Encoded(weight, encode, shapes[name], shapes[scale])
             stored |= {name: encoded.values, scale: encoded.scales}
         else:
             stored[name] = cast(weight, shapes[name][1])
     return stored
 
 
-def _encode(rows: np.ndarray, form: WeightFormat) -> tuple[np.ndarray, np.ndarray]:
-    codes, scales = form.encode(rows)
-    return pack(codes, form.name), scales
+def _encode(values: np.ndarray, form: WeightFormat, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """values: [experts * rows, K], of whole experts."""
+    codes, scales = form.encode(values)
+    return pack(codes, form.name), pack_scales(scales.reshape(-1, rows, scales.shape[1]))

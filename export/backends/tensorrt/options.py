@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moevlm.export.backends.options import Option, check_choices, group_size, option, sparsity
+from moevlm.export.formats.gpu_packing import LAYOUT
 from moevlm.export.formats.registry import FORMATS
 from moevlm.runtime.core import defaults, dtypes
 from moevlm.runtime.core.errors import BuildError
@@ -73,7 +74,8 @@ class Options:
 
         A bundle that has it keeps it: another layout of the weights needs another name.
         """
-        return f"experts/{self.precision}{f'-g{self.group_size}' if self.weights else ''}.safetensors"
+        stored = f"-g{self.group_size}-v{LAYOUT}" if self.weights else ""
+        return f"experts/{self.precision}{stored}.safetensors"
 
     @property
     def max_logits(self) -> int:

@@ -15,6 +15,11 @@ GROUP_SIZES = (32, 128)
 FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
 
 
+def scale_rows(rows: int) -> int:
+    """How many scales of one group are stored for so many rows of a weight: each group's start at 16 bytes."""
+    return -(-rows // 8) * 8
+
+
 @dataclass(frozen=True)
 class ExpertsOp:
     """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.experts.experts`.
@@ -71,7 +76,8 @@ class ExpertsOp:
             tensors.append(Tensor(name, stored, (self.experts, rows, stored_width)))
         if self.weights:
             tensors += [
-                Tensor(f"{name}_scale", self.dtype, (self.experts, rows, groups[name])) for name, rows, _ in projections
+                Tensor(f"{name}_scale", self.dtype, (self.experts, groups[name], scale_rows(rows)))
+                for name, rows, _ in projections
             ]
         if self.has_biases:
             tensors += [Tensor(f"{name}_bias", self.dtype, (self.experts, rows)) for name, rows, _ in projections]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import FORMATS, weight_format
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
@@ -17,13 +17,18 @@ def rows_of(n: int, width: int) -> np.ndarray:
 def test_unpacking_gives_what_the_codes_stand_for(name: str) -> None:
     form = weight_format(name, 32)
     codes, scales = form.encode(rows_of(5, 96))
-    np.testing.assert_array_equal(unpack(pack(codes, name), scales, form, 96), form.decode(codes, scales))
+    np.testing.assert_array_equal(unpack(pack(codes, name), pack_scales(scales), form, 96), form.decode(codes, scales))
 
 
 def test_int4_units_hold_values_a_quarter_of_the_group_apart() -> None:
     codes = np.arange(16, dtype=np.uint8).reshape(1, 1, 16)
     units = pack(codes, "int4").view("<u2")[0]
     np.testing.assert_array_equal(units, [0xC840, 0xD951, 0xEA62, 0xFB73])
+
+
+def test_scales_stand_by_group_and_every_group_starts_at_16_bytes() -> None:
+    scales = np.arange(10, dtype=np.float32).reshape(5, 2)  # two groups of five rows
+    np.testing.assert_array_equal(pack_scales(scales), [[0, 2, 4, 6, 8, 0, 0, 0], [1, 3, 5, 7, 9, 0, 0, 0]])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -33,8 +38,8 @@ def test_packed_shapes_are_those_of_the_op(name: str) -> None:
     shapes = {tensor.name: tensor.shape for tensor in op.inputs}
     for weight, rows, width in (("gate_up", 80, 200), ("down", 200, 40)):
         codes, scales = form.encode(rows_of(3 * rows, width))
-        stored = pack(codes, name)
+        stored, by_group = pack(codes, name), pack_scales(scales.reshape(3, rows, -1))
         assert (3, rows, stored.shape[1]) == shapes[weight]
-        assert (3, rows, scales.shape[1]) == shapes[f"{weight}_scale"]
-        leading = unpack(stored.reshape(shapes[weight]), scales.reshape(3, rows, -1), form, width)
+        assert by_group.shape == shapes[f"{weight}_scale"]
+        leading = unpack(stored.reshape(shapes[weight]), by_group, form, width)
         assert leading.shape == (3, rows, width)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
-from moevlm.export.formats.gpu_packing import pack, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
 from moevlm.plugins.gpu.program import Launch
@@ -41,7 +41,7 @@ def draw_inputs(op: ExpertsOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
             form = weight_format(op.weights, op.group_size, op.dtype)
             codes, scales = form.encode(values.reshape(-1, values.shape[-1]))
             inputs[name] = pack(codes, op.weights).reshape(*values.shape[:2], -1)
-            inputs[f"{name}_scale"] = scales.reshape(*values.shape[:2], -1)
+            inputs[f"{name}_scale"] = pack_scales(scales.reshape(*values.shape[:2], -1))
         else:
             inputs[name] = rounded(values, op.dtype)
     return inputs

@@ -38,6 +38,17 @@ def matmul(x, w, y, n, BLOCK: tl.constexpr, INNER: tl.constexpr):
 
 
 @triton.jit
+def scaled_matmul(x, w, scale, y, n, BLOCK: tl.constexpr, INNER: tl.constexpr):
+    rows, columns, inner = tl.arange(0, BLOCK), tl.arange(0, BLOCK), tl.arange(0, 32)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for k in range(0, INNER, 32):
+        a = tl.load(x + rows[:, None] * INNER + k + inner[None, :], mask=(rows < n)[:, None], other=0.0)
+        factor = tl.load(scale + columns * (INNER // 32) + k // 32)
+        total = tl.dot(a, tl.load(w + (k + inner)[:, None] * BLOCK + columns[None, :]) * factor, total)
+    tl.store(y + rows[:, None] * BLOCK + columns[None, :], total, mask=(rows < n)[:, None])
+
+
+@triton.jit
 def gather(x, index, y, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y + i, tl.load(x + tl.load(index + i, mask=i < n, other=0), mask=i < n), mask=i < n)
@@ -57,6 +68,9 @@ def calls_never(x, y, BLOCK: tl.constexpr):
 SCALE = KernelSpec("scale", ("*fp32", "*fp32", "i32"), (("BLOCK", BLOCK), ("FACTOR", 2.0)))
 TRIPLE = KernelSpec("scale", ("*fp32", "*fp32", "i32"), (("BLOCK", BLOCK), ("FACTOR", 3.0)), warps=2)
 MATMUL = KernelSpec("matmul", ("*fp16", "*fp16", "*fp32", "i32"), (("BLOCK", 64), ("INNER", 64)), stages=3)
+SCALED_MATMUL = KernelSpec(
+    "scaled_matmul", ("*fp16", "*fp16", "*fp16", "*fp32", "i32"), (("BLOCK", 64), ("INNER", 256)), stages=3
+)
 BROKEN = KernelSpec("calls_never", ("*fp32", "*fp32"), (("BLOCK", BLOCK),))
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
-from moevlm.plugins.gpu.kernels.moe.products import add_product, down_tile, gate_up_tile, load_rows
+from moevlm.plugins.gpu.kernels.moe.products import add_product, down_tile, gate_up_tile, load_rows, scale_rows
 
 
 @triton.jit
@@ -148,9 +148,9 @@ def single_down(
         expert = w + e.to(tl.int64) * (HIDDEN * WHOLE // (2 if WEIGHTS == "int4" else 1))
         expert_scale = scale
         if WEIGHTS != "":
-            expert_scale = scale + e.to(tl.int64) * (HIDDEN * BLOCKS)
+            expert_scale = scale + e.to(tl.int64) * (scale_rows(HIDDEN) * BLOCKS)
         acc = add_product(
-            acc, rows, expert, expert_scale, n, part, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED
+            acc, rows, expert, expert_scale, n, part, HIDDEN, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED
         )
         last = part == STEPS - 1
         total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)

@@ -1,11 +1,17 @@
 """Rows times an expert's weights, whatever their format, and what follows: the inside of every experts kernel.
 
 Weights are read in steps of BK input columns. WEIGHTS names their format, in blocks of BLOCK columns; the layout of a
-block is stated in `moevlm.plugins.gpu.packing`. A step of int4 is four parts, one for each 4 bits of a 16-bit unit.
+block is stated in `moevlm.export.formats.gpu_packing`. A step of int4 is four parts, one for each 4 bits of a unit.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.constexpr_function
+def scale_rows(rows):
+    """How many scales of one group are stored for so many rows of a weight."""
+    return (rows + 7) // 8 * 8
 
 
 @triton.jit
@@ -98,14 +104,22 @@ def scaled(value, factor, BN: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
-def load_factor(scale, n, step, WIDTH: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
+def load_factor(scale, n, step, ROWS: tl.constexpr, WIDTH: tl.constexpr, BK: tl.constexpr, BLOCK: tl.constexpr):
     """The scales of one step: [BN, blocks of the step], at least one."""
+    STORED: tl.constexpr = scale_rows(ROWS)
     ALL: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     if BK > BLOCK:
         block = step * (BK // BLOCK) + tl.arange(0, BK // BLOCK)
-        factor = tl.load(scale + n[:, None] * ALL + block[None, :], mask=block[None, :] < ALL, other=0.0)
     else:
-        factor = tl.load(scale + n * ALL + step * BK // BLOCK)[:, None]
+        block = step * BK // BLOCK + tl.arange(0, 1)
+    mask = block[None, :] < ALL
+    if scale.dtype.element_ty == tl.float32:
+        factor = tl.load(scale + block[None, :] * STORED + n[:, None], mask=mask, other=0.0)
+    else:
+        # Nothing below 4 bytes is copied asynchronously, so a row's scale is read with its neighbour's.
+        words = scale.to(tl.pointer_type(tl.int32)) + block[None, :] * (STORED // 2)
+        word = tl.load(words + (n // 2)[:, None], mask=mask, other=0)
+        factor = (word >> (n % 2 * 16)[:, None]).to(tl.int16).to(scale.dtype.element_ty, bitcast=True)
     return factor
 
 
@@ -134,10 +148,11 @@ def multiply(rows, value, acc, INTERPRETED: tl.constexpr):
 def add_product(
     acc,  # [BM, BN] float32
     rows,  # of this step, as `load_rows` returns them
-    w,  # one expert's weights [.., stored width]
-    scale,  # its scales [.., blocks]
+    w,  # one expert's weights [ROWS, stored width]
+    scale,  # its scales [blocks, scale_rows(ROWS)]
     n,  # [BN]: which of its rows
     step,
+    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -152,7 +167,7 @@ def add_product(
     if WEIGHTS == "":
         acc = multiply(rows, load_codes(w, n, step, WIDTH, BK), acc, INTERPRETED)
     else:
-        factor = load_factor(scale, n, step, WIDTH, BK, BLOCK)
+        factor = load_factor(scale, n, step, ROWS, WIDTH, BK, BLOCK)
         if INTERPRETED and factor.dtype == tl.bfloat16:
             factor = factor.to(tl.float32)
         if WEIGHTS == "int4":
@@ -196,7 +211,7 @@ def gate_up_tile(
     mask,  # [BM]: which rows are real
     factor,  # [BM] float32: the rows' routing weights, if they scale the input
     w,  # [E, R, H], R = 2I, gate rows first, or I
-    scale,  # [E, R, blocks] or null
+    scale,  # [E, blocks, scale_rows(R)] or null
     bias,  # [E, R] or null
     e,  # int64: the expert
     n,  # [BN]: which of its I outputs; those beyond are computed as the last
@@ -222,16 +237,16 @@ def gate_up_tile(
     WHOLE: tl.constexpr = HIDDEN if WEIGHTS == "" else BLOCKS * BLOCK
     w += e * (ROWS * WHOLE // (2 if WEIGHTS == "int4" else 1))
     if WEIGHTS != "":
-        scale += e * (ROWS * BLOCKS)
+        scale += e * (scale_rows(ROWS) * BLOCKS)
     n = tl.minimum(n, INNER - 1)
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
     for step in range((WHOLE + BK - 1) // BK):
         rows = load_rows(x, offset, mask, step, HIDDEN, BK, WEIGHTS, BLOCK)
-        gate = add_product(gate, rows, w, scale, n, step, HIDDEN, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
+        gate = add_product(gate, rows, w, scale, n, step, ROWS, HIDDEN, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
         if GATED:
             up = add_product(
-                up, rows, w, scale, n + INNER, step, HIDDEN, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED
+                up, rows, w, scale, n + INNER, step, ROWS, HIDDEN, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED
             )
     if SCALES_INPUT:  # the products are linear, so here instead of in the loop
         gate *= factor[:, None]
@@ -249,7 +264,7 @@ def down_tile(
     offset,
     mask,
     w,  # [E, H, I]
-    scale,  # [E, H, blocks] or null
+    scale,  # [E, blocks, scale_rows(H)] or null
     bias,  # [E, H] or null
     e,
     n,  # [BN]: which of its H outputs
@@ -269,12 +284,12 @@ def down_tile(
     WHOLE: tl.constexpr = INNER if WEIGHTS == "" else BLOCKS * BLOCK
     w += e * (HIDDEN * WHOLE // (2 if WEIGHTS == "int4" else 1))
     if WEIGHTS != "":
-        scale += e * (HIDDEN * BLOCKS)
+        scale += e * (scale_rows(HIDDEN) * BLOCKS)
     n = tl.minimum(n, HIDDEN - 1)
     acc = tl.zeros([BM, BN], tl.float32)
     for step in range((WHOLE + BK - 1) // BK):
         rows = load_rows(x, offset, mask, step, INNER, BK, WEIGHTS, BLOCK)
-        acc = add_product(acc, rows, w, scale, n, step, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
+        acc = add_product(acc, rows, w, scale, n, step, HIDDEN, INNER, BN, BK, WEIGHTS, BLOCK, NATIVE_FP8, INTERPRETED)
     if HAS_BIASES:
         acc += tl.load(bias + e * HIDDEN + n).to(tl.float32)[None, :]
     return acc

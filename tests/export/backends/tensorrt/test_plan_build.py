@@ -140,13 +140,13 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     built = Bundle.open(out)
     engine = built.manifest.engines["rtx:sm75:fp16-int4"]
     assert (engine.dtype, engine.group_size, engine.kv_cache) == ("int4", 128, "float16")
-    tensors = read_header(built.path("experts/fp16-int4-g128.safetensors"))
+    tensors = read_header(built.path("experts/fp16-int4-g128-v2.safetensors"))
     stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
     assert stored == {
         "gate_up": ("int8", (8, 48, 64)),
-        "gate_up_scale": ("float16", (8, 48, 1)),
+        "gate_up_scale": ("float16", (8, 1, 48)),
         "down": ("int8", (8, 32, 64)),
-        "down_scale": ("float16", (8, 32, 1)),
+        "down_scale": ("float16", (8, 1, 32)),
     }
     assert header(built, engine.decoder).sms == (75,)
 
