@@ -119,6 +119,13 @@ class Driver:
                 return memory[address - base : address - base + size]
         raise AssertionError(f"{size} bytes at {address:#x} are not inside an allocation")
 
+    def allocate(self, size: int) -> tuple[int, np.ndarray]:
+        """An address, and the memory that stands for the device's there."""
+        return next(self._addresses), np.full(size, 0xFF, np.uint8)  # NaN as any kind of float
+
+    def wrote(self, address: int, size: int) -> None:
+        """Bytes of the device were written by a call here."""
+
     def queue(self, stream: int, work: Work) -> None:
         """Work of a library on a stream, or of a call here."""
         if self.capturing is not None:
@@ -227,8 +234,8 @@ class Driver:
             return real.CUresult.CUDA_ERROR_INVALID_VALUE
         if sum(map(len, self.device.values())) + bytesize > self.total:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-        address = next(self._addresses)
-        self.device[address] = np.full(bytesize, 0xFF, np.uint8)  # NaN as any kind of float
+        address, memory = self.allocate(bytesize)
+        self.device[address] = memory
         return real.CUdeviceptr(address)
 
     @call()
@@ -270,6 +277,7 @@ class Driver:
     def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: int, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), ByteCount)[:] = self._pinned(srcHost, ByteCount)
+            self.wrote(int(dstDevice), ByteCount)
             self.copied_in += ByteCount
 
         self.queue(hStream, work)
@@ -285,6 +293,7 @@ class Driver:
     def cuMemcpyDtoDAsync(self, dstDevice: Any, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), ByteCount)[:] = self.view(int(srcDevice), ByteCount)
+            self.wrote(int(dstDevice), ByteCount)
             self.seconds += 2 * ByteCount / self.bandwidth
 
         self.queue(hStream, work)
@@ -293,6 +302,7 @@ class Driver:
     def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), N)[:] = uc
+            self.wrote(int(dstDevice), N)
 
         self.queue(hStream, work)
 

@@ -1,6 +1,6 @@
 """A strict stand-in for the runtime of tensorrt_rtx.
 
-A plan of it names an ONNX graph, which ONNX Runtime evaluates on the bound buffers.
+A plan of it names an ONNX graph; what evaluates it on the bound buffers is a parameter.
 It has no name that the real module lacks, and refuses what the real one leaves undefined: wrong addresses, shapes
 outside of the profile, contexts changed after they were recorded.
 """
@@ -8,20 +8,19 @@ outside of the profile, contexts changed after they were recorded.
 from __future__ import annotations
 
 import enum
-import functools
 import itertools
 import json
 import struct
 import weakref
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import onnxruntime
-
 from moevlm.runtime.core.names import PLUGINS
-from tests.support.fakes.cuda_driver import Driver
+from tests.support.fakes.cuda_driver import Driver, Work
+from tests.support.fakes.evaluation import EngineEvaluation, WholeGraph
 
 HEADER_BYTES = 64
 SM_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
@@ -42,14 +41,6 @@ def plan_bytes(graph: Path, inputs: dict[str, Any], outputs: dict[str, Any], pro
     struct.pack_into("<Q", header, 16, HEADER_BYTES + len(data))
     struct.pack_into("<I", header, 32, sum(SM_BITS[sm] for sm in sms))
     return bytes(header) + data
-
-
-@functools.cache
-def session(graph: str, modified: int) -> onnxruntime.InferenceSession:  # noqa: ARG001 - another file, another session
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4  # it would say that the fake copies its caches
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 class Severity(enum.IntEnum):
@@ -76,11 +67,13 @@ class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
     LAZY, EAGER, NONE = range(3)
 
 
-NUMPY = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
+def fake_module(
+    driver: Driver, evaluation: Callable[[Driver, dict[str, Any]], EngineEvaluation] = WholeGraph
+) -> ModuleType:
+    """The module, on a fake driver. Beside the real one's names it has `alive` and `state`, for the tests.
 
-
-def fake_module(driver: Driver) -> ModuleType:
-    """The module, on a fake driver. Beside the real one's names it has `alive` and `state`, for the tests."""
+    evaluation: of an engine, from what its plan says.
+    """
     module = ModuleType("tensorrt_rtx")
     faults = driver.faults
     state: dict[str, Any] = {"capturable": True, "record": True, "compiled": [], "libraries": [], "deserialized": 0}
@@ -126,6 +119,8 @@ def fake_module(driver: Driver) -> ModuleType:
         def __init__(self, plan: dict[str, Any]) -> None:
             alive.add(self)
             self._plan = plan
+            self._evaluation = evaluation(driver, plan)
+            weakref.finalize(self, self._evaluation.close)
             self._tensors = {**plan["inputs"], **plan["outputs"]}
             self.num_io_tensors = len(self._tensors)
             self.num_optimization_profiles = plan["profiles"]
@@ -151,7 +146,7 @@ def fake_module(driver: Driver) -> ModuleType:
             return [[1] * len(most), most, most]
 
         def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
-            return 8192 >> profile_index
+            return self._evaluation.scratch(profile_index)
 
         def create_runtime_config(self) -> Any:
             return IRuntimeConfig()
@@ -203,6 +198,8 @@ def fake_module(driver: Driver) -> ModuleType:
             assert config._strategy == ExecutionContextAllocationStrategy.USER_MANAGED
             self._engine, self._config = engine, config  # as pybind keeps them
             self._plan = engine._plan
+            self._evaluation = engine._evaluation.context()
+            weakref.finalize(self, self._evaluation.close)
             self._profile: int | None = None
             self._shapes: dict[str, tuple[int, ...]] = {}
             self._addresses: dict[str, int] = {}
@@ -244,14 +241,7 @@ def fake_module(driver: Driver) -> ModuleType:
             return True
 
         def get_tensor_shape(self, name: str) -> Any:
-            shape = []
-            for size in self._engine._tensors[name][1]:
-                if isinstance(size, list):
-                    source, axis, divisor = size
-                    assert self._shapes[source][axis] % divisor == 0
-                    size = self._shapes[source][axis] // divisor
-                shape.append(size)
-            return shape
+            return list(self._shapes.get(name) or self._engine._evaluation.output_shapes(self._shapes)[name])
 
         def set_tensor_address(self, name: str, memory: int) -> bool:
             if faults.hit("set_tensor_address"):
@@ -288,28 +278,19 @@ def fake_module(driver: Driver) -> ModuleType:
                 assert self._ran == (self._changes,), "recorded without a run at these shapes and addresses"
             else:
                 self._ran = (self._changes,)
-            shapes = {name: tuple(self.get_tensor_shape(name)) for name in outputs} | self._shapes
-            reference, addresses, changes = weakref.ref(self), dict(self._addresses), self._changes
+            context, addresses = weakref.ref(self), dict(self._addresses)
+            queued = self._evaluation.enqueue(dict(self._shapes), addresses, self._memory, stream_handle)
+            changes = self._changes
 
-            def view(name: str) -> np.ndarray:
-                dtype = NUMPY[self_tensors[name][0]]
-                size = int(np.prod(shapes[name])) * np.dtype(dtype).itemsize
-                return driver.view(addresses[name], size).view(dtype).reshape(shapes[name])
+            def checked(work: Work) -> None:
+                there = context()
+                assert there is not None, "the context is gone"
+                assert not capturing or there._changes == changes, "the context was changed after it was recorded"
+                driver.view(*there._memory)
+                work()
 
-            self_tensors = self._engine._tensors
-            graph = Path(self._plan["graph"])
-
-            def work() -> None:
-                context = reference()
-                assert context is not None, "the context is gone"
-                assert not capturing or context._changes == changes, "the context was changed after it was recorded"
-                driver.view(*context._memory)
-                feeds = {name: view(name).copy() for name in inputs}
-                values = session(str(graph), graph.stat().st_mtime_ns).run(list(outputs), feeds)
-                for name, value in zip(outputs, values, strict=True):
-                    view(name)[...] = value
-
-            driver.queue(stream_handle, work)
+            for work in queued:
+                driver.queue(stream_handle, partial(checked, work))
             return True
 
     class IPluginRegistry:
