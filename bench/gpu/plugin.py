@@ -6,64 +6,70 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from bench.gpu.cases import ALLOWED, Op, describe, deviation, experts_case, experts_ops, router_case, router_ops
+from bench.gpu.cases import cases_of, some_ops
+from bench.gpu.cases.base import Case, results
 from bench.gpu.driver import POISON, empty_outputs
 from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library, compiler
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops.experts import ExpertsOp
-from moevlm.plugins.gpu.program import Program
-from moevlm.plugins.ops.router import route
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.program import Program, Sizes, sizes_of
 
 FOLDER = Path(__file__).parents[2] / "build" / "check"
-MOST_TOKENS = 1024  # of the optimization profile
-TOKENS = (1, 8, 9, 130, MOST_TOKENS)
 GUARD_BYTES, GUARD = 1 << 16, 0xA5  # behind the workspace; nothing may be written there
-EXPERTS_STEP, ROUTERS = 3, 4
 
 
 def run(sm: int) -> Iterator[dict[str, Any]]:
-    """An entry per op: the worst deviation over numbers of tokens, launched directly and replayed from a graph."""
+    """An entry per op: the worst deviation over several sizes, launched directly and replayed from a graph."""
     if shutil.which(compiler()) is None:
         yield {"kind": "plugin", "skipped": f"{compiler()}, which compiles it, is not installed"}
         return
     FOLDER.mkdir(parents=True, exist_ok=True)
     path, harness = compile_library(FOLDER / "plugin.so"), compile_harness(FOLDER / "harness.so")
     library = PluginLibrary(path, harness)
-    routers = router_ops()
     torch.zeros(1, device="cuda")  # makes the context, which the library takes as it is
-    for op in [*experts_ops(sm)[::EXPERTS_STEP], *routers[:: len(routers) // ROUTERS]]:
+    for op in some_ops(sm):
         yield check(op, library, sm)
 
 
-def check(op: Op, library: PluginLibrary, sm: int) -> dict[str, Any]:
-    """One op as an engine has it: built, configured for 1 to MOST_TOKENS, run in a context of its own."""
-    seed = secrets.randbelow(1 << 31)
-    entry: dict[str, Any] = {"kind": "plugin", "op": describe(op), "seed": seed}
+def check(op: KernelOp, library: PluginLibrary, sm: int) -> dict[str, Any]:
+    """One op as an engine has it: built, configured for all its sizes, run in a context of its own."""
+    cases, seed = cases_of(op), secrets.randbelow(1 << 31)
+    entry: dict[str, Any] = {"kind": "plugin", "op": cases.describe(op), "seed": seed}
     try:
-        program = compile_program(op, [sm])
+        program, draft = compile_program(op, [sm]), op.draft(sm)
+        pairs = [[cases.case(op, call, seed + i) for i in range(2)] for call in cases.calls(op, draft)]
+        least, most = range_of(program, [first for first, _ in pairs])
         built = library.plugin(op.name, program.to_bytes())
-        profile = Io.of(program.inputs, program.outputs, {"T": 1}, {"T": MOST_TOKENS})
+        profile = Io.of(program.inputs, program.outputs, least, most)
         built.configure(profile)
         plugin, size = built.attach(), built.workspace(profile)
-        worst = max(_run(op, program, plugin, size, tokens, seed) for tokens in TOKENS)
+        worst = max(_run(op, program, plugin, size, pair) for pair in pairs)
         plugin.close()
         built.close()
     except Exception as error:
         return entry | {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    allowed = ALLOWED[op.dtype if isinstance(op, ExpertsOp) else "float32"]
-    entry |= {"worst": worst, "allowed": allowed, "workspace": size}
-    return entry if worst <= allowed else entry | {"error": f"off by {worst:.2g}"}
+    entry |= {"worst": worst, "allowed": cases.allowed(op), "workspace": size}
+    return entry if worst <= entry["allowed"] else entry | {"error": f"off by {worst:.2g}"}
 
 
-def _run(op: Op, program: Program, plugin: Plugin, size: int, tokens: int, seed: int) -> float:
-    """The worst deviation of a direct call and of a replayed graph, for inputs of their own."""
-    io = Io.of(program.inputs, program.outputs, {"T": tokens})
-    cases = [_case(op, tokens, seed + i) for i in range(2)]
-    inputs = [tensor.cuda() for tensor in cases[0][0]]
-    outputs = empty_outputs(program, {"T": tokens})
+def range_of(program: Program, cases: Sequence[Case]) -> tuple[Sizes, Sizes]:
+    """The least and the most of each symbol over the cases, as an optimization profile has them."""
+    found = [_sizes(program, case) for case in cases]
+    return tuple({name: end(sizes[name] for sizes in found) for name in found[0]} for end in (min, max))
+
+
+def _sizes(program: Program, case: Case) -> Sizes:
+    return sizes_of(program.inputs, [tuple(tensor.shape) for tensor in case.inputs])
+
+
+def _run(op: KernelOp, program: Program, plugin: Plugin, size: int, pair: Sequence[Case]) -> float:
+    """The worst deviation of a direct call and of a replayed graph, for cases of the same sizes."""
+    sizes = _sizes(program, pair[0])
+    io = Io.of(program.inputs, program.outputs, sizes)
+    inputs = [tensor.cuda() for tensor in pair[0].inputs]
+    outputs = empty_outputs(program, sizes)
     workspace = torch.full((size + GUARD_BYTES,), POISON, dtype=torch.uint8, device="cuda")
     workspace[size:] = GUARD
     plugin.shape_change(io)
@@ -73,31 +79,16 @@ def _run(op: Op, program: Program, plugin: Plugin, size: int, tokens: int, seed:
         plugin.enqueue(io, *addresses, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
 
     enqueue()
-    found = [_deviation(outputs, cases[0][1])]
+    found = [pair[0].deviation(results(op, inputs, outputs))]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         enqueue()
-    for target, source in zip(inputs, cases[1][0], strict=True):
+    for target, source in zip(inputs, pair[1].inputs, strict=True):
         target.copy_(source)
     for tensor in (*outputs, workspace[:size]):
         tensor.view(torch.uint8).fill_(POISON)
     graph.replay()
-    found.append(_deviation(outputs, cases[1][1]))
+    found.append(pair[1].deviation(results(op, inputs, outputs)))
     if not bool((workspace[size:] == GUARD).all()):
-        raise RuntimeError(f"{tokens} tokens: written beyond the {size} bytes of workspace asked for")
+        raise RuntimeError(f"{dict(sizes)}: written beyond the {size} bytes of workspace asked for")
     return max(found)
-
-
-def _case(op: Op, tokens: int, seed: int) -> tuple[list[torch.Tensor], list[np.ndarray]]:
-    """(inputs, outputs by the spec)."""
-    if isinstance(op, ExpertsOp):
-        inputs, y = experts_case(op, tokens, seed)
-        return inputs, [y]
-    arrays = router_case(op, tokens, seed)
-    expected = route(arrays["logits"], op.spec, arrays.get("bias"))
-    return [torch.from_numpy(arrays[tensor.name]) for tensor in op.inputs], list(expected)
-
-
-def _deviation(outputs: Sequence[torch.Tensor], expected: Sequence[np.ndarray]) -> float:
-    """The worst of the outputs. A router's index counts as one of them: near ties are rarer than this is run."""
-    return max(deviation(o.double().cpu().numpy(), e) for o, e in zip(outputs, expected, strict=True))

@@ -18,7 +18,11 @@ import pytest
 import torch
 
 from bench import gpu_check, variants
-from bench.gpu import cases, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
+from bench.gpu import checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
+from bench.gpu.cases import CASES, all_ops, cases_of, some_ops
+from bench.gpu.cases.base import Cases, deviation
+from bench.gpu.cases.experts import ExpertsCall, ExpertsCases
+from bench.gpu.cases.router import RouterCases, near_ties
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
@@ -36,8 +40,10 @@ from moevlm.plugins.gpu.program import (
     Tensor,
     Variant,
     at_most,
+    chosen,
     fixed,
     per_token,
+    sizes_of,
 )
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
@@ -139,7 +145,7 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
     y = grouped_mm.experts(x, index, weight, gate_up, down, small.activation)
     arrays = [tensor.numpy().astype(np.float64) for tensor in (x, index.int(), weight, gate_up, down)]
     arrays[1] = index.numpy()
-    assert cases.deviation(y.numpy(), reference_experts(*arrays, small.experts_op().spec)) < 1e-5
+    assert deviation(y.numpy(), reference_experts(*arrays, small.experts_op().spec)) < 1e-5
 
 
 def test_weights_taking_turns_exceed_any_cache() -> None:
@@ -158,51 +164,61 @@ def test_weights_taking_turns_exceed_any_cache() -> None:
 
 @pytest.mark.parametrize("sm", [75, 90])
 def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None:
-    ops = cases.experts_ops(sm)
+    ops = ExpertsCases().ops(sm)
     formats = {(op.weights, op.group_size) for op in ops if op.weights}
     assert formats == {(weights, size) for weights in ("int8", "int4", "fp8") for size in (32, 128)}
     dtypes = {"float16", "float32"} | ({"bfloat16"} if sm >= 80 else set())
     assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in ("", "int8", "int4", "fp8")}
     assert {(op.spec, op.has_biases) for op in ops} == {(s, b) for s in variants.BLOCKS.values() for b in (False, True)}
-    routers = cases.router_ops()
+    routers = RouterCases().ops(sm)
     assert {op.spec for op in routers} == {*variants.ROUTERS.values(), *variants.MODELS.values()}
-    descriptions = [cases.describe(op) for op in [*ops, *routers]]
+    descriptions = [cases_of(op).describe(op) for op in all_ops(sm)]
     assert len(set(descriptions)) == len(descriptions)
+    assert {type(op) for op in some_ops(sm)} == {cases.kind for cases in CASES}
 
 
-def test_token_counts_use_every_variant_of_a_draft() -> None:
-    for op in cases.experts_ops(90)[:6]:
+@pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases.kind.__name__)
+def test_calls_use_every_variant_of_a_draft_and_have_the_shapes_that_the_op_states(cases: Cases) -> None:
+    for op in cases.ops(90)[:: 2 * cases.step][:2]:
         draft = op.draft(90)
-        used = {next(i for i, v in enumerate(draft.variants) if t <= v.max_tokens) for t in cases.token_counts(draft)}
-        assert used == set(range(len(draft.variants)))
+        calls = cases.calls(op, draft)
+        drawn, other = [cases.case(op, call, seed=3) for call in calls], cases.case(op, calls[0], seed=4)
+        for case in (*drawn, other):
+            assert [str(tensor.dtype)[6:] for tensor in case.inputs] == [tensor.dtype for tensor in op.inputs]
+        shapes_ = [[tuple(tensor.shape) for tensor in case.inputs] for case in (*drawn, other)]
+        assert shapes_[-1] == shapes_[0]
+        assert not all(torch.equal(a, b) for a, b in zip(drawn[0].inputs, other.inputs, strict=True))
+        sizes = [sizes_of(op.inputs, each) for each in shapes_]
+        used = {draft.variants.index(chosen(draft.variants, each)) for each in sizes}
+        assert used == set(range(len(draft.variants))), cases.describe(op)
+        least, most = plugin.range_of(Program(op.name, op.inputs, op.outputs, ()), drawn)
+        for name in least:
+            assert (least[name], most[name]) == (min(each[name] for each in sizes), max(each[name] for each in sizes))
 
 
-def test_inputs_are_what_the_op_states_and_skewed_ones_share_their_experts() -> None:
+def test_skewed_tokens_share_their_experts() -> None:
     op = ExpertsOp(ExpertsSpec(), 6, 2, 40, 24, "bfloat16", "int4", 32, has_biases=True)
-    inputs, y = cases.experts_case(op, 7, seed=3, skewed=True)
-    stated = [(str(tensor.dtype)[6:], list(tensor.shape)) for tensor in inputs]
-    assert stated == [(t.dtype, list(t.at({"T": 7}))) for t in op.inputs]
-    assert y.shape == (7, 40)
-    assert len(inputs[1].unique()) == 2
-    other, _ = cases.experts_case(op, 7, seed=4)
-    assert not torch.equal(inputs[0], other[0])
+    case = ExpertsCases().case(op, ExpertsCall(7, skewed=True), seed=3)
+    assert len(case.inputs[1].unique()) == 2
+    assert case.deviation([np.full((7, 40), np.nan)]) == float("inf")
 
 
 def test_near_ties_are_told_from_clear_choices() -> None:
     spec = RouterSpec(top_k=1)
     logits = np.array([[2.0, 1.0, 0.0], [2.0, 2.0 - 1e-7, 0.0], [0.0, 0.3, 0.3]], np.float32)
-    assert cases.near_ties({"logits": logits}, spec, seed=0, draws=64).tolist() == [False, True, True]
+    assert near_ties({"logits": logits}, spec, seed=0, draws=64).tolist() == [False, True, True]
 
 
 CHECKER = """
 import json
-from bench.gpu import cases, checks
-from bench.gpu import launch
+from bench.gpu import checks, launch
+from bench.gpu.cases.experts import ExpertsCall, ExpertsCases
+from bench.gpu.cases.router import RouterCases
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-checks.token_counts = lambda draft: [1, 3, 9]
-checks.ROUTER_TOKENS = (1, 5)
+ExpertsCases.calls = lambda *_: [ExpertsCall(1), ExpertsCall(3), ExpertsCall(9), ExpertsCall(9, True)]
+RouterCases.calls = lambda *_: [1, 5]
 experts = ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32)
 router = RouterOp(RouterSpec(top_k=2), 6)
 found = [checks.check(op, 90, "cpu") for op in (experts, router)]
@@ -227,9 +243,8 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
     experts, router, wrong_experts, wrong_router, broken = json.loads(done.stdout)
     assert "error" not in experts
     assert 0 < experts["worst"] <= experts["allowed"]
-    assert experts["tokens"] == ["1", "3", "9", "9 skewed"]
+    assert experts["calls"] == ["1 tokens", "3 tokens", "9 tokens", "9 tokens, skewed"]
     assert "error" not in router
-    assert router["near_ties"] == 0
     assert "1 tokens: off by inf" in wrong_experts["error"]
     assert "token 0 of 1 chooses" in wrong_router["error"]
     assert broken["error"].startswith("TypeError")
@@ -237,10 +252,10 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
 
 def test_deviation_from_zeros_alone_is_none_or_infinite() -> None:
     zeros = np.zeros((1, 1), np.int32)  # the index of one token that goes to expert 0
-    assert cases.deviation(zeros, zeros) == 0
-    assert cases.deviation(zeros + 1, zeros) == float("inf")
-    assert cases.deviation(np.array([np.nan]), np.array([1.0])) == float("inf")
-    assert cases.deviation(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.8)
+    assert deviation(zeros, zeros) == 0
+    assert deviation(zeros + 1, zeros) == float("inf")
+    assert deviation(np.array([np.nan]), np.array([1.0])) == float("inf")
+    assert deviation(np.array([3.0, 0.0]), np.array([3.0, 4.0])) == pytest.approx(0.8)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,92 @@
+"""Experts."""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+
+from bench import variants
+from bench.gpu.cases.base import ALLOWED, Case, worst
+from moevlm.export.formats.base import rounded
+from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
+from moevlm.export.formats.registry import weight_format
+from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp
+from moevlm.plugins.ops.experts import experts as reference_experts
+from moevlm.plugins.ops.router import route
+from moevlm.plugins.ops.spec import RouterSpec
+
+# experts, k, hidden, inner: round, with short last groups, and odd.
+SIZES = ((16, 4, 256, 128), (8, 2, 136, 72), (24, 3, 101, 51))
+STORED = (("", GROUP_SIZES[0]), *((weights, size) for weights in FORMATS if weights for size in GROUP_SIZES))
+BEYOND = 40  # tokens past a variant's limit, for the last one, which has none
+SKEWED_FROM = 9  # tokens that are all sent to the same experts, too
+
+
+@dataclass(frozen=True)
+class ExpertsCall:
+    """skewed: every token goes to the same experts."""
+
+    tokens: int
+    skewed: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens{', skewed' if self.skewed else ''}"
+
+
+class ExpertsCases:
+    """See `Cases`."""
+
+    kind, step = ExpertsOp, 3
+
+    def ops(self, sm: int) -> list[ExpertsOp]:
+        """Every dtype with every format of weights, and every combination of the experts' attributes."""
+        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
+        blocks = [(spec, has_biases) for spec in variants.BLOCKS.values() for has_biases in (False, True)]
+        stored = [(dtype, *format_) for dtype in dtypes for format_ in STORED]
+        count = 2 * max(len(blocks), len(stored))  # twice: each meets others the second time, as their numbers differ
+        return [
+            ExpertsOp(spec, experts, top_k, hidden, inner, dtype, weights, group_size, has_biases)
+            for (spec, has_biases), (dtype, weights, group_size), (experts, top_k, hidden, inner) in islice(
+                zip(cycle(blocks), cycle(stored), cycle(SIZES), strict=False), count
+            )
+        ]
+
+    def describe(self, op: ExpertsOp) -> str:
+        weights = f" {op.weights}/{op.group_size}" if op.weights else ""
+        kind = f"{op.spec.activation}{' gated' if op.spec.gated else ''} on {op.spec.weight_on}"
+        biases = " biases" if op.has_biases else ""
+        return f"experts E{op.experts} k{op.top_k} H{op.hidden} I{op.inner} {op.dtype}{weights} {kind}{biases}"
+
+    def allowed(self, op: ExpertsOp) -> float:
+        return ALLOWED[op.dtype]
+
+    def calls(self, op: ExpertsOp, draft: Draft) -> list[ExpertsCall]:  # noqa: ARG002
+        """The last variant has tokens beyond the others' limits."""
+        limits = [variant.max_tokens for variant in draft.variants][:-1]
+        counts = sorted({1, 5, *limits, *(limit + 1 for limit in limits), max([0, *limits]) + BEYOND})
+        return [ExpertsCall(n, skewed) for n in counts for skewed in ((False, True) if n >= SKEWED_FROM else (False,))]
+
+    def case(self, op: ExpertsOp, call: ExpertsCall, seed: int) -> Case:
+        logits = variants.router_inputs(call.tokens, False, op.experts, seed)["logits"]
+        index, weight = route(logits, RouterSpec(op.top_k))
+        if call.skewed:
+            index = np.broadcast_to(index[:1], index.shape).copy()
+        x = rounded(variants.hidden_states(call.tokens, op.hidden, seed + 1), op.dtype)
+        drawn = variants.expert_weights(op.spec, op.has_biases, op.hidden, op.inner, op.experts, seed + 2)
+        arrays: dict[str, np.ndarray] = {"x": x, "expert_index": index, "expert_weight": weight}
+        meant: dict[str, np.ndarray] = {}
+        for name, array in drawn.items():
+            if op.weights and name in ("gate_up", "down"):
+                form = weight_format(op.weights, op.group_size, op.dtype)
+                codes, found = form.encode(array.reshape(-1, array.shape[-1]))
+                stored = pack(codes, op.weights).reshape(*array.shape[:2], -1)
+                scales = pack_scales(found.reshape(*array.shape[:2], -1))
+                arrays |= {name: stored, f"{name}_scale": scales}
+                meant[name] = unpack(stored, scales, form, array.shape[-1])
+            else:
+                arrays[name] = meant[name] = rounded(array, op.dtype)
+        y = reference_experts(x.astype(np.float64), index, weight, spec=op.spec, **meant)
+        inputs = [torch.from_numpy(arrays[t.name]).to(getattr(torch, t.dtype)) for t in op.inputs]
+        return Case(inputs, lambda found: worst(found, [y]))
