@@ -29,6 +29,7 @@ PARTS = {
     "cubins": "machine code compiled ahead of time against Triton's launcher",
     "plugin": "the plugin library, called as TensorRT would",
     "layers": "times of MoE layers against grouped_mm and the GPU's limits",
+    "host_experts": "times of experts that stay in the host's memory against the link to it",
     "engine": "the demo model through TensorRT, where one is installed",
 }
 SECONDS = 200  # after which a part begins nothing more

@@ -74,16 +74,16 @@ def weight_sets(op: ExpertsOp) -> list[list[torch.Tensor]]:
     return [random_weights(op) for _ in range(max(1, min(MOST_SETS, room // size)))]
 
 
-def random_weights(op: ExpertsOp) -> list[torch.Tensor]:
+def random_weights(op: ExpertsOp, device: str = "cuda") -> list[torch.Tensor]:
     """The op's inputs from gate_up on, of the size of a trained model's."""
     tensors = []
     for tensor in op.inputs[3:]:
         if tensor.dtype == "int8":
-            codes = torch.randint(-128, 127, tensor.shape, dtype=torch.int8, device="cuda")
+            codes = torch.randint(-128, 127, tensor.shape, dtype=torch.int8, device=device)
             # Neither -1 nor 127, which are no numbers in e4m3.
             tensors.append(codes.masked_fill_(codes == -1, 0))
             continue
-        value = torch.empty(tensor.shape, dtype=getattr(torch, op.dtype), device="cuda")
+        value = torch.empty(tensor.shape, dtype=getattr(torch, op.dtype), device=device)
         tensors.append(value.uniform_(5e-4, 1e-3) if tensor.name.endswith("_scale") else value.normal_(std=0.02))
     return tensors
 
@@ -108,13 +108,15 @@ class Routed:
         return [self.logits] if self.bias is None else [self.logits, self.bias]
 
 
-def draw(layer: Layer, dtype: str, tokens: int, sets: Sequence[list[torch.Tensor]]) -> list[Routed]:
+def draw(
+    layer: Layer, dtype: str, tokens: int, sets: Sequence[list[torch.Tensor]], device: str = "cuda"
+) -> list[Routed]:
     """Inputs to take turns with."""
     found = []
     for number in range(routings(tokens)):
-        logits = torch.randn(tokens, layer.experts, device="cuda")
-        bias = 0.1 * torch.randn(layer.experts, device="cuda") if layer.has_bias else None
-        x = torch.randn(tokens, layer.hidden, device="cuda", dtype=getattr(torch, dtype))
+        logits = torch.randn(tokens, layer.experts, device=device)
+        bias = 0.1 * torch.randn(layer.experts, device=device) if layer.has_bias else None
+        x = torch.randn(tokens, layer.hidden, device=device, dtype=getattr(torch, dtype))
         index, weight = grouped_mm.route(logits, layer.router, bias)
         found.append(Routed(logits, bias, x, index, weight, sets[number % len(sets)]))
     return found

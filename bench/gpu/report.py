@@ -74,6 +74,30 @@ def layer_tables(entries: Sequence[Entry]) -> list[str]:
     return texts + [f"{entry['layer']}, weights {entry['weights']}: {entry['skipped']}" for entry in skipped]
 
 
+def host_experts_tables(entries: Sequence[Entry]) -> list[str]:
+    """The link, and a table per format of weights."""
+    texts = [
+        f"link: {entry['bytes_per_second'] / 1e9:.1f} GB/s from the host's memory"
+        for entry in entries
+        if entry["kind"] == "link"
+    ]
+    measured = [entry for entry in entries if entry["kind"] == "host_experts" and "seconds" in entry]
+    for layer, weights in dict.fromkeys((entry["layer"], entry["weights"]) for entry in measured):
+        rows = [
+            (
+                str(entry["tokens"]),
+                _microseconds(entry["seconds"]),
+                _percent(entry["of_link"]),
+                _microseconds(entry["device_seconds"]),
+            )
+            for entry in measured
+            if (entry["layer"], entry["weights"]) == (layer, weights)
+        ]
+        columns = ("tokens", "us", "of the link", "us on the device")
+        texts.append(table(f"{layer}, weights {weights} in the host's memory", columns, rows))
+    return texts
+
+
 def correctness_table(entries: Sequence[Entry]) -> str:
     """How many ops each part ran, the worst against what is allowed, and how many were wrong."""
     titles = {"check": "kernels against the spec", "cubins": "machine code against Triton", "plugin": "plugin library"}
@@ -132,7 +156,7 @@ def text_of(entries: Sequence[Entry]) -> str:
     left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
     parts += [f"{entry['kind']}: stopped {entry['stopped']}" for entry in entries if "stopped" in entry]
     parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
-    parts += [*layer_tables(entries), tiles_text(entries)]
+    parts += [*layer_tables(entries), *host_experts_tables(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
             told = (

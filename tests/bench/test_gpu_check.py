@@ -275,6 +275,59 @@ def test_without_a_compiler_the_plugin_is_left_out_and_the_report_says_so(monkey
     assert report.text_of(entries) == f"plugin: {entries[0]['skipped']}\n\nno failures"
 
 
+# Experts in the host's memory
+
+HOST_EXPERTS = """
+import ctypes, json
+from dataclasses import replace
+import torch
+from bench.gpu import host_experts, layers
+from bench.gpu.mapped import MappedMemory
+from bench.gpu.shapes import LAYERS
+from tests.support.interpreted_device import Interpreted
+
+class Driver:
+    def __init__(self):
+        self.held = {}
+    def cuMemHostAlloc(self, address, size, flags):
+        assert flags.value == 3
+        memory = ctypes.create_string_buffer(size.value)
+        self.held[ctypes.addressof(memory)] = memory
+        address._obj.value = ctypes.addressof(memory)
+        return 0
+    def cuMemHostGetDevicePointer_v2(self, seen, address, flags):
+        seen._obj.value = address.value
+        return 0
+    def cuMemFreeHost(self, address):
+        return 0 if self.held.pop(address.value, None) else 1
+
+driver, device = Driver(), Interpreted(90)
+memory = MappedMemory(driver)
+layers.routings = lambda tokens: 2
+small = replace(LAYERS[0], hidden=64, inner=32, experts=8, router=replace(LAYERS[0].router, top_k=2))
+link = host_experts.copied(device, memory, 1000)
+found = list(host_experts.measure(small, "int4", (1, 3), device, memory, link))
+held = len(driver.held)
+memory.close()
+print(json.dumps([link, found, held, len(driver.held)]))
+"""
+
+
+def test_experts_in_host_memory_are_timed_against_the_link_and_compute_the_same() -> None:
+    done = python("-c", HOST_EXPERTS, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    link, entries, held, left = json.loads(done.stdout)
+    assert (link, held, left) == (pytest.approx(1e6), 1 + 4, 0)
+    assert [entry["tokens"] for entry in entries] == [1, 3]
+    expert = 3 * 64 * 32 // 2 + 2 * 3 * 64 * 32 // 32
+    assert entries[0]["bytes"] == 2 * expert
+    assert entries[0]["of_link"] == pytest.approx(2 * expert / 1e-3 / 1e6)
+    assert all("error" not in entry for entry in entries)
+    text = report.text_of([{"kind": "link", "bytes_per_second": 55e9}, *entries])
+    assert "link: 55.0 GB/s from the host's memory" in text
+    assert "Qwen3-VL-30B-A3B, weights int4 in the host's memory" in text
+
+
 # The driver
 
 
