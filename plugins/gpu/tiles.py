@@ -2,7 +2,8 @@
 
 tiles.json: GPUs of like resources -> bits of a weight (32 for any if activations are float32) -> "single" (1 token),
 "few" (2 to 8) and "grouped": a list by rising number of rows per expert, the last for all above. Each entry is a tile
-for gate_up and one for down.
+for gate_up and one for down. "segments": tiles of attention among patches, by bits of an activation and the most
+columns that a head is padded to.
 """
 
 from __future__ import annotations
@@ -41,20 +42,41 @@ class Range:
     down: Tile
 
 
+@dataclass(frozen=True)
+class SegmentTile:
+    """BM queries by blocks of BN keys."""
+
+    BM: int
+    BN: int
+    warps: int
+    stages: int
+
+
 def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     """By rising max_tokens: first 1 token, then up to FEW_TOKENS, then grouped rows.
 
     Raises ValueError for an sm that is not known.
     """
-    if sm not in FAMILIES:
-        raise ValueError(f"sm{sm} (allowed: {', '.join(f'sm{known}' for known in sorted(FAMILIES))})")
     bits = 32 if op.dtype == "float32" else op.weight_bits
-    entry = table()[FAMILIES[sm]][str(bits)]
+    entry = _family(sm)[str(bits)]
     ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]
     for rows in entry["grouped"]:
         limit = None if rows["rows"] is None else max(FEW_TOKENS + 1, rows["rows"] * op.experts // op.top_k)
         ranges.append(_range(limit, rows))
     return tuple(ranges)
+
+
+def segment_tile(bits: int, columns: int, sm: int) -> SegmentTile:
+    """bits: of an activation. columns: of a padded head. Raises ValueError for an sm that is not known."""
+    by_columns = _family(sm)["segments"][str(bits)]
+    return SegmentTile(*next(tile for most, tile in by_columns.items() if columns <= int(most)))
+
+
+def _family(sm: int) -> dict[str, Any]:
+    if sm not in FAMILIES:
+        raise ValueError(f"sm{sm} (allowed: {', '.join(f'sm{known}' for known in sorted(FAMILIES))})")
+    found: dict[str, Any] = table()[FAMILIES[sm]]
+    return found
 
 
 @cache

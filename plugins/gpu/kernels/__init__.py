@@ -4,6 +4,7 @@ A constant INTERPRETED is set by the launcher: Triton's interpreter has no arith
 float32 there between a load and a store.
 """
 
+from moevlm.plugins.gpu.kernels.attention.segment import rotate_patches, segment_attention
 from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
 from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
@@ -17,7 +18,9 @@ __all__ = [
     "grouped_down",
     "grouped_gate_up",
     "place_rows",
+    "rotate_patches",
     "route",
+    "segment_attention",
     "single_down",
     "start_rows",
 ]

@@ -1,0 +1,1 @@
+"""Attention: over pages of a cache, and among the patches of images."""

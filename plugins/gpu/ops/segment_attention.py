@@ -1,0 +1,117 @@
+"""Attention among an image's patches as a GPU program has it: attributes and shapes, all known when it is compiled."""
+
+from dataclasses import dataclass
+from math import e, log2
+
+from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
+from moevlm.plugins.gpu.program import (
+    ONE,
+    SYMBOLS,
+    TOKENS,
+    Argument,
+    Count,
+    Launch,
+    Linear,
+    N,
+    T,
+    Tensor,
+    Variant,
+    fixed,
+    per_token,
+)
+from moevlm.plugins.gpu.tiles import segment_tile
+from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.errors import FieldError
+
+HEAD_DIMS = range(4, 257, 2)
+ROTATE_STEP = 64  # patches that one program rotates
+_IMAGES = Argument("symbol", SYMBOLS.index("N"))
+_TURNED = Argument("workspace", 0)
+
+
+@dataclass(frozen=True)
+class SegmentAttentionOp:
+    """qkv [T, 3 * heads * D] -> y [T, heads * D]; see `moevlm.plugins.ops.attention.segment_attention`.
+
+    A row of qkv has all queries, then all keys, then all values. T: patches, N: images. dtype: of qkv and y.
+    Patches that no image has get no y. Whatever image_start holds, nothing outside the inputs and outputs is touched.
+    """
+
+    heads: int
+    head_dim: int
+    dtype: str = "bfloat16"
+
+    name = "SegmentAttention"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ACTIVATION_DTYPES:
+            raise FieldError("dtype", self.dtype, ", ".join(map(repr, ACTIVATION_DTYPES)))
+        if self.heads < 1:
+            raise FieldError("heads", self.heads, "1 or more")
+        if self.head_dim not in HEAD_DIMS:
+            raise FieldError("head_dim", self.head_dim, f"an even number from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        angles = (T, self.head_dim // 2)
+        return (
+            Tensor("qkv", self.dtype, (T, 3 * self.heads * self.head_dim)),
+            *(Tensor(name, "float32", angles) for name in ("cos", "sin")),
+            Tensor("image_start", "int32", (N + 1,)),
+        )
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...]:
+        return (Tensor("y", self.dtype, (T, self.heads * self.head_dim)),)
+
+    def draft(self, sm: int) -> Draft:
+        """See `KernelOp`. Raises ValueError for bfloat16 on sm75, which has none."""
+        if self.dtype == "bfloat16" and sm < 80:
+            raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
+        wide, narrow = parts(self.head_dim)
+        tile = segment_tile(DTYPES[self.dtype].bits, wide + narrow, sm)
+        shape: dict[str, int | float | bool | str] = {
+            "HEADS": self.heads,
+            "DIM": self.head_dim,
+            "WIDE": wide,
+            "NARROW": narrow,
+        }
+        given = DTYPES[self.dtype].pointer
+        rotate = KernelSpec(
+            "rotate_patches",
+            (given, "*fp32", "*fp32", given, "i32"),
+            # Scores are in base 2.
+            tuple((shape | {"SCALE": self.head_dim**-0.5 * log2(e), "BM": ROTATE_STEP}).items()),
+        )
+        attend = KernelSpec(
+            "segment_attention",
+            (given, given, "*i32", given, "i32", "i32"),
+            tuple((shape | {"BM": tile.BM, "BN": tile.BN, "INTERPRETED": False}).items()),
+            tile.warps,
+            tile.stages,
+        )
+        qkv, cos, sin, image_start = (Argument("input", i) for i in range(4))
+        steps = (
+            Launch(
+                0,
+                (per_token(1, divisor=ROTATE_STEP), fixed(2 * self.heads), ONE),
+                (qkv, cos, sin, _TURNED, TOKENS),
+            ),
+            Launch(
+                1,
+                (Count(Linear(T=1, N=tile.BM), tile.BM), fixed(self.heads), ONE),
+                (qkv, _TURNED, image_start, Argument("output", 0), TOKENS, _IMAGES),
+            ),
+        )
+        turned = per_token(2 * self.heads * self.head_dim * DTYPES[self.dtype].bytes)
+        return Draft(self.name, self.inputs, self.outputs, sm, (rotate, attend), (Variant((), (turned,), steps),))
+
+
+def parts(head_dim: int) -> tuple[int, int]:
+    """Powers of two, at least 16, or 0 for the second, that have room for a head: the least in all, then the fewest."""
+    wide = max(16, 1 << head_dim.bit_length() - 1)
+    if head_dim <= wide:
+        return wide, 0
+    narrow = max(16, 1 << (head_dim - wide - 1).bit_length())
+    return (2 * wide, 0) if narrow == wide else (wide, narrow)
