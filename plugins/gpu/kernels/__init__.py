@@ -9,12 +9,15 @@ from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_dow
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
 from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
 from moevlm.plugins.gpu.kernels.moe.router import route
+from moevlm.plugins.gpu.kernels.sampling.candidates import choose_logits, group_logits
 
 __all__ = [
+    "choose_logits",
     "combine",
     "count_rows",
     "few_down",
     "few_gate_up",
+    "group_logits",
     "grouped_down",
     "grouped_gate_up",
     "place_rows",
