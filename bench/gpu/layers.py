@@ -18,7 +18,8 @@ from bench.gpu.limits import measure_limits
 from bench.gpu.shapes import LAYERS, TOKEN_COUNTS, Layer, Limits, operations, tensor_bytes, weight_bytes
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.projection import FORMATS
 
 DECODE_TOKENS = 64  # up to which weights with fewer bits are timed
 TOLERANCE = 2e-2  # between two implementations that both round to 16 bits

@@ -12,7 +12,7 @@ Scales stand by group, those of all rows side by side, so that a tile of rows re
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
-from moevlm.plugins.gpu.ops.experts import scale_rows
+from moevlm.plugins.gpu.ops.projection import scale_rows
 
 Array = np.ndarray
 LAYOUT = 2  # raised with every change to what is described here

@@ -1,4 +1,4 @@
-"""Compiles kernels for the process that started it: a request per line of standard input, a reply per line of output.
+"""Compiles kernels for the process that started it: requests on its standard input, replies on its output, a line each.
 
 Its own process, so that Triton's settings, and a crash of a compiler that is native code, stay in it.
 """
@@ -7,6 +7,7 @@ import base64
 import importlib
 import json
 import os
+import pickle
 import re
 import sys
 from dataclasses import asdict
@@ -84,11 +85,9 @@ def serve() -> None:
     os.dup2(2, 1)
     knobs.compilation.disable_line_info = True  # two thirds of a cubin
     for line in sys.stdin:
-        request = json.loads(line)
-        spec = request["spec"]
-        spec |= {"types": tuple(spec["types"]), "constants": tuple(map(tuple, spec["constants"]))}
+        module, spec, sm = pickle.loads(base64.b64decode(line))
         try:
-            reply = compile_kernel(request["module"], KernelSpec(**spec), request["sm"])
+            reply = compile_kernel(module, spec, sm)
         except Exception as error:  # whatever it is, the other side reports it and goes on
             reply = {"error": reason(error)}
         print(json.dumps(reply), file=replies, flush=True)

@@ -3,13 +3,14 @@
 import base64
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -148,19 +149,19 @@ class _Worker:
         self._log.close()
 
     def compile(self, task: _Task) -> tuple[Kernel, Resources]:
-        module, spec, sm = task
+        _, spec, sm = task
         name = f"{spec.function} for {device(sm).arch}"
-        reply = self._ask({"module": module, "spec": asdict(spec), "sm": sm})
+        reply = self._ask(task)
         if "error" in reply:
             raise CompileError(f"cannot compile {name}: {reply['error']}")
         found = Resources(**reply.pop("resources"))
         found.check()
         return Kernel(**reply | {"image": base64.b64decode(reply["image"])}), found
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, task: _Task) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
+            print(base64.b64encode(pickle.dumps(task)).decode(), file=self._process.stdin, flush=True)
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -1,5 +1,6 @@
 """A program before it is compiled: which kernels an op needs on a GPU, and how they are launched."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from moevlm.plugins.gpu.program import Tensor, Variant
@@ -12,12 +13,13 @@ class KernelSpec:
     """A Triton function and all that it is specialised to.
 
     function: its name in `moevlm.plugins.gpu.kernels`. types: Triton's names of its run-time parameters, which come
-    first ("*bf16", "*i32", "i32"); pointers are aligned to 16 bytes. constants: its constexpr parameters by name.
+    first ("*bf16", "*i32", "i32"); pointers are aligned to 16 bytes. constants: its constexpr parameters by name,
+    numbers, strings, and frozen dataclasses of such, which a kernel reads field by field.
     """
 
     function: str
     types: tuple[str, ...]
-    constants: tuple[tuple[str, int | float | bool | str], ...]
+    constants: tuple[tuple[str, Hashable], ...]
     warps: int = 4
     stages: int = 1
 

@@ -25,7 +25,8 @@ from bench.gpu.cases.experts import ExpertsCall, ExpertsCases
 from bench.gpu.cases.router import RouterCases, near_ties
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.plugins.gpu import tiles
-from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import (
     ONE,
@@ -417,7 +418,7 @@ def test_tuning_picks_the_fastest_tile_that_fits(monkeypatch: pytest.MonkeyPatch
     finally:
         tiles.table.cache_clear()
     assert all(len(one.variants) >= 4 for one in drafts)
-    assert set(last["table"]) == {"32", "16", "8", "4"}
+    assert {"32", "16", "8", "4"} <= set(last["table"])
     assert tried_tiles.issuperset(in_use)
     table = last["table"]["16"]
     assert [rows["rows"] for rows in table["grouped"]] == [8, 32, 128, None]

@@ -12,7 +12,8 @@ from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
-from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, FORMATS, GROUP_SIZES, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, ExpertsOp
+from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
 from moevlm.plugins.gpu.ops.experts_draft import ExpertsDraft
+from moevlm.plugins.gpu.ops.projection import FORMATS, Projection
 from moevlm.plugins.gpu.program import T, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.dtypes import DTYPES
@@ -11,13 +12,6 @@ from moevlm.runtime.core.errors import FieldError
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 GROUP_SIZES = (32, 128)
-# The dtype that a weight's code has in each format; "" is the dtype of the activations.
-FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
-
-
-def scale_rows(rows: int) -> int:
-    """How many scales of one group are stored for so many rows of a weight: each group's start at 16 bytes."""
-    return -(-rows // 8) * 8
 
 
 @dataclass(frozen=True)
@@ -61,26 +55,35 @@ class ExpertsOp:
         return self.inner * (2 if self.spec.gated else 1)
 
     @property
+    def projections(self) -> dict[str, Projection]:
+        """gate_up and down, of one expert."""
+        shapes = {"gate_up": (self.rows, self.hidden), "down": (self.hidden, self.inner)}
+        return {
+            name: Projection.of(*shape, self.weights, self.group_size, self.has_biases)
+            for name, shape in shapes.items()
+        }
+
+    @property
     def inputs(self) -> tuple[Tensor, ...]:
         tokens = (T, self.top_k)
-        projections = (("gate_up", self.rows, self.hidden), ("down", self.hidden, self.inner))
         tensors = [
             Tensor("x", self.dtype, (T, self.hidden)),
             Tensor("expert_index", "int32", tokens),
             Tensor("expert_weight", "float32", tokens),
         ]
-        groups = {name: -(-width // self.group_size) for name, _, width in projections}
-        for name, rows, width in projections:
-            stored_width = groups[name] * self.group_size * self.weight_bits // 8 if self.weights else width
-            stored = "int8" if self.weights else self.dtype
-            tensors.append(Tensor(name, stored, (self.experts, rows, stored_width)))
+        for name, weight in self.projections.items():
+            dtype, shape = weight.stored(self.dtype)
+            tensors.append(Tensor(name, dtype, (self.experts, *shape)))
         if self.weights:
             tensors += [
-                Tensor(f"{name}_scale", self.dtype, (self.experts, groups[name], scale_rows(rows)))
-                for name, rows, _ in projections
+                Tensor(f"{name}_scale", self.dtype, (self.experts, weight.groups, weight.scale_rows))
+                for name, weight in self.projections.items()
             ]
         if self.has_biases:
-            tensors += [Tensor(f"{name}_bias", self.dtype, (self.experts, rows)) for name, rows, _ in projections]
+            tensors += [
+                Tensor(f"{name}_bias", self.dtype, (self.experts, weight.rows))
+                for name, weight in self.projections.items()
+            ]
         return tuple(tensors)
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
@@ -58,23 +59,23 @@ class ExpertsDraft:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
         rows = per_token(op.top_k)
+        routing = {"EXPERTS": op.experts, "TOP_K": op.top_k}
         steps = [
             self._launch(
                 "few_gate_up",
                 (fixed(_tiles(op.inner, gate_up)), rows, ONE),
                 ("x", "expert_index", "expert_weight", *self._weights("gate_up"), self.INNER, "tokens"),
-                self._gate_up_constants() | {"EXPERTS": op.experts, "PADDED_K": power_of_two(op.top_k)},
+                routing | self._product("gate_up") | {"SPEC": op.spec},
                 gate_up,
             )
         ]
-        routing = {"EXPERTS": op.experts, "TOP_K": op.top_k}
         if max_tokens == 1:
             steps.append(
                 self._launch(
                     "single_down",
                     (fixed(_tiles(op.hidden, down)), ONE, ONE),
                     (self.INNER, "expert_index", "expert_weight", *self._weights("down"), "y"),
-                    self._constants() | routing | {"SCALES_INPUT": op.spec.weight_on == "input"},
+                    routing | self._product("down") | {"SPEC": op.spec},
                     down,
                 )
             )
@@ -84,7 +85,7 @@ class ExpertsDraft:
                 "few_down",
                 (fixed(_tiles(op.hidden, down)), rows, ONE),
                 (self.INNER, "expert_index", *self._weights("down"), self.ROWS_OUT, "tokens"),
-                self._constants() | routing | {"PADDED_K": power_of_two(op.top_k)},
+                routing | self._product("down"),
                 down,
             )
         )
@@ -111,7 +112,7 @@ class ExpertsDraft:
                 "start_rows",
                 (ONE, ONE, ONE),
                 (self.COUNTS, self.STARTS, ("constant", block)),
-                shape | {"PADDED_EXPERTS": power_of_two(op.experts)},
+                shape,
             ),
             self._launch(
                 "place_rows",
@@ -126,14 +127,14 @@ class ExpertsDraft:
                     *("x", "expert_weight", *self._weights("gate_up")),
                     *(self.ROWS, self.STARTS, self.BLOCKS, self.INNER),
                 ),
-                shape | self._gate_up_constants(),
+                shape | self._product("gate_up") | {"TOP_K": op.top_k, "SPEC": op.spec},
                 gate_up,
             ),
             self._launch(
                 "grouped_down",
                 (self._blocks(block, _tiles(op.hidden, down)), ONE, ONE),
                 (self.INNER, *self._weights("down"), self.ROWS, self.STARTS, self.BLOCKS, self.ROWS_OUT),
-                shape | self._constants(),
+                shape | self._product("down"),
                 down,
             ),
             self._combine(),
@@ -164,47 +165,29 @@ class ExpertsDraft:
             "combine",
             (per_token(-(-op.hidden // step)), ONE, ONE),
             (self.ROWS_OUT, "expert_weight", "y"),
-            {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SCALES_INPUT": op.spec.weight_on == "input", "STEP": step},
+            {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SPEC": op.spec, "STEP": step},
         )
 
     def _weights(self, projection: str) -> tuple[str | None, ...]:
         names = (projection, f"{projection}_scale", f"{projection}_bias")
         return tuple(name if name in self.places else None for name in names)
 
-    def _constants(self) -> dict[str, int | float | bool | str]:
-        op = self.op
-        return {
-            "HIDDEN": op.hidden,
-            "INNER": op.inner,
-            "HAS_BIASES": op.has_biases,
-            "WEIGHTS": op.weights,
-            "BLOCK": op.group_size,
-            "NATIVE_FP8": self.sm >= 89,
-            "INTERPRETED": False,
-        }
-
-    def _gate_up_constants(self) -> dict[str, int | float | bool | str]:
-        spec = self.op.spec
-        return self._constants() | {
-            "TOP_K": self.op.top_k,
-            "ACTIVATION": spec.activation,
-            "GATED": spec.gated,
-            "ALPHA": spec.alpha,
-            "LIMIT": spec.limit,
-            "SCALES_INPUT": spec.weight_on == "input",
-        }
+    def _product(self, projection: str) -> dict[str, Hashable]:
+        """What the kernel of one product is specialised to, apart from its tile."""
+        stored = self.op.projections[projection]
+        return {"W": replace(stored, native_fp8=stored.format == "fp8" and self.sm >= 89), "INTERPRETED": False}
 
     def _launch(
         self,
         function: str,
         grid: tuple[Count, Count, Count],
         arguments: Sequence[str | int | tuple[str, int] | None],
-        constants: Mapping[str, int | float | bool | str],
+        constants: Mapping[str, Hashable],
         tile: Tile | None = None,
     ) -> Launch:
         """arguments: an input's or output's name, a buffer, None for an absent input, "tokens", or a constant."""
         given, types = zip(*(self._argument(argument) for argument in arguments), strict=True)
-        shape = {"BM": tile.BM, "BN": tile.BN, "BK": tile.BK} if tile else {}
+        shape = {"TILE": tile} if tile else {}
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
         spec = KernelSpec(function, types, tuple(sorted({**constants, **shape}.items())), warps, stages)
         if spec not in self.kernels:

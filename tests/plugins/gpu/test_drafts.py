@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from moevlm.plugins.gpu import kernels, tiles
 from moevlm.plugins.gpu.draft import Draft
-from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import Fill, Image, Launch, Variant
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
@@ -95,8 +96,8 @@ def test_grids_and_buffers_have_room_for_any_routing(data: st.DataObject) -> Non
     assert len(grouped) == 2
     for step, width in zip(grouped, (op.inner, op.hidden), strict=True):
         constants = dict(made.kernels[step.kernel].constants)
-        blocks = int(np.sum(-(-counts // constants["BM"])))
-        assert step.grid[0].at({"T": tokens}) >= blocks * -(-width // constants["BN"])
+        blocks = int(np.sum(-(-counts // constants["TILE"].BM)))
+        assert step.grid[0].at({"T": tokens}) >= blocks * -(-width // constants["TILE"].BN)
         assert chosen.buffers[-1].at({"T": tokens}) >= blocks * 8
     fill = next(step for step in chosen.steps if isinstance(step, Fill))
     assert fill.words.at({"T": tokens}) * 4 == chosen.buffers[fill.buffer].at({"T": tokens})

@@ -12,7 +12,8 @@ from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import weight_format
-from moevlm.plugins.gpu.ops.experts import FORMATS, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
 from moevlm.plugins.ops.experts import experts as reference_experts
@@ -130,8 +131,8 @@ def test_every_tile_agrees_with_the_spec(
 ) -> None:
     made = one_expert(weights).draft(sm)
     last = next(v for v in made.variants if tokens <= v.max_tokens).steps[-2:]
-    used = [dict(made.kernels[step.kernel].constants).get("BN") for step in last if isinstance(step, Launch)]
-    assert chosen.down.BN in used
+    used = [dict(made.kernels[step.kernel].constants).get("TILE") for step in last if isinstance(step, Launch)]
+    assert chosen.down in used
     agrees(triton_interpreter, one_expert(weights), tokens, sm)
 
 

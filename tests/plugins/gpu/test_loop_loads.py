@@ -28,7 +28,7 @@ def test_no_tensor_is_waited_for_inside_a_loop(sm: int, weights: str, group_size
     found = {
         f"{spec.function} {dict(spec.constants)}": loads
         for spec in op.draft(sm).kernels
-        if "BK" in dict(spec.constants) and (loads := waiting_loads(KERNELS, spec, sm))
+        if "TILE" in dict(spec.constants) and (loads := waiting_loads(KERNELS, spec, sm))
     }
     assert not found
 

@@ -6,7 +6,7 @@ Programs run through a block's columns first, so blocks of the same expert meet 
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile
+from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inner_of
 
 
 @triton.jit
@@ -22,39 +22,26 @@ def grouped_gate_up(
     inner,  # [T * k, I], written in the order of `rows`
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    SCALES_INPUT: tl.constexpr,
-    HAS_BIASES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    SPEC: tl.constexpr,
+    W: tl.constexpr,
+    TILE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    TILES: tl.constexpr = (INNER + BN - 1) // BN
+    INNER: tl.constexpr = inner_of(W, SPEC)
+    TILES: tl.constexpr = (INNER + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e = tl.load(blocks + 2 * block)
-    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
+    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, TILE.BM)
     mask = place < tl.load(starts + e + 1)
     row = tl.load(rows + place, mask=mask, other=0)
-    factor = tl.zeros([BM], tl.float32)
-    if SCALES_INPUT:
+    factor = tl.zeros([TILE.BM], tl.float32)
+    if SPEC.weight_on == "input":
         factor = tl.load(weight + row, mask=mask, other=0.0)
-    n = (tl.program_id(0) % TILES) * BN + tl.arange(0, BN)
-    out = gate_up_tile(
-        x, (row // TOP_K).to(tl.int64) * HIDDEN, mask, factor, w, scale, bias, e.to(tl.int64), n,
-        HIDDEN, INNER, ACTIVATION, GATED, ALPHA, LIMIT, SCALES_INPUT, HAS_BIASES, WEIGHTS, BLOCK,
-        BM, BN, BK, NATIVE_FP8, INTERPRETED,
-    )  # fmt: skip
+    n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
+    offset = (row // TOP_K).to(tl.int64) * W.width
+    out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
     pointer = inner + place.to(tl.int64)[:, None] * INNER + n[None, :]
     tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
 
@@ -70,32 +57,23 @@ def grouped_down(
     blocks,
     out,  # [T * k, H], written in the order of `index`
     EXPERTS: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    INNER: tl.constexpr,
-    HAS_BIASES: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    W: tl.constexpr,
+    TILE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    TILES: tl.constexpr = (HIDDEN + BN - 1) // BN
+    TILES: tl.constexpr = (W.rows + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e = tl.load(blocks + 2 * block)
-    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
+    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, TILE.BM)
     mask = place < tl.load(starts + e + 1)
     row = tl.load(rows + place, mask=mask, other=0).to(tl.int64)
-    n = (tl.program_id(0) % TILES) * BN + tl.arange(0, BN)
-    acc = down_tile(
-        inner, place.to(tl.int64) * INNER, mask, w, scale, bias, e.to(tl.int64), n,
-        HIDDEN, INNER, HAS_BIASES, WEIGHTS, BLOCK, BM, BN, BK, NATIVE_FP8, INTERPRETED,
-    )  # fmt: skip
-    pointer = out + row[:, None] * HIDDEN + n[None, :]
-    tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < HIDDEN)[None, :])
+    n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
+    offset = place.to(tl.int64) * W.width
+    acc = down_tile(inner, offset, mask, w, scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
+    pointer = out + row[:, None] * W.rows + n[None, :]
+    tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < W.rows)[None, :])
 
 
 @triton.jit
@@ -105,7 +83,7 @@ def combine(
     y,  # [T, H], written: each token's k rows, times their weights unless those scaled the input
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
-    SCALES_INPUT: tl.constexpr,
+    SPEC: tl.constexpr,
     STEP: tl.constexpr,
 ):
     TILES: tl.constexpr = (HIDDEN + STEP - 1) // STEP
@@ -114,7 +92,7 @@ def combine(
     total = tl.zeros([STEP], tl.float32)
     for j in tl.static_range(TOP_K):
         row = tl.load(rows + (token * TOP_K + j) * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
-        if not SCALES_INPUT:
+        if SPEC.weight_on == "output":
             row *= tl.load(weight + token * TOP_K + j)
         total += row
     tl.store(y + token * HIDDEN + n, total.to(y.dtype.element_ty), mask=n < HIDDEN)

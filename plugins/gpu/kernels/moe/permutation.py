@@ -30,9 +30,8 @@ def start_rows(
     starts,  # [2, E + 1] int32, written: the first sorted row of each expert, and its first block; then their ends
     block_rows,  # rows of a block; an expert's last block may have fewer
     EXPERTS: tl.constexpr,
-    PADDED_EXPERTS: tl.constexpr,
 ):
-    expert = tl.arange(0, PADDED_EXPERTS)
+    expert = tl.arange(0, triton.next_power_of_2(EXPERTS))
     count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
     blocks = (count + block_rows - 1) // block_rows
     tl.store(starts + expert + 1, tl.cumsum(count, 0), mask=expert < EXPERTS)

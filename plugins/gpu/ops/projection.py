@@ -1,0 +1,48 @@
+"""One of an expert's two weights, as its kernels are specialised to it."""
+
+from dataclasses import dataclass
+
+from moevlm.runtime.core.dtypes import DTYPES
+
+# The dtype that a weight's code has in each format; "" is the dtype of the activations.
+FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+
+
+def scale_rows(rows: int) -> int:
+    """How many scales of one group are stored for so many rows of a weight: each group's start at 16 bytes."""
+    return -(-rows // 8) * 8
+
+
+@dataclass(frozen=True)
+class Projection:
+    """rows, width: of its matrix, outputs by inputs. format: one of FORMATS. group: columns that share a scale.
+
+    groups, stored_width: of a row, the last group whole; stored_width counts values. scale_rows: how many scales of a
+    group are stored. native_fp8: the GPU converts e4m3 itself.
+    All are fields: Triton compiles a kernel anew when what it is specialised to prints otherwise.
+    """
+
+    rows: int
+    width: int
+    format: str
+    group: int
+    has_bias: bool
+    groups: int
+    stored_width: int
+    scale_rows: int
+    native_fp8: bool
+
+    @classmethod
+    def of(
+        cls, rows: int, width: int, format: str, group: int, has_bias: bool = False, native_fp8: bool = False
+    ) -> "Projection":
+        """What follows from a matrix and its format."""
+        groups = -(-width // group)
+        stored_width = groups * group if format else width
+        return cls(rows, width, format, group, has_bias, groups, stored_width, scale_rows(rows), native_fp8)
+
+    def stored(self, dtype: str) -> tuple[str, tuple[int, int]]:
+        """dtype and shape of one expert's weight in memory, with activations in `dtype`."""
+        if not self.format:
+            return dtype, (self.rows, self.width)
+        return "int8", (self.rows, self.stored_width * DTYPES[FORMATS[self.format]].bits // 8)
