@@ -213,41 +213,58 @@ def test_near_ties_are_told_from_clear_choices() -> None:
 CHECKER = """
 import json
 from bench.gpu import checks, launch
-from bench.gpu.cases.experts import ExpertsCall, ExpertsCases
-from bench.gpu.cases.router import RouterCases
+from bench.gpu.cases import cases_of
+from bench.gpu.cases.experts import ExpertsCall
+from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
+from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-ExpertsCases.calls = lambda *_: [ExpertsCall(1), ExpertsCall(3), ExpertsCall(9), ExpertsCall(9, True)]
-RouterCases.calls = lambda *_: [1, 5]
-experts = ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32)
-router = RouterOp(RouterSpec(top_k=2), 6)
-found = [checks.check(op, 90, "cpu") for op in (experts, router)]
+calls = {
+    ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32): [
+        ExpertsCall(1), ExpertsCall(3), ExpertsCall(9), ExpertsCall(9, True)
+    ],
+    RouterOp(RouterSpec(top_k=2), 6): [1, 5],
+    SegmentAttentionOp(1, 20, "float16"): [(4,), (9, 0, 7)],
+    CandidatesOp(300): [1, 3],
+}
+for op, some in calls.items():
+    type(cases_of(op)).calls = lambda *_, some=some: some
+found = {op.name: [checks.check(op, 90, "cpu")] for op in calls}
 run = launch.run
 def wrong(draft, inputs):
     outputs = run(draft, inputs)
     if draft.op == "MoERouter":
         outputs[0][-1] = (outputs[0][-1] + 1) % 6
+    elif draft.op == "Candidates":
+        outputs[1][-1, :2] = outputs[1][-1, :2].flip(0)
     else:
         outputs[0][-1, -1] = float("nan")
     return outputs
 launch.run = wrong
-found += [checks.check(op, 90, "cpu") for op in (experts, router)]
+for op in calls:
+    found[op.name].append(checks.check(op, 90, "cpu"))
 launch.run = None
-print(json.dumps([*found, checks.check(router, 90, "cpu")]))
+print(json.dumps([found, checks.check(RouterOp(RouterSpec(top_k=2), 6), 90, "cpu")]))
 """
 
 
 def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
     done = python("-c", CHECKER, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
-    experts, router, wrong_experts, wrong_router, broken = json.loads(done.stdout)
-    assert "error" not in experts
-    assert 0 < experts["worst"] <= experts["allowed"]
-    assert experts["calls"] == ["1 tokens", "3 tokens", "9 tokens", "9 tokens, skewed"]
-    assert "error" not in router
-    assert "1 tokens: off by inf" in wrong_experts["error"]
-    assert "token 0 of 1 chooses" in wrong_router["error"]
+    found, broken = json.loads(done.stdout)
+    wrong = {
+        "MoEExperts": "1 tokens: off by inf",
+        "MoERouter": "token 0 of 1 chooses",
+        "SegmentAttention": "(4,): off by inf",
+        "Candidates": "ids of row 0 at 0: ",
+    }
+    assert set(found) == set(wrong)
+    for name, (right, other) in found.items():
+        assert "error" not in right, right
+        assert right["worst"] <= right["allowed"]
+        assert wrong[name] in other["error"]
+    assert found["MoEExperts"][0]["calls"] == ["1 tokens", "3 tokens", "9 tokens", "9 tokens, skewed"]
     assert broken["error"].startswith("TypeError")
 
 

@@ -1,11 +1,13 @@
 """Every op that is checked: a line each."""
 
 from bench.gpu.cases.base import Cases
+from bench.gpu.cases.candidates import CandidatesCases
 from bench.gpu.cases.experts import ExpertsCases
 from bench.gpu.cases.router import RouterCases
+from bench.gpu.cases.segment_attention import SegmentAttentionCases
 from moevlm.plugins.gpu.ops.base import KernelOp
 
-CASES: tuple[Cases, ...] = (ExpertsCases(), RouterCases())
+CASES: tuple[Cases, ...] = (SegmentAttentionCases(), CandidatesCases(), ExpertsCases(), RouterCases())
 
 
 def cases_of(op: KernelOp) -> Cases:
