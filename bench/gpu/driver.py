@@ -1,16 +1,30 @@
 """Runs a program's machine code through the CUDA driver: the plugin's work, by a second reader of the same data."""
 
 import ctypes
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from moevlm.plugins.gpu.program import ALIGNMENT, SYMBOLS, Fill, Image, Kernel, Program, Sizes, Variant, sizes_of
+from moevlm.plugins.gpu.program import (
+    ALIGNMENT,
+    SYMBOLS,
+    Fill,
+    Image,
+    Kernel,
+    Program,
+    Sizes,
+    TensorMap,
+    Variant,
+    sizes_of,
+)
+from moevlm.runtime.core.dtypes import DTYPES
 
 POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _WITHOUT_OPTING_IN = 48 * 1024
+_ELEMENT_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 3}  # CUtensorMapDataType; others are bytes
 
 
 @dataclass(frozen=True)
@@ -33,11 +47,20 @@ class Set:
 
 @dataclass(frozen=True)
 class Call:
-    """A launch with its numbers: arguments are 8-byte pointers or 4-byte integers."""
+    """A launch with its numbers: arguments are 8-byte pointers, 4-byte integers, or tensors to make maps of."""
 
     kernel: int
     grid: tuple[int, ...]
-    arguments: tuple[ctypes.c_void_p | ctypes.c_int32, ...]
+    arguments: "tuple[ctypes.c_void_p | ctypes.c_int32 | Mapped, ...]"
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor that a kernel takes as a map."""
+
+    described: TensorMap
+    address: int
+    shape: tuple[int, ...]
 
 
 def empty_outputs(program: Program, sizes: Sizes, device: str = "cuda") -> list[torch.Tensor]:
@@ -61,10 +84,14 @@ def resolve(variant: Variant, sizes: Sizes, pointers: Pointers) -> list[Set | Ca
         if isinstance(step, Fill):
             steps.append(Set(buffers[step.buffer], step.value, step.words.at(sizes)))
             continue
-        arguments: list[ctypes.c_void_p | ctypes.c_int32] = []
+        arguments: list[ctypes.c_void_p | ctypes.c_int32 | Mapped] = []
         for argument in step.arguments:
             if argument.kind in places:
                 arguments.append(ctypes.c_void_p(places[argument.kind][argument.index]))
+            elif argument.kind == "tensor_map":
+                tensor = variant.maps[argument.index]
+                address = places[tensor.source.kind][tensor.source.index]
+                arguments.append(Mapped(tensor, address, tensor.shape(sizes)))
             elif argument.kind == "null":
                 arguments.append(ctypes.c_void_p(None))
             else:
@@ -149,7 +176,8 @@ class CubinRunner:
 
     def _launch(self, call: Call, stream: ctypes.c_void_p) -> None:
         kernel = self._image.kernels[call.kernel]
-        addresses = [ctypes.addressof(argument) for argument in call.arguments]
+        arguments = [self._map(each) if isinstance(each, Mapped) else each for each in call.arguments]
+        addresses = [ctypes.addressof(argument) for argument in arguments]
         code = self._cuda.cuLaunchKernel(
             self._functions[call.kernel],
             *map(ctypes.c_uint, call.grid),
@@ -160,6 +188,29 @@ class CubinRunner:
             None,
         )
         self._check(f"launching {kernel.entry}", code)
+
+    def _map(self, tensor: Mapped) -> ctypes.Array[ctypes.c_char]:
+        """A CUtensorMap: 128 bytes, aligned to 64. The driver counts dimensions from the last one on."""
+        room = (ctypes.c_char * (128 + 64))()
+        made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+        width, rank = DTYPES[tensor.described.dtype].bytes, len(tensor.shape)
+        strides = [width * math.prod(tensor.shape[-i:]) for i in range(1, rank)]
+        code = self._cuda.cuTensorMapEncodeTiled(
+            made,
+            _ELEMENT_TYPES.get(tensor.described.dtype, 0),
+            rank,
+            ctypes.c_void_p(tensor.address),
+            (ctypes.c_uint64 * rank)(*reversed(tensor.shape)),
+            (ctypes.c_uint64 * rank)(*strides),
+            (ctypes.c_uint32 * rank)(*reversed(tensor.described.block)),
+            (ctypes.c_uint32 * rank)(*[1] * rank),
+            0,  # not interleaved
+            (0, 32, 64, 128).index(tensor.described.swizzle),
+            2,  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+            0,  # zeros beyond the array
+        )
+        self._check("a tensor map", code)
+        return made
 
     def close(self) -> None:
         for module in self._modules:

@@ -1,10 +1,12 @@
 """Runs a Draft through Triton: on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moevlm.plugins.gpu import kernels
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
@@ -13,11 +15,21 @@ from moevlm.runtime.core.dtypes import DTYPES
 
 
 def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
-    """Launch one kernel. arguments: one for each of spec.types: a tensor, a number, or None for a null pointer."""
+    """Launch one kernel.
+
+    arguments: one for each of spec.types: a tensor, what `described` made, a number, or None for a null pointer.
+    """
     constants = dict(spec.constants)
     if "INTERPRETED" in constants:
         constants["INTERPRETED"] = bool(knobs.runtime.interpret)
     getattr(kernels, spec.function)[grid](*arguments, **constants, num_warps=spec.warps, num_stages=spec.stages)
+
+
+def described(array: torch.Tensor, shape: Sequence[int], kind: str) -> TensorDescriptor:
+    """The array that begins where another does, for a parameter of this type: "tensordesc<bf16[1, 64, 64]>"."""
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    block = [int(size) for size in kind[kind.index("[") + 1 : kind.index("]")].split(",")]
+    return TensorDescriptor(array.reshape(-1)[: math.prod(shape)], list(shape), strides, block)
 
 
 def run(draft: Draft, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -46,6 +58,10 @@ def run(draft: Draft, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
             return buffer[: len(buffer) // dtype.itemsize * dtype.itemsize].view(dtype)
         if argument.kind == "symbol":
             return sizes[SYMBOLS[argument.index]]
+        if argument.kind == "tensor_map":
+            tensor = variant.maps[argument.index]
+            array = value(tensor.source, DTYPES[tensor.dtype].pointer).view(getattr(torch, tensor.dtype))
+            return described(array, tensor.shape(sizes), kind)
         return {"null": None, "constant": argument.index}[argument.kind]
 
     for step in variant.steps:

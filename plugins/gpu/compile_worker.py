@@ -23,6 +23,7 @@ from moevlm.plugins.gpu.resources import measure
 
 _ENTRY = re.compile(r"\.entry\s+(\w+)\s*\((.*?)\)", re.DOTALL)
 _THREADS = re.compile(r"\.reqntid\s+(\d+)")
+_DESCRIPTOR = re.compile(r"tensordesc<\w+\[[\d, ]+\]>")
 _CLUSTER = re.compile(r"\.(reqnctapercluster|explicitcluster|maxclusterrank)")
 
 
@@ -43,7 +44,7 @@ def source(module: str, spec: KernelSpec) -> ASTSource:
 
 
 def compile_kernel(module: str, spec: KernelSpec, sm: int) -> dict[str, Any]:
-    """A reply: the fields of a Kernel (`image` in base64) and its `resources`."""
+    """A reply: the fields of a Kernel (`image` in base64), its `resources`, and its `maps`, see `tensor_maps`."""
     options = {"num_warps": spec.warps, "num_stages": spec.stages}
     compiled = triton_compile(source(module, spec), target=GPUTarget("cuda", sm, 32), options=options)
     metadata, ptx, image = compiled.metadata, compiled.asm["ptx"], compiled.asm["cubin"]
@@ -67,7 +68,31 @@ def compile_kernel(module: str, spec: KernelSpec, sm: int) -> dict[str, Any]:
         "parameters": entry[2].count(".param"),
         "image": base64.b64encode(image).decode(),
         "resources": asdict(resources),
+        "maps": tensor_maps(spec, metadata, ptx, entry[1]),
     }
+
+
+def tensor_maps(spec: KernelSpec, metadata: Any, ptx: str, entry: str) -> list[dict[str, Any]]:
+    """How the kernel takes each tensor map: elements of a block, and bytes of the swizzle.
+
+    After each come the array's shape and strides as parameters, which are of no use beside the map: a program passes
+    zeros. Raises ValueError for a kernel that reads them.
+    """
+    given = [kind for kind in spec.types if _DESCRIPTOR.fullmatch(kind)]
+    described = metadata.tensordesc_meta or []
+    if len(described) != len(given):
+        raise ValueError(f"{len(given)} tensor maps on SM{metadata.target.arch} (allowed: from SM90 on)")
+    place = 0
+    for kind in spec.types:
+        if kind in given:
+            unread = 2 * (kind.count(",") + 1)
+            for number in range(place + 1, place + 1 + unread):
+                if len(re.findall(rf"\b{entry}_param_{number}\b", ptx)) > 1:
+                    raise ValueError(f"parameter {number} is read (allowed: of {kind}, its map alone)")
+            place += unread
+        place += 1
+    swizzles = (0, 32, 64, 128)
+    return [{"block": list(each["block_size"]), "swizzle": swizzles[each["swizzle"]]} for each in described]
 
 
 def reason(error: BaseException) -> str:

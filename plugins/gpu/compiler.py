@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from moevlm.plugins.gpu.devices import device
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.ops.base import KernelOp
-from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, Variant
+from moevlm.plugins.gpu.program import Argument, Fill, Image, Kernel, Launch, Program, TensorMap, Variant
 from moevlm.plugins.gpu.resources import Resources
 from moevlm.runtime.core.progress import Stages, silent
 
@@ -26,7 +26,18 @@ KERNELS = "moevlm.plugins.gpu.kernels"
 _MOST_WORKERS = 16
 _SETTINGS = ("TRITON_CACHE_DIR", "TRITON_HOME")  # the environment's others of Triton would change the code
 _Task = tuple[str, KernelSpec, int]
-_done: dict[_Task, tuple[Kernel, Resources]] = {}
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """maps: of each tensor map that the kernel takes, the block and the swizzle."""
+
+    kernel: Kernel
+    resources: Resources
+    maps: tuple[tuple[tuple[int, ...], int], ...]
+
+
+_done: dict[_Task, _Compiled] = {}
 
 
 class CompileError(ValueError):
@@ -44,7 +55,7 @@ def compile_program(op: KernelOp, sms: Iterable[int], progress: Stages = silent)
 
 def resources(op: KernelOp, sms: Iterable[int], progress: Stages = silent) -> list[Resources]:
     """What each kernel of `compile_program(op, sms)` takes, in order; compiles those that are not compiled yet."""
-    return [found for _, found in _compile(_tasks(_drafts(op, sms), KERNELS), progress).values()]
+    return [found.resources for found in _compile(_tasks(_drafts(op, sms), KERNELS), progress).values()]
 
 
 def compile_drafts(drafts: Sequence[Draft], module: str = KERNELS, progress: Stages = silent) -> Program:
@@ -64,9 +75,10 @@ def compile_drafts(drafts: Sequence[Draft], module: str = KERNELS, progress: Sta
     images = []
     for one in drafts:
         specs = tuple(dict.fromkeys(one.kernels))
-        kernels = tuple(compiled[module, spec, one.sm][0] for spec in specs)
+        kernels = tuple(compiled[module, spec, one.sm] for spec in specs)
         place = tuple(specs.index(spec) for spec in one.kernels)
-        images.append(Image(one.sm, kernels, tuple(_finished(v, kernels, place) for v in one.variants)))
+        variants = tuple(_finished(variant, kernels, place) for variant in one.variants)
+        images.append(Image(one.sm, tuple(each.kernel for each in kernels), variants))
     return Program(first.op, first.inputs, first.outputs, tuple(images))
 
 
@@ -78,24 +90,36 @@ def _tasks(drafts: Iterable[Draft], module: str) -> list[_Task]:
     return list(dict.fromkeys((module, spec, one.sm) for one in drafts for spec in one.kernels))
 
 
-def _finished(variant: Variant, kernels: Sequence[Kernel], place: Sequence[int]) -> Variant:
-    """The variant with its launches naming compiled kernels, and a null for each scratch pointer Triton appended."""
+def _finished(variant: Variant, kernels: Sequence[_Compiled], place: Sequence[int]) -> Variant:
+    """The variant with its launches naming compiled kernels, and an argument for each parameter that Triton added."""
     steps: list[Launch | Fill] = []
+    maps: dict[int, TensorMap] = {}
     for step in variant.steps:
         if isinstance(step, Launch):
-            kernel = place[step.kernel]
-            nulls = kernels[kernel].parameters - len(step.arguments)
+            compiled = kernels[place[step.kernel]]
+            arguments: list[Argument] = []
+            described = iter(compiled.maps)
+            for argument in step.arguments:
+                arguments.append(argument)
+                if argument.kind == "tensor_map":
+                    block, swizzle = next(described)
+                    finished = replace(variant.maps[argument.index], block=block, swizzle=swizzle)
+                    if maps.setdefault(argument.index, finished) != finished:
+                        raise CompileError(f"{compiled.kernel.entry} takes tensor map {argument.index} in other blocks")
+                    arguments += [Argument("null")] * 2 * len(block)  # its shape and strides, which are not read
+            nulls = compiled.kernel.parameters - len(arguments)
             if nulls not in (0, 1, 2):
                 raise CompileError(
-                    f"{kernels[kernel].entry} has {kernels[kernel].parameters} parameters"
-                    f" (its launch gives {len(step.arguments)}, and Triton adds up to 2)"
+                    f"{compiled.kernel.entry} has {compiled.kernel.parameters} parameters"
+                    f" (its launch gives {len(arguments)}, and Triton adds up to 2)"
                 )
-            step = replace(step, kernel=kernel, arguments=(*step.arguments, *(Argument("null"),) * nulls))
+            arguments += [Argument("null")] * nulls  # pointers to scratch memory
+            step = replace(step, kernel=place[step.kernel], arguments=tuple(arguments))
         steps.append(step)
-    return replace(variant, steps=tuple(steps))
+    return replace(variant, steps=tuple(steps), maps=tuple(maps[i] for i in range(len(variant.maps))))
 
 
-def _compile(tasks: Sequence[_Task], progress: Stages) -> dict[_Task, tuple[Kernel, Resources]]:
+def _compile(tasks: Sequence[_Task], progress: Stages) -> dict[_Task, _Compiled]:
     missing = [task for task in tasks if task not in _done]
     workers = min(len(os.sched_getaffinity(0)), len(missing), _MOST_WORKERS)
     with ExitStack() as stack:
@@ -103,7 +127,7 @@ def _compile(tasks: Sequence[_Task], progress: Stages) -> dict[_Task, tuple[Kern
         for _ in range(workers):
             idle.put(stack.enter_context(_Worker()))
 
-        def run(task: _Task) -> tuple[Kernel, Resources]:
+        def run(task: _Task) -> _Compiled:
             worker = idle.get()
             try:
                 return worker.compile(task)
@@ -148,7 +172,7 @@ class _Worker:
         self._process.communicate()
         self._log.close()
 
-    def compile(self, task: _Task) -> tuple[Kernel, Resources]:
+    def compile(self, task: _Task) -> _Compiled:
         _, spec, sm = task
         name = f"{spec.function} for {device(sm).arch}"
         reply = self._ask(task)
@@ -156,7 +180,8 @@ class _Worker:
             raise CompileError(f"cannot compile {name}: {reply['error']}")
         found = Resources(**reply.pop("resources"))
         found.check()
-        return Kernel(**reply | {"image": base64.b64decode(reply["image"])}), found
+        maps = tuple((tuple(each["block"]), each["swizzle"]) for each in reply.pop("maps"))
+        return _Compiled(Kernel(**reply | {"image": base64.b64decode(reply["image"])}), found, maps)
 
     def _ask(self, task: _Task) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -13,8 +13,9 @@ class KernelSpec:
     """A Triton function and all that it is specialised to.
 
     function: its name in `moevlm.plugins.gpu.kernels`. types: Triton's names of its run-time parameters, which come
-    first ("*bf16", "*i32", "i32"); pointers are aligned to 16 bytes. constants: its constexpr parameters by name,
-    numbers, strings, and frozen dataclasses of such, which a kernel reads field by field.
+    first ("*bf16", "*i32", "i32"; "tensordesc<bf16[1, 128, 64]>" for a tensor map with such blocks, from SM 9.0 on);
+    pointers are aligned to 16 bytes. constants: its constexpr parameters by name, numbers, strings, and frozen
+    dataclasses of such, which a kernel reads field by field.
     """
 
     function: str

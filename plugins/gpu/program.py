@@ -16,7 +16,7 @@ ALIGNMENT = 256  # of every workspace buffer, in bytes
 _FILL = _NO_SYMBOL = 0xFFFFFFFF
 # Of the tensors that a kernel takes.
 TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "float8_e4m3fn", "bfloat16")
-ARGUMENTS = ("input", "output", "workspace", "symbol", "null", "constant")
+ARGUMENTS = ("input", "output", "workspace", "symbol", "null", "constant", "tensor_map")
 # What is known only when an op runs: T tokens (or patches, or rows), N sequences (or images), M columns of a page
 # table, P pages.
 SYMBOLS = ("T", "N", "M", "P")
@@ -121,7 +121,7 @@ class Argument:
     """What a kernel is given.
 
     kind: the pointer of "input", "output" or "workspace" buffer `index`; "symbol", the value of SYMBOLS[index] as
-    int32; "null", a null pointer; "constant", `index` as int32.
+    int32; "null", a null pointer; "constant", `index` as int32; "tensor_map", the variant's map `index`.
     """
 
     kind: str
@@ -129,6 +129,27 @@ class Argument:
 
 
 TOKENS = Argument("symbol", SYMBOLS.index("T"))
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A dense array [rows, *inner] that a kernel loads in blocks, by the tensor memory accelerator of SM 9.0 and up.
+
+    source: the pointer of an input, an output or a workspace buffer. dtype: one of TENSOR_DTYPES. block: elements of a
+    load along each dimension, at most 256, as in the type of the kernel's parameter (tensordesc<bf16[1, 128, 64]>).
+    swizzle: bytes over which a block's rows are permuted in shared memory, 0, 32, 64 or 128; the compiler sets it.
+    """
+
+    source: Argument
+    dtype: str
+    rows: Linear
+    inner: tuple[int, ...]
+    block: tuple[int, ...]
+    swizzle: int = 0
+
+    def shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Of the array, for such sizes."""
+        return self.rows.at(sizes), *self.inner
 
 
 @dataclass(frozen=True)
@@ -171,6 +192,7 @@ class Variant:
     bounds: tuple[Linear, ...]
     buffers: tuple[Count, ...]
     steps: tuple[Launch | Fill, ...]
+    maps: tuple[TensorMap, ...] = ()
 
     def holds(self, sizes: Sizes) -> bool:
         """Whether it may run for such sizes."""
@@ -239,7 +261,9 @@ class Program:
         Linear: offset i64, and the slope of each of SYMBOLS, i64.
         Count: value, divisor i64, whether it has a limit, and if it has, the limit.
         Image: sm u32, kernels, variants. Kernel: entry, warps u32, shared u32, parameters u32, image.
-        Variant: bounds, buffers, steps. Launch: kernel u32, overlaps, three Counts, a list of (kind u32, index u32).
+        Variant: bounds, buffers, maps, steps. Argument: kind u32, index u32.
+        TensorMap: source, dtype u32, rows, inner: a list of i64, block: a list of u32, swizzle u32.
+        Launch: kernel u32, overlaps, three Counts, arguments.
         Fill: 0xFFFFFFFF in the place of the kernel, buffer u32, value u32, Count.
         """
         out = _Writer()
@@ -276,6 +300,14 @@ def _write_image(out: "_Writer", image: Image) -> None:
             out.linear(bound)
         out.u32(len(variant.buffers))
         out.counts(variant.buffers)
+        out.u32(len(variant.maps))
+        for tensor in variant.maps:
+            out.argument(tensor.source)
+            out.u32(DTYPES[tensor.dtype].tensorrt_number)
+            out.linear(tensor.rows)
+            out.u32(len(tensor.inner))
+            out.i64(*tensor.inner)
+            out.u32(len(tensor.block), *tensor.block, tensor.swizzle)
         out.u32(len(variant.steps))
         for step in variant.steps:
             if isinstance(step, Fill):
@@ -286,7 +318,7 @@ def _write_image(out: "_Writer", image: Image) -> None:
             out.counts(step.grid)
             out.u32(len(step.arguments))
             for argument in step.arguments:
-                out.u32(ARGUMENTS.index(argument.kind), argument.index)
+                out.argument(argument)
 
 
 class _Writer:
@@ -305,6 +337,9 @@ class _Writer:
     def blob(self, data: bytes) -> None:
         self.u32(len(data))
         self.data += data
+
+    def argument(self, argument: Argument) -> None:
+        self.u32(ARGUMENTS.index(argument.kind), argument.index)
 
     def linear(self, linear: Linear) -> None:
         self.i64(linear.offset, *(getattr(linear, symbol) for symbol in SYMBOLS))

@@ -40,6 +40,7 @@ Driver resolve() {
   find(driver.LaunchKernel, "cuLaunchKernel");
   find(driver.LaunchKernelEx, "cuLaunchKernelEx");
   find(driver.MemsetD32Async, "cuMemsetD32Async");
+  find(driver.TensorMapEncodeTiled, "cuTensorMapEncodeTiled");
   find(driver.GetErrorName, "cuGetErrorName");
   find(driver.GetErrorString, "cuGetErrorString");
   return driver;

@@ -33,6 +33,9 @@ struct LaunchConfig {
 };
 static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32);
 
+// CUtensorMap.
+constexpr size_t kTensorMapSize = 128, kTensorMapAlignment = 64;
+
 // Functions of libcuda.so.1 by their names there, less the "cu".
 struct Driver {
   CudaResult (*CtxGetCurrent)(CudaContext**);
@@ -51,6 +54,9 @@ struct Driver {
                              void** extra);
   CudaResult (*LaunchKernelEx)(const LaunchConfig*, CudaFunction*, void** parameters, void** extra);
   CudaResult (*MemsetD32Async)(CudaAddress, unsigned value, size_t words, void* stream);
+  CudaResult (*TensorMapEncodeTiled)(void* map, int element_type, unsigned rank, void* address, const uint64_t* sizes,
+                                     const uint64_t* strides, const uint32_t* block, const uint32_t* steps,
+                                     int interleave, int swizzle, int promotion, int fill);
   CudaResult (*GetErrorName)(CudaResult, const char**);
   CudaResult (*GetErrorString)(CudaResult, const char**);
 

@@ -1,11 +1,9 @@
 // A TensorRT plugin that runs a program: what every op is.
 #pragma once
 #include <memory>
-#include <optional>
-#include <vector>
 
 #include "abi.h"
-#include "modules.h"
+#include "execution.h"
 #include "program.h"
 
 namespace moevlm::tensorrt {
@@ -54,33 +52,12 @@ class ProgramPlugin final : public abi::Plugin,
   const abi::Fields* getFieldsToSerialize() noexcept override;
 
  private:
-  // A step at certain sizes: a launch's grid, or the words of a fill.
-  struct Extent {
-    unsigned grid[3];
-    size_t words;
-  };
-
   const abi::DimensionExpr* size(size_t symbol, int64_t plus, const abi::DimsExprs* in,
                                  abi::ExprBuilderImpl& builder) const;
-  std::optional<Current> enter();
-  void load();
-  void prepare(const Sizes& sizes);
-  void run(const void* const* inputs, void* const* outputs, char* workspace, abi::CudaStream* stream);
-  void launch(const Launch& launch, const Extent& extent, abi::CudaStream* stream);
-  uint64_t value(const Argument& argument, const void* const* inputs, void* const* outputs,
-                 const char* workspace) const;
 
   std::shared_ptr<const Program> program_;
   abi::Phase phase_;
-  std::shared_ptr<const PrimaryContext> primary_;  // outlives the modules in it
-  std::shared_ptr<const Modules> modules_;
-  Sizes sizes_{};  // what the following was made for; zeros for nothing
-  const Variant* variant_ = nullptr;
-  std::vector<size_t> offsets_;  // of the buffers in the workspace
-  size_t workspace_ = 0;         // bytes of them all
-  std::vector<Extent> extents_;  // of the steps
-  std::vector<uint64_t> values_;
-  std::vector<void*> parameters_;  // to values_
+  Execution execution_;
   abi::Field field_;
   abi::Fields fields_;
 };

@@ -29,6 +29,19 @@ Known& known() {
 
 size_t aligned(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlignment - 1) / kAlignment * kAlignment; }
 
+int64_t dtype_bytes(int32_t dtype) {
+  constexpr int64_t kBytes[] = {4, 2, 1, 4, 1, 1, 1, 2};
+  return kBytes[dtype];
+}
+
+void multiply(Wide& bytes, int64_t factor) { bytes = std::min(bytes * factor, Wide{1} << 62); }
+
+Wide TensorMap::row_bytes() const {
+  Wide bytes = dtype_bytes(dtype);
+  for (const int64_t size : inner) multiply(bytes, size);
+  return bytes;
+}
+
 bool Variant::holds(const Sizes& sizes) const { return holds_throughout(exactly(sizes)); }
 
 bool Variant::holds_throughout(const Ranges& ranges) const {

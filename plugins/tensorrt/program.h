@@ -15,6 +15,7 @@
 namespace moevlm::tensorrt {
 
 constexpr size_t kAlignment = 256;  // of a buffer in the workspace
+constexpr size_t kMaxMapRank = 5;
 
 // A number, or a symbol plus a number.
 struct Dimension {
@@ -30,11 +31,24 @@ struct Tensor {
   std::vector<Dimension> shape;
 };
 
-enum class ArgumentKind : uint32_t { kInput, kOutput, kWorkspace, kSymbol, kNull, kConstant };
+enum class ArgumentKind : uint32_t { kInput, kOutput, kWorkspace, kSymbol, kNull, kConstant, kTensorMap };
 
 struct Argument {
   ArgumentKind kind;
   uint32_t index;
+};
+
+// A dense array [rows, inner...] at an input, an output or a buffer, which a kernel loads in blocks through the tensor
+// memory accelerator. swizzle: bytes over which a block's rows are permuted in shared memory, 0 for not at all.
+struct TensorMap {
+  Argument source;
+  int32_t dtype;
+  Linear rows;
+  std::vector<int64_t> inner;
+  std::vector<uint32_t> block;
+  uint32_t swizzle;
+
+  Wide row_bytes() const;
 };
 
 // overlaps: it may begin while the step before it ends, for which its kernel waits itself.
@@ -57,6 +71,7 @@ using Step = std::variant<Launch, Fill>;
 struct Variant {
   std::vector<Linear> bounds;
   std::vector<Count> buffers;
+  std::vector<TensorMap> maps;
   std::vector<Step> steps;
 
   bool holds(const Sizes& sizes) const;
@@ -101,6 +116,10 @@ struct Program {
   // somebody has it: a model's layers share one program.
   static std::shared_ptr<const Program> read(std::string_view bytes);
 
+  // An input or output.
+  const Tensor& tensor(const Argument& argument) const {
+    return (argument.kind == ArgumentKind::kInput ? inputs : outputs)[argument.index];
+  }
   // Null if there is none for this compute capability.
   const Image* image(uint32_t sm) const;
   // All that a symbol may be: 1 to kMaxSize, and 1 where the program has no such symbol.
@@ -112,5 +131,7 @@ struct Program {
 };
 
 size_t aligned(int64_t bytes);
+int64_t dtype_bytes(int32_t dtype);         // of the dtypes that a program may have
+void multiply(Wide& bytes, int64_t factor);  // up to 2^62, which is more than there ever is
 
 }  // namespace moevlm::tensorrt

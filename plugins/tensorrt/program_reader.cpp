@@ -1,13 +1,13 @@
 #include "program_reader.h"
 
 #include <algorithm>
-#include <cstring>
-#include <limits>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "errors.h"
+#include "program_checks.h"
+#include "reader.h"
 
 namespace moevlm::tensorrt {
 namespace {
@@ -15,72 +15,14 @@ namespace {
 constexpr std::string_view kMagic = "MOEVLMGP";
 constexpr uint32_t kVersion = 2;
 constexpr uint32_t kFill = 0xFFFFFFFF, kNoSymbol = 0xFFFFFFFF;
-constexpr uint32_t kFirstOverlappingSm = 90;
+constexpr uint32_t kFirstHopperSm = 90;  // with launches that overlap, and tensor maps
 constexpr uint32_t kMaxRank = 8, kMaxWarps = 32;
 constexpr int64_t kMaxDimension = int64_t{1} << 40;
-constexpr int64_t kMaxWorkspace = int64_t{1} << 44;
-constexpr int64_t kMaxGrid[3] = {std::numeric_limits<int32_t>::max(), 65535, 65535};
 constexpr int32_t kDtypes[] = {0, 1, 2, 3, 6, 7};
-
-class Reader {
- public:
-  explicit Reader(std::string_view bytes) : bytes_(bytes) {}
-
-  std::string_view raw(size_t length, const char* what) {
-    if (length > bytes_.size() - at_) invalid("the program ends at byte ", bytes_.size(), " in ", what);
-    at_ += length;
-    return bytes_.substr(at_ - length, length);
-  }
-
-  template <class T>
-  T number(const char* what) {
-    T value;
-    std::memcpy(&value, raw(sizeof value, what).data(), sizeof value);
-    return value;
-  }
-
-  uint32_t u32(const char* what) { return number<uint32_t>(what); }
-  std::string_view blob(const char* what) { return raw(u32(what), what); }
-
-  // A list's length, refused when so many items of at least `item` bytes cannot follow.
-  uint32_t length(size_t item, const char* what) {
-    const uint32_t count = u32(what);
-    if (count > (bytes_.size() - at_) / item) invalid("the program ends within its ", count, " ", what);
-    return count;
-  }
-
-  uint32_t index(size_t count, const char* what) {
-    const uint32_t value = u32(what);
-    require(value < count, what, value, count);
-    return value;
-  }
-
-  bool flag(const char* what) {
-    const uint32_t value = u32(what);
-    if (value > 1) invalid(what, " is ", value, " in the program (allowed: 0, 1)");
-    return value;
-  }
-
-  static void require(bool holds, const char* what, uint32_t value, size_t count) {
-    if (!holds) invalid(what, " ", value, " in the program (it has ", count, ")");
-  }
-
-  size_t left() const { return bytes_.size() - at_; }
-
- private:
-  std::string_view bytes_;
-  size_t at_ = 0;
-};
 
 constexpr size_t kLinearSize = (1 + kSymbolCount) * sizeof(int64_t);
 constexpr size_t kCountSize = kLinearSize + sizeof(int64_t) + sizeof(uint32_t);  // without a limit
-
-std::string text(const Linear& linear) {
-  std::string sum = std::to_string(linear.offset);
-  for (size_t s = 0; s < kSymbolCount; ++s)
-    if (linear.coefficients[s]) sum += join(" + ", linear.coefficients[s], " ", kSymbols[s]);
-  return sum;
-}
+constexpr size_t kMapSize = kLinearSize + 6 * sizeof(uint32_t);                  // without dimensions
 
 Linear read_linear(Reader& in, const Program& program) {
   Linear linear;
@@ -90,10 +32,6 @@ Linear read_linear(Reader& in, const Program& program) {
     if (linear.coefficients[s] && !program.places[s])
       invalid("the program has ", text(linear), ", but no input has ", kSymbols[s], " in its shape");
   return linear;
-}
-
-bool has_negative(const Linear& linear) {
-  return linear.offset < 0 || *std::min_element(linear.coefficients.begin(), linear.coefficients.end()) < 0;
 }
 
 Count read_count(Reader& in, const Program& program) {
@@ -122,13 +60,18 @@ Dimension read_dimension(Reader& in, const Tensor& tensor) {
   return {is_symbol ? std::optional<size_t>(symbol) : std::nullopt, value};
 }
 
+int32_t read_dtype(Reader& in, const std::string& what) {
+  const auto dtype = in.number<int32_t>("a dtype");
+  if (std::find(std::begin(kDtypes), std::end(kDtypes), dtype) == std::end(kDtypes))
+    invalid(what, " of the program has dtype ", dtype, " (allowed: 0, 1, 2, 3, 6, 7)");
+  return dtype;
+}
+
 std::vector<Tensor> read_tensors(Reader& in) {
   std::vector<Tensor> tensors(in.length(16, "tensors"));
   for (Tensor& tensor : tensors) {
     tensor.name = in.blob("a tensor's name");
-    tensor.dtype = in.number<int32_t>("a dtype");
-    if (std::find(std::begin(kDtypes), std::end(kDtypes), tensor.dtype) == std::end(kDtypes))
-      invalid("tensor ", tensor.name, " of the program has dtype ", tensor.dtype, " (allowed: 0, 1, 2, 3, 6, 7)");
+    tensor.dtype = read_dtype(in, join("tensor ", tensor.name));
     tensor.written = in.flag("whether a tensor is written");
     const uint32_t rank = in.length(sizeof(uint32_t) + sizeof(int64_t), "dimensions");
     if (rank > kMaxRank)
@@ -146,16 +89,6 @@ void find_places(Program& program) {
       if (dimension.symbol && !program.places[*dimension.symbol])
         program.places[*dimension.symbol] = Place{i, d, dimension.value};
     }
-}
-
-void check_outputs(const Program& program) {
-  for (const Tensor& output : program.outputs) {
-    if (output.written) invalid("output ", output.name, " of the program is marked as written (allowed: inputs)");
-    for (const Dimension& dimension : output.shape)
-      if (dimension.symbol && !program.places[*dimension.symbol])
-        invalid("output ", output.name, " of the program has ", kSymbols[*dimension.symbol],
-                " in its shape, no input has");
-  }
 }
 
 Kernel read_kernel(Reader& in) {
@@ -183,48 +116,31 @@ Argument read_argument(Reader& in, const Program& program, const Variant& varian
       in.require(index < kSymbolCount, "symbol", index, kSymbolCount);
       if (!program.places[index]) invalid("a kernel of the program takes ", kSymbols[index], ", which no input has");
       break;
+    case ArgumentKind::kTensorMap:
+      in.require(index < variant.maps.size(), "tensor map", index, variant.maps.size());
+      break;
     case ArgumentKind::kNull:
     case ArgumentKind::kConstant: break;
-    default: invalid("kind ", kind, " of an argument in the program (allowed: 0 to 5)");
+    default: invalid("kind ", kind, " of an argument in the program (allowed: 0 to 6)");
   }
   return {static_cast<ArgumentKind>(kind), index};
 }
 
-// What each symbol may be in some variant of every image.
-Sizes find_largest(const Program& program) {
-  Sizes largest = most(program.possible());
-  for (const Image& image : program.images) {
-    Sizes of_image{};
-    for (const Variant& variant : image.variants) {
-      Ranges ranges = program.possible();
-      if (!narrow(ranges, variant.bounds)) continue;
-      for (size_t s = 0; s < kSymbolCount; ++s) of_image[s] = std::max(of_image[s], ranges[s].most);
-    }
-    for (size_t s = 0; s < kSymbolCount; ++s) largest[s] = std::min(largest[s], of_image[s]);
-  }
-  return largest;
-}
-
-// Counts never fall, so what holds at the ends of a variant's sizes holds between them.
-void check_grid(const std::array<Count, 3>& grid, const Kernel& kernel, const Program& program, const Ranges& ranges) {
-  for (int axis = 0; axis < 3; ++axis)
-    for (const Sizes& sizes : {least(ranges), most(ranges)}) {
-      const int64_t size = grid[axis].at(sizes);
-      if (size < 1 || size > kMaxGrid[axis])
-        invalid("kernel ", kernel.entry, " of the program has a grid of ", size, " along ", "xyz"[axis], " for ",
-                program.describe(exactly(sizes)), " (allowed: 1 to ", kMaxGrid[axis], ")");
-    }
-}
-
-void check_buffers(const std::vector<Count>& buffers, const Program& program, const Sizes& sizes) {
-  int64_t room = kMaxWorkspace;
-  for (const Count& buffer : buffers) {
-    const int64_t bytes = buffer.at(sizes);
-    if (bytes > room - int64_t{kAlignment})
-      invalid("a variant of the program has buffers of over ", kMaxWorkspace, " bytes for ",
-              program.describe(exactly(sizes)));
-    room -= static_cast<int64_t>(aligned(bytes));
-  }
+TensorMap read_map(Reader& in, const Program& program, const Image& image, const Variant& variant) {
+  TensorMap map{};
+  map.source = read_argument(in, program, variant);
+  if (map.source.kind > ArgumentKind::kWorkspace)
+    invalid("a tensor map of the program is of an argument of kind ", static_cast<uint32_t>(map.source.kind),
+            " (allowed: 0 to 2)");
+  map.dtype = read_dtype(in, "a tensor map");
+  map.rows = read_linear(in, program);
+  for (uint32_t i = in.length(sizeof(int64_t), "dimensions"); i; --i)
+    map.inner.push_back(in.number<int64_t>("a dimension"));
+  for (uint32_t i = in.length(sizeof(uint32_t), "sizes of a block"); i; --i) map.block.push_back(in.u32("a block"));
+  map.swizzle = in.u32("a swizzle");
+  if (image.sm < kFirstHopperSm)
+    invalid("the program has a tensor map for sm", image.sm, " (allowed: from sm", kFirstHopperSm, " on)");
+  return map;
 }
 
 Variant read_variant(Reader& in, const Program& program, const Image& image, const std::vector<uint32_t>& parameters) {
@@ -233,7 +149,11 @@ Variant read_variant(Reader& in, const Program& program, const Image& image, con
   for (uint32_t i = in.length(kCountSize, "buffers"); i; --i) variant.buffers.push_back(read_count(in, program));
   Ranges ranges = program.possible();
   const bool is_reached = narrow(ranges, variant.bounds);  // what never runs may ask for anything
-  if (is_reached) check_buffers(variant.buffers, program, most(ranges));
+  if (is_reached) check_buffers(variant.buffers, program, ranges);
+  for (uint32_t i = in.length(kMapSize, "tensor maps"); i; --i) {
+    variant.maps.push_back(read_map(in, program, image, variant));
+    if (is_reached) check_map(variant.maps.back(), program, ranges);
+  }
   for (uint32_t i = in.length(4, "steps"); i; --i) {
     const uint32_t kernel = in.u32("a step");
     if (kernel == kFill) {
@@ -247,8 +167,8 @@ Variant read_variant(Reader& in, const Program& program, const Image& image, con
     in.require(kernel < image.kernels.size(), "kernel", kernel, image.kernels.size());
     const std::string& entry = image.kernels[kernel].entry;
     Launch launch{kernel, in.flag("whether a launch overlaps"), {}, {}};
-    if (launch.overlaps && image.sm < kFirstOverlappingSm)
-      invalid("kernel ", entry, " of the program overlaps on sm", image.sm, " (allowed: from sm", kFirstOverlappingSm,
+    if (launch.overlaps && image.sm < kFirstHopperSm)
+      invalid("kernel ", entry, " of the program overlaps on sm", image.sm, " (allowed: from sm", kFirstHopperSm,
               " on)");
     for (Count& count : launch.grid) count = read_count(in, program);
     if (is_reached) check_grid(launch.grid, image.kernels[kernel], program, ranges);

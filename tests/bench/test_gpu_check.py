@@ -50,6 +50,7 @@ from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver, image
+from tests.plugins.tensorrt.programs import expected_calls, mapped_program, sizes_at
 
 ROOT = Path(__file__).parents[2]
 QWEN, GEMMA, DEEPSEEK = shapes.LAYERS
@@ -403,6 +404,21 @@ def test_machine_code_is_launched_as_the_program_says(fake: tuple[FakeCuda, Path
         prepared()
     runner.close()
     assert cuda.loaded() == 0
+
+
+def test_machine_code_is_given_tensor_maps(fake: tuple[FakeCuda, Path]) -> None:
+    cuda, path = fake
+    cuda.set_sm(90)
+    program = mapped_program()
+    runner = CubinRunner(program, 90, "cpu", str(path))
+    inputs = [torch.zeros(5, 64, dtype=torch.float16), torch.zeros(8, 32, 64, dtype=torch.bfloat16)]
+    prepared = runner.prepare(inputs)
+    prepared()
+    addresses = [tensor.data_ptr() for tensor in (*inputs, *prepared.outputs, prepared.kept[-1])]
+    expected = expected_calls(program, 90, sizes_at(5), addresses[:2], addresses[2:3], addresses[3])
+    launches = [event.values["arguments"] for event in cuda.events() if event.call == "cuLaunchKernel"]
+    assert launches == [values["arguments"] for _, values in expected]
+    runner.close()
 
 
 # Tuning

@@ -61,7 +61,8 @@ def install() -> None:
 
     def guarded(self: Any, given: Any, named: Any) -> Any:
         hosted = arguments(self, given, named)
-        memory.allow(tensor for tensor in (*hosted[0], *hosted[1].values()) if hasattr(tensor, "data_ptr"))
+        bases = (getattr(each, "base", each) for each in (*hosted[0], *hosted[1].values()))  # of tensor maps
+        memory.allow(tensor for tensor in bases if hasattr(tensor, "data_ptr"))
         return hosted
 
     interpreter._interpreter = memory

@@ -6,7 +6,7 @@ from typing import Any
 
 DTYPES = {0: "float32", 1: "float16", 2: "int8", 3: "int32", 6: "float8_e4m3fn", 7: "bfloat16"}
 SYMBOLS = ("T", "N", "M", "P")
-KINDS = ("input", "output", "workspace", "symbol", "null", "constant")
+KINDS = ("input", "output", "workspace", "symbol", "null", "constant", "tensor_map")
 
 
 @dataclass
@@ -53,19 +53,31 @@ class Reader:
         entry, warps, shared, parameters = self.blob().decode(), self.u32(), self.u32(), self.u32()
         return {"entry": entry, "warps": warps, "shared": shared, "parameters": parameters, "image": self.blob()}
 
+    def argument(self) -> dict[str, Any]:
+        return {"kind": KINDS[self.u32()], "index": self.u32()}
+
+    def map(self) -> dict[str, Any]:
+        source, dtype, rows = self.argument(), DTYPES[self.u32()], self.linear()
+        inner = tuple(self.i64() for _ in range(self.u32()))
+        block = tuple(self.u32() for _ in range(self.u32()))
+        described = {"source": source, "dtype": dtype, "rows": rows, "inner": inner, "block": block}
+        return described | {"swizzle": self.u32()}
+
     def step(self) -> dict[str, Any]:
         kernel = self.u32()
         if kernel == 0xFFFFFFFF:
             return {"buffer": self.u32(), "value": self.u32(), "words": self.count()}
         overlaps = self.flag()
         grid = tuple(self.count() for _ in range(3))
-        arguments = tuple({"kind": KINDS[self.u32()], "index": self.u32()} for _ in range(self.u32()))
+        arguments = tuple(self.argument() for _ in range(self.u32()))
         return {"kernel": kernel, "grid": grid, "arguments": arguments, "overlaps": overlaps}
 
     def variant(self) -> dict[str, Any]:
         bounds = tuple(self.linear() for _ in range(self.u32()))
         buffers = tuple(self.count() for _ in range(self.u32()))
-        return {"bounds": bounds, "buffers": buffers, "steps": tuple(self.step() for _ in range(self.u32()))}
+        maps = tuple(self.map() for _ in range(self.u32()))
+        steps = tuple(self.step() for _ in range(self.u32()))
+        return {"bounds": bounds, "buffers": buffers, "steps": steps, "maps": maps}
 
     def image(self) -> dict[str, Any]:
         sm = self.u32()

@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from triton import knobs
 
@@ -20,6 +21,7 @@ from moevlm.plugins.gpu.resources import Resources
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.plugins.gpu import program_reader
 from tests.plugins.gpu import toy_kernels as toy
+from tests.plugins.gpu.interpreter import Interpreter
 
 CUBIN = {"magic": b"\x7fELF", "machine": 190}  # EM_CUDA
 
@@ -108,13 +110,8 @@ def test_two_builds_are_the_same_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_matrix_products_use_each_gpu_s_own_memory() -> None:
     drafts = [toy.draft(sm, kernels=(toy.MATMUL, toy.SCALE)) for sm in DEVICES]
-    found = {
-        sm: measured
-        for (_, spec, sm), (_, measured) in compiler._compile(
-            compiler._tasks(drafts, toy.__name__), lambda *_: None
-        ).items()
-        if spec == toy.MATMUL
-    }
+    compiled = compiler._compile(compiler._tasks(drafts, toy.__name__), lambda *_: None)
+    found = {sm: each.resources for (_, spec, sm), each in compiled.items() if spec == toy.MATMUL}
     assert set(found) == set(DEVICES)
     for sm, measured in found.items():
         assert (measured.columns > 0) == (sm in (100, 103, 110))  # fifth-generation tensor cores alone have it
@@ -122,6 +119,34 @@ def test_matrix_products_use_each_gpu_s_own_memory() -> None:
         assert measured.registers > 32
     # Triton has no tensor-core path for Turing: every product is a fused multiply-add, and its registers run out.
     assert {sm for sm, measured in found.items() if measured.spilled} == {75}
+
+
+@pytest.mark.parametrize("sm", [90, 100, 120])
+def test_tensor_maps_are_described_as_the_kernel_takes_them(sm: int) -> None:
+    program = compile_drafts([toy.mapped_draft(sm)], toy.__name__)
+    ((kernel,), (variant,)) = program.images[0].kernels, program.images[0].variants
+    assert [(each.block, each.swizzle) for each in variant.maps] == [((32, 64), 128), ((1, 64, 64), 128)]
+    (step,) = variant.steps
+    assert isinstance(step, Launch)
+    assert len(step.arguments) == kernel.parameters == cubin_parameters(kernel.image)
+    given, nulls = ["tensor_map", *["null"] * 4, "tensor_map", *["null"] * 6, "output", "symbol"], ["null"] * 2
+    assert [argument.kind for argument in step.arguments] == given + nulls
+    assert program_reader.read(program.to_bytes()) == asdict(program)
+
+
+def test_a_kernel_that_needs_more_than_a_tensor_map_is_refused() -> None:
+    with pytest.raises(CompileError, match=r"mapped for sm_89: 2 tensor maps on SM89 \(allowed: from SM90 on\)$"):
+        compile_drafts([toy.mapped_draft(89)], toy.__name__)
+    read = r"measured for sm_90a: parameter 1 is read \(allowed: of tensordesc<fp16\[32,64\]>, its map alone\)$"
+    with pytest.raises(CompileError, match=read):
+        compile_drafts([toy.mapped_draft(90, toy.MEASURED)], toy.__name__)
+
+
+def test_tensor_maps_are_arrays_in_the_interpreter(triton_interpreter: Interpreter) -> None:
+    rng = np.random.default_rng(0)
+    x, w = (rng.standard_normal(shape).astype(np.float16) for shape in ((40, 64), (3, 64, 64)))
+    y = triton_interpreter.call(toy.interpret_mapped, x, w)
+    np.testing.assert_allclose(y, x.astype(np.float32) @ w.astype(np.float32), rtol=1e-2, atol=1e-2)
 
 
 def test_a_kernel_is_compiled_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,5 +236,5 @@ def test_shared_memory_beyond_the_gpu_s_is_refused(monkeypatch: pytest.MonkeyPat
 
 def test_kernels_report_their_image_and_shared_memory(everywhere: Program) -> None:
     kernel: Kernel = everywhere.images[0].kernels[0]
-    measured = compiler._done[toy.__name__, toy.SCALE, 75][1]
+    measured = compiler._done[toy.__name__, toy.SCALE, 75].resources
     assert (measured.entry, measured.warps, measured.image) == (kernel.entry, kernel.warps, len(kernel.image))

@@ -1,8 +1,11 @@
 """Small kernels, and a draft that launches them, for tests of the compiler."""
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
+from bench.gpu.launch import described
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.program import (
     NO_LIMIT,
@@ -11,10 +14,13 @@ from moevlm.plugins.gpu.program import (
     Argument,
     Fill,
     Launch,
+    Linear,
     T,
     Tensor,
+    TensorMap,
     Variant,
     at_most,
+    fixed,
     per_token,
 )
 
@@ -65,6 +71,20 @@ def calls_never(x, y, BLOCK: tl.constexpr):
     never(x, y, BLOCK)
 
 
+@triton.jit
+def mapped(x, w, y, n, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    rows, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    weights = w.load([tl.program_id(1), 0, 0]).reshape(WIDTH, WIDTH)
+    total = tl.dot(x.load([tl.program_id(0) * ROWS, 0]), weights)
+    place = y + (tl.program_id(1) * n + rows[:, None]) * WIDTH + columns[None, :]
+    tl.store(place, total, mask=(rows < n)[:, None])
+
+
+@triton.jit
+def measured(x, y):
+    tl.store(y, x.shape[0])
+
+
 SCALE = KernelSpec("scale", ("*fp32", "*fp32", "i32"), (("BLOCK", BLOCK), ("FACTOR", 2.0)))
 TRIPLE = KernelSpec("scale", ("*fp32", "*fp32", "i32"), (("BLOCK", BLOCK), ("FACTOR", 3.0)), warps=2)
 MATMUL = KernelSpec("matmul", ("*fp16", "*fp16", "*fp32", "i32"), (("BLOCK", 64), ("INNER", 64)), stages=3)
@@ -72,6 +92,36 @@ SCALED_MATMUL = KernelSpec(
     "scaled_matmul", ("*fp16", "*fp16", "*fp16", "*fp32", "i32"), (("BLOCK", 64), ("INNER", 256)), stages=3
 )
 BROKEN = KernelSpec("calls_never", ("*fp32", "*fp32"), (("BLOCK", BLOCK),))
+
+
+WIDTH = 64
+MAPPED = KernelSpec(
+    *("mapped", ("tensordesc<fp16[32,64]>", "tensordesc<fp16[1,64,64]>", "*fp32", "i32")),
+    (("ROWS", 32), ("WIDTH", WIDTH)),
+)
+MEASURED = KernelSpec("measured", ("tensordesc<fp16[32,64]>", "*i32"), ())
+
+
+def mapped_draft(sm: int, kernel: KernelSpec = MAPPED) -> Draft:
+    """x [T, 64], w [3, 64, 64] -> y [3, T, 64], x times each of w; both are taken as tensor maps."""
+    x = TensorMap(Argument("input"), "float16", Linear(T=1), (WIDTH,), (32, WIDTH))
+    w = TensorMap(Argument("input", 1), "float16", Linear(3), (WIDTH, WIDTH), (1, WIDTH, WIDTH))
+    arguments = (Argument("tensor_map"), Argument("tensor_map", 1), Argument("output"), TOKENS)
+    if kernel is MEASURED:
+        arguments = (Argument("tensor_map"), Argument("output"))
+    launch = Launch(0, (per_token(1, divisor=32), fixed(3), ONE), arguments)
+    maps = (x, w) if kernel is MAPPED else (x,)
+    tensors = (Tensor("x", "float16", (T, WIDTH)), Tensor("w", "float16", (3, WIDTH, WIDTH)))
+    outputs = (Tensor("y", "float32", (3, T, WIDTH)),)
+    return Draft("Toy", tensors, outputs, sm, (kernel,), (Variant((at_most(4096),), (), (launch,), maps),))
+
+
+def interpret_mapped(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """y, in the process of the interpreter."""
+    given = [described(torch.from_numpy(a), a.shape, kind) for a, kind in zip((x, w), MAPPED.types, strict=False)]
+    y = torch.full((3, *x.shape), torch.nan)
+    mapped[-(-len(x) // 32), 3, 1](*given, y, len(x), **dict(MAPPED.constants))
+    return y.numpy()
 
 
 def draft(sm: int, dtype: str = "float32", kernels: tuple[KernelSpec, ...] = (SCALE, TRIPLE)) -> Draft:

@@ -38,6 +38,15 @@ struct LaunchConfig {
   unsigned attribute_count;
 };
 
+// What a CUtensorMap is here: what it was made of, in its 128 bytes. Dimensions from the one of neighbours on.
+struct TensorMap {
+  uint64_t magic, address, sizes[5], strides[4];
+  uint16_t block[5];
+  uint8_t element_type, rank, swizzle, unused[27];
+};
+static_assert(sizeof(TensorMap) == 128);
+constexpr uint64_t kMapMagic = 0x70614D726F736E65;
+
 struct Context {
   int id;
   bool alive = true;
@@ -102,6 +111,21 @@ void destroy(Context* context) {
   }
 }
 
+template <class T>
+void write(std::ostream& out, const char* name, const T* values, size_t count) {
+  out << ", \"" << name << "\": [";
+  for (size_t i = 0; i < count; ++i) out << (i ? ", " : "") << values[i];
+  out << "]";
+}
+
+void write(std::ostream& out, const TensorMap& map) {
+  out << "{\"address\": " << map.address << ", \"element_type\": " << int{map.element_type};
+  write(out, "sizes", map.sizes, map.rank);
+  write(out, "strides", map.strides, map.rank - 1u);
+  write(out, "block", map.block, map.rank);
+  out << ", \"swizzle\": " << int{map.swizzle} << "}";
+}
+
 // A launch, however it was asked for.
 int launch(const char* call, void* handle, const unsigned (&grid)[3], const unsigned (&block)[3], unsigned shared,
            void* stream, void** parameters, void** extra) {
@@ -113,9 +137,17 @@ int launch(const char* call, void* handle, const unsigned (&grid)[3], const unsi
     return kInvalidValue;
   std::ostringstream arguments;
   for (size_t i = 0; i < function->parameters.size(); ++i) {
+    arguments << (i ? ", " : "");
+    if (function->parameters[i] == sizeof(TensorMap)) {
+      TensorMap map;
+      std::memcpy(&map, parameters[i], sizeof map);
+      if (map.magic != kMapMagic) return kInvalidValue;
+      write(arguments, map);
+      continue;
+    }
     uint64_t value = 0;
     std::memcpy(&value, parameters[i], static_cast<size_t>(function->parameters[i]));
-    arguments << (i ? ", " : "") << value;
+    arguments << value;
   }
   record(call, ", \"entry\": \"", function->entry, "\", \"module\": ", function->module, ", \"grid\": [", grid[0],
          ", ", grid[1], ", ", grid[2], "], \"block\": [", block[0], ", ", block[1], ", ", block[2],
@@ -233,7 +265,7 @@ EXPORT int cuModuleLoadData(void** module, const void* image) {
   std::string magic;
   text >> magic >> function->entry;
   for (int size; text >> size;) {
-    if (size != 4 && size != 8) return kInvalidValue;
+    if (size != 4 && size != 8 && size != static_cast<int>(sizeof(TensorMap))) return kInvalidValue;
     function->parameters.push_back(size);
   }
   if (magic != "fake") return kInvalidValue;
@@ -293,6 +325,40 @@ EXPORT int cuLaunchKernelEx(const LaunchConfig* config, void* handle, void** par
   if (sm < 90) return kNotSupported;
   const auto& [grid, block, shared, stream, attributes, count] = *config;
   return launch("cuLaunchKernelEx", handle, grid, block, shared, stream, parameters, extra);
+}
+
+// The rules of cuda.h for arrays that are not interleaved, of the element types that programs have.
+EXPORT int cuTensorMapEncodeTiled(void* made, int element_type, unsigned rank, void* address, const uint64_t* sizes,
+                                  const uint64_t* strides, const uint32_t* block, const uint32_t* steps,
+                                  int interleave, int swizzle, int promotion, int fill) {
+  static const std::map<int, uint64_t> widths = {{0, 1}, {3, 4}, {6, 2}, {7, 4}, {9, 2}};
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (const int error = told("cuTensorMapEncodeTiled")) return error;
+  const auto aligned = [](const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to == 0; };
+  if (!aligned(made, 64) || !aligned(address, 16) || !address || !widths.count(element_type) || rank < 1 || rank > 5 ||
+      interleave || swizzle < 0 || swizzle > 3 || promotion != 2 || fill)
+    return kInvalidValue;
+  TensorMap map{};
+  uint64_t stride = widths.at(element_type);
+  const uint64_t width = block[0] * stride;
+  if (width % 16 || (swizzle && width > (uint64_t{16} << swizzle))) return kInvalidValue;
+  for (unsigned i = 0; i < rank; ++i) {
+    if (!sizes[i] || sizes[i] > uint64_t{1} << 32 || !block[i] || block[i] > 256 || steps[i] != 1) return kInvalidValue;
+    map.sizes[i] = sizes[i];
+    map.block[i] = static_cast<uint16_t>(block[i]);
+    if (i + 1 == rank) break;
+    stride *= sizes[i];
+    if (strides[i] % 16 || strides[i] >= uint64_t{1} << 40 || strides[i] < stride) return kInvalidValue;
+    map.strides[i] = stride = strides[i];
+  }
+  map.magic = kMapMagic;
+  map.address = reinterpret_cast<uintptr_t>(address);
+  map.element_type = static_cast<uint8_t>(element_type);
+  map.rank = static_cast<uint8_t>(rank);
+  map.swizzle = static_cast<uint8_t>(swizzle);
+  std::memcpy(made, &map, sizeof map);
+  record("cuTensorMapEncodeTiled", ", \"address\": ", map.address);
+  return kSuccess;
 }
 
 EXPORT int cuMemsetD32Async(uint64_t address, unsigned value, size_t words, void* stream) {

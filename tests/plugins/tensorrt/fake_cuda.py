@@ -24,8 +24,14 @@ def compile_driver(output: Path) -> Path:
 
 
 def image(entry: str, types: Sequence[str]) -> bytes:
-    """In the place of a cubin. types: of the parameters, as Triton writes them; "*" for a pointer."""
-    return " ".join(["fake", entry, *("8" if type.startswith("*") else "4" for type in types)]).encode() + b"\0"
+    """In the place of a cubin. types: of the parameters, as Triton writes them; "*" for a pointer, "map" for a tensor's
+    map.
+    """
+    return " ".join(["fake", entry, *map(_bytes, types)]).encode() + b"\0"
+
+
+def _bytes(type: str) -> str:
+    return "128" if type == "map" else "8" if type.startswith("*") else "4"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from hypothesis import strategies as st
@@ -31,12 +32,14 @@ from moevlm.plugins.gpu.program import (
     Symbol,
     T,
     Tensor,
+    TensorMap,
     Variant,
     at_most,
     fixed,
     per_token,
 )
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.dtypes import DTYPES
 from tests.plugins.tensorrt.fake_cuda import image
 
 EXPERTS = ExpertsOp(ExpertsSpec(), experts=8, top_k=2, hidden=12, inner=6, dtype="float16", has_biases=True)
@@ -68,7 +71,7 @@ def sizes_at(tokens: int) -> dict[str, int]:
     return {"T": tokens, "N": min(tokens, 64), "M": min(tokens, 7), "P": 2 * tokens}
 
 
-KINDS = {kind: "*i8" for kind in ARGUMENTS} | {"symbol": "i32", "constant": "i32"}
+KINDS = {kind: "*i8" for kind in ARGUMENTS} | {"symbol": "i32", "constant": "i32", "tensor_map": "map"}
 
 
 def kernel(entry: str, kinds: Sequence[str], warps: int = 4, shared: int = 0) -> Kernel:
@@ -154,6 +157,46 @@ def attention_program(sms: Sequence[int] = (86, 90)) -> Program:
     return Program(ATTENTION.name, ATTENTION.inputs, ATTENTION.outputs, tuple(images))
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """An op with rows that are whole units of what the tensor memory accelerator loads."""
+
+    name = "MoEExperts"
+    inputs = (Tensor("x", "float16", (T, 64)), Tensor("gate_up", "bfloat16", (8, 32, 64)))
+    outputs = (Tensor("y", "float32", (T, 64)),)
+
+
+def mapped_program(sms: Sequence[int] = (90, 100)) -> Program:
+    """A kernel that takes an input, a workspace buffer and part of an output as tensor maps."""
+    product = kernel("product", ("tensor_map", "tensor_map", "null", "tensor_map", "tensor_map", "symbol"))
+    maps = (
+        TensorMap(Argument("input"), "float16", Linear(T=1), (64,), (32, 64), 128),
+        TensorMap(Argument("input", 1), "bfloat16", Linear(8), (32, 64), (1, 16, 32), 64),
+        TensorMap(Argument("workspace", 1), "int8", Linear(T=2), (48,), (256, 16)),
+        TensorMap(Argument("output"), "float32", Linear(T=1), (2, 2, 4, 4), (1, 1, 2, 4, 4), 32),
+    )
+    x, gate_up, buffer, y = (Argument("tensor_map", i) for i in range(4))
+    arguments = (gate_up, x, Argument("null"), buffer, y, TOKENS)
+    steps = (Launch(0, (per_token(1), ONE, ONE), arguments),)
+    variant = Variant((at_most(MAX_TOKENS),), (fixed(100), per_token(96)), steps, maps)
+    op = Mapped()
+    return Program(op.name, op.inputs, op.outputs, tuple(Image(sm, (product,), (variant,)) for sm in sms))
+
+
+def expected_map(tensor: TensorMap, address: int, sizes: Sizes) -> dict[str, Any]:
+    """As the driver has it: dimensions from the last one on, strides in bytes."""
+    width = DTYPES[tensor.dtype].bytes
+    shape = tensor.shape(sizes)
+    return {
+        "address": address,
+        "element_type": {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 3}.get(tensor.dtype, 0),
+        "sizes": [*reversed(shape)],
+        "strides": [width * prod(shape[-i:]) for i in range(1, len(shape))],
+        "block": [*reversed(tensor.block)],
+        "swizzle": (0, 32, 64, 128).index(tensor.swizzle),
+    }
+
+
 def expected_calls(
     program: Program, sm: int, sizes: Sizes, inputs: Sequence[int], outputs: Sequence[int], workspace: int
 ) -> list[tuple[str, dict[str, Any]]]:
@@ -165,7 +208,8 @@ def expected_calls(
         buffers.append(end)
         end += -(-buffer.at(sizes) // ALIGNMENT) * ALIGNMENT
     symbols = [sizes[symbol] for symbol in SYMBOLS]
-    values = {"input": inputs, "output": outputs, "workspace": buffers, "symbol": symbols}
+    values: dict[str, Sequence[Any]] = {"input": inputs, "output": outputs, "workspace": buffers, "symbol": symbols}
+    values["tensor_map"] = [expected_map(m, values[m.source.kind][m.source.index], sizes) for m in variant.maps]
     calls: list[tuple[str, dict[str, Any]]] = []
     for step in variant.steps:
         if isinstance(step, Fill):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ SCRATCH = (Argument("null"),) * 2  # Triton appends two pointers to every kernel
 def fake_program(draft: Draft) -> Program:
     """As the compiler makes it of a draft, but with images for the recording driver. Kernels are called by number."""
     kernels = tuple(
-        Kernel(str(i), spec.warps, 0, len(spec.types) + 2, image(str(i), (*spec.types, "*i8", "*i8")))
+        Kernel(str(i), spec.warps, 0, len(spec.types) + 2, image(str(i), (*_parameters(spec), "*i8", "*i8")))
         for i, spec in enumerate(draft.kernels)
     )
     variants = []
@@ -45,6 +46,10 @@ def fake_program(draft: Draft) -> Program:
         )
         variants.append(replace(variant, steps=steps))
     return Program(draft.op, draft.inputs, draft.outputs, (Image(draft.sm, kernels, tuple(variants)),))
+
+
+def _parameters(spec: KernelSpec) -> list[str]:
+    return ["map" if kind.startswith("tensordesc") else kind for kind in spec.types]
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,20 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Mapped:
+    """An array that a kernel takes as a tensor map."""
+
+    place: Place
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Call:
     """A launch of a kernel, or with None a fill: its place, value and words."""
 
     kernel: KernelSpec | None
     grid: tuple[int, ...]
-    arguments: tuple[Place | int | None, ...]
+    arguments: tuple[Place | Mapped | int | None, ...]
 
 
 def calls(events: Sequence[Event], kernels: Sequence[KernelSpec], memory: Memory) -> list[Call]:
@@ -108,17 +121,22 @@ def calls(events: Sequence[Event], kernels: Sequence[KernelSpec], memory: Memory
             assert values["block"] == [32 * spec.warps, 1, 1]
             *given, first, second = values["arguments"]
             assert first == second == 0
-            arguments = tuple(
-                (memory.place(value) if value else None) if kind.startswith("*") else value
-                for kind, value in zip(spec.types, given, strict=True)
-            )
+            arguments = tuple(_argument(kind, value, memory) for kind, value in zip(spec.types, given, strict=True))
             made.append(Call(spec, tuple(values["grid"]), arguments))
     return made
 
 
+def _argument(kind: str, value: Any, memory: Memory) -> Place | Mapped | int | None:
+    if kind.startswith("tensordesc"):
+        return Mapped(memory.place(value["address"]), tuple(reversed(value["sizes"])))
+    if kind.startswith("*"):
+        return memory.place(value) if value else None
+    return value
+
+
 def replay(made: Sequence[Call], blocks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The memory's blocks after these calls. To be run in the interpreter's process."""
-    from bench.gpu.launch import launch
+    from bench.gpu.launch import described, launch
 
     torch.set_num_threads(1)
     dtypes = {DTYPES[name].pointer: getattr(torch, name) for name in TENSOR_DTYPES}
@@ -134,10 +152,13 @@ def replay(made: Sequence[Call], blocks: Sequence[np.ndarray]) -> list[np.ndarra
             assert isinstance(place, Place)
             tensor(place, torch.int32)[:words] = np.uint32(value).astype(np.int32).item()
             continue
-        arguments = [
-            tensor(given, dtypes[kind]) if isinstance(given, Place) else given
-            for kind, given in zip(call.kernel.types, call.arguments, strict=True)
-        ]
+        arguments: list[Any] = []
+        for kind, given in zip(call.kernel.types, call.arguments, strict=True):
+            if isinstance(given, Mapped):
+                dtype = dtypes["*" + kind[len("tensordesc<") : kind.index("[")]]
+                arguments.append(described(tensor(given.place, dtype), given.shape, kind))
+            else:
+                arguments.append(tensor(given, dtypes[kind]) if isinstance(given, Place) else given)
         launch(call.kernel, call.grid, arguments)
     return [block.numpy() for block in memory]
 

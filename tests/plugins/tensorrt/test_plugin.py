@@ -34,6 +34,7 @@ from tests.plugins.tensorrt.programs import (
     attention_program,
     expected_calls,
     experts_program,
+    mapped_program,
     programs,
     router_program,
     sizes,
@@ -225,6 +226,56 @@ def test_a_launch_overlaps_the_one_before_it_where_the_program_says_so(library: 
     ):
         execute(plugin, program, 64)
     plugin.close()
+
+
+def test_tensor_maps_are_encoded_when_an_address_or_a_size_changes(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = mapped_program()
+    cuda.set_sm(90)
+    plugin = create(library, program).attach()
+    inputs, outputs = addresses(program)
+    moved = [inputs[0], inputs[1] + 4096]
+    encoded = []
+    for tokens, own, workspace in (
+        (5, inputs, WORKSPACE),
+        (5, inputs, WORKSPACE),
+        (5, moved, WORKSPACE),
+        (5, moved, WORKSPACE + 512),
+        (7, moved, WORKSPACE + 512),
+    ):
+        io = io_of(program, tokens)
+        plugin.shape_change(io)
+        plugin.enqueue(io, own, outputs, workspace, STREAM)
+        events = cuda.events()
+        calls = [(e.call, {k: v for k, v in e.values.items() if k not in ("stream", "module")}) for e in events]
+        launches = [call for call in calls if call[0] == "cuLaunchKernel"]
+        assert launches == expected_calls(program, 90, sizes_at(tokens), own, outputs, workspace)
+        encoded.append([event.call for event in events].count("cuTensorMapEncodeTiled"))
+    assert encoded == [4, 0, 1, 1, 4]
+    with (
+        cuda.failing("cuTensorMapEncodeTiled", 1, successes=2),
+        pytest.raises(PluginError, match="cuTensorMapEncodeTiled of buffer 1: CUDA_ERROR_INVALID_VALUE"),
+    ):
+        execute(plugin, program, 9)
+    execute(plugin, program, 9)
+    assert executed(cuda) == expected_calls(program, 90, sizes_at(9), inputs, outputs, WORKSPACE)
+    plugin.close()
+
+
+def test_tensor_map_beyond_its_tensor_is_refused(library: PluginLibrary, cuda: FakeCuda) -> None:
+    program = mapped_program()
+    cuda.set_sm(90)
+    (variant,) = program.images[0].variants
+    for i, tensor, name in ((0, "input", "x"), (2, "workspace", "buffer 1"), (3, "output", "y")):
+        maps = [*variant.maps]
+        assert maps[i].source.kind == tensor
+        maps[i] = replace(maps[i], rows=Linear(1, T=maps[i].rows.T))
+        image = replace(program.images[0], variants=(replace(variant, maps=tuple(maps)),))
+        plugin = create(library, replace(program, images=(image,)))
+        with pytest.raises(
+            PluginError, match=rf"^MoEExperts: the program maps more of {name} than there is for T = 5$"
+        ):
+            execute(plugin, program, 5)
+        plugin.close()
 
 
 def test_shapes_may_change_with_no_call_between(library: PluginLibrary, cuda: FakeCuda) -> None:

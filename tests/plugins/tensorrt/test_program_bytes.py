@@ -34,6 +34,7 @@ from tests.plugins.tensorrt.programs import (
     ROUTER,
     attention_program,
     experts_program,
+    mapped_program,
     programs,
     router_program,
     sizes,
@@ -66,6 +67,16 @@ def with_tensor(**changes: object) -> Program:
     program = router_program()
     logits = replace(program.inputs[0], **changes)  # type: ignore[arg-type]
     return replace(program, inputs=(logits, program.inputs[1]))
+
+
+def mapping(sms: tuple[int, ...] = (90,), which: int = 0, **changes: object) -> Program:
+    """The program of tensor maps, with one of them changed."""
+    program = mapped_program(sms)
+    (variant,) = program.images[0].variants
+    maps = [*variant.maps]
+    maps[which] = replace(maps[which], **changes)  # type: ignore[arg-type]
+    variants = (replace(variant, maps=tuple(maps)),)
+    return replace(program, images=tuple(replace(image, variants=variants) for image in program.images))
 
 
 LOW = Variant((at_most(64),), (), ())
@@ -150,6 +161,33 @@ REFUSED = {
         launching(Argument("symbol", 2)),
         "a kernel of the program takes M, which no input has",
     ),
+    "map of an old GPU": (mapping((89,)), r"the program has a tensor map for sm89 \(allowed: from sm90 on\)"),
+    "map of a number": (
+        mapping(source=Argument("constant", 1)),
+        r"a tensor map of the program is of an argument of kind 5 \(allowed: 0 to 2\)",
+    ),
+    "map of no buffer": (mapping(which=2, source=Argument("workspace", 2)), r"buffer 2 in the program \(it has 2\)"),
+    "map index": (launching(Argument("tensor_map", 0)), r"tensor map 0 in the program \(it has 0\)"),
+    "dimensions of a map": (
+        mapping(inner=(8, 8)),
+        r"a tensor map of the program has 3 dimensions and blocks of 2 \(allowed: as many, 2 to 5\)",
+    ),
+    "one dimension": (mapping(inner=(), block=(64,)), "has 1 dimensions and blocks of 1"),
+    "six dimensions": (mapping(inner=(2,) * 4 + (16,), block=(1,) * 5 + (16,)), "has 6 dimensions and blocks of 6"),
+    "size of a map": (mapping(inner=(1 << 33,)), r"has a dimension 8589934592 \(allowed: 1 to 4294967296\)"),
+    "rows of a map": (mapping(rows=Linear(T=1 << 21)), r"has 0 \+ 2097152 T rows for T = 4096 \(allowed: 1 to"),
+    "no rows": (mapping(rows=Linear(-1, T=1)), r"has -1 \+ 1 T rows for T = 1 \(allowed"),
+    "falling rows": (mapping(rows=Linear(9000, T=-1)), r"has 9000 \+ -1 T rows for T = 1 \(allowed"),
+    "block": (mapping(block=(257, 64)), r"has blocks of 257 \(allowed: 1 to 256\)"),
+    "no block": (mapping(block=(0, 64)), r"has blocks of 0 \(allowed: 1 to 256\)"),
+    "stride": (mapping(inner=(36,)), r"has rows that lie 72 bytes apart \(allowed: multiples of 16, up to"),
+    "long stride": (
+        mapping(which=1, inner=(1 << 32, 256)),
+        r"has rows that lie 512 bytes apart \(allowed: multiples of 16, up to 1099511627775 in all\)",
+    ),
+    "narrow block": (mapping(block=(32, 4)), r"has blocks 8 bytes wide with a swizzle of 128 bytes \(allowed"),
+    "wide block": (mapping(block=(32, 128)), r"has blocks 256 bytes wide with a swizzle of 128 bytes \(allowed"),
+    "swizzle": (mapping(swizzle=16), r"has blocks 128 bytes wide with a swizzle of 16 bytes \(allowed"),
     "symbol": (launching(Argument("symbol", 4)), r"symbol 4 in the program \(it has 4\)"),
 }
 
@@ -162,7 +200,7 @@ def test_what_is_wrong_is_named(library: PluginLibrary, case: str) -> None:
         return
     with pytest.raises(PluginError, match=message) as error:
         library.plugin(program.op, program.to_bytes())
-    assert str(error.value).startswith("MoERouter: ")
+    assert str(error.value).startswith(f"{program.op}: ")
 
 
 @pytest.mark.parametrize(
@@ -195,7 +233,7 @@ def test_every_truncation_is_refused(library: PluginLibrary) -> None:
             library.plugin("MoEExperts", DATA[:length])
 
 
-STARTS = (experts_program(), router_program(), attention_program())
+STARTS = (experts_program(), router_program(), attention_program(), mapped_program())
 
 
 def survive(library: PluginLibrary, cuda: FakeCuda, start: Program, data: bytes, sizes: Sizes) -> None:
