@@ -3,7 +3,8 @@
 tiles.json: GPUs of like resources -> bits of a weight (32 for any if activations are float32) -> "single" (1 token),
 "few" (2 to 8) and "grouped": a list by rising number of rows per expert, the last for all above. Each entry is a tile
 for gate_up and one for down. "segments": tiles of attention among patches, by bits of an activation and the most
-columns that a head is padded to.
+columns that a head is padded to. "attention": how many programs fill a GPU, then tiles for "decode" and for "prefill",
+by bits of a cached value and the most dimensions of a head.
 """
 
 from __future__ import annotations
@@ -43,13 +44,22 @@ class Range:
 
 
 @dataclass(frozen=True)
-class SegmentTile:
-    """BM queries by blocks of BN keys."""
+class AttentionTile:
+    """BM rows of queries by blocks of BN keys."""
 
     BM: int
     BN: int
     warps: int
     stages: int
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """programs: of decode, that fill the largest GPU of the family."""
+
+    programs: int
+    decode: AttentionTile
+    prefill: AttentionTile
 
 
 def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
@@ -66,10 +76,21 @@ def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def segment_tile(bits: int, columns: int, sm: int) -> SegmentTile:
+def segment_tile(bits: int, columns: int, sm: int) -> AttentionTile:
     """bits: of an activation. columns: of a padded head. Raises ValueError for an sm that is not known."""
     by_columns = _family(sm)["segments"][str(bits)]
-    return SegmentTile(*next(tile for most, tile in by_columns.items() if columns <= int(most)))
+    return AttentionTile(*next(tile for most, tile in by_columns.items() if columns <= int(most)))
+
+
+def attention_tiles(bits: int, head_dim: int, sm: int) -> AttentionTiles:
+    """bits: of a value in the caches, 32 for any if activations are float32. head_dim: of a key or a value, the larger.
+
+    Raises ValueError for an sm that is not known.
+    """
+    entry = _family(sm)["attention"]
+    by_dim = {name: entry[name][str(bits)] for name in ("decode", "prefill")}
+    dim = next((dim for dim in by_dim["decode"] if head_dim <= int(dim)), max(by_dim["decode"], key=int))
+    return AttentionTiles(entry["programs"], *(AttentionTile(*tiles[dim]) for tiles in by_dim.values()))
 
 
 def _family(sm: int) -> dict[str, Any]:

@@ -4,7 +4,11 @@ A constant INTERPRETED is set by the launcher: Triton's interpreter has no arith
 float32 there between a load and a store.
 """
 
+from moevlm.plugins.gpu.kernels.attention.decode import decode
+from moevlm.plugins.gpu.kernels.attention.merge import merge
+from moevlm.plugins.gpu.kernels.attention.prefill import prefill
 from moevlm.plugins.gpu.kernels.attention.segment import rotate_patches, segment_attention
+from moevlm.plugins.gpu.kernels.attention.write import write_pages
 from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
 from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
@@ -15,15 +19,19 @@ __all__ = [
     "choose_logits",
     "combine",
     "count_rows",
+    "decode",
     "few_down",
     "few_gate_up",
     "group_logits",
     "grouped_down",
     "grouped_gate_up",
+    "merge",
     "place_rows",
+    "prefill",
     "rotate_patches",
     "route",
     "segment_attention",
     "single_down",
     "start_rows",
+    "write_pages",
 ]

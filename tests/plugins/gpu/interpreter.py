@@ -22,7 +22,10 @@ class Interpreter:
         self._pool = pool
 
     def run(self, draft: Draft, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs of the draft, those in floating point as float32. inputs are rounded to the dtypes it states."""
+        """The outputs of the draft, then the inputs that it writes; those in floating point as float32.
+
+        inputs are rounded to the dtypes it states.
+        """
         return self.call(_run, draft, dict(inputs))
 
     def call(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -63,5 +66,6 @@ def _run(draft: Draft, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
 
     torch.set_num_threads(1)
     given: list[Any] = [torch.from_numpy(inputs[t.name]).to(getattr(torch, t.dtype)) for t in draft.inputs]
-    outputs = launch.run(draft, given)
-    return [(y.float() if y.is_floating_point() else y).numpy() for y in outputs]
+    results = launch.run(draft, given)
+    results += [tensor for tensor, stated in zip(given, draft.inputs, strict=True) if stated.written]
+    return [(y.float() if y.is_floating_point() else y).numpy() for y in results]

@@ -1,0 +1,50 @@
+"""Codes of eight bits for keys and values, with a float32 scale for each head of each token.
+
+int8: -127 to 127. fp8: e4m3, up to 448. The largest magnitude of a head takes the largest code.
+"""
+
+import triton
+import triton.language as tl
+
+from moevlm.plugins.gpu.kernels.moe.products import decode_fp8
+
+
+@triton.jit
+def scale_of(largest, CACHE: tl.constexpr):
+    """The scale of heads whose largest magnitude is `largest`."""
+    LARGEST_CODE: tl.constexpr = 448 if CACHE == "fp8" else 127
+    return tl.maximum(largest, 1e-30) / LARGEST_CODE
+
+
+@triton.jit
+def encode(value, scale, CACHE: tl.constexpr):
+    """value [rows, D] float32 as codes, int8. scale: [rows]."""
+    value = value / scale[:, None]
+    if CACHE == "fp8":
+        # A float16 that is 256 times smaller has the same digits: its seven lowest are rounded off, ties to even. In
+        # integers, because not every GPU has an instruction for it.
+        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
+        bits = (value / 256).to(tl.float16).to(tl.int16, bitcast=True)
+        magnitude = bits & 0x7FFF
+        code = ((magnitude + 63 + ((magnitude >> 7) & 1)) >> 7) | ((bits >> 8) & 0x80)
+    else:
+        code = tl.floor(tl.minimum(tl.maximum(value, -127.0), 127.0) + 0.5)
+    return code.to(tl.int8)
+
+
+@triton.jit
+def decode_codes(code, dtype: tl.constexpr, CACHE: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """Codes as numbers of `dtype`, exactly; those of fp8 without hardware for them are divided by 256."""
+    if CACHE == "fp8":
+        value = decode_fp8(code, dtype, NATIVE_FP8)
+    else:
+        value = code.to(dtype)
+    return value
+
+
+@triton.jit
+def decoded_scale(scale, CACHE: tl.constexpr, NATIVE_FP8: tl.constexpr):
+    """What a decoded code is to be multiplied by."""
+    if CACHE == "fp8" and not NATIVE_FP8:
+        scale *= 256
+    return scale

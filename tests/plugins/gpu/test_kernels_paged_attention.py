@@ -1,0 +1,183 @@
+"""PagedAttention's kernels, interpreted, against the numpy spec; memory that nobody wrote holds NaN."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
+from moevlm.plugins.gpu.program import chosen, sizes_of
+from moevlm.plugins.gpu.tiles import FAMILIES
+from moevlm.plugins.ops.spec import AttentionSpec
+from tests.plugins.gpu.interpreter import Interpreter
+from tests.support.attention_variants import ATTENTIONS
+from tests.support.gpu_attention import Sequences, check, draw_inputs
+
+GQA = AttentionSpec(8, 2, 64)
+STEPS: dict[str, Sequences] = {
+    "decode": ((13, 1), (75, 1), (0, 1), (32, 1)),
+    "prefill": ((0, 37),),
+    "mixture": ((0, 5), (90, 1), (24, 20), (64, 1), (3, 2), (0, 1)),
+    "empty sequences": ((2, 0), (15, 3), (0, 0), (47, 1), (6, 0)),
+    "few tokens": ((50, 2), (7, 0), (30, 0), (9, 1)),  # no more than there are sequences
+}
+
+
+SHARES = 4  # of keys in most tests: each is a program, and the interpreter takes its time for one
+
+
+def with_shares(draft: Draft, most: int) -> Draft:
+    """The draft without the variants that cut keys into more shares."""
+    grids = [max(step.grid[2].at({}) for step in variant.steps) for variant in draft.variants]
+    return replace(draft, variants=tuple(v for v, n in zip(draft.variants, grids, strict=True) if n <= most))
+
+
+def agrees(
+    interpreter: Interpreter, op: PagedAttentionOp, sequences: Sequences, sm: int = 80, seed: int = 0, shared: int = 0
+) -> None:
+    inputs = draw_inputs(op, sequences, seed, shared)
+    check(op, inputs, interpreter.run(with_shares(op.draft(sm), SHARES), inputs))
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        *product(ATTENTIONS, ("decode", "mixture")),
+        *product(("window", "everything", "mla"), ("prefill", "empty sequences")),
+    ],
+)
+def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, name: str, step: str) -> None:
+    variant = ATTENTIONS[name]
+    op = PagedAttentionOp(
+        variant.spec,
+        variant.key_dim,
+        variant.value_dim or variant.spec.value_dim,
+        "float32",
+        page_size=16,
+        has_norms=variant.norms,
+        has_sinks=variant.sinks,
+    )
+    agrees(triton_interpreter, op, STEPS[step])
+
+
+@pytest.mark.parametrize("step", ["decode", "mixture"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("cache", CACHES)
+def test_every_cache_agrees_with_the_spec(triton_interpreter: Interpreter, cache: str, dtype: str, step: str) -> None:
+    op = PagedAttentionOp(GQA, 64, 64, dtype, cache, page_size=32, has_norms=True)
+    agrees(triton_interpreter, op, STEPS[step], sm=80 if dtype == "float16" else 90)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"),
+    [
+        (4, 4, 64, 64),
+        (6, 2, 72, 72),
+        (16, 1, 80, 96),
+        (5, 1, 128, 128),
+        (4, 2, 192, 128),
+        (2, 1, 256, 256),
+        (2, 2, 512, 512),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("step", ["decode", "mixture"])
+def test_any_heads(
+    triton_interpreter: Interpreter, heads: int, kv_heads: int, key_dim: int, value_dim: int, step: str
+) -> None:
+    op = PagedAttentionOp(AttentionSpec(heads, kv_heads, key_dim // 2), key_dim, value_dim, "float16", page_size=16)
+    agrees(triton_interpreter, op, STEPS[step])
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("step", ["decode", "few tokens"])
+def test_values_in_keys_of_many_heads(triton_interpreter: Interpreter, step: str, cache: str) -> None:
+    spec = AttentionSpec(20, 1, 64, rotary_start=512, scale=0.05, value_in_key=True, value_dim=512)
+    agrees(triton_interpreter, PagedAttentionOp(spec, 576, 512, "float16", cache, page_size=16), STEPS[step])
+
+
+@pytest.mark.parametrize("sm", sorted(FAMILIES))
+def test_tiles_of_every_gpu(triton_interpreter: Interpreter, sm: int) -> None:
+    op = PagedAttentionOp(AttentionSpec(4, 2, 128, window=70), 128, 128, "float16", has_sinks=True)
+    agrees(triton_interpreter, op, ((300, 1), (100, 90), (64, 1)), sm)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_pages_of_64_past_a_share_with_shared_pages(triton_interpreter: Interpreter, cache: str) -> None:
+    op = PagedAttentionOp(GQA, 64, 64, "float16", cache, has_norms=True)
+    for sequences, shared in ((((640, 1), (700, 1)), 9), (((130, 1), (128, 70)), 2)):
+        inputs = draw_inputs(op, sequences, 0, shared)
+        check(op, inputs, triton_interpreter.run(op.draft(90), inputs))
+
+
+@pytest.mark.parametrize("step", ["few tokens", "decode"])
+def test_each_launch_plan_is_right_for_all_that_it_admits(triton_interpreter: Interpreter, step: str) -> None:
+    spec = AttentionSpec(4, 1, 16, window=40)
+    op = PagedAttentionOp(spec, 16, 16, "float32", page_size=16, has_norms=True, has_sinks=True)
+    inputs = draw_inputs(op, STEPS[step], 0)
+    sizes = sizes_of(op.inputs, [inputs[t.name].shape for t in op.inputs])
+    draft = with_shares(op.draft(90), 8)
+    admitted = [variant for variant in draft.variants if variant.holds(sizes)]
+    assert len(admitted) > 2
+    for variant in admitted:
+        check(op, inputs, triton_interpreter.run(replace(draft, variants=(variant,)), inputs))
+
+
+@pytest.mark.parametrize(("cache", "step"), [("", "decode"), ("int8", "mixture")])
+def test_made_up_inputs_touch_nothing_else(triton_interpreter: Interpreter, cache: str, step: str) -> None:
+    op = PagedAttentionOp(AttentionSpec(2, 1, 16, window=40), 16, 16, "float16", cache, page_size=16)
+    inputs = draw_inputs(op, STEPS[step], 0)
+    random = np.random.default_rng(0)
+    extremes = np.array([-(1 << 31), -1, 0, 1, 17, 1 << 20, (1 << 31) - 1], np.int32)
+    indices = ("query_start", "context_len", "page_table")
+    for names in (*((name,) for name in indices), *(indices,) * 5):
+        made_up = {name: random.choice(extremes, inputs[name].shape) for name in names}
+        triton_interpreter.run(with_shares(op.draft(80), 2), inputs | made_up)
+
+
+def test_one_launch_decodes_many_sequences_and_two_decode_few() -> None:
+    op = PagedAttentionOp(AttentionSpec(32, 4, 128), 128, 128, has_norms=True)
+    draft = op.draft(90)
+    assert len(draft.kernels) <= 6
+
+    def launches(tokens: int, sequences: int) -> list[str]:
+        variant = chosen(draft.variants, {"T": tokens, "N": sequences, "M": 64, "P": 4096})
+        return [draft.kernels[step.kernel].function for step in variant.steps]
+
+    assert launches(1, 1) == launches(64, 64) == ["decode", "merge"]
+    assert launches(128, 128) == ["decode"]
+    assert launches(2048, 2) == launches(65, 64) == ["write_pages", "prefill", "decode", "merge"]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.data())
+def test_any_step(triton_interpreter: Interpreter, data: st.DataObject) -> None:
+    kv_heads, group = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(1, 16))
+    key_dim, value_dim = (data.draw(st.integers(1, 40)) * 2 for _ in range(2))
+    spec = AttentionSpec(
+        kv_heads * group,
+        kv_heads,
+        rotary_dim=2 * data.draw(st.integers(0, key_dim // 4)),
+        rotary_start=data.draw(st.integers(0, key_dim // 2)),
+        window=data.draw(st.sampled_from((0, 1, 9, 40))),
+        softcap=data.draw(st.sampled_from((0.0, 2.0))),
+    )
+    op = PagedAttentionOp(
+        spec,
+        key_dim,
+        value_dim,
+        "float32",
+        data.draw(st.sampled_from(CACHES)),
+        16,
+        has_norms=data.draw(st.booleans()),
+        has_sinks=data.draw(st.booleans()),
+    )
+    lengths = st.one_of(st.integers(0, 2), st.integers(3, 40))
+    sequences = data.draw(st.lists(st.tuples(st.integers(0, 70), lengths), min_size=1, max_size=5))
+    if sum(new for _, new in sequences) == 0:
+        sequences.append((0, 1))
+    agrees(triton_interpreter, op, sequences, data.draw(st.sampled_from((80, 86, 90))), data.draw(st.integers(0, 99)))
