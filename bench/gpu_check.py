@@ -29,6 +29,8 @@ PARTS = {
     "cubins": "machine code compiled ahead of time against Triton's launcher",
     "plugin": "the plugin library, called as TensorRT would",
     "layers": "times of MoE layers against grouped_mm and the GPU's limits",
+    "vision": "times of attention among patches against scaled_dot_product_attention, flex_attention and the peak",
+    "candidates": "times of choosing a row's likeliest tokens against topk, logsumexp and the bandwidth",
     "host_experts": "times of experts that stay in the host's memory against the link to it",
     "engine": "the demo model through TensorRT, where one is installed",
 }

@@ -98,6 +98,50 @@ def host_experts_tables(entries: Sequence[Entry]) -> list[str]:
     return texts
 
 
+def vision_table(entries: Sequence[Entry]) -> str:
+    """A row per call and implementation."""
+    rows = [
+        (
+            entry["images"],
+            entry["by"],
+            _number(entry, "seconds", _microseconds),
+            _number(entry, "of_peak", _percent),
+            entry.get("skipped", ""),
+        )
+        for entry in entries
+        if entry["kind"] == "vision" and "by" in entry
+    ]
+    return table("attention among patches", ("images", "by", "us", "of peak", ""), rows)
+
+
+def candidates_table(entries: Sequence[Entry]) -> str:
+    """A row per number of rows and kind of logits."""
+    rows = [
+        (
+            f"{entry['rows']} of {entry['logits']}",
+            _microseconds(entry["seconds"]),
+            _percent(entry["of_bandwidth"]),
+            _microseconds(entry["peer_seconds"]),
+        )
+        for entry in _candidates(entries)
+    ]
+    return table("candidates", ("rows", "us", "of bandwidth", "topk and logsumexp us"), rows)
+
+
+def _candidates(entries: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in entries if entry["kind"] == "candidates" and "rows" in entry]
+
+
+def _vision_speedups(entries: Sequence[Entry]) -> list[float]:
+    """How many times as fast as scaled_dot_product_attention."""
+    times = {
+        (entry["images"], entry["by"]): entry["seconds"]
+        for entry in entries
+        if entry["kind"] == "vision" and "seconds" in entry
+    }
+    return [times[images, "sdpa"] / times[images, "ours"] for images, by in times if by == "sdpa"]
+
+
 def correctness_table(entries: Sequence[Entry]) -> str:
     """How many ops each part ran, the worst against what is allowed, and how many were wrong."""
     titles = {"check": "kernels against the spec", "cubins": "machine code against Triton", "plugin": "plugin library"}
@@ -123,6 +167,12 @@ def aims(entries: Sequence[Entry]) -> list[Entry]:
         (f"{DECODE_TOKENS} token: of the bandwidth, least of the layers", DECODE_FRACTION, decode),
         (f"{PREFILL_TOKENS} tokens: of the peak, least of the layers", PREFILL_FRACTION, prefill),
         ("times as fast as grouped_mm, least of all", 1.0, [value for value in map(_speedup, own) if value]),
+        ("patches: times as fast as torch's attention, least of all", 1.0, _vision_speedups(entries)),
+        (
+            "candidates: times as fast as topk and logsumexp, least of all",
+            1.0,
+            [entry["peer_seconds"] / entry["seconds"] for entry in _candidates(entries)],
+        ),
     ):
         if values:
             found.append({"aim": what, "at_least": aim, "reached": min(values), "met": min(values) >= aim})
@@ -138,7 +188,7 @@ def tiles_text(entries: Sequence[Entry]) -> str:
 
 def failures(entries: Sequence[Entry]) -> list[str]:
     """A line for each entry that went wrong."""
-    named = ("op", "layer", "weights", "tokens", "target")
+    named = ("op", "layer", "weights", "tokens", "target", "images", "by", "rows", "logits")
     return [
         f"{entry['kind']}: {' '.join(str(entry[name]) for name in named if name in entry)}: {entry['error']}"
         for entry in entries
@@ -156,7 +206,8 @@ def text_of(entries: Sequence[Entry]) -> str:
     left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
     parts += [f"{entry['kind']}: stopped {entry['stopped']}" for entry in entries if "stopped" in entry]
     parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
-    parts += [*layer_tables(entries), *host_experts_tables(entries), tiles_text(entries)]
+    parts += [*layer_tables(entries), *host_experts_tables(entries)]
+    parts += [vision_table(entries), candidates_table(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
             told = (
