@@ -27,6 +27,27 @@ RELEASES = (
 Work = Callable[[], None]
 
 
+class AddressSpace:
+    """Addresses of the device's memory that nothing of this process has; memory starts as NaN of any kind of float."""
+
+    def __init__(self) -> None:
+        self._addresses = itertools.count(0x7F00_0000_0000, 0x1_0000_0000)
+
+    def allocate(self, size: int) -> tuple[int, np.ndarray]:
+        """An address, and the memory that stands for the device's there."""
+        return next(self._addresses), np.full(size, 0xFF, np.uint8)
+
+    def map(self, memory: np.ndarray) -> int:  # noqa: ARG002
+        """The device's address of pinned memory: another than the host's, so that nobody may mix them up."""
+        return next(self._addresses)
+
+    def free(self, address: int) -> None:
+        """What is there is no memory of the device any more."""
+
+    def wrote(self, address: int, size: int, source: int | None = None) -> None:
+        """A copy or a fill has written these bytes. source: where a copy on the device has them from."""
+
+
 class Faults:
     """Every call of the fakes in order, by name, and the one that shall fail."""
 
@@ -70,7 +91,10 @@ def call(outputs: int = 0, context: bool = True) -> Callable[[Callable[..., Any]
 
 
 class Driver:
-    """The module. devices: how many there are. sm: compute capability of the first. total: bytes of its memory."""
+    """The module. devices: how many there are. sm: compute capability of the first. total: bytes of its memory.
+
+    space: where its memory lies.
+    """
 
     CUresult = real.CUresult
     CUdevice_attribute = real.CUdevice_attribute
@@ -80,7 +104,9 @@ class Driver:
     CU_MEMHOSTALLOC_DEVICEMAP = real.CU_MEMHOSTALLOC_DEVICEMAP
     CU_MEMHOSTALLOC_PORTABLE = real.CU_MEMHOSTALLOC_PORTABLE
 
-    def __init__(self, sm: tuple[int, int] = (8, 9), devices: int = 1, total: int = 1 << 30) -> None:
+    def __init__(
+        self, sm: tuple[int, int] = (8, 9), devices: int = 1, total: int = 1 << 30, space: AddressSpace | None = None
+    ) -> None:
         self.faults = Faults()
         self.sm, self.devices, self.total = sm, devices, total
         self.initialised = False
@@ -102,7 +128,7 @@ class Driver:
         self.replays = 0
         self._contexts = threading.local()
         self._handles = itertools.count(1)
-        self._addresses = itertools.count(0x7F00_0000_0000, 0x1_0000_0000)
+        self._space = space or AddressSpace()
 
     def leaks(self) -> dict[str, int]:
         """What was not given back, by kind; empty if nothing."""
@@ -118,13 +144,6 @@ class Driver:
             if base <= address and address + size <= base + len(memory):
                 return memory[address - base : address - base + size]
         raise AssertionError(f"{size} bytes at {address:#x} are not inside an allocation")
-
-    def allocate(self, size: int) -> tuple[int, np.ndarray]:
-        """An address, and the memory that stands for the device's there."""
-        return next(self._addresses), np.full(size, 0xFF, np.uint8)  # NaN as any kind of float
-
-    def wrote(self, address: int, size: int) -> None:
-        """Bytes of the device were written by a call here."""
 
     def queue(self, stream: int, work: Work) -> None:
         """Work of a library on a stream, or of a call here."""
@@ -234,7 +253,7 @@ class Driver:
             return real.CUresult.CUDA_ERROR_INVALID_VALUE
         if sum(map(len, self.device.values())) + bytesize > self.total:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-        address, memory = self.allocate(bytesize)
+        address, memory = self._space.allocate(bytesize)
         self.device[address] = memory
         return real.CUdeviceptr(address)
 
@@ -242,6 +261,7 @@ class Driver:
     def cuMemFree(self, dptr: Any) -> Any:
         self._drain()  # as the driver does
         del self.device[int(dptr)]
+        self._space.free(int(dptr))
 
     @call(1)
     def cuMemHostAlloc(self, bytesize: int, Flags: int) -> Any:
@@ -254,19 +274,20 @@ class Driver:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
         self.host[memory.ctypes.data] = memory
         if Flags == mapped:
-            self.mapped[memory.ctypes.data] = next(self._addresses)
+            self.mapped[memory.ctypes.data] = self._space.map(memory)
         return memory.ctypes.data
 
     @call(1)
     def cuMemHostGetDevicePointer(self, p: int, Flags: int) -> Any:
         assert Flags == 0
-        return real.CUdeviceptr(self.mapped[p])  # another number than on the host: nobody may mix them up
+        return real.CUdeviceptr(self.mapped[p])
 
     @call()
     def cuMemFreeHost(self, p: Any) -> Any:
         self._drain()
         memory = self.host.pop(p)
-        self.mapped.pop(p, None)
+        if p in self.mapped:
+            self._space.free(self.mapped.pop(p))
         ctypes.memset(p, 0xFF, len(memory))  # whoever still looks sees NaN
 
     @call(2)
@@ -277,7 +298,7 @@ class Driver:
     def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: int, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), ByteCount)[:] = self._pinned(srcHost, ByteCount)
-            self.wrote(int(dstDevice), ByteCount)
+            self._space.wrote(int(dstDevice), ByteCount)
             self.copied_in += ByteCount
 
         self.queue(hStream, work)
@@ -293,7 +314,7 @@ class Driver:
     def cuMemcpyDtoDAsync(self, dstDevice: Any, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), ByteCount)[:] = self.view(int(srcDevice), ByteCount)
-            self.wrote(int(dstDevice), ByteCount)
+            self._space.wrote(int(dstDevice), ByteCount, int(srcDevice))
             self.seconds += 2 * ByteCount / self.bandwidth
 
         self.queue(hStream, work)
@@ -302,7 +323,7 @@ class Driver:
     def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> Any:
         def work() -> None:
             self.view(int(dstDevice), N)[:] = uc
-            self.wrote(int(dstDevice), N)
+            self._space.wrote(int(dstDevice), N)
 
         self.queue(hStream, work)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,9 @@ class ContextEvaluation(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+Evaluation = Callable[[Driver, dict[str, Any]], EngineEvaluation]  # of an engine, from what its plan says
 
 
 class WholeGraph:

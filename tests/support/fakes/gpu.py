@@ -24,6 +24,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.dtypes import DTYPES
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.cuda_driver import Driver
+from tests.support.fakes.evaluation import Evaluation, WholeGraph
 from tests.support.fakes.tensorrt_runtime import VERSION, fake_module, plan_bytes
 
 TARGET = "rtx:sm86,sm89:fp32"
@@ -45,10 +46,13 @@ class FakeGpu:
 
 
 @contextmanager
-def fake_gpu(folder: Path, **options: Any) -> Iterator[FakeGpu]:
-    """A GPU and TensorRT-RTX inside of the block. folder: for the cache of kernels and the plugin library."""
+def fake_gpu(folder: Path, evaluation: Evaluation = WholeGraph, **options: Any) -> Iterator[FakeGpu]:
+    """A GPU and TensorRT-RTX inside of the block. folder: for the cache of kernels and the plugin library.
+
+    evaluation: see `fake_module`. options: of the driver.
+    """
     driver = Driver(**options)
-    trt = fake_module(driver)
+    trt = fake_module(driver, evaluation)
     library = folder / "tensorrt_plugin.so"
     library.write_bytes(b"the plugins")
     with pytest.MonkeyPatch.context() as patch:

@@ -12,7 +12,6 @@ import itertools
 import json
 import struct
 import weakref
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ from typing import Any
 
 from moevlm.runtime.core.names import PLUGINS
 from tests.support.fakes.cuda_driver import Driver, Work
-from tests.support.fakes.evaluation import EngineEvaluation, WholeGraph
+from tests.support.fakes.evaluation import Evaluation, WholeGraph
 
 HEADER_BYTES = 64
 SM_BITS = {75: 1, 80: 2, 86: 4, 89: 8, 120: 16, 121: 32}
@@ -29,11 +28,13 @@ CACHE_MAGIC = b"kernels of the fake\n"
 CAPSULE = object()
 
 
-def plan_bytes(graph: Path, inputs: dict[str, Any], outputs: dict[str, Any], profiles: int, sms: list[int]) -> bytes:
+def plan_bytes(
+    graph: Path, inputs: dict[str, Any], outputs: dict[str, Any], profiles: int, sms: list[int], **more: Any
+) -> bytes:
     """A plan as the fake reads it. inputs: name to (DataType, shape, [max shape of each profile]); outputs: name to
-    (DataType, shape), where a dimension may be [input, axis, divisor].
+    (DataType, shape), where a dimension may be [input, axis, divisor]. more: for another evaluation than WholeGraph.
     """
-    body = {"graph": str(graph), "inputs": inputs, "outputs": outputs, "profiles": profiles, "sms": sms}
+    body = {"graph": str(graph), "inputs": inputs, "outputs": outputs, "profiles": profiles, "sms": sms, **more}
     data = json.dumps(body).encode()
     header = bytearray(HEADER_BYTES)
     header[:4] = header[28:32] = b"vtrt"
@@ -67,13 +68,8 @@ class DynamicShapesKernelSpecializationStrategy(enum.IntEnum):
     LAZY, EAGER, NONE = range(3)
 
 
-def fake_module(
-    driver: Driver, evaluation: Callable[[Driver, dict[str, Any]], EngineEvaluation] = WholeGraph
-) -> ModuleType:
-    """The module, on a fake driver. Beside the real one's names it has `alive` and `state`, for the tests.
-
-    evaluation: of an engine, from what its plan says.
-    """
+def fake_module(driver: Driver, evaluation: Evaluation = WholeGraph) -> ModuleType:
+    """The module, on a fake driver. Beside the real one's names it has `alive` and `state`, for the tests."""
     module = ModuleType("tensorrt_rtx")
     faults = driver.faults
     state: dict[str, Any] = {"capturable": True, "record": True, "compiled": [], "libraries": [], "deserialized": 0}
