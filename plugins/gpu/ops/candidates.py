@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
-from moevlm.plugins.gpu.program import ONE, Argument, Launch, T, Tensor, Variant, per_token
+from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.program import ONE, Argument, Launch, T, Tensor, Variant, at_most, per_token
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.names import CANDIDATES
 
@@ -69,4 +69,5 @@ class CandidatesOp:
             Launch(1, (per_token(1), ONE, ONE), (logits, maxima, parts, chosen, *outputs)),
         )
         buffers = (per_token(4 * groups), per_token(8 * programs), per_token(8 * self.columns))
-        return Draft(self.name, self.inputs, self.outputs, sm, (group, choose), (Variant((), buffers, steps),))
+        variant = Variant((at_most(MAX_TOKENS),), buffers, steps)
+        return Draft(self.name, self.inputs, self.outputs, sm, (group, choose), (variant,))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import e, log2
 
-from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.program import (
     ONE,
@@ -17,6 +17,7 @@ from moevlm.plugins.gpu.program import (
     T,
     Tensor,
     Variant,
+    at_most,
     fixed,
     per_token,
 )
@@ -105,7 +106,8 @@ class SegmentAttentionOp:
             ),
         )
         turned = per_token(2 * self.heads * self.head_dim * DTYPES[self.dtype].bytes)
-        return Draft(self.name, self.inputs, self.outputs, sm, (rotate, attend), (Variant((), (turned,), steps),))
+        variant = Variant((at_most(MAX_TOKENS), at_most(MAX_TOKENS, "N")), (turned,), steps)
+        return Draft(self.name, self.inputs, self.outputs, sm, (rotate, attend), (variant,))
 
 
 def parts(head_dim: int) -> tuple[int, int]:

@@ -7,8 +7,11 @@ import pytest
 
 from bench.plugin_harness import Io, PluginLibrary
 from bench.variants import EXPERTS, MODELS, router_inputs
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
+from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec
@@ -53,10 +56,12 @@ def test_router_agrees_with_the_spec(
     np.testing.assert_allclose(found["expert_weight"], expected_weight, rtol=2e-6, atol=1e-7)
 
 
-MODELS_LAYERS = {
+MODELS_LAYERS: dict[str, KernelOp] = {
     "Qwen3-VL-30B-A3B": ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768, "float16"),
     "Gemma-4-26B-A4B": ExpertsOp(ExpertsSpec("gelu_tanh"), 128, 8, 2816, 704, "float16", "int8"),
     "DeepSeek-V3": ExpertsOp(ExpertsSpec(), 256, 8, 7168, 2048, "float16", "int4"),
+    "Qwen3-VL's vision": SegmentAttentionOp(16, 72, "float16"),
+    "Qwen3-VL's vocabulary": CandidatesOp(151_936),
 }
 
 
@@ -66,7 +71,8 @@ def test_drafts_of_large_models_are_programs_for_every_gpu(library: PluginLibrar
     images = [fake_program(op.draft(sm)).images[0] for sm in SMS]
     program = Program(op.name, op.inputs, op.outputs, tuple(images))
     plugin = library.plugin(op.name, program.to_bytes())
-    io = Io.of(op.inputs, op.outputs, {"T": 1}, {"T": 4096})
+    sizes = {"T": 4096, "N": 64}
+    io = Io.of(op.inputs, op.outputs, dict.fromkeys(sizes, 1), sizes)
     plugin.configure(io)
-    assert plugin.workspace(io) >= max(image.variant({"T": 4096}).workspace({"T": 4096}) for image in images)
+    assert plugin.workspace(io) >= max(image.variant(sizes).workspace(sizes) for image in images)
     plugin.close()
