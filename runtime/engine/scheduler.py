@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import partial
 
 import msgspec
@@ -13,6 +13,7 @@ from moevlm.runtime.engine.residents import Residents
 from moevlm.runtime.engine.sequence import Sequence
 from moevlm.runtime.engine.step import EngineLimits, StepOutput
 from moevlm.runtime.request.candidates import CandidateRow
+from moevlm.runtime.request.sampling_together import chosen_together
 
 
 class Part(msgspec.Struct, frozen=True, eq=False):
@@ -111,7 +112,7 @@ class Scheduler:
             if parts or self._all.preemptions == before:
                 return tuple(parts)
 
-    def finish(self, parts: Iterable[Part], output: StepOutput, started: float) -> list[Sequence]:
+    def finish(self, parts: Collection[Part], output: StepOutput, started: float) -> list[Sequence]:
         """Take what a step made: each sequence whose last token it computed has one more piece, or has ended.
 
         parts: of a step that ran. started: when, by perf_counter(). Returns these sequences, and those that were
@@ -119,17 +120,19 @@ class Scheduler:
         """
         made: list[Sequence] = []
         candidates = output.candidates
-        rows = enumerate(zip(candidates.values, candidates.ids, candidates.log_sum_exp.tolist(), strict=True))
+        values, ids, totals = candidates.values, candidates.ids, candidates.log_sum_exp
+        tokens = chosen_together([part.sequence.sampler for part in parts if part.last], values, ids, totals)
+        rows = enumerate(zip(values, ids, totals.tolist(), tokens, strict=True))
         for part in parts:
             sequence = part.sequence
             assert sequence.table is not None
             sequence.stepped = self._steps
             if part.last:
                 made.append(sequence)
-                place, (values, ids, total) = next(rows)
-                row = CandidateRow(values, ids, total, self._vocabulary, partial(output.logits, place))
+                place, (scores, names, total, token) = next(rows)
+                row = CandidateRow(scores, names, total, self._vocabulary, partial(output.logits, place))
                 try:
-                    ended = sequence.accept(row, started).finish_reason is not None
+                    ended = sequence.accept(row, started, token).finish_reason is not None
                 except BaseException as error:  # what it computed may be as wrong as its logits
                     self.fail([part], error)
                     if isinstance(error, Exception):

@@ -81,7 +81,7 @@ class Sequence:
         )
         self.features: dict[int, VisualFeatures] = {}  # by the image's place; while its prompt is computed
         self._ends = np.cumsum([image.tokens for image in images], dtype=np.int64)
-        self._sampler = Sampler(params, prompt.ids)
+        self.sampler = Sampler(params, prompt.ids)
         self._ending = ending
         self._size = len(prompt.ids)
 
@@ -158,13 +158,13 @@ class Sequence:
         first, last = np.searchsorted(self._ends, (begin, end - 1), side="right")
         return range(int(first), int(last) + 1)
 
-    def accept(self, row: CandidateRow, started: float) -> Piece:
+    def accept(self, row: CandidateRow, started: float, token: int | None = None) -> Piece:
         """Choose the next token and say what it adds to the text.
 
-        started: perf_counter() when the step began, whose seconds count as prefill or decode.
-        Raises EngineError for logits that are not usable.
+        started: perf_counter() when the step began, whose seconds count as prefill or decode. token: the sampler's
+        choice, if it was found together with others'. Raises EngineError for logits that are not usable.
         """
-        sampled = self._sampler.choose(row)
+        sampled = self.sampler.choose(row) if token is None else self.sampler.take(token)
         token = sampled.token_id
         phase = self._phase
         self.generated.append(token)

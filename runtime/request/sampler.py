@@ -14,6 +14,8 @@ from moevlm.runtime.request.candidates import CandidateRow, choose, greedy
 from moevlm.runtime.request.distribution import in_order, penalize, weights
 from moevlm.runtime.request.sampling import SamplingParams
 
+_COLDEST = 1e-30  # below it float32 cannot divide by a temperature
+
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
@@ -38,9 +40,25 @@ class Sampler:
         """prompt: token ids [S], which the repetition penalty counts as seen."""
         self.params = params
         self._plain = params.temperature == 0 and params.repetition_penalty == 1 and params.logprobs is None
+        # Above 0 where a row's likeliest so many tokens are all that matters, but for a tie at their end.
+        narrow = params.temperature > 0 and params.repetition_penalty == 1 and params.logprobs is None
+        self.narrow_k = params.top_k if narrow and params.min_p == 0 and params.temperature > _COLDEST else 0
         self._random = np.random.default_rng(params.seed)
+        self._place: float | None = None
         self._prompt = np.asarray(prompt, np.int64)
         self._seen: np.ndarray | None = None  # [vocabulary] bool, for a repetition penalty
+
+    @property
+    def place(self) -> float:
+        """Where in the distribution the next token lies, 0 <= place < 1; the same until it is chosen."""
+        if self._place is None:
+            self._place = self._random.random()
+        return self._place
+
+    def take(self, token: int) -> Sampled:
+        """The next token is one that was found at `place` by the likeliest `narrow_k`."""
+        self._place = None
+        return Sampled(token)
 
     def choose(self, row: CandidateRow) -> Sampled:
         """The next token.
@@ -57,7 +75,7 @@ class Sampler:
             if token is None:
                 token = int(self._penalized(row.logits()).argmax())
         else:
-            at = self._random.random()
+            at, self._place = self.place, None
             choice = choose(row, params, seen)
             token = None if choice is None else choice.draw(at)
             if token is None:
@@ -72,7 +90,9 @@ class Sampler:
         best = int(scores.argmax())  # a NaN counts as the largest
         if not math.isfinite(scores[best]):
             _refuse(scores)
-        token = best if params.temperature == 0 else self._draw(scores, self._random.random())
+        token = best
+        if params.temperature > 0:
+            token, self._place = self._draw(scores, self.place), None
         self._count(token)
         if params.logprobs is None:
             return Sampled(token)
