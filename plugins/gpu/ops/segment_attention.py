@@ -70,13 +70,13 @@ class SegmentAttentionOp:
         """See `KernelOp`. Raises ValueError for bfloat16 on sm75, which has none."""
         if self.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
-        wide, narrow = parts(self.head_dim)
-        tile = segment_tile(DTYPES[self.dtype].bits, wide + narrow, sm)
+        a, b = parts(self.head_dim)
+        tile = segment_tile(DTYPES[self.dtype].bits, a + b, sm)
         shape: dict[str, int | float | bool | str] = {
             "HEADS": self.heads,
             "DIM": self.head_dim,
-            "WIDE": wide,
-            "NARROW": narrow,
+            "A": a,
+            "B": b,
         }
         given = DTYPES[self.dtype].pointer
         rotate = KernelSpec(
