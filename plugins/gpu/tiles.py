@@ -2,9 +2,11 @@
 
 tiles.json: GPUs of like resources -> bits of a weight (32 for any if activations are float32) -> "single" (1 token),
 "few" (2 to 8) and "grouped": a list by rising number of rows per expert, the last for all above. Each entry is a tile
-for gate_up and one for down. "segments": tiles of attention among patches, by bits of an activation and the most
-columns that a head is padded to. "attention": how many programs fill a GPU, then tiles for "decode" and for "prefill",
-by bits of a cached value and the most dimensions of a head.
+for gate_up and one for down. "fp8" stands in the place of "8" for e4m3 weights in groups of 128 where a GPU multiplies
+e4m3: there, an entry with "activations": "fp8" quantizes activations, too; BK is 128, BN of gate_up a multiple of it.
+"segments": tiles of attention among patches, by bits of an activation and the most columns that a head is padded to.
+"attention": how many programs fill a GPU, then tiles for "decode" and for "prefill", by bits of a cached value and the
+most dimensions of a head.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Range:
-    """For up to max_tokens; None: any number."""
+    """For up to max_tokens; None: any number. activations: "fp8" where they are quantized, "" where not."""
 
     max_tokens: int | None
     gate_up: Tile
     down: Tile
+    activations: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,10 @@ def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
 
     Raises ValueError for an sm that is not known.
     """
-    bits = 32 if op.dtype == "float32" else op.weight_bits
-    entry = _family(sm)[str(bits)]
+    stored = "32" if op.dtype == "float32" else str(op.weight_bits)
+    if stored == "8" and op.weights == "fp8" and op.group_size == 128 and sm >= 89:
+        stored = "fp8"
+    entry = _family(sm)[stored]
     ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]
     for rows in entry["grouped"]:
         limit = None if rows["rows"] is None else max(FEW_TOKENS + 1, rows["rows"] * op.experts // op.top_k)
@@ -108,4 +113,4 @@ def table() -> dict[str, Any]:
 
 
 def _range(max_tokens: int | None, entry: dict[str, Any]) -> Range:
-    return Range(max_tokens, Tile(*entry["gate_up"]), Tile(*entry["down"]))
+    return Range(max_tokens, Tile(*entry["gate_up"]), Tile(*entry["down"]), entry.get("activations", ""))

@@ -10,6 +10,7 @@ from moevlm.plugins.gpu.kernels.attention.prefill import prefill
 from moevlm.plugins.gpu.kernels.attention.segment import rotate_patches, segment_attention
 from moevlm.plugins.gpu.kernels.attention.write import write_pages
 from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
+from moevlm.plugins.gpu.kernels.moe.fp8 import fp8_down, fp8_gate_up, quantize_rows
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
 from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
 from moevlm.plugins.gpu.kernels.moe.router import route
@@ -23,12 +24,15 @@ __all__ = [
     "few_down",
     "few_gate_up",
     "group_logits",
+    "fp8_down",
+    "fp8_gate_up",
     "grouped_down",
     "grouped_gate_up",
     "merge",
     "place_rows",
     "prefill",
     "rotate_patches",
+    "quantize_rows",
     "route",
     "segment_attention",
     "single_down",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
@@ -27,14 +27,30 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROWS_STEP = 1024  # rows that one program counts or places
-COMBINE_STEP = 1024  # columns that one program adds up
+COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
+Given = tuple[Argument, str]  # what a kernel is given, and its type
+Grid = tuple[Count, Count, Count]
+_TOKENS: Given = (TOKENS, "i32")
+
+
+@dataclass
+class _Layout:
+    """A variant while it is laid out."""
+
+    buffers: list[Count] = field(default_factory=list)
+    steps: list[Launch | Fill] = field(default_factory=list)
+
+    def buffer(self, kind: str, size: Count) -> Given:
+        """One more buffer of `size` bytes. kind: "*i32"."""
+        self.buffers.append(size)
+        return Argument("workspace", len(self.buffers) - 1), kind
+
+    def variant(self, max_tokens: int) -> Variant:
+        return Variant((at_most(max_tokens),), tuple(self.buffers), tuple(self.steps))
 
 
 class ExpertsDraft:
     """Collects kernels, each once, while the variants are laid out."""
-
-    # Workspace buffers. A variant without sorting has only the first two.
-    INNER, ROWS_OUT, COUNTS, STARTS, ROWS, BLOCKS = range(6)
 
     def __init__(self, op: ExpertsOp, sm: int, max_tokens: int) -> None:
         self.ranges = tiles(op, sm)
@@ -50,104 +66,129 @@ class ExpertsDraft:
         variants = []
         for i, chosen in enumerate(self.ranges):
             limit = min(chosen.max_tokens or self.max_tokens, self.max_tokens)
-            variants.append(self._few(limit, chosen) if i < 2 else self._grouped(limit, chosen))
+            layout = _Layout()
+            if i < 2:
+                self._few(layout, chosen, limit == 1)
+            else:
+                self._grouped(layout, chosen)
+            variants.append(layout.variant(limit))
             if limit == self.max_tokens:
                 break
         return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
 
-    def _few(self, max_tokens: int, chosen: Range) -> Variant:
+    def _few(self, layout: _Layout, chosen: Range, single: bool) -> None:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
         rows = per_token(op.top_k)
         routing = {"EXPERTS": op.experts, "TOP_K": op.top_k}
-        steps = [
+        index, weight, y = self._input("expert_index"), self._input("expert_weight"), (Argument("output"), self.dtype)
+        inner = layout.buffer(self.dtype, self._row_bytes(op.inner))
+        self._launch(
+            layout,
+            "few_gate_up",
+            (fixed(_tiles(op.inner, gate_up)), rows, ONE),
+            (self._input("x"), index, weight, *self._weights("gate_up"), inner, _TOKENS),
+            routing | self._product("gate_up", gate_up) | {"SPEC": op.spec},
+            gate_up,
+        )
+        if single:
             self._launch(
-                "few_gate_up",
-                (fixed(_tiles(op.inner, gate_up)), rows, ONE),
-                ("x", "expert_index", "expert_weight", *self._weights("gate_up"), self.INNER, "tokens"),
-                routing | self._product("gate_up") | {"SPEC": op.spec},
-                gate_up,
-            )
-        ]
-        if max_tokens == 1:
-            steps.append(
-                self._launch(
-                    "single_down",
-                    (fixed(_tiles(op.hidden, down)), ONE, ONE),
-                    (self.INNER, "expert_index", "expert_weight", *self._weights("down"), "y"),
-                    routing | self._product("down") | {"SPEC": op.spec},
-                    down,
-                )
-            )
-            return Variant((at_most(max_tokens),), (self._row_bytes(op.inner),), tuple(steps))
-        steps.append(
-            self._launch(
-                "few_down",
-                (fixed(_tiles(op.hidden, down)), rows, ONE),
-                (self.INNER, "expert_index", *self._weights("down"), self.ROWS_OUT, "tokens"),
-                routing | self._product("down"),
+                layout,
+                "single_down",
+                (fixed(_tiles(op.hidden, down)), ONE, ONE),
+                (inner, index, weight, *self._weights("down"), y),
+                routing | self._product("down", down) | {"SPEC": op.spec},
                 down,
             )
+            return
+        out = layout.buffer(self.dtype, self._row_bytes(op.hidden))
+        self._launch(
+            layout,
+            "few_down",
+            (fixed(_tiles(op.hidden, down)), rows, ONE),
+            (inner, index, *self._weights("down"), out, _TOKENS),
+            routing | self._product("down", down),
+            down,
         )
-        steps.append(self._combine())
-        return Variant((at_most(max_tokens),), (self._row_bytes(op.inner), self._row_bytes(op.hidden)), tuple(steps))
+        self._combine(layout, out)
 
-    def _grouped(self, max_tokens: int, chosen: Range) -> Variant:
+    def _grouped(self, layout: _Layout, chosen: Range) -> None:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
         if gate_up.BM != down.BM:
             raise ValueError(f"BM = {gate_up.BM} and {down.BM} in one entry of tiles.json (allowed: one value)")
-        block = gate_up.BM
-        by_rows = per_token(op.top_k, divisor=ROWS_STEP)
-        shape = {"EXPERTS": op.experts}
-        steps: list[Launch | Fill] = [
-            Fill(self.COUNTS, 0, fixed(2 * op.experts)),
-            self._launch(
-                "count_rows",
-                (by_rows, ONE, ONE),
-                ("expert_index", self.COUNTS, "tokens"),
-                shape | {"TOP_K": op.top_k, "STEP": ROWS_STEP},
-            ),
-            self._launch(
-                "start_rows",
-                (ONE, ONE, ONE),
-                (self.COUNTS, self.STARTS, ("constant", block)),
-                shape,
-            ),
-            self._launch(
-                "place_rows",
-                (by_rows, ONE, ONE),
-                ("expert_index", self.STARTS, self.COUNTS, self.ROWS, self.BLOCKS, "tokens", ("constant", block)),
-                shape | {"TOP_K": op.top_k, "STEP": ROWS_STEP},
-            ),
-            self._launch(
-                "grouped_gate_up",
-                (self._blocks(block, _tiles(op.inner, gate_up)), ONE, ONE),
-                (
-                    *("x", "expert_weight", *self._weights("gate_up")),
-                    *(self.ROWS, self.STARTS, self.BLOCKS, self.INNER),
-                ),
-                shape | self._product("gate_up") | {"TOP_K": op.top_k, "SPEC": op.spec},
-                gate_up,
-            ),
-            self._launch(
-                "grouped_down",
-                (self._blocks(block, _tiles(op.hidden, down)), ONE, ONE),
-                (self.INNER, *self._weights("down"), self.ROWS, self.STARTS, self.BLOCKS, self.ROWS_OUT),
-                shape | self._product("down"),
-                down,
-            ),
-            self._combine(),
-        ]
-        buffers = (
-            self._row_bytes(op.inner),
-            self._row_bytes(op.hidden),
-            fixed(2 * op.experts * 4),
-            fixed(2 * (op.experts + 1) * 4),
-            per_token(op.top_k * 4),
-            self._blocks(block, 2 * 4),
+        rows, starts, blocks = self._sorted_rows(layout, gate_up.BM)
+        out = layout.buffer(self.dtype, self._row_bytes(op.hidden))
+        grids = [self._blocks(gate_up.BM, _tiles(n, tile)) for n, tile in ((op.inner, gate_up), (op.hidden, down))]
+        quantized = chosen.activations == "fp8"
+        x: Sequence[Given] = (self._input("x"),)
+        inner: Sequence[Given]
+        if quantized:
+            x, inner = self._quantized_x(layout), self._codes(layout, "down", op.top_k)
+        else:
+            inner = (layout.buffer(self.dtype, self._row_bytes(op.inner)),)
+        self._launch(
+            layout,
+            "fp8_gate_up" if quantized else "grouped_gate_up",
+            (grids[0], ONE, ONE),
+            (*x, self._input("expert_weight"), *self._weights("gate_up"), rows, starts, blocks, *inner),
+            self._product("gate_up", gate_up) | {"EXPERTS": op.experts, "TOP_K": op.top_k, "SPEC": op.spec},
+            gate_up,
         )
-        return Variant((at_most(max_tokens),), buffers, tuple(steps))
+        self._launch(
+            layout,
+            "fp8_down" if quantized else "grouped_down",
+            (grids[1], ONE, ONE),
+            (*inner, *self._weights("down"), rows, starts, blocks, out),
+            self._product("down", down) | {"EXPERTS": op.experts},
+            down,
+        )
+        self._combine(layout, out)
+
+    def _sorted_rows(self, layout: _Layout, block: int) -> tuple[Given, Given, Given]:
+        """rows, starts and blocks, as `place_rows` leaves them, in blocks of so many rows."""
+        op = self.op
+        index, block_rows = self._input("expert_index"), (Argument("constant", block), "i32")
+        counts = layout.buffer("*i32", fixed(2 * op.experts * 4))
+        starts = layout.buffer("*i32", fixed(2 * (op.experts + 1) * 4))
+        rows = layout.buffer("*i32", per_token(op.top_k * 4))
+        blocks = layout.buffer("*i32", self._blocks(block, 2 * 4))
+        grid = (per_token(op.top_k, divisor=ROWS_STEP), ONE, ONE)
+        experts = {"EXPERTS": op.experts}
+        by_rows = experts | {"TOP_K": op.top_k, "STEP": ROWS_STEP}
+        layout.steps.append(Fill(counts[0].index, 0, fixed(2 * op.experts)))
+        self._launch(layout, "count_rows", grid, (index, counts, _TOKENS), by_rows)
+        self._launch(layout, "start_rows", (ONE, ONE, ONE), (counts, starts, block_rows), experts)
+        given = (index, starts, counts, rows, blocks, _TOKENS, block_rows)
+        self._launch(layout, "place_rows", grid, given, by_rows)
+        return rows, starts, blocks
+
+    def _codes(self, layout: _Layout, projection: str, rows: int) -> Sequence[Given]:
+        """Room for the quantized input of a projection, codes and scales. rows: of a token."""
+        weight = self.op.projections[projection]
+        return (
+            layout.buffer("*i8", per_token(rows * weight.stored_width)),
+            layout.buffer("*fp32", per_token(rows * weight.groups * 4)),
+        )
+
+    def _quantized_x(self, layout: _Layout) -> Sequence[Given]:
+        weight = self.op.projections["gate_up"]
+        codes = self._codes(layout, "gate_up", 1)
+        groups = min(COLUMNS_STEP // weight.group, power_of_two(weight.groups))
+        grid = (per_token(-(-weight.groups // groups)), ONE, ONE)
+        self._launch(layout, "quantize_rows", grid, (self._input("x"), *codes), {"W": weight, "GROUPS": groups})
+        return codes
+
+    def _combine(self, layout: _Layout, rows: Given) -> None:
+        op = self.op
+        step = min(COLUMNS_STEP, power_of_two(op.hidden))
+        self._launch(
+            layout,
+            "combine",
+            (per_token(-(-op.hidden // step)), ONE, ONE),
+            (rows, self._input("expert_weight"), (Argument("output"), self.dtype)),
+            {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SPEC": op.spec, "STEP": step},
+        )
 
     def _blocks(self, rows: int, times: int) -> Count:
         """times the most blocks of so many rows that T * k rows of E experts can make, at most rounded up."""
@@ -158,56 +199,36 @@ class ExpertsDraft:
     def _row_bytes(self, width: int) -> Count:
         return per_token(self.op.top_k * width * DTYPES[self.op.dtype].bytes)
 
-    def _combine(self) -> Launch:
-        op = self.op
-        step = min(COMBINE_STEP, power_of_two(op.hidden))
-        return self._launch(
-            "combine",
-            (per_token(-(-op.hidden // step)), ONE, ONE),
-            (self.ROWS_OUT, "expert_weight", "y"),
-            {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SPEC": op.spec, "STEP": step},
-        )
+    def _input(self, name: str) -> Given:
+        place = self.places[name]
+        return Argument("input", place), DTYPES[self.op.inputs[place].dtype].pointer
 
-    def _weights(self, projection: str) -> tuple[str | None, ...]:
+    def _weights(self, projection: str) -> tuple[Given, ...]:
+        """Weight, scales and biases, null where there are none."""
         names = (projection, f"{projection}_scale", f"{projection}_bias")
-        return tuple(name if name in self.places else None for name in names)
+        return tuple(self._input(name) if name in self.places else (Argument("null"), self.dtype) for name in names)
 
-    def _product(self, projection: str) -> dict[str, Hashable]:
-        """What the kernel of one product is specialised to, apart from its tile."""
+    def _product(self, projection: str, tile: Tile) -> dict[str, Hashable]:
+        """What the kernel of one product is specialised to."""
         stored = self.op.projections[projection]
-        return {"W": replace(stored, native_fp8=stored.format == "fp8" and self.sm >= 89), "INTERPRETED": False}
+        weight = replace(stored, native_fp8=stored.format == "fp8" and self.sm >= 89)
+        return {"W": weight, "TILE": tile, "INTERPRETED": False}
 
     def _launch(
         self,
+        layout: _Layout,
         function: str,
-        grid: tuple[Count, Count, Count],
-        arguments: Sequence[str | int | tuple[str, int] | None],
+        grid: Grid,
+        given: Sequence[Given],
         constants: Mapping[str, Hashable],
         tile: Tile | None = None,
-    ) -> Launch:
-        """arguments: an input's or output's name, a buffer, None for an absent input, "tokens", or a constant."""
-        given, types = zip(*(self._argument(argument) for argument in arguments), strict=True)
-        shape = {"TILE": tile} if tile else {}
+    ) -> None:
+        arguments, types = zip(*given, strict=True)
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        spec = KernelSpec(function, types, tuple(sorted({**constants, **shape}.items())), warps, stages)
+        spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)
-        return Launch(self.kernels.index(spec), grid, given)
-
-    def _argument(self, argument: str | int | tuple[str, int] | None) -> tuple[Argument, str]:
-        op = self.op
-        if argument is None:
-            return Argument("null"), self.dtype
-        if argument == "tokens":
-            return TOKENS, "i32"
-        if argument == "y":
-            return Argument("output", 0), self.dtype
-        if isinstance(argument, str):
-            place = self.places[argument]
-            return Argument("input", place), DTYPES[op.inputs[place].dtype].pointer
-        if isinstance(argument, int):
-            return Argument("workspace", argument), self.dtype if argument < self.COUNTS else "*i32"
-        return Argument(*argument), "i32"
+        layout.steps.append(Launch(self.kernels.index(spec), grid, arguments))
 
 
 def _tiles(width: int, tile: Tile) -> int:

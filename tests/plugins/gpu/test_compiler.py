@@ -149,6 +149,16 @@ def test_tensor_maps_are_arrays_in_the_interpreter(triton_interpreter: Interpret
     np.testing.assert_allclose(y, x.astype(np.float32) @ w.astype(np.float32), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("sm", [89, 90, 120])
+def test_products_of_e4m3_fit_the_gpus_that_have_them(sm: int) -> None:
+    op = ExpertsOp(ExpertsSpec(), experts=6, top_k=2, hidden=256, inner=256, weights="fp8", group_size=128)
+    draft = op.draft(sm)
+    kernels = {spec.function: spec for spec in draft.kernels}  # of each function the last, with the largest tile
+    used = [kernels[name] for name in ("quantize_rows", "fp8_gate_up", "fp8_down")]
+    compiled = compiler._compile([(compiler.KERNELS, spec, sm) for spec in used], lambda *_: None)
+    assert [one.resources.spilled for one in compiled.values()] == [0, 0, 0]
+
+
 def test_a_kernel_is_compiled_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     toys(86)
     monkeypatch.setattr(compiler, "_Worker", None)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from bench.gpu.launch import described
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
+from moevlm.plugins.gpu.kernels.moe.fp8 import encode
 from moevlm.plugins.gpu.program import (
     NO_LIMIT,
     ONE,
@@ -52,6 +53,12 @@ def scaled_matmul(x, w, scale, y, n, BLOCK: tl.constexpr, INNER: tl.constexpr):
         factor = tl.load(scale + columns * (INNER // 32) + k // 32)
         total = tl.dot(a, tl.load(w + (k + inner)[:, None] * BLOCK + columns[None, :]) * factor, total)
     tl.store(y + rows[:, None] * BLOCK + columns[None, :], total, mask=(rows < n)[:, None])
+
+
+@triton.jit
+def encode_codes(values, codes, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(codes + i, encode(tl.load(values + i, mask=i < n, other=0.0)), mask=i < n)
 
 
 @triton.jit

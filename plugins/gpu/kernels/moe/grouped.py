@@ -10,6 +10,14 @@ from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inn
 
 
 @triton.jit
+def block_rows(starts, blocks, block, BM: tl.constexpr):
+    """A block's expert, int64, its places among the sorted rows, and which of them are real: [BM]."""
+    e = tl.load(blocks + 2 * block)
+    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
+    return e.to(tl.int64), place, place < tl.load(starts + e + 1)
+
+
+@triton.jit
 def grouped_gate_up(
     x,  # [T, H]
     weight,  # [T, k] float32
@@ -32,16 +40,14 @@ def grouped_gate_up(
     block = tl.program_id(0) // TILES
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
-    e = tl.load(blocks + 2 * block)
-    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, TILE.BM)
-    mask = place < tl.load(starts + e + 1)
+    e, place, mask = block_rows(starts, blocks, block, TILE.BM)
     row = tl.load(rows + place, mask=mask, other=0)
     factor = tl.zeros([TILE.BM], tl.float32)
     if SPEC.weight_on == "input":
         factor = tl.load(weight + row, mask=mask, other=0.0)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = (row // TOP_K).to(tl.int64) * W.width
-    out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
+    out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e, n, SPEC, W, TILE, INTERPRETED)
     pointer = inner + place.to(tl.int64)[:, None] * INNER + n[None, :]
     tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
 
@@ -65,13 +71,11 @@ def grouped_down(
     block = tl.program_id(0) // TILES
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
-    e = tl.load(blocks + 2 * block)
-    place = tl.load(blocks + 2 * block + 1) + tl.arange(0, TILE.BM)
-    mask = place < tl.load(starts + e + 1)
+    e, place, mask = block_rows(starts, blocks, block, TILE.BM)
     row = tl.load(rows + place, mask=mask, other=0).to(tl.int64)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = place.to(tl.int64) * W.width
-    acc = down_tile(inner, offset, mask, w, scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
+    acc = down_tile(inner, offset, mask, w, scale, bias, e, n, W, TILE, INTERPRETED)
     pointer = out + row[:, None] * W.rows + n[None, :]
     tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < W.rows)[None, :])
 
