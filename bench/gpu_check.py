@@ -23,16 +23,17 @@ from bench.gpu import report
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-# Each is a module of bench.gpu. The layers come while nothing else uses the GPU.
+# Each is a module of bench.gpu, the one that tells the most first. Nothing else uses the GPU while one is timed.
 PARTS = {
     "checks": "every kernel variant against the spec in numpy",
-    "cubins": "machine code compiled ahead of time against Triton's launcher",
-    "plugin": "the plugin library, called as TensorRT would",
+    "attention": "times of paged attention against PyTorch's and the GPU's limits",
     "layers": "times of MoE layers against grouped_mm and the GPU's limits",
     "vision": "times of attention among patches against scaled_dot_product_attention, flex_attention and the peak",
     "candidates": "times of choosing a row's likeliest tokens against topk, logsumexp and the bandwidth",
-    "host_experts": "times of experts that stay in the host's memory against the link to it",
+    "plugin": "the plugin library, called as TensorRT would",
     "engine": "the demo model through TensorRT, where one is installed",
+    "host_experts": "times of experts that stay in the host's memory against the link to it",
+    "cubins": "machine code compiled ahead of time against Triton's launcher",
 }
 SECONDS = 200  # after which a part begins nothing more
 GRACE_SECONDS = 40  # for what it has begun

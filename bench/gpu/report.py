@@ -11,6 +11,8 @@ Entry = dict[str, Any]
 # What is aimed at on a GPU of the H100's class.
 DECODE_TOKENS, DECODE_FRACTION = 1, 0.85
 PREFILL_TOKENS, PREFILL_FRACTION = 4096, 0.60
+ATTENTION_TOKENS, ATTENTION_FRACTION = 1 << 18, 0.75  # tokens of all sequences, where ramp and tail hardly count
+ATTENTION_PREFILL, ATTENTION_PREFILL_FRACTION = 8192, 0.50
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,6 +74,35 @@ def layer_tables(entries: Sequence[Entry]) -> list[str]:
         texts.append(table(f"{layer}, weights {weights}", (*columns, "torch router us"), rows))
     skipped = [entry for entry in entries if entry["kind"] == "layer" and "skipped" in entry]
     return texts + [f"{entry['layer']}, weights {entry['weights']}: {entry['skipped']}" for entry in skipped]
+
+
+def attention_tables(entries: Sequence[Entry]) -> list[str]:
+    """A table per model and dtype of caches, then what was left out."""
+    texts = []
+    measured = [entry for entry in entries if entry["kind"] == "attention" and "seconds" in entry]
+    for model, cache in dict.fromkeys((entry["model"], entry["cache"]) for entry in measured):
+        rows = [
+            (
+                str(entry["sequences"]),
+                str(entry["past"]),
+                str(entry["tokens"]),
+                _microseconds(entry["seconds"]),
+                _percent(entry["of_bandwidth"]),
+                _percent(entry["of_peak"]),
+                _number(entry, "peer_seconds", _microseconds),
+                entry.get("peer", "-"),
+                f"{entry['peer_seconds'] / entry['seconds']:.2f} x" if "peer_seconds" in entry else "-",
+            )
+            for entry in sorted(measured, key=lambda entry: (entry["tokens"], entry["sequences"], entry["past"]))
+            if (entry["model"], entry["cache"]) == (model, cache)
+        ]
+        columns = ("sequences", "past", "new tokens", "us", "of bandwidth", "of peak", "torch us", "its best", "faster")
+        texts.append(table(f"attention of {model}, caches {cache}", columns, rows))
+    skipped = [entry for entry in entries if entry["kind"] == "attention" and "skipped" in entry]
+    return texts + [
+        f"attention of {entry['model']}, {entry['sequences']} sequences with {entry['past']} tokens: {entry['skipped']}"
+        for entry in skipped
+    ]
 
 
 def host_experts_tables(entries: Sequence[Entry]) -> list[str]:
@@ -162,6 +193,10 @@ def aims(entries: Sequence[Entry]) -> list[Entry]:
     own = [entry for entry in measured if entry["weights"] in ("float16", "bfloat16")]
     decode = [entry["of_bandwidth"] for entry in own if entry["tokens"] == DECODE_TOKENS]
     prefill = [entry["of_peak"] for entry in own if entry["tokens"] == PREFILL_TOKENS]
+    attention = [entry for entry in entries if entry["kind"] == "attention" and "seconds" in entry]
+    many = [e for e in attention if e["tokens"] == 1 and e["sequences"] * e["past"] >= ATTENTION_TOKENS]
+    long = [entry for entry in attention if entry["tokens"] >= ATTENTION_PREFILL]
+    faster = [entry["peer_seconds"] / entry["seconds"] for entry in attention if "peer_seconds" in entry]
     found = []
     for what, aim, values in (
         (f"{DECODE_TOKENS} token: of the bandwidth, least of the layers", DECODE_FRACTION, decode),
@@ -173,6 +208,9 @@ def aims(entries: Sequence[Entry]) -> list[Entry]:
             1.0,
             [entry["peer_seconds"] / entry["seconds"] for entry in _candidates(entries)],
         ),
+        ("attention, decode over many tokens: of the bandwidth", ATTENTION_FRACTION, [e["of_bandwidth"] for e in many]),
+        ("attention, long prefill: of the peak", ATTENTION_PREFILL_FRACTION, [e["of_peak"] for e in long]),
+        ("times as fast as PyTorch's best attention, least of all", 1.0, faster),
     ):
         if values:
             found.append({"aim": what, "at_least": aim, "reached": min(values), "met": min(values) >= aim})
@@ -188,7 +226,8 @@ def tiles_text(entries: Sequence[Entry]) -> str:
 
 def failures(entries: Sequence[Entry]) -> list[str]:
     """A line for each entry that went wrong."""
-    named = ("op", "layer", "weights", "tokens", "target", "images", "by", "rows", "logits")
+    named = ("op", "layer", "model", "weights", "cache", "sequences", "past", "tokens", "target")
+    named += ("images", "by", "rows", "logits")
     return [
         f"{entry['kind']}: {' '.join(str(entry[name]) for name in named if name in entry)}: {entry['error']}"
         for entry in entries
@@ -199,14 +238,13 @@ def failures(entries: Sequence[Entry]) -> list[str]:
 def text_of(entries: Sequence[Entry]) -> str:
     """Everything that a reader wants to see."""
     parts = []
-    for entry in entries:
-        if entry["kind"] == "limits":
-            bandwidth, peak = entry["bandwidth"] / 1e12, entry["peak"] / 1e12
-            parts.append(f"limits: {bandwidth:.2f} TB/s copied, {peak:.0f} TFLOP/s in a large product")
+    if (limits := next((entry for entry in entries if entry["kind"] == "limits"), None)) is not None:
+        bandwidth, peak = limits["bandwidth"] / 1e12, limits["peak"] / 1e12
+        parts.append(f"limits: {bandwidth:.2f} TB/s copied, {peak:.0f} TFLOP/s in a large product")
     left_out = [entry for entry in entries if entry["kind"] in ("cubins", "plugin") and "skipped" in entry]
     parts += [f"{entry['kind']}: stopped {entry['stopped']}" for entry in entries if "stopped" in entry]
     parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
-    parts += [*layer_tables(entries), *host_experts_tables(entries)]
+    parts += [*attention_tables(entries), *layer_tables(entries), *host_experts_tables(entries)]
     parts += [vision_table(entries), candidates_table(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":

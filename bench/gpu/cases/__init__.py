@@ -3,11 +3,18 @@
 from bench.gpu.cases.base import Cases
 from bench.gpu.cases.candidates import CandidatesCases
 from bench.gpu.cases.experts import ExpertsCases
+from bench.gpu.cases.paged_attention import PagedAttentionCases
 from bench.gpu.cases.router import RouterCases
 from bench.gpu.cases.segment_attention import SegmentAttentionCases
 from moevlm.plugins.gpu.ops.base import KernelOp
 
-CASES: tuple[Cases, ...] = (SegmentAttentionCases(), CandidatesCases(), ExpertsCases(), RouterCases())
+CASES: tuple[Cases, ...] = (
+    PagedAttentionCases(),
+    SegmentAttentionCases(),
+    CandidatesCases(),
+    ExpertsCases(),
+    RouterCases(),
+)
 
 
 def cases_of(op: KernelOp) -> Cases:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.paged_attention import Sequences, draw_inputs
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
 from moevlm.plugins.gpu.program import chosen, sizes_of
@@ -15,7 +16,7 @@ from moevlm.plugins.gpu.tiles import FAMILIES
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.support.attention_variants import ATTENTIONS
-from tests.support.gpu_attention import Sequences, check, draw_inputs
+from tests.support.gpu_attention import check
 
 GQA = AttentionSpec(8, 2, 64)
 STEPS: dict[str, Sequences] = {

@@ -1,0 +1,94 @@
+"""Attention over pages."""
+
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+
+from bench import paged_attention
+from bench.gpu.cases.base import ALLOWED, Arrays, Case
+from bench.paged_attention import Sequences
+from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
+from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
+from moevlm.plugins.ops.spec import AttentionSpec
+
+# Specs and sizes of a head, and whether there are norms and sinks: each attribute, and models by their sizes.
+SPECS = (
+    (AttentionSpec(8, 1, 128, epsilon=1e-6), 128, 128, True, False),  # 8 query heads to a KV head, as Qwen3-VL-30B
+    (AttentionSpec(32, 2, 128, epsilon=1e-6), 128, 128, True, False),  # 16, as Qwen3-VL-235B
+    (AttentionSpec(12, 1, 64), 128, 128, False, False),  # half rotated, as GLM-4.5V
+    (AttentionSpec(4, 4, 64, window=100), 64, 64, False, True),  # as gpt-oss
+    (AttentionSpec(4, 2, 256, window=70, softcap=50.0), 256, 256, False, False),  # as Gemma 2
+    (AttentionSpec(16, 1, 64, rotary_start=512, scale=0.07, value_in_key=True, value_dim=512), 576, 512, False, False),
+    (AttentionSpec(6, 2, 0, scale=0.1), 72, 96, False, False),
+)
+KEPT = (1, 63, 130, 64, 700)  # tokens of sequences that are decoded
+MIXED = ((3, 40), (0, 1), (5, 0), (64, 70), (700, 1))
+MANY, SHORT = 64, 3  # of more sequences than that, only the first so many kinds, which are short
+
+
+@dataclass(frozen=True)
+class SequencesCall:
+    """The tokens that each sequence has, and its new ones."""
+
+    sequences: Sequences
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{kept}+{new}" for kept, new in self.sequences[:3])
+        return f"{len(self.sequences)} sequences: {shown}{', ...' if len(self.sequences) > 3 else ''}"
+
+
+class PagedAttentionCases:
+    """See `Cases`."""
+
+    kind, step = PagedAttentionOp, 6
+
+    def ops(self, sm: int) -> list[PagedAttentionOp]:
+        """Every dtype with every kind of cache and every spec."""
+        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
+        kinds = [(dtype, cache) for dtype in dtypes for cache in CACHES]
+        return [
+            PagedAttentionOp(spec, key_dim, value_dim, dtype, cache, 64, has_norms, has_sinks)
+            for dtype, cache in kinds
+            for spec, key_dim, value_dim, has_norms, has_sinks in SPECS
+        ]
+
+    def describe(self, op: PagedAttentionOp) -> str:
+        spec = op.spec
+        sizes = f"{op.key_dim}" if op.key_dim == op.value_dim else f"{op.key_dim} and {op.value_dim}"
+        parts = (
+            f"paged attention {spec.heads} heads on {spec.kv_heads} of {sizes} {op.dtype}",
+            f" cache {op.cache}" if op.cache else "",
+            f" window {spec.window}" if spec.window else "",
+            f" softcap {spec.softcap:g}" if spec.softcap else "",
+            " norms" if op.has_norms else "",
+            " sinks" if op.has_sinks else "",
+        )
+        return "".join(parts)
+
+    def allowed(self, op: PagedAttentionOp) -> float:
+        return ALLOWED[op.dtype]
+
+    def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002
+        """Decode of as many sequences as each number of shares is for, mixtures of so many, and prefill."""
+        alone = [bound for variant in draft.variants for bound in variant.bounds if len(bound.slopes) == 1]
+        limits = {-bound.offset // sum(bound.slopes.values()) for bound in alone}
+        counts = sorted({1, *limits, max(limits, default=0) + 1})
+        kinds = (tuple((kept, 1) for kept in KEPT), MIXED)
+        calls = [islice(cycle(kind[: None if n <= MANY else SHORT]), n) for kind in kinds for n in counts]
+        return [SequencesCall(tuple(call)) for call in (*calls, [(0, 300)], [(500, 130), (0, 33)])]
+
+    def case(self, op: PagedAttentionOp, call: SequencesCall, seed: int) -> Case:
+        inputs = paged_attention.draw_inputs(op, call.sequences, seed)
+
+        def deviation(found: Arrays) -> float:
+            """y, and caches whose codes and scales are bytes again."""
+            y, *caches = found
+            names = [tensor.name for tensor in op.inputs if tensor.written]
+            stored = [np.ascontiguousarray(c.astype(inputs[name].dtype)) for name, c in zip(names, caches, strict=True)]
+            return paged_attention.deviation(op, inputs, [y, *stored])
+
+        given = [torch.from_numpy(inputs[tensor.name]).to(getattr(torch, tensor.dtype)) for tensor in op.inputs]
+        return Case(given, deviation)
