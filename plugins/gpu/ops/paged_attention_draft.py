@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import gcd
 from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.program import (
     ONE,
     SYMBOLS,
@@ -75,7 +75,7 @@ class PagedAttentionDraft:
         return min(self.group, tile.BM)
 
     def _decode(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        return Variant(bounds, self._buffers("T", shares), self._decoded("T", shares))
+        return Variant((*bounds, *_MOST), self._buffers("T", shares), self._decoded("T", shares))
 
     def _mixed(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
         tile = self.tiles.prefill
@@ -95,7 +95,7 @@ class PagedAttentionDraft:
             tile,
         )
         decode, *merge = self._decoded("N", shares)
-        return Variant(bounds, self._buffers("N", shares), (write, prefill, decode, *merge))
+        return Variant((*bounds, *_MOST), self._buffers("N", shares), (write, prefill, decode, *merge))
 
     def _decoded(self, places: str, shares: int) -> tuple[Launch, ...]:
         """Of each token, or of each sequence that has one token."""
@@ -207,6 +207,7 @@ class PagedAttentionDraft:
 
 
 _ALL_DECODE = Linear(T=1, N=-1)
+_MOST = at_most(MAX_TOKENS), at_most(MAX_TOKENS, "N")  # grids have to hold whatever bounds let through
 _CACHED = ("qkv", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table")
 
 

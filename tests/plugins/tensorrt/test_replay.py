@@ -10,11 +10,12 @@ from bench.variants import EXPERTS, MODELS, router_inputs
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.gpu.program import Program
 from moevlm.plugins.ops.router import route
-from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_experts import TOLERANCES, draw_inputs, expected
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
@@ -56,10 +57,13 @@ def test_router_agrees_with_the_spec(
     np.testing.assert_allclose(found["expert_weight"], expected_weight, rtol=2e-6, atol=1e-7)
 
 
+MLA = AttentionSpec(128, 1, rotary_dim=64, rotary_start=512, value_in_key=True, value_dim=512)
 MODELS_LAYERS: dict[str, KernelOp] = {
     "Qwen3-VL-30B-A3B": ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768, "float16"),
     "Gemma-4-26B-A4B": ExpertsOp(ExpertsSpec("gelu_tanh"), 128, 8, 2816, 704, "float16", "int8"),
     "DeepSeek-V3": ExpertsOp(ExpertsSpec(), 256, 8, 7168, 2048, "float16", "int4"),
+    "Qwen3-VL's attention": PagedAttentionOp(AttentionSpec(32, 4, rotary_dim=128), 128, 128, "float16", has_norms=True),
+    "DeepSeek-V3's attention": PagedAttentionOp(MLA, 576, 512, "float16", "int8"),
     "Qwen3-VL's vision": SegmentAttentionOp(16, 72, "float16"),
     "Qwen3-VL's vocabulary": CandidatesOp(151_936),
 }
@@ -71,7 +75,7 @@ def test_drafts_of_large_models_are_programs_for_every_gpu(library: PluginLibrar
     images = [fake_program(op.draft(sm)).images[0] for sm in SMS]
     program = Program(op.name, op.inputs, op.outputs, tuple(images))
     plugin = library.plugin(op.name, program.to_bytes())
-    sizes = {"T": 4096, "N": 64}
+    sizes = {"T": 4096, "N": 64, "M": 4096, "P": 1 << 16}
     io = Io.of(op.inputs, op.outputs, dict.fromkeys(sizes, 1), sizes)
     plugin.configure(io)
     assert plugin.workspace(io) >= max(image.variant(sizes).workspace(sizes) for image in images)
