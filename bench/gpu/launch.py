@@ -13,6 +13,8 @@ from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.program import ALIGNMENT, SYMBOLS, Argument, Fill, Sizes, Tensor, chosen, sizes_of
 from moevlm.runtime.core.dtypes import DTYPES
 
+_INTERPRETED = {"INTERPRETED": True, "OVERLAPS": False}  # what Triton's interpreter makes of kernels' constants
+
 
 def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
     """Launch one kernel.
@@ -20,8 +22,8 @@ def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) ->
     arguments: one for each of spec.types: a tensor, what `described` made, a number, or None for a null pointer.
     """
     constants = dict(spec.constants)
-    if "INTERPRETED" in constants:
-        constants["INTERPRETED"] = bool(knobs.runtime.interpret)
+    if knobs.runtime.interpret:
+        constants |= {name: value for name, value in _INTERPRETED.items() if name in constants}
     getattr(kernels, spec.function)[grid](*arguments, **constants, num_warps=spec.warps, num_stages=spec.stages)
 
 

@@ -1,7 +1,7 @@
 """The kernels: Triton functions, one source for every GPU and dtype, run-time parameters first, then constants.
 
-A constant INTERPRETED is set by the launcher: Triton's interpreter has no arithmetic in bfloat16, so everything is
-float32 there between a load and a store.
+Two constants are other ones where Triton's interpreter launches: INTERPRETED is true, as it has no arithmetic in
+bfloat16, so everything is float32 there between a load and a store; OVERLAPS is false, as launches never overlap.
 """
 
 from moevlm.plugins.gpu.kernels.attention.decode import decode

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROWS_STEP = 1024  # rows that one program counts or places
+FIRST_OVERLAPPING_SM = 90
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
 Given = tuple[Argument, str]  # what a kernel is given, and its type
 Grid = tuple[Count, Count, Count]
@@ -223,12 +224,16 @@ class ExpertsDraft:
         constants: Mapping[str, Hashable],
         tile: Tile | None = None,
     ) -> None:
+        """One more step; it overlaps with the launch before it, if the GPU can and that is one of this op's own."""
         arguments, types = zip(*given, strict=True)
+        can_overlap = self.sm >= FIRST_OVERLAPPING_SM
+        constants = {**constants, "OVERLAPS": can_overlap}
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
         spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)
-        layout.steps.append(Launch(self.kernels.index(spec), grid, arguments))
+        overlaps = can_overlap and bool(layout.steps) and isinstance(layout.steps[-1], Launch)
+        layout.steps.append(Launch(self.kernels.index(spec), grid, arguments, overlaps))
 
 
 def _tiles(width: int, tile: Tile) -> int:

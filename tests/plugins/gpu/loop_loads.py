@@ -20,7 +20,7 @@ def waiting_loads(module: str, spec: KernelSpec, sm: int) -> list[str]:
 
     A warp that meets one waits for memory in every turn of the loop, as nothing has been read ahead.
     """
-    lines = _ttgir(module, spec, sm).splitlines()
+    lines = lowered(module, spec, sm).splitlines()
     places = dict(alias.groups() for line in lines if (alias := _ALIAS.match(line)))
     found, loops = [], []  # loops: how far each that is open is indented
     for line in lines:
@@ -35,8 +35,8 @@ def waiting_loads(module: str, spec: KernelSpec, sm: int) -> list[str]:
     return found
 
 
-def _ttgir(module: str, spec: KernelSpec, sm: int) -> str:
-    """The kernel in the last of Triton's forms that has loops and loads, its own pipelining done."""
+def lowered(module: str, spec: KernelSpec, sm: int, stop: str = "ttgir") -> str:
+    """The kernel in one of Triton's forms: "ttgir", the last with loops and loads, its pipelining done, or "ptx"."""
     target = GPUTarget("cuda", sm, 32)
     backend = make_backend(target)
     options = backend.parse_options({"num_warps": spec.warps, "num_stages": spec.stages})
@@ -48,8 +48,11 @@ def _ttgir(module: str, spec: KernelSpec, sm: int) -> str:
     made = kernel.make_ir(target, options, functions, modules, context)
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, kernel.language)
-    for stage in ("ttir", "ttgir"):
-        made = stages[stage](made, {})
+    metadata: dict[str, Any] = {}
+    for stage, lower in stages.items():
+        made = lower(made, metadata)
+        if stage == stop:
+            break
     return str(made)
 
 

@@ -18,6 +18,16 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     inner_of,
     load_rows,
 )
+from moevlm.plugins.gpu.kernels.overlap import prefetch_rows, wait_for_previous
+
+PREFETCHED = tl.constexpr(2)  # experts of a token whose weights are asked for before the launch before has ended
+
+
+@triton.jit
+def prefetch_expert(w, e, n, W: tl.constexpr):
+    """Rows n of expert e."""
+    BITS: tl.constexpr = 4 if W.format == "int4" else w.dtype.element_ty.primitive_bitwidth
+    prefetch_rows(expert_weights(w, e.to(tl.int64), W), n, W.stored_width * BITS // 8)
 
 
 @triton.jit
@@ -45,9 +55,11 @@ def few_gate_up(
     SPEC: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     INNER: tl.constexpr = inner_of(W, SPEC)
+    wait_for_previous(OVERLAPS)
     e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
     row = rows_of(index, e, tokens, EXPERTS, TOP_K, TILE.BM)
     if tl.min(row, 0) != tl.program_id(1):
@@ -76,6 +88,7 @@ def few_down(
     TOP_K: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
@@ -84,6 +97,10 @@ def few_down(
         return
     mask = row < tokens * TOP_K
     n = tl.program_id(0) * TILE.BN + tl.arange(0, TILE.BN)
+    # `index` is older than gate_up, with which this launch overlaps.
+    if OVERLAPS:
+        prefetch_expert(w, e, tl.minimum(n, W.rows - 1), W)
+    wait_for_previous(OVERLAPS)
     offset = row.to(tl.int64) * W.width
     acc = down_tile(inner, offset, mask, w, scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
     pointer = out + row[:, None] * W.rows + n[None, :]
@@ -104,6 +121,7 @@ def single_down(
     SPEC: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """One loop over all experts, so that loads are never waited for between two of them."""
@@ -113,6 +131,11 @@ def single_down(
     n = tl.minimum(column, W.rows - 1)
     line = tl.arange(0, TILE.BM)
     offset = tl.zeros([TILE.BM], tl.int64)
+    # `index` is older than gate_up, with which this launch overlaps.
+    if OVERLAPS:
+        for j in tl.static_range(PREFETCHED if PREFETCHED < TOP_K else TOP_K):
+            prefetch_expert(w, nearest_expert(tl.load(index + j), EXPERTS), n, W)
+    wait_for_previous(OVERLAPS)
     acc = tl.zeros([TILE.BM, TILE.BN], tl.float32)  # of one expert; all but the first row are zeros
     total = tl.zeros([TILE.BM, TILE.BN], tl.float32)
     # Read one step ahead: weights that wait for an index read in their own step are copied ahead less far.

@@ -16,6 +16,7 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     load_codes,
     load_factor,
 )
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -61,8 +62,10 @@ def quantize_rows(
     scale,  # [T, W.groups] float32, written
     W: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program takes GROUPS groups of a row."""
+    wait_for_previous(OVERLAPS)
     PARTS: tl.constexpr = (W.groups + GROUPS - 1) // GROUPS
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     group = (tl.program_id(0) % PARTS) * GROUPS + tl.arange(0, GROUPS)
@@ -103,12 +106,14 @@ def fp8_gate_up(
     SPEC: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     INNER: tl.constexpr = inner_of(W, SPEC)
     GROUPS: tl.constexpr = (INNER + W.group - 1) // W.group
     TILES: tl.constexpr = (INNER + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
+    wait_for_previous(OVERLAPS)
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
@@ -153,10 +158,12 @@ def fp8_down(
     EXPERTS: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     TILES: tl.constexpr = (W.rows + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
+    wait_for_previous(OVERLAPS)
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inner_of
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -33,11 +34,13 @@ def grouped_gate_up(
     SPEC: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     INNER: tl.constexpr = inner_of(W, SPEC)
     TILES: tl.constexpr = (INNER + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
+    wait_for_previous(OVERLAPS)
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
@@ -65,10 +68,12 @@ def grouped_down(
     EXPERTS: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     TILES: tl.constexpr = (W.rows + TILE.BN - 1) // TILE.BN
     block = tl.program_id(0) // TILES
+    wait_for_previous(OVERLAPS)
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
@@ -89,7 +94,9 @@ def combine(
     HIDDEN: tl.constexpr,
     SPEC: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous(OVERLAPS)
     TILES: tl.constexpr = (HIDDEN + STEP - 1) // STEP
     token = (tl.program_id(0) // TILES).to(tl.int64)
     n = (tl.program_id(0) % TILES) * STEP + tl.arange(0, STEP)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -17,7 +18,9 @@ def count_rows(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous(OVERLAPS)
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = row < tokens * TOP_K
     expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
@@ -30,7 +33,9 @@ def start_rows(
     starts,  # [2, E + 1] int32, written: the first sorted row of each expert, and its first block; then their ends
     block_rows,  # rows of a block; an expert's last block may have fewer
     EXPERTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous(OVERLAPS)
     expert = tl.arange(0, triton.next_power_of_2(EXPERTS))
     count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
     blocks = (count + block_rows - 1) // block_rows
@@ -52,7 +57,9 @@ def place_rows(
     EXPERTS: tl.constexpr,
     TOP_K: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_previous(OVERLAPS)
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = row < tokens * TOP_K
     expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
