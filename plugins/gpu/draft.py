@@ -3,9 +3,9 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.program import Tensor, Variant
+from moevlm.plugins.gpu.program import LARGEST_SIZES, Tensor, Variant
 
-MAX_TOKENS = 1 << 20  # that programs have room for
+MAX_TOKENS = LARGEST_SIZES["T"]  # that programs have room for
 
 
 @dataclass(frozen=True)

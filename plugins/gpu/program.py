@@ -21,6 +21,8 @@ ARGUMENTS = ("input", "output", "workspace", "symbol", "null", "constant", "tens
 # table, P pages.
 SYMBOLS = ("T", "N", "M", "P")
 Sizes = Mapping[str, int]  # the value of each symbol that an op has
+# The plugin takes no more, so that grids and buffers of variants without bounds are in range, too.
+LARGEST_SIZES: Sizes = {"T": 1 << 20, "N": 1 << 16, "M": (1 << 31) - 1, "P": (1 << 31) - 1}
 
 
 @dataclass(frozen=True)

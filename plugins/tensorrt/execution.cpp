@@ -43,8 +43,9 @@ void Execution::prepare(const Sizes& sizes) {
 
 void Execution::lay_out(const Sizes& sizes) {
   sizes_ = {};
-  const auto is_size = [](int64_t size) { return size >= 1 && size <= kMaxSize; };
-  variant_ = std::all_of(sizes.begin(), sizes.end(), is_size) ? modules_->image().variant(sizes) : nullptr;
+  bool are_possible = true;
+  for (size_t s = 0; s < kSymbolCount; ++s) are_possible &= sizes[s] >= 1 && sizes[s] <= kLargest[s];
+  variant_ = are_possible ? modules_->image().variant(sizes) : nullptr;
   if (!variant_)
     invalid("its kernels for sm", modules_->image().sm, " are not for ", program_->describe(exactly(sizes)));
   offsets_.clear();

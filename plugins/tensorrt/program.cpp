@@ -87,7 +87,7 @@ const Image* Program::image(uint32_t sm) const {
 
 Ranges Program::possible() const {
   Ranges ranges;
-  for (size_t s = 0; s < kSymbolCount; ++s) ranges[s] = {1, places[s] ? kMaxSize : 1};
+  for (size_t s = 0; s < kSymbolCount; ++s) ranges[s] = {1, places[s] ? kLargest[s] : 1};
   return ranges;
 }
 

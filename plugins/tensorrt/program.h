@@ -122,7 +122,7 @@ struct Program {
   }
   // Null if there is none for this compute capability.
   const Image* image(uint32_t sm) const;
-  // All that a symbol may be: 1 to kMaxSize, and 1 where the program has no such symbol.
+  // All that a symbol may be: 1 to kLargest, and 1 where the program has no such symbol.
   Ranges possible() const;
   // "T = 5, N = 1..4", of the symbols that it has.
   std::string describe(const Ranges& ranges) const;

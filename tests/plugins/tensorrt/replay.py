@@ -171,15 +171,16 @@ def execute(
     inputs: Mapping[str, np.ndarray],
     sm: int,
     largest: Sizes | None = None,
+    draft: Draft | None = None,
 ) -> dict[str, np.ndarray]:
     """What the op's plugin does to these inputs, run as TensorRT would: its outputs by name, and its written inputs.
 
     inputs: each is rounded to the dtype that the op states. Values in floating point come back as float32. largest: of
-    the optimization profile, the inputs' own sizes by default. Inputs that are not written must not change, and nothing
-    may be written beyond an output or the workspace that the plugin asked for.
+    the optimization profile, the inputs' own sizes by default. draft: another than the op's own. Inputs that are not
+    written must not change, and nothing may be written beyond an output or the workspace that the plugin asked for.
     """
     cuda.set_sm(sm)
-    draft = op.draft(sm)
+    draft = draft or op.draft(sm)
     sizes = sizes_of(op.inputs, [inputs[tensor.name].shape for tensor in op.inputs])
     plugin = library.plugin(op.name, fake_program(draft).to_bytes())
     profile = Io.of(op.inputs, op.outputs, dict.fromkeys(sizes, 1), largest or sizes)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
 from moevlm.plugins.gpu.program import (
+    LARGEST_SIZES,
     SYMBOLS,
     TENSOR_DTYPES,
     Count,
@@ -197,6 +198,19 @@ def test_workspace_is_for_what_a_variants_bounds_let_through(library: PluginLibr
         least = {"T": 1, "N": 1, "M": 1, "P": 1}
         assert plugin.workspace(Io.of(program.inputs, program.outputs, least, least | most)) == expected
         plugin.close()
+
+
+def test_a_variant_without_bounds_is_for_the_largest_sizes(library: PluginLibrary) -> None:
+    program = replace(PROGRAMS["PagedAttention"], images=(Image(86, (), (Variant((), (), ()),)),))
+    plugin = create(library, program)
+    plugin.configure(Io.of(program.inputs, program.outputs, dict.fromkeys(SYMBOLS, 1), LARGEST_SIZES))
+    for symbol, tensor in zip("TNMP", ("qkv", "query_start", "page_table", "key_cache"), strict=True):
+        most = LARGEST_SIZES[symbol]
+        io = Io.of(program.inputs, program.outputs, {**LARGEST_SIZES, symbol: most + 1})
+        message = rf"^PagedAttention: input {tensor} has {symbol} = {most + 1} \(allowed: 1 to {most}\)$"
+        with pytest.raises(PluginError, match=message):
+            plugin.configure(io)
+    plugin.close()
 
 
 def test_the_first_variant_that_holds_is_run(library: PluginLibrary, cuda: FakeCuda) -> None:

@@ -121,8 +121,8 @@ REFUSED = {
     "no warps": (router((LOW,), (replace(KERNEL, warps=0),)), r"kernel route of the program has 0 warps"),
     "warps": (router((LOW,), (replace(KERNEL, warps=33),)), r"has 33 warps \(allowed: 1 to 32\)"),
     "no bound": (
-        launching(grid=per_token(2), bounds=()),
-        "kernel route of the program has a grid of 4294967294 along x for T = 2147483647",
+        launching(grid=per_token(4096), bounds=()),
+        "kernel route of the program has a grid of 4294967296 along x for T = 1048576",
     ),
     "bounds": (launching(grid=per_token(1 << 26), bounds=(at_most(31),)), None),
     "bounds above": (launching(grid=per_token(1, limit=Linear(-64, T=1)), bounds=(Linear(65, T=-1), at_most(99))), "1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from bench import paged_attention
 from bench.plugin_harness import Io, PluginLibrary
 from bench.variants import EXPERTS, MODELS, router_inputs
 from moevlm.plugins.gpu.ops.base import KernelOp
@@ -14,12 +15,16 @@ from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.gpu.program import Program
+from moevlm.plugins.ops.attention import segment_attention
+from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_experts import TOLERANCES, draw_inputs, expected
+from tests.plugins.gpu.test_kernels_paged_attention import SHARES, STEPS, with_shares
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.replay import execute, fake_program
+from tests.support.gpu_attention import check
 
 TOKENS = (1, 5, 33)
 LARGEST = {"T": max(TOKENS)}
@@ -57,26 +62,67 @@ def test_router_agrees_with_the_spec(
     np.testing.assert_allclose(found["expert_weight"], expected_weight, rtol=2e-6, atol=1e-7)
 
 
+def test_candidates_agree_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter
+) -> None:
+    op = CandidatesOp(20001)
+    logits = np.random.default_rng(0).standard_normal((3, op.vocabulary)).astype(np.float32)
+    found = execute(library, cuda, triton_interpreter, op, {"logits": logits}, 90)
+    values, ids, log_sum_exp = candidates(logits, op.columns)
+    np.testing.assert_array_equal(found["ids"], ids)
+    np.testing.assert_array_equal(found["values"], values)
+    np.testing.assert_allclose(found["log_sum_exp"], log_sum_exp, rtol=1e-6)
+
+
+def test_segment_attention_agrees_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter
+) -> None:
+    op = SegmentAttentionOp(2, 20, "float32")
+    random = np.random.default_rng(0)
+    starts = np.array([0, 33, 34, 34, 57], np.int32)
+    qkv = random.standard_normal((57, 3 * 40)).astype(np.float32)
+    angles = random.uniform(0, 6, (57, 10))
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    inputs = {"qkv": qkv, "cos": cos, "sin": sin, "image_start": starts}
+    y = execute(library, cuda, triton_interpreter, op, inputs, 80, {"T": 100, "N": 9})["y"]
+    want = segment_attention(*np.split(qkv, 3, 1), cos, sin, starts, op.heads)
+    assert np.linalg.norm(y - want) <= 1e-5 * np.linalg.norm(want)
+
+
+@pytest.mark.parametrize("cache", ["", "int8"])
+@pytest.mark.parametrize("step", ["decode", "mixture"])
+def test_paged_attention_agrees_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter, step: str, cache: str
+) -> None:
+    op = PagedAttentionOp(AttentionSpec(4, 2, 64), 64, 64, "float32", cache, page_size=32, has_norms=True)
+    inputs = paged_attention.draw_inputs(op, STEPS[step], seed=0)
+    largest = {"T": 100, "N": 20, "M": 30, "P": 500}
+    draft = with_shares(op.draft(80), SHARES)
+    found = execute(library, cuda, triton_interpreter, op, inputs, 80, largest, draft)
+    check(op, inputs, [found[name] for name in ("y", "key_cache", "value_cache")])
+
+
+STEP = {"T": 4096, "N": 64, "M": 2048, "P": 100_000}
 MLA = AttentionSpec(128, 1, rotary_dim=64, rotary_start=512, value_in_key=True, value_dim=512)
-MODELS_LAYERS: dict[str, KernelOp] = {
+LAYERS: dict[str, KernelOp] = {
     "Qwen3-VL-30B-A3B": ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768, "float16"),
     "Gemma-4-26B-A4B": ExpertsOp(ExpertsSpec("gelu_tanh"), 128, 8, 2816, 704, "float16", "int8"),
     "DeepSeek-V3": ExpertsOp(ExpertsSpec(), 256, 8, 7168, 2048, "float16", "int4"),
-    "Qwen3-VL's attention": PagedAttentionOp(AttentionSpec(32, 4, rotary_dim=128), 128, 128, "float16", has_norms=True),
-    "DeepSeek-V3's attention": PagedAttentionOp(MLA, 576, 512, "float16", "int8"),
-    "Qwen3-VL's vision": SegmentAttentionOp(16, 72, "float16"),
-    "Qwen3-VL's vocabulary": CandidatesOp(151_936),
+    "router": RouterOp(MODELS["deepseek_v3"], EXPERTS, True),
+    "vision": SegmentAttentionOp(16, 72, "float16"),
+    "candidates": CandidatesOp(151936),
+    "attention": PagedAttentionOp(AttentionSpec(32, 4, rotary_dim=128), 128, 128, "float16", has_norms=True),
+    "MLA": PagedAttentionOp(MLA, 576, 512, "float16", "int8"),
 }
 
 
-@pytest.mark.parametrize("name", MODELS_LAYERS)
+@pytest.mark.parametrize("name", LAYERS)
 def test_drafts_of_large_models_are_programs_for_every_gpu(library: PluginLibrary, name: str) -> None:
-    op = MODELS_LAYERS[name]
+    op = LAYERS[name]
     images = [fake_program(op.draft(sm)).images[0] for sm in SMS]
     program = Program(op.name, op.inputs, op.outputs, tuple(images))
     plugin = library.plugin(op.name, program.to_bytes())
-    sizes = {"T": 4096, "N": 64, "M": 4096, "P": 1 << 16}
-    io = Io.of(op.inputs, op.outputs, dict.fromkeys(sizes, 1), sizes)
+    io = Io.of(op.inputs, op.outputs, dict.fromkeys(STEP, 1), STEP)
     plugin.configure(io)
-    assert plugin.workspace(io) >= max(image.variant(sizes).workspace(sizes) for image in images)
+    assert plugin.workspace(io) >= max(image.variant(STEP).workspace(STEP) for image in images)
     plugin.close()
