@@ -7,10 +7,13 @@ so that a GPU is full with one token and merges nothing with many.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.ops.paged_heads import PagedHeads
 from moevlm.plugins.gpu.program import (
     ONE,
     SYMBOLS,
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
 
 MOST_SHARES = 64
 WRITE_STEP = 16  # tokens that one program writes
-Constants = dict[str, int | float | bool | str]
+Constants = dict[str, Hashable]
 
 
 class PagedAttentionDraft:
@@ -41,11 +44,18 @@ class PagedAttentionDraft:
     def __init__(self, op: PagedAttentionOp, sm: int) -> None:
         spec = op.spec
         bits = 32 if op.dtype == "float32" else 8 if op.cache else 16
-        self.tiles = attention_tiles(bits, max(op.key_dim, op.value_dim), sm)
+        tiles = attention_tiles(bits, max(op.key_dim, op.value_dim), sm)
+        # Keys of a block are of one page.
+        self.tile, self.prefill_tile = (
+            replace(tile, BN=gcd(tile.BN, op.page_size)) for tile in (tiles.decode, tiles.prefill)
+        )
+        self.programs = tiles.programs
         if op.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
         self.op, self.sm = op, sm
-        self.group = spec.heads // spec.kv_heads
+        self.heads = PagedHeads.of(
+            spec, op.key_dim, op.value_dim, op.cache, op.page_size, op.has_norms, op.has_sinks, sm
+        )
         self.kernels: list[KernelSpec] = []
         self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
 
@@ -58,52 +68,54 @@ class PagedAttentionDraft:
                 decode.append(self._decode((at_most(most), _ALL_DECODE), shares))
                 mixed.append(self._mixed((at_most(most, "N"),), shares))
             most *= 2
-        variants = (*decode, self._decode((_ALL_DECODE,), 1), *mixed, self._mixed((), 1))
-        return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), variants)
+        decode.append(self._decode((_ALL_DECODE,), 1))
+        mixed.append(self._mixed((), 1))
+        return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), (*decode, *mixed))
 
     def _shares(self, tokens: int) -> int:
         """As many as a GPU has room for at once, a power of two."""
-        programs = self.tiles.programs // (tokens * self._slots(self.tiles.decode))
+        programs = self.programs // (tokens * self._slots(self.tile))
         return min(MOST_SHARES, power_of_two(programs + 1) // 2 if programs > 1 else 1)
 
     def _slots(self, tile: AttentionTile) -> int:
         """KV heads times tiles of query heads of each."""
-        return self.op.spec.kv_heads * -(-self.group // self._lines(tile))
+        return self.heads.kv_heads * -(-self.heads.group // self._lines(tile))
 
     def _lines(self, tile: AttentionTile) -> int:
         """Query heads of a KV head in one tile."""
-        return min(self.group, tile.BM)
+        return min(self.heads.group, tile.BM)
 
     def _decode(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
         return Variant((*bounds, *_MOST), self._buffers("T", shares), self._decoded("T", shares))
 
     def _mixed(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        tile = self.tiles.prefill
+        tile = self.prefill_tile
         tokens = tile.BM // self._lines(tile)
         tiles = Count(Linear(T=1, N=tokens), tokens)  # no tile has tokens of two sequences
         write = self._launch(
             "write_pages",
             (Count(Linear(T=1), WRITE_STEP), fixed(self.op.spec.kv_heads), ONE),
             (*_CACHED, "k_norm", *SYMBOLS),
-            self._heads() | {"STEP": WRITE_STEP},
+            {"STEP": WRITE_STEP},
         )
         prefill = self._launch(
             "prefill",
             (tiles, fixed(self._slots(tile)), ONE),
             (*_CACHED, "q_norm", "sinks", "y", *SYMBOLS),
-            self._heads() | self._scores(tile),
+            {"TILE": tile, "INTERPRETED": False},
             tile,
         )
         decode, *merge = self._decoded("N", shares)
-        return Variant((*bounds, *_MOST), self._buffers("N", shares), (write, prefill, decode, *merge))
+        steps = (write, prefill, decode, *merge)
+        return Variant((*bounds, *_MOST), self._buffers("N", shares), steps)
 
     def _decoded(self, places: str, shares: int) -> tuple[Launch, ...]:
         """Of each token, or of each sequence that has one token."""
-        op, tile = self.op, self.tiles.decode
+        op, tile = self.op, self.tile
         lines = self._lines(tile)
         # A share writes, and the merge reads, lines * value_dim sums: no more bytes than its keys and values.
         key_bytes = (op.key_dim + op.value_dim * (not op.spec.value_in_key)) * DTYPES[self._cache_dtype].bytes
-        share = -(-lines * op.value_dim * 2 * 4 // (key_bytes * self._block(tile)))
+        least = -(-lines * op.value_dim * 2 * 4 // (key_bytes * tile.BN))
         by_sequence: Constants = {"BY_SEQUENCE": places == "N"}
         buffers = (self.SUMS, self.STATES) if shares > 1 else (None, None)
         grid = Count(Linear(**{places: 1}))
@@ -111,7 +123,7 @@ class PagedAttentionDraft:
             "decode",
             (grid, fixed(self._slots(tile)), fixed(shares)),
             (*_CACHED, "q_norm", "k_norm", "sinks", "y", *buffers, *SYMBOLS),
-            self._heads() | self._scores(tile) | by_sequence | {"SHARE": share},
+            by_sequence | {"LEAST": least, "TILE": tile, "INTERPRETED": False},
             tile,
         )
         if shares == 1:
@@ -120,9 +132,7 @@ class PagedAttentionDraft:
             "merge",
             (grid, fixed(op.spec.heads), ONE),
             (self.SUMS, self.STATES, "query_start", "y", "T", ("constant", shares)),
-            by_sequence
-            | {"HEADS": op.spec.heads, "VALUE_DIM": op.value_dim, "VALUE_WIDTH": _padded(op.value_dim)}
-            | {"SHARES": MOST_SHARES},
+            by_sequence | {"SHARES": MOST_SHARES},
         )
         return decode, merge
 
@@ -136,45 +146,6 @@ class PagedAttentionDraft:
     def _cache_dtype(self) -> str:
         return self.op.inputs[self.places["key_cache"]].dtype
 
-    def _block(self, tile: AttentionTile) -> int:
-        """Keys of a block: in one page."""
-        return gcd(tile.BN, self.op.page_size)
-
-    def _heads(self) -> Constants:
-        op, spec = self.op, self.op.spec
-        first = max(16, power_of_two(op.key_dim + 1) // 2)
-        return {
-            "HEADS": spec.heads,
-            "KV_HEADS": spec.kv_heads,
-            "DIM": op.key_dim,
-            "A": first,
-            "B": _padded(op.key_dim - first) if op.key_dim > first else 0,
-            "VALUE_DIM": op.value_dim,
-            "VALUE_WIDTH": _padded(op.value_dim),
-            "VALUE_IN_KEY": spec.value_in_key,
-            "ROTARY_START": spec.rotary_start,
-            "HALF": spec.rotary_dim // 2,
-            "HAS_NORMS": op.has_norms,
-            "EPSILON": spec.epsilon,
-            "CACHE": op.cache,
-            "NATIVE_FP8": self.sm >= 89,
-            "PAGE": op.page_size,
-        }
-
-    def _scores(self, tile: AttentionTile) -> Constants:
-        op, spec = self.op, self.op.spec
-        return {
-            "HAS_SINKS": op.has_sinks,
-            "SCALE": spec.scale or op.key_dim**-0.5,
-            "SOFTCAP": spec.softcap,
-            "WINDOW": spec.window,
-            "WIDE": "float32" if op.dtype == "float32" or self.sm < 80 else "bfloat16",
-            "LINES": self._lines(tile),
-            "BM": tile.BM,
-            "BN": self._block(tile),
-            "INTERPRETED": False,
-        }
-
     def _launch(
         self,
         function: str,
@@ -186,7 +157,7 @@ class PagedAttentionDraft:
         """arguments: the name of an input, present or not, of the output or of a symbol; a buffer; a constant."""
         given, types = zip(*map(self._argument, arguments), strict=True)
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
+        spec = KernelSpec(function, types, tuple(sorted({**constants, "H": self.heads}.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)
         return Launch(self.kernels.index(spec), grid, given)
@@ -209,8 +180,3 @@ class PagedAttentionDraft:
 _ALL_DECODE = Linear(T=1, N=-1)
 _MOST = at_most(MAX_TOKENS), at_most(MAX_TOKENS, "N")  # grids have to hold whatever bounds let through
 _CACHED = ("qkv", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table")
-
-
-def _padded(dim: int) -> int:
-    """As wide as a matrix product takes it."""
-    return max(16, power_of_two(dim))

@@ -5,6 +5,7 @@ from math import e, log2
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
+from moevlm.plugins.gpu.ops.heads import Heads, parts
 from moevlm.plugins.gpu.program import (
     ONE,
     SYMBOLS,
@@ -70,25 +71,21 @@ class SegmentAttentionOp:
         """See `KernelOp`. Raises ValueError for bfloat16 on sm75, which has none."""
         if self.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
-        a, b = parts(self.head_dim)
-        tile = segment_tile(DTYPES[self.dtype].bits, a + b, sm)
-        shape: dict[str, int | float | bool | str] = {
-            "HEADS": self.heads,
-            "DIM": self.head_dim,
-            "A": a,
-            "B": b,
-        }
+        first, rest = parts(self.head_dim)
+        heads = Heads(self.head_dim, first, rest, rotary_start=0, half=self.head_dim // 2, epsilon=0, has_norms=False)
+        tile = segment_tile(DTYPES[self.dtype].bits, first + rest, sm)
         given = DTYPES[self.dtype].pointer
+        shape = (("HEADS", self.heads), ("H", heads))
         rotate = KernelSpec(
             "rotate_patches",
             (given, "*fp32", "*fp32", given, "i32"),
             # Scores are in base 2.
-            tuple((shape | {"SCALE": self.head_dim**-0.5 * log2(e), "BM": ROTATE_STEP}).items()),
+            (*shape, ("SCALE", self.head_dim**-0.5 * log2(e)), ("BM", ROTATE_STEP)),
         )
         attend = KernelSpec(
             "segment_attention",
             (given, given, "*i32", given, "i32", "i32"),
-            tuple((shape | {"BM": tile.BM, "BN": tile.BN, "INTERPRETED": False}).items()),
+            (*shape, ("BM", tile.BM), ("BN", tile.BN), ("INTERPRETED", False)),
             tile.warps,
             tile.stages,
         )
@@ -108,12 +105,3 @@ class SegmentAttentionOp:
         turned = per_token(2 * self.heads * self.head_dim * DTYPES[self.dtype].bytes)
         variant = Variant((at_most(MAX_TOKENS), at_most(MAX_TOKENS, "N")), (turned,), steps)
         return Draft(self.name, self.inputs, self.outputs, sm, (rotate, attend), (variant,))
-
-
-def parts(head_dim: int) -> tuple[int, int]:
-    """Powers of two, at least 16, or 0 for the second, that have room for a head: the least in all, then the fewest."""
-    wide = max(16, 1 << head_dim.bit_length() - 1)
-    if head_dim <= wide:
-        return wide, 0
-    narrow = max(16, 1 << (head_dim - wide - 1).bit_length())
-    return (2 * wide, 0) if narrow == wide else (wide, narrow)

@@ -10,17 +10,17 @@ from moevlm.plugins.gpu.kernels.moe.products import decode_fp8
 
 
 @triton.jit
-def scale_of(largest, CACHE: tl.constexpr):
+def scale_of(largest, H: tl.constexpr):
     """The scale of heads whose largest magnitude is `largest`."""
-    LARGEST_CODE: tl.constexpr = 448 if CACHE == "fp8" else 127
+    LARGEST_CODE: tl.constexpr = 448 if H.cache == "fp8" else 127
     return tl.maximum(largest, 1e-30) / LARGEST_CODE
 
 
 @triton.jit
-def encode(value, scale, CACHE: tl.constexpr):
+def encode(value, scale, H: tl.constexpr):
     """value [rows, D] float32 as codes, int8. scale: [rows]."""
     value = value / scale[:, None]
-    if CACHE == "fp8":
+    if H.cache == "fp8":
         # A float16 that is 256 times smaller has the same digits: its seven lowest are rounded off, ties to even. In
         # integers, because not every GPU has an instruction for it.
         value = tl.minimum(tl.maximum(value, -448.0), 448.0)
@@ -33,18 +33,18 @@ def encode(value, scale, CACHE: tl.constexpr):
 
 
 @triton.jit
-def decode_codes(code, dtype: tl.constexpr, CACHE: tl.constexpr, NATIVE_FP8: tl.constexpr):
+def decode_codes(code, dtype: tl.constexpr, H: tl.constexpr):
     """Codes as numbers of `dtype`, exactly; those of fp8 without hardware for them are divided by 256."""
-    if CACHE == "fp8":
-        value = decode_fp8(code, dtype, NATIVE_FP8)
+    if H.cache == "fp8":
+        value = decode_fp8(code, dtype, H.native_fp8)
     else:
         value = code.to(dtype)
     return value
 
 
 @triton.jit
-def decoded_scale(scale, CACHE: tl.constexpr, NATIVE_FP8: tl.constexpr):
+def decoded_scale(scale, H: tl.constexpr):
     """What a decoded code is to be multiplied by."""
-    if CACHE == "fp8" and not NATIVE_FP8:
+    if H.cache == "fp8" and not H.native_fp8:
         scale *= 256
     return scale

@@ -6,9 +6,9 @@ A head is two parts, see `heads`: one of 72 dimensions is a tile of 64 and one o
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.attention.blocks import times
+from moevlm.plugins.gpu.kernels.attention.blocks import multiply
 from moevlm.plugins.gpu.kernels.attention.heads import load_heads
-from moevlm.plugins.gpu.kernels.attention.sequences import clamped, sequence_of
+from moevlm.plugins.gpu.kernels.attention.segments import rows_of_tile
 from moevlm.plugins.gpu.kernels.attention.softmax import include
 
 
@@ -24,27 +24,23 @@ def rotate_part(
     scale,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
-    DIM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    H: tl.constexpr,
 ):
-    value = load_heads(qkv, offset, mask, row, cos, sin, cos, FIRST, WIDTH, DIM, A, B, 0, DIM // 2, False, 0.0)
+    value = load_heads(qkv, offset, mask, row, cos, sin, cos, FIRST, WIDTH, H)
     d = FIRST + tl.arange(0, WIDTH)
     value = (value * scale).to(out.dtype.element_ty)
-    tl.store(out[:, None] + d[None, :], value, mask=mask[:, None] & (d < DIM)[None, :])
+    tl.store(out[:, None] + d[None, :], value, mask=mask[:, None] & (d < H.dim)[None, :])
 
 
 @triton.jit
 def rotate_patches(
-    qkv,  # [T, 3 * HEADS * DIM]
-    cos,  # [T, DIM / 2] float32
+    qkv,  # [T, 3 * HEADS * H.dim]
+    cos,  # [T, H.dim / 2] float32
     sin,
-    turned,  # [2 * HEADS, T, DIM], written: queries times SCALE, then keys
+    turned,  # [2 * HEADS, T, H.dim], written: queries times SCALE, then keys
     patches,
     HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    H: tl.constexpr,
     SCALE: tl.constexpr,
     BM: tl.constexpr,
 ):
@@ -52,12 +48,12 @@ def rotate_patches(
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = row < patches
-    offset = row.to(tl.int64) * (3 * HEADS * DIM) + head * DIM
+    offset = row.to(tl.int64) * (3 * HEADS * H.dim) + head * H.dim
     scale = tl.where(head < HEADS, SCALE, 1.0)
-    out = turned + (head.to(tl.int64) * patches + row) * DIM
-    rotate_part(qkv, cos, sin, out, offset, row, mask, scale, 0, A, DIM, A, B)
-    if B > 0:
-        rotate_part(qkv, cos, sin, out, offset, row, mask, scale, A, B, DIM, A, B)
+    out = turned + (head.to(tl.int64) * patches + row) * H.dim
+    rotate_part(qkv, cos, sin, out, offset, row, mask, scale, 0, H.first, H)
+    if H.rest > 0:
+        rotate_part(qkv, cos, sin, out, offset, row, mask, scale, H.first, H.rest, H)
 
 
 @triton.jit
@@ -97,61 +93,55 @@ def store_block(
 
 @triton.jit
 def segment_attention(
-    qkv,  # [T, 3 * HEADS * DIM], of which the values are read
-    turned,  # [2 * HEADS, T, DIM]
+    qkv,  # [T, 3 * HEADS * H.dim], of which the values are read
+    turned,  # [2 * HEADS, T, H.dim]
     image_start,  # [N + 1] int32
-    y,  # [T, HEADS * DIM], written
+    y,  # [T, HEADS * H.dim], written
     patches,
     images,
     HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    H: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """BM queries of one head of one image."""
-    STRIDE: tl.constexpr = 3 * HEADS * DIM
-    tile = tl.program_id(0)
-    n = sequence_of(image_start, tile, images, BM)
-    start = clamped(tl.load(image_start + n), 0, patches)
-    stop = clamped(tl.load(image_start + n + 1), start, patches)
-    first = start + (tile - start // BM - n) * BM
-    if (first < start) | (first >= stop):
+    STRIDE: tl.constexpr = 3 * HEADS * H.dim
+    _, start, stop, first = rows_of_tile(image_start, tl.program_id(0), images, patches, BM)
+    if first >= stop:
         return
     head = tl.program_id(1).to(tl.int64)
-    queries = turned + (head * patches + first) * DIM
-    q = load_block(queries, stop - first, 0, A, DIM, DIM, BM)
-    acc = tl.zeros([BM, A], tl.float32)
+    queries = turned + (head * patches + first) * H.dim
+    q = load_block(queries, stop - first, 0, H.first, H.dim, H.dim, BM)
+    acc = tl.zeros([BM, H.first], tl.float32)
     q_rest = q
     acc_rest = acc
-    if B > 0:
-        q_rest = load_block(queries, stop - first, A, B, DIM, DIM, BM)
-        acc_rest = tl.zeros([BM, B], tl.float32)
+    if H.rest > 0:
+        q_rest = load_block(queries, stop - first, H.first, H.rest, H.dim, H.dim, BM)
+        acc_rest = tl.zeros([BM, H.rest], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for block in range((stop - start + BN - 1) // BN):
         rows = stop - start - block * BN
         row = (start + block * BN).to(tl.int64)
-        keys = turned + ((HEADS + head) * patches + row) * DIM
+        keys = turned + ((HEADS + head) * patches + row) * H.dim
         scores = tl.zeros([BM, BN], tl.float32)
-        k = load_block(keys, rows, 0, A, DIM, DIM, BN)
-        scores = times(q, tl.trans(k), scores, INTERPRETED)
-        if B > 0:
-            k = load_block(keys, rows, A, B, DIM, DIM, BN)
-            scores = times(q_rest, tl.trans(k), scores, INTERPRETED)
+        k = load_block(keys, rows, 0, H.first, H.dim, H.dim, BN)
+        scores = multiply(q, tl.trans(k), scores, INTERPRETED)
+        if H.rest > 0:
+            k = load_block(keys, rows, H.first, H.rest, H.dim, H.dim, BN)
+            scores = multiply(q_rest, tl.trans(k), scores, INTERPRETED)
         if rows < BN:  # the last block alone: a select for each score is a sixth of what is done with it
             scores = tl.where((tl.arange(0, BN) < rows)[None, :], scores, float("-inf"))
         weight, top, total, fade = include(scores, top, total)
         weight = weight.to(qkv.dtype.element_ty)
-        values = qkv + row * STRIDE + (2 * HEADS + head) * DIM
-        v = load_block(values, rows, 0, A, STRIDE, DIM, BN)
-        acc = times(weight, v, acc * fade[:, None], INTERPRETED)
-        if B > 0:
-            v = load_block(values, rows, A, B, STRIDE, DIM, BN)
-            acc_rest = times(weight, v, acc_rest * fade[:, None], INTERPRETED)
-    line = y + first.to(tl.int64) * (HEADS * DIM) + head * DIM
-    store_block(line, acc / total[:, None], stop - first, 0, A, HEADS * DIM, DIM, BM)
-    if B > 0:
-        store_block(line, acc_rest / total[:, None], stop - first, A, B, HEADS * DIM, DIM, BM)
+        values = qkv + row * STRIDE + (2 * HEADS + head) * H.dim
+        v = load_block(values, rows, 0, H.first, STRIDE, H.dim, BN)
+        acc = multiply(weight, v, acc * fade[:, None], INTERPRETED)
+        if H.rest > 0:
+            v = load_block(values, rows, H.first, H.rest, STRIDE, H.dim, BN)
+            acc_rest = multiply(weight, v, acc_rest * fade[:, None], INTERPRETED)
+    line = y + first.to(tl.int64) * (HEADS * H.dim) + head * H.dim
+    store_block(line, acc / total[:, None], stop - first, 0, H.first, HEADS * H.dim, H.dim, BM)
+    if H.rest > 0:
+        store_block(line, acc_rest / total[:, None], stop - first, H.first, H.rest, HEADS * H.dim, H.dim, BM)

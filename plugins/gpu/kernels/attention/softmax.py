@@ -12,13 +12,13 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def scores_of(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+def scores_of(products, H: tl.constexpr):
     """Scores of products of queries and keys, in base 2."""
-    if SOFTCAP > 0:
+    if H.softcap > 0:
         # tanh(z) = 2 * sigmoid(2 * z) - 1
-        score = (SOFTCAP * LOG2_E) * (2 * tl.sigmoid(products * (2 * SCALE / SOFTCAP)) - 1)
+        score = (H.softcap * LOG2_E) * (2 * tl.sigmoid(products * (2 * H.scale / H.softcap)) - 1)
     else:
-        score = products * (SCALE * LOG2_E)
+        score = products * (H.scale * LOG2_E)
     return score
 
 
@@ -29,3 +29,15 @@ def include(score, top, total):
     factor = tl.exp2(top - new)
     power = tl.exp2(score - new[:, None])
     return power, new, total * factor + tl.sum(power, 1), factor
+
+
+@triton.jit
+def start_rows(sinks, query_head, mask, has_sink, BM: tl.constexpr, H: tl.constexpr):
+    """top and total of a program's rows before any key. has_sink: whether it has the heads' sinks."""
+    top = tl.full([BM], LOWEST, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    if H.has_sinks:
+        sink = tl.load(sinks + query_head, mask=mask, other=0.0) * LOG2_E
+        top = tl.where(has_sink, sink, top)
+        total = tl.where(has_sink, 1.0, total)
+    return top, total

@@ -3,10 +3,35 @@
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.attention.codes import scale_of
+from moevlm.plugins.gpu.kernels.attention.codes import decode_codes, decoded_scale, encode, scale_of
 from moevlm.plugins.gpu.kernels.attention.heads import load_heads, load_part
-from moevlm.plugins.gpu.kernels.attention.pages import block_of, store_rows, store_scales
-from moevlm.plugins.gpu.kernels.attention.sequences import clamped, page_of, sequence_of
+from moevlm.plugins.gpu.kernels.attention.pages import page_of, scales_of
+from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
+
+
+@triton.jit
+def write_rows(
+    block,  # pointers: where each row's block starts, [rows]
+    row,  # [rows]: its place there
+    writes,  # [rows]: which are written
+    value,  # [rows, WIDTH] float32
+    scale,  # [rows] float32, of codes
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    H: tl.constexpr,
+):
+    """Write WIDTH dimensions from FIRST on. Returns what the cache gives back: [rows, WIDTH] float32."""
+    d = FIRST + tl.arange(0, WIDTH)
+    if H.cache == "":
+        stored = value.to(block.dtype.element_ty)
+        given_back = stored.to(tl.float32)
+    else:
+        stored = encode(value, scale, H)
+        given_back = decode_codes(stored, tl.float32, H) * decoded_scale(scale, H)[:, None]
+    pointer = block[:, None] + (row[:, None] * DIM + d[None, :])
+    tl.store(pointer, stored, mask=writes[:, None] & (d < DIM)[None, :])
+    return given_back
 
 
 @triton.jit
@@ -23,108 +48,71 @@ def write_heads(
     mask,  # [rows]: which are real
     writes,  # [rows]: which are written
     head,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    VALUE_IN_KEY: tl.constexpr,
-    ROTARY_START: tl.constexpr,
-    HALF: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    EPSILON: tl.constexpr,
-    CACHE: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-    PAGE: tl.constexpr,
+    H: tl.constexpr,
 ):
     """Write one KV head of some tokens.
 
-    Returns what the caches give back, float32: the key's two parts [rows, A] and [rows, B], of which the second is the
-    first again if B is 0, and the value [rows, VALUE_WIDTH].
+    Returns what the caches give back, float32: the key's two parts [rows, H.first] and [rows, H.rest], the second the
+    first again where there is none, and the value [rows, H.value_width].
     """
-    VALUES: tl.constexpr = 0 if VALUE_IN_KEY else VALUE_DIM
-    QKV: tl.constexpr = (HEADS + KV_HEADS) * DIM + KV_HEADS * VALUES
-    start = token.to(tl.int64) * QKV
-    offset = start + (HEADS + head) * DIM
-    block = block_of(key_cache, page, head, KV_HEADS, PAGE, DIM, CACHE)
-    key = load_heads(qkv, offset, mask, token, cos, sin, gain, 0, A, DIM, A, B, ROTARY_START, HALF, HAS_NORMS, EPSILON)
+    start = token.to(tl.int64) * H.row
+    offset = start + (H.heads + head) * H.dim
+    place = page * H.kv_heads + head
+    block = key_cache + place * H.key_block
+    key = load_heads(qkv, offset, mask, token, cos, sin, gain, 0, H.first, H)
     scale = tl.max(tl.abs(key), 1)
-    if B > 0:
-        rest = load_heads(
-            qkv, offset, mask, token, cos, sin, gain, A, B, DIM, A, B, ROTARY_START, HALF, HAS_NORMS, EPSILON
-        )
+    if H.rest > 0:
+        rest = load_heads(qkv, offset, mask, token, cos, sin, gain, H.first, H.rest, H)
         scale = tl.maximum(scale, tl.max(tl.abs(rest), 1))
-    scale = scale_of(scale, CACHE)
-    if CACHE != "":
-        store_scales(block, row, writes, scale, PAGE, DIM)
-    key = store_rows(block, row, writes, key, scale, 0, A, DIM, CACHE, NATIVE_FP8)
-    if B > 0:
-        rest = store_rows(block, row, writes, rest, scale, A, B, DIM, CACHE, NATIVE_FP8)
+    scale = scale_of(scale, H)
+    if H.cache != "":
+        tl.store(scales_of(block, H.dim, H) + row, scale, mask=writes)
+    key = write_rows(block, row, writes, key, scale, 0, H.first, H.dim, H)
+    if H.rest > 0:
+        rest = write_rows(block, row, writes, rest, scale, H.first, H.rest, H.dim, H)
     else:
         rest = key
-    if VALUE_IN_KEY and VALUE_WIDTH == A:
+    if H.value_in_key and H.value_width == H.first:
         value = key
-    elif VALUE_IN_KEY:
-        value = load_heads(
-            qkv, offset, mask, token, cos, sin, gain,
-            0, VALUE_WIDTH, DIM, A, B, ROTARY_START, HALF, HAS_NORMS, EPSILON,
-        )  # fmt: skip
-        value = store_rows(block, row, writes, value, scale, 0, VALUE_WIDTH, DIM, CACHE, NATIVE_FP8)
+    elif H.value_in_key:
+        value = load_heads(qkv, offset, mask, token, cos, sin, gain, 0, H.value_width, H)
+        value = write_rows(block, row, writes, value, scale, 0, H.value_width, H.dim, H)
     else:
-        offset = start + (HEADS + KV_HEADS) * DIM + head * VALUE_DIM
-        value = load_part(qkv, offset, mask, 0, VALUE_WIDTH, VALUE_DIM)
-        block = block_of(value_cache, page, head, KV_HEADS, PAGE, VALUE_DIM, CACHE)
-        scale = scale_of(tl.max(tl.abs(value), 1), CACHE)
-        if CACHE != "":
-            store_scales(block, row, writes, scale, PAGE, VALUE_DIM)
-        value = store_rows(block, row, writes, value, scale, 0, VALUE_WIDTH, VALUE_DIM, CACHE, NATIVE_FP8)
+        offset = start + (H.heads + H.kv_heads) * H.dim + head * H.value_dim
+        value = load_part(qkv, offset, mask, 0, H.value_width, H.value_dim)
+        block = value_cache + place * H.value_block
+        scale = scale_of(tl.max(tl.abs(value), 1), H)
+        if H.cache != "":
+            tl.store(scales_of(block, H.value_dim, H) + row, scale, mask=writes)
+        value = write_rows(block, row, writes, value, scale, 0, H.value_width, H.value_dim, H)
     return key, rest, value
 
 
 @triton.jit
 def write_pages(
-    qkv,  # [T, HEADS * DIM + KV_HEADS * DIM + KV_HEADS * VALUE_DIM]
-    cos,  # [T, HALF] float32 or null
+    qkv,  # [T, H.row]
+    cos,  # [T, H.half] float32 or null
     sin,
-    key_cache,  # [P, KV_HEADS, PAGE, DIM], or int8 codes and scales: written
+    key_cache,  # [P, H.kv_heads, H.page, H.dim], or int8 codes and scales: written
     value_cache,
     query_start,  # [N + 1] int32
     context_len,  # [N] int32
     page_table,  # [N, M] int32
-    k_norm,  # [DIM] float32 or null
+    k_norm,  # [H.dim] float32 or null
     tokens,
     sequences,
     columns,
     pages,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_WIDTH: tl.constexpr,
-    VALUE_IN_KEY: tl.constexpr,
-    ROTARY_START: tl.constexpr,
-    HALF: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    EPSILON: tl.constexpr,
-    CACHE: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-    PAGE: tl.constexpr,
+    H: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """A program writes one KV head of STEP tokens."""
     place = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = place < tokens
     token = tl.minimum(place, tokens - 1)
-    sequence = sequence_of(query_start, token, sequences, 0)
+    sequence = segment_of(query_start, token, sequences, 0)
     behind = token - tl.load(query_start + sequence)
-    position = clamped(tl.load(context_len + sequence) + behind, 0, columns * PAGE - 1)
-    page = page_of(page_table, sequence, position, columns, pages, PAGE)
-    write_heads(
-        qkv, cos, sin, k_norm, key_cache, value_cache, token, page, position % PAGE, mask, mask, tl.program_id(1),
-        HEADS, KV_HEADS, DIM, A, B, VALUE_DIM, VALUE_WIDTH, VALUE_IN_KEY, ROTARY_START, HALF, HAS_NORMS, EPSILON,
-        CACHE, NATIVE_FP8, PAGE,
-    )  # fmt: skip
+    position = clamped(tl.load(context_len + sequence) + behind, 0, columns * H.page - 1)
+    page = page_of(page_table, sequence, position, columns, pages, H)
+    head = tl.program_id(1)
+    write_heads(qkv, cos, sin, k_norm, key_cache, value_cache, token, page, position % H.page, mask, mask, head, H)

@@ -1,0 +1,30 @@
+"""PagedAttention's kernels compiled: what they take of a GPU, and that their loops wait for no key, value or scale."""
+
+import pytest
+
+from moevlm.plugins.gpu.compiler import KERNELS, compile_program, resources
+from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
+from moevlm.plugins.ops.spec import AttentionSpec
+from tests.plugins.gpu.loop_loads import waiting_loads
+
+QWEN3 = AttentionSpec(32, 4, 128)
+# Every generation of Triton's pipelining, and every layout of a cache.
+COPIES = [(80, ""), (86, "int8"), (90, "fp8"), (100, "int8"), (120, "")]
+
+
+@pytest.mark.parametrize(("sm", "cache"), COPIES)
+def test_keys_values_and_scales_are_copied_ahead(sm: int, cache: str) -> None:
+    op = PagedAttentionOp(QWEN3, 128, 128, cache=cache, has_norms=True)
+    kernels = {spec.function: spec for spec in op.draft(sm).kernels}
+    assert waiting_loads(KERNELS, kernels["prefill"], sm) == []
+    # Before it walks the pages, decode reads the new tokens, of which there is one, in a loop too.
+    assert [load for load in waiting_loads(KERNELS, kernels["decode"], sm) if "pages.py" in load] == []
+
+
+def test_kernels_fit_their_gpu_and_keep_their_registers() -> None:
+    op = PagedAttentionOp(QWEN3, 128, 128, cache="int8", has_norms=True)
+    program = compile_program(op, [86])
+    assert (program.op, program.inputs, program.outputs) == ("PagedAttention", op.inputs, op.outputs)
+    found = resources(op, [86])
+    assert {kernel.entry for kernel in found} == {"write_pages", "decode", "merge", "prefill"}
+    assert all(kernel.spilled == 0 for kernel in found)
