@@ -27,6 +27,8 @@ FEW = [[16, *rest] for rest in product((16, 32, 64), (64, 128, 256), (4, 8), (3,
 # Rows of an expert -> rows of a tile that are worth trying.
 GROUPED = {4: (16,), 16: (16, 32), 64: (32, 64), 256: (64, 128)}
 MANY = list(product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)))
+# Programs that stay, of GPUs with tensor maps: one to a multiprocessor. They are worth trying from so many rows on.
+PROGRAMS, PERSISTENT_ROWS = {"90": 132, "100": 148}, 64
 REPLAYS = 5
 Tile = list[int]
 Entry = dict[str, Any]
@@ -46,7 +48,13 @@ def run(sm: int) -> Iterator[Entry]:
             chosen[name].pop("log_seconds")
         chosen["grouped"] = []
         for rows, heights in GROUPED.items():
-            options = [tuner.best_of_rows(rows, [[height, *rest] for rest in MANY]) for height in heights]
+            programs = [0]
+            if bits == "16" and family in PROGRAMS and rows >= PERSISTENT_ROWS:
+                programs.append(PROGRAMS[family])
+            options = [
+                tuner.best_of_rows(rows, [[height, *rest] for rest in MANY], number)
+                for height, number in product(heights, programs)
+            ]
             best = min(options, key=lambda option: option["log_seconds"])
             # A tile is chosen for up to the middle, on a logarithmic scale, between its own rows and the next.
             yield {"kind": "tile", "bits": bits, "range": f"{rows} rows", **best}
@@ -68,11 +76,12 @@ class _Tuner:
             if needed <= torch.cuda.mem_get_info()[0]:
                 self.ops.append((layer, op))
 
-    def best_of_rows(self, rows: int, candidates: Sequence[Tile]) -> Entry:
-        """For grouped products with so many rows to an expert."""
-        first = {"rows": None, "gate_up": list(candidates[0]), "down": list(candidates[0])}
+    def best_of_rows(self, rows: int, candidates: Sequence[Tile], programs: int) -> Entry:
+        """For grouped products with so many rows to an expert. programs: see `tiles.Range`."""
+        staying = {"programs": programs} if programs else {}
+        first = {"rows": None, "gate_up": list(candidates[0]), "down": list(candidates[0]), **staying}
         self.entry["grouped"] = [first]
-        return self.best(first, rows, candidates, per_expert=True)
+        return self.best(first, rows, candidates, per_expert=True) | staying
 
     def best(self, used: Entry, amount: int, candidates: Sequence[Tile], per_expert: bool = False) -> Entry:
         """The best gate_up and down. amount: tokens, or rows of an expert.

@@ -4,9 +4,10 @@ tiles.json: GPUs of like resources -> bits of a weight (32 for any if activation
 "few" (2 to 8) and "grouped": a list by rising number of rows per expert, the last for all above. Each entry is a tile
 for gate_up and one for down. "fp8" stands in the place of "8" for e4m3 weights in groups of 128 where a GPU multiplies
 e4m3: there, an entry with "activations": "fp8" quantizes activations, too; BK is 128, BN of gate_up a multiple of it.
-"segments": tiles of attention among patches, by bits of an activation and the most columns that a head is padded to.
-"attention": how many programs fill a GPU, then tiles for "decode" and for "prefill", by bits of a cached value and the
-most dimensions of a head.
+On SM90 and up, a grouped entry with "programs": N has as many programs as stay and read weights in their own dtype by
+tensor maps. "segments": tiles of attention among patches, by bits of an activation and the most columns that a head is
+padded to. "attention": how many programs fill a GPU, then tiles for "decode" and for "prefill", by bits of a cached
+value and the most dimensions of a head.
 """
 
 from __future__ import annotations
@@ -38,12 +39,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Range:
-    """For up to max_tokens; None: any number. activations: "fp8" where they are quantized, "" where not."""
+    """For up to max_tokens; None: any number.
+
+    activations: "fp8" where they are quantized, "" where not. programs: that stay and take tile after tile, 0 for one
+    to each tile.
+    """
 
     max_tokens: int | None
     gate_up: Tile
     down: Tile
     activations: str = ""
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,4 +119,5 @@ def table() -> dict[str, Any]:
 
 
 def _range(max_tokens: int | None, entry: dict[str, Any]) -> Range:
-    return Range(max_tokens, Tile(*entry["gate_up"]), Tile(*entry["down"]), entry.get("activations", ""))
+    products = Tile(*entry["gate_up"]), Tile(*entry["down"])
+    return Range(max_tokens, *products, entry.get("activations", ""), entry.get("programs", 0))

@@ -13,6 +13,7 @@ from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_dow
 from moevlm.plugins.gpu.kernels.moe.fp8 import fp8_down, fp8_gate_up, quantize_rows
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
 from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
+from moevlm.plugins.gpu.kernels.moe.persistent import persistent_down, persistent_gate_up
 from moevlm.plugins.gpu.kernels.moe.router import route
 from moevlm.plugins.gpu.kernels.sampling.candidates import choose_logits, group_logits
 
@@ -29,6 +30,8 @@ __all__ = [
     "grouped_down",
     "grouped_gate_up",
     "merge",
+    "persistent_down",
+    "persistent_gate_up",
     "place_rows",
     "prefill",
     "rotate_patches",

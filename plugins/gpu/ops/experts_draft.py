@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
-from moevlm.plugins.gpu.program import (
-    ONE,
-    TOKENS,
-    Argument,
-    Count,
-    Fill,
-    Launch,
-    Linear,
-    Variant,
-    at_most,
-    fixed,
-    per_token,
-)
+from moevlm.plugins.gpu.ops.layout import Given, Layout
+from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, fixed, per_token
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
 from moevlm.runtime.core.dtypes import DTYPES
 
@@ -27,27 +16,10 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROWS_STEP = 1024  # rows that one program counts or places
-FIRST_OVERLAPPING_SM = 90
+HOPPER = 90  # the first that has launches that overlap, and tensor maps
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
-Given = tuple[Argument, str]  # what a kernel is given, and its type
 Grid = tuple[Count, Count, Count]
 _TOKENS: Given = (TOKENS, "i32")
-
-
-@dataclass
-class _Layout:
-    """A variant while it is laid out."""
-
-    buffers: list[Count] = field(default_factory=list)
-    steps: list[Launch | Fill] = field(default_factory=list)
-
-    def buffer(self, kind: str, size: Count) -> Given:
-        """One more buffer of `size` bytes. kind: "*i32"."""
-        self.buffers.append(size)
-        return Argument("workspace", len(self.buffers) - 1), kind
-
-    def variant(self, max_tokens: int) -> Variant:
-        return Variant((at_most(max_tokens),), tuple(self.buffers), tuple(self.steps))
 
 
 class ExpertsDraft:
@@ -67,7 +39,7 @@ class ExpertsDraft:
         variants = []
         for i, chosen in enumerate(self.ranges):
             limit = min(chosen.max_tokens or self.max_tokens, self.max_tokens)
-            layout = _Layout()
+            layout = Layout()
             if i < 2:
                 self._few(layout, chosen, limit == 1)
             else:
@@ -77,7 +49,7 @@ class ExpertsDraft:
                 break
         return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
 
-    def _few(self, layout: _Layout, chosen: Range, single: bool) -> None:
+    def _few(self, layout: Layout, chosen: Range, single: bool) -> None:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
         rows = per_token(op.top_k)
@@ -113,40 +85,59 @@ class ExpertsDraft:
         )
         self._combine(layout, out)
 
-    def _grouped(self, layout: _Layout, chosen: Range) -> None:
+    def _grouped(self, layout: Layout, chosen: Range) -> None:
         op = self.op
         gate_up, down = chosen.gate_up, chosen.down
         if gate_up.BM != down.BM:
             raise ValueError(f"BM = {gate_up.BM} and {down.BM} in one entry of tiles.json (allowed: one value)")
         rows, starts, blocks = self._sorted_rows(layout, gate_up.BM)
         out = layout.buffer(self.dtype, self._row_bytes(op.hidden))
-        grids = [self._blocks(gate_up.BM, _tiles(n, tile)) for n, tile in ((op.inner, gate_up), (op.hidden, down))]
-        quantized = chosen.activations == "fp8"
+        kind = self._grouped_kind(chosen)
         x: Sequence[Given] = (self._input("x"),)
         inner: Sequence[Given]
-        if quantized:
+        if kind == "fp8":
             x, inner = self._quantized_x(layout), self._codes(layout, "down", op.top_k)
         else:
             inner = (layout.buffer(self.dtype, self._row_bytes(op.inner)),)
+        weights = {"gate_up": self._weights("gate_up"), "down": self._weights("down")}
+        grids = [self._blocks(gate_up.BM, _tiles(n, tile)) for n, tile in ((op.inner, gate_up), (op.hidden, down))]
+        if kind == "persistent":
+            weights = {name: self._mapped(layout, name, tile) for name, tile in (("gate_up", gate_up), ("down", down))}
+            grids = [fixed(chosen.programs)] * 2
         self._launch(
             layout,
-            "fp8_gate_up" if quantized else "grouped_gate_up",
+            f"{kind}_gate_up",
             (grids[0], ONE, ONE),
-            (*x, self._input("expert_weight"), *self._weights("gate_up"), rows, starts, blocks, *inner),
+            (*x, self._input("expert_weight"), *weights["gate_up"], rows, starts, blocks, *inner),
             self._product("gate_up", gate_up) | {"EXPERTS": op.experts, "TOP_K": op.top_k, "SPEC": op.spec},
             gate_up,
         )
         self._launch(
             layout,
-            "fp8_down" if quantized else "grouped_down",
+            f"{kind}_down",
             (grids[1], ONE, ONE),
-            (*inner, *self._weights("down"), rows, starts, blocks, out),
+            (*inner, *weights["down"], rows, starts, blocks, out),
             self._product("down", down) | {"EXPERTS": op.experts},
             down,
         )
         self._combine(layout, out)
 
-    def _sorted_rows(self, layout: _Layout, block: int) -> tuple[Given, Given, Given]:
+    def _grouped_kind(self, chosen: Range) -> str:
+        """Which kernels: "grouped", "fp8", or "persistent", where a row of weights begins at 16 bytes, as maps want."""
+        if chosen.activations == "fp8":
+            return "fp8"
+        row_bytes = [weight.width * DTYPES[self.op.dtype].bytes for weight in self.op.projections.values()]
+        mapped = not self.op.weights and self.sm >= HOPPER and all(n % 16 == 0 for n in row_bytes)
+        return "persistent" if chosen.programs and mapped else "grouped"
+
+    def _mapped(self, layout: Layout, projection: str, tile: Tile) -> tuple[Given, ...]:
+        """A weight as tensor map, and its biases."""
+        weight, _, bias = self._weights(projection)
+        stored = self.op.projections[projection]
+        shape = (self.op.experts, stored.rows, stored.width)
+        return layout.map(weight, shape, (1, tile.BN, tile.BK), self.op.dtype), bias
+
+    def _sorted_rows(self, layout: Layout, block: int) -> tuple[Given, Given, Given]:
         """rows, starts and blocks, as `place_rows` leaves them, in blocks of so many rows."""
         op = self.op
         index, block_rows = self._input("expert_index"), (Argument("constant", block), "i32")
@@ -164,7 +155,7 @@ class ExpertsDraft:
         self._launch(layout, "place_rows", grid, given, by_rows)
         return rows, starts, blocks
 
-    def _codes(self, layout: _Layout, projection: str, rows: int) -> Sequence[Given]:
+    def _codes(self, layout: Layout, projection: str, rows: int) -> Sequence[Given]:
         """Room for the quantized input of a projection, codes and scales. rows: of a token."""
         weight = self.op.projections[projection]
         return (
@@ -172,7 +163,7 @@ class ExpertsDraft:
             layout.buffer("*fp32", per_token(rows * weight.groups * 4)),
         )
 
-    def _quantized_x(self, layout: _Layout) -> Sequence[Given]:
+    def _quantized_x(self, layout: Layout) -> Sequence[Given]:
         weight = self.op.projections["gate_up"]
         codes = self._codes(layout, "gate_up", 1)
         groups = min(COLUMNS_STEP // weight.group, power_of_two(weight.groups))
@@ -180,7 +171,7 @@ class ExpertsDraft:
         self._launch(layout, "quantize_rows", grid, (self._input("x"), *codes), {"W": weight, "GROUPS": groups})
         return codes
 
-    def _combine(self, layout: _Layout, rows: Given) -> None:
+    def _combine(self, layout: Layout, rows: Given) -> None:
         op = self.op
         step = min(COLUMNS_STEP, power_of_two(op.hidden))
         self._launch(
@@ -217,7 +208,7 @@ class ExpertsDraft:
 
     def _launch(
         self,
-        layout: _Layout,
+        layout: Layout,
         function: str,
         grid: Grid,
         given: Sequence[Given],
@@ -226,7 +217,7 @@ class ExpertsDraft:
     ) -> None:
         """One more step; it overlaps with the launch before it, if the GPU can and that is one of this op's own."""
         arguments, types = zip(*given, strict=True)
-        can_overlap = self.sm >= FIRST_OVERLAPPING_SM
+        can_overlap = self.sm >= HOPPER
         constants = {**constants, "OVERLAPS": can_overlap}
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
         spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)

@@ -1,4 +1,10 @@
-"""The router: from logits to k experts and their weights, one token to a program."""
+"""The router: from logits to k experts and their weights, one token to a program.
+
+The product that makes the logits is not part of it. For 128 experts of 2,048 columns its weights are 1 MiB in float32:
+0.3 us of an H100's memory if every multiprocessor reads, 10 us for one program. So it takes several programs, of which
+the last to finish, found by a counter in memory, reads what the others wrote: two trips to the L2 cache and a fence, as
+much as the 1 to 1.5 us that one launch less saves.
+"""
 
 import triton
 import triton.language as tl
