@@ -59,18 +59,25 @@ def rotate_patches(
 @triton.jit
 def load_block(
     x,  # one head of the block's first row
-    rows,  # how many rows are real; the others are zeros
-    BEGIN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    rows,  # how many rows are real, if SHORT; the others are zeros
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
-    DIM: tl.constexpr,
+    H: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
-    """COLUMNS of a head from BEGIN on: [BLOCK, COLUMNS]."""
+    """WIDTH dimensions of a head from FIRST on: [BLOCK, WIDTH]."""
     row = tl.arange(0, BLOCK)
-    column = BEGIN + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (column < DIM)[None, :]
-    return tl.load(x + row[:, None] * STRIDE + column[None, :], mask=mask, other=0.0)
+    d = FIRST + tl.arange(0, WIDTH)
+    pointer = x + row[:, None] * STRIDE + d[None, :]
+    if SHORT:
+        block = tl.load(pointer, mask=(row < rows)[:, None] & (d < H.dim)[None, :], other=0.0)
+    elif H.dim < FIRST + WIDTH:
+        block = tl.load(pointer, mask=(d < H.dim)[None, :], other=0.0)
+    else:
+        block = tl.load(pointer)
+    return block
 
 
 @triton.jit
@@ -78,17 +85,54 @@ def store_block(
     y,
     value,
     rows,
-    BEGIN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
-    DIM: tl.constexpr,
+    H: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `load_block` would load."""
+    """What `load_block` would load, if SHORT."""
     row = tl.arange(0, BLOCK)
-    column = BEGIN + tl.arange(0, COLUMNS)
-    mask = (row < rows)[:, None] & (column < DIM)[None, :]
-    tl.store(y + row[:, None] * STRIDE + column[None, :], value.to(y.dtype.element_ty), mask=mask)
+    d = FIRST + tl.arange(0, WIDTH)
+    mask = (row < rows)[:, None] & (d < H.dim)[None, :]
+    tl.store(y + row[:, None] * STRIDE + d[None, :], value.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def attend(
+    query,  # [BM, H.first]
+    query_rest,  # [BM, H.rest]
+    keys,  # one head's, of rows H.dim apart, from the block's first
+    values,  # one head's, of rows STRIDE apart
+    rows,  # how many the block has, if SHORT
+    top,  # [BM] float32
+    total,  # [BM] float32
+    acc,  # [BM, H.first] float32
+    acc_rest,  # [BM, H.rest] float32
+    STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    SHORT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """top, total, acc and acc_rest with BN keys more."""
+    score = tl.zeros([BM, BN], tl.float32)
+    key = load_block(keys, rows, 0, H.first, H.dim, H, BN, SHORT)
+    score = multiply(query, tl.trans(key), score, INTERPRETED)
+    if H.rest > 0:
+        key = load_block(keys, rows, H.first, H.rest, H.dim, H, BN, SHORT)
+        score = multiply(query_rest, tl.trans(key), score, INTERPRETED)
+    if SHORT:
+        score = tl.where((tl.arange(0, BN) < rows)[None, :], score, float("-inf"))
+    power, top, total, shrink = include(score, top, total)
+    power = power.to(values.dtype.element_ty)
+    value = load_block(values, rows, 0, H.first, STRIDE, H, BN, SHORT)
+    acc = multiply(power, value, acc * shrink[:, None], INTERPRETED)
+    if H.rest > 0:
+        value = load_block(values, rows, H.first, H.rest, STRIDE, H, BN, SHORT)
+        acc_rest = multiply(power, value, acc_rest * shrink[:, None], INTERPRETED)
+    return top, total, acc, acc_rest
 
 
 @triton.jit
@@ -112,36 +156,28 @@ def segment_attention(
         return
     head = tl.program_id(1).to(tl.int64)
     queries = turned + (head * patches + first) * H.dim
-    q = load_block(queries, stop - first, 0, H.first, H.dim, H.dim, BM)
+    query = load_block(queries, stop - first, 0, H.first, H.dim, H, BM, True)
     acc = tl.zeros([BM, H.first], tl.float32)
-    q_rest = q
+    query_rest = query
     acc_rest = acc
     if H.rest > 0:
-        q_rest = load_block(queries, stop - first, H.first, H.rest, H.dim, H.dim, BM)
+        query_rest = load_block(queries, stop - first, H.first, H.rest, H.dim, H, BM, True)
         acc_rest = tl.zeros([BM, H.rest], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    for block in range((stop - start + BN - 1) // BN):
-        rows = stop - start - block * BN
-        row = (start + block * BN).to(tl.int64)
-        keys = turned + ((HEADS + head) * patches + row) * H.dim
-        scores = tl.zeros([BM, BN], tl.float32)
-        k = load_block(keys, rows, 0, H.first, H.dim, H.dim, BN)
-        scores = multiply(q, tl.trans(k), scores, INTERPRETED)
-        if H.rest > 0:
-            k = load_block(keys, rows, H.first, H.rest, H.dim, H.dim, BN)
-            scores = multiply(q_rest, tl.trans(k), scores, INTERPRETED)
-        if rows < BN:  # the last block alone: a select for each score is a sixth of what is done with it
-            scores = tl.where((tl.arange(0, BN) < rows)[None, :], scores, float("-inf"))
-        weight, top, total, fade = include(scores, top, total)
-        weight = weight.to(qkv.dtype.element_ty)
-        values = qkv + row * STRIDE + (2 * HEADS + head) * H.dim
-        v = load_block(values, rows, 0, H.first, STRIDE, H.dim, BN)
-        acc = multiply(weight, v, acc * fade[:, None], INTERPRETED)
-        if H.rest > 0:
-            v = load_block(values, rows, H.first, H.rest, STRIDE, H.dim, BN)
-            acc_rest = multiply(weight, v, acc_rest * fade[:, None], INTERPRETED)
-    line = y + first.to(tl.int64) * (HEADS * H.dim) + head * H.dim
-    store_block(line, acc / total[:, None], stop - first, 0, H.first, HEADS * H.dim, H.dim, BM)
+    keys = turned + (HEADS + head) * patches * H.dim
+    values = qkv + (2 * HEADS + head) * H.dim
+    # A short last block has a loop of its own, so that the other loop has no masks: a fifth of its instructions. As a
+    # loop, for its loads to be copied ahead, too, and first, where that takes fewer registers.
+    whole = (stop - start) // BN
+    for short in tl.static_range(1, -1, -1):
+        for block in range(whole if short else 0, (stop - start + BN - 1) // BN if short else whole):
+            row = start + block * BN
+            top, total, acc, acc_rest = attend(
+                query, query_rest, keys + row * H.dim, values + row.to(tl.int64) * STRIDE, stop - row,
+                top, total, acc, acc_rest, STRIDE, H, BM, BN, short == 1, INTERPRETED,
+            )  # fmt: skip
+    out = y + first.to(tl.int64) * (HEADS * H.dim) + head * H.dim
+    store_block(out, acc / total[:, None], stop - first, 0, H.first, HEADS * H.dim, H, BM)
     if H.rest > 0:
-        store_block(line, acc_rest / total[:, None], stop - first, H.first, H.rest, HEADS * H.dim, H.dim, BM)
+        store_block(out, acc_rest / total[:, None], stop - first, H.first, H.rest, HEADS * H.dim, H, BM)
