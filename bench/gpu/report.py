@@ -248,9 +248,7 @@ def text_of(entries: Sequence[Entry]) -> str:
     parts += [vision_table(entries), candidates_table(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
-            told = (
-                entry.get("skipped") or entry.get("error") or f"{entry['same']} of {entry['answers']} answers the same"
-            )
+            told = entry.get("skipped") or entry.get("error") or _engine_text(entry)
             parts.append(f"engine {entry['target']}: {told}")
     rows = [
         (aim["aim"], f"{aim['at_least']:.2f}", f"{aim['reached']:.2f}", "yes" if aim["met"] else "no")
@@ -260,6 +258,14 @@ def text_of(entries: Sequence[Entry]) -> str:
     wrong = failures(entries)
     parts.append("\n".join([f"{len(wrong)} failures", *wrong]) if wrong else "no failures")
     return "\n\n".join(part for part in parts if part)
+
+
+def _engine_text(entry: Entry) -> str:
+    alone, together = (1 / entry[f"{name}seconds_per_token"] for name in ("", "together_"))
+    return (
+        f"{entry['same']} of {entry['answers']} answers the same, {entry['same_together']} at once; "
+        f"{alone:.0f} and {together:.0f} tokens/s"
+    )
 
 
 def file_name(gpu: str) -> str:

@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import torch
 
+import moevlm.runtime
 from bench import gpu_check, variants
-from bench.gpu import attention, checks, cubins, facts, grouped_mm, layers, part, plugin, report, shapes, tune
+from bench.gpu import attention, checks, cubins, engine, facts, grouped_mm, layers, part, plugin, report, shapes, tune
 from bench.gpu.cases import CASES, all_ops, cases_of, some_ops
 from bench.gpu.cases.base import Cases, deviation
 from bench.gpu.cases.experts import ExpertsCall, ExpertsCases
 from bench.gpu.cases.router import RouterCases, near_ties
 from bench.gpu.driver import POISON, CubinRunner
+from moevlm.export.build import build
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
@@ -405,6 +407,27 @@ def test_experts_in_host_memory_are_timed_against_the_link_and_compute_the_same(
     text = report.text_of([{"kind": "link", "bytes_per_second": 55e9}, *entries])
     assert "link: 55.0 GB/s from the host's memory" in text
     assert "Qwen3-VL-30B-A3B, weights int4 in the host's memory" in text
+
+
+# Engines
+
+
+def test_an_engine_s_answers_are_compared_alone_and_at_once(tmp_path: Path) -> None:
+    """The demo's reference stands for the engine: what is measured is the same."""
+    bundle = build(ROOT / "demo/checkpoint", tmp_path / "demo.moevlm", ["reference"])
+    with moevlm.runtime.load(bundle.directory, "reference") as runtime:
+        some = engine.questions()[:2]
+        expected, seconds = engine.alone(runtime, some)
+        assert engine.together(runtime, some)[0] == expected
+        assert 0 < seconds < 60
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "questions", lambda: some)
+            found = engine.compare(runtime, expected)
+            assert (found["answers"], found["same"], found["same_together"]) == (2, 2, 2)
+            wrong = engine.compare(runtime, [expected[0], "something else"])
+    assert wrong["error"] == "only 1 of 2 answers are the same"
+    entry = {"kind": "engine", "target": "rtx:sm89", **found}
+    assert "engine rtx:sm89: 2 of 2 answers the same, 2 at once; " in report.text_of([entry])
 
 
 # The driver
