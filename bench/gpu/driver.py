@@ -24,7 +24,33 @@ from moevlm.runtime.core.dtypes import DTYPES
 POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format
 _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _WITHOUT_OPTING_IN = 48 * 1024
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _ELEMENT_TYPES = {"float16": 6, "float32": 7, "bfloat16": 9, "int32": 3}  # CUtensorMapDataType; others are bytes
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute, of those whose value is an int."""
+
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("padding", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+    def __init__(self, number: int, value: int) -> None:
+        super().__init__(id=number, value=value)
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig. sizes: of the grid, of a block, and bytes of dynamic shared memory."""
+
+    _fields_ = (
+        ("sizes", ctypes.c_uint * 7),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 @dataclass(frozen=True)
@@ -47,11 +73,15 @@ class Set:
 
 @dataclass(frozen=True)
 class Call:
-    """A launch with its numbers: arguments are 8-byte pointers, 4-byte integers, or tensors to make maps of."""
+    """A launch with its numbers: arguments are 8-byte pointers, 4-byte integers, or tensors to make maps of.
+
+    overlaps: it may begin while the one before it ends.
+    """
 
     kernel: int
     grid: tuple[int, ...]
     arguments: "tuple[ctypes.c_void_p | ctypes.c_int32 | Mapped, ...]"
+    overlaps: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +127,8 @@ def resolve(variant: Variant, sizes: Sizes, pointers: Pointers) -> list[Set | Ca
             else:
                 symbol = argument.kind == "symbol"
                 arguments.append(ctypes.c_int32(sizes[SYMBOLS[argument.index]] if symbol else argument.index))
-        steps.append(Call(step.kernel, tuple(count.at(sizes) for count in step.grid), tuple(arguments)))
+        grid = tuple(count.at(sizes) for count in step.grid)
+        steps.append(Call(step.kernel, grid, tuple(arguments), step.overlaps))
     return steps
 
 
@@ -178,15 +209,14 @@ class CubinRunner:
         kernel = self._image.kernels[call.kernel]
         arguments = [self._map(each) if isinstance(each, Mapped) else each for each in call.arguments]
         addresses = [ctypes.addressof(argument) for argument in arguments]
-        code = self._cuda.cuLaunchKernel(
-            self._functions[call.kernel],
-            *map(ctypes.c_uint, call.grid),
-            *map(ctypes.c_uint, (32 * kernel.warps, 1, 1)),
-            ctypes.c_uint(kernel.shared),
-            stream,
-            (ctypes.c_void_p * len(addresses))(*addresses),
-            None,
-        )
+        function, given = self._functions[call.kernel], (ctypes.c_void_p * len(addresses))(*addresses)
+        sizes = (*call.grid, 32 * kernel.warps, 1, 1, kernel.shared)
+        if call.overlaps:
+            overlaps = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 1)
+            config = _LaunchConfig((ctypes.c_uint * 7)(*sizes), stream, ctypes.pointer(overlaps), 1)
+            code = self._cuda.cuLaunchKernelEx(ctypes.byref(config), function, given, None)
+        else:
+            code = self._cuda.cuLaunchKernel(function, *map(ctypes.c_uint, sizes), stream, given, None)
         self._check(f"launching {kernel.entry}", code)
 
     def _map(self, tensor: Mapped) -> ctypes.Array[ctypes.c_char]:

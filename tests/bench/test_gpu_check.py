@@ -489,6 +489,27 @@ def test_machine_code_is_launched_as_the_program_says(fake: tuple[FakeCuda, Path
     assert cuda.loaded() == 0
 
 
+def test_launches_overlap_where_the_program_says_so(fake: tuple[FakeCuda, Path]) -> None:
+    cuda, path = fake
+    cuda.set_sm(90)
+    kernels = (Kernel("first", 4, 64, 1, image("first", ["*fp32"])),)
+    grid, given = (per_token(1), ONE, ONE), (Argument("output"),)
+    steps = Launch(0, grid, given), Launch(0, grid, given, overlaps=True)
+    variant = Variant((at_most(4096),), (), steps)
+    y = Tensor("y", "float32", (T,))
+    program = Program("MoEExperts", (Tensor("a", "float32", (T,)),), (y,), (Image(90, kernels, (variant,)),))
+    runner = CubinRunner(program, 90, "cpu", str(path))
+    prepared = runner.prepare([torch.zeros(3)])
+    prepared()
+    first, second = [event for event in cuda.events() if event.call.startswith("cuLaunch")]
+    assert (first.call, second.call) == ("cuLaunchKernel", "cuLaunchKernelEx")
+    assert first.values == second.values
+    assert second.values["arguments"] == [prepared.outputs[0].data_ptr()]
+    with cuda.failing("cuLaunchKernelEx", 719), pytest.raises(RuntimeError, match="launching first: error 719"):
+        prepared()
+    runner.close()
+
+
 def test_machine_code_is_given_tensor_maps(fake: tuple[FakeCuda, Path]) -> None:
     cuda, path = fake
     cuda.set_sm(90)
