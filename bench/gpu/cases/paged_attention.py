@@ -9,7 +9,7 @@ import torch
 from bench import paged_attention
 from bench.gpu.cases.base import ALLOWED, Arrays, Case
 from bench.paged_attention import Sequences
-from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
+from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
 from moevlm.plugins.ops.spec import AttentionSpec
@@ -74,7 +74,7 @@ class PagedAttentionCases:
     def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002
         """Decode of as many sequences as each number of shares is for, mixtures of so many, and prefill."""
         alone = [bound for variant in draft.variants for bound in variant.bounds if len(bound.slopes) == 1]
-        limits = {-bound.offset // sum(bound.slopes.values()) for bound in alone} - {MAX_TOKENS}
+        limits = {-bound.offset // sum(bound.slopes.values()) for bound in alone}
         counts = sorted({1, *limits, max(limits, default=0) + 1})
         kinds = (tuple((kept, 1) for kept in KEPT), MIXED)
         calls = [islice(cycle(kind[: None if n <= MANY else SHORT]), n) for kind in kinds for n in counts]

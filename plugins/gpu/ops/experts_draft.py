@@ -6,7 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.draft import Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.ops.layout import Given, Layout
 from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, fixed, per_token
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROWS_STEP = 1024  # rows that one program counts or places
-HOPPER = 90  # the first that has launches that overlap, and tensor maps
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
 Grid = tuple[Count, Count, Count]
 _TOKENS: Given = (TOKENS, "i32")

@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.ops.paged_heads import PagedHeads
 from moevlm.plugins.gpu.program import (
     ONE,
@@ -86,7 +86,7 @@ class PagedAttentionDraft:
         return min(self.heads.group, tile.BM)
 
     def _decode(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        return Variant((*bounds, *_MOST), self._buffers("T", shares), self._decoded("T", shares))
+        return self._variant(bounds, "T", shares, self._decoded("T", shares))
 
     def _mixed(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
         tile = self.prefill_tile
@@ -106,8 +106,13 @@ class PagedAttentionDraft:
             tile,
         )
         decode, *merge = self._decoded("N", shares)
-        steps = (write, prefill, decode, *merge)
-        return Variant((*bounds, *_MOST), self._buffers("N", shares), steps)
+        return self._variant(bounds, "N", shares, (write, prefill, decode, *merge))
+
+    def _variant(self, bounds: tuple[Linear, ...], places: str, shares: int, steps: tuple[Launch, ...]) -> Variant:
+        """Launches overlap with those before them, if the GPU can."""
+        can_overlap = self.sm >= HOPPER
+        steps = tuple(replace(step, overlaps=can_overlap and i > 0) for i, step in enumerate(steps))
+        return Variant(bounds, self._buffers(places, shares), steps)
 
     def _decoded(self, places: str, shares: int) -> tuple[Launch, ...]:
         """Of each token, or of each sequence that has one token."""
@@ -156,8 +161,9 @@ class PagedAttentionDraft:
     ) -> Launch:
         """arguments: the name of an input, present or not, of the output or of a symbol; a buffer; a constant."""
         given, types = zip(*map(self._argument, arguments), strict=True)
+        constants = {**constants, "H": self.heads, "OVERLAPS": self.sm >= HOPPER}
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
-        spec = KernelSpec(function, types, tuple(sorted({**constants, "H": self.heads}.items())), warps, stages)
+        spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)
         return Launch(self.kernels.index(spec), grid, given)
@@ -178,5 +184,4 @@ class PagedAttentionDraft:
 
 
 _ALL_DECODE = Linear(T=1, N=-1)
-_MOST = at_most(MAX_TOKENS), at_most(MAX_TOKENS, "N")  # grids have to hold whatever bounds let through
 _CACHED = ("qkv", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table")

@@ -5,7 +5,7 @@ import pytest
 from moevlm.plugins.gpu.compiler import KERNELS, compile_program, resources
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.ops.spec import AttentionSpec
-from tests.plugins.gpu.loop_loads import waiting_loads
+from tests.plugins.gpu.loop_loads import lowered, waiting_loads
 
 QWEN3 = AttentionSpec(32, 4, 128)
 # Every generation of Triton's pipelining, and every layout of a cache.
@@ -28,3 +28,13 @@ def test_kernels_fit_their_gpu_and_keep_their_registers() -> None:
     found = resources(op, [86])
     assert {kernel.entry for kernel in found} == {"write_pages", "decode", "merge", "prefill"}
     assert all(kernel.spilled == 0 for kernel in found)
+
+
+def test_launches_of_a_step_overlap_and_kernels_wait_before_they_touch_memory() -> None:
+    draft = PagedAttentionOp(QWEN3, 128, 128, has_norms=True).draft(90)
+    for variant in draft.variants:
+        assert [step.overlaps for step in variant.steps] == [False] + [True] * (len(variant.steps) - 1)
+    for spec in {spec.function: spec for spec in draft.kernels}.values():
+        before, after = lowered(KERNELS, spec, 90, "ptx").split("griddepcontrol.wait", 1)
+        assert not [word for word in ("ld.global", "st.", "cp.async") if word in before]
+        assert "st." in after

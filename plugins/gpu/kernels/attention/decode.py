@@ -13,6 +13,7 @@ from moevlm.plugins.gpu.kernels.attention.queries import load_queries, rows_of, 
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
 from moevlm.plugins.gpu.kernels.attention.softmax import include, scores_of, start_rows
 from moevlm.plugins.gpu.kernels.attention.write import write_heads
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -46,12 +47,14 @@ def decode(
     LEAST: tl.constexpr,
     TILE: tl.constexpr,
     H: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Programs: (token, or sequence; KV head and tile; share). A share is at least LEAST blocks of keys.
 
     BY_SEQUENCE: a program takes the only token of its sequence, and none of a sequence that has another number.
     """
+    wait_for_previous(OVERLAPS)
     TILES: tl.constexpr = tiles_of(H, TILE)
     BN: tl.constexpr = TILE.BN
     place, slot, share, shares = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)

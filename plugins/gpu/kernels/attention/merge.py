@@ -5,6 +5,7 @@ import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.attention.segments import clamped
 from moevlm.plugins.gpu.kernels.attention.softmax import LOWEST
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -18,8 +19,10 @@ def merge(
     BY_SEQUENCE: tl.constexpr,
     SHARES: tl.constexpr,
     H: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program is a query head of one token. SHARES: a power of two, `shares` or more."""
+    wait_for_previous(OVERLAPS)
     place, head = tl.program_id(0), tl.program_id(1)
     token = place
     if BY_SEQUENCE:

@@ -8,6 +8,7 @@ from moevlm.plugins.gpu.kernels.attention.pages import page_of
 from moevlm.plugins.gpu.kernels.attention.queries import lines_of, load_queries, rows_of, store_results, tiles_of
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, rows_of_tile
 from moevlm.plugins.gpu.kernels.attention.softmax import start_rows
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -29,9 +30,11 @@ def prefill(
     pages,
     TILE: tl.constexpr,
     H: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """Programs: (tile of tokens; KV head and tile of its query heads). Sequences of one token are left out."""
+    wait_for_previous(OVERLAPS)
     TOKENS: tl.constexpr = TILE.BM // lines_of(H, TILE)
     BN: tl.constexpr = TILE.BN
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the last see the most keys

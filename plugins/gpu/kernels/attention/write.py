@@ -7,6 +7,7 @@ from moevlm.plugins.gpu.kernels.attention.codes import decode_codes, decoded_sca
 from moevlm.plugins.gpu.kernels.attention.heads import load_heads, load_part
 from moevlm.plugins.gpu.kernels.attention.pages import page_of, scales_of
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -105,8 +106,10 @@ def write_pages(
     pages,
     H: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program writes one KV head of STEP tokens."""
+    wait_for_previous(OVERLAPS)
     place = tl.program_id(0) * STEP + tl.arange(0, STEP)
     mask = place < tokens
     token = tl.minimum(place, tokens - 1)
