@@ -19,9 +19,11 @@ from bench.gpu.shapes import LAYERS, TOKEN_COUNTS, Layer, Limits, operations, te
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
-from moevlm.plugins.gpu.ops.projection import FORMATS
 
-DECODE_TOKENS = 64  # up to which weights with fewer bits are timed
+# Weights and their groups, the formats that are built most first. fp8 in groups of 128 multiplies fp8 in prefill.
+STORED = (("", 32), ("int4", 32), ("fp8", 128), ("int8", 32))
+PREFILL_TOKENS = (512, 4096)  # with which weights with fewer bits are timed, beside those of decode
+DECODE_TOKENS = 64
 TOLERANCE = 2e-2  # between two implementations that both round to 16 bits
 SPARE_BYTES = 4 << 30
 SETS_BYTES, MOST_SETS = 8 << 30, 16  # of weights that take turns
@@ -38,8 +40,8 @@ def run(sm: int) -> Iterator[dict[str, Any]]:
     limits = measure_limits()
     yield {"kind": "limits", "bandwidth": limits.bandwidth, "peak": limits.peak}
     for layer in LAYERS:
-        for weights in FORMATS:
-            op = layer.experts_op("bfloat16" if sm >= 80 else "float16", weights)
+        for weights, group_size in STORED:
+            op = layer.experts_op("bfloat16" if sm >= 80 else "float16", weights, group_size)
             yield from measure(layer, op, sm, limits)
             torch.cuda.empty_cache()
 
@@ -56,8 +58,8 @@ def measure(layer: Layer, op: ExpertsOp, sm: int, limits: Limits) -> Iterator[di
     router = CubinRunner(compile_program(layer.router_op, [sm]), sm)
     stored = weight_sets(op)
     for tokens in TOKEN_COUNTS:
-        if op.weights and tokens > DECODE_TOKENS:
-            break
+        if op.weights and tokens > DECODE_TOKENS and tokens not in PREFILL_TOKENS:
+            continue
         entry = named | {"tokens": tokens}
         try:
             yield entry | _times(layer, op, experts, router, stored, tokens, limits)

@@ -161,6 +161,8 @@ def test_weights_taking_turns_exceed_any_cache() -> None:
             # What is read before the same set is read again, and with it perhaps the same expert.
             assert max(sets, 1) * shapes.weight_bytes(op, op.top_k) > cache
     assert [layers.routings(tokens) for tokens in (1, 64, 65, 4096)] == [16, 16, 4, 2]
+    assert {weights for weights, _ in layers.STORED} == set(FORMATS)
+    assert set(layers.PREFILL_TOKENS) < set(shapes.TOKEN_COUNTS)
 
 
 # Cases
