@@ -12,7 +12,7 @@ from moevlm.plugins.gpu.kernels.attention.write import write_pages
 from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
 from moevlm.plugins.gpu.kernels.moe.fp8 import fp8_down, fp8_gate_up, quantize_rows
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
-from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, start_rows
+from moevlm.plugins.gpu.kernels.moe.permutation import count_rows, place_rows, sort_rows, start_rows
 from moevlm.plugins.gpu.kernels.moe.persistent import persistent_down, persistent_gate_up
 from moevlm.plugins.gpu.kernels.moe.router import route
 from moevlm.plugins.gpu.kernels.sampling.candidates import choose_logits, group_logits
@@ -39,6 +39,7 @@ __all__ = [
     "route",
     "segment_attention",
     "single_down",
+    "sort_rows",
     "start_rows",
     "write_pages",
 ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.ops.layout import Given, Layout
-from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, fixed, per_token
+from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, Variant, fixed, per_token
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
 from moevlm.runtime.core.dtypes import DTYPES
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 ROWS_STEP = 1024  # rows that one program counts or places
+ROWS_AT_ONCE, ROWS_PLACED = 512, 16  # rows that one launch sorts, and of these one program
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
+Sort = Callable[[Layout, int], tuple[Given, Given, Given]]
 Grid = tuple[Count, Count, Count]
 _TOKENS: Given = (TOKENS, "i32")
 
@@ -35,21 +37,23 @@ class ExpertsDraft:
 
     def draft(self) -> Draft:
         op = self.op
-        variants = []
+        variants: list[Variant] = []
         for i, chosen in enumerate(self.ranges):
             limit = min(chosen.max_tokens or self.max_tokens, self.max_tokens)
-            layout = Layout()
+            at_once = min(limit, ROWS_AT_ONCE // op.top_k)
             if i < 2:
-                self._few(layout, chosen, limit == 1)
+                variants.append(self._few(chosen, limit))
             else:
-                self._grouped(layout, chosen)
-            variants.append(layout.variant(limit))
+                if at_once > variants[-1].max_tokens:
+                    variants.append(self._grouped(chosen, at_once, self._rows_sorted_at_once))
+                if at_once < limit:
+                    variants.append(self._grouped(chosen, limit, self._sorted_rows))
             if limit == self.max_tokens:
                 break
         return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), tuple(variants))
 
-    def _few(self, layout: Layout, chosen: Range, single: bool) -> None:
-        op = self.op
+    def _few(self, chosen: Range, max_tokens: int) -> Variant:
+        op, layout = self.op, Layout()
         gate_up, down = chosen.gate_up, chosen.down
         rows = per_token(op.top_k)
         routing = {"EXPERTS": op.experts, "TOP_K": op.top_k}
@@ -63,7 +67,7 @@ class ExpertsDraft:
             routing | self._product("gate_up", gate_up) | {"SPEC": op.spec},
             gate_up,
         )
-        if single:
+        if max_tokens == 1:
             self._launch(
                 layout,
                 "single_down",
@@ -72,7 +76,7 @@ class ExpertsDraft:
                 routing | self._product("down", down) | {"SPEC": op.spec},
                 down,
             )
-            return
+            return layout.variant(max_tokens)
         out = layout.buffer(self.dtype, self._row_bytes(op.hidden))
         self._launch(
             layout,
@@ -83,13 +87,14 @@ class ExpertsDraft:
             down,
         )
         self._combine(layout, out)
+        return layout.variant(max_tokens)
 
-    def _grouped(self, layout: Layout, chosen: Range) -> None:
-        op = self.op
+    def _grouped(self, chosen: Range, max_tokens: int, sort: Sort) -> Variant:
+        op, layout = self.op, Layout()
         gate_up, down = chosen.gate_up, chosen.down
         if gate_up.BM != down.BM:
             raise ValueError(f"BM = {gate_up.BM} and {down.BM} in one entry of tiles.json (allowed: one value)")
-        rows, starts, blocks = self._sorted_rows(layout, gate_up.BM)
+        rows, starts, blocks = sort(layout, gate_up.BM)
         out = layout.buffer(self.dtype, self._row_bytes(op.hidden))
         kind = self._grouped_kind(chosen)
         x: Sequence[Given] = (self._input("x"),)
@@ -120,6 +125,7 @@ class ExpertsDraft:
             down,
         )
         self._combine(layout, out)
+        return layout.variant(max_tokens)
 
     def _grouped_kind(self, chosen: Range) -> str:
         """Which kernels: "grouped", "fp8", or "persistent", where a row of weights begins at 16 bytes, as maps want."""
@@ -152,6 +158,18 @@ class ExpertsDraft:
         self._launch(layout, "start_rows", (ONE, ONE, ONE), (counts, starts, block_rows), experts)
         given = (index, starts, counts, rows, blocks, _TOKENS, block_rows)
         self._launch(layout, "place_rows", grid, given, by_rows)
+        return rows, starts, blocks
+
+    def _rows_sorted_at_once(self, layout: Layout, block: int) -> tuple[Given, Given, Given]:
+        """The same for up to ROWS_AT_ONCE rows."""
+        op = self.op
+        starts = layout.buffer("*i32", fixed(2 * (op.experts + 1) * 4))
+        rows = layout.buffer("*i32", per_token(op.top_k * 4))
+        blocks = layout.buffer("*i32", self._blocks(block, 2 * 4))
+        given = (self._input("expert_index"), starts, rows, blocks, _TOKENS, (Argument("constant", block), "i32"))
+        constants = {"EXPERTS": op.experts, "TOP_K": op.top_k, "MOST": ROWS_AT_ONCE, "STEP": ROWS_PLACED}
+        grid = (per_token(op.top_k, divisor=ROWS_PLACED), ONE, ONE)
+        self._launch(layout, "sort_rows", grid, given, constants, warps=8)
         return rows, starts, blocks
 
     def _codes(self, layout: Layout, projection: str, rows: int) -> Sequence[Given]:
@@ -213,12 +231,13 @@ class ExpertsDraft:
         given: Sequence[Given],
         constants: Mapping[str, Hashable],
         tile: Tile | None = None,
+        warps: int = 4,
     ) -> None:
         """One more step; it overlaps with the launch before it, if the GPU can and that is one of this op's own."""
         arguments, types = zip(*given, strict=True)
         can_overlap = self.sm >= HOPPER
         constants = {**constants, "OVERLAPS": can_overlap}
-        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
+        warps, stages = (tile.warps, tile.stages) if tile else (warps, 1)
         spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)

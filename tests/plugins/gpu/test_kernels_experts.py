@@ -101,7 +101,7 @@ def test_every_format_of_weights_agrees_with_the_spec(
     agrees(triton_interpreter, op, tokens)
 
 
-@pytest.mark.parametrize("tokens", [2, 8, 9, 33, 70])
+@pytest.mark.parametrize("tokens", [2, 8, 9, 33, 70, 180])
 def test_a_few_tokens_and_many(triton_interpreter: Interpreter, tokens: int) -> None:
     op = ExpertsOp(SILU, 6, 3, hidden=32, inner=16, dtype="float16")
     agrees(triton_interpreter, op, tokens)
@@ -174,7 +174,7 @@ def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Inter
 
 
 @pytest.mark.parametrize("weights", ["", "int4"])
-@pytest.mark.parametrize("tokens", [1, 6, 20])
+@pytest.mark.parametrize("tokens", [1, 6, 20, 180])
 def test_an_index_of_any_content_reads_and_writes_nothing_out_of_bounds(
     triton_interpreter: Interpreter, tokens: int, weights: str
 ) -> None:

@@ -1,5 +1,6 @@
 """Sorting routed rows by expert, for many tokens. Row r = token * k + slot of `index` [T, k].
 
+`count_rows`, `start_rows` and `place_rows` follow one another; for few rows, `sort_rows` does it all in one launch.
 The order of rows inside an expert is left to chance: each row's numbers depend on that row alone.
 """
 
@@ -69,4 +70,45 @@ def place_rows(
     opens = mask & (place % block_rows == 0)
     block = tl.load(starts + EXPERTS + 1 + expert, mask=opens, other=0) + place // block_rows
     tl.store(blocks + 2 * block, expert, mask=opens)
+    tl.store(blocks + 2 * block + 1, position, mask=opens)
+
+
+@triton.jit
+def sort_rows(
+    index,  # [T, k] int32, at most MOST of them
+    starts,  # [2, E + 1] int32, written as `start_rows` does
+    rows,  # [T * k] int32, written
+    blocks,  # [number of blocks, 2] int32, written
+    tokens,
+    block_rows,
+    EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    MOST: tl.constexpr,
+    STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Every program counts all rows, and places STEP of them, in their order."""
+    wait_for_previous(OVERLAPS)
+    count = tokens * TOP_K
+    every = tl.arange(0, MOST)
+    chosen = nearest_expert(tl.load(index + every, mask=every < count, other=0), EXPERTS)
+    counts = tl.histogram(chosen, triton.next_power_of_2(EXPERTS), mask=every < count)
+    of_blocks = (counts + block_rows - 1) // block_rows
+    ends, block_ends = tl.cumsum(counts, 0), tl.cumsum(of_blocks, 0)
+    if tl.program_id(0) == 0:
+        expert = tl.arange(0, triton.next_power_of_2(EXPERTS))
+        tl.store(starts + expert + 1, ends, mask=expert < EXPERTS)
+        tl.store(starts + EXPERTS + 2 + expert, block_ends, mask=expert < EXPERTS)
+        tl.store(starts, 0)
+        tl.store(starts + EXPERTS + 1, 0)
+    row = tl.program_id(0) * STEP + tl.arange(0, STEP)
+    mask = row < count
+    e = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
+    earlier = (chosen[None, :] == e[:, None]) & (every[None, :] < row[:, None])
+    place = tl.sum(earlier.to(tl.int32), 1)
+    position = tl.gather(ends - counts, e, 0) + place
+    tl.store(rows + position, row, mask=mask)
+    opens = mask & (place % block_rows == 0)
+    block = tl.gather(block_ends - of_blocks, e, 0) + place // block_rows
+    tl.store(blocks + 2 * block, e, mask=opens)
     tl.store(blocks + 2 * block + 1, position, mask=opens)
