@@ -51,7 +51,12 @@ class CandidatesOp:
         """See `KernelOp`."""
         groups = -(-self.vocabulary // GROUP)
         programs = -(-groups // STEP)
-        sizes: dict[str, int | float | bool | str] = {"V": self.vocabulary, "G": GROUP, "STEP": STEP}
+        sizes: dict[str, int | float | bool | str] = {
+            "V": self.vocabulary,
+            "G": GROUP,
+            "STEP": STEP,
+            "OVERLAPS": sm >= 90,
+        }
         padded = {
             "C": self.columns,
             "PADDED_C": power_of_two(self.columns),
@@ -66,7 +71,7 @@ class CandidatesOp:
         outputs = (Argument("output", i) for i in range(3))
         steps = (
             Launch(0, (per_token(programs), ONE, ONE), (logits, maxima, parts)),
-            Launch(1, (per_token(1), ONE, ONE), (logits, maxima, parts, chosen, *outputs)),
+            Launch(1, (per_token(1), ONE, ONE), (logits, maxima, parts, chosen, *outputs), sm >= 90),
         )
         buffers = (per_token(4 * groups), per_token(8 * programs), per_token(8 * self.columns))
         variant = Variant((at_most(MAX_TOKENS),), buffers, steps)

@@ -75,7 +75,7 @@ class SegmentAttentionOp:
         heads = Heads(self.head_dim, first, rest, rotary_start=0, half=self.head_dim // 2, epsilon=0, has_norms=False)
         tile = segment_tile(DTYPES[self.dtype].bits, first + rest, sm)
         given = DTYPES[self.dtype].pointer
-        shape = (("HEADS", self.heads), ("H", heads))
+        shape = (("HEADS", self.heads), ("H", heads), ("OVERLAPS", sm >= 90))
         rotate = KernelSpec(
             "rotate_patches",
             (given, "*fp32", "*fp32", given, "i32"),
@@ -100,6 +100,7 @@ class SegmentAttentionOp:
                 1,
                 (Count(Linear(T=1, N=tile.BM), tile.BM), fixed(self.heads), ONE),
                 (qkv, _TURNED, image_start, Argument("output", 0), TOKENS, _IMAGES),
+                overlaps=sm >= 90,
             ),
         )
         turned = per_token(2 * self.heads * self.head_dim * DTYPES[self.dtype].bytes)

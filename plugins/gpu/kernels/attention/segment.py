@@ -10,6 +10,7 @@ from moevlm.plugins.gpu.kernels.attention.blocks import multiply
 from moevlm.plugins.gpu.kernels.attention.heads import load_heads
 from moevlm.plugins.gpu.kernels.attention.segments import rows_of_tile
 from moevlm.plugins.gpu.kernels.attention.softmax import include
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
 @triton.jit
@@ -43,8 +44,10 @@ def rotate_patches(
     H: tl.constexpr,
     SCALE: tl.constexpr,
     BM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """BM patches of one head's queries or keys."""
+    wait_for_previous(OVERLAPS)
     head = tl.program_id(1)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     mask = row < patches
@@ -147,11 +150,13 @@ def segment_attention(
     H: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """BM queries of one head of one image."""
     STRIDE: tl.constexpr = 3 * HEADS * H.dim
     _, start, stop, first = rows_of_tile(image_start, tl.program_id(0), images, patches, BM)
+    wait_for_previous(OVERLAPS)  # `image_start` is older than the rotation
     if first >= stop:
         return
     head = tl.program_id(1).to(tl.int64)

@@ -8,6 +8,8 @@ C of their C * G logits. Ties need no care: groups and logits are kept by rising
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
+
 LOWEST = tl.constexpr(-(1 << 31))  # below the key of -infinity
 HIGHEST = tl.constexpr((1 << 31) - 1)  # the key of NaN
 
@@ -55,8 +57,10 @@ def group_logits(
     V: tl.constexpr,
     G: tl.constexpr,
     STEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """STEP groups of a row."""
+    wait_for_previous(OVERLAPS)
     GROUPS: tl.constexpr = (V + G - 1) // G
     PROGRAMS: tl.constexpr = (GROUPS + STEP - 1) // STEP
     program = tl.program_id(0)
@@ -88,8 +92,10 @@ def choose_logits(
     PADDED_GROUPS: tl.constexpr,
     PADDED_PROGRAMS: tl.constexpr,
     PADDED_C: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One row."""
+    wait_for_previous(OVERLAPS)
     GROUPS: tl.constexpr = (V + G - 1) // G
     PROGRAMS: tl.constexpr = (GROUPS + STEP - 1) // STEP
     row = tl.program_id(0).to(tl.int64)
