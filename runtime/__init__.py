@@ -85,7 +85,7 @@ def load(
     *,
     threads: int | None = None,
     spinning: bool = True,
-    chunk_tokens: int = defaults.CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS,
     max_image_tokens: int | None = None,
     cache_memory: int | None = None,
@@ -98,11 +98,13 @@ def load(
     says which it is.
     threads: for one operator on the CPU, by default all cores.
     spinning: threads wait for the next operator awake, which is faster, and takes the cores from other processes.
-    chunk_tokens: the most prompt tokens in one step. max_image_pixels: larger images are refused.
+    chunk_tokens: the most prompt tokens in one step, by default 512, and on a GPU what the engine was built for.
+    max_image_pixels: larger images are refused.
     max_image_tokens: the most for an image; larger ones are resized. Without it the checkpoint's own limit holds, often
     16,384 tokens, of which a photo from a phone takes most; a request may ask for less.
-    cache_memory: bytes for what requests keep between steps. Without it a quarter of the memory that is free, and never
-    more than 32 requests of full length can use. It is taken as it is first used.
+    cache_memory: bytes for what requests keep between steps. Without it a quarter of the memory that is free, taken as
+    it is first used; of a GPU's all that is free, taken at once. Never more than the requests of a step can use at full
+    length: 32 on a CPU, on a GPU as many as the engine was built for.
     experts_in: of an engine on a GPU with less memory than the model needs: "host" leaves the experts' weights in the
     memory of the host, where the GPU reads them over its link, which is slow; "host:N" those of N layers.
     Raises RequestError for an argument that is not allowed, BundleError for a bundle that is missing, damaged or

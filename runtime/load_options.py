@@ -17,7 +17,7 @@ class LoadOptions:
 
     threads: int | None = None
     spinning: bool = True
-    chunk_tokens: int = defaults.CHUNK_TOKENS
+    chunk_tokens: int | None = None
     max_image_pixels: int = defaults.MAX_IMAGE_PIXELS
     max_image_tokens: int | None = None
     cache_memory: int | None = None
@@ -27,7 +27,7 @@ class LoadOptions:
         require_cores(self.threads)
         for name in ("chunk_tokens", "max_image_pixels", "max_image_tokens", "cache_memory"):
             value = getattr(self, name)
-            if value is not None or name in ("chunk_tokens", "max_image_pixels"):
+            if value is not None or name == "max_image_pixels":
                 require_positive(name, value)
         if not isinstance(self.spinning, bool):
             raise RequestError(f"unsupported value spinning = {shown(self.spinning)} (allowed: true or false)")

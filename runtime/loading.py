@@ -12,7 +12,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError, RequestError, shown
 from moevlm.runtime.core.json_object import json_object
-from moevlm.runtime.core.progress import Progress
+from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.load_options import LoadOptions
@@ -27,9 +27,9 @@ def load_runtime(
     path: str | os.PathLike[str],
     target: str | None = None,
     options: LoadOptions | None = None,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Runtime:
-    """See `moevlm.runtime.load`; progress is called while the engine's files are verified."""
+    """See `moevlm.runtime.load`; progress is told what takes long: files are verified, steps prepared."""
     options = options or LoadOptions()
     if target is not None and not isinstance(target, str):
         raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
@@ -42,7 +42,7 @@ def load_runtime(
     sampling = released_sampling(bundle.optional_text(GENERATION))
     engine = load_engine(bundle, name, options.engine, progress)
     cache_memory = options.cache_memory
-    if cache_memory is None and (free := available_memory()) is not None:
+    if cache_memory is None and engine.limits.cache_memory is None and (free := available_memory()) is not None:
         cache_memory = int(free * defaults.CACHE_SHARE)
     return Runtime(
         bundle.manifest.model,
@@ -61,7 +61,7 @@ def load_engine(
     bundle: Bundle,
     target: str | None = None,
     options: EngineOptions | None = None,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Engine:
     """One engine of the bundle, its files verified. Raises BundleError or EngineError."""
     options = options or EngineOptions()

@@ -109,7 +109,7 @@ GOLDEN = {
         **{f"engines[].tensorrt.{field}": "string" for field in ("product", "version", "activations", "experts")},
         **{
             f"engines[].tensorrt.{field}": "integer"
-            for field in ("max_batch", "chunk_tokens", "max_logits", "capacity", "max_visual", "max_patches")
+            for field in ("max_sequences", "max_tokens", "max_logits", "max_visual", "max_patches", "max_pages")
         },
         "engines[].tensorrt.sms": "array of integer",
         "engines[].tensorrt.version_compatible": "boolean",

@@ -23,13 +23,14 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """sequences: prompts stepped together. tokens: of a step. page_size: tokens of a page.
+    """sequences: prompts stepped together. tokens, logits: of a step. page_size: tokens of a page.
 
     steps: decode steps behind the longest prompt, as many as wanted where the context has room for them.
     """
 
     sequences: int
     tokens: int
+    logits: int
     page_size: int
     steps: int
 
@@ -39,7 +40,8 @@ class BatchLimits:
         longest = max(len(prompt.ids) for prompt in prompts)
         if (needed := longest + min(steps, 1)) > limits.max_context:
             raise RequestError(f"parity needs a context of {needed} tokens, the engine has {limits.max_context}")
-        return cls(limits.max_sequences, limits.max_tokens, limits.page_size, min(steps, limits.max_context - longest))
+        steps = min(steps, limits.max_context - longest)
+        return cls(limits.max_sequences, limits.max_tokens, limits.max_logits, limits.page_size, steps)
 
 
 class _Sequence:
@@ -103,11 +105,14 @@ class Batch:
         logits: Array | None = None
         for spans in self._chunks(chunk_tokens or self._limits.tokens):
             index, targets = places.of(spans)
-            output = self._forward(spans, index)
-            for i, target in enumerate(targets):
-                row = output.logits(i)
-                logits = np.empty((places.total, len(row)), np.float32) if logits is None else logits
-                logits[target] = row
+            # Where a step has no room for so many rows it is run again: it keeps the same keys and values each time.
+            for first in range(0, max(len(index), 1), self._limits.logits):
+                part = slice(first, first + self._limits.logits)
+                output = self._forward(spans, index[part])
+                for i, target in enumerate(targets[part]):
+                    row = output.logits(i)
+                    logits = np.empty((places.total, len(row)), np.float32) if logits is None else logits
+                    logits[target] = row
         assert logits is not None  # a prompt has at least one token
         return logits
 
@@ -135,7 +140,7 @@ class Batch:
         for sequence, token in zip(self._sequences, tokens, strict=True):
             sequence.ids[sequence.length] = token
         spans = [_Span(n, sequence.length, sequence.length + 1) for n, sequence in enumerate(self._sequences)]
-        together = min(self._limits.sequences, self._limits.tokens)
+        together = min(self._limits.sequences, self._limits.tokens, self._limits.logits)
         for first in range(0, len(spans), together):
             part = spans[first : first + together]
             output = self._forward(part, np.arange(len(part)))

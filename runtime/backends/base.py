@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -14,7 +15,7 @@ from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import Misfit
 from moevlm.runtime.core.experts_in import DEVICE
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.progress import Progress
+from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 
@@ -73,7 +74,7 @@ class Backend(Protocol):
         """Of a step."""
         ...
 
-    def load(self, bundle: Bundle, name: str, options: EngineOptions, progress: Progress | None = None) -> Engine:
+    def load(self, bundle: Bundle, name: str, options: EngineOptions, progress: Stages | None = None) -> Engine:
         """The engine `name`, its files verified. Raises BundleError or EngineError."""
         ...
 
@@ -92,11 +93,14 @@ class Backend(Protocol):
 
 @contextmanager
 def opened_files(
-    bundle: Bundle, name: str, read: Container[str], progress: Progress | None
+    bundle: Bundle, name: str, read: Container[str], progress: Stages | None
 ) -> Iterator[Mapping[str, BundleFile]]:
     """All files of an engine but those in `read`, which are checked as they are read."""
     with ExitStack() as stack:
-        files = bundle.open_verified([path for path in bundle.engine_files(name) if path not in read], progress)
+        told = partial(progress, "verifying") if progress else None
+        files = bundle.open_verified([path for path in bundle.engine_files(name) if path not in read], told)
+        if progress:
+            progress("loading", 0, 0)
         for file in files.values():
             stack.push(file)
         yield files

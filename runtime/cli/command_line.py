@@ -23,7 +23,7 @@ _ORDER = ("doctor", "build", "inspect", "parity", "run", "bench")
 THREADS = "Use N threads.  [default: one for each core, within a container's CPU quota]"
 CACHE_MEMORY = (
     "Most memory for what requests keep between steps, such as keys and values: 800M, 1.5G.  "
-    "[default: a quarter of what is free]"
+    "[default: a quarter of what is free, on a GPU all]"
 )
 EXPERTS_IN = (
     "On a GPU, where the experts' weights lie: device, host, or host:N for those of N layers. The GPU reads the host's "

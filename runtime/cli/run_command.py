@@ -92,9 +92,7 @@ if TYPE_CHECKING:
     "--chunk-tokens",
     metavar="N",
     type=int,
-    default=defaults.CHUNK_TOKENS,
-    show_default=True,
-    help="Read at most N prompt tokens in one step.",
+    help="Read at most N prompt tokens in one step.  [default: 512, on a GPU what the engine was built for]",
 )
 @click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
 @click.option("--experts-in", metavar="PLACE", default=DEVICE, help=EXPERTS_IN)
@@ -124,7 +122,7 @@ def run(
     target: str | None,
     threads: int | None,
     spinning: bool,
-    chunk_tokens: int,
+    chunk_tokens: int | None,
     cache_memory: int | None,
     experts_in: str,
     max_image_megapixels: float,
@@ -174,7 +172,7 @@ def run(
                 bundle,
                 name,
                 LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory, experts_in=experts_in),
-                lambda done, total: show("verifying", done, total) if done < total else show("loading", 0, 0),
+                show,
             )
             runtime = background.call(load)
         with runtime:

@@ -118,9 +118,9 @@ class TensorRTMetadata(_Metadata, frozen=True):
     cache, "bfloat16" or "float16" (float32 for checks).
     experts: a safetensors file inside the bundle, whose tensors are inputs of the decoder under their names; "" if the
     plan has all weights.
-    Profile 0 of the decoder takes 1 to max_batch sequences of 1 to chunk_tokens tokens and 1 to max_logits places in
-    logits_index; profile 1 takes one token of each. capacity: tokens in a sequence's cache, fixed. max_visual: rows of
-    visual_embeds in a step. max_patches: of the vision plan in one call.
+    Profile 0 of the decoder takes 1 to max_tokens tokens of 1 to max_sequences sequences, and 1 to max_logits places in
+    logits_index; profile 1 takes one token of each of as many sequences. max_visual: rows of visual_embeds in a step.
+    max_patches: of the vision engine in one call. max_pages: of its caches, page 0 included.
     """
 
     product: str
@@ -128,12 +128,12 @@ class TensorRTMetadata(_Metadata, frozen=True):
     sms: tuple[int, ...]
     activations: str
     experts: str
-    max_batch: int
-    chunk_tokens: int
+    max_sequences: int
+    max_tokens: int
     max_logits: int
-    capacity: int
     max_visual: int
     max_patches: int
+    max_pages: int
     version_compatible: bool = False
 
 

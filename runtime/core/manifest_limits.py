@@ -40,12 +40,12 @@ _PAGED: dict[str, tuple[float, float]] = {
 }
 _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
-    "max_batch": _SIZE,
-    "chunk_tokens": _TOKENS,
+    "max_sequences": _SIZE,
+    "max_tokens": _TOKENS,
     "max_logits": _TOKENS,
-    "capacity": _TOKENS,
     "max_visual": _TOKENS,
     "max_patches": _TOKENS,
+    "max_pages": (2, 1 << 30),
 }
 _PATCH_VALUES = 1 << 22  # numbers of one patch
 _RESAMPLINGS = ("bicubic", "bilinear")

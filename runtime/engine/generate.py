@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Unpack
@@ -22,7 +21,7 @@ from moevlm.runtime.engine.image_features import FeatureCache, ImageEncoder
 from moevlm.runtime.engine.loop import EngineLoop
 from moevlm.runtime.engine.packing import StepPacker
 from moevlm.runtime.engine.pages import PagePool
-from moevlm.runtime.engine.pool_size import SEQUENCES, PoolSize
+from moevlm.runtime.engine.pool_size import PoolSize
 from moevlm.runtime.engine.prompt_image import PromptImage
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.request_checks import check_stops, chosen_params, end_of
@@ -57,28 +56,30 @@ class Runtime:
         engine: Engine,
         images: ImageProcessor | None = None,
         *,
-        chunk_tokens: int = defaults.CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
         target: str = "",
         sampling: SamplingParams | None = None,
         cache_memory: int | None = None,
         feature_memory: int = defaults.FEATURE_MEMORY,
     ) -> None:
-        """chunk_tokens: the most prompt tokens that go through the decoder in one step. target: the engine's name.
+        """chunk_tokens: the most prompt tokens that go through the decoder in one step; by default the engine's number.
 
-        sampling: of requests that say nothing, by default greedy. cache_memory: bytes for what requests keep in the
-        engine; by default as many as they can use. feature_memory: bytes for features of images.
+        target: the engine's name. sampling: of requests that say nothing, by default greedy. cache_memory: bytes for
+        what requests keep in the engine, by default as many as it has and they can use. feature_memory: bytes for
+        features of images.
         A step takes at most the tokens, `context` is at most the context, and images have at most the patches of the
         engine's limits; `context` is at most what fits into the cache, too.
         Raises RequestError for a memory in which nothing fits, and EngineError if there is too little.
         """
-        require_positive("chunk_tokens", chunk_tokens)
+        if chunk_tokens is not None:
+            require_positive("chunk_tokens", chunk_tokens)
         self.model = model
         self.target = target
         self.sampling = sampling or SamplingParams()
         self.tokenizer = tokenizer
         self.engine = engine
         limits = engine.limits
-        self.chunk_tokens = min(chunk_tokens, limits.max_tokens)
+        self.chunk_tokens = min(chunk_tokens or limits.chunk_tokens, limits.max_tokens)
         self.context = min(model.context, limits.max_context)
         size = PoolSize.of(limits, engine.states, self.context, cache_memory)
         self._whose = "model's" if self.context == model.context else "engine's"
@@ -88,7 +89,7 @@ class Runtime:
         self._encoder = ImageEncoder(engine, images, model.vision.merge_size) if images else None
         engine.reserve(size.pages, size.rows)
         scheduler = Scheduler(
-            dataclasses.replace(limits, max_sequences=min(limits.max_sequences, SEQUENCES)),
+            limits,
             PagePool(size.pages, limits.page_size),
             vocabulary=model.vocabulary,
             chunk_tokens=self.chunk_tokens,

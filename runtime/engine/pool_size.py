@@ -8,7 +8,7 @@ from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.states import Recurrent, StateSpec, page_bytes
 from moevlm.runtime.engine.step import EngineLimits
 
-SEQUENCES = 32  # requests that take part in steps at the same time, the others wait
+SEQUENCES = 32  # requests that have pages at the same time where a step takes fewer, the others wait
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,23 @@ class PoolSize:
     def of(
         cls, limits: EngineLimits, states: tuple[StateSpec, ...], context: int, cache_memory: int | None
     ) -> PoolSize:
-        """As much as SEQUENCES requests of `context` tokens can use, within `cache_memory` bytes if that is given.
+        """As much as the requests of a step can use, of `context` tokens each, and SEQUENCES of them at least.
 
-        Raises RequestError where the memory holds not even one page.
+        Within `cache_memory` bytes if that is given, and within what the engine has. Raises RequestError for more than
+        that, and where the memory holds not even one page.
         """
+        if cache_memory is None:
+            cache_memory = limits.cache_memory
+        elif limits.cache_memory is not None and cache_memory > limits.cache_memory:
+            raise RequestError(
+                f"unsupported value cache_memory = {cache_memory} (allowed: up to {limits.cache_memory} bytes, "
+                "the memory that the engine leaves free)"
+            )
+        sequences = max(limits.max_sequences, SEQUENCES)
         recurrent = [state for state in states if isinstance(state, Recurrent)]
-        rows = 1 + SEQUENCES if recurrent else 0
+        rows = 1 + sequences if recurrent else 0
         each = -(-context // limits.page_size)
-        pages = 1 + SEQUENCES * each
+        pages = 1 + sequences * each
         page, row = page_bytes(states, limits.page_size), sum(state.row_bytes for state in recurrent)
         if cache_memory is None or not page:
             return cls(pages, rows)

@@ -93,21 +93,32 @@ def check_step(
     for one in visual:
         if not 0 <= one.start < one.stop <= one.features.rows:
             raise EngineError(f"visual features {one.start} to {one.stop} (allowed: of 0 to {one.features.rows})")
-    _check_range("visual_index", step.visual_index.tolist(), -1, sum(one.rows for one in visual) - 1)
+    seen = sum(one.rows for one in visual)
+    if limits.max_visual is not None and seen > limits.max_visual:
+        raise EngineError(f"a step of {seen} visual rows (allowed: up to {limits.max_visual})")
+    _check_range("visual_index", step.visual_index.tolist(), -1, seen - 1)
     _check_range("logits_index", step.logits_index.tolist(), 0, tokens - 1)
     ends = [context + end - start for context, start, end in zip(kept, starts, starts[1:], strict=False)]
     _check_range("the length of a sequence", ends, 0, limits.max_context)
     if pages:
-        table = step.page_table.tolist()
-        for end, context, own in zip(ends, kept, table, strict=True):
-            count = -(-end // limits.page_size) if end > context else 0
-            if count > len(own):
-                raise EngineError(f"page_table has {len(own)} pages for {end} tokens (allowed: {count} or more)")
-            _check_range("page_table", own[:count], 1, pages - 1)
+        needed = [-(-end // limits.page_size) if end > context else 0 for end, context in zip(ends, kept, strict=True)]
+        _check_table(step.page_table, needed, ends, pages)
         _check_range("copies", [page for pair in step.copies for page in pair], 1, pages - 1)
     if rows:
         _check_range("state_row", step.state_row.tolist(), 1, rows - 1)
         _check_range("cleared", list(step.cleared), 1, rows - 1)
+
+
+def _check_table(table: np.ndarray, needed: list[int], ends: list[int], pages: int) -> None:
+    """needed: pages of each sequence. The table is long where sequences are: it is looked at as a whole."""
+    columns = table.shape[1]
+    if max(needed) > columns:
+        end = ends[needed.index(max(needed))]
+        raise EngineError(f"page_table has {columns} pages for {end} tokens (allowed: {max(needed)} or more)")
+    used = np.arange(columns) < np.array(needed)[:, None]
+    if ((table < used) | (table >= pages)).any():
+        _check_range("page_table", table[used].tolist(), 1, pages - 1)
+        _check_range("page_table", table.ravel().tolist(), 0, pages - 1)
 
 
 def _check_shapes(step: Step, tokens: int, sequences: int, wanted: int) -> None:

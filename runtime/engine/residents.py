@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import insort
 from collections.abc import Iterable
 
@@ -21,8 +20,7 @@ class Residents:
         self.pool = pool
         self._packed = limits.packed
         # Rows of a step that is not packed depend on how its prompt was cut, so what is shared was cut there, too.
-        unit = 1 if limits.packed else chunk
-        self._unit = None if rows else unit if limits.copies else math.lcm(unit, limits.page_size)
+        self._unit = None if rows else 1 if limits.packed else chunk
         self._all_rows = range(rows - 1, 0, -1)
         self._rows = list(self._all_rows)
         self._recurrent = rows > 0

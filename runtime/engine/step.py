@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moevlm.runtime.core import defaults
+
 
 @dataclass(frozen=True)
 class EngineLimits:
@@ -16,8 +18,9 @@ class EngineLimits:
     page. max_visual: rows of visual features that a step uses; max_patches: of one image; None for any number.
     packed: a step may hold any mixture of sequences, and prompts are cut at any page's border; else it holds a token
     of each of several sequences, or a chunk of one prompt, which is cut at multiples of max_tokens alone.
+    chunk_tokens: prompt tokens in a step, unless the caller says otherwise.
     mixed_tokens: prompt tokens beside running decodes, in a packed step; None for as many as in a step without.
-    copies: a step may copy pages.
+    cache_memory: bytes that there are for pages; None where memory is taken as it is written.
     """
 
     max_sequences: int
@@ -28,8 +31,9 @@ class EngineLimits:
     max_visual: int | None = None
     max_patches: int | None = None
     packed: bool = False
+    chunk_tokens: int = defaults.CHUNK_TOKENS
     mixed_tokens: int | None = None
-    copies: bool = True
+    cache_memory: int | None = None
 
 
 @dataclass(frozen=True)

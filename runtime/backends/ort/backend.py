@@ -15,7 +15,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import EngineError, Misfit, RequestError, shown
 from moevlm.runtime.core.experts_in import DEVICE
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.progress import Progress
+from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 
@@ -35,7 +35,7 @@ class OrtBackend:
     def limits(self, model: ModelMetadata, engine: EngineMetadata) -> EngineLimits:
         return limits_of(model, engine)
 
-    def load(self, bundle: Bundle, name: str, options: EngineOptions, progress: Progress | None = None) -> Engine:
+    def load(self, bundle: Bundle, name: str, options: EngineOptions, progress: Stages | None = None) -> Engine:
         if options.experts_in != DEVICE:
             raise RequestError(f"experts_in = {options.experts_in} has no effect on {name}: it is for engines on a GPU")
         engine = bundle.manifest.engines[name]
@@ -60,7 +60,7 @@ class OrtBackend:
         return None
 
 
-def open_graphs(bundle: Bundle, name: str, progress: Progress | None = None) -> tuple[GraphFile, GraphFile]:
+def open_graphs(bundle: Bundle, name: str, progress: Stages | None = None) -> tuple[GraphFile, GraphFile]:
     """Vision and decoder graph of an engine: every file opened once, hashed, and read or mapped.
 
     Raises BundleError or EngineError.

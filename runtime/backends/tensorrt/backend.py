@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 
 from moevlm.runtime.backends.base import EngineOptions, KernelsReport, Table, opened_files
 from moevlm.runtime.backends.tensorrt.cuda import find_gpu
@@ -17,7 +17,7 @@ from moevlm.runtime.core.experts_in import host_layers
 from moevlm.runtime.core.gpus import gpu_text, sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.printable import bytes_text
-from moevlm.runtime.core.progress import Progress
+from moevlm.runtime.core.progress import Stages, silent
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits
 
@@ -55,16 +55,16 @@ class TensorRTBackend:
         find_module(_built(engine))
 
     def limits(self, model: ModelMetadata, engine: EngineMetadata) -> EngineLimits:
-        return limits_of(model, _built(engine))
+        return limits_of(model, engine, _built(engine))
 
     def load(
         self,
         bundle: Bundle,
         name: str,
         options: EngineOptions,
-        progress: Progress | None = None,
+        progress: Stages | None = None,
     ) -> Engine:
-        from moevlm.runtime.backends.tensorrt.engine import PlanFile, TensorRTEngine
+        from moevlm.runtime.backends.tensorrt.engine import EngineFile, EngineFiles, TensorRTEngine
 
         engine, model = bundle.manifest.engines[name], bundle.manifest.model
         host = host_layers(options.experts_in, sum(bool(layer.experts) for layer in model.layers))
@@ -73,11 +73,12 @@ class TensorRTBackend:
         built, graphs = _built(engine), (engine.vision, engine.decoder)
         with opened_files(bundle, name, graphs, progress) as files:
             experts = files[built.experts].map() if built.experts else None
-        # Plans are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
+        # They are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
         vision, decoder = (
-            PlanFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
+            EngineFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
         )
-        return TensorRTEngine(vision, decoder, experts, model, engine, host)
+        told = partial(progress, "preparing steps") if progress else silent
+        return TensorRTEngine(EngineFiles(vision, decoder, experts, host), model, engine, told)
 
     def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:
         return plan_problems(bundle, engine, _built(engine))
@@ -92,8 +93,9 @@ class TensorRTBackend:
             built = _built(engine)
             experts = bytes_text(bundle.manifest.files[built.experts].size) if built.experts else "-"
             product = f"{built.product} {built.version}{' or its lean runtime' if built.version_compatible else ''}"
-            steps = f"{built.max_batch} x {built.chunk_tokens} tokens, {built.max_visual} of images"
-            sizes = experts, steps, str(built.capacity), str(built.max_patches)
+            limits = self.limits(bundle.manifest.model, engine)
+            steps = f"{limits.max_sequences} sequences, {limits.max_tokens} tokens"
+            sizes = experts, steps, str(limits.max_context), str(built.max_patches)
             rows.append((name, product, sms_text(built.sms), built.activations, *sizes))
             if (kernels := self.kernels(bundle, engine)) is not None:
                 spills = f"spills of up to {kernels.spilled} bytes a thread" if kernels.spilled else "no spills"

@@ -89,11 +89,16 @@ class Device:
         try:
             pointer = self._call("cuMemAlloc", size)
         except EngineError as error:
-            free, total = self._call("cuMemGetInfo")
+            free, total = self.memory()
             raise EngineError(
                 f"{error}: {size / 1e9:.2f} GB wanted, {free / 1e9:.2f} of {total / 1e9:.2f} GB free on {self.gpu.name}"
             ) from error
         return DeviceMemory(self, int(pointer), size)
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the GPU."""
+        free, total = self._call("cuMemGetInfo")
+        return int(free), int(total)
 
     def allocate_host(self, size: int) -> HostMemory:
         """`size` bytes of pinned memory of the host, which copies to and from the device need to run beside it."""
@@ -125,6 +130,31 @@ class Device:
     def copy_within(self, target: int, source: int, size: int) -> None:
         """Queue a copy of `size` bytes on the device."""
         self._call("cuMemcpyDtoDAsync", target, source, size, self._stream)
+
+    def copy_rows_in(self, target: int, source: int, pitch: int, width: int, rows: int) -> None:
+        """Queue a copy from pinned memory to the device: the first `width` bytes of each of `rows`.
+
+        pitch: bytes from a row to the next, on both sides.
+        """
+        types = self._driver.CUmemorytype
+        copy = self._rows(target, pitch, pitch, width, rows)
+        copy.srcMemoryType, copy.srcHost = types.CU_MEMORYTYPE_HOST, source
+        self._call("cuMemcpy2DAsync", copy, self._stream)
+
+    def copy_rows_within(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
+        """Queue a copy on the device of `rows` times `width` bytes. Pitches: from a row to the next, below 2 GiB."""
+        types = self._driver.CUmemorytype
+        copy = self._rows(target, target_pitch, source_pitch, width, rows)
+        copy.srcMemoryType, copy.srcDevice = types.CU_MEMORYTYPE_DEVICE, source
+        self._call("cuMemcpy2DAsync", copy, self._stream)
+
+    def _rows(self, target: int, target_pitch: int, source_pitch: int, width: int, rows: int) -> Any:
+        copy = self._driver.CUDA_MEMCPY2D()
+        copy.dstMemoryType, copy.dstDevice = self._driver.CUmemorytype.CU_MEMORYTYPE_DEVICE, target
+        copy.dstPitch, copy.srcPitch, copy.WidthInBytes, copy.Height = target_pitch, source_pitch, width, rows
+        return copy
 
     def clear(self, memory: DeviceMemory) -> None:
         """Queue zeros."""

@@ -1,235 +1,214 @@
-"""The decoder's plan with everything that stays on the device: expert weights, KV caches, recorded decode steps."""
+"""The decoder's engine with all that stays on the device: experts, pages, page tables, logits, recorded steps."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 import numpy as np
 
-from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, DeviceMemory
+from moevlm.runtime.backends.tensorrt.decode_step import DecodeStep, sizes
+from moevlm.runtime.backends.tensorrt.decoder_check import ANY, DECODE, check_decoder
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
+from moevlm.runtime.backends.tensorrt.device_features import FeatureMemory
 from moevlm.runtime.backends.tensorrt.expert_memory import ExpertMemory, expert_weights
-from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
+from moevlm.runtime.backends.tensorrt.page_memory import Bindings, PageMemory, cache_shapes
+from moevlm.runtime.backends.tensorrt.page_tables import PageTables
 from moevlm.runtime.bundle.verified_file import MappedFile
-from moevlm.runtime.core.dtypes import DTYPES
-from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
-from moevlm.runtime.core.states import PagedKV, StateSpec, output_name
-from moevlm.runtime.engine.step import Step
-from moevlm.runtime.engine.visual import HostFeatures
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
+from moevlm.runtime.core.progress import Progress
+from moevlm.runtime.core.states import StateSpec
+from moevlm.runtime.engine.step import Candidates, EngineLimits, Step
+from moevlm.runtime.engine.visual import FeatureRows
 
-PREFILL, DECODE = 0, 1  # profiles
-ACTIVATIONS = ("bfloat16", "float16", "float32")
-
-Bindings = dict[str, tuple[int, tuple[int, ...]]]  # address and shape
-
-
-class Slot:
-    """A page: a sequence's caches on the device, and the context that decodes with them: its addresses never change."""
-
-    def __init__(self, memory: DeviceMemory, caches: Bindings, decode: Execution) -> None:
-        self.memory, self.caches, self.decode = memory, caches, decode
-
-    def free(self) -> None:
-        try:
-            self.decode.close()
-        finally:
-            self.memory.free()
+_WARM_PAGES = 2  # page 0, and as a profile's least one more
 
 
 class Decoder:
-    """Steps of sequences, one at a time. Everything is freed by `close`, inside the device's context."""
+    """Steps, one at a time. Everything is freed by `close`, inside the device's context."""
 
     def __init__(
         self,
-        plan: Plan,
+        engine: DeviceEngine,
         experts: MappedFile | None,
         model: ModelMetadata,
         states: tuple[StateSpec, ...],
         metadata: TensorRTMetadata,
+        limits: EngineLimits,
+        features: FeatureMemory,
         host_layers: int = 0,
     ) -> None:
-        """experts: a file whose hash was checked, if the plan needs one. host_layers: see `ExpertMemory`.
+        """experts: a file whose hash was checked, if the engine needs one. host_layers: see `ExpertMemory`.
 
-        Raises EngineError if it or the plan is not what the metadata say.
+        Raises EngineError if it or the engine is not what the metadata say.
         """
-        self._plan, self._device, self._model, self._metadata = plan, plan.device, model, metadata
-        self._cache_shapes = _cache_shapes(plan, states, metadata)
-        self._deepstack = plan.inputs["deepstack_embeds"][0] if "deepstack_embeds" in plan.inputs else 0
-        self._slots: dict[int, Slot] = {}  # by page
-        self._fixed: Bindings = {}
+        self._engine, self._device, self._model, self._limits = engine, engine.device, model, limits
+        self._states, self._features = states, features
+        self._pages: PageMemory | None = None
+        self._one_each = np.arange(limits.max_sequences + 1, dtype=np.int32)
         self._resources = ExitStack()
         try:
-            weights = expert_weights(plan, _weight_inputs(plan, model, self._cache_shapes), experts)
-            self._require_what_was_said()
-            memory = ExpertMemory(self._device, weights, host_layers)
-            self._resources.callback(memory.free)
-            self._fixed = {name: (address, plan.inputs[name]) for name, address in memory.addresses.items()}
-            self._blank = self._allocate_blank()
-            self._prefill = plan.execution(PREFILL)
-            self._resources.callback(self._prefill.close)
-            self._bind_fixed(self._prefill)
+            names = check_decoder(engine, model, cache_shapes(states, limits.page_size), metadata)
+            weights = ExpertMemory(self._device, expert_weights(engine, names, experts), host_layers)
+            self._resources.callback(weights.free)
+            self._allocate()
+            bound = {name: (address, engine.inputs[name]) for name, address in weights.addresses.items()}
+            self._make_executions(bound | self._blank)
         except BaseException:
             self._resources.close()
             raise
 
+    def _allocate(self) -> None:
+        limits, layout, vocabulary = self._limits, self._features.layout, self._model.vocabulary
+        assert limits.max_visual is not None
+        memories = []
+        for size in (4 * limits.max_logits * vocabulary, layout.size(limits.max_visual), layout.size(1)):
+            memories.append(self._device.allocate(size))
+            self._resources.callback(memories[-1].free)
+        self._logits, self._visual, blank = (memory.address for memory in memories)
+        # A row of zeros that no visual_index points at, for steps without images.
+        self._device.clear(memories[-1])
+        self._blank = self._visual_at(blank, 1)
+        self._row = self._device.allocate_host(4 * vocabulary)
+        self._resources.callback(self._row.free)
+        self._tables = PageTables(self._device, limits.max_sequences, -(-limits.max_context // limits.page_size))
+        self._resources.callback(self._tables.free)
+
+    def _make_executions(self, bound: Bindings) -> None:
+        """One context for steps of any shapes, and one for each size of decode steps, as a recording asks for."""
+        # Until there are others everything is bound with these.
+        self._warm_pages = PageMemory(self._device, self._states, _WARM_PAGES, self._limits.page_size)
+        self._resources.callback(self._warm_pages.free)
+        bound = bound | self._warm_pages.caches
+        self._any = self._engine.execution(ANY)
+        self._resources.callback(self._any.close)
+        for name, (address, shape) in bound.items():
+            self._any.bind(name, address, shape)
+        self._decode: dict[int, DecodeStep] = {}
+        for size in sizes(self._limits.max_sequences):
+            logits: Bindings = {"logits": (self._logits, (size, self._model.vocabulary))}
+            execution = self._engine.execution(DECODE, fixed=True)
+            self._resources.callback(execution.close)
+            self._decode[size] = DecodeStep(execution, size, self._model, bound | logits, self._tables)
+
+    def warm_up(self, progress: Progress) -> None:
+        """Run each kind of step once, on page 0 alone: what TensorRT compiles and the driver loads is there then.
+
+        progress: steps that ran, and how many will. Raises EngineError.
+        """
+        runs = [self._run_largest, *(step.warm_up for step in self._decode.values())]
+        try:
+            for done, run in enumerate(runs):
+                progress(done, len(runs))
+                run()
+            progress(len(runs), len(runs))
+        finally:
+            self._warm_pages.free()
+
     @property
     def graphs(self) -> str:
-        """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
-        refused = next((slot.decode.graph_refused for slot in self._slots.values() if slot.decode.graph_refused), None)
-        if refused is not None:
-            return f"refused: {refused}"
-        return "replayed" if any(slot.decode.replays for slot in self._slots.values()) else "not yet"
+        """Whether decode steps are replayed: "replayed", "refused: why" or "not yet"."""
+        if self._pages is None:
+            return "not yet"
+        refused = next((step.graph_refused for step in self._decode.values() if step.graph_refused), None)
+        return "replayed" if refused is None else f"refused: {refused}"
 
-    def free_slots(self) -> None:
-        """Free the memory of all pages."""
-        with ExitStack() as stack:
-            for slot in self._slots.values():
-                stack.callback(slot.free)
-            self._slots.clear()
+    def reserve(self, pages: int) -> None:
+        """So many pages; those of before are gone. Records every size of decode steps. Raises EngineError."""
+        if self._pages is not None and self._pages.pages == pages:
+            return
+        self.free_pages()
+        self._pages = PageMemory(self._device, self._states, pages, self._limits.page_size)
+        try:
+            for name, (address, shape) in self._pages.caches.items():
+                self._any.bind(name, address, shape)
+            for step in self._decode.values():
+                step.bind_caches(self._pages.caches)
+                step.record()
+        except BaseException:
+            self.free_pages()
+            raise
 
-    def step(self, step: Step, visual: HostFeatures | None) -> np.ndarray:
-        """Logits [L, vocabulary] float32. The step was checked before; it has one sequence, in one page."""
-        slot = self._slot(int(step.page_table[0, 0]))
-        if int(step.context_len[0]) == 0:
-            self._device.clear(slot.memory)  # what the page's last sequence left may be no number
-        arrays = plan_arrays(step)
-        used = np.unique(step.visual_index[step.visual_index >= 0])
-        if not len(used) and step.tokens == len(step.logits_index) == 1:
-            return slot.decode.run(arrays)["logits"]
-        for name, (address, shape) in slot.caches.items():
-            self._prefill.bind(name, address, shape)
-        if visual is not None and len(used):
-            arrays |= self._rows(arrays["visual_index"], visual, used)
+    def free_pages(self) -> None:
+        pages, self._pages = self._pages, None
+        if pages is not None:
+            pages.free()
+
+    def step(self, step: Step, visual: Sequence[FeatureRows]) -> Candidates:
+        """Of the rows of logits_index. The step was checked before. Raises EngineError."""
+        assert self._pages is not None
+        for source, target in step.copies:
+            self._pages.copy(source, target)
+        count = step.sequences
+        if not visual and step.tokens == count and np.array_equal(step.query_start, self._one_each[: count + 1]):
+            size = min(1 << (count - 1).bit_length(), self._limits.max_sequences)
+            if len(step.logits_index) <= size:
+                return self._decode[size].run(step)
+        return self._any_step(step, visual)
+
+    def logits(self, row: int) -> np.ndarray:
+        """[vocabulary] float32, of the last step's row. Raises EngineError."""
+        size = self._row.size
+        self._device.copy_out(self._row.address, self._logits + row * size, size)
+        self._device.synchronize()
+        return self._row.array.view(np.float32).copy()
+
+    def _any_step(self, step: Step, visual: Sequence[FeatureRows]) -> Candidates:
+        wanted = len(step.logits_index)
+        if visual:
+            rows = sum(one.rows for one in visual)
+            self._features.copy(visual, self._visual)
+            seen = self._visual_at(self._visual, rows)
         else:
-            for name, (address, shape) in self._blank.items():
-                self._prefill.bind(name, address, shape)
-        groups = [self._prefill.run(arrays | group)["logits"] for group in self._groups(step.logits_index)]
-        return np.concatenate(groups)[: len(step.logits_index)]
+            seen = self._blank
+        self._tables.write(step.page_table, step.sequences)
+        self._arrange(step.tokens, step.sequences, max(wanted, 1), seen)
+        arrays = self._any.arrays
+        for name in ("input_ids", "visual_index", "query_start", "context_len"):
+            arrays[name][...] = getattr(step, name)
+        # No axis may be empty: where nothing is wanted, one row is computed and dropped.
+        arrays["logits_index"][...] = step.logits_index if wanted else 0
+        for group, (cos, sin) in step.rope.items():
+            arrays[f"rope_cos.{group}"][...] = cos
+            arrays[f"rope_sin.{group}"][...] = sin
+        self._any.run()
+        values, ids, log_sum_exp = (arrays[name][:wanted].copy() for name in CANDIDATE_OUTPUTS)
+        return Candidates(values, ids, log_sum_exp)
 
-    def _slot(self, page: int) -> Slot:
-        if page not in self._slots:
-            self._slots[page] = self._new_slot()
-        return self._slots[page]
+    def _arrange(self, tokens: int, sequences: int, wanted: int, visual: Bindings) -> None:
+        for name, (address, shape) in visual.items():
+            self._any.bind(name, address, shape)
+        self._any.bind("page_table", self._tables.address, (sequences, self._tables.columns))
+        self._any.bind("logits", self._logits, (wanted, self._model.vocabulary))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("input_ids", "visual_index"), (tokens,))
+        shapes |= {"query_start": (sequences + 1,), "context_len": (sequences,), "logits_index": (wanted,)}
+        for group, rope in enumerate(self._model.ropes):
+            shapes |= dict.fromkeys((f"rope_cos.{group}", f"rope_sin.{group}"), (tokens, rope.dim // 2))
+        self._any.arrange(shapes)
 
-    def _groups(self, wanted: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-        """As many positions at a time as the profile has room for. A step writes the same caches each time.
+    def _run_largest(self) -> None:
+        """As many tokens and rows of logits as a step may have, of one sequence all of whose pages are page 0."""
+        limits = self._limits
+        tokens = min(limits.max_tokens, limits.max_context)
+        self._tables.write(np.zeros((1, self._tables.columns), np.int32), 1)
+        self._arrange(tokens, 1, min(limits.max_logits, tokens), self._blank)
+        arrays = self._any.arrays
+        for name, value in (("visual_index", -1), ("query_start", (0, tokens)), ("context_len", 0)):
+            arrays[name][...] = value
+        for name in ("input_ids", "logits_index", *(name for name in arrays if name.startswith("rope_"))):
+            arrays[name][...] = 0
+        self._any.run()
 
-        The profile allows no empty axis: where nothing is wanted, one row is computed and dropped.
-        """
-        wanted = wanted if len(wanted) else np.zeros(1, wanted.dtype)
-        for start in range(0, len(wanted), self._metadata.max_logits):
-            yield {"logits_index": wanted[start : start + self._metadata.max_logits]}
-
-    def _rows(self, visual_index: np.ndarray, visual: HostFeatures, used: np.ndarray) -> dict[str, np.ndarray]:
-        """The visual rows that the step uses and no others, and where it finds them."""
-        if len(used) > self._metadata.max_visual:
-            raise EngineError(
-                f"the step uses {len(used)} visual rows (allowed: up to {self._metadata.max_visual}; "
-                "fewer tokens in a step use fewer)"
-            )
-        index = np.where(visual_index >= 0, np.searchsorted(used, visual_index), -1)
-        rows = {"visual_embeds": visual.embeds[used], "visual_index": index}
-        return rows | ({"deepstack_embeds": visual.deepstack[:, used]} if self._deepstack else {})
-
-    def _require_what_was_said(self) -> None:
-        """That the plan's shapes and profiles are those of the manifest."""
-        plan, model, metadata = self._plan, self._model, self._metadata
-        if metadata.activations not in ACTIVATIONS:
-            allowed = ", ".join(ACTIVATIONS)
-            raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
-        dtype = DTYPES[metadata.activations].tensorrt
-        for name, shape in self._cache_shapes.items():
-            if (plan.inputs[name], plan.dtypes[name]) != ((-1, *shape), dtype):
-                shown = f"{plan.dtypes[name]} {plan.inputs[name]}"
-                raise EngineError(f"{plan.name} has {name} {shown}, manifest.json says {dtype} {(-1, *shape)}")
-        for what, found, said in (
-            ("hidden", plan.inputs["visual_embeds"][1], model.hidden),
-            ("vocabulary", plan.outputs["logits"][1], model.vocabulary),
-            ("deepstack", self._deepstack, model.vision.deepstack),
-        ):
-            if found != said:
-                raise EngineError(f"{plan.name} has {what} = {found}, manifest.json says {said}")
-        for name, profile, wanted in (
-            ("input_ids", PREFILL, (metadata.max_batch, metadata.chunk_tokens)),
-            ("input_ids", DECODE, (metadata.max_batch, 1)),
-            ("logits_index", PREFILL, (metadata.max_logits,)),
-            ("logits_index", DECODE, (metadata.max_batch,)),
-            ("visual_embeds", PREFILL, (metadata.max_visual, model.hidden)),
-        ):
-            most = plan.most(name, profile)
-            if any(a < b for a, b in zip(most, wanted, strict=True)):
-                raise EngineError(f"{plan.name} takes {name} up to {most}, manifest.json says {wanted}")
-
-    def _allocate_blank(self) -> Bindings:
-        """One row of zeros that no visual_index points at, for steps without images."""
-        hidden = self._model.hidden
-        memory = self._device.allocate(max(1, self._deepstack) * hidden * 4)
-        self._resources.callback(memory.free)
-        self._device.clear(memory)
-        blank: Bindings = {"visual_embeds": (memory.address, (1, hidden))}
-        return blank | ({"deepstack_embeds": (memory.address, (self._deepstack, 1, hidden))} if self._deepstack else {})
-
-    def _new_slot(self) -> Slot:
-        places, end = {}, 0
-        for name, shape in self._cache_shapes.items():
-            places[name] = end
-            size = math.prod(shape) * DTYPES[self._metadata.activations].bytes
-            end += -(-size // ALIGNMENT) * ALIGNMENT
-        with ExitStack() as undo:
-            memory = self._device.allocate(end)
-            undo.callback(memory.free)
-            caches: Bindings = {}
-            for name, place in places.items():
-                caches[name] = caches[output_name(name)] = memory.address + place, (1, *self._cache_shapes[name])
-            decode = self._plan.execution(DECODE, graphs=True)
-            undo.callback(decode.close)
-            self._bind_fixed(decode)
-            for name, (address, bound) in (caches | self._blank).items():
-                decode.bind(name, address, bound)
-            undo.pop_all()
-        return Slot(memory, caches, decode)
-
-    def _bind_fixed(self, execution: Execution) -> None:
-        for name, (address, shape) in self._fixed.items():
-            execution.bind(name, address, shape)
+    def _visual_at(self, address: int, rows: int) -> Bindings:
+        """Features of so many rows at an address, as `FeatureMemory.copy` leaves them there."""
+        layout = self._features.layout
+        found: dict[str, tuple[int, tuple[int, ...]]] = {"visual_embeds": (address, (rows, layout.hidden))}
+        if layout.levels:
+            shape = layout.levels, rows, layout.hidden
+            found["deepstack_embeds"] = address + layout.levels_at(rows), shape
+        return found
 
     def close(self) -> None:
         with self._resources:
-            self.free_slots()
-
-
-def _cache_shapes(plan: Plan, states: tuple[StateSpec, ...], metadata: TensorRTMetadata) -> dict[str, tuple[int, ...]]:
-    """[kv_heads, capacity, D] of every cache, by the name of the plan's input."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for state in states:
-        if not isinstance(state, PagedKV):
-            raise EngineError(f"{plan.name} keeps {state.tensor} (supported: keys and values)")
-        shapes |= {name: (state.kv_heads, metadata.capacity, width) for name, width in state.widths.items()}
-    return shapes
-
-
-def plan_arrays(step: Step) -> dict[str, np.ndarray]:
-    """A packed step of one sequence as the plan takes it: a batch of one."""
-    arrays = {
-        "input_ids": step.input_ids,
-        "visual_index": step.visual_index,
-        **{f"rope_cos.{group}": cos for group, (cos, _) in step.rope.items()},
-        **{f"rope_sin.{group}": sin for group, (_, sin) in step.rope.items()},
-    }
-    batch = {name: array[None] for name, array in arrays.items()}
-    return batch | {"cache_position": step.context_len.astype(np.int64), "logits_index": step.logits_index}
-
-
-def _weight_inputs(plan: Plan, model: ModelMetadata, caches: Iterable[str]) -> list[str]:
-    """Every input of the plan that is no part of a step and no cache. Raises EngineError for those that it lacks."""
-    ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
-    step = {"input_ids", "visual_embeds", "visual_index", *ropes, "cache_position", "logits_index"}
-    for names, given, kind in (
-        ((*step, *caches), plan.inputs, "input"),
-        (("logits", *map(output_name, caches)), plan.outputs, "output"),
-    ):
-        if missing := sorted(set(names) - set(given)):
-            raise EngineError(f"{plan.name} has no {kind} {missing[0]}")
-    return [name for name in plan.inputs if name not in {*step, *caches, "deepstack_embeds"}]
+            self.free_pages()

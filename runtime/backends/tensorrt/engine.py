@@ -1,41 +1,57 @@
-"""The engine protocol on a GPU: plans of TensorRT or TensorRT-RTX, run through the CUDA driver."""
+"""The engine protocol on a GPU: engines of TensorRT or TensorRT-RTX, run through the CUDA driver."""
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import Device
 from moevlm.runtime.backends.tensorrt.decoder import Decoder
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
+from moevlm.runtime.backends.tensorrt.device_features import DeviceFeatures, FeatureLayout, FeatureMemory
 from moevlm.runtime.backends.tensorrt.kernel_cache import KernelCache, cache_file
 from moevlm.runtime.backends.tensorrt.library import Library
 from moevlm.runtime.backends.tensorrt.limits import limits_of
-from moevlm.runtime.backends.tensorrt.plan import Execution, Plan
+from moevlm.runtime.backends.tensorrt.memory_budget import cache_memory
+from moevlm.runtime.backends.tensorrt.vision import VisionTower
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.names import CANDIDATES
+from moevlm.runtime.core.progress import Progress, silent
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Step, StepOutput
-from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
+from moevlm.runtime.engine.visual import FeatureRows
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 
 @dataclass(frozen=True)
-class PlanFile:
-    """A plan of a bundle, read into memory. sha256: of data, and the manifest's."""
+class EngineFile:
+    """A serialized engine of a bundle, read into memory. sha256: of data, and the manifest's."""
 
     name: str
     data: bytes
     sha256: str
+
+
+@dataclass(frozen=True)
+class EngineFiles:
+    """What an engine is loaded from, all hashes checked. experts: None if the decoder has all weights.
+
+    host_layers: how many sparse layers' experts stay in the host's memory.
+    """
+
+    vision: EngineFile
+    decoder: EngineFile
+    experts: MappedFile | None
+    host_layers: int = 0
 
 
 class TensorRTEngine:
@@ -45,100 +61,93 @@ class TensorRTEngine:
     """
 
     def __init__(
-        self,
-        vision: PlanFile,
-        decoder: PlanFile,
-        experts: MappedFile | None,
-        model: ModelMetadata,
-        metadata: EngineMetadata,
-        host_layers: int = 0,
+        self, files: EngineFiles, model: ModelMetadata, metadata: EngineMetadata, progress: Progress = silent
     ) -> None:
-        """experts: a file whose hash was checked; None if the plan has all weights.
+        """progress: see `Decoder.warm_up`.
 
-        host_layers: how many sparse layers' experts stay in the host's memory.
-
-        Raises EngineError if there is no GPU, no TensorRT of that version, or a plan is not what the metadata say.
+        Raises EngineError if there is no GPU, no TensorRT of that version, too little memory, or a file is not what the
+        metadata say.
         """
         assert metadata.tensorrt is not None
-        self._model, self._metadata, self._pages = model, metadata.tensorrt, 0
-        self.states, self.limits = metadata.states, limits_of(model, metadata.tensorrt)
+        self._model, self._metadata = model, metadata.tensorrt
+        self.states, self.limits = metadata.states, limits_of(model, metadata, metadata.tensorrt)
+        self._pages = self._steps = 0
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()
         self._finalizer = weakref.finalize(self, _close, self._device, resources)
         try:
             with self._device:
-                self._open(resources, vision, decoder, experts, host_layers)
+                self._open(resources, files, progress)
         except BaseException:
             self._finalizer()
             raise
 
-    def _open(
-        self,
-        resources: ExitStack,
-        vision: PlanFile,
-        decoder: PlanFile,
-        experts: MappedFile | None,
-        host_layers: int,
-    ) -> None:
-        metadata, gpu = self._metadata, self._device.gpu
+    def _open(self, resources: ExitStack, files: EngineFiles, progress: Progress) -> None:
+        metadata, model, gpu = self._metadata, self._model, self._device.gpu
         if gpu.sm not in metadata.sms:
             raise EngineError(f"the engine needs {sms_text(metadata.sms, ' or ')}; {gpu.name} is sm{gpu.sm}")
         library = Library(metadata)
         resources.callback(library.close)
         path = None
         if library.is_rtx:
-            path = cache_file(decoder.sha256, vision.sha256, metadata.version, gpu.name, gpu.sm, gpu.driver)
+            hashes = files.decoder.sha256, files.vision.sha256
+            path = cache_file(*hashes, metadata.version, gpu.name, gpu.sm, gpu.driver)
         kernels = KernelCache(path)
         resources.callback(kernels.close)
-        plans = []
-        for file, profiles in ((decoder, 2), (vision, 1)):
-            plan = Plan(library, self._device, file.name, file.data, profiles, kernels)
-            resources.callback(plan.close)
-            plans.append(plan)
-        if size := max(plan.scratch_bytes for plan in plans):
+        engines = []
+        for file, profiles in ((files.decoder, 2), (files.vision, 1)):
+            engine = DeviceEngine(library, self._device, file.name, file.data, profiles, kernels)
+            resources.callback(engine.close)
+            engines.append(engine)
+        if size := max(engine.scratch_bytes for engine in engines):
             scratch = self._device.allocate(size)
             resources.callback(scratch.free)
-            for plan in plans:
-                plan.scratch = scratch
-        self._decoder = Decoder(plans[0], experts, self._model, self.states, metadata, host_layers)
+            for engine in engines:
+                engine.scratch = scratch
+        layout = FeatureLayout(model.hidden, model.vision.deepstack, metadata.activations)
+        features = FeatureMemory(self._device, layout, self._lock)
+        resources.callback(features.close)
+        self._decoder = Decoder(
+            engines[0], files.experts, model, self.states, metadata, self.limits, features, files.host_layers
+        )
         resources.callback(self._decoder.close)
-        self._vision = _vision(plans[1])
+        self._vision = VisionTower(engines[1], model, features, metadata.max_patches)
         resources.callback(self._vision.close)
+        self._decoder.warm_up(progress)
+        kernels.save()
+        memory = cache_memory(self._device, self.states, self.limits.page_size, metadata.max_pages)
+        self.limits = replace(self.limits, cache_memory=memory)
 
     @property
     def graphs(self) -> str:
-        """Whether decoding replays recorded steps: "replayed", "refused: why" or "not yet"."""
+        """Whether decode steps are replayed: "replayed", "refused: why" or "not yet"."""
         return self._decoder.graphs
 
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
-        """Visual tokens of all images, as many images in a call as the plan has room for.
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> DeviceFeatures:
+        """Visual tokens of all images, as many images in a call as the engine has room for.
 
-        Raises EngineError for an image_start that does not rise, and for an image that is too large for the plan.
+        Raises EngineError for an image_start that does not rise, and for an image that is too large for the engine.
         A cancellation is heard between calls.
         """
         check_vision(inputs)
-        cancellation = cancellation or Cancellation()
-        outputs = []
         with self._lock:
             self._require_open()
             with self._device:
-                for part in _parts(inputs, self._metadata.max_patches):
-                    cancellation.check()
-                    outputs.append(self._vision.run(vars(part)))
-        embeds = np.concatenate([output["visual_embeds"] for output in outputs])
-        empty = np.zeros((0, *embeds.shape), np.float32)
-        deepstack = [output["deepstack_embeds"] for output in outputs if "deepstack_embeds" in output]
-        return HostFeatures(embeds, np.concatenate(deepstack, axis=1) if deepstack else empty)
+                return self._vision.encode(inputs, cancellation or Cancellation())
 
     def reserve(self, pages: int, rows: int) -> None:
-        """See the protocol. A page is a slot of the built capacity, allocated when a step first has it."""
+        """See the protocol. The memory is taken at once."""
         check_reserve(self.states, pages, rows)
+        if pages > self._metadata.max_pages:
+            raise EngineError(f"unsupported value pages = {pages} (allowed: up to {self._metadata.max_pages})")
         with self._lock:
             self._require_open()
-            self._pages = pages
+            self._pages = 0
+            self._steps += 1
             with self._device:
-                self._decoder.free_slots()
+                self._decoder.reserve(pages)
+            self._pages = pages
 
     def forward(
         self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
@@ -152,11 +161,21 @@ class TensorRTEngine:
                 raise EngineError("a step before any page was reserved")
             # Kernels read where they are told to: nothing on the device would notice.
             check_step(step, visual, self.limits, self._model.vocabulary, self._pages, 0)
-            if step.copies:
-                raise EngineError(f"copies = {step.copies} (allowed: none, a sequence has a page of its own)")
+            self._steps += 1
             with self._device:
-                logits = self._decoder.step(step, joined(visual) if visual else None)
-        return StepOutput(candidates_of(logits, CANDIDATES), lambda row: logits[row].copy())
+                candidates = self._decoder.step(step, visual)
+            return StepOutput(candidates, partial(self._logits, self._steps, len(step.logits_index)))
+
+    def _logits(self, step: int, rows: int, row: int) -> np.ndarray:
+        """A row of logits, which stays on the device until somebody asks for it, or another step runs."""
+        if not 0 <= row < rows:
+            raise EngineError(f"row {row} of logits (allowed: 0 to {rows - 1})")
+        with self._lock:
+            self._require_open()
+            if step != self._steps:
+                raise EngineError("logits of an earlier step: another one ran since")
+            with self._device:
+                return self._decoder.logits(row)
 
     def _require_open(self) -> None:
         if not self._finalizer.alive:
@@ -180,37 +199,3 @@ def _close(device: Device, resources: ExitStack) -> None:
         stack.enter_context(device)
         stack.callback(resources.close)
         device.synchronize()
-
-
-def _vision(plan: Plan) -> Execution:
-    """Raises EngineError unless the plan has the inputs and outputs of a vision tower."""
-    for names, given in (
-        (set(VisionInputs.__dataclass_fields__), set(plan.inputs)),
-        ({"visual_embeds"}, set(plan.outputs) - {"deepstack_embeds"}),
-    ):
-        if names != given:
-            raise EngineError(f"{plan.name} has {', '.join(sorted(given))} (expected: {', '.join(sorted(names))})")
-    return plan.execution(0)
-
-
-def _parts(inputs: VisionInputs, most: int) -> Iterator[VisionInputs]:
-    """Whole images, as many at a time as have `most` patches together."""
-    starts = inputs.image_start.tolist()
-    first = 0  # image of the part
-    for image, end in enumerate(starts[1:]):
-        if end - starts[image] > most:
-            raise EngineError(
-                f"an image has {end - starts[image]} patches (the engine was built for up to {most}): make it smaller"
-            )
-        if end - starts[first] > most:
-            yield _part(inputs, first, image)
-            first = image
-    yield _part(inputs, first, len(starts) - 1)
-
-
-def _part(inputs: VisionInputs, first: int, stop: int) -> VisionInputs:
-    """Images first to stop, alone."""
-    starts = inputs.image_start[first : stop + 1]
-    patches = slice(starts[0], starts[-1])
-    arrays = {name: array[patches] for name, array in vars(inputs).items() if name != "image_start"}
-    return VisionInputs(**arrays, image_start=starts - starts[0])

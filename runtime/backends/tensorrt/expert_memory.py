@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import ALIGNMENT, Device
-from moevlm.runtime.backends.tensorrt.plan import Plan
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.bundle.safetensors import open_tensors
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.errors import EngineError
@@ -79,7 +79,7 @@ class ExpertMemory:
         self._resources.close()
 
 
-def expert_weights(plan: Plan, names: Sequence[str], experts: MappedFile | None) -> dict[str, np.ndarray]:
+def expert_weights(engine: DeviceEngine, names: Sequence[str], experts: MappedFile | None) -> dict[str, np.ndarray]:
     """Bytes of the engine's inputs `names`, in this order.
 
     experts: a file whose hash was checked. Raises EngineError if it is missing or does not have one of them, or in
@@ -88,14 +88,14 @@ def expert_weights(plan: Plan, names: Sequence[str], experts: MappedFile | None)
     if not names:
         return {}
     if experts is None:
-        raise EngineError(f"{plan.name} has an input {names[0]}, and manifest.json names no file with expert weights")
+        raise EngineError(f"{engine.name} has an input {names[0]}, and manifest.json names no file with expert weights")
     tensors = open_tensors(experts)
     for name in names:
         if name not in tensors:
-            raise EngineError(f"{plan.name} has an input {name}, which {experts.path.name} does not have")
-        if len(tensors[name].data) != plan.size(name):
+            raise EngineError(f"{engine.name} has an input {name}, which {experts.path.name} does not have")
+        if len(tensors[name].data) != engine.size(name):
             raise EngineError(
-                f"{plan.name} takes {plan.size(name)} bytes for {name} {plan.inputs[name]}, "
+                f"{engine.name} takes {engine.size(name)} bytes for {name} {engine.inputs[name]}, "
                 f"{experts.path.name} has {len(tensors[name].data)}"
             )
     return {name: tensors[name].data for name in names}

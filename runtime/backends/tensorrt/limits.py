@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
 from moevlm.runtime.engine.step import EngineLimits
 
 
-def limits_of(model: ModelMetadata, built: TensorRTMetadata) -> EngineLimits:
+def limits_of(model: ModelMetadata, engine: EngineMetadata, built: TensorRTMetadata) -> EngineLimits:
     """The limits of an engine of a model. built: what it was built for."""
-    context = min(model.context, built.capacity)
-    # Every token of a step may be of an image.
-    tokens = min(built.chunk_tokens, built.max_visual, context)
-    return EngineLimits(1, tokens, tokens, context, built.capacity, built.max_visual, built.max_patches, copies=False)
+    return EngineLimits(
+        max_sequences=built.max_sequences,
+        max_tokens=built.max_tokens,
+        max_logits=built.max_logits,
+        max_context=min(model.context, (built.max_pages - 1) * engine.page_size),
+        page_size=engine.page_size,
+        max_visual=min(built.max_visual, built.max_tokens),  # a token stands for a row at most
+        max_patches=built.max_patches,
+        packed=True,
+        chunk_tokens=max(built.max_tokens - built.max_sequences, 1),  # beside a decode of every other sequence
+    )

@@ -32,8 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[CanonicalM
 def test_prompts_fit_into_what_the_engine_takes(model: tuple[CanonicalModel, list[Case]]) -> None:
     prompts = [case.prompt for case in model[1]]
     longest = max(len(prompt.ids) for prompt in prompts)
-    engine = EngineLimits(2, 24, 24, 512, 16)
-    assert BatchLimits.of(prompts, engine, 30) == BatchLimits(2, 24, 16, 30)
+    engine = EngineLimits(2, 24, 20, 512, 16)
+    assert BatchLimits.of(prompts, engine, 30) == BatchLimits(2, 24, 20, 16, 30)
     assert BatchLimits.of(prompts, replace(engine, max_context=longest + 9), 30).steps == 9
     assert BatchLimits.of(prompts, replace(engine, max_context=longest), 0).steps == 0
     with pytest.raises(RequestError, match=f"parity needs a context of {longest + 1} tokens, the engine has {longest}"):
@@ -41,10 +41,11 @@ def test_prompts_fit_into_what_the_engine_takes(model: tuple[CanonicalModel, lis
 
 
 @pytest.mark.parametrize(
-    ("sequences", "tokens", "chunk"), [(1, 100, None), (1, 9, None), (3, 24, None), (2, 5, 7), (4, 1000, 6), (4, 3, 1)]
+    ("sequences", "tokens", "logits", "chunk"),
+    [(1, 100, 100, None), (1, 9, 4, None), (3, 24, 24, None), (2, 5, 1, 7), (4, 1000, 7, 6), (4, 3, 2, 1)],
 )
 def test_any_way_to_cut_prompts_gives_the_same_logits(
-    sequences: int, tokens: int, chunk: int | None, model: tuple[CanonicalModel, list[Case]]
+    sequences: int, tokens: int, logits: int, chunk: int | None, model: tuple[CanonicalModel, list[Case]]
 ) -> None:
     canonical, cases = model
     metadata, prompts = canonical.config.metadata(), [case.prompt for case in cases]
@@ -60,7 +61,7 @@ def test_any_way_to_cut_prompts_gives_the_same_logits(
 
     def both(engine: Engine) -> list[tuple[np.ndarray, np.ndarray]]:
         whole = BatchLimits.of(prompts, engine.limits, 2)
-        cut = replace(whole, sequences=sequences, tokens=tokens)
+        cut = replace(whole, sequences=sequences, tokens=tokens, logits=logits)
         return list(zip(run(engine, cut, chunk), run(engine, whole, None), strict=True))
 
     found = both(TorchEngine(canonical, both))

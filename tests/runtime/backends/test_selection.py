@@ -27,10 +27,10 @@ RTX = TensorRTMetadata(
     sms=(86, 89),
     activations="bfloat16",
     experts="engines/x",
-    max_batch=1,
-    chunk_tokens=1,
+    max_sequences=1,
+    max_tokens=1,
     max_logits=1,
-    capacity=1,
+    max_pages=2,
     max_visual=1,
     max_patches=1,
 )

@@ -33,7 +33,7 @@ def test_inspect_shows_what_an_engine_was_built_for_without_a_gpu(bundle) -> Non
     assert shown.status == 0, shown.err
     (line,) = [line for line in shown.out.splitlines() if "tensorrt_rtx" in line]
     size = f"{(bundle / EXPERTS).stat().st_size / 1000:.1f} kB"
-    for text in (TARGET, "tensorrt_rtx 1.7.1.116", "sm86, sm89", "float32", size, "3 x 16 tokens, 24 of images", "128"):
+    for text in (TARGET, "tensorrt_rtx 1.7.1.116", "sm86, sm89", "float32", size, "5 sequences, 21 tokens", "512"):
         assert text in line
     report = json.loads(call("inspect", bundle, "--json").out)
     found = {engine["target"]: engine for engine in report["engines"]}
@@ -154,8 +154,8 @@ def test_bench_shows_the_fraction_and_goes_on_where_the_gpu_has_no_room_to_measu
 
 def test_bench_refuses_more_than_the_engine_s_context(bundle, tmp_path) -> None:
     with fake_gpu(tmp_path):
-        refused = call("bench", "latency", bundle, "--prompt-tokens", "126", "--new-tokens", "4", "--image-size", "0")
-        assert_refused(refused, "126 prompt tokens and 4 new ones are more than the context of 128")
+        refused = call("bench", "latency", bundle, "--prompt-tokens", "510", "--new-tokens", "4", "--image-size", "0")
+        assert_refused(refused, "510 prompt tokens and 4 new ones are more than the context of 512")
 
 
 def test_experts_that_no_file_lists_make_no_bundle(copy) -> None:

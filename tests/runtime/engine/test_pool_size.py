@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ from moevlm.runtime.engine.pool_size import SEQUENCES, PoolSize
 from moevlm.runtime.engine.step import EngineLimits
 from moevlm.runtime.engine.visual import HostFeatures
 
-LIMITS = EngineLimits(1 << 20, 1 << 20, 1 << 20, 1000, 64, packed=True)
+LIMITS = EngineLimits(SEQUENCES, 1 << 20, 1 << 20, 1000, 64, packed=True)
 KEYS = PagedKV(layer=0, kv_heads=2, key_dim=8, value_dim=8)  # 128 bytes a token, 8192 a page
 STATE = Recurrent(layer=1, name="conv", shape=(4, 8))  # 128 bytes a row
 
@@ -36,6 +38,17 @@ def test_memory_for_no_page_is_refused_in_one_line():
     message = r"^unsupported value cache_memory = 16383 \(allowed: 16384 bytes or more, 64 tokens\)$"
     with pytest.raises(RequestError, match=message):
         PoolSize.of(LIMITS, (KEYS,), 1000, 2 * 8192 - 1)
+
+
+def test_an_engine_with_memory_of_its_own_gives_all_of_it_and_no_more():
+    gpu = replace(LIMITS, max_sequences=64, cache_memory=1000 * 8192)
+    assert PoolSize.of(gpu, (KEYS,), 1000, None) == PoolSize(1000, 0)
+    assert PoolSize.of(gpu, (KEYS,), 640, None) == PoolSize(1 + 64 * 10, 0)  # more is of no use
+    assert PoolSize.of(gpu, (KEYS,), 1000, 500 * 8192) == PoolSize(500, 0)
+    with pytest.raises(
+        RequestError, match=r"^unsupported value cache_memory = 8192001 \(allowed: up to 8192000 bytes, "
+    ):
+        PoolSize.of(gpu, (KEYS,), 1000, 1000 * 8192 + 1)
 
 
 def test_an_engine_of_one_page_a_sequence_always_has_room_for_one():

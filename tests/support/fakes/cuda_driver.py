@@ -1,7 +1,7 @@
 """A strict stand-in for cuda.bindings.driver: device memory on the host, work that waits until someone waits for it.
 
 Stricter than a GPU: queued work runs at the last moment, memory starts as NaN, every address is checked against what
-is allocated, and a call outside of a current context fails.
+is allocated, it is known of every byte whether it was ever written, and a call outside of a current context fails.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,20 +33,31 @@ class AddressSpace:
 
     def __init__(self) -> None:
         self._addresses = itertools.count(0x7F00_0000_0000, 0x1_0000_0000)
+        self._written: dict[int, np.ndarray] = {}
 
     def allocate(self, size: int) -> tuple[int, np.ndarray]:
         """An address, and the memory that stands for the device's there."""
-        return next(self._addresses), np.full(size, 0xFF, np.uint8)
+        address = next(self._addresses)
+        self._written[address] = np.zeros(size, bool)
+        return address, np.full(size, 0xFF, np.uint8)
 
-    def map(self, memory: np.ndarray) -> int:  # noqa: ARG002
+    def map(self, memory: np.ndarray) -> int:
         """The device's address of pinned memory: another than the host's, so that nobody may mix them up."""
-        return next(self._addresses)
+        address = next(self._addresses)
+        self._written[address] = np.ones(len(memory), bool)
+        return address
 
     def free(self, address: int) -> None:
         """What is there is no memory of the device any more."""
+        del self._written[address]
+
+    def written(self, address: int, size: int) -> np.ndarray:
+        """Whether each byte was written since it was allocated, [size] bool, to be read or changed."""
+        return _inside(self._written, address, size, "an allocation")
 
     def wrote(self, address: int, size: int, source: int | None = None) -> None:
         """A copy or a fill has written these bytes. source: where a copy on the device has them from."""
+        self.written(address, size)[:] = True if source is None else self.written(source, size)
 
 
 class Faults:
@@ -90,6 +102,16 @@ def call(outputs: int = 0, context: bool = True) -> Callable[[Callable[..., Any]
     return wrap
 
 
+@dataclass(frozen=True)
+class CopiedRows:
+    """A copy of rows. pitch: of the source."""
+
+    pitch: int
+    width: int
+    rows: int
+    on_device: bool
+
+
 class Driver:
     """The module. devices: how many there are. sm: compute capability of the first. total: bytes of its memory.
 
@@ -101,6 +123,8 @@ class Driver:
     CUstream_flags = real.CUstream_flags
     CUevent_flags = real.CUevent_flags
     CUstreamCaptureMode = real.CUstreamCaptureMode
+    CUmemorytype = real.CUmemorytype
+    CUDA_MEMCPY2D = real.CUDA_MEMCPY2D
     CU_MEMHOSTALLOC_DEVICEMAP = real.CU_MEMHOSTALLOC_DEVICEMAP
     CU_MEMHOSTALLOC_PORTABLE = real.CU_MEMHOSTALLOC_PORTABLE
 
@@ -121,14 +145,15 @@ class Driver:
         self.executables: dict[int, list[Work]] = {}
         self.capturing: list[Work] | None = None
         self.spoiled = False
-        self.copied_in = 0
+        self.copied_in = self.copied_out = 0  # bytes
+        self.copied_rows: list[CopiedRows] = []
         self.bandwidth = 500e9  # bytes per second of copies on the device, on whose clock nothing else takes time
         self.seconds = 0.0
         self.times: dict[int, float] = {}  # of timed events, when they were last passed
         self.replays = 0
         self._contexts = threading.local()
         self._handles = itertools.count(1)
-        self._space = space or AddressSpace()
+        self.space = space or AddressSpace()
 
     def leaks(self) -> dict[str, int]:
         """What was not given back, by kind; empty if nothing."""
@@ -140,10 +165,11 @@ class Driver:
     def view(self, address: int, size: int) -> np.ndarray:
         """Bytes that kernels may read; refuses what is not inside one allocation."""
         mapped = {address: self.host[base] for base, address in self.mapped.items()}
-        for base, memory in (self.device | mapped).items():
-            if base <= address and address + size <= base + len(memory):
-                return memory[address - base : address - base + size]
-        raise AssertionError(f"{size} bytes at {address:#x} are not inside an allocation")
+        return _inside(self.device | mapped, address, size, "an allocation")
+
+    def _write(self, address: int, data: np.ndarray | int, size: int) -> None:
+        self.view(address, size)[:] = data
+        self.space.wrote(address, size)
 
     def queue(self, stream: int, work: Work) -> None:
         """Work of a library on a stream, or of a call here."""
@@ -158,10 +184,13 @@ class Driver:
         return self._contexts.stack
 
     def _pinned(self, address: int, size: int) -> np.ndarray:
-        for base, memory in self.host.items():
-            if base <= address and address + size <= base + len(memory):
-                return memory[address - base : address - base + size]
-        raise AssertionError(f"{size} bytes at {address:#x} are not inside pinned memory")
+        return _inside(self.host, address, size, "pinned memory")
+
+    def _copy(self, target: int, source: int, size: int) -> None:
+        """On the device; what was not written before is not written then."""
+        self.view(target, size)[:] = self.view(source, size)
+        self.space.wrote(target, size, source)
+        self.seconds += 2 * size / self.bandwidth
 
     def _forbidden_in_capture(self) -> bool:
         if self.capturing is not None:
@@ -253,7 +282,7 @@ class Driver:
             return real.CUresult.CUDA_ERROR_INVALID_VALUE
         if sum(map(len, self.device.values())) + bytesize > self.total:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
-        address, memory = self._space.allocate(bytesize)
+        address, memory = self.space.allocate(bytesize)
         self.device[address] = memory
         return real.CUdeviceptr(address)
 
@@ -261,7 +290,7 @@ class Driver:
     def cuMemFree(self, dptr: Any) -> Any:
         self._drain()  # as the driver does
         del self.device[int(dptr)]
-        self._space.free(int(dptr))
+        self.space.free(int(dptr))
 
     @call(1)
     def cuMemHostAlloc(self, bytesize: int, Flags: int) -> Any:
@@ -274,7 +303,7 @@ class Driver:
             return real.CUresult.CUDA_ERROR_OUT_OF_MEMORY
         self.host[memory.ctypes.data] = memory
         if Flags == mapped:
-            self.mapped[memory.ctypes.data] = self._space.map(memory)
+            self.mapped[memory.ctypes.data] = self.space.map(memory)
         return memory.ctypes.data
 
     @call(1)
@@ -287,7 +316,7 @@ class Driver:
         self._drain()
         memory = self.host.pop(p)
         if p in self.mapped:
-            self._space.free(self.mapped.pop(p))
+            self.space.free(self.mapped.pop(p))
         ctypes.memset(p, 0xFF, len(memory))  # whoever still looks sees NaN
 
     @call(2)
@@ -297,8 +326,7 @@ class Driver:
     @call()
     def cuMemcpyHtoDAsync(self, dstDevice: Any, srcHost: int, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
-            self.view(int(dstDevice), ByteCount)[:] = self._pinned(srcHost, ByteCount)
-            self._space.wrote(int(dstDevice), ByteCount)
+            self._write(int(dstDevice), self._pinned(srcHost, ByteCount), ByteCount)
             self.copied_in += ByteCount
 
         self.queue(hStream, work)
@@ -307,23 +335,41 @@ class Driver:
     def cuMemcpyDtoHAsync(self, dstHost: int, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
         def work() -> None:
             self._pinned(dstHost, ByteCount)[:] = self.view(int(srcDevice), ByteCount)
+            self.copied_out += ByteCount
 
         self.queue(hStream, work)
 
     @call()
     def cuMemcpyDtoDAsync(self, dstDevice: Any, srcDevice: Any, ByteCount: int, hStream: Any) -> Any:
+        self.queue(hStream, lambda: self._copy(int(dstDevice), int(srcDevice), ByteCount))
+
+    @call()
+    def cuMemcpy2DAsync(self, pCopy: Any, hStream: Any) -> Any:
+        host = pCopy.srcMemoryType == real.CUmemorytype.CU_MEMORYTYPE_HOST
+        assert host or pCopy.srcMemoryType == real.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        assert pCopy.dstMemoryType == real.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        assert not pCopy.srcXInBytes | pCopy.srcY | pCopy.dstXInBytes | pCopy.dstY
+        source, target = int(pCopy.srcHost) if host else int(pCopy.srcDevice), int(pCopy.dstDevice)
+        pitches, width, rows = (pCopy.srcPitch, pCopy.dstPitch), pCopy.WidthInBytes, pCopy.Height
+        if not 0 < width <= min(pitches) or not rows or max(pitches) >= 1 << 31:
+            return real.CUresult.CUDA_ERROR_INVALID_VALUE
+
         def work() -> None:
-            self.view(int(dstDevice), ByteCount)[:] = self.view(int(srcDevice), ByteCount)
-            self._space.wrote(int(dstDevice), ByteCount, int(srcDevice))
-            self.seconds += 2 * ByteCount / self.bandwidth
+            self.copied_rows.append(CopiedRows(pitches[0], width, rows, not host))
+            for row in range(rows):
+                at, to = source + row * pitches[0], target + row * pitches[1]
+                if host:
+                    self._write(to, self._pinned(at, width), width)
+                else:
+                    self._copy(to, at, width)
 
         self.queue(hStream, work)
+        return OK
 
     @call()
     def cuMemsetD8Async(self, dstDevice: Any, uc: int, N: int, hStream: Any) -> Any:
         def work() -> None:
-            self.view(int(dstDevice), N)[:] = uc
-            self._space.wrote(int(dstDevice), N)
+            self._write(int(dstDevice), uc, N)
 
         self.queue(hStream, work)
 
@@ -406,3 +452,10 @@ class Driver:
 
     def cuGetErrorString(self, error: Any) -> Any:
         return OK, {real.CUresult.CUDA_ERROR_OUT_OF_MEMORY: b"out of memory"}.get(error, b"unknown error")
+
+
+def _inside(memories: dict[int, np.ndarray], address: int, size: int, what: str) -> np.ndarray:
+    for base, memory in memories.items():
+        if base <= address and address + size <= base + len(memory):
+            return memory[address - base : address - base + size]
+    raise AssertionError(f"{size} bytes at {address:#x} are not inside {what}")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import onnxruntime
 
 from tests.support.fakes.cuda_driver import Driver, Work
+from tests.support.fakes.device_graph import DeviceTensor, run_graph
 
 Shapes = Mapping[str, tuple[int, ...]]
 _NUMPY = {"FLOAT": np.float32, "INT32": np.int32, "INT64": np.int64}
@@ -49,7 +48,10 @@ Evaluation = Callable[[Driver, dict[str, Any]], EngineEvaluation]  # of an engin
 
 
 class WholeGraph:
-    """ONNX Runtime evaluates the graph at once. Its plan says the outputs' shapes, see `plan_bytes`."""
+    """ONNX Runtime evaluates the graph at once. Its plan says the outputs' shapes, see `plan_bytes`.
+
+    And `caches`, if it has any: inputs that are written, and the graph's outputs that they are written with.
+    """
 
     def __init__(self, driver: Driver, plan: dict[str, Any]) -> None:
         self._driver, self._plan = driver, plan
@@ -70,19 +72,14 @@ class WholeGraph:
         memory: tuple[int, int],  # noqa: ARG002
         stream: int,  # noqa: ARG002
     ) -> list[Work]:
-        graph, outputs = Path(self._plan["graph"]), self._plan["outputs"]
-        shapes = dict(shapes) | self.output_shapes(shapes)
-        dtypes = {name: _NUMPY[tensor[0]] for name, tensor in (self._plan["inputs"] | outputs).items()}
-
-        def view(name: str) -> np.ndarray:
-            size = int(np.prod(shapes[name])) * np.dtype(dtypes[name]).itemsize
-            return self._driver.view(addresses[name], size).view(dtypes[name]).reshape(shapes[name])
+        plan, shapes = self._plan, dict(shapes) | self.output_shapes(shapes)
+        tensors = {
+            name: DeviceTensor(self._driver, addresses[name], shapes[name], _NUMPY[dtype])
+            for name, (dtype, *_) in (plan["inputs"] | plan["outputs"]).items()
+        }
 
         def work() -> None:
-            feeds = {name: view(name).copy() for name in self._plan["inputs"]}
-            values = _session(str(graph), graph.stat().st_mtime_ns).run(list(outputs), feeds)
-            for name, value in zip(outputs, values, strict=True):
-                view(name)[...] = value
+            run_graph(Path(plan["graph"]), tensors, plan["inputs"], plan["outputs"], plan.get("caches", {}))
 
         return [work]
 
@@ -96,11 +93,3 @@ def _size(dim: Any, shapes: Shapes) -> int:
     source, axis, divisor = dim
     assert shapes[source][axis] % divisor == 0
     return shapes[source][axis] // divisor
-
-
-@functools.cache
-def _session(graph: str, modified: int) -> onnxruntime.InferenceSession:  # noqa: ARG001 - another file, another session
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4  # it would say that the fake copies its caches
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

@@ -13,15 +13,15 @@ from typing import Any
 
 import msgspec
 import onnx
-import onnx_ir as ir
 import pytest
 from safetensors.numpy import save_file
 
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
 from moevlm.runtime.backends.tensorrt import library as tensorrt_library
 from moevlm.runtime.backends.tensorrt import plugin_library
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
+from moevlm.runtime.core.states import PAGE_SIZE, output_name
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.cuda_driver import Driver
 from tests.support.fakes.evaluation import Evaluation, WholeGraph
@@ -29,7 +29,14 @@ from tests.support.fakes.tensorrt_runtime import VERSION, fake_module, plan_byte
 
 TARGET = "rtx:sm86,sm89:fp32"
 EXPERTS = "engines/experts-fp32/experts.safetensors"
-LIMITS = {"max_batch": 3, "chunk_tokens": 16, "max_logits": 5, "capacity": 128, "max_visual": 24, "max_patches": 100}
+LIMITS = {
+    "max_sequences": 5,
+    "max_tokens": 21,
+    "max_logits": 6,
+    "max_visual": 24,
+    "max_patches": 100,
+    "max_pages": 24,
+}
 
 
 @dataclass
@@ -73,21 +80,25 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     opened = Bundle.open(bundle)
     reference, model = opened.manifest.engines["reference"], opened.manifest.model
     decoder, vision = (onnx.load(opened.path(graph)) for graph in (reference.decoder, reference.vision))
-    decoder = _rectangular(decoder)
     experts = _experts_as_inputs(decoder, copy / EXPERTS)
     graphs = folder / "graphs"
     graphs.mkdir()
     for name, graph in (("decoder", decoder), ("vision", vision)):
         onnx.save(graph, graphs / f"{name}.onnx")
-    batch, chunk, cache = LIMITS["max_batch"], LIMITS["chunk_tokens"], LIMITS["capacity"]
-    most = {"batch": (batch, batch), "sequence": (chunk, 1), "visual": (LIMITS["max_visual"],) * 2}
-    most |= {"logits": (LIMITS["max_logits"], batch), "capacity": (cache, cache)}
-    outputs: dict[str, Any] = {"logits": ("FLOAT", [["logits_index", 0, 1], model.vocabulary])}
-    for value in decoder.graph.output[1:]:
-        layer = model.layers[int(value.name.rpartition(".")[2])]
-        outputs[value.name] = "FLOAT", [["input_ids", 0, 1], layer.kv_heads, cache, layer.key_dim]
-    inputs = _inputs(decoder, most, {"capacity"}, experts)
-    (engines / "decoder.plan").write_bytes(plan_bytes(graphs / "decoder.onnx", inputs, outputs, 2, list(sms)))
+    several, columns = LIMITS["max_sequences"], -(-model.context // PAGE_SIZE)
+    most = {"tokens": (LIMITS["max_tokens"], several), "sequences": (several, several)}
+    most |= {"starts": (several + 1,) * 2, "logits": (LIMITS["max_logits"], several)}
+    most |= {"visual": (LIMITS["max_visual"], several), "table": (columns, columns)}
+    most |= {"pages": (LIMITS["max_pages"],) * 2, "page": (PAGE_SIZE,) * 2}
+    rows = ["logits_index", 0, 1]
+    outputs: dict[str, Any] = {"logits": ("FLOAT", [rows, model.vocabulary])}
+    count = min(CANDIDATES, model.vocabulary)
+    found = ("FLOAT", [rows, count]), ("INT32", [rows, count]), ("FLOAT", [rows])
+    outputs |= zip(CANDIDATE_OUTPUTS, found, strict=True)
+    caches = {name: output_name(name) for state in reference.states for name in state.tensors}
+    inputs = _inputs(decoder, most, {"page"}, experts)
+    plan = plan_bytes(graphs / "decoder.onnx", inputs, outputs, 2, list(sms), caches=caches)
+    (engines / "decoder.plan").write_bytes(plan)
     rows = ["pixel_patches", 0, model.vision.merge_size**2]
     outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
     if model.vision.deepstack:
@@ -105,17 +116,11 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     }
     for path in (*paths, EXPERTS):
         rehash(copy, path)
-    engine = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": metadata}
+    engine: dict[str, Any] = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": metadata}
+    engine |= {"page_size": PAGE_SIZE}
     engine |= {"cost": msgspec.to_builtins(reference.cost), "states": msgspec.to_builtins(reference.states)}
     edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
     return copy
-
-
-def _rectangular(decoder: onnx.ModelProto) -> onnx.ModelProto:
-    """The decoder with the inputs that plans have."""
-    model = ir.serde.deserialize_model(decoder)
-    assert RectangularSteps().apply(model)
-    return ir.serde.serialize_model(model)
 
 
 def _experts_as_inputs(decoder: onnx.ModelProto, path: Path) -> set[str]:

@@ -1,0 +1,81 @@
+"""Check a decoder engine's tensors and profiles against the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
+from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
+
+ANY, DECODE = 0, 1  # profiles: of any step, and of one token of each sequence
+ACTIVATIONS = ("bfloat16", "float16", "float32")
+
+
+def check_decoder(
+    engine: DeviceEngine,
+    model: ModelMetadata,
+    caches: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: TensorRTMetadata,
+) -> list[str]:
+    """Names of the inputs that are expert weights: all that are no part of a step and no cache.
+
+    caches: as `page_memory.cache_shapes` gives them. Raises EngineError where the engine is not what is said of it.
+    """
+    if metadata.activations not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
+    ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
+    step = ["input_ids", "visual_index", "visual_embeds", *ropes, "query_start", "context_len", "page_table"]
+    step += ["logits_index", *(["deepstack_embeds"] if model.vision.deepstack else [])]
+    for names, given, kind in (
+        ((*step, *caches), engine.inputs, "input"),
+        (("logits", *CANDIDATE_OUTPUTS), engine.outputs, "output"),
+    ):
+        if missing := sorted(set(names) - set(given)):
+            raise EngineError(f"{engine.name} has no {kind} {missing[0]}")
+    _check_shapes(engine, model, caches, metadata)
+    _check_profiles(engine, metadata)
+    return [name for name in engine.inputs if name not in {*step, *caches}]
+
+
+def _check_shapes(
+    engine: DeviceEngine,
+    model: ModelMetadata,
+    caches: Mapping[str, tuple[str, tuple[int, ...]]],
+    metadata: TensorRTMetadata,
+) -> None:
+    for name, (cache_dtype, shape) in caches.items():
+        dtype = DTYPES[cache_dtype].tensorrt
+        if (engine.inputs[name], engine.dtypes[name]) != ((-1, *shape), dtype):
+            shown = f"{engine.dtypes[name]} {engine.inputs[name]}"
+            raise EngineError(f"{engine.name} has {name} {shown}, manifest.json says {dtype} {(-1, *shape)}")
+    features = DTYPES[metadata.activations].tensorrt
+    levels = engine.inputs["deepstack_embeds"][0] if "deepstack_embeds" in engine.inputs else 0
+    numbers: list[tuple[str, object, object]] = [
+        ("hidden", engine.inputs["visual_embeds"][1], model.hidden),
+        ("vocabulary", engine.outputs["logits"][1], model.vocabulary),
+        ("deepstack", levels, model.vision.deepstack),
+        ("visual_embeds in", engine.dtypes["visual_embeds"], features),
+    ]
+    for what, found, said in numbers:
+        if found != said:
+            raise EngineError(f"{engine.name} has {what} = {found}, manifest.json says {said}")
+
+
+def _check_profiles(engine: DeviceEngine, metadata: TensorRTMetadata) -> None:
+    sequences = metadata.max_sequences
+    for name, profile, said in (
+        ("input_ids", ANY, metadata.max_tokens),
+        ("input_ids", DECODE, sequences),
+        ("context_len", ANY, sequences),
+        ("context_len", DECODE, sequences),
+        ("logits_index", ANY, metadata.max_logits),
+        ("logits_index", DECODE, sequences),
+        ("visual_embeds", ANY, metadata.max_visual),
+    ):
+        most = engine.most(name, profile)[0]
+        if most < said:
+            raise EngineError(f"{engine.name} takes {name} up to {most}, manifest.json says {said}")

@@ -1,0 +1,84 @@
+"""The vision tower on the device: patches in, features that stay there out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
+from moevlm.runtime.backends.tensorrt.device_features import DeviceFeatures, FeatureMemory
+from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.engine.cancellation import Cancellation
+from moevlm.runtime.request.vision_inputs import VisionInputs
+
+
+class VisionTower:
+    """Calls of a vision engine. Used by one thread at a time, inside the device's context."""
+
+    def __init__(self, engine: DeviceEngine, model: ModelMetadata, memory: FeatureMemory, max_patches: int) -> None:
+        """max_patches: of a call. Raises EngineError if the engine is not what the manifest says."""
+        self._memory, self._merge, self._most = memory, model.vision.merge_size**2, max_patches
+        deepstack = {"deepstack_embeds"} if model.vision.deepstack else set()
+        for names, given in (
+            (set(VisionInputs.__dataclass_fields__), set(engine.inputs)),
+            ({"visual_embeds", *deepstack}, set(engine.outputs)),
+        ):
+            if names != given:
+                found, expected = (", ".join(sorted(some)) for some in (given, names))
+                raise EngineError(f"{engine.name} has {found} (expected: {expected})")
+        dtype = DTYPES[memory.layout.dtype].tensorrt
+        for name in engine.outputs:
+            if engine.dtypes[name] != dtype:
+                raise EngineError(f"{engine.name} gives {name} as {engine.dtypes[name]}, manifest.json says {dtype}")
+        self._images = engine.most("image_start", 0)[0] - 1
+        self._execution = engine.execution(0)
+
+    def encode(self, inputs: VisionInputs, cancellation: Cancellation) -> DeviceFeatures:
+        """Features of all images, as many images in a call as the engine has room for.
+
+        Raises EngineError for an image that is too large, and Cancelled between calls.
+        """
+        parts = []
+        for part in self._parts(inputs):
+            cancellation.check()
+            parts.append(self._call(part))
+        return self._memory.joined(parts)
+
+    def _call(self, inputs: VisionInputs) -> DeviceFeatures:
+        arrays = vars(inputs)
+        features = self._memory.allocate(len(inputs.pixel_patches) // self._merge)
+        self._execution.bind("visual_embeds", *features.embeds)
+        if self._memory.layout.levels:
+            self._execution.bind("deepstack_embeds", *features.levels)
+        self._execution.arrange({name: array.shape for name, array in arrays.items()})
+        for name, array in arrays.items():
+            self._execution.arrays[name][...] = array
+        self._execution.run()
+        return features
+
+    def _parts(self, inputs: VisionInputs) -> Iterator[VisionInputs]:
+        """Whole images, as many at a time as fit."""
+        starts = inputs.image_start.tolist()
+        first = 0  # image of the part
+        for image, end in enumerate(starts[1:]):
+            if end - starts[image] > self._most:
+                raise EngineError(
+                    f"an image has {end - starts[image]} patches (the engine was built for up to {self._most}): "
+                    "make it smaller"
+                )
+            if end - starts[first] > self._most or image - first == self._images:
+                yield _part(inputs, first, image)
+                first = image
+        yield _part(inputs, first, len(starts) - 1)
+
+    def close(self) -> None:
+        self._execution.close()
+
+
+def _part(inputs: VisionInputs, first: int, stop: int) -> VisionInputs:
+    """Images first to stop, alone."""
+    starts = inputs.image_start[first : stop + 1]
+    patches = slice(starts[0], starts[-1])
+    arrays = {name: array[patches] for name, array in vars(inputs).items() if name != "image_start"}
+    return VisionInputs(**arrays, image_start=starts - starts[0])
