@@ -1,0 +1,118 @@
+"""Pages on a fake device: where each cache lies, what a copy of a page touches, and what page tables are copied."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from moevlm.runtime.backends.tensorrt import page_memory
+from moevlm.runtime.backends.tensorrt.cuda import Device
+from moevlm.runtime.backends.tensorrt.decode_step import sizes
+from moevlm.runtime.backends.tensorrt.page_memory import PageMemory, cache_shapes
+from moevlm.runtime.backends.tensorrt.page_tables import PageTables
+from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.states import PagedKV, Recurrent
+from tests.support.fakes.cuda_driver import Driver
+
+PAGES, SIZE = 5, 8
+ALIKE = tuple(PagedKV(layer=i, kv_heads=2, key_dim=8, value_dim=8, dtype="bfloat16") for i in range(3))
+WIDER = PagedKV(layer=3, kv_heads=1, key_dim=24, value_dim=4, dtype="float16")
+LATENT = PagedKV(layer=3, kv_heads=1, key_dim=40, value_dim=32, value_in_key=True, dtype="int8")
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    found = Driver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", found)  # type: ignore[arg-type]
+    return found
+
+
+@pytest.fixture
+def device(driver: Driver) -> Iterator[Device]:
+    found = Device()
+    with found:
+        yield found
+    found.close()
+    assert not driver.leaks()
+
+
+def test_caches_lie_whole_and_apart_in_one_piece_of_memory(device, driver) -> None:
+    memory = PageMemory(device, (*ALIKE, LATENT), PAGES, SIZE)
+    assert list(memory.caches) == [*(f"{part}_cache.{i}" for i in range(3) for part in ("key", "value")), "key_cache.3"]
+    assert memory.caches["key_cache.1"][1] == (PAGES, 2, SIZE, 8)
+    assert memory.caches["key_cache.3"][1] == (PAGES, 1, SIZE, 44)  # a scale beside 40 codes
+    ((base, whole),) = driver.device.items()
+    ends = base
+    for name, (address, shape) in memory.caches.items():
+        assert address % 256 == 0
+        assert address >= ends, name
+        ends = address + int(np.prod(shape)) * (1 if name.endswith("3") else 2)
+    assert ends <= base + len(whole)
+    memory.free()
+
+
+@pytest.mark.parametrize("pitch", [1 << 31, 1])
+@pytest.mark.parametrize("states", [ALIKE, (*ALIKE, WIDER), (LATENT,)], ids=["alike", "one wider", "latent"])
+def test_a_page_is_copied_in_all_layers_and_nothing_else_changes(device, driver, states, pitch, monkeypatch) -> None:
+    monkeypatch.setattr(page_memory, "MOST_PITCH", pitch)
+    memory = PageMemory(device, states, PAGES, SIZE)
+    ((base, whole),) = driver.device.items()
+    whole[:] = np.random.default_rng(0).integers(0, 255, len(whole))
+    driver.space.wrote(base, len(whole))
+    before = whole.copy()
+    driver.faults.calls.clear()
+    memory.copy(3, 1)
+    device.synchronize()
+    dtypes = cache_shapes(states, SIZE)
+    for name, (address, shape) in memory.caches.items():
+        size = int(np.prod(shape)) * np.dtype("int8" if dtypes[name][0] == "int8" else "uint16").itemsize
+        pages = whole[address - base : address - base + size].reshape(PAGES, -1)
+        expected = before[address - base : address - base + size].reshape(PAGES, -1).copy()
+        expected[1] = expected[3]
+        np.testing.assert_array_equal(pages, expected)
+        before[address - base : address - base + size] = expected.ravel()
+    np.testing.assert_array_equal(whole, before)
+    rows, single = (driver.faults.calls.count(name) for name in ("cuMemcpy2DAsync", "cuMemcpyDtoDAsync"))
+    alone = {ALIKE: 0, (*ALIKE, WIDER): 2, (LATENT,): 1}[states]
+    assert (rows, single) == ((int(len(states) > 1), alone) if pitch > 1 else (0, len(memory.caches)))
+    memory.free()
+
+
+def test_memory_for_too_many_pages_is_an_error_with_numbers(device, driver) -> None:
+    driver.total = 100_000
+    with pytest.raises(EngineError, match=r"^no memory for 99 pages of 8 tokens: cuMemAlloc failed: .* GB wanted"):
+        PageMemory(device, ALIKE, 99, SIZE)
+    assert not driver.device
+
+
+def test_states_without_pages_are_refused() -> None:
+    with pytest.raises(EngineError, match=r"the engine keeps conv_state.0 \(supported: keys and values\)"):
+        cache_shapes((Recurrent(layer=0, name="conv", shape=(4,)),), SIZE)
+
+
+def test_page_tables_lie_at_one_place_and_padding_has_page_0(device, driver) -> None:
+    tables = PageTables(device, 4, 6)
+    ((address, memory),) = driver.device.items()
+    assert tables.address == address
+    shown = memory.view(np.int32).reshape(4, 6)
+    tables.write(np.array([[9, 8, 7], [6, 5, 4]], np.int32), 4)
+    device.synchronize()
+    assert shown[:, 0].tolist() == [9, 6, 0, 0]
+    assert shown[:2, :3].tolist() == [[9, 8, 7], [6, 5, 4]]
+    tables.write(np.full((1, 8), 3, np.int32), 2)  # wider than the context
+    device.synchronize()
+    assert shown[0].tolist() == [3] * 6
+    assert shown[1, 0] == 0
+    written = driver.space.written(address, len(memory)).reshape(4, 24)
+    assert written[2:, 12:].sum() == 0
+    tables.free()
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(1, [1]), (2, [1, 2]), (5, [1, 2, 4, 5]), (64, [1, 2, 4, 8, 16, 32, 64])]
+)
+def test_decode_steps_are_padded_to_powers_of_two_and_the_most(most, expected) -> None:
+    assert sizes(most) == expected
