@@ -169,6 +169,21 @@ def test_decode_steps_of_any_number_of_sequences_are_padded_to_the_next_size(run
             np.testing.assert_allclose(mine, other, atol=TOLERANCE * np.abs(other).max())
 
 
+@pytest.mark.parametrize("wanted", [[2, 0], [1], [0, 1, 2, 2, 1], []], ids=str)
+def test_rows_of_a_decode_step_are_those_that_were_asked_for(runtime, wanted) -> None:
+    prompts = batch(runtime, [runtime.prompt(question(text)) for text in ("a", "bb", "ccc")], 4)
+    prompts.prefill(6)
+    steps = forwarded(runtime)
+    prompts.decode([9, 10, 11])
+    (step,) = steps  # which may run again: it writes the same
+    whole = runtime.engine.forward(step)
+    rows = [whole.logits(n) for n in range(3)]
+    some = runtime.engine.forward(replace(step, logits_index=np.array(wanted, np.int32)))
+    assert some.candidates.ids.tolist() == [whole.candidates.ids[n].tolist() for n in wanted]
+    for place, n in enumerate(wanted):
+        np.testing.assert_allclose(some.logits(place), rows[n], atol=TOLERANCE * np.abs(rows[n]).max())
+
+
 def test_what_begins_alike_is_computed_once_and_its_last_page_copied(runtime, reference, gpu) -> None:
     text = "a beginning that is longer than a page of the cache, which has room for sixty-four tokens: "
     expected = [answer(reference, question(text + end)) for end in ("one", "two")]
@@ -319,6 +334,15 @@ def test_an_image_that_is_too_large_is_refused_before_the_first_piece(bundle, co
         with pytest.raises(EngineError, match=r"image_start = .* \(allowed: rising from 0 to"):
             inputs = vision_inputs(bundle, (16, 16), (16, 16))
             runtime.engine.encode(replace(inputs, image_start=inputs.image_start[::-1]))
+
+
+def test_features_that_are_not_as_many_as_the_manifest_says_are_refused(bundle, copy, gpu) -> None:
+    edit_manifest(copy, lambda manifest: manifest["model"]["vision"].update(merge_size=1))
+    engine = load_engine(Bundle.open(copy), TARGET)
+    with pytest.raises(EngineError, match=r"gives visual_embeds of shape \(4, 32\) \(expected: \(16, 32\)\)"):
+        engine.encode(vision_inputs(bundle, (16, 16)))
+    engine.close()
+    assert not gpu.held()
 
 
 def test_the_runtime_keeps_within_what_the_engine_was_built_for(copy, gpu) -> None:
