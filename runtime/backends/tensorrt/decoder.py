@@ -188,16 +188,17 @@ class Decoder:
         self._any.arrange(shapes)
 
     def _run_largest(self) -> None:
-        """As many tokens and rows of logits as a step may have, of one sequence all of whose pages are page 0."""
+        """As many tokens, sequences and rows of logits as a step may have, all of whose pages are page 0."""
         limits = self._limits
         tokens = min(limits.max_tokens, limits.max_context)
-        self._tables.write(np.zeros((1, self._tables.columns), np.int32), 1)
-        self._arrange(tokens, 1, min(limits.max_logits, tokens), self._blank)
-        arrays = self._any.arrays
-        for name, value in (("visual_index", -1), ("query_start", (0, tokens)), ("context_len", 0)):
-            arrays[name][...] = value
-        for name in ("input_ids", "logits_index", *(name for name in arrays if name.startswith("rope_"))):
-            arrays[name][...] = 0
+        sequences = min(limits.max_sequences, tokens)
+        self._tables.write(np.zeros((sequences, self._tables.columns), np.int32), sequences)
+        self._arrange(tokens, sequences, min(limits.max_logits, tokens), self._blank)
+        for array in self._any.arrays.values():
+            array[...] = 0
+        self._any.arrays["visual_index"][...] = -1
+        starts = self._any.arrays["query_start"]
+        starts[1:] = np.arange(tokens - sequences + 1, tokens + 1)  # one token each, but for the first
         self._any.run()
 
     def _visual_at(self, address: int, rows: int) -> Bindings:

@@ -1,4 +1,4 @@
-"""A TensorRT module: which of them fits an engine, what it says when it refuses, its plugins, its plans."""
+"""A TensorRT module: which of them fits an engine, what it says when it refuses, its plugins, its engines."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def find_module(metadata: TensorRTMetadata) -> Any:
 
 
 def _runs(name: str, version: str, metadata: TensorRTMetadata) -> bool:
-    """A plan runs on the version that built it; a version-compatible one on the lean module of that version, too.
+    """An engine runs on the version that built it; a version-compatible one on the lean module of that version, too.
 
-    Later versions would hand it to that lean module, whose code our plans do not carry: none of theirs is ever run.
+    Later versions would hand it to that lean module, whose code our engines do not carry: none of theirs is ever run.
     """
     return version == metadata.version and (metadata.version_compatible or name != "tensorrt_lean")
 
@@ -57,13 +57,13 @@ class Library:
         self.is_rtx = metadata.product == "tensorrt_rtx"
         self._logger = _logger(self.module)
         _load_plugins(self.module, self._logger)
-        # Code inside of plans stays switched off, as it is by default: engine_host_code_allowed.
+        # Code inside of engines stays switched off, as it is by default: engine_host_code_allowed.
         self._runtime = self.module.Runtime(self._logger)
 
-    def deserialize(self, name: str, plan: bytes) -> Any:
-        """An ICudaEngine from the bytes of a plan whose hash was checked. Raises EngineError."""
+    def deserialize(self, name: str, data: bytes) -> Any:
+        """An ICudaEngine from bytes whose hash was checked. Raises EngineError."""
         self._logger.errors.clear()
-        engine = self._runtime.deserialize_cuda_engine(plan)
+        engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
             raise self.refused(f"load {name}")
         return engine
