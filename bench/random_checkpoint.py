@@ -34,7 +34,7 @@ def config(layers: int, hidden: int, experts: int, top_k: int, width: int, vocab
         "moe_intermediate_size": width,
         "vocab_size": vocabulary,
         "eos_token_id": vocabulary - 5,
-        "max_position_embeddings": 32768,
+        "max_position_embeddings": 262144,  # as published
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
             "rope_type": "default",

@@ -17,7 +17,7 @@ from moevlm.export.backends.ort.target import REFERENCE
 from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
-from moevlm.export.checkpoint.request_files import request_files
+from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
@@ -74,7 +74,8 @@ def build(
         if REFERENCE not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], REFERENCE.path(name))
-        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress))
+        patches = image_patches(source.directory, metadata)
+        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -122,7 +123,8 @@ def add_targets(
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, existing))
+        patches = image_patches(source.directory, existing.manifest.model)
+        engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches, existing))
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(

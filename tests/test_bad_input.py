@@ -317,7 +317,7 @@ def test_unlisted_file_beside_an_engine(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda m: m.update(schema=99), ("schema = 99", "supported: 2")),
+        (lambda m: m.update(schema=99), ("schema = 99", "supported: 3")),
         (lambda m: m["model"].update(hidden="wide"), ("Expected `int`", "$.model.hidden")),
         (lambda m: m["model"].pop("context"), ("context",)),
         (lambda m: m["files"].update({"../x": m["files"]["tokenizer.json"]}), ("'../x'", "not a path inside")),

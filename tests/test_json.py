@@ -62,7 +62,7 @@ GOLDEN = {
         "logprobs[].logprob": "number",
         "logprobs[].top": "array of array",
     },
-    "moevlm.inspect/2": {
+    "moevlm.inspect/3": {
         "schema": "string",
         "bundle": "string",
         "bytes": "integer",

@@ -22,6 +22,7 @@ GRAPHS = ("vision", "decoder")
 class BuildContext:
     """What targets are built from, and into. canonical: the graphs by name; they stay as they are.
 
+    image_patches: of the largest image that the checkpoint's preprocessing makes; None if it has none.
     existing: the bundle that targets are added to, None for a new one.
     """
 
@@ -29,6 +30,7 @@ class BuildContext:
     canonical: Mapping[str, ir.Model]
     config: ModelConfig
     progress: Stages
+    image_patches: int | None = None
     existing: Bundle | None = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from moevlm.export.formats.registry import GROUP_SIZES
@@ -28,6 +28,14 @@ class Option:
     whose: str
     counts: Callable[[str, Values], bool] = lambda _target, _values: True
     choices: tuple[Any, ...] = ()
+
+    def with_(self, other: Option) -> Option:
+        """Both as one option of the command line; each says for itself what it is for where they differ."""
+        if (self.help, self.whose, self.choices) == (other.help, other.whose, other.choices):
+            return self
+        choices = tuple(dict.fromkeys((*self.choices, *other.choices)))
+        told = f"{self.help} {other.help}", f"{self.whose}, {other.whose}"
+        return replace(self, help=told[0], whose=told[1], choices=choices)
 
 
 def option(default: T, told: Option) -> T:

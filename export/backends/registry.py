@@ -62,11 +62,15 @@ def target_names() -> tuple[str, ...]:
 
 
 def all_options() -> dict[str, tuple[Any, Option]]:
-    """The default and the description of every option of any backend, by name."""
+    """The default and the description of every option of any backend, by name.
+
+    One that several have and state differently is told together, and without a default where theirs are not one.
+    """
     found: dict[str, tuple[Any, Option]] = {}
     for line in BACKENDS:
-        for name, told in options_of(line.options).items():
-            found.setdefault(name, told)  # what two have is told by the first
+        for name, (default, told) in options_of(line.options).items():
+            first, known = found.get(name, (default, told))
+            found[name] = (first if first == default else type(first)(), known.with_(told))
     return found
 
 

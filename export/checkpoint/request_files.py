@@ -61,7 +61,7 @@ def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
     if tokens:
         files["tokenizer.json"] = tokens.text.encode()
     if images:
-        _check_images(images, model)
+        _processor(images, model)
         files["preprocessor.json"] = json.dumps(images.fields, indent=1).encode()
     if template:
         opened = _opened(template, variables)
@@ -73,6 +73,15 @@ def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
     if sampling.fields:
         files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
     return RequestFiles(files, variables, ends.ids, tuple(notes))
+
+
+def image_patches(directory: Path, model: ModelMetadata) -> int | None:
+    """The most patches that the checkpoint's preprocessing makes of an image; None if it has no preprocessing.
+
+    Raises CheckpointError for a file that cannot be read, or does not go with `model`.
+    """
+    found = preprocessor(directory)
+    return None if found is None else _processor(found, model).max_patches
 
 
 def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
@@ -101,9 +110,9 @@ def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
     return tokenizer
 
 
-def _check_images(found: FoundPreprocessor, model: ModelMetadata) -> None:
+def _processor(found: FoundPreprocessor, model: ModelMetadata) -> ImageProcessor:
     try:
-        ImageProcessor(found.fields, model.vision)
+        return ImageProcessor(found.fields, model.vision)
     except BundleError as error:
         raise CheckpointError(f"{found.file} does not go with the model: {error}") from error
 

@@ -1,6 +1,6 @@
 """How far a step may be from Hugging Face, per arithmetic. All of parity's limits are here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moevlm.runtime.core.manifest import EngineMetadata
 
@@ -76,6 +76,8 @@ PLAN_TOLERANCES = {  # by dtype of activations
     "bfloat16": PlanTolerance(features=0.04, kl=0.12, usual_kl=0.008),
     "float16": PlanTolerance(features=0.0045, kl=0.12, usual_kl=1.6e-4),
 }
+# What three of four positions may lose by a quantized cache, besides: twice the worst of twenty random checkpoints.
+CACHE_USUAL_KL = {"int8": 7e-5, "float8_e4m3fn": 1.5e-3}
 ROUNDING = {  # by dtype of the experts
     "int8": RoundingTolerance(kl=0.04, usual_kl=1e-3),
     "fp8": RoundingTolerance(kl=0.1, usual_kl=0.015),
@@ -92,4 +94,7 @@ def tolerance_of(engine: EngineMetadata) -> Tolerance | PlanTolerance:
 
     What rounding a plan's experts costs is a limit of its own, ROUNDING.
     """
-    return EXACT if engine.activations == "float32" else PLAN_TOLERANCES[engine.activations]
+    if engine.activations == "float32":
+        return EXACT
+    limits = PLAN_TOLERANCES[engine.activations]
+    return replace(limits, usual_kl=limits.usual_kl + CACHE_USUAL_KL.get(engine.kv_cache, 0.0))

@@ -44,7 +44,7 @@ class SamplingReport(msgspec.Struct, frozen=True):
     repetition_penalty: float = 1.0
 
 
-class InspectReport(Report, frozen=True, tag="moevlm.inspect/2"):
+class InspectReport(Report, frozen=True, tag="moevlm.inspect/3"):
     """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
 
     verified: whether all hashes were checked now.

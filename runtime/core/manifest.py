@@ -7,7 +7,7 @@ import msgspec
 
 from moevlm.runtime.core.states import PagedKV, StateSpec
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 class _Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -111,16 +111,16 @@ class CostMetadata(_Metadata, frozen=True):
 
 
 class TensorRTMetadata(_Metadata, frozen=True):
-    """What a TensorRT engine was built for; its two graphs are serialized engines, called plans.
+    """What a TensorRT engine was built for.
 
     product: "tensorrt" or "tensorrt_rtx", whose version has to match; with version_compatible tensorrt_lean of that
-    version runs it, too. sms: kinds of GPUs, 86 for compute capability 8.6. activations: dtype of activations and KV
-    cache, "bfloat16" or "float16" (float32 for checks).
+    version runs it, too. sms: kinds of GPUs, 86 for compute capability 8.6. activations: dtype of activations and
+    visual features, "bfloat16" or "float16" (float32 for checks).
     experts: a safetensors file inside the bundle, whose tensors are inputs of the decoder under their names; "" if the
-    plan has all weights.
-    Profile 0 of the decoder takes 1 to max_tokens tokens of 1 to max_sequences sequences, and 1 to max_logits places in
-    logits_index; profile 1 takes one token of each of as many sequences. max_visual: rows of visual_embeds in a step.
-    max_patches: of the vision engine in one call. max_pages: of its caches, page 0 included.
+    engine has all weights.
+    Profile 0 of the decoder takes 1 to max_tokens tokens of 1 to max_sequences sequences, 1 to max_logits places in
+    logits_index, and 1 to max_visual rows of features; profile 1, for decode, 1 to max_sequences of each. max_pages: of
+    a cache. max_patches: of the vision engine in one call.
     """
 
     product: str

@@ -41,11 +41,8 @@ _PAGED: dict[str, tuple[float, float]] = {
 _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
     "max_sequences": _SIZE,
-    "max_tokens": _TOKENS,
-    "max_logits": _TOKENS,
-    "max_visual": _TOKENS,
-    "max_patches": _TOKENS,
-    "max_pages": (2, 1 << 30),
+    **dict.fromkeys(("max_tokens", "max_logits", "max_visual", "max_patches"), _TOKENS),
+    "max_pages": (2, _TOKENS[1]),  # one is for padding
 }
 _PATCH_VALUES = 1 << 22  # numbers of one patch
 _RESAMPLINGS = ("bicubic", "bilinear")

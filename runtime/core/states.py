@@ -9,8 +9,9 @@ import msgspec
 from moevlm.runtime.core.dtypes import DTYPES
 
 PAGE_SIZE = 64  # tokens; a power of two, and every kernel takes its keys in blocks that pages divide
-STATE_DTYPES = ("float32", "bfloat16", "float16", "int8")
-SCALE_BYTES = 4  # an int8 cache keeps a float32 scale beside the values of each token and head
+QUANTIZED = ("int8", "float8_e4m3fn")
+STATE_DTYPES = ("float32", "bfloat16", "float16", *QUANTIZED)
+SCALE_BYTES = 4  # a quantized cache keeps a float32 scale beside the values of each token and head
 
 
 class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="paged_kv"):
@@ -18,7 +19,7 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     key_dim, value_dim: of a head. value_in_key: a value is the first value_dim dimensions of its key, and there is no
     value cache (MLA). window: how many tokens back a query sees, itself included; 0 for all. dtype: float32, bfloat16,
-    float16, or int8 with a float32 scale for each token and head.
+    float16, or int8 or float8_e4m3fn with a float32 scale for each token and head.
     """
 
     layer: int
@@ -31,8 +32,8 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     @property
     def widths(self) -> dict[str, int]:
-        """Elements of a token and head in each cache, an int8 scale included, by the name of the graph's input."""
-        scale = SCALE_BYTES if self.dtype == "int8" else 0
+        """Elements of a token and head in each cache, a scale included, by the name of the graph's input."""
+        scale = SCALE_BYTES if self.dtype in QUANTIZED else 0
         widths = {f"key_cache.{self.layer}": self.key_dim + scale}
         if not self.value_in_key:
             widths[f"value_cache.{self.layer}"] = self.value_dim + scale

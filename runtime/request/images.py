@@ -124,6 +124,16 @@ class ImageProcessor:
         return VisionInputs(rows, *pack_grids(grids, self._vision)), grids
 
     @property
+    def max_patches(self) -> int:
+        """The most patches that an image has, unless a request says otherwise."""
+        return self._longest // (self._frames * self._block**2) * self._vision.merge_size**2
+
+    @property
+    def _frames(self) -> int:
+        """How often the processor counts a pixel in areas: GLM-4V's once per temporal copy."""
+        return self._vision.temporal_patch_size if self._glm else 1
+
+    @property
     def _block(self) -> int:
         """Side of what becomes one token, in pixels."""
         return self._vision.patch_size * self._vision.merge_size
@@ -137,10 +147,10 @@ class ImageProcessor:
         """The size nearest to (height, width) with sides of whole merge blocks and an area within the edges.
 
         The reference rounds in double precision, halves to even; so does this. GLM-4V first enlarges an image smaller
-        than one block, and counts the area once per temporal copy.
+        than one block.
         """
         block = self._block
-        frames = self._vision.temporal_patch_size if self._glm else 1
+        frames = self._frames
         shortest, longest = self._limited_edges(limits, frames)
         most = self._most_tokens(limits)
         size = f"image is {width} x {height} pixels"

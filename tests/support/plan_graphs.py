@@ -1,104 +1,20 @@
-"""Graphs lowered for TensorRT, run in onnx's reference evaluator; a program's bytes name its op."""
+"""Graphs lowered for TensorRT, run in onnx's reference evaluator, and the canonical ones that they are held to."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
-from onnx.reference.ops.op_attention import Attention as StandardAttention
 
-from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, expert_weights
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
-from moevlm.export.formats.gpu_packing import unpack
-from moevlm.export.formats.registry import weight_format
+from moevlm.export.backends.tensorrt.passes.plugin_moe import expert_weights
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import read
-from moevlm.plugins.gpu.ops.base import KernelOp
-from moevlm.plugins.gpu.ops.experts import ExpertsOp
-from moevlm.plugins.ops.experts import experts
-from moevlm.plugins.ops.router import route, sigmoid
-from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.states import PAGE_SIZE, output_name
+from tests.support.plugin_nodes import NODES, decoded, encoded, op_named, unpacked, written_rows
 
-_OPS: dict[str, Any] = {}
-
-
-def named(op: KernelOp) -> bytes:
-    """In the place of an op's program: a name under which the evaluator finds the op."""
-    name = repr(op)
-    _OPS[name] = op
-    return name.encode()
-
-
-class MoERouter(OpRun):
-    op_domain = DOMAIN
-
-    def _run(self, *inputs: np.ndarray, program: str) -> tuple[np.ndarray, ...]:
-        op = _OPS[program]
-        _check(op.inputs, inputs)
-        return route(inputs[0], op.spec, *inputs[1:])
-
-
-class MoEExperts(OpRun):
-    op_domain = DOMAIN
-
-    def _run(self, *inputs: np.ndarray, program: str) -> tuple[np.ndarray, ...]:
-        op = _OPS[program]
-        _check(op.inputs, inputs)
-        x, index, weight = inputs[:3]
-        exact = _unpacked(op, inputs[3:])
-        return (experts(x.astype(np.float32), index, weight, spec=op.spec, **exact).astype(x.dtype),)
-
-
-def _unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarray]:
-    """Weights and biases by name, float32. arrays: as the op stores them."""
-    held = dict(zip((tensor.name for tensor in op.inputs[3:]), arrays, strict=True))
-    if op.weights:
-        form = weight_format(op.weights, op.group_size, op.dtype)
-        for name, width in (("gate_up", op.hidden), ("down", op.inner)):
-            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width)
-    return {name: array.astype(np.float32) for name, array in held.items()}
-
-
-class Attention(StandardAttention):
-    """The standard op, with an attribute of TensorRT's."""
-
-    op_domain = ""
-
-    def _run(self, *inputs: np.ndarray, TRT_decomposable: int, **attributes: Any) -> tuple[np.ndarray, ...]:
-        assert TRT_decomposable == 1
-        return super()._run(*inputs, **attributes)
-
-
-class TRT_MoE(OpRun):
-    """As TensorRT documents its MoE layer: [B, S, H], weights [E, H, I], [E, H, I], [E, I, H]."""
-
-    op_domain = ""
-
-    def _run(
-        self, x: np.ndarray, index: np.ndarray, scores: np.ndarray, *weights: np.ndarray, activation_type: int
-    ) -> Any:
-        assert activation_type == 1
-        assert {scores.dtype, *(w.dtype for w in weights)} == {x.dtype}
-        gate, up, down, *biases = (w.astype(np.float64) for w in weights)
-        y = np.zeros(x.shape, np.float64)
-        for place in np.ndindex(*index.shape):
-            e, row = index[place], x[place[:2]].astype(np.float64)
-            inner, other = row @ gate[e], row @ up[e]
-            if biases:
-                inner, other = inner + biases[0][e], other + biases[1][e]
-            out = (inner * sigmoid(inner) * other) @ down[e]
-            y[place[:2]] += float(scores[place]) * (out + biases[2][e] if biases else out)
-        return (y.astype(x.dtype),)
-
-
-def _check(tensors: Any, inputs: tuple[np.ndarray, ...]) -> None:
-    for tensor, array in zip(tensors, inputs, strict=True):
-        assert array.dtype == DTYPES[tensor.dtype].numpy
-        assert tuple(size for size in tensor.shape if size >= 0) == array.shape[tensor.shape.count(-1) :]
+Arrays = dict[str, np.ndarray]
 
 
 class Evaluator:
@@ -106,33 +22,57 @@ class Evaluator:
 
     def __init__(self, model: ir.Model) -> None:
         self._inputs, self._outputs = list(model.graph.inputs), list(model.graph.outputs)
-        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[MoERouter, MoEExperts, Attention, TRT_MoE])
+        self._evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=list(NODES))
         self.experts = {name: read(weight) for name, weight in expert_weights(model).items()}
 
-    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name, float32. feeds: float32 where this one may want another dtype."""
+    def caches(self, pages: int) -> Arrays:
+        """Empty ones, by name."""
+        found = {}
+        for value in self._inputs:
+            if "_cache." in str(value.name):
+                assert value.shape is not None and value.dtype is not None
+                found[str(value.name)] = np.zeros((pages, *value.shape[1:]), value.dtype.numpy())
+        return found
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Arrays:
+        """Outputs by name, float32 or int32. feeds: an array of another dtype than the graph's is converted.
+
+        Caches of the right dtype are written in place.
+        """
         given = dict(self.experts)
         for value in self._inputs:
             if value.name in feeds:
                 assert value.dtype is not None
-                given[str(value.name)] = feeds[value.name].astype(value.dtype.numpy())
+                given[str(value.name)] = feeds[str(value.name)].astype(value.dtype.numpy(), copy=False)
         arrays = self._evaluator.run(None, given)
         for value, array in zip(self._outputs, arrays, strict=True):
             assert ir.DataType.from_numpy(array.dtype) is value.dtype
-        return {str(v.name): array.astype(np.float32) for v, array in zip(self._outputs, arrays, strict=True)}
+        named = {str(value.name): array for value, array in zip(self._outputs, arrays, strict=True)}
+        return {n: array if array.dtype == np.int32 else array.astype(np.float32) for n, array in named.items()}
 
 
-def evaluate(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As `Evaluator.run`, once."""
-    return Evaluator(model).run(feeds)
+def evaluate(model: ir.Model, feeds: Arrays, cache: str = "") -> Arrays:
+    """Outputs by name, and caches under the names that they have as the canonical graph's outputs, all float32.
+
+    feeds: of the canonical graph, and left as they are. cache: how the graph's caches are quantized.
+    """
+    given = dict(feeds)
+    caches = {str(value.name): value for value in model.graph.inputs if "_cache." in str(value.name)}
+    for name, value in caches.items():
+        assert value.dtype is not None
+        given[name] = encoded(feeds[name], cache) if cache else feeds[name].astype(value.dtype.numpy())
+    found = Evaluator(model).run(given)
+    for name in caches:
+        found[output_name(name)] = decoded(given[name], cache) if cache else given[name].astype(np.float32)
+    return found
 
 
-def canonical_outputs(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the float32 graph, its function bodies run by ONNX Runtime. feeds: of the plan's graph."""
+def canonical_outputs(model: ir.Model, feeds: Arrays) -> Arrays:
+    """Of the float32 graph, its function bodies run by ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    return dict(zip((o.name for o in session.get_outputs()), session.run(None, packed(feeds)), strict=True))
+    return dict(zip((o.name for o in session.get_outputs()), session.run(None, feeds), strict=True))
 
 
 def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
@@ -143,66 +83,65 @@ def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
             continue
         twin = next(other for other in lowered.graph if other.name == node.name)
         arrays = [read(stored[str(value.name)]) for value in twin.inputs[3:] if value is not None]
-        unpacked = _unpacked(_OPS[twin.attributes["program"].value.decode()], arrays)
-        for value, array in zip(node.inputs[3:], unpacked.values(), strict=True):
+        weights = unpacked(op_named(twin.attributes["program"].value), arrays)
+        for value, array in zip(node.inputs[3:], weights.values(), strict=True):
             assert value is not None
             value.const_value = ir.tensor(array.reshape(value.shape.numpy()))
     return model
 
 
-def in_question(name: str, array: np.ndarray, feeds: dict[str, np.ndarray]) -> np.ndarray:
-    """Of a cache the positions that the step wrote, [B, heads, S, D]; anything else as it is."""
+def in_question(name: str, array: np.ndarray, feeds: Arrays) -> np.ndarray:
+    """Of a cache the rows that the step wrote, [T, heads, D]; anything else as it is."""
     if "_cache_out." not in name:
         return array
-    new = np.arange(feeds["input_ids"].shape[1])
-    return np.stack([rows[:, start + new] for rows, start in zip(array, feeds["cache_position"], strict=True)])
+    return np.stack([array[page, :, row] for page, row in written_rows(feeds, PAGE_SIZE)])
 
 
-def random_feeds(model: ir.Model, sizes: dict[str, int], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Fresh inputs of a plan's graph, from the canonical one. sizes: of the plan's open dimensions."""
-    model = model.clone()
-    RectangularSteps().apply(model)
-    sizes = {"starts": 4} | sizes
-    feeds = {}
-    for value in model.graph.inputs:
-        assert value.shape is not None and value.dtype is not None
-        shape = [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
-        feeds[str(value.name)] = rng.standard_normal(shape).astype(value.dtype.numpy())
-    for cos in [name for name in feeds if name.startswith("rope_cos")]:
-        angle = rng.uniform(0, 6, feeds[cos].shape).astype(np.float32)
-        feeds |= {cos: np.cos(angle), cos.replace("cos", "sin"): np.sin(angle)}
-    ranges = {
-        "input_ids": (0, 200),
-        "visual_index": (-1, sizes.get("visual")),
-        "cache_position": (0, sizes.get("capacity", 0) - sizes.get("sequence", 0) + 1),
-        "logits_index": (0, sizes.get("batch", 0) * sizes.get("sequence", 0)),
-        "position_index": (0, 25),
+def random_step(
+    model: ir.Model, sequences: Sequence[tuple[int, int]], rng: np.random.Generator, visual: int = 5
+) -> Arrays:
+    """Inputs of a decoder's canonical graph. sequences: tokens kept and tokens in the step of each. visual: rows."""
+    kept, new = (np.array(column, np.int32) for column in zip(*sequences, strict=True))
+    needed = -(-(kept + new) // PAGE_SIZE)
+    tokens, pages = int(new.sum()), 1 + int(needed.sum())
+    order = iter(rng.permutation(np.arange(1, pages)))
+    table = np.zeros((len(sequences), int(needed.max()) + 1), np.int32)
+    for row, count in zip(table, needed, strict=True):
+        row[:count] = [next(order) for _ in range(count)]
+    sizes = {"tokens": tokens, "visual": visual, "pages": pages, "page": PAGE_SIZE}
+    feeds = {
+        "query_start": np.cumsum([0, *new], dtype=np.int32),
+        "context_len": kept,
+        "page_table": table,
+        "input_ids": rng.integers(0, 200, tokens),
+        "visual_index": rng.integers(-1, visual, tokens),
+        "logits_index": np.arange(tokens, dtype=np.int32),
     }
-    for name in ranges.keys() & feeds.keys():
-        feeds[name] = rng.integers(*ranges[name], feeds[name].shape).astype(feeds[name].dtype)
-    if "image_start" in feeds:
-        borders = np.sort(rng.choice(np.arange(1, sizes["patches"]), sizes["starts"] - 2, replace=False))
-        feeds["image_start"] = np.array([0, *borders, sizes["patches"]], np.int32)
-    return feeds
+    return feeds | _random_floats(model, feeds, sizes, rng)
 
 
-def packed(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A step of a plan's graph as one of the canonical graph: sequence n has page n."""
-    if "cache_position" not in feeds:
-        return feeds
-    batch, length = feeds["input_ids"].shape
-    rectangular = ("input_ids", "visual_index", *(name for name in feeds if name.startswith("rope_")))
-    rows = {name: feeds[name].reshape(batch * length, *feeds[name].shape[2:]) for name in rectangular}
-    others = {name: array for name, array in feeds.items() if name not in rows and name != "cache_position"}
-    return (
-        rows
-        | others
-        | {
-            "query_start": np.arange(0, batch * length + 1, length, dtype=np.int32),
-            "context_len": feeds["cache_position"].astype(np.int32),
-            "page_table": np.arange(batch, dtype=np.int32)[:, None],
-        }
-    )
+def random_images(model: ir.Model, patches: Sequence[int], rng: np.random.Generator) -> Arrays:
+    """Inputs of a vision graph. patches: of each image."""
+    feeds = {"image_start": np.cumsum([0, *patches], dtype=np.int32)}
+    (index,) = [value for value in model.graph.inputs if value.name == "position_index"]
+    assert index.shape is not None
+    feeds["position_index"] = rng.integers(0, 25, (sum(patches), int(str(index.shape[1]))))
+    return feeds | _random_floats(model, feeds, {"patches": sum(patches)}, rng)
+
+
+def _random_floats(model: ir.Model, feeds: Arrays, sizes: Mapping[str, int], rng: np.random.Generator) -> Arrays:
+    """All other inputs, float32."""
+    found = {}
+    for value in model.graph.inputs:
+        if value.name in feeds:
+            continue
+        assert value.shape is not None and value.dtype is ir.DataType.FLOAT
+        shape = [d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape]
+        found[str(value.name)] = rng.standard_normal(shape).astype(np.float32)
+    for cos in [name for name in found if name.startswith("rope_cos")]:
+        angle = rng.uniform(0, 6, found[cos].shape).astype(np.float32)
+        found |= {cos: np.cos(angle), cos.replace("cos", "sin"): np.sin(angle)}
+    return found
 
 
 def usual_error(got: np.ndarray, want: np.ndarray) -> float:

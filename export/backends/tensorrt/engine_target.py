@@ -1,4 +1,4 @@
-"""A TensorRT target: one pair of plans, and the experts' weights beside them."""
+"""A TensorRT target: one pair of engines, vision and decoder, and the experts' weights beside them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,26 +16,36 @@ from moevlm.export.backends.tensorrt.kernels_file import kernels_json
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
-from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
-from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
-from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
+from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
+from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
+from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.backends.tensorrt.product import NO_FLOAT32_GEMM, Product
-from moevlm.export.backends.tensorrt.profiles import Profile, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.backends.tensorrt.profiles import (
+    Profile,
+    decoder_profiles,
+    max_pages,
+    max_patches,
+    vision_profiles,
+)
 from moevlm.export.graph.cost import cost
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
+from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
 from moevlm.export.passes.base import Pass, run
+from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
-from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.errors import BuildError, FieldError
 from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.progress import Stages
+from moevlm.runtime.core.states import PAGE_SIZE
 
 
 @dataclass(frozen=True)
@@ -58,43 +68,47 @@ class TensorRTTarget:
         return f"engines/{self.name.replace(':', '-').replace(',', '-')}"
 
     def path(self, graph: str) -> str:
-        """The path inside the bundle of the vision or the decoder plan."""
+        """The path inside the bundle of the vision or the decoder engine."""
         return f"{self.folder}/{graph}.plan"
 
     def write(self, build: BuildContext) -> EngineMetadata:
-        """Build both plans into the bundle, and the experts' weights unless it, or the existing one, has them already.
+        """Build both engines into the bundle, and the experts' weights unless they are there, or in the existing one.
 
-        A cache has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
+        A chunk has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
         """
-        capacity = min(self.options.capacity, build.config.decoder.context)
-        options = replace(self.options, capacity=capacity, chunk_tokens=min(self.options.chunk_tokens, capacity))
-        return replace(self, options=options)._write(build)
+        chunk = min(self.options.chunk_tokens, build.config.decoder.context)
+        return replace(self, options=replace(self.options, chunk_tokens=chunk))._write(build)
 
     def _write(self, build: BuildContext) -> EngineMetadata:
         writer, canonical, config, progress = build.writer, build.canonical, build.config, build.progress
         programs = _Programs(self.sms, progress)
-        graphs = self.lower(canonical, programs.of)
+        try:
+            graphs = self.lower(canonical, programs.of)
+        except FieldError as error:  # a size that a kernel does not take
+            raise BuildError(f"{self.name} cannot run this model: {error}") from error
         experts = expert_weights(graphs["decoder"])
         if experts:
             self._add_experts(build, experts)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
-        merge = config.vision.merge_size
+        o, merge = self.options, config.vision.merge_size
+        patches = max_patches(merge, build.image_patches)
+        columns = -(-config.decoder.context // PAGE_SIZE)
         profiles = {
-            "vision": vision_profiles(graphs["vision"], merge),
-            "decoder": decoder_profiles(graphs["decoder"], self.options),
+            "vision": vision_profiles(graphs["vision"], merge, patches),
+            "decoder": decoder_profiles(graphs["decoder"], o, columns),
         }
         built = {
             name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
             for name, graph in graphs.items()
         }
-        o = self.options
         return EngineMetadata(
             vision=self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
             group_size=o.group_size if o.weights else 0,
-            states=kept(config.decoder.states, o.activations),
+            states=kept(config.decoder.states, o.cache_dtype),
+            page_size=PAGE_SIZE,
             sparsity=o.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
             cost=cost(canonical, graphs, merge),
@@ -104,30 +118,31 @@ class TensorRTTarget:
                 sms=self.sms,
                 activations=o.activations,
                 experts=o.experts_path if experts else "",
-                max_batch=o.max_batch,
-                chunk_tokens=o.chunk_tokens,
+                max_sequences=o.max_sequences,
+                max_tokens=o.max_tokens,
                 max_logits=o.max_logits,
-                capacity=o.capacity,
-                max_visual=o.max_visual,
-                max_patches=max_patches(merge),
+                max_visual=o.max_tokens,
+                max_patches=patches,
+                max_pages=max_pages(graphs["decoder"]),
                 version_compatible=o.version_compatible,
             ),
         )
 
-    def lower(self, canonical: Mapping[str, ir.Model], program: Callable[[KernelOp], bytes]) -> dict[str, ir.Model]:
+    def lower(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
         """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
 
-        program: compiles an op, see `plugins.gpu.program`.
+        programs: compiles an op, see `plugins.gpu.program`.
         """
         graphs = {name: graph.clone() for name, graph in canonical.items()}
         o = self.options
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
-        moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, program))
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        run((*pruned, typed, SegmentMaskAttention()), graphs["vision"])
-        attention = (RectangularSteps(), StaticCache(o.capacity), ScatterAttention())
-        run((*pruned, typed, *attention, *moe), graphs["decoder"])
+        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), typed)
+        attention = PluginPagedAttention(o.activations, o.cache, programs)
+        moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
+        run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
+        run((*first, attention, *moe, PluginCandidates(programs)), graphs["decoder"])
         return graphs
 
     def _add_experts(self, build: BuildContext, experts: Mapping[str, Weight]) -> None:

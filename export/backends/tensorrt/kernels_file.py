@@ -23,6 +23,8 @@ def _entry(op: KernelOp, sms: tuple[int, ...]) -> dict[str, Any]:
     kernels = []
     for (spec, sm), taken in zip(specs, resources(op, sms), strict=True):
         constants = dict(spec.constants)
+        if "TILE" in constants:
+            constants |= vars(constants["TILE"])
         tile = {side: constants[side] for side in _TILE if side in constants}
         found = {"sm": sm, "kernel": spec.function, "warps": taken.warps, "stages": spec.stages, "tile": tile}
         kernels.append(found | {name: getattr(taken, name) for name in ("registers", "spilled", "shared")})

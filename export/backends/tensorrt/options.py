@@ -5,13 +5,19 @@ from dataclasses import dataclass
 from moevlm.export.backends.options import Option, check_choices, group_size, option, sparsity
 from moevlm.export.formats.gpu_packing import LAYOUT
 from moevlm.export.formats.registry import FORMATS
-from moevlm.runtime.core import defaults, dtypes
+from moevlm.runtime.core import dtypes
 from moevlm.runtime.core.errors import BuildError
 
 NAMES = ("rtx:smNN,...", "trt:smNN")
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
 EXPERTS = ("same", *FORMATS)
+# --kv-cache: as PagedAttentionOp names it, and as a state's dtype.
+CACHES = {"same": ("", ""), "int8": ("int8", "int8"), "fp8": ("fp8", "float8_e4m3fn")}
 MIN_LOGITS = 64
+_KV_CACHE = (
+    "keys and values as the activations are (same, by default), or int8 or fp8 with a scale per token and head: half "
+    "the memory, and half of what a long context reads; GPUs before sm89 decode fp8 in software: int8 is faster there."
+)
 
 
 def _both(told: str, choices: tuple[str, ...] = ()) -> Option:
@@ -26,8 +32,9 @@ def _trt(told: str) -> Option:
 class Options:
     """dtype: of weights and activations. experts: how the experts' weights are stored, in groups of `group_size`.
 
-    capacity: tokens in the cache of a sequence. max_batch: sequences in a step. chunk_tokens: of each in prefill.
-    version_compatible: plans for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
+    kv_cache: the dtype of activations, or quantized, with a scale per token and head. max_sequences: in a step.
+    chunk_tokens: prompt tokens in a step, beside one of each other sequence.
+    version_compatible: engines for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
     sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises BuildError, naming a value and what is allowed.
     """
 
@@ -36,32 +43,40 @@ class Options:
         "same", _both("how the experts' weights are stored, as the others are, or quantized.", EXPERTS)
     )
     group_size: int = group_size(lambda _, values: values["experts"] != "same")
-    capacity: int = option(4096, _both("tokens in a sequence's KV cache, at most the model's context."))
-    max_batch: int = option(8, _both("sequences in a step."))
-    chunk_tokens: int = option(defaults.CHUNK_TOKENS, _both("prompt tokens in a step."))
-    version_compatible: bool = option(False, _trt("trt: plans for its lean runtime, too."))
+    kv_cache: str = option("same", _both(_KV_CACHE, tuple(CACHES)))
+    max_sequences: int = option(64, _both("sequences in a step."))
+    chunk_tokens: int = option(
+        2048, _both("prompt tokens in a step, beside one of each other sequence; at most the model's context.")
+    )
+    version_compatible: bool = option(False, _trt("trt: engines for its lean runtime, too."))
     native_moe: bool = option(False, _trt("trt on sm100, sm103, sm110: TensorRT's own MoE layer."))
     sparsity: str = sparsity()
 
     def __post_init__(self) -> None:
         check_choices(self)
-        for name, value in (("max batch", self.max_batch), ("chunk tokens", self.chunk_tokens)):
+        for name, value in (("max sequences", self.max_sequences), ("chunk tokens", self.chunk_tokens)):
             if value < 1:
                 raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")
-        if self.capacity < self.chunk_tokens:
-            raise BuildError(
-                f"unsupported capacity {self.capacity} (allowed: the {self.chunk_tokens} tokens of a chunk, or more)"
-            )
 
     @property
     def activations(self) -> str:
-        """Of activations and caches, as numpy names it."""
+        """Of activations, as numpy names it."""
         return DTYPES[self.dtype]
 
     @property
     def weights(self) -> str:
         """Of the experts, as in `ExpertsOp`."""
         return "" if self.experts == "same" else self.experts
+
+    @property
+    def cache(self) -> str:
+        """How caches are quantized, as in `PagedAttentionOp`; "" for the dtype of activations."""
+        return CACHES[self.kv_cache][0]
+
+    @property
+    def cache_dtype(self) -> str:
+        """Of keys and values, as in `PagedKV`."""
+        return CACHES[self.kv_cache][1] or self.activations
 
     @property
     def precision(self) -> str:
@@ -78,11 +93,11 @@ class Options:
         return f"experts/{self.precision}{stored}.safetensors"
 
     @property
-    def max_logits(self) -> int:
-        """A place costs a row of the vocabulary in float32, and a step wants one of each sequence."""
-        return max(self.max_batch, MIN_LOGITS)
+    def max_tokens(self) -> int:
+        """Of a step: a chunk of prompts, and one token of each sequence."""
+        return self.chunk_tokens + self.max_sequences
 
     @property
-    def max_visual(self) -> int:
-        """Rows of visual embeddings: as many as a step has tokens."""
-        return self.max_batch * self.chunk_tokens
+    def max_logits(self) -> int:
+        """A place costs a row of the vocabulary in float32, and a step wants one of each sequence."""
+        return max(self.max_sequences, MIN_LOGITS)

@@ -10,7 +10,10 @@ from moevlm.export.backends.tensorrt.profiles import Profile
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import FileMetadata
+from moevlm.runtime.core.names import PLUGINS
 from moevlm.runtime.core.progress import Progress
+
+_PLUGINS = tuple(f"{name}: " for name in PLUGINS)
 
 
 class Job(msgspec.Struct, frozen=True):
@@ -53,7 +56,7 @@ def build_plan(job: Job, progress: Progress) -> Built:
     parser = module.OnnxParser(network, logger)
     parser.set_flag(module.OnnxParserFlag.ENABLE_PLUGIN_OVERRIDE)
     if not parser.parse_from_file(job.onnx):
-        raise BuildError(f"{refused}: {_parser_error(parser) or logger.reason()}")
+        raise BuildError(f"{refused}: {logger.of_plugins() or _parser_error(parser) or logger.reason()}")
     layers = [network.get_layer(i).type for i in range(network.num_layers)]
     found = layers.count(module.LayerType.PLUGIN_V3)
     if found != job.plugin_layers:
@@ -120,6 +123,10 @@ def _logger(module: Any) -> Any:
         def reason(self) -> str:
             """The first error: what follows are its consequences."""
             return self.errors[0] if self.errors else "it gave no reason"
+
+        def of_plugins(self) -> str:
+            """The first error of a plugin, of which TensorRT itself says no more than that there was one."""
+            return next((error for error in self.errors if error.startswith(_PLUGINS)), "")
 
     return Logger()
 

@@ -1,5 +1,6 @@
-"""The ranges of input shapes that a plan is built for."""
+"""The ranges of input shapes that an engine is built for."""
 
+import math
 from collections.abc import Mapping
 
 import onnx_ir as ir
@@ -10,39 +11,49 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, tu
 Profile = dict[str, Range]
 Sizes = Mapping[str, tuple[int, int, int]]
 
-# The mask of attention is patches squared: 16 MB, and half a GB of scores for 16 heads where no kernel fuses them.
-MAX_PATCHES = 4096
 USUAL_PATCHES = 1024
+SEVERAL_IMAGES = 4096  # patches of one call, at least, so that small images go through it together
+MOST_PATCHES = 65536  # 16.7 megapixels in patches of 16 pixels
+USUAL_PAGES = 1024
+_CACHE_ELEMENTS = 1 << 31  # kernels count them in 32 bits
 
 
-def decoder_profiles(decoder: ir.Model, options: Options) -> list[Profile]:
-    """For prefill, chunks of prompts, and for decode, one token of each sequence."""
-    prefill = {
-        "batch": (1, 1, options.max_batch),
-        "sequence": (1, options.chunk_tokens, options.chunk_tokens),
-        "logits": (1, 1, options.max_logits),
-        "visual": (1, min(options.chunk_tokens, options.max_visual), options.max_visual),
+def decoder_profiles(decoder: ir.Model, options: Options, columns: int) -> list[Profile]:
+    """For any step, and for decode, where each sequence has one token. columns: of a page table."""
+    most, pages = options.max_sequences, max_pages(decoder)
+    tokens = (1, options.chunk_tokens, options.max_tokens)
+    shared = {
+        "starts": (2, 2, most + 1),
+        "sequences": (1, 1, most),
+        "table": (1, columns, columns),
+        "pages": (2, min(USUAL_PAGES, pages), pages),
     }
-    decode = {
-        "batch": (1, 1, options.max_batch),
-        "sequence": (1, 1, 1),
-        "logits": (1, 1, options.max_batch),
-        "visual": (1, 1, options.max_batch),
-    }
-    return [_profile(decoder, sizes) for sizes in (prefill, decode)]
+    any_step = {"tokens": tokens, "visual": tokens, "logits": (1, 1, options.max_logits)}  # all may be of images
+    decode = dict.fromkeys(("tokens", "logits", "visual"), (1, 1, most))
+    return [_profile(decoder, shared | sizes) for sizes in (any_step, decode)]
 
 
-def vision_profiles(vision: ir.Model, merge_size: int) -> list[Profile]:
-    """For one packed call of any images; every image is a multiple of merge_size**2 patches."""
+def vision_profiles(vision: ir.Model, merge_size: int, patches: int) -> list[Profile]:
+    """For one packed call of any images; every image is a multiple of merge_size**2 patches. patches: at most."""
     unit = merge_size**2
-    largest = max_patches(merge_size)
-    sizes = {"patches": (unit, USUAL_PATCHES // unit * unit, largest), "starts": (2, 2, largest // unit + 1)}
+    sizes = {"patches": (unit, USUAL_PATCHES // unit * unit, patches), "starts": (2, 2, patches // unit + 1)}
     return [_profile(vision, sizes)]
 
 
-def max_patches(merge_size: int) -> int:
-    """Of all images of one call."""
-    return MAX_PATCHES // merge_size**2 * merge_size**2
+def max_patches(merge_size: int, image_patches: int | None) -> int:
+    """Of all images of one call. image_patches: of the largest that the checkpoint's preprocessing makes."""
+    most = min(image_patches or MOST_PATCHES, MOST_PATCHES)
+    return max(most, SEVERAL_IMAGES) // merge_size**2 * merge_size**2
+
+
+def max_pages(decoder: ir.Model) -> int:
+    """Of each cache, page 0 included, which takes what padding writes."""
+    pages = [
+        (_CACHE_ELEMENTS - 1) // math.prod(size for size in value.shape[1:] if isinstance(size, int))
+        for value in decoder.graph.inputs
+        if value.shape and str(value.shape[0]) == "pages"
+    ]
+    return min(pages)
 
 
 def _profile(model: ir.Model, sizes: Sizes) -> Profile:

@@ -31,7 +31,7 @@ def targets(name: str, options: Options) -> tuple[TensorRTTarget, ...]:
             raise BuildError(f"target {name}: sm{sm} has no bfloat16 (use --dtype fp16)")
     _check_options(name, product, sms, options)
     installed(product)
-    if not options.native_moe and find_spec("triton") is None:
+    if find_spec("triton") is None:
         raise BuildError(f"target {name}: compiling its kernels needs triton ({install_command('kernels')})")
     try:
         plugin_path()

@@ -388,7 +388,7 @@ def manifest_of(checkpoint: Checkpoint) -> Manifest:
         model_type="toy", hidden=4, vocabulary=8, context=16, layers=(layer,), eos_token_ids=(0,),
         image_token_id=1, ropes=(rope,), vision=vision,
     )  # fmt: skip
-    return Manifest(schema=2, model=model, source=checkpoint.fingerprint(), files={}, engines={}, tools={})
+    return Manifest(schema=3, model=model, source=checkpoint.fingerprint(), files={}, engines={}, tools={})
 
 
 def test_same_source_is_accepted_and_a_flipped_byte_is_not(tmp_path: Path) -> None:

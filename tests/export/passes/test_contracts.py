@@ -16,13 +16,13 @@ from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.backends.ort.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
+from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
-from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
-from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.formats.integers import IntFormat
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import Pass, checked, run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
@@ -31,12 +31,11 @@ from moevlm.export.passes.prune_2_4 import PruneTwoOfFour
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_linear import QuantizeLinear
 from moevlm.runtime.core.errors import PassError
-from tests.support.plan_graphs import named
+from tests.support.plugin_nodes import named
 from tests.support.tiny import TinyCheckpoint
 
 INT8 = IntFormat(8, 16)
 TYPED = Typed("float16")
-STEPS = (TYPED, RectangularSteps(), StaticCache(128))
 # A pass, what runs before it, and the graph that shows it.
 PASSES: list[tuple[Pass, tuple[Pass, ...], str]] = [
     (PruneTwoOfFour(), (), "decoder"),
@@ -54,10 +53,10 @@ PASSES: list[tuple[Pass, tuple[Pass, ...], str]] = [
     (CpuMoE(INT8), (), "decoder"),
     (CpuCandidates(), (), "decoder"),
     (TYPED, (), "decoder"),
-    (RectangularSteps(), (TYPED,), "decoder"),
-    (StaticCache(128), (TYPED, RectangularSteps()), "decoder"),
-    (ScatterAttention(), STEPS, "decoder"),
-    (SegmentMaskAttention(), (TYPED,), "vision"),
+    (PackProjections(PAGED_ATTENTION), (), "decoder"),
+    (PluginPagedAttention("float16", "", named), (TYPED,), "decoder"),
+    (PluginSegmentAttention("float16", named), (TYPED,), "vision"),
+    (PluginCandidates(named), (TYPED,), "decoder"),
     (NativeMoE(), (TYPED,), "decoder"),
     (PluginMoE("float16", "", 32, named), (TYPED,), "decoder"),
 ]
@@ -89,8 +88,6 @@ ORDERS: dict[str, Callable[[], tuple[Pass, ...]]] = {
     "CpuFloatLinear requires": lambda: (CpuFloatLinear(), CpuLinear(INT8)),
     "QuantizeLinear requires": lambda: (LowerMoE(), CpuMoE(INT8), QuantizeLinear(INT8)),
     "PruneTwoOfFour requires": lambda: (LowerMoE(), PruneTwoOfFour()),
-    "StaticCache requires": lambda: (StaticCache(128), RectangularSteps()),
-    "ScatterAttention requires": lambda: (ScatterAttention(),),
     "PluginMoE requires": lambda: (PluginMoE("float16", "", 32, named), TYPED),
     "Typed requires": lambda: (CpuMoE(INT8), TYPED),
 }

@@ -52,7 +52,7 @@ MODEL = ModelMetadata(
 
 def manifest(*targets: str) -> Manifest:
     engines = {t: EngineMetadata(vision=f"{t}.txt", decoder=f"{t}.txt", dtype="float32", states=()) for t in targets}
-    return Manifest(schema=2, model=MODEL, source={}, files={}, engines=engines, tools={})
+    return Manifest(schema=3, model=MODEL, source={}, files={}, engines=engines, tools={})
 
 
 def write_small(destination: Path, text: bytes = b"old") -> None:

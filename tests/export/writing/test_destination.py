@@ -222,8 +222,8 @@ def test_a_killed_build_s_folder_is_removed_by_the_next_at_once(tiny_bundle: Pat
     ("options", "words"),
     [
         (("--experts", "int4"), ("--experts has no effect on cpu:int8", "rtx and trt")),
-        (("--capacity", "9999"), ("--capacity",)),
-        (("--capacity", "4096"), ("--capacity",)),  # the default, but given
+        (("--max-sequences", "9"), ("--max-sequences",)),
+        (("--max-sequences", "64"), ("--max-sequences",)),  # the default, but given
         (("--dtype", "fp16", "--target", "ort-cpu"), ("--dtype has no effect on ort-cpu",)),
         (("--group-size", "128", "--target", "ort-cpu"), ("--group-size", "int8, int4")),
         (("--group-size", "128", "--target", "rtx:sm89"), ("--group-size", "--experts")),

@@ -87,11 +87,17 @@ class Reader:
 
 def read(data: bytes) -> dict[str, Any]:
     """The program as nested dictionaries, as dataclasses.asdict has it. Every byte must have a meaning."""
+    program, length = read_first(data)
+    assert length == len(data)
+    return program
+
+
+def read_first(data: bytes) -> tuple[dict[str, Any], int]:
+    """The program that `data` begins with, and of how many bytes it is."""
     reader = Reader(data)
     assert reader.take(8) == b"MOEVLMGP"
     assert reader.u32() == 2
     op = reader.blob().decode()
     inputs, outputs = (tuple(reader.tensor() for _ in range(reader.u32())) for _ in range(2))
     images = tuple(reader.image() for _ in range(reader.u32()))
-    assert reader.at == len(data)
-    return {"op": op, "inputs": inputs, "outputs": outputs, "images": images}
+    return {"op": op, "inputs": inputs, "outputs": outputs, "images": images}, reader.at

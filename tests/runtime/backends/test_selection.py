@@ -28,11 +28,11 @@ RTX = TensorRTMetadata(
     activations="bfloat16",
     experts="engines/x",
     max_sequences=1,
-    max_tokens=1,
+    max_tokens=2,
     max_logits=1,
-    max_pages=2,
-    max_visual=1,
+    max_visual=2,
     max_patches=1,
+    max_pages=2,
 )
 CPU = EngineMetadata(vision="v", decoder="d", dtype="float32", states=())
 INT8, INT4 = (msgspec.structs.replace(CPU, dtype=dtype) for dtype in ("int8", "int4"))

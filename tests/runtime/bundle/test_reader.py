@@ -50,7 +50,7 @@ def demo(tmp_path: Path) -> Path:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         (directory / name).write_bytes(data)
     manifest = {
-        "schema": 2, "model": MODEL, "source": {}, "files": {name: metadata(data) for name, data in FILES.items()},
+        "schema": 3, "model": MODEL, "source": {}, "files": {name: metadata(data) for name, data in FILES.items()},
         "engines": {target: engine(target) for target in ("reference", "ort-cpu")}, "tools": {}, "parity": {},
     }  # fmt: skip
     (directory / "manifest.json").write_text(json.dumps(manifest))
@@ -126,9 +126,9 @@ def test_no_changed_bit_of_the_manifest_goes_unnoticed(demo: Path) -> None:
     [
         (
             lambda m: m.update(schema=1, model={}),
-            ["schema = 1", "supported: 2", "build it again", "moevlm build CHECKPOINT -o", "--force"],
+            ["schema = 1", "supported: 3", "build it again", "moevlm build CHECKPOINT -o", "--force"],
         ),
-        (lambda m: m.update(schema=3, colour="red"), ["schema = 3", "supported: 2", "a newer moevlm made it"]),
+        (lambda m: m.update(schema=4, colour="red"), ["schema = 4", "supported: 3", "a newer moevlm made it"]),
         (lambda m: m.pop("schema"), ["schema"]),
         (lambda m: m.pop("engines"), ["engines"]),
         (lambda m: m.update(colour="red"), ["colour"]),

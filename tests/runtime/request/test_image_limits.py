@@ -109,3 +109,13 @@ def test_limits_out_of_range_are_refused_by_name(limits: ImageLimits, words: str
     for act in (processor().tokens, lambda image, limits: processor().fit(processor().open(image), limits)):
         with pytest.raises(RequestError, match=rf"^unsupported value {words}"):
             act(PNG, limits)
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("qwen", 4096 * 4096), ("glm", 2 * 700 * 900), ("qwen", 301 * 33)])
+def test_no_image_has_more_patches_than_the_processor_says(kind: str, longest: int) -> None:
+    config = CONFIGS[kind] | {"size": {"shortest_edge": 1024, "longest_edge": longest}}
+    ours = ImageProcessor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), max_pixels=1 << 30)
+    sides = [int(side * (longest**0.5) / 8) for side in (3, 7, 8, 9, 12)]
+    found = [4 * ours.tokens(Image.new("1", (width, height))) for width in sides for height in sides]
+    assert max(found) <= ours.max_patches
+    assert max(found) > 0.7 * ours.max_patches

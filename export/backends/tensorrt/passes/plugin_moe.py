@@ -1,35 +1,34 @@
 """Router and experts as TensorRT plugins, the experts' weights as inputs of the graph."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.expert_weights import expert_tensors
+from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs
 from moevlm.export.backends.tensorrt.passes.typed import other_experts
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import Weight, weight_of
-from moevlm.export.passes.base import NodePass, left, substitute
+from moevlm.export.passes.base import left
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.runtime.core.dtypes import DTYPES
 
-DOMAIN = "moevlm.tensorrt"  # has no function bodies: TensorRT finds its plugins from any domain
 _WEIGHT = "moevlm.weight"
 
 
-class PluginMoE(NodePass):
-    """moevlm::MoERouter and moevlm::MoEExperts -> nodes of the same names that carry a GPU program.
+class PluginMoE(PluginPass):
+    """moevlm::MoERouter and moevlm::MoEExperts -> plugins.
 
     Every weight and bias of the experts becomes an input of the graph, stored as the kernels read it: `expert_weights`.
     """
 
-    domain = DOMAIN
-
-    def __init__(self, dtype: str, weights: str, group_size: int, program: Callable[[KernelOp], bytes]) -> None:
-        """dtype: of the activations. weights, group_size: as in ExpertsOp. program: bytes of an op's program."""
-        self.dtype, self.weights, self.group_size, self.program = dtype, weights, group_size, program
+    def __init__(self, dtype: str, weights: str, group_size: int, programs: Programs) -> None:
+        """dtype: of the activations. weights, group_size: as in ExpertsOp."""
+        super().__init__(programs)
+        self.dtype, self.weights, self.group_size = dtype, weights, group_size
 
     def requires(self, model: ir.Model) -> Iterator[str]:
         """Typed has run with this dtype; expert weights are initializers."""
@@ -45,19 +44,12 @@ class PluginMoE(NodePass):
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, ROUTER) or is_op(node, EXPERTS)
 
-    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+    def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
+        values = [value for value in node.inputs if value is not None]
         if is_op(node, ROUTER):
-            op: KernelOp = router_op(node)
-            inputs = list(node.inputs)
-        else:
-            op = self._experts_op(node)
-            inputs = [*node.inputs[:3], *_weight_inputs(graph, node, op)]
-        new = ir.node(op.name, inputs, domain=DOMAIN, num_outputs=len(op.outputs), name=node.name, version=1)
-        # Bytes in the place of text: TensorRT's parser hands a string over as it is, NUL bytes too.
-        new.attributes["program"] = ir.AttrString("program", self.program(op))  # type: ignore[arg-type]
-        for old, made in zip(node.outputs, new.outputs, strict=True):
-            made.type, made.shape = old.type, old.shape
-        substitute(graph, node, new)
+            return router_op(node), values
+        op = self._experts_op(node)
+        return op, [*values[:3], *_weight_inputs(graph, node, op)]
 
     def _experts_op(self, node: ir.Node) -> ExpertsOp:
         experts, hidden, inner = weight_of(_value(node, 4)).shape

@@ -7,25 +7,26 @@ import onnx_ir as ir
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
+from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import cast, initializer, weight_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.core.dtypes import DTYPES
 
 FLOAT = ir.DataType.FLOAT
-_ATTENTION = (PAGED_ATTENTION, "SegmentAttention")
-# By op: inputs that stay float32. Rotary tables, as rotation is done in float32; the weights of the choice; and the
-# experts' own, which the next pass stores in its way.
-_EXACT_INPUTS = {**dict.fromkeys(_ATTENTION, (3, 4)), EXPERTS: (2, 3, 4, 5, 6)}
+FEATURES = ("visual_embeds", "deepstack_embeds")  # of images: outputs of the vision graph, inputs of the decoder
+# By op: inputs that stay float32. Rotary tables, as rotation is done in float32, and gains of norms and sinks, whose
+# kernels compute in it; the weights of the choice; and the experts' own, which the next pass stores in its way.
+_EXACT_INPUTS = {PAGED_ATTENTION: (3, 4, 10, 11, 12), SEGMENT_ATTENTION: (3, 4), EXPERTS: (2, 3, 4, 5, 6)}
 
 
 class Typed(Pass):
-    """Weights and activations in `dtype`; router logits, routing and rotary tables in float32.
+    """Weights and activations in `dtype`; router logits, routing, rotary tables and norms of heads in float32.
 
-    The caches become `dtype`; every other float32 input and output of the graph stays so, behind a Cast. Weights are
-    cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are computed in
-    float32: experts at a near tie then change places for the model's reasons only, and the matrix is small. Without
-    exact_router only the sum is widened: TensorRT has no float32 products for SM75.
+    Caches and features of images become `dtype`; other float32 inputs and outputs of the graph stay so, behind a Cast.
+    Weights are cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are
+    computed in float32: experts at a near tie then change places for the model's reasons only, and the matrix is small.
+    Without exact_router only the sum is widened: TensorRT has no float32 products for SM75.
     """
 
     def __init__(self, dtype: str, exact_router: bool = True) -> None:
@@ -49,7 +50,8 @@ class Typed(Pass):
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
         nodes = list(graph)
         kept = [pair for node in nodes if is_op(node, PAGED_ATTENTION) for pair in caches(node)]
-        for given, _ in kept:
+        features = [value for value in graph.inputs if value.name in FEATURES]
+        for given in (*(cache for cache, _ in kept), *features):
             given.type = ir.TensorType(self.dtype)
         for node in nodes:
             own = self._dtype_of(node)
@@ -65,7 +67,7 @@ class Typed(Pass):
                 if made.dtype is FLOAT:
                     made.type = ir.TensorType(own)
         for i, out in enumerate(graph.outputs):
-            if out.dtype is self.dtype and all(out is not cache for _, cache in kept):
+            if out.dtype is self.dtype and out.name not in FEATURES and all(out is not cache for _, cache in kept):
                 graph.outputs[i] = _widened(graph, out)
         return len(nodes)
 

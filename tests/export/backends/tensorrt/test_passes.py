@@ -8,20 +8,26 @@ import pytest
 
 from bench.variants import BLOCKS, MODELS
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
-from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE, expert_weights
-from moevlm.export.backends.tensorrt.passes.rectangular_steps import RectangularSteps
-from moevlm.export.backends.tensorrt.passes.scatter_attention import ScatterAttention, SegmentMaskAttention
-from moevlm.export.backends.tensorrt.passes.static_cache import StaticCache
+from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
+from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
+from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION
+from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
+from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
-from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
+from moevlm.plugins.ops.candidates import candidates
+from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 from tests.support.checkpoints import FAMILIES
 from tests.support.hybrid import save
 from tests.support.moe_cases import Case
@@ -30,23 +36,30 @@ from tests.support.plan_graphs import (
     error,
     evaluate,
     in_question,
-    named,
-    random_feeds,
+    random_images,
+    random_step,
     usual_error,
     with_stored_experts,
 )
+from tests.support.plugin_nodes import named
 from tests.support.tiny import TinyCheckpoint
 
-CAPACITY = 16
-DECODER = {"batch": 2, "sequence": 3, "visual": 5, "logits": 4, "capacity": CAPACITY}
-MANY = DECODER | {"batch": 4, "sequence": 6, "logits": 24}  # rows enough for a median
-VISION = {"patches": 24}
+# Tokens kept and new ones of each sequence.
+STEPS = {
+    "mixture": ((0, 5), (70, 1), (4, 9), (63, 2), (0, 3)),
+    "decode": ((9, 1), (64, 1), (127, 1)),
+    "with empty sequences": ((0, 0), (5, 3), (7, 0), (7, 1)),
+}
+MANY = ((0, 8), (70, 1), (60, 9), (3, 6))  # rows enough for a median
 # Activations are rounded after every operator: 2**-9 and 2**-12 of a value, and a few dozen of them add up.
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.004}
 # Random weights are the hardest to quantize: 4 bits leave 8 % of a weight's size as error.
 WEIGHTS = {"": 0.0, "int8": 0.006, "fp8": 0.04, "int4": 0.1}
-ATTENTION = (RectangularSteps(), StaticCache(CAPACITY), ScatterAttention())
-FLOAT16 = (Typed("float16"), *ATTENTION)
+CACHES = {"int8": 0.02, "fp8": 0.06}
+
+
+def attention(dtype: str, cache: str = "") -> tuple[object, ...]:
+    return PluginPagedAttention(dtype, cache, named), PluginSegmentAttention(dtype, named)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -72,8 +85,9 @@ def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(
     graphs: dict[str, ir.Model], dtype: str, weights: str
 ) -> None:
     canonical = graphs["decoder"]
-    model = lowered(canonical, Typed(dtype), *ATTENTION, PluginMoE(dtype, weights, 32, named))
-    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    packed = PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION)
+    model = lowered(canonical, packed, Typed(dtype), *attention(dtype), PluginMoE(dtype, weights, 32, named))
+    feeds = random_step(canonical, MANY, np.random.default_rng())
     stored = with_stored_experts(canonical, model)
     want, got = canonical_outputs(stored, feeds), evaluate(model, feeds)
     assert got.keys() == want.keys()
@@ -84,18 +98,39 @@ def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(
         for value in node.inputs[3:] if is_op(node, EXPERTS) else ():
             rounded, exact = (graph.graph.initializers[value.name].const_value.numpy() for graph in (stored, canonical))
             assert error(rounded, exact) < TOLERANCE[dtype] + WEIGHTS[weights], value.name
-    caches = {v.dtype for v in (*model.graph.inputs, *model.graph.outputs) if "_cache" in str(v.name)}
-    assert caches == {ir.DataType[dtype.upper()]}
+    given = {str(value.name): value.dtype for value in model.graph.inputs}
+    kept = [name for name in given if "_cache." in name or name in ("visual_embeds", "deepstack_embeds")]
+    assert {given[name] for name in kept} == {ir.DataType[dtype.upper()]}
+    assert [value.name for value in model.graph.outputs] == ["logits"]
 
 
-def test_decoder_with_float32_everywhere_is_the_canonical_one(graphs: dict[str, ir.Model]) -> None:
+@pytest.mark.parametrize("step", STEPS)
+def test_decoder_with_float32_everywhere_is_the_canonical_one(graphs: dict[str, ir.Model], step: str) -> None:
     canonical = graphs["decoder"]
-    model = lowered(canonical, *ATTENTION, PluginMoE("float32", "", 32, named))
-    for sizes in (DECODER, DECODER | {"batch": 3, "sequence": 1, "logits": 3}):
-        feeds = random_feeds(canonical, sizes, np.random.default_rng())
-        want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
-        for name in want:
-            assert error(got[name], want[name]) < 1e-5, name
+    moe = PluginMoE("float32", "", 32, named)
+    model = lowered(canonical, *attention("float32"), moe, PluginCandidates(named))
+    feeds = random_step(canonical, STEPS[step], np.random.default_rng())
+    want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
+    for name in want:
+        assert error(got[name], want[name]) < 1e-5, name
+    found = [got[name] for name in CANDIDATE_OUTPUTS]
+    for ours, theirs in zip(found, candidates(got["logits"], 256), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_quantized_caches_cost_their_rounding(graphs: dict[str, ir.Model], cache: str) -> None:
+    canonical = graphs["decoder"]
+    model = lowered(canonical, *attention("float32", cache), PluginMoE("float32", "", 32, named))
+    kept = [value for value in model.graph.inputs if "_cache." in str(value.name)]
+    shapes = {v.name: v.shape for v in canonical.graph.inputs}
+    assert {value.dtype for value in kept} == {ir.DataType.INT8}
+    assert all(value.shape[3] == shapes[value.name][3] + 4 for value in kept)  # type: ignore[index]
+    feeds = random_step(canonical, MANY, np.random.default_rng())
+    want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds, cache)
+    for name in want:
+        cost = usual_error(*(in_question(name, outputs[name], feeds) for outputs in (got, want)))
+        assert 1e-4 < cost < CACHES[cache], name
 
 
 def hybrid(path: Path, *layers: str) -> ir.Model:
@@ -106,36 +141,32 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 
 @pytest.mark.usefixtures("hybrid_family")
-def test_layers_with_windows_other_rotations_or_none(tmp_path: Path) -> None:
-    canonical = hybrid(tmp_path / "checkpoint", "unturned", "windowed", "windowed sandwich", "parallel")
-    attention = (RectangularSteps(), StaticCache(40), ScatterAttention())
-    model = lowered(canonical, *attention, PluginMoE("float32", "", 32, named))
-    feeds = random_feeds(canonical, DECODER | {"sequence": 20, "capacity": 40}, np.random.default_rng())
+def test_layers_of_every_kind_of_attention(tmp_path: Path) -> None:
+    canonical = hybrid(tmp_path / "checkpoint", "unturned", "local", "windowed sandwich", "parallel")
+    moe = PluginMoE("float32", "", 32, named)
+    model = lowered(canonical, PackProjections(PAGED_ATTENTION), *attention("float32"), moe)
+    assert not [node for node in model.graph if node.op_type in ("Concat", "Split")]  # q, k and v are one product's
+    feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng())
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
         assert error(got[name], want[name]) < 1e-5, name
 
 
 @pytest.mark.usefixtures("hybrid_family")
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        (("wide", "local"), r"TensorRT's attention cannot compute softcap = 4.0 \(allowed: 0\)"),
-        (("wide", "recurrent"), r"a TensorRT plan cannot keep recurrence_state.1 \(supported: caches"),
-    ],
-    ids=["softcap", "recurrence"],
-)
-def test_layer_that_plans_cannot_have_is_refused_by_name(layers: tuple[str, ...], message: str, tmp_path: Path) -> None:
+def test_recurrence_is_refused_by_name(tmp_path: Path) -> None:
+    message = r"a TensorRT engine cannot keep recurrence_state.1 \(supported: caches of keys and values\)"
     with pytest.raises(BuildError, match=message):
-        lowered(hybrid(tmp_path / "checkpoint", *layers), *ATTENTION)
+        lowered(hybrid(tmp_path / "checkpoint", "wide", "recurrent"), *attention("float32"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_vision_equals_the_canonical_one(graphs: dict[str, ir.Model], dtype: str) -> None:
     canonical = graphs["vision"]
     typed = () if dtype == "float32" else (Typed(dtype),)
-    model = lowered(canonical, *typed, SegmentMaskAttention())
-    feeds = random_feeds(canonical, VISION, np.random.default_rng())
+    model = lowered(canonical, *typed, *attention(dtype))
+    assert not {node.op_type for node in model.graph} & {"Equal", "Split"}  # no mask, and rows stay as they are
+    assert {value.dtype for value in model.graph.outputs} == {ir.DataType[dtype.upper().replace("FLOAT32", "FLOAT")]}
+    feeds = random_images(canonical, (4, 8, 12), np.random.default_rng())
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     assert got.keys() == want.keys()
     for name in want:
@@ -143,27 +174,30 @@ def test_vision_equals_the_canonical_one(graphs: dict[str, ir.Model], dtype: str
 
 
 def test_what_later_tokens_left_in_the_cache_is_not_seen(graphs: dict[str, ir.Model]) -> None:
-    model = lowered(graphs["decoder"], *FLOAT16, PluginMoE("float16", "", 32, named))
-    feeds = random_feeds(graphs["decoder"], DECODER, np.random.default_rng())
-    feeds["cache_position"] = np.array([4, 1])
+    moe = PluginMoE("float16", "", 32, named)
+    model = lowered(graphs["decoder"], Typed("float16"), *attention("float16"), moe)
+    feeds = random_step(graphs["decoder"], ((4, 3), (1, 2)), np.random.default_rng())
     want = evaluate(model, feeds)["logits"]
+    pages = feeds["page_table"][:, 0]
     for name in feeds:
         if "_cache." in name:
-            feeds[name][0, :, 7:], feeds[name][1, :, 4:] = 99.0, -99.0
+            feeds[name][pages[0], :, 7:], feeds[name][pages[1], :, 3:], feeds[name][0] = 99.0, -99.0, 9.0
     np.testing.assert_array_equal(evaluate(model, feeds)["logits"], want)
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_only_what_decides_the_routing_stays_float32(graphs: dict[str, ir.Model], exact: bool) -> None:
+def test_only_what_decides_the_routing_and_norms_of_heads_stay_float32(
+    graphs: dict[str, ir.Model], exact: bool
+) -> None:
     canonical, moe = graphs["decoder"], PluginMoE("float16", "", 32, named)
-    model = lowered(canonical, Typed("float16", exact), *ATTENTION, moe)
+    model = lowered(canonical, Typed("float16", exact), *attention("float16"), moe)
     wide = [v for v in model.graph.initializers.values() if v.dtype is ir.DataType.FLOAT and len(v.shape or ())]
-    assert {user.op_type for value in wide for user in value.consumers()} <= {"Gemm", "MoERouter"}
+    assert {user.op_type for value in wide for user in value.consumers()} <= {"Gemm", "MoERouter", "PagedAttention"}
     for node in model.graph:
         if node.op_type == "Gemm":
             routes = any(user.op_type == "MoERouter" for user in node.outputs[0].consumers())
             assert (node.inputs[1].dtype is ir.DataType.FLOAT) == (routes and exact)  # type: ignore[union-attr]
-    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng())
     got, want = evaluate(model, feeds)["logits"], canonical_outputs(canonical, feeds)["logits"]
     assert usual_error(got, want) < TOLERANCE["float16"]
 
@@ -212,9 +246,10 @@ def _check_block(case: Case, weights: str) -> None:
 
 def test_native_moe_equals_the_canonical_one(graphs: dict[str, ir.Model]) -> None:
     canonical = graphs["decoder"]
-    model = lowered(canonical, *FLOAT16, NativeMoE(), PluginMoE("float16", "", 32, named))
+    moe = NativeMoE(), PluginMoE("float16", "", 32, named)
+    model = lowered(canonical, Typed("float16"), *attention("float16"), *moe)
     assert not expert_weights(model)
-    feeds = random_feeds(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng())
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
         ours, theirs = (in_question(name, outputs[name], feeds) for outputs in (got, want))
@@ -241,7 +276,17 @@ def test_ops_are_those_of_the_nodes(graphs: dict[str, ir.Model]) -> None:
         ops.append(op)
         return b"x"
 
-    typed, moe = Typed("bfloat16"), PluginMoE("bfloat16", "int4", 128, program)
-    lowered(graphs["decoder"], typed, *ATTENTION, moe)
-    experts = [op for op in ops if isinstance(op, ExpertsOp)]
-    assert set(experts) == {ExpertsOp(ExpertsSpec(), 8, 2, 32, 24, "bfloat16", "int4", 128)}
+    moe = PluginMoE("bfloat16", "int4", 128, program)
+    lowered(graphs["decoder"], Typed("bfloat16"), PluginPagedAttention("bfloat16", "fp8", program), moe)
+    assert {op for op in ops if isinstance(op, ExpertsOp)} == {
+        ExpertsOp(ExpertsSpec(), 8, 2, 32, 24, "bfloat16", "int4", 128)
+    }
+    (paged,) = {op for op in ops if isinstance(op, PagedAttentionOp)}
+    assert (paged.key_dim, paged.value_dim, paged.dtype, paged.cache, paged.page_size) == (
+        16,
+        16,
+        "bfloat16",
+        "fp8",
+        64,
+    )
+    assert isinstance(paged.spec, AttentionSpec) and not paged.has_sinks

@@ -2,10 +2,10 @@
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -13,8 +13,8 @@ import pytest
 from bench.variants import MODELS
 from moevlm.export.backends.tensorrt import engine_target, target, worker
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
-from moevlm.export.backends.tensorrt.passes import scatter_attention
-from moevlm.export.backends.tensorrt.passes.plugin_moe import DOMAIN, PluginMoE
+from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
+from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.build import add_targets, build
 from moevlm.export.checkpoint.safetensors_file import read_header
@@ -40,11 +40,6 @@ NAME = "rtx:sm86,sm89:bf16"
 KERNELS = "engines/rtx-sm86-sm89-bf16/kernels.json"
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(tiny_checkpoint, tmp_path_factory.mktemp("plans") / "tiny.moevlm", ["rtx:sm89,sm86"])
-
-
 def header(bundle: Bundle, name: str) -> PlanHeader:
     data = bundle.path(name).read_bytes()
     found = plan_header(data[:HEADER_BYTES])
@@ -53,78 +48,83 @@ def header(bundle: Bundle, name: str) -> PlanHeader:
     return found
 
 
-def test_one_plan_is_for_all_gpus_asked_for(bundle: Bundle) -> None:
-    assert [*bundle.manifest.engines] == [NAME]
-    engine = bundle.manifest.engines[NAME]
+def test_one_plan_is_for_all_gpus_asked_for(rtx_bundle: Bundle) -> None:
+    assert [*rtx_bundle.manifest.engines] == [NAME]
+    engine = rtx_bundle.manifest.engines[NAME]
     assert engine.tensorrt is not None
     for plan in (engine.vision, engine.decoder):
-        found = header(bundle, plan)
+        found = header(rtx_bundle, plan)
         assert (found.product, found.sms) == ("tensorrt_rtx", (86, 89))
         assert found.version == engine.tensorrt.version
     assert (engine.dtype, engine.kv_cache, engine.tensorrt.sms) == ("bfloat16", "bfloat16", (86, 89))
-    assert (engine.tensorrt.capacity, engine.tensorrt.max_batch) == (bundle.manifest.model.context, 8)
+    chunk = rtx_bundle.manifest.model.context  # which is shorter than a chunk could be
+    assert (engine.tensorrt.max_sequences, engine.tensorrt.max_tokens) == (64, chunk + 64)
+    assert (engine.page_size, engine.tensorrt.max_patches) == (64, 4096)
 
 
-def test_experts_lie_beside_the_plans_and_belong_to_the_engine(bundle: Bundle) -> None:
-    engine = bundle.manifest.engines[NAME]
+def test_experts_lie_beside_the_plans_and_belong_to_the_engine(rtx_bundle: Bundle) -> None:
+    engine = rtx_bundle.manifest.engines[NAME]
     assert engine.tensorrt is not None
     experts = engine.tensorrt.experts
     assert experts == "experts/bf16.safetensors"
-    assert set(bundle.engine_files(NAME)) == {engine.vision, engine.decoder, experts, KERNELS}
-    tensors = read_header(bundle.path(experts))
+    assert set(rtx_bundle.engine_files(NAME)) == {engine.vision, engine.decoder, experts, KERNELS}
+    tensors = read_header(rtx_bundle.path(experts))
     assert {name: stored.shape for name, stored in tensors.items()} == {
         f"layers.{i}.feed_forward.{name}": shape
         for i in range(2)
         for name, shape in (("gate_up", (8, 48, 32)), ("down", (8, 32, 24)))
     }
-    bundle.verify()
+    rtx_bundle.verify()
 
 
-def test_kernels_are_listed_with_what_they_take(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_listed_with_what_they_take(rtx_bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_Worker", None)  # nothing is compiled again
-    ops = json.loads(bundle.read_bytes(KERNELS))
-    assert [op["op"] for op in ops] == ["MoERouter", "MoEExperts"]
-    assert (ops[1]["attributes"]["hidden"], ops[1]["attributes"]["inner"]) == (32, 24)
+    ops = json.loads(rtx_bundle.read_bytes(KERNELS))
+    assert [op["op"] for op in ops] == ["SegmentAttention", "PagedAttention", "MoERouter", "MoEExperts", "Candidates"]
+    moe = ops[3]
+    assert (moe["attributes"]["hidden"], moe["attributes"]["inner"]) == (32, 24)
     experts = ExpertsOp(ExpertsSpec(), 8, 2, 32, 24)
-    taken = [(kernel["sm"], kernel["registers"], kernel["shared"], kernel["spilled"]) for kernel in ops[1]["kernels"]]
+    taken = [(kernel["sm"], kernel["registers"], kernel["shared"], kernel["spilled"]) for kernel in moe["kernels"]]
     assert taken == [(r.sm, r.registers, r.shared, r.spilled) for r in compiler.resources(experts, (86, 89))]
     named = {(kernel["sm"], kernel["kernel"]) for op in ops for kernel in op["kernels"]}
     assert named >= {(sm, kernel) for sm in (86, 89) for kernel in ("route", "few_gate_up", "grouped_down")}
-    tiles = [kernel["tile"] for kernel in ops[1]["kernels"] if kernel["kernel"] == "grouped_down"]
+    tiles = [kernel["tile"] for kernel in moe["kernels"] if kernel["kernel"] == "grouped_down"]
     assert all(set(tile) == {"BM", "BN", "BK"} for tile in tiles)
     shared, spilled = max(shared for _, _, shared, _ in taken), max(spilled for *_, spilled in taken)
-    (line,) = [line for line in call("inspect", bundle.directory).out.splitlines() if " kernels, " in line]
+    (line,) = [line for line in call("inspect", rtx_bundle.directory).out.splitlines() if " kernels, " in line]
     assert line.startswith(f"{NAME}: {sum(len(op['kernels']) for op in ops)} kernels, up to {bytes_text(shared)} of")
     assert line.endswith("no spills" if not spilled else f"{spilled} bytes a thread")
 
 
-def test_kernels_that_are_no_list_are_named(bundle: Bundle, tmp_path: Path) -> None:
-    copy = copy_bundle(bundle.directory, tmp_path)
+def test_kernels_that_are_no_list_are_named(rtx_bundle: Bundle, tmp_path: Path) -> None:
+    copy = copy_bundle(rtx_bundle.directory, tmp_path)
     (copy / KERNELS).write_text("{}")
     rehash(copy, KERNELS)
     assert_refused(call("inspect", copy), f"{KERNELS}: Expected `array`, got `object`")
 
 
-def test_damaged_experts_are_found(bundle: Bundle) -> None:
-    path = bundle.path("experts/bf16.safetensors")
+def test_damaged_experts_are_found(rtx_bundle: Bundle) -> None:
+    path = rtx_bundle.path("experts/bf16.safetensors")
     data = path.read_bytes()
     try:
         path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         with pytest.raises(BundleError, match=r"experts/bf16.safetensors is damaged"):
-            bundle.verify(bundle.engine_files(NAME))
+            rtx_bundle.verify(rtx_bundle.engine_files(NAME))
     finally:
         path.write_bytes(data)
 
 
-def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, bundle: Bundle) -> None:
-    before = bundle.path("experts/bf16.safetensors").stat().st_ino
-    grown = add_targets(bundle.directory, tiny_checkpoint, ["rtx:sm89"], capacity=256, chunk_tokens=64, max_batch=2)
+def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, rtx_bundle: Bundle) -> None:
+    before = rtx_bundle.path("experts/bf16.safetensors").stat().st_ino
+    grown = add_targets(
+        rtx_bundle.directory, tiny_checkpoint, ["rtx:sm89"], chunk_tokens=64, max_sequences=2, kv_cache="int8"
+    )
     assert {NAME, "rtx:sm89:bf16"} == {*grown.manifest.engines}
     assert grown.path("experts/bf16.safetensors").stat().st_ino == before
     added = grown.manifest.engines["rtx:sm89:bf16"]
     assert header(grown, added.decoder).sms == (89,)
     assert added.tensorrt is not None
-    assert (added.tensorrt.capacity, added.tensorrt.max_batch, added.tensorrt.max_visual) == (256, 2, 128)
+    assert (added.tensorrt.max_tokens, added.tensorrt.max_sequences, added.kv_cache) == (66, 2, "int8")
     assert [name for name in grown.manifest.files if name.startswith("experts/")] == ["experts/bf16.safetensors"]
 
 
@@ -189,13 +189,17 @@ def test_block_of_every_router_builds_with_its_plugins(name: str, tmp_path: Path
 def test_nothing_is_left_where_tensorrt_refuses_a_graph(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def strict(o: Any, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value) -> ir.Value:
-        return o.op("Attention", q, k, v, mask, scale=1.0)
-
-    monkeypatch.setattr(scatter_attention._Ops, "attention", strict)  # no kernel has the 8 dimensions of its heads
-    with pytest.raises(BuildError, match=r"^TensorRT-RTX [\d.]+ refused vision.onnx: .*not supported by a dedicated"):
+    monkeypatch.setattr(engine_target._Programs, "of", lambda *_: b"no program")
+    message = r"^TensorRT-RTX [\d.]+ refused vision.onnx: SegmentAttention: .*program"
+    with pytest.raises(BuildError, match=message):
         build(tiny_checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"])
     assert not list(tmp_path.iterdir())
+
+
+def test_size_that_no_kernel_takes_is_refused_by_name(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
+    checkpoint = save_checkpoint(vision={"hidden_size": 600, "num_heads": 2})
+    with pytest.raises(BuildError, match=r"^rtx:sm89:bf16 cannot run this model: head_dim = 300 \(allowed: an even"):
+        build(checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"])
 
 
 def test_nothing_is_left_where_float16_cannot_hold_a_weight(
@@ -212,18 +216,15 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TensorRT is a fake, everything in front of it real."""
-    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
+    monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1"))
     monkeypatch.setattr(target, "current_sm", lambda: 100)
     decoders = []
 
     def in_this_process(job: Job, progress: Callable[[int, int], None]) -> object:
         if "decoder" in job.onnx:
             decoders.append(ir.load(job.onnx))
-            return build_plan(job, progress)
-        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1"))
-        built = build_plan(job, progress)
-        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=2))
-        return built
+        monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1", plugin_layers=job.plugin_layers))
+        return build_plan(job, progress)
 
     monkeypatch.setattr(engine_target.worker, "run", in_this_process)
     options = {"native_moe": True, "version_compatible": True}
@@ -232,4 +233,5 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
     assert metadata is not None
     assert (metadata.product, metadata.version, metadata.sms, metadata.experts) == ("tensorrt", "11.4.0.1", (100,), "")
     assert metadata.version_compatible
-    assert [node.op_type for node in decoders[0].graph].count("TRT_MoE") == 2
+    kinds = Counter(node.op_type for node in decoders[0].graph)
+    assert (kinds["TRT_MoE"], kinds["PagedAttention"], kinds["MoERouter"], kinds["Candidates"]) == (2, 2, 2, 1)

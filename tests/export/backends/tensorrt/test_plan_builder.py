@@ -12,7 +12,7 @@ from moevlm.export.backends.tensorrt import target, worker
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
-from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_patches, vision_profiles
+from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, max_pages, max_patches, vision_profiles
 from moevlm.export.backends.tensorrt.target import targets as plan_targets
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
@@ -166,31 +166,46 @@ def model(**shapes: list[int | str]) -> ir.Model:
     return ir.Model(ir.Graph(inputs, [], nodes=[], name="g"), ir_version=11)
 
 
-def test_profiles_cover_prefill_and_decode() -> None:
+def test_profiles_cover_any_step_and_decode() -> None:
     decoder = model(
-        input_ids=["batch", "sequence"],
-        visual=["visual", 64],
+        input_ids=["tokens"],
+        visual_embeds=["visual", 64],
+        query_start=["starts"],
+        page_table=["sequences", "table"],
         logits_index=["logits"],
         weight=[4, 8],
-        key=["batch", 2, 9],
+        key_cache=["pages", 2, 64, 9],
+        value_cache=["pages", 4, 64, 16],
     )
-    prefill, decode = decoder_profiles(decoder, Options(max_batch=4, chunk_tokens=128))
-    assert prefill == {
-        "input_ids": ((1, 1), (1, 128), (4, 128)),
-        "visual": ((1, 64), (128, 64), (512, 64)),
+    options = Options(max_sequences=4, chunk_tokens=128)
+    any_step, decode = decoder_profiles(decoder, options, columns=7)
+    pages = max_pages(decoder)
+    assert pages * 4 * 64 * 16 < 2**31 <= (pages + 1) * 4 * 64 * 16
+    assert any_step == {
+        "input_ids": ((1,), (128,), (132,)),
+        "visual_embeds": ((1, 64), (128, 64), (132, 64)),
+        "query_start": ((2,), (2,), (5,)),
+        "page_table": ((1, 1), (1, 7), (4, 7)),
         "logits_index": ((1,), (1,), (64,)),
-        "key": ((1, 2, 9), (1, 2, 9), (4, 2, 9)),
+        "key_cache": ((2, 2, 64, 9), (1024, 2, 64, 9), (pages, 2, 64, 9)),
+        "value_cache": ((2, 4, 64, 16), (1024, 4, 64, 16), (pages, 4, 64, 16)),
     }
-    assert decode["input_ids"] == ((1, 1), (1, 1), (4, 1))
-    assert decode["logits_index"] == ((1,), (1,), (4,))
+    ones = ("input_ids", "logits_index", "visual_embeds")
+    assert decode == any_step | {name: tuple((n, *any_step[name][0][1:]) for n in (1, 1, 4)) for name in ones}
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
 def test_vision_takes_whole_visual_tokens(merge: int) -> None:
-    ((name, ranges),) = vision_profiles(model(pixel_patches=["patches", 24]), merge)[0].items()
+    patches = max_patches(merge, 10_001)
+    ((name, ranges),) = vision_profiles(model(pixel_patches=["patches", 24]), merge, patches)[0].items()
     assert name == "pixel_patches"
-    assert all(patches % merge**2 == 0 and width == 24 for patches, width in ranges)
-    assert ranges[2][0] == max_patches(merge)
+    assert all(count % merge**2 == 0 and width == 24 for count, width in ranges)
+    assert ranges[2][0] == patches == 10_001 // merge**2 * merge**2
+
+
+@pytest.mark.parametrize(("image", "patches"), [(None, 65536), (100, 4096), (16384, 16384), (10**9, 65536)])
+def test_vision_takes_the_largest_image_of_the_checkpoint(image: int | None, patches: int) -> None:
+    assert max_patches(2, image) == patches
 
 
 def test_rtx_plans_are_for_several_gpus_and_tensorrt_s_for_the_one_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +263,9 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
         ({"dtype": "fp32"}, r"dtype fp32 \(supported: bf16, fp16\)"),
         ({"experts": "int2"}, r"experts int2 \(supported: same, int8, int4, fp8\)"),
         ({"group_size": 64}, r"group size 64 \(supported: 32, 128\)"),
-        ({"max_batch": 0}, r"max batch 0 \(allowed: 1 or more\)"),
-        ({"capacity": 100}, r"capacity 100 \(allowed: the 512 tokens of a chunk, or more\)"),
+        ({"max_sequences": 0}, r"max sequences 0 \(allowed: 1 or more\)"),
+        ({"chunk_tokens": -1}, r"chunk tokens -1 \(allowed: 1 or more\)"),
+        ({"kv_cache": "float32"}, r"kv cache float32 \(supported: same, int8, fp8\)"),
     ],
 )
 def test_option_that_there_is_not_is_refused_by_name(options: dict, message: str) -> None:

@@ -1,0 +1,44 @@
+"""Nodes that TensorRT hands to this package's plugins: each carries the GPU program of its op."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from moevlm.export.passes.base import NodePass, substitute
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.runtime.core.dtypes import DTYPES
+
+DOMAIN = "moevlm.tensorrt"  # has no function bodies: TensorRT finds its plugins from any domain
+Programs = Callable[[KernelOp], bytes]  # of an op that is compiled, see `plugins.gpu.program`
+
+
+def plugin_node(op: KernelOp, inputs: Sequence[ir.Value], programs: Programs, name: str | None = None) -> ir.Node:
+    """A node of the op. inputs: as many as the op has, in its order."""
+    assert len(inputs) == len(op.inputs)
+    node = ir.node(op.name, inputs, domain=DOMAIN, num_outputs=len(op.outputs), name=name, version=1)
+    # Bytes in the place of text: TensorRT's parser hands a string over as it is, NUL bytes too.
+    node.attributes["program"] = ir.AttrString("program", programs(op))  # type: ignore[arg-type]
+    for value, tensor in zip(node.outputs, op.outputs, strict=True):
+        value.type = ir.TensorType(ir.DataType(DTYPES[tensor.dtype].onnx))
+    return node
+
+
+class PluginPass(NodePass):
+    """moevlm nodes -> plugin nodes, one for one."""
+
+    domain = DOMAIN
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+
+    @abstractmethod
+    def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
+        """The op that a node is, and its inputs; nodes that the inputs need are put in front of `node`."""
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        op, inputs = self.described(graph, node)
+        new = plugin_node(op, inputs, self.programs, node.name)
+        for old, made in zip(node.outputs, new.outputs, strict=True):
+            made.shape = old.shape
+        substitute(graph, node, new)

@@ -1,0 +1,119 @@
+"""Attention as TensorRT plugins: over pages of keys and values, and among the patches of an image."""
+
+from collections.abc import Iterator, Sequence
+
+import onnx_ir as ir
+
+from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs
+from moevlm.export.graph.builder import Builder, width
+from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches, inputs_of
+from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
+from moevlm.export.passes.base import left
+from moevlm.export.passes.pack_projections import whole
+from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
+from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
+from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.states import PAGE_SIZE, SCALE_BYTES
+
+
+class PluginPagedAttention(PluginPass):
+    """moevlm::PagedAttention -> a plugin on rows of q, k and v side by side, which writes into the caches it is given.
+
+    Caches are inputs of the graph and no outputs: [pages, kv_heads, 64, D] in the dtype of activations, or int8 with
+    room for a float32 scale of each token and head, D + 4, where they are quantized.
+    """
+
+    def __init__(self, dtype: str, cache: str, programs: Programs) -> None:
+        """dtype: of activations. cache: "", or "int8" or "fp8" for quantized caches, as in PagedAttentionOp."""
+        super().__init__(programs)
+        self.dtype, self.cache = dtype, cache
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Gains of norms, sinks and rotary tables are float32."""
+        for node in filter(self.matches, model.graph):
+            yield from _rounded([*node.inputs[3:5], *node.inputs[10:]])
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::PagedAttention is left, and no cache is an output."""
+        yield from left(model, "PagedAttention", self.matches)
+        for value in model.graph.outputs:
+            if "_cache_out." in str(value.name):
+                yield f"{value.name} is an output"
+
+    def apply(self, model: ir.Model) -> int:
+        """Raises BuildError for a state that is no cache of keys and values."""
+        for value in model.graph.inputs:
+            if value.shape and str(value.shape[0]) == "rows":
+                raise BuildError(f"a TensorRT engine cannot keep {value.name} (supported: caches of keys and values)")
+        return super().apply(model)
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, PAGED_ATTENTION)
+
+    def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
+        spec, given = node_spec(node), inputs_of(node)
+        op = PagedAttentionOp(
+            spec,
+            width(given.key_cache),
+            spec.value_dim if spec.value_in_key else width(given.value_cache),
+            self.dtype,
+            self.cache,
+            PAGE_SIZE,
+            has_norms=given.q_norm is not None,
+            has_sinks=given.sinks is not None,
+        )
+        for cache in (given.key_cache, given.value_cache):
+            if cache is None or cache.shape is None:
+                continue
+            pages, heads, _, _ = cache.shape
+            cache.shape = ir.Shape([pages, heads, PAGE_SIZE, width(cache) + (SCALE_BYTES if self.cache else 0)])
+            if self.cache:
+                cache.type = ir.TensorType(ir.DataType.INT8)
+        qkv = _side_by_side(graph, node, [value for value in given[:3] if value is not None])
+        return op, [qkv, *(value for value in node.inputs[3:] if value is not None)]
+
+    def replace(self, graph: ir.Graph, node: ir.Node) -> None:
+        for _, written in caches(node):
+            graph.outputs.remove(written)
+        node.resize_outputs(1)
+        super().replace(graph, node)
+
+
+class PluginSegmentAttention(PluginPass):
+    """moevlm::SegmentAttention -> a plugin on rows of q, k and v side by side; it needs no mask."""
+
+    def __init__(self, dtype: str, programs: Programs) -> None:
+        """dtype: of activations."""
+        super().__init__(programs)
+        self.dtype = dtype
+
+    def requires(self, model: ir.Model) -> Iterator[str]:
+        """Rotary tables are float32."""
+        for node in filter(self.matches, model.graph):
+            yield from _rounded(node.inputs[3:5])
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::SegmentAttention is left."""
+        yield from left(model, "SegmentAttention", self.matches)
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, SEGMENT_ATTENTION)
+
+    def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
+        values = [value for value in node.inputs if value is not None]
+        heads = node_spec(node).heads
+        op = SegmentAttentionOp(heads, width(values[0]) // heads, self.dtype)
+        return op, [_side_by_side(graph, node, values[:3]), *values[3:]]
+
+
+def _side_by_side(graph: ir.Graph, node: ir.Node, parts: list[ir.Value]) -> ir.Value:
+    """Rows of the parts, for `node`: what they were split from, or else joined."""
+    return whole(*parts) or Builder(graph, node, "attention").op("Concat", *parts, axis=1)
+
+
+def _rounded(values: Sequence[ir.Value | None]) -> Iterator[str]:
+    for value in values:
+        if value is not None and value.dtype not in (None, ir.DataType.FLOAT):
+            yield f"{value.name} is {value.dtype}"
