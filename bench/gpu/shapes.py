@@ -26,8 +26,11 @@ class Layer:
     def router_op(self) -> RouterOp:
         return RouterOp(self.router, self.experts, self.has_bias)
 
-    def experts_op(self, dtype: str = "bfloat16", weights: str = "", group_size: int = 32) -> ExpertsOp:
-        """The experts with activations in dtype and weights as ExpertsOp names them."""
+    def experts_op(self, dtype: str = "bfloat16", weights: str = "", group_size: int = 0) -> ExpertsOp:
+        """The experts with activations in dtype and weights as ExpertsOp names them.
+
+        group_size: 0 for 32, and for 128 in fp8, of which alone activations are multiplied in e4m3, too.
+        """
         return ExpertsOp(
             spec=ExpertsSpec(activation=self.activation),
             experts=self.experts,
@@ -36,7 +39,7 @@ class Layer:
             inner=self.inner,
             dtype=dtype,
             weights=weights,
-            group_size=group_size,
+            group_size=group_size or (128 if weights == "fp8" else 32),
         )
 
 

@@ -19,16 +19,18 @@ from bench.gpu.shapes import LAYERS, Layer, tensor_bytes
 from bench.gpu.timing import median_seconds
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.compiler import compile_drafts
+from moevlm.plugins.gpu.draft import ADA
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.program import Program
 
-BITS = {"16": "", "8": "int8", "4": "int4"}
+BITS = {"16": "", "8": "int8", "4": "int4", "fp8": "fp8"}
 FEW = [[16, *rest] for rest in product((16, 32, 64), (64, 128, 256), (4, 8), (3, 4, 6))]
 # Rows of an expert -> rows of a tile that are worth trying.
 GROUPED = {4: (16,), 16: (16, 32), 64: (32, 64), 256: (64, 128)}
 MANY = list(product((32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)))
 # Programs that stay, of GPUs with tensor maps: one to a multiprocessor. They are worth trying from so many rows on.
 PROGRAMS, PERSISTENT_ROWS = {"90": 132, "100": 148}, 64
+E4M3 = list(product((128, 256), (128,), (4, 8), (2, 3, 4)))  # with activations in e4m3
 REPLAYS = 5
 Tile = list[int]
 Entry = dict[str, Any]
@@ -40,6 +42,8 @@ def run(sm: int) -> Iterator[Entry]:
     family = tiles.FAMILIES[sm]
     table = dict(tiles.table()[family])  # float32 is not tuned
     for bits, weights in BITS.items():
+        if bits == "fp8" and sm < ADA:
+            continue
         tuner = _Tuner(sm, weights, tiles.table()[family][bits])
         chosen: dict[str, Any] = {}
         for name in ("single", "few"):
@@ -48,12 +52,10 @@ def run(sm: int) -> Iterator[Entry]:
             chosen[name].pop("log_seconds")
         chosen["grouped"] = []
         for rows, heights in GROUPED.items():
-            programs = [0]
-            if bits == "16" and family in PROGRAMS and rows >= PERSISTENT_ROWS:
-                programs.append(PROGRAMS[family])
             options = [
-                tuner.best_of_rows(rows, [[height, *rest] for rest in MANY], number)
-                for height, number in product(heights, programs)
+                tuner.best_of_rows(rows, [[height, *rest] for rest in others], fields)
+                for height in heights
+                for fields, others in _kinds(family, bits, rows)
             ]
             best = min(options, key=lambda option: option["log_seconds"])
             # A tile is chosen for up to the middle, on a logarithmic scale, between its own rows and the next.
@@ -62,6 +64,15 @@ def run(sm: int) -> Iterator[Entry]:
             chosen["grouped"].append({"rows": 2 * rows if rows != max(GROUPED) else None, **best})
         table[bits] = chosen
     yield {"kind": "tiles", "family": family, "table": table}
+
+
+def _kinds(family: str, bits: str, rows: int) -> Iterator[tuple[Entry, Sequence[tuple[int, ...]]]]:
+    """The kinds of grouped products to try: fields of their entry in tiles.json, and tiles but for their heights."""
+    yield {}, MANY
+    if bits == "16" and family in PROGRAMS and rows >= PERSISTENT_ROWS:
+        yield {"programs": PROGRAMS[family]}, MANY
+    if bits == "fp8":
+        yield {"activations": "fp8"}, E4M3
 
 
 class _Tuner:
@@ -76,12 +87,11 @@ class _Tuner:
             if needed <= torch.cuda.mem_get_info()[0]:
                 self.ops.append((layer, op))
 
-    def best_of_rows(self, rows: int, candidates: Sequence[Tile], programs: int) -> Entry:
-        """For grouped products with so many rows to an expert. programs: see `tiles.Range`."""
-        staying = {"programs": programs} if programs else {}
-        first = {"rows": None, "gate_up": list(candidates[0]), "down": list(candidates[0]), **staying}
+    def best_of_rows(self, rows: int, candidates: Sequence[Tile], fields: Entry) -> Entry:
+        """For grouped products with so many rows to an expert. fields: more of the entry, as `_kinds` gives it."""
+        first = {"rows": None, "gate_up": list(candidates[0]), "down": list(candidates[0]), **fields}
         self.entry["grouped"] = [first]
-        return self.best(first, rows, candidates, per_expert=True) | staying
+        return self.best(first, rows, candidates, per_expert=True) | fields
 
     def best(self, used: Entry, amount: int, candidates: Sequence[Tile], per_expert: bool = False) -> Entry:
         """The best gate_up and down. amount: tokens, or rows of an expert.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moevlm.plugins.gpu.program import LARGEST_SIZES, Tensor, Variant
 
 MAX_TOKENS = LARGEST_SIZES["T"]  # that programs have room for
+ADA = 89  # the first SM that multiplies e4m3
 HOPPER = 90  # the first that has launches that overlap, and tensor maps
 
 

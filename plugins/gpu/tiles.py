@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moevlm.plugins.gpu.draft import ADA
+
 if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
@@ -77,7 +79,7 @@ def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     Raises ValueError for an sm that is not known.
     """
     stored = "32" if op.dtype == "float32" else str(op.weight_bits)
-    if stored == "8" and op.weights == "fp8" and op.group_size == 128 and sm >= 89:
+    if stored == "8" and op.weights == "fp8" and op.group_size == 128 and sm >= ADA:
         stored = "fp8"
     entry = _family(sm)[stored]
     ranges = [_range(1, entry["single"]), _range(FEW_TOKENS, entry["few"])]

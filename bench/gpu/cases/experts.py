@@ -1,6 +1,7 @@
 """Experts."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from bench import variants
 from bench.gpu.cases.base import ALLOWED, Case, worst
 from moevlm.export.formats.base import rounded
+from moevlm.export.formats.float8 import Float8Format
 from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
+from moevlm.plugins.gpu.program import Launch, chosen
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec
@@ -27,13 +30,14 @@ SKEWED_FROM = 9  # tokens that are all sent to the same experts, too
 
 @dataclass(frozen=True)
 class ExpertsCall:
-    """skewed: every token goes to the same experts."""
+    """skewed: every token goes to the same experts. quantized: the kernels multiply activations in e4m3."""
 
     tokens: int
     skewed: bool = False
+    quantized: bool = False
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens{', skewed' if self.skewed else ''}"
+        return f"{self.tokens} tokens{', skewed' if self.skewed else ''}{', in e4m3' if self.quantized else ''}"
 
 
 class ExpertsCases:
@@ -67,7 +71,11 @@ class ExpertsCases:
         """The last variant has tokens beyond the others' limits."""
         limits = [variant.max_tokens for variant in draft.variants][:-1]
         counts = sorted({1, 5, *limits, *(limit + 1 for limit in limits), max([0, *limits]) + BEYOND})
-        return [ExpertsCall(n, skewed) for n in counts for skewed in ((False, True) if n >= SKEWED_FROM else (False,))]
+        return [
+            ExpertsCall(n, skewed, _quantizes(draft, n))
+            for n in counts
+            for skewed in ((False, True) if n >= SKEWED_FROM else (False,))
+        ]
 
     def case(self, op: ExpertsOp, call: ExpertsCall, seed: int) -> Case:
         logits = variants.router_inputs(call.tokens, False, op.experts, seed)["logits"]
@@ -88,6 +96,19 @@ class ExpertsCases:
                 meant[name] = unpack(stored, scales, form, array.shape[-1])
             else:
                 arrays[name] = meant[name] = rounded(array, op.dtype)
-        y = reference_experts(x.astype(np.float64), index, weight, spec=op.spec, **meant)
+        held = partial(in_e4m3, group=op.group_size) if call.quantized else np.asarray
+        y = reference_experts(held(x.astype(np.float64)), index, weight, spec=op.spec, between=held, **meant)
         inputs = [torch.from_numpy(arrays[t.name]).to(getattr(torch, t.dtype)) for t in op.inputs]
         return Case(inputs, lambda found: worst(found, [y]))
+
+
+def _quantizes(draft: Draft, tokens: int) -> bool:
+    """Whether activations are quantized for so many tokens."""
+    steps = (step for step in chosen(draft.variants, {"T": tokens}).steps if isinstance(step, Launch))
+    return any(draft.kernels[step.kernel].function == "quantize_rows" for step in steps)
+
+
+def in_e4m3(rows: np.ndarray, group: int) -> np.ndarray:
+    """rows [R, K] as e4m3 with a scale for each group of columns holds them, float64."""
+    form = Float8Format(group)
+    return form.decode(*form.encode(rows))[:, : rows.shape[1]].astype(np.float64)

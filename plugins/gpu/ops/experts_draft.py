@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.draft import ADA, HOPPER, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.ops.layout import Given, Layout
 from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, Variant, fixed, per_token
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
@@ -220,7 +220,7 @@ class ExpertsDraft:
     def _product(self, projection: str, tile: Tile) -> dict[str, Hashable]:
         """What the kernel of one product is specialised to."""
         stored = self.op.projections[projection]
-        weight = replace(stored, native_fp8=stored.format == "fp8" and self.sm >= 89)
+        weight = replace(stored, native_fp8=stored.format == "fp8" and self.sm >= ADA)
         return {"W": weight, "TILE": tile, "INTERPRETED": False}
 
     def _launch(

@@ -1,10 +1,14 @@
 """Products of e4m3 by e4m3, interpreted, against the numpy spec on activations quantized as the kernels state it."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 
+from bench.gpu.cases.experts import ExpertsCall, ExpertsCases, in_e4m3
 from bench.variants import BLOCKS
-from moevlm.export.formats.float8 import VALUES, Float8Format, _codes
+from moevlm.export.formats.float8 import VALUES, _codes
 from moevlm.export.formats.gpu_packing import unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
@@ -30,12 +34,6 @@ def functions(draft: Draft, tokens: int) -> list[str]:
     return [draft.kernels[step.kernel].function for step in steps if isinstance(step, Launch)]
 
 
-def quantized(rows: np.ndarray) -> np.ndarray:
-    """rows [R, K] as e4m3 with a scale per row and group holds them."""
-    form = Float8Format(GROUP)
-    return form.decode(*form.encode(rows))[:, : rows.shape[1]].astype(np.float64)
-
-
 def expected(op: ExpertsOp, inputs: dict[str, np.ndarray], activations: bool = True) -> np.ndarray:
     form = weight_format("fp8", GROUP, op.dtype)
     weights = {
@@ -43,7 +41,7 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray], activations: bool = T
         for name, weight in op.projections.items()
     }
     weights |= {name: inputs[name].astype(np.float64) for name in inputs if name.endswith("_bias")}
-    through = quantized if activations else lambda rows: rows
+    through = partial(in_e4m3, group=GROUP) if activations else np.asarray
     routing = inputs["expert_index"], inputs["expert_weight"]
     return reference_experts(
         through(inputs["x"].astype(np.float64)), *routing, spec=op.spec, between=through, **weights
@@ -93,6 +91,21 @@ def test_an_index_of_any_content_reads_and_writes_nothing_out_of_bounds(triton_i
         triton_interpreter.run(op.draft(90), inputs | {"expert_index": index})[0] for index in (wrong, wrong.clip(0, 1))
     ]
     np.testing.assert_array_equal(*outputs)
+
+
+def test_the_gpu_check_expects_quantized_activations_where_the_kernels_have_them(
+    triton_interpreter: Interpreter,
+) -> None:
+    op, cases = fp8_op(ExpertsSpec()), ExpertsCases()
+    draft = op.draft(90)
+    assert not any(call.quantized for call in cases.calls(op, op.draft(80)))
+    assert all(call.quantized == (call.tokens > 48) for call in cases.calls(op, draft))
+    call = ExpertsCall(60, quantized=True)
+    case = cases.case(op, call, seed=3)
+    inputs = {tensor.name: given.float().numpy() for tensor, given in zip(op.inputs, case.inputs, strict=True)}
+    found = triton_interpreter.run(draft, inputs)
+    assert case.deviation(found) < cases.allowed(op)
+    assert cases.case(op, replace(call, quantized=False), seed=3).deviation(found) > 5 * cases.allowed(op)
 
 
 def test_few_tokens_older_gpus_and_other_groups_keep_their_activations() -> None:
