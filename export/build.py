@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,15 +18,17 @@ from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.request_files import image_patches, request_files
+from moevlm.export.config import ModelConfig
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest
+from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
 from moevlm.runtime.core.progress import Stages, silent
 
+Planned = Callable[[ModelMetadata, Mapping[str, EngineMetadata]], None]
 _TOOLS = ("moevlm", "torch", "onnx", "onnx-ir")
 
 
@@ -40,6 +42,7 @@ def build(
     replace: bool = False,
     progress: Stages = silent,
     note: Callable[[str], None] = silent,
+    planned: Planned = silent,
     **options: Any,
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
@@ -47,6 +50,7 @@ def build(
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
     config.json to be left out of account, though what they mean is not known. replace: whether a bundle at the
     destination may be replaced. note: called with each thing that the user should know of the checkpoint, in a line.
+    planned: called before anything is built with what the manifest will say of the model and of engines on GPUs.
     options: of the backends, by the names of their fields: `backends.ort.options.Options` and so on.
     Memory stays at a few tensors, whatever the checkpoint's size. Raises CheckpointError, UnsupportedModelError or
     BuildError, and leaves nothing behind then.
@@ -70,11 +74,12 @@ def build(
             note(text)
         for path, data in carried.files.items():
             writer.add_bytes(path, data)
+        patches = image_patches(source.directory, metadata)
+        _plan(chosen, model.config, metadata, patches, planned)
         graphs = _trace(model, progress)
         if REFERENCE not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], REFERENCE.path(name))
-        patches = image_patches(source.directory, metadata)
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
         progress("hashing the checkpoint", 0, 0)
         source.verify()
@@ -99,12 +104,13 @@ def add_targets(
     target_names: Iterable[str],
     *,
     progress: Stages = silent,
+    planned: Planned = silent,
     **options: Any,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
-    Another process that changes the bundle is waited for. Raises CheckpointError if the checkpoint is another one, and
-    what `build` raises.
+    planned: as in `build`. Another process that changes the bundle is waited for. Raises CheckpointError if the
+    checkpoint is another one, and what `build` raises.
     """
     chosen = targets(target_names, options)
     if not chosen:
@@ -119,11 +125,12 @@ def add_targets(
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
         for target in chosen:
             target.sizes.require(model.config, target.name)
+        patches = image_patches(source.directory, existing.manifest.model)
+        _plan(chosen, model.config, existing.manifest.model, patches, planned)
         graphs = _trace(model, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
-        patches = image_patches(source.directory, existing.manifest.model)
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches, existing))
         writer.keep(existing)
         names = {target.name for target in chosen}
@@ -134,6 +141,14 @@ def add_targets(
             parity={name: result for name, result in existing.manifest.parity.items() if name not in names},
         )
         return Bundle.open(writer.commit(manifest))
+
+
+def _plan(
+    chosen: Iterable[Target], config: ModelConfig, model: ModelMetadata, patches: int | None, planned: Planned
+) -> None:
+    engines = {target.name: target.planned(config, patches) for target in chosen}
+    if found := {name: engine for name, engine in engines.items() if engine is not None}:
+        planned(model, found)
 
 
 def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str, EngineMetadata]:

@@ -1,6 +1,7 @@
 """`moevlm build` and `moevlm parity`."""
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from moevlm.export.backends.registry import all_options
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.cli.console import console, progress_bar, publish
+from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.gpus import gpu_text
+from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.perf.memory import memory_report
 
 _LAYOUT = click.option(
     "--expert-layout",
@@ -100,7 +104,8 @@ def build(
         progress = stack.enter_context(progress_bar())
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "note": notes.append}
+            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config}
+            reading |= {"note": notes.append, "planned": _say_memory}
             built = build_bundle(origin, bundle, names, replace=force, progress=progress, **reading, **given)
         elif checkpoint is not None and output is None:
             for option, said in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
@@ -109,7 +114,7 @@ def build(
             if force:
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
-            built = add_targets(bundle, origin, names, progress=progress, **given)
+            built = add_targets(bundle, origin, names, progress=progress, planned=_say_memory, **given)
         elif checkpoint is None:
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
@@ -121,6 +126,13 @@ def build(
             f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
         )
     console().print(_next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}"))
+
+
+def _say_memory(model: ModelMetadata, engines: Mapping[str, EngineMetadata]) -> None:
+    """Before what may take hours."""
+    for name, engine in engines.items():
+        if (report := memory_report(model, engine)) is not None:
+            console(stderr=True).print(memory_text(name, report, model))
 
 
 def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:

@@ -155,6 +155,7 @@ IMPORTS: dict[str, set[str]] = {
     "export": {
         "runtime.core",
         "runtime.bundle",
+        "runtime.perf",
         "runtime.cli",
         "export.passes",
         "export.backends",

@@ -104,12 +104,30 @@ GOLDEN = {
         "engines[].sparsity": "string",
         "engines[].problems": "array of string",
         "engines[].tensorrt": "object or null",
+        "engines[].memory": "object or null",
+        **{
+            f"engines[].memory.{field}": "integer"
+            for field in ("dense", "experts", "vision", "workspace", "driver", "page", "page_tokens")
+        },
+        "engines[].memory.gpus": "array of object",
+        "engines[].memory.gpus[].gpu": "string",
+        "engines[].memory.gpus[].fits": "boolean",
+        **{f"engines[].memory.gpus[].{field}": "integer" for field in ("memory", "host_layers", "tokens", "sequences")},
+        **{f"engines[].memory.gpus[].{field}": "number" for field in ("decode", "decode_together")},
         "engines[].kernels": "object or null",
         **{f"engines[].kernels.{field}": "integer" for field in ("count", "registers", "shared", "spilled")},
         **{f"engines[].tensorrt.{field}": "string" for field in ("product", "version", "activations", "experts")},
         **{
             f"engines[].tensorrt.{field}": "integer"
-            for field in ("max_sequences", "max_tokens", "max_logits", "max_visual", "max_patches", "max_pages")
+            for field in (
+                "max_sequences",
+                "max_tokens",
+                "max_logits",
+                "max_visual",
+                "max_patches",
+                "max_pages",
+                "workspace",
+            )
         },
         "engines[].tensorrt.sms": "array of integer",
         "engines[].tensorrt.version_compatible": "boolean",

@@ -68,8 +68,7 @@ def tensor_bytes(tensor: Tensor, tokens: int) -> int:
 
 def weight_bytes(op: ExpertsOp, active: int) -> int:
     """Bytes of the weights, scales and biases of so many experts, each read once."""
-    weights = [tensor for tensor in op.inputs if tensor.name.startswith(("gate_up", "down"))]
-    return sum(tensor_bytes(tensor, 0) for tensor in weights) // op.experts * active
+    return op.weight_bytes // op.experts * active
 
 
 def operations(op: ExpertsOp, tokens: int) -> int:

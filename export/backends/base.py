@@ -42,6 +42,13 @@ class Target(Protocol):
     @property
     def sizes(self) -> Sizes: ...
 
+    def planned(self, config: ModelConfig, image_patches: int | None) -> EngineMetadata | None:
+        """What the manifest will say, as far as that is known before a build; None where no memory has to be planned.
+
+        image_patches: as in BuildContext.
+        """
+        ...
+
     def write(self, build: BuildContext) -> EngineMetadata:
         """Add its files to the bundle; what the manifest says of them. Raises BuildError."""
         ...

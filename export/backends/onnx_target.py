@@ -67,6 +67,9 @@ class OnnxTarget:
             cost=cost,
         )
 
+    def planned(self, config: ModelConfig, image_patches: int | None) -> None:
+        """As `Target.planned`: the host's memory grows with what is used."""
+
     def write(self, build: BuildContext) -> EngineMetadata:
         """As `Target.write`."""
         lowered = {name: self.lower(build.canonical[name], name) for name in GRAPHS}

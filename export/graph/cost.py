@@ -30,6 +30,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], mer
         vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
         patch_macs=_patch_macs(canonical["vision"], merge_size**2),
         patch_pair_macs=_patch_pair_macs(canonical["vision"]),
+        lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
     )
 
 
@@ -49,6 +50,13 @@ def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
         else:
             totals["head" if _makes_logits(node) else "dense"] += size
     return totals
+
+
+def _lookup_bytes(model: ir.Model) -> int:
+    """Of tables, scales of their rows included; one that several nodes look up once."""
+    nodes = [node for node in model.graph if node.op_type in _LOOKUPS]
+    tables = dict.fromkeys(value for node in nodes for value in node.inputs if value is not None)
+    return sum(_bytes(value) for value in tables if value.is_initializer() and len(value.shape or ()) > 1)
 
 
 def _is_weight(value: ir.Value, sparse: bool) -> bool:

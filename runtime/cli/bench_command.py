@@ -123,7 +123,10 @@ def latency(
                 if plot is not None:
                     raise
                 notes.append(f"note: no limits beside the times: {error}")
-        if on_gpu:
+        if on_gpu and experts_in != DEVICE:
+            why = "the link to the host's memory, over which it reads experts, is not measured"
+            notes.append(f"note: no limits beside the times of {', '.join(on_gpu)}: {why}")
+        elif on_gpu:
             progress("measuring this GPU", 0, 0)
             try:
                 gpu = measure_gpu()

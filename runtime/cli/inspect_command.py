@@ -85,6 +85,7 @@ def _attention(model: ModelMetadata) -> str:
 
 def _metadata(bundle: Bundle, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import table
+    from moevlm.runtime.cli.memory_text import memory_text
     from moevlm.runtime.core.printable import bytes_text
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
     from moevlm.runtime.request.sampling import SamplingParams
@@ -121,7 +122,8 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     ]
     heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
     text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
-    return text + _tables(bundle)
+    memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
+    return "\n\n".join((text + _tables(bundle), *memory))
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:

@@ -10,6 +10,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.reports import Report
 from moevlm.runtime.perf.limits import cache_bytes_per_token
+from moevlm.runtime.perf.memory import MemoryReport, memory_report
 from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_sampling
 
 
@@ -17,7 +18,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineMetadata`.
 
     cache_bytes_per_token: of one sequence, all layers. problems: what its plans say that the manifest does not, a line
-    each. kernels: None if the bundle does not say.
+    each. kernels: None if the bundle does not say. memory: of an engine on a GPU.
     """
 
     target: str
@@ -32,6 +33,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     kernels: KernelsReport | None = None
     cache_bytes_per_token: int = 0
     built: str = ""
+    memory: MemoryReport | None = None
 
 
 class SamplingReport(msgspec.Struct, frozen=True):
@@ -85,6 +87,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 tensorrt=engine.tensorrt,
                 problems=backends.of(engine).problems(bundle, engine),
                 kernels=backends.of(engine).kernels(bundle, engine),
+                memory=memory_report(manifest.model, engine),
             )
             for name, engine in sorted(manifest.engines.items())
         ],

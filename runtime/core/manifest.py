@@ -95,7 +95,8 @@ class CostMetadata(_Metadata, frozen=True):
 
     Bytes of weights as they are stored, and multiplications by a weight: dense for every token, expert for one expert
     in each sparse layer, head for every position whose logits are wanted.
-    vision_bytes: all weights of the vision graph. patch_macs: multiplications by a weight for a patch.
+    lookup_bytes: tables of both graphs of which a row is read, such as embeddings.
+    vision_bytes: all weights of the vision graph but these. patch_macs: multiplications by a weight for a patch.
     patch_pair_macs: multiplications in attention for a patch and another of its image.
     """
 
@@ -108,6 +109,7 @@ class CostMetadata(_Metadata, frozen=True):
     vision_bytes: int
     patch_macs: int
     patch_pair_macs: int
+    lookup_bytes: int = 0
 
 
 class TensorRTMetadata(_Metadata, frozen=True):
@@ -120,7 +122,8 @@ class TensorRTMetadata(_Metadata, frozen=True):
     engine has all weights.
     Profile 0 of the decoder takes 1 to max_tokens tokens of 1 to max_sequences sequences, 1 to max_logits places in
     logits_index, and 1 to max_visual rows of features; profile 1, for decode, 1 to max_sequences of each. max_pages: of
-    a cache. max_patches: of the vision engine in one call.
+    a cache. max_patches: of the vision engine in one call. workspace: bytes that it takes beside weights and caches, an
+    estimate.
     """
 
     product: str
@@ -134,6 +137,7 @@ class TensorRTMetadata(_Metadata, frozen=True):
     max_visual: int
     max_patches: int
     max_pages: int
+    workspace: int = 0
     version_compatible: bool = False
 
 

@@ -42,6 +42,7 @@ _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
     "max_sequences": _SIZE,
     **dict.fromkeys(("max_tokens", "max_logits", "max_visual", "max_patches"), _TOKENS),
+    "workspace": _COUNT,
     "max_pages": (2, _TOKENS[1]),  # one is for padding
 }
 _PATCH_VALUES = 1 << 22  # numbers of one patch

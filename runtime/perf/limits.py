@@ -35,7 +35,7 @@ def prefill_work(model: ModelMetadata, cost: CostMetadata, tokens: int) -> Work:
     """A prompt of `tokens` in one pass, logits of the last position."""
     active = _experts_used(model) * cost.expert_macs + cost.dense_macs
     return Work(
-        cost.dense_bytes + cost.head_bytes + _experts_read(model, tokens) * cost.expert_bytes,
+        cost.dense_bytes + cost.head_bytes + experts_read(model, tokens) * cost.expert_bytes,
         tokens * active + cost.head_macs,
         sum(_pair_macs(layer) * _causal_pairs(tokens, layer.window) for layer in model.layers),
     )
@@ -46,7 +46,7 @@ def decode_work(model: ModelMetadata, engine: EngineMetadata, cost: CostMetadata
     active = _experts_used(model) * cost.expert_macs + cost.dense_macs + cost.head_macs
     cached = sum(_state_bytes(state, context) for state in engine.states)
     attention = sum(_pair_macs(layer) * _seen(context + 1, layer.window) for layer in model.layers)
-    weights = cost.dense_bytes + cost.head_bytes + _experts_read(model, batch) * cost.expert_bytes
+    weights = cost.dense_bytes + cost.head_bytes + experts_read(model, batch) * cost.expert_bytes
     return Work(weights + batch * cached, batch * active, batch * attention)
 
 
@@ -88,7 +88,7 @@ def _experts_used(model: ModelMetadata) -> float:
     return float(np.mean([layer.top_k for layer in model.layers if layer.experts] or [0]))
 
 
-def _experts_read(model: ModelMetadata, tokens: int) -> float:
+def experts_read(model: ModelMetadata, tokens: int) -> float:
     """How many of a sparse layer's experts `tokens` random tokens need, on average."""
     sparse = [layer for layer in model.layers if layer.experts]
     return float(np.mean([n.experts * (1 - np.power(1 - n.top_k / n.experts, tokens)) for n in sparse] or [0]))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import onnx_ir as ir
 
@@ -30,6 +30,8 @@ from moevlm.export.backends.tensorrt.profiles import (
     max_patches,
     vision_profiles,
 )
+from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
+from moevlm.export.config import ModelConfig
 from moevlm.export.graph.cost import cost
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
@@ -43,7 +45,7 @@ from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.core.errors import BuildError, FieldError
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.core.states import PAGE_SIZE
 
@@ -76,8 +78,55 @@ class TensorRTTarget:
 
         A chunk has no more tokens than the model's context. Raises BuildError, and leaves cleaning up to the writer.
         """
-        chunk = min(self.options.chunk_tokens, build.config.decoder.context)
-        return replace(self, options=replace(self.options, chunk_tokens=chunk))._write(build)
+        return self._fitted(build.config)._write(build)
+
+    def planned(self, config: ModelConfig, image_patches: int | None) -> EngineMetadata:
+        """See `Target`."""
+        exact = min(self.sms) > NO_FLOAT32_GEMM
+        fitted = self._fitted(config)
+        return fitted._metadata(config, image_patches, cost_of(config, fitted.options, exact))
+
+    def _fitted(self, config: ModelConfig) -> Self:
+        chunk = min(self.options.chunk_tokens, config.decoder.context)
+        return replace(self, options=replace(self.options, chunk_tokens=chunk))
+
+    def _metadata(
+        self,
+        config: ModelConfig,
+        image_patches: int | None,
+        costs: CostMetadata,
+        version: str = "",
+        pruned_weights: int = 0,
+    ) -> EngineMetadata:
+        """version: of TensorRT; "" before anything is built."""
+        o, merge = self.options, config.vision.merge_size
+        states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(merge, image_patches)
+        return EngineMetadata(
+            vision=self.path("vision"),
+            decoder=self.path("decoder"),
+            dtype=o.weights or o.activations,
+            group_size=o.group_size if o.weights else 0,
+            states=states,
+            page_size=PAGE_SIZE,
+            sparsity=o.sparsity,
+            pruned_weights=pruned_weights,
+            cost=costs,
+            tensorrt=TensorRTMetadata(
+                product=self.product.module,
+                version=version,
+                sms=self.sms,
+                activations=o.activations,
+                experts=o.experts_path if config.moe and not o.native_moe else "",
+                max_sequences=o.max_sequences,
+                max_tokens=o.max_tokens,
+                max_logits=o.max_logits,
+                max_visual=o.max_tokens,
+                max_patches=patches,
+                max_pages=max_pages(states),
+                workspace=workspace(config, o, patches),
+                version_compatible=o.version_compatible,
+            ),
+        )
 
     def _write(self, build: BuildContext) -> EngineMetadata:
         writer, canonical, config, progress = build.writer, build.canonical, build.config, build.progress
@@ -94,39 +143,18 @@ class TensorRTTarget:
         o, merge = self.options, config.vision.merge_size
         patches = max_patches(merge, build.image_patches)
         columns = -(-config.decoder.context // PAGE_SIZE)
+        pages = max_pages(kept(config.decoder.states, o.cache_dtype))
         profiles = {
             "vision": vision_profiles(graphs["vision"], merge, patches),
-            "decoder": decoder_profiles(graphs["decoder"], o, columns),
+            "decoder": decoder_profiles(graphs["decoder"], o, columns, pages),
         }
         built = {
             name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
             for name, graph in graphs.items()
         }
-        return EngineMetadata(
-            vision=self.path("vision"),
-            decoder=self.path("decoder"),
-            dtype=o.weights or o.activations,
-            group_size=o.group_size if o.weights else 0,
-            states=kept(config.decoder.states, o.cache_dtype),
-            page_size=PAGE_SIZE,
-            sparsity=o.sparsity,
-            pruned_weights=sum(map(pruned_count, canonical.values())) if o.sparsity else 0,
-            cost=cost(canonical, graphs, merge),
-            tensorrt=TensorRTMetadata(
-                product=self.product.module,
-                version=built["decoder"].version,
-                sms=self.sms,
-                activations=o.activations,
-                experts=o.experts_path if experts else "",
-                max_sequences=o.max_sequences,
-                max_tokens=o.max_tokens,
-                max_logits=o.max_logits,
-                max_visual=o.max_tokens,
-                max_patches=patches,
-                max_pages=max_pages(graphs["decoder"]),
-                version_compatible=o.version_compatible,
-            ),
-        )
+        pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
+        found = cost(canonical, graphs, merge)
+        return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned)
 
     def lower(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
         """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.

@@ -1,11 +1,11 @@
 """The ranges of input shapes that an engine is built for."""
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.options import Options
+from moevlm.runtime.core.states import PAGE_SIZE, PagedKV, StateSpec
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, tuned for, largest
 Profile = dict[str, Range]
@@ -18,9 +18,12 @@ USUAL_PAGES = 1024
 _CACHE_ELEMENTS = 1 << 31  # kernels count them in 32 bits
 
 
-def decoder_profiles(decoder: ir.Model, options: Options, columns: int) -> list[Profile]:
-    """For any step, and for decode, where each sequence has one token. columns: of a page table."""
-    most, pages = options.max_sequences, max_pages(decoder)
+def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: int) -> list[Profile]:
+    """For any step, and for decode, where each sequence has one token.
+
+    columns: of a page table. pages: of a cache.
+    """
+    most = options.max_sequences
     tokens = (1, options.chunk_tokens, options.max_tokens)
     shared = {
         "starts": (2, 2, most + 1),
@@ -46,14 +49,14 @@ def max_patches(merge_size: int, image_patches: int | None) -> int:
     return max(most, SEVERAL_IMAGES) // merge_size**2 * merge_size**2
 
 
-def max_pages(decoder: ir.Model) -> int:
+def max_pages(states: Iterable[StateSpec]) -> int:
     """Of each cache, page 0 included, which takes what padding writes."""
-    pages = [
-        (_CACHE_ELEMENTS - 1) // math.prod(size for size in value.shape[1:] if isinstance(size, int))
-        for value in decoder.graph.inputs
-        if value.shape and str(value.shape[0]) == "pages"
-    ]
-    return min(pages)
+    return min(
+        (_CACHE_ELEMENTS - 1) // (state.kv_heads * PAGE_SIZE * width)
+        for state in states
+        if isinstance(state, PagedKV)
+        for width in state.widths.values()
+    )
 
 
 def _profile(model: ir.Model, sizes: Sizes) -> Profile:

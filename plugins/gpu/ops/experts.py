@@ -1,5 +1,6 @@
 """Experts as a GPU program has them: attributes, shapes and dtypes, all known when the kernels are compiled."""
 
+import math
 from dataclasses import dataclass
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
@@ -48,6 +49,12 @@ class ExpertsOp:
     def weight_bits(self) -> int:
         """Of one stored weight."""
         return DTYPES[FORMATS[self.weights] or self.dtype].bits
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all experts' weights, their scales and biases."""
+        stored = [tensor for tensor in self.inputs if tensor.name.startswith(("gate_up", "down"))]
+        return sum(math.prod(tensor.at({})) * DTYPES[tensor.dtype].bytes for tensor in stored)
 
     @property
     def rows(self) -> int:

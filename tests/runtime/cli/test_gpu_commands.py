@@ -10,9 +10,10 @@ import pytest
 
 from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.gpu_models import GPU_MODELS
 from moevlm.runtime.core.gpus import gpu_text
 from moevlm.runtime.perf import machine
-from moevlm.runtime.perf.limits import decode_work
+from moevlm.runtime.perf.limits import cache_bytes_per_token, decode_work
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.command_line import assert_refused, call
 from tests.support.fakes.gpu import EXPERTS, LIMITS, TARGET, fake_gpu, gpu_bundle
@@ -40,6 +41,22 @@ def test_inspect_shows_what_an_engine_was_built_for_without_a_gpu(bundle) -> Non
     assert found[TARGET]["tensorrt"].items() >= LIMITS.items()
     assert found[TARGET]["problems"] == []
     assert found["reference"]["tensorrt"] is None
+
+
+def test_inspect_says_what_an_engine_takes_of_a_gpu_and_what_fits(bundle) -> None:
+    shown = call("inspect", bundle)
+    assert f"{TARGET} takes 1.1 GB of a GPU: " in shown.out
+    rows = {line.split("  ")[0]: line for line in shown.out.splitlines() if " tokens " in line and " at once: " in line}
+    assert set(rows) == {model.name for model in GPU_MODELS if model.sm in (86, 89)}
+    engines = json.loads(call("inspect", bundle, "--json").out)["engines"]
+    memory = {engine["target"]: engine["memory"] for engine in engines}
+    assert memory["reference"] is None
+    found, opened = memory[TARGET], Bundle.open(bundle).manifest
+    engine = opened.engines[TARGET]
+    assert found["experts"] == engine.cost.expert_bytes * opened.model.layers[-1].experts
+    assert found["page"] == found["page_tokens"] * cache_bytes_per_token(engine)
+    for fit in found["gpus"]:
+        assert f"{fit['tokens']:,} tokens" in rows[fit["gpu"]]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +160,12 @@ def test_bench_shows_the_fraction_and_goes_on_where_the_gpu_has_no_room_to_measu
         (line,) = [line for line in shown.out.splitlines() if f"{TARGET} token" in line]
         assert "%" in line
         assert line.rstrip().endswith("memory")
+    with fake_gpu(tmp_path) as gpu:
+        over_link = call(*arguments, "--repeats", "1", "--experts-in", "host")
+        assert not gpu.held()
+    assert over_link.status == 0
+    assert "of limit" not in over_link.out
+    assert f"note: no limits beside the times of {TARGET}: the link to the host's memory" in over_link.err
     monkeypatch.setattr(machine, "COPY_BYTES", 1 << 40)
     with fake_gpu(tmp_path) as gpu:
         shown = call(*arguments, "--repeats", "1")

@@ -1,0 +1,58 @@
+"""Bytes of an engine that the model's config and the options tell, before anything is built."""
+
+from moevlm.export.backends.tensorrt.options import Options
+from moevlm.export.config import MLPConfig, ModelConfig, MoEConfig
+from moevlm.export.graph.planned_cost import planned_cost
+from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.manifest import CostMetadata, LayerMetadata
+
+_FLOAT32 = 4
+
+
+def cost_of(config: ModelConfig, options: Options, exact_router: bool) -> CostMetadata:
+    """As the lowered graphs will have it. exact_router: as in `passes.typed.Typed`."""
+    width = DTYPES[options.activations].bytes
+
+    def expert_bytes(moe: MoEConfig) -> int:
+        return ExpertsOp(
+            moe.expert,
+            moe.experts,
+            moe.router.top_k,
+            config.decoder.hidden,
+            moe.width,
+            options.activations,
+            options.weights,
+            options.group_size,
+        ).weight_bytes
+
+    return planned_cost(config, width, _FLOAT32 if exact_router else width, expert_bytes)
+
+
+def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
+    """Bytes beside weights and caches, roughly: TensorRT decides.
+
+    What lives at once in a layer of a step of the most tokens, or of a call of the most patches, whichever is more; the
+    features of such a call and of such a step; logits.
+    """
+    value, decoder, vision = DTYPES[options.activations].bytes, config.decoder, config.vision
+    mixed = max(_mixed(layer.mixer.metadata()) for layer in decoder.layers)
+    fed = max(_fed(layer.feed_forward, decoder.hidden) for layer in decoder.layers)
+    step = options.max_tokens * (2 * decoder.hidden + max(mixed, fed)) * value
+    block = max(4 * vision.hidden, vision.mlp.width * (3 if vision.mlp.gated else 2))
+    images = max_patches * ((2 * vision.hidden + block) * value + vision.patch_dim * _FLOAT32)
+    rows = max_patches // vision.merge_size**2 + options.max_tokens
+    features = rows * (1 + len(vision.deepstack_layers)) * decoder.hidden * value
+    return max(step, images) + features + options.max_logits * decoder.vocabulary * _FLOAT32
+
+
+def _mixed(layer: LayerMetadata) -> int:
+    """Values of a token in attention: queries, keys, values and the result."""
+    return layer.heads * (layer.key_dim + layer.value_dim) + layer.kv_heads * (layer.key_dim + layer.value_dim)
+
+
+def _fed(feed_forward: MLPConfig | MoEConfig, hidden: int) -> int:
+    """Values of a token in a feed-forward layer. Each expert's result is a row until they are added up."""
+    if isinstance(feed_forward, MoEConfig):
+        return feed_forward.router.top_k * (feed_forward.width + hidden) + 3 * feed_forward.shared_width
+    return 3 * feed_forward.width

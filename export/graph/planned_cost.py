@@ -1,0 +1,55 @@
+"""What an engine with dense weights of one dtype will cost, from the model's config alone; nothing is traced."""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from moevlm.export.config import ModelConfig, MoEConfig
+from moevlm.export.modules.decoder import Decoder
+from moevlm.export.modules.layers import MoE
+from moevlm.export.modules.vision import Vision
+from moevlm.runtime.core.manifest import CostMetadata
+
+_PER_PATCH = ("patch_embedding", "blocks")  # of the vision tower; its other modules see a visual token at a time
+
+
+def planned_cost(
+    config: ModelConfig, weight: int, router_weight: int, expert_bytes: Callable[[MoEConfig], int]
+) -> CostMetadata:
+    """As `cost` will find it in the lowered graphs.
+
+    weight, router_weight: bytes of a stored weight. expert_bytes: of all experts of a layer, as they are stored.
+    """
+    with torch.device("meta"):
+        decoder, vision = Decoder(config.decoder), Vision(config.vision)
+    sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
+    routed = [parameter for moe in sparse for parameter in (moe.gate_up, moe.down)]
+    routers = sum(moe.router.weight.numel() for moe in sparse)
+    head = config.decoder.vocabulary * config.decoder.hidden
+    tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]
+    dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
+    patches = dict(_matrices(vision, (vision.position_embedding,)))
+    per_token = config.vision.merge_size**2
+    return CostMetadata(
+        dense_bytes=(dense - routers) * weight + routers * router_weight,
+        expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in sparse),
+        head_bytes=head * weight,
+        dense_macs=dense,
+        expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in sparse),
+        head_macs=head,
+        vision_bytes=sum(patches.values()) * weight,
+        patch_macs=sum(
+            size if name.startswith(_PER_PATCH) else math.ceil(size / per_token) for name, size in patches.items()
+        ),
+        patch_pair_macs=config.vision.depth * 2 * config.vision.hidden,
+        lookup_bytes=(decoder.embedding.numel() + vision.position_embedding.numel()) * weight,
+    )
+
+
+def _matrices(module: nn.Module, left_out: tuple[nn.Parameter, ...]) -> Iterator[tuple[str, int]]:
+    """Name and elements of each matrix of a module."""
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 and all(parameter is not other for other in left_out):
+            yield name, parameter.numel()

@@ -1,0 +1,31 @@
+"""What an engine needs of any GPU, and how much cache it can use, as the manifest says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.states import Recurrent
+
+
+@dataclass(frozen=True)
+class Needs:
+    """bytes: beside weights and pages of the cache. max_sequences: of a step. max_pages: of the cache.
+
+    experts_apart: the experts' weights lie in a file of their own, so they can stay on the host.
+    """
+
+    bytes: int
+    max_sequences: int
+    max_pages: int
+    experts_apart: bool
+
+
+def needs_of(engine: EngineMetadata) -> Needs | None:
+    """None for an engine of another backend."""
+    built = engine.tensorrt
+    if built is None:
+        return None
+    row = sum(state.row_bytes for state in engine.states if isinstance(state, Recurrent))
+    size = built.workspace + (1 + built.max_sequences) * row
+    return Needs(size, built.max_sequences, built.max_pages, bool(built.experts))
