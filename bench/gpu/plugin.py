@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,11 @@ def run(sm: int) -> Iterator[dict[str, Any]]:
         yield check(op, library, sm)
 
 
-def check(op: KernelOp, library: PluginLibrary, sm: int) -> dict[str, Any]:
-    """One op as an engine has it: built, configured for all its sizes, run in a context of its own."""
+def check(op: KernelOp, library: PluginLibrary, sm: int, device: str = "cuda") -> dict[str, Any]:
+    """One op as an engine has it: built, configured for all its sizes, run in a context of its own.
+
+    device: "cpu" where the library's driver does not look at what tensors hold.
+    """
     cases, seed = cases_of(op), secrets.randbelow(1 << 31)
     entry: dict[str, Any] = {"kind": "plugin", "op": cases.describe(op), "seed": seed}
     try:
@@ -45,7 +48,7 @@ def check(op: KernelOp, library: PluginLibrary, sm: int) -> dict[str, Any]:
         profile = Io.of(program.inputs, program.outputs, least, most)
         built.configure(profile)
         plugin, size = built.attach(), built.workspace(profile)
-        worst = max(_run(op, program, plugin, size, pair) for pair in pairs)
+        worst = max(_run(op, program, plugin, size, pair, device) for pair in pairs)
         plugin.close()
         built.close()
     except Exception as error:
@@ -64,31 +67,38 @@ def _sizes(program: Program, case: Case) -> Sizes:
     return sizes_of(program.inputs, [tuple(tensor.shape) for tensor in case.inputs])
 
 
-def _run(op: KernelOp, program: Program, plugin: Plugin, size: int, pair: Sequence[Case]) -> float:
+def _run(op: KernelOp, program: Program, plugin: Plugin, size: int, pair: Sequence[Case], device: str) -> float:
     """The worst deviation of a direct call and of a replayed graph, for cases of the same sizes."""
     sizes = _sizes(program, pair[0])
     io = Io.of(program.inputs, program.outputs, sizes)
-    inputs = [tensor.cuda() for tensor in pair[0].inputs]
-    outputs = empty_outputs(program, sizes)
-    workspace = torch.full((size + GUARD_BYTES,), POISON, dtype=torch.uint8, device="cuda")
+    inputs = [tensor.to(device) for tensor in pair[0].inputs]
+    outputs = empty_outputs(program, sizes, device)
+    workspace = torch.full((size + GUARD_BYTES,), POISON, dtype=torch.uint8, device=device)
     workspace[size:] = GUARD
     plugin.shape_change(io)
 
     def enqueue() -> None:
         addresses = [tensor.data_ptr() for tensor in inputs], [tensor.data_ptr() for tensor in outputs]
-        plugin.enqueue(io, *addresses, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
+        stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
+        plugin.enqueue(io, *addresses, workspace.data_ptr(), stream)
 
     enqueue()
     found = [pair[0].deviation(results(op, inputs, outputs))]
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        enqueue()
+    replay = _recorded(enqueue) if device == "cuda" else enqueue
     for target, source in zip(inputs, pair[1].inputs, strict=True):
         target.copy_(source)
     for tensor in (*outputs, workspace[:size]):
         tensor.view(torch.uint8).fill_(POISON)
-    graph.replay()
+    replay()
     found.append(pair[1].deviation(results(op, inputs, outputs)))
     if not bool((workspace[size:] == GUARD).all()):
         raise RuntimeError(f"{dict(sizes)}: written beyond the {size} bytes of workspace asked for")
     return max(found)
+
+
+def _recorded(work: Callable[[], None]) -> Callable[[], None]:
+    """What queues the same again."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
