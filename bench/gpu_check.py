@@ -35,6 +35,7 @@ PARTS = {
     "host_experts": "times of experts that stay in the host's memory against the link to it",
     "cubins": "machine code compiled ahead of time against Triton's launcher",
 }
+TUNING = ("tune_vision", "tune")  # the shorter first
 SECONDS = 200  # after which a part begins nothing more
 GRACE_SECONDS = 40  # for what it has begun
 TUNING_SECONDS = 3600
@@ -80,7 +81,7 @@ def run_shards(name: str, sm: int, folder: Path, told: Callable[[Entries], None]
     print(f"{name}: {PARTS.get(name, 'alternative tiles')}", file=sys.stderr, flush=True)
     shards = min(len(os.sched_getaffinity(0)), MOST_SHARDS) if name == "checks" else 1
     options = [{"sm": sm} | ({"shard": i, "shards": shards} if shards > 1 else {}) for i in range(shards)]
-    seconds = TUNING_SECONDS if name == "tune" else SECONDS
+    seconds = TUNING_SECONDS if name in TUNING else SECONDS
     with ThreadPoolExecutor(shards) as pool:
         running = [pool.submit(run_part, name, given, folder, seconds) for given in options]
         while wait(running, timeout=TOLD_SECONDS).not_done:
@@ -109,7 +110,7 @@ def main(given: Sequence[str] | None = None) -> int:
             return 2
         name = report.file_name(facts["gpu"])
         path = options.json or RESULTS / (name.replace(".json", "-tiles.json") if options.tune else name)
-        parts = ["tune"] if options.tune else list(options.only or PARTS)
+        parts = list(TUNING) if options.tune else list(options.only or PARTS)
         earlier, entries = report.earlier(path, parts), list[dict[str, Any]]()
 
         def write(found: Entries) -> None:

@@ -4,15 +4,18 @@ Ours rotates queries and keys, too; PyTorch's are given what is rotated already,
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu.device import Device
 from bench.gpu.layers import TOLERANCE, relative_norm
 from bench.gpu.limits import measure_limits
 from bench.gpu.shapes import Limits
+from bench.gpu.torch_attention import BACKENDS, Attention
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 
 HEADS, HEAD_DIM = 16, 72
@@ -22,11 +25,10 @@ CALLS = {  # images of equal size: how many, and patches of each
     "a photo of 16.7 megapixels": (1, 65536),
 }
 Tensor = torch.Tensor
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # each [images, heads, patches, D]
 
 
 def run(sm: int) -> Iterator[dict[str, Any]]:
-    """Ours and scaled_dot_product_attention for each call, then flex_attention, which takes long to compile."""
+    """Ours and each kernel of scaled_dot_product_attention, then flex_attention, which takes long to compile."""
     torch.manual_seed(0)
     op = SegmentAttentionOp(HEADS, HEAD_DIM, Device(sm).dtype)
     yield from measure(op, CALLS, Device(sm), measure_limits())
@@ -52,15 +54,25 @@ def measure(
         if not difference <= TOLERANCE:
             found["error"] = f"ours and torch's differ by {difference:.2g} (allowed: up to {TOLERANCE:g})"
         yield found
-        yield entry(name, "sdpa", lambda given=rotated: scaled_dot_product_attention(*given))
     runner.close()
-    for name, (_, rotated) in drawn.items():
-        try:
-            attention = flex(device)
-            yield entry(name, "flex", lambda given=rotated, attention=attention: attention(*given))
-        except Exception as error:  # the others' times stand
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield {"kind": "vision", "images": name, "by": "flex", "skipped": why}
+    for by, attend in (*kernels(), ("flex", flex(device))):
+        for name, (_, rotated) in drawn.items():
+            try:
+                yield entry(name, by, partial(attend, *rotated))
+            except Exception as error:  # the others' times stand
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                yield {"kind": "vision", "images": name, "by": by, "skipped": why}
+
+
+def kernels() -> Iterator[tuple[str, Attention]]:
+    """scaled_dot_product_attention by the names of its fused kernels."""
+    for name, backend in BACKENDS.items():
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v)
+
+        yield name, attend
 
 
 def flex(device: Device) -> Attention:
