@@ -116,7 +116,8 @@ class TensorRTEngine:
         resources.callback(self._vision.close)
         self._decoder.warm_up(progress)
         kernels.save()
-        memory = cache_memory(self._device, self.states, self.limits.page_size, metadata.max_pages)
+        page, images = self.limits.page_size, self._vision.call_bytes
+        memory = cache_memory(self._device, self.states, page, metadata.max_pages, images)
         self.limits = replace(self.limits, cache_memory=memory)
 
     @property

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.device_features import DeviceFeatures, FeatureMemory
-from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.dtypes import DTYPES, TENSORRT
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
@@ -31,8 +32,16 @@ class VisionTower:
         for name in engine.outputs:
             if engine.dtypes[name] != dtype:
                 raise EngineError(f"{engine.name} gives {name} as {engine.dtypes[name]}, manifest.json says {dtype}")
-        self._images = engine.most("image_start", 0)[0] - 1
+        most = {name: engine.most(name, 0) for name in engine.inputs}
+        self._images = most["image_start"][0] - 1
+        inputs = sum(math.prod(shape) * TENSORRT[engine.dtypes[name]].bits // 8 for name, shape in most.items())
+        self._call_bytes = inputs + 2 * memory.layout.size(max_patches // self._merge)
         self._execution = engine.execution(0)
+
+    @property
+    def call_bytes(self) -> int:
+        """What the largest call takes of the device: its inputs, and its features twice while they are split."""
+        return self._call_bytes
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation) -> DeviceFeatures:
         """Features of all images, as many images in a call as the engine has room for.

@@ -457,8 +457,8 @@ def test_pages_take_the_memory_that_is_free_once_the_engine_has_run(copy, gpu) -
         engine = engine_of(runtime)
         assert engine.limits.cache_memory == LIMITS["max_pages"] * page  # the engine takes no more
         used = gpu.driver.total - gpu.driver.cuMemGetInfo.__wrapped__(gpu.driver)[0]
-        fixed = used - LIMITS["max_pages"] * page
-    gpu.driver.total = fixed + RESERVED + 5 * page + 1000
+        fixed = used - LIMITS["max_pages"] * page + RESERVED + engine._vision.call_bytes
+    gpu.driver.total = fixed + 5 * page + 1000
     with load_runtime(copy, TARGET) as runtime:
         assert 4 * page < engine_of(runtime).limits.cache_memory < 6 * page
         assert runtime.context == 4 * 64
@@ -469,7 +469,7 @@ def test_pages_take_the_memory_that_is_free_once_the_engine_has_run(copy, gpu) -
         load_runtime(copy, TARGET, LoadOptions(cache_memory=9 * page))
     gc.collect()
     assert not gpu.held()
-    gpu.driver.total = fixed + RESERVED
+    gpu.driver.total = fixed
     with pytest.raises(EngineError, match=r"too little memory on Fake GPU: .* GB are free .*, .* GB are needed"):
         load_runtime(copy, TARGET)
     assert not gpu.held()
