@@ -12,8 +12,8 @@ from moevlm.runtime.backends.tensorrt.cuda import Device
 class PageTables:
     """[sequences, columns] int32 on the device. Made and freed inside the device's context.
 
-    Behind the columns that a step uses lie those of earlier steps: kernels read of a sequence's table what its tokens
-    need, and no more.
+    Behind the columns that a step uses lie those of earlier steps: kernels use of a sequence's table what its tokens
+    need, and no more, though they read a column ahead.
     """
 
     def __init__(self, device: Device, sequences: int, columns: int) -> None:
@@ -25,6 +25,7 @@ class PageTables:
             self._resources.callback(memory.free)
             host = device.allocate_host(size)
             self._resources.callback(host.free)
+            device.clear(memory)
         except BaseException:
             self._resources.close()
             raise
