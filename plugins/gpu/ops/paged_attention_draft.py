@@ -1,18 +1,18 @@
 """Attention's kernels and launches for one kind of GPU.
 
-Where no step has more tokens than sequences, all are decoded. Otherwise keys and values are written first, sequences of
-one token are decoded, and the others prefilled. How many shares a token's keys are cut into falls as the tokens rise,
-so that a GPU is full with one token and merges nothing with many.
+Where a step has no more tokens than sequences, all are decoded. Otherwise keys and values are written first, sequences
+of one token are decoded, and the others prefilled. How many shares a token's keys are cut into falls as the tokens
+rise, so that a GPU is full with one token and merges nothing with many.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
-from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec, power_of_two
+from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec
 from moevlm.plugins.gpu.ops.paged_heads import PagedHeads
 from moevlm.plugins.gpu.program import (
     ONE,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 
 MOST_SHARES = 64
+NO_LIMIT = (1 << 31) - 1
 WRITE_STEP = 16  # tokens that one program writes
 Constants = dict[str, Hashable]
 
@@ -61,21 +62,21 @@ class PagedAttentionDraft:
 
     def draft(self) -> Draft:
         op = self.op
-        decode, mixed = [], []
-        most = 1
-        while (shares := self._shares(most)) > 1:
-            if self._shares(2 * most) < shares:
-                decode.append(self._decode((at_most(most), _ALL_DECODE), shares))
-                mixed.append(self._mixed((at_most(most, "N"),), shares))
-            most *= 2
-        decode.append(self._decode((_ALL_DECODE,), 1))
-        mixed.append(self._mixed((), 1))
-        return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), (*decode, *mixed))
+        decode = [self._decode((at_most(most), _ALL_DECODE), shares) for most, shares in _falling(self._shares)]
+        short = [self._short((at_most(most),), shares) for most, shares in _falling(self._prefill_shares)]
+        mixed = [self._mixed((at_most(most, "N"),), shares) for most, shares in _falling(self._shares)]
+        variants = (*decode, self._decode((_ALL_DECODE,), 1), *short, *mixed, self._mixed((), 1))
+        return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), variants)
 
     def _shares(self, tokens: int) -> int:
-        """As many as a GPU has room for at once, a power of two."""
-        programs = self.programs // (tokens * self._slots(self.tile))
-        return min(MOST_SHARES, power_of_two(programs + 1) // 2 if programs > 1 else 1)
+        """As many as a GPU has room for at once."""
+        return self.programs // (tokens * self._slots(self.tile))
+
+    def _prefill_shares(self, tokens: int) -> int:
+        """The same for prefill, whose programs take four times as much of a GPU."""
+        tile = self.prefill_tile
+        tiles = tokens // self._tokens(tile) + 1
+        return self.programs // 4 // (tiles * self._slots(tile))
 
     def _slots(self, tile: AttentionTile) -> int:
         """KV heads times tiles of query heads of each."""
@@ -85,67 +86,80 @@ class PagedAttentionDraft:
         """Query heads of a KV head in one tile."""
         return min(self.heads.group, tile.BM)
 
+    def _tokens(self, tile: AttentionTile) -> int:
+        return tile.BM // self._lines(tile)
+
     def _decode(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        return self._variant(bounds, "T", shares, self._decoded("T", shares))
+        return self._variant(bounds, "T", shares, (self._decoded("T", shares),))
+
+    def _short(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
+        """Of so few tokens that those of prefill, too, have shares."""
+        decode = self._decoded("T", shares, longest=1)
+        return self._variant(bounds, "T", shares, (self._written(), self._prefilled(shares), decode))
 
     def _mixed(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        tile = self.prefill_tile
-        tokens = tile.BM // self._lines(tile)
-        tiles = Count(Linear(T=1, N=tokens), tokens)  # no tile has tokens of two sequences
-        write = self._launch(
+        steps = (self._written(), self._prefilled(1), self._decoded("N", shares))
+        return self._variant(bounds, "N", shares, steps)
+
+    def _variant(self, bounds: tuple[Linear, ...], places: str, shares: int, steps: tuple[Launch, ...]) -> Variant:
+        """The merge follows, if there is something to merge. Launches overlap with those before them, if the GPU can.
+
+        places: what shares are kept of, tokens, or sequences that have one token.
+        """
+        buffers: tuple[Count, ...] = ()
+        if shares > 1:
+            merge = self._launch(
+                "merge",
+                (Count(Linear(**{places: 1})), fixed(self.heads.heads), ONE),
+                (self.SUMS, self.STATES, "query_start", "y", "T", ("constant", shares)),
+                {"BY_SEQUENCE": places == "N", "SHARES": MOST_SHARES},
+            )
+            steps = (*steps, merge)
+            rows = 4 * shares * self.heads.heads
+            buffers = tuple(Count(Linear(**{places: rows * width})) for width in (self.op.value_dim, 2))
+        overlap = self.sm >= HOPPER
+        return Variant(
+            bounds, buffers, tuple(replace(step, overlaps=overlap and i > 0) for i, step in enumerate(steps))
+        )
+
+    def _written(self) -> Launch:
+        return self._launch(
             "write_pages",
-            (Count(Linear(T=1), WRITE_STEP), fixed(self.op.spec.kv_heads), ONE),
+            (Count(Linear(T=1), WRITE_STEP), fixed(self.heads.kv_heads), ONE),
             (*_CACHED, "k_norm", *SYMBOLS),
             {"STEP": WRITE_STEP},
         )
-        prefill = self._launch(
-            "prefill",
-            (tiles, fixed(self._slots(tile)), ONE),
-            (*_CACHED, "q_norm", "sinks", "y", *SYMBOLS),
-            {"TILE": tile, "INTERPRETED": False},
-            tile,
-        )
-        decode, *merge = self._decoded("N", shares)
-        return self._variant(bounds, "N", shares, (write, prefill, decode, *merge))
 
-    def _variant(self, bounds: tuple[Linear, ...], places: str, shares: int, steps: tuple[Launch, ...]) -> Variant:
-        """Launches overlap with those before them, if the GPU can."""
-        can_overlap = self.sm >= HOPPER
-        steps = tuple(replace(step, overlaps=can_overlap and i > 0) for i, step in enumerate(steps))
-        return Variant(bounds, self._buffers(places, shares), steps)
-
-    def _decoded(self, places: str, shares: int) -> tuple[Launch, ...]:
-        """Of each token, or of each sequence that has one token."""
-        op, tile = self.op, self.tile
-        lines = self._lines(tile)
-        # A share writes, and the merge reads, lines * value_dim sums: no more bytes than its keys and values.
-        key_bytes = (op.key_dim + op.value_dim * (not op.spec.value_in_key)) * DTYPES[self._cache_dtype].bytes
-        least = -(-lines * op.value_dim * 2 * 4 // (key_bytes * tile.BN))
-        by_sequence: Constants = {"BY_SEQUENCE": places == "N"}
-        buffers = (self.SUMS, self.STATES) if shares > 1 else (None, None)
-        grid = Count(Linear(**{places: 1}))
-        decode = self._launch(
+    def _decoded(self, places: str, shares: int, longest: int = NO_LIMIT) -> Launch:
+        """Of each token in a sequence of up to `longest`, or of each sequence that has one token."""
+        tile = self.tile
+        return self._launch(
             "decode",
-            (grid, fixed(self._slots(tile)), fixed(shares)),
-            (*_CACHED, "q_norm", "k_norm", "sinks", "y", *buffers, *SYMBOLS),
-            by_sequence | {"LEAST": least, "TILE": tile, "INTERPRETED": False},
+            (Count(Linear(**{places: 1})), fixed(self._slots(tile)), fixed(shares)),
+            (*_CACHED, "q_norm", "k_norm", "sinks", "y", *self._partial(shares), *SYMBOLS, ("constant", longest)),
+            {"BY_SEQUENCE": places == "N", "LEAST": self._least(self._lines(tile), tile), "TILE": tile},
             tile,
         )
-        if shares == 1:
-            return (decode,)
-        merge = self._launch(
-            "merge",
-            (grid, fixed(op.spec.heads), ONE),
-            (self.SUMS, self.STATES, "query_start", "y", "T", ("constant", shares)),
-            by_sequence | {"SHARES": MOST_SHARES},
-        )
-        return decode, merge
 
-    def _buffers(self, places: str, shares: int) -> tuple[Count, ...]:
-        if shares == 1:
-            return ()
-        heads = 4 * shares * self.op.spec.heads
-        return tuple(Count(Linear(**{places: heads * width})) for width in (self.op.value_dim, 2))
+    def _prefilled(self, shares: int) -> Launch:
+        tile, tokens = self.prefill_tile, self._tokens(self.prefill_tile)
+        return self._launch(
+            "prefill",
+            # No tile has tokens of two sequences.
+            (Count(Linear(T=1, N=tokens), tokens), fixed(self._slots(tile)), fixed(shares)),
+            (*_CACHED, "q_norm", "sinks", "y", *self._partial(shares), *SYMBOLS),
+            {"LEAST": self._least(tile.BM, tile), "TILE": tile},
+            tile,
+        )
+
+    def _partial(self, shares: int) -> tuple[int | None, ...]:
+        return (self.SUMS, self.STATES) if shares > 1 else (None, None)
+
+    def _least(self, rows: int, tile: AttentionTile) -> int:
+        """Blocks of a share. It writes, and the merge reads, sums of rows: no more bytes than its keys and values."""
+        op = self.op
+        key_bytes = (op.key_dim + op.value_dim * (not op.spec.value_in_key)) * DTYPES[self._cache_dtype].bytes
+        return -(-rows * op.value_dim * 2 * 4 // (key_bytes * tile.BN))
 
     @property
     def _cache_dtype(self) -> str:
@@ -162,6 +176,8 @@ class PagedAttentionDraft:
         """arguments: the name of an input, present or not, of the output or of a symbol; a buffer; a constant."""
         given, types = zip(*map(self._argument, arguments), strict=True)
         constants = {**constants, "H": self.heads, "OVERLAPS": self.sm >= HOPPER}
+        if tile:
+            constants["INTERPRETED"] = False
         warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
         spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
@@ -181,6 +197,20 @@ class PagedAttentionDraft:
             place = self.places[argument]
             return Argument("input", place), DTYPES[self.op.inputs[place].dtype].pointer
         return Argument("null"), DTYPES[self._cache_dtype if argument == "value_cache" else "float32"].pointer
+
+
+def _falling(shares: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """(most tokens, shares), where there are several: a power of two each, of which the next lower is for more."""
+    most = 1
+    while (now := min(MOST_SHARES, _power_below(shares(most)))) > 1:
+        if _power_below(shares(2 * most)) < now:
+            yield most, now
+        most *= 2
+
+
+def _power_below(n: int) -> int:
+    """The largest power of two up to n; 1 for less."""
+    return 1 << max(0, n.bit_length() - 1)
 
 
 _ALL_DECODE = Linear(T=1, N=-1)

@@ -11,16 +11,10 @@ from moevlm.plugins.gpu.kernels.attention.blocks import attend_block
 from moevlm.plugins.gpu.kernels.attention.pages import page_of
 from moevlm.plugins.gpu.kernels.attention.queries import load_queries, rows_of, store_results, tiles_of
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
+from moevlm.plugins.gpu.kernels.attention.shares import store_state, store_sums
 from moevlm.plugins.gpu.kernels.attention.softmax import include, scores_of, start_rows
 from moevlm.plugins.gpu.kernels.attention.write import write_heads
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
-
-
-@triton.jit
-def store_state(states, place, top, total, mask, H: tl.constexpr):
-    """A share's top and total of each row; place: [BM], where they are in [places, shares, H.heads]."""
-    tl.store(states + place, top, mask=mask)
-    tl.store(states + tl.num_programs(0) * tl.num_programs(2) * H.heads + place, total, mask=mask)
 
 
 @triton.jit
@@ -43,6 +37,7 @@ def decode(
     sequences,
     columns,
     pages,
+    longest,
     BY_SEQUENCE: tl.constexpr,
     LEAST: tl.constexpr,
     TILE: tl.constexpr,
@@ -52,7 +47,8 @@ def decode(
 ):
     """Programs: (token, or sequence; KV head and tile; share). A share is at least LEAST blocks of keys.
 
-    BY_SEQUENCE: a program takes the only token of its sequence, and none of a sequence that has another number.
+    Sequences that have more than `longest` tokens are left out. BY_SEQUENCE: a program takes the only token of its
+    sequence, and none of a sequence that has another number.
     """
     wait_for_previous(OVERLAPS)
     TILES: tl.constexpr = tiles_of(H, TILE)
@@ -68,11 +64,13 @@ def decode(
     else:
         token = place
         n = tl.minimum(token, sequences - 1)
-        first = tl.load(query_start + n)
-        if (first > token) | (tl.load(query_start + n + 1) <= token):
+        first, end = tl.load(query_start + n), tl.load(query_start + n + 1)
+        if (first > token) | (end <= token):
             n = segment_of(query_start, token, sequences, 0)
-            first = tl.load(query_start + n)
-        first = clamped(first, 0, token)
+            first, end = tl.load(query_start + n), tl.load(query_start + n + 1)
+        if end - first > longest:
+            return
+        first = clamped(first, tl.maximum(token + 1 - longest, 0), token)
     context = clamped(tl.load(context_len + n), 0, columns * H.page)
     oldest = 0
     if H.window > 0:
@@ -86,7 +84,7 @@ def decode(
     is_last = share == shares - 1
     top, total = start_rows(sinks, query_head, mask, is_last, TILE.BM, H)
     if (block >= stop) & (share < shares - 1):
-        store_state(states, state, top, total, mask, H)
+        store_state(states, state, tl.num_programs(0), shares, top, total, mask, H)
         return
     query, rest = load_queries(qkv, cos, sin, q_norm, query_head, row_token, mask, H, INTERPRETED)
     acc = tl.zeros([TILE.BM, H.value_width], tl.float32)
@@ -124,7 +122,5 @@ def decode(
     if shares == 1:
         store_results(y, acc, total, query_head, row_token, mask, H)
     else:
-        store_state(states, state, top, total, mask, H)
-        d = tl.arange(0, H.value_width)
-        pointer = sums + state.to(tl.int64)[:, None] * H.value_dim + d[None, :]
-        tl.store(pointer, acc, mask=mask[:, None] & (d < H.value_dim)[None, :])
+        store_state(states, state, tl.num_programs(0), shares, top, total, mask, H)
+        store_sums(sums, state, acc, mask, H)
