@@ -59,7 +59,7 @@ class Timed(Interpreted):
     def seconds(self, calls):
         calls[0]()
         return 1 / dict(calls[0].draft.kernels[1].constants)["BN"]
-tiles = [[16, 16, 4, 1], [16, 64, 4, 2], [128, 128, 4, 9]]
+tiles = [[16, 16, 4, 1], [16, 64, 4, 2], [16, 128, 4, 8]]
 print(json.dumps(list(tune_vision.measure(Timed(86), {"80": (1, 20)}, 40, tiles))))
 """
 
