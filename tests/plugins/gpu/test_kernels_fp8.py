@@ -57,7 +57,7 @@ def distance(found: np.ndarray, want: np.ndarray) -> float:
 def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, name: str, has_biases: bool) -> None:
     op = fp8_op(BLOCKS[name], has_biases=has_biases)
     draft = op.draft(90)
-    assert functions(draft, 60)[3:] == ["quantize_rows", "fp8_gate_up", "fp8_down", "combine"]
+    assert functions(draft, 60)[1:] == ["quantize_rows", "fp8_gate_up", "fp8_down", "combine"]
     inputs = draw_inputs(op, 60, seed=3)
     (y,) = triton_interpreter.run(draft, inputs)
     assert distance(y, expected(op, inputs)) < TOLERANCE
