@@ -40,7 +40,7 @@ SECONDS = 200  # after which a part begins nothing more
 GRACE_SECONDS = 40  # for what it has begun
 TUNING_SECONDS = 3600
 TOLD_SECONDS = 5  # between two looks at what a part has found
-MOST_SHARDS = 8
+MOST_SHARDS = 16
 
 Entries = list[dict[str, Any]]
 

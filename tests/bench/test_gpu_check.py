@@ -180,7 +180,12 @@ def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None
     assert {op.spec for op in routers} == {*variants.ROUTERS.values(), *variants.MODELS.values()}
     descriptions = [cases_of(op).describe(op) for op in all_ops(sm)]
     assert len(set(descriptions)) == len(descriptions)
-    assert {type(op) for op in some_ops(sm)} == {cases.kind for cases in CASES}
+    kinds = [cases.kind for cases in CASES]
+    assert {type(op) for op in some_ops(sm)} == {*kinds}
+    assert len(all_ops(sm)) == sum(len(cases.ops(sm)) for cases in CASES)
+    half = all_ops(sm)[: len(all_ops(sm)) // 2]  # where time runs out
+    for cases in CASES:
+        assert abs(sum(isinstance(op, cases.kind) for op in half) - len(cases.ops(sm)) / 2) <= 1
 
 
 @pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases.kind.__name__)

@@ -1,5 +1,7 @@
 """Every op that is checked: a line each."""
 
+from collections.abc import Sequence
+
 from bench.gpu.cases.base import Cases
 from bench.gpu.cases.candidates import CandidatesCases
 from bench.gpu.cases.experts import ExpertsCases
@@ -23,10 +25,16 @@ def cases_of(op: KernelOp) -> Cases:
 
 
 def all_ops(sm: int) -> list[KernelOp]:
-    """Of every kind."""
-    return [op for cases in CASES for op in cases.ops(sm)]
+    """Of every kind, in turn: where time runs out, a part of each has been checked."""
+    return _in_turn([cases.ops(sm) for cases in CASES])
 
 
 def some_ops(sm: int) -> list[KernelOp]:
-    """Of every kind some, for what takes longer."""
-    return [op for cases in CASES for op in cases.ops(sm)[:: cases.step]]
+    """Of every kind some, for what takes longer, in turn as well."""
+    return _in_turn([cases.ops(sm)[:: cases.step] for cases in CASES])
+
+
+def _in_turn(kinds: Sequence[Sequence[KernelOp]]) -> list[KernelOp]:
+    """All, at any place about as large a part of one kind as of another."""
+    places = [(i / len(ops), kind, i) for kind, ops in enumerate(kinds) for i in range(len(ops))]
+    return [kinds[kind][i] for _, kind, i in sorted(places)]
