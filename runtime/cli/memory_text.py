@@ -22,10 +22,10 @@ def memory_text(target: str, report: MemoryReport, model: ModelMetadata) -> str:
     listed = ", ".join(f"{bytes_text(size)} {name}" for size, name in parts if size)
     lines = [f"{target} takes {bytes_text(report.fixed)} of a GPU: {listed}"]
     if report.page:
-        gigabyte = 10**9 // report.page * report.page_tokens
+        pages = 10**9 // report.page
         lines.append(
             f"its cache takes {bytes_text(round(report.token))} a token, {bytes_text(report.page)} a page of "
-            f"{report.page_tokens} tokens; 1 GB holds {gigabyte:,} tokens"
+            f"{report.page_tokens} tokens; 1 GB holds {pages:,} pages, {pages * report.page_tokens:,} tokens"
         )
     if report.gpus:
         heads = ("GPU", "memory", "room for", "experts on the host", "tokens/s alone", "and together")
