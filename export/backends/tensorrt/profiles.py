@@ -15,7 +15,9 @@ USUAL_PATCHES = 1024
 SEVERAL_IMAGES = 4096  # patches of one call, at least, so that small images go through it together
 MOST_PATCHES = 65536  # 16.7 megapixels in patches of 16 pixels
 USUAL_PAGES = 1024
-_CACHE_ELEMENTS = 1 << 31  # kernels count them in 32 bits
+# Products of few rows take as long as reading the weights: what is tuned for 8 sequences does as well for one.
+USUAL_SEQUENCES = 8
+_CACHE_ELEMENTS = 1 << 31  # more than that TensorRT does not promise to take in a tensor
 
 
 def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: int) -> list[Profile]:
@@ -23,16 +25,16 @@ def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: i
 
     columns: of a page table. pages: of a cache.
     """
-    most = options.max_sequences
+    most, usual = options.max_sequences, min(USUAL_SEQUENCES, options.max_sequences)
     tokens = (1, options.chunk_tokens, options.max_tokens)
     shared = {
-        "starts": (2, 2, most + 1),
-        "sequences": (1, 1, most),
+        "starts": (2, usual + 1, most + 1),
+        "sequences": (1, usual, most),
         "table": (1, columns, columns),
         "pages": (2, min(USUAL_PAGES, pages), pages),
     }
-    any_step = {"tokens": tokens, "visual": tokens, "logits": (1, 1, options.max_logits)}  # all may be of images
-    decode = dict.fromkeys(("tokens", "logits", "visual"), (1, 1, most))
+    any_step = {"tokens": tokens, "visual": tokens, "logits": (1, usual, options.max_logits)}  # all may be of images
+    decode = dict.fromkeys(("tokens", "logits", "visual"), (1, usual, most))
     return [_profile(decoder, shared | sizes) for sizes in (any_step, decode)]
 
 

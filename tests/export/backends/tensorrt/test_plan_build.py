@@ -129,7 +129,7 @@ def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, 
 
 
 def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
-    checkpoint = save_checkpoint(model_type="glm4v_moe")
+    checkpoint = save_checkpoint(model_type="glm4v_moe", text={"max_position_embeddings": 262144})
     out = tmp_path / "glm.moevlm"
     arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--group-size", "128"]
     done = call("build", checkpoint, "-o", out, *arguments)
@@ -140,6 +140,8 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     built = Bundle.open(out)
     engine = built.manifest.engines["rtx:sm75:fp16-int4"]
     assert (engine.dtype, engine.group_size, engine.kv_cache) == ("int4", 128, "float16")
+    assert built.manifest.model.context == 262144  # which no tensor grows with
+    assert engine.tensorrt is not None and engine.tensorrt.max_tokens == 2048 + 64
     tensors = read_header(built.path("experts/fp16-int4-g128-v2.safetensors"))
     stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
     assert stored == {

@@ -16,6 +16,7 @@ from moevlm.export.backends.tensorrt.profiles import Range, decoder_profiles, ma
 from moevlm.export.backends.tensorrt.target import targets as plan_targets
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.states import PagedKV
 from tests.support.fakes.tensorrt_builder import PLAN, FakeTensorRT
 
 VERSIONS = ("10.15.1.29", "11.4.0.1")
@@ -174,24 +175,23 @@ def test_profiles_cover_any_step_and_decode() -> None:
         page_table=["sequences", "table"],
         logits_index=["logits"],
         weight=[4, 8],
-        key_cache=["pages", 2, 64, 9],
+        key_cache=["pages", 4, 64, 9],
         value_cache=["pages", 4, 64, 16],
     )
-    options = Options(max_sequences=4, chunk_tokens=128)
-    any_step, decode = decoder_profiles(decoder, options, columns=7)
-    pages = max_pages(decoder)
+    pages = max_pages([PagedKV(layer=0, kv_heads=4, key_dim=9, value_dim=16)])
     assert pages * 4 * 64 * 16 < 2**31 <= (pages + 1) * 4 * 64 * 16
+    any_step, decode = decoder_profiles(decoder, Options(max_sequences=4, chunk_tokens=128), 7, pages)
     assert any_step == {
         "input_ids": ((1,), (128,), (132,)),
         "visual_embeds": ((1, 64), (128, 64), (132, 64)),
-        "query_start": ((2,), (2,), (5,)),
-        "page_table": ((1, 1), (1, 7), (4, 7)),
-        "logits_index": ((1,), (1,), (64,)),
-        "key_cache": ((2, 2, 64, 9), (1024, 2, 64, 9), (pages, 2, 64, 9)),
+        "query_start": ((2,), (5,), (5,)),
+        "page_table": ((1, 1), (4, 7), (4, 7)),
+        "logits_index": ((1,), (4,), (64,)),
+        "key_cache": ((2, 4, 64, 9), (1024, 4, 64, 9), (pages, 4, 64, 9)),
         "value_cache": ((2, 4, 64, 16), (1024, 4, 64, 16), (pages, 4, 64, 16)),
     }
     ones = ("input_ids", "logits_index", "visual_embeds")
-    assert decode == any_step | {name: tuple((n, *any_step[name][0][1:]) for n in (1, 1, 4)) for name in ones}
+    assert decode == any_step | {name: tuple((n, *any_step[name][0][1:]) for n in (1, 4, 4)) for name in ones}
 
 
 @pytest.mark.parametrize("merge", [1, 2, 3])

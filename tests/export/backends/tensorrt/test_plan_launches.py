@@ -67,8 +67,8 @@ def test_attention_is_the_plugin_s_without_a_mask(decoder: bytes, vision: bytes)
 
 
 def test_layer_of_a_decode_step_has_few_launches(decoder: bytes) -> None:
-    """Eight operations, of which three are plugins: norm, q and k and v, attention, its projection with the sum, norm,
-    router's product, routing, experts.
+    """Eight operations: norm, q and k and v, attention, its projection with the sum, norm, router's product, routing,
+    experts; two of the three plugins launch twice.
     """
     _, decode = launches(decoder)
     for layer in layers_of(decode):
@@ -76,7 +76,7 @@ def test_layer_of_a_decode_step_has_few_launches(decoder: bytes) -> None:
     kernels = kernels_of_a_decode_step(decoder)
     assert kernels.keys() == {"PagedAttention", "MoERouter", "MoEExperts", "Candidates"}
     (layer,) = layers_of(decode)
-    assert sum(kernels.get(launch.plugin, 1) for launch in layer) <= 11, kernels
+    assert sum(kernels.get(launch.plugin, 1) for launch in layer) <= 10, kernels
 
 
 def test_rows_of_q_k_and_v_are_one_product_s(decoder: bytes, vision: bytes) -> None:
