@@ -60,6 +60,15 @@ class AddressSpace:
         self.written(address, size)[:] = True if source is None else self.written(source, size)
 
 
+def _next(queued: list[Work]) -> None:
+    """Do the next piece of a stream's work. After one that fails nothing more is done, as on a GPU."""
+    try:
+        queued.pop(0)()
+    except BaseException:
+        queued.clear()
+        raise
+
+
 class Faults:
     """Every call of the fakes in order, by name, and the one that shall fail."""
 
@@ -201,7 +210,7 @@ class Driver:
     def _drain(self) -> None:
         for work in self.streams.values():
             while work:
-                work.pop(0)()
+                _next(work)
 
     @call(context=False)
     def cuInit(self, Flags: int) -> Any:
@@ -271,7 +280,7 @@ class Driver:
             return real.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         work = self.streams[int(hStream)]
         while work:
-            work.pop(0)()
+            _next(work)
         return OK
 
     @call(1)
@@ -402,7 +411,7 @@ class Driver:
     def cuEventSynchronize(self, hEvent: Any) -> Any:
         for work in self.streams.values():
             while work and not self.events[int(hEvent)]:
-                work.pop(0)()
+                _next(work)
 
     @call(1)
     def cuEventElapsedTime(self, hStart: Any, hEnd: Any) -> Any:
