@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := build/demo.moevlm
 
-.PHONY: setup demo test seeds lint type bench gpu-check train clean
+.PHONY: setup demo test seeds simulate lint type bench gpu-check train clean
 
 setup: .venv/installed
 
@@ -28,6 +28,10 @@ test: setup
 seeds: setup
 	$(BIN)/python -m tests.parity_seeds
 	MOEVLM_CPU_ISA=avx2 $(BIN)/python -m tests.parity_seeds
+
+# The demo's TensorRT engine without a GPU: its kernels in Triton's interpreter, held to the engine of the CPU.
+simulate: setup
+	$(BIN)/python -m tests.simulate
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ import pytest
 
 from bench.plugin_harness import PluginLibrary, compile_harness, compile_library
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver
+from tests.support.simulator.bundle import SimulatedBundle, with_simulated_engine
+from tests.support.simulator.libraries import Libraries
 
 
 @pytest.fixture(scope="session")
@@ -25,10 +27,21 @@ def harness_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_library(driver_path: Path, harness_path: Path, tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
+def libraries(driver_path: Path, harness_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     path = tmp_path_factory.mktemp("plugin") / "plugin.so"
     # The driver's full path: another library of this process may load the machine's own one by its name.
-    return PluginLibrary(compile_library(path, driver_path), harness_path)
+    return Libraries(compile_library(path, driver_path), harness_path, driver_path)
+
+
+@pytest.fixture(scope="session")
+def shared_library(libraries: Libraries) -> PluginLibrary:
+    return PluginLibrary(libraries.plugins, libraries.harness)
+
+
+@pytest.fixture(scope="session")
+def simulated(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> SimulatedBundle:
+    """The tiny bundle with a simulated engine, too. To be left as it is."""
+    return with_simulated_engine(tiny_bundle, tiny_checkpoint, tmp_path_factory.mktemp("simulated"))
 
 
 @pytest.fixture(scope="session")
