@@ -63,7 +63,8 @@ class Decoder:
         limits, layout, vocabulary = self._limits, self._features.layout, self._model.vocabulary
         assert limits.max_visual is not None
         memories = []
-        for size in (4 * limits.max_logits * vocabulary, layout.size(limits.max_visual), layout.size(1)):
+        rows = max(limits.max_logits, limits.max_sequences)  # decode steps compute a row of each sequence
+        for size in (4 * rows * vocabulary, layout.size(limits.max_visual), layout.size(1)):
             memories.append(self._device.allocate(size))
             self._resources.callback(memories[-1].free)
         self._logits, self._visual, blank = (memory.address for memory in memories)

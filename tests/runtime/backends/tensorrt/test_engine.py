@@ -397,6 +397,18 @@ def test_steps_that_do_not_fit_are_refused_by_name(runtime) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
+def test_an_engine_may_have_fewer_rows_of_logits_than_sequences(copy, reference) -> None:
+    edit_manifest(copy, lambda m: m["engines"][TARGET]["tensorrt"].update(max_logits=2))
+    messages = [question(text) for text in ("one", "two", "three", "four")]
+    with load_runtime(copy, TARGET) as runtime:
+        steps = forwarded(runtime)
+        found = runtime.generate_many(messages, max_new_tokens=4, ignore_eos=True)
+        assert max(len(step.logits_index) for step in steps) == 2
+    expected = reference.generate_many(messages, max_new_tokens=4, ignore_eos=True)
+    assert [one.token_ids for one in found] == [one.token_ids for one in expected]
+
+
+@pytest.mark.usefixtures("gpu")
 def test_a_chunk_has_no_more_tokens_than_visual_rows_fit_into_a_step(copy, reference) -> None:
     edit_manifest(copy, lambda m: m["engines"][TARGET]["tensorrt"].update(max_visual=9))
     with load_runtime(copy, TARGET) as runtime:
