@@ -9,13 +9,14 @@ from collections.abc import Iterable
 
 import msgspec
 
+from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
 from moevlm.runtime.backends.tensorrt.needs import Needs, needs_of
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
 from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
 from moevlm.runtime.core.states import page_bytes
 from moevlm.runtime.perf.limits import decode_work, experts_read
 
-DRIVER_BYTES = 1 << 30  # of the driver's context, TensorRT, and what the engine leaves free
+DRIVER_BYTES = RESERVED + (512 << 20)  # what the engine leaves free, the driver's context, TensorRT
 CONTEXT = 1024  # tokens of each sequence whose decoding is predicted
 LEAST_TOKENS = 8192  # of cache, below which experts had better stay on the host
 

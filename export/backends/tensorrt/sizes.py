@@ -33,7 +33,7 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     """Bytes beside weights and caches, roughly: TensorRT decides.
 
     What lives at once in a layer of a step of the most tokens, or of a call of the most patches, whichever is more; the
-    features of such a call and of such a step; logits.
+    features of such a call, twice while they are split by image, and of such a step; logits.
     """
     value, decoder, vision = DTYPES[options.activations].bytes, config.decoder, config.vision
     mixed = max(_mixed(layer.mixer.metadata()) for layer in decoder.layers)
@@ -41,7 +41,7 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     step = options.max_tokens * (2 * decoder.hidden + max(mixed, fed)) * value
     block = max(4 * vision.hidden, vision.mlp.width * (3 if vision.mlp.gated else 2))
     images = max_patches * ((2 * vision.hidden + block) * value + vision.patch_dim * _FLOAT32)
-    rows = max_patches // vision.merge_size**2 + options.max_tokens
+    rows = 2 * max_patches // vision.merge_size**2 + options.max_tokens
     features = rows * (1 + len(vision.deepstack_layers)) * decoder.hidden * value
     return max(step, images) + features + options.max_logits * decoder.vocabulary * _FLOAT32
 

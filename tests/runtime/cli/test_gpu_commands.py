@@ -45,7 +45,7 @@ def test_inspect_shows_what_an_engine_was_built_for_without_a_gpu(bundle) -> Non
 
 def test_inspect_says_what_an_engine_takes_of_a_gpu_and_what_fits(bundle) -> None:
     shown = call("inspect", bundle)
-    assert f"{TARGET} takes 1.1 GB of a GPU: " in shown.out
+    assert f"{TARGET} takes 1.3 GB of a GPU: " in shown.out
     rows = {line.split("  ")[0]: line for line in shown.out.splitlines() if " tokens " in line and " at once: " in line}
     assert set(rows) == {model.name for model in GPU_MODELS if model.sm in (86, 89)}
     engines = json.loads(call("inspect", bundle, "--json").out)["engines"]

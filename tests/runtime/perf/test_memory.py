@@ -127,13 +127,13 @@ def test_people_read_sizes_and_what_fits() -> None:
     assert report is not None
     lines = memory_text("rtx:sm89:bf16-int4", report, MODEL).splitlines()
     assert lines[0].startswith(
-        "rtx:sm89:bf16-int4 takes 13.3 GB of a GPU: 3.0 GB weights, 8.0 GB experts, 1.0 GB vision"
+        "rtx:sm89:bf16-int4 takes 13.6 GB of a GPU: 3.0 GB weights, 8.0 GB experts, 1.0 GB vision"
     )
     assert (
         lines[1]
         == "its cache takes 4.0 kB a token, 256.0 kB a page of 64 tokens; 1 GB holds 3,906 pages, 249,984 tokens"
     )
     first, second, third = (" ".join(line.split()) for line in lines[-4:-1])
-    assert first == "a GPU 13.6 GB 64,000 tokens - 22 4 at once: 50"
+    assert first == "a GPU 13.8 GB 64,000 tokens - 22 4 at once: 50"
     assert "1 of 2 layers" in second
     assert third == "a GPU 1.0 GB does not fit - - -"
