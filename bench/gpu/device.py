@@ -45,6 +45,11 @@ class Device:
         torch.cuda.empty_cache()  # or what torch keeps of earlier tensors would not count
         return torch.cuda.mem_get_info()[0]
 
+    @property
+    def stream(self) -> int:
+        """The current one."""
+        return torch.cuda.current_stream().cuda_stream
+
     def runner(self, op: KernelOp) -> Runner:
         """The machine code that an engine carries."""
         return CubinRunner(compile_program(op, [self.sm]), self.sm)

@@ -31,6 +31,12 @@ class MappedMemory:
         made.copy_(tensor)
         return made
 
+    def upload(self, source: torch.Tensor, target: torch.Tensor, stream: int) -> None:
+        """Queue a copy of such a tensor to the device's own memory. stream: 0 for the default one."""
+        size = math.prod(source.shape) * source.element_size()
+        places = ctypes.c_uint64(target.data_ptr()), ctypes.c_void_p(source.data_ptr())
+        self._check("cuMemcpyHtoDAsync_v2", *places, ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
     def close(self) -> None:
         while self._addresses:
             self._check("cuMemFreeHost", ctypes.c_void_p(self._addresses.pop()))

@@ -386,6 +386,9 @@ class Driver:
     def cuMemHostGetDevicePointer_v2(self, seen, address, flags):
         seen._obj.value = address.value
         return 0
+    def cuMemcpyHtoDAsync_v2(self, target, source, size, stream):
+        ctypes.memmove(target.value, source.value, size.value)
+        return 0
     def cuMemFreeHost(self, address):
         return 0 if self.held.pop(address.value, None) else 1
 

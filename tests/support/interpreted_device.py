@@ -18,6 +18,7 @@ class Interpreted(Device):
 
     name = "cpu"
     free = 1 << 30
+    stream = 0
 
     def runner(self, op: KernelOp) -> "Runner":
         return Runner(op.draft(self.sm))
