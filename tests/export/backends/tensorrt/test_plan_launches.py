@@ -2,13 +2,16 @@
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from bench.plan_launches import PLUGIN, Launch, launches
+from moevlm.export.build import build
 from moevlm.plugins.gpu.program import MAGIC
 from moevlm.runtime.bundle.reader import Bundle
 from tests.plugins.gpu.program_reader import read_first
+from tests.support.hybrid import save
 
 NAME = "rtx:sm86,sm89:bf16"
 SM, ONE_SEQUENCE = 89, {"T": 1, "N": 1, "M": 64, "P": 8}
@@ -48,18 +51,31 @@ def layers_of(found: list[Launch]) -> list[list[Launch]]:
     return [found[start:stop] for start, stop in pairwise(starts)]
 
 
-def test_caches_and_page_tables_are_touched_by_the_plugin_alone(decoder: bytes) -> None:
+def only_the_plugin_touches_caches(decoder: bytes, layers: int) -> None:
     for found in launches(decoder):
         for launch in found:
             own = [name for name in (*launch.inputs, *launch.outputs) if "_cache" in name or name == "page_table"]
             assert not own or launch.plugin == "PagedAttention", launch
         assert not [launch for launch in found if launch.kind == "copy"]
+        assert Counter(launch.plugin for launch in found)["PagedAttention"] == layers
+
+
+def test_caches_and_page_tables_are_touched_by_the_plugin_alone(decoder: bytes) -> None:
+    only_the_plugin_touches_caches(decoder, layers=2)
+
+
+@pytest.mark.usefixtures("hybrid_family")
+def test_window_softcap_sinks_and_other_value_sizes_are_the_plugin_s_in_quantized_caches(tmp_path: Path) -> None:
+    built = build(save(tmp_path / "hybrid", ("local", "wide")), tmp_path / "b", ["rtx:sm89"], kv_cache="int8")
+    engine = built.manifest.engines["rtx:sm89:bf16"]
+    assert [state.dtype for state in engine.states] == ["int8", "int8"]
+    only_the_plugin_touches_caches(built.path(engine.decoder).read_bytes(), layers=2)
 
 
 def test_attention_is_the_plugin_s_without_a_mask(decoder: bytes, vision: bytes) -> None:
-    for plan, op, count in ((decoder, "PagedAttention", 2), (vision, "SegmentAttention", 2)):
+    assert Counter(launch.plugin for launch in launches(vision)[0])["SegmentAttention"] == 2
+    for plan in (decoder, vision):
         for found in launches(plan):
-            assert Counter(launch.plugin for launch in found)[op] == count
             names = [launch.name for launch in found if launch.kind != PLUGIN]
             assert not [name for name in names for other in OTHERS if other in name]
     for launch in launches(vision)[0]:
