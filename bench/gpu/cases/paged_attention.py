@@ -40,6 +40,10 @@ class SequencesCall:
         return f"{len(self.sequences)} sequences: {shown}{', ...' if len(self.sequences) > 3 else ''}"
 
 
+def _some(kinds: Sequences, count: int) -> Sequences:
+    return tuple(islice(cycle(kinds if count <= MANY else kinds[:SHORT]), count))
+
+
 class PagedAttentionCases:
     """See `Cases`."""
 
@@ -72,13 +76,19 @@ class PagedAttentionCases:
         return ALLOWED[op.dtype]
 
     def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002
-        """Decode of as many sequences as each number of shares is for, mixtures of so many, and prefill."""
-        alone = [bound for variant in draft.variants for bound in variant.bounds if len(bound.slopes) == 1]
-        limits = {-bound.offset // sum(bound.slopes.values()) for bound in alone}
-        counts = sorted({1, *limits, max(limits, default=0) + 1})
-        kinds = (tuple((kept, 1) for kept in KEPT), MIXED)
-        calls = [islice(cycle(kind[: None if n <= MANY else SHORT]), n) for kind in kinds for n in counts]
-        return [SequencesCall(tuple(call)) for call in (*calls, [(0, 300)], [(500, 130), (0, 33)])]
+        """Of each number of shares: decode of as many sequences, a prompt of as many tokens, and a mixture of as many
+        sequences with a longer prompt.
+        """
+        limits: dict[str, set[int]] = {"T": set(), "N": {0}}
+        for bound in (bound for variant in draft.variants for bound in variant.bounds if len(bound.slopes) == 1):
+            ((name, slope),) = bound.slopes.items()
+            limits[name].add(-bound.offset // slope)
+        counts = sorted({1, *limits["N"], max(limits["N"]) + 1} - {0})
+        longer = max(limits["T"], default=0) + 1
+        decode = [_some(tuple((kept, 1) for kept in KEPT), n) for n in counts]
+        prompts = [((70, tokens),) for tokens in sorted(limits["T"] - {1})]
+        mixtures = [((9, longer), *_some(MIXED, n - 1)) for n in counts]
+        return [SequencesCall(call) for call in (*decode, *prompts, *mixtures, ((0, 300),), ((500, 130), (0, 33)))]
 
     def case(self, op: PagedAttentionOp, call: SequencesCall, seed: int) -> Case:
         inputs = paged_attention.draw_inputs(op, call.sequences, seed)
