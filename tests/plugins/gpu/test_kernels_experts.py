@@ -170,7 +170,8 @@ def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Inter
     order = np.random.permutation(30)
     moved = {name: inputs[name][order] for name in ("x", "expert_index", "expert_weight")}
     (y,), (z,) = (triton_interpreter.run(op.draft(80), given) for given in (inputs, inputs | moved))
-    np.testing.assert_array_equal(z, y[order])
+    # To a place of float16: in the interpreter, a row's place in a tile may change how numpy's product rounds.
+    np.testing.assert_allclose(z, y[order], rtol=2**-9, atol=2**-12)
 
 
 @pytest.mark.parametrize("weights", ["", "int4"])
