@@ -6,8 +6,8 @@ for gate_up and one for down. "fp8" stands in the place of "8" for e4m3 weights 
 e4m3: there, an entry with "activations": "fp8" quantizes activations, too; BK is 128, BN of gate_up a multiple of it.
 On SM90 and up, a grouped entry with "programs": N has as many programs as stay and read weights in their own dtype by
 tensor maps. "segments": tiles of attention among patches, by bits of an activation and the most columns that a head is
-padded to. "attention": how many programs fill a GPU, then tiles for "decode" and for "prefill", by bits of a cached
-value and the most dimensions of a head.
+padded to. "attention": multiprocessors of a GPU, then tiles for "decode", two of which fit a multiprocessor as a rule,
+and for "prefill", one of which does, by bits of a cached value and the most dimensions of a head.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ class AttentionTile:
 
 @dataclass(frozen=True)
 class AttentionTiles:
-    """programs: of decode, that fill the largest GPU of the family."""
+    """multiprocessors: of a large GPU of the family."""
 
-    programs: int
+    multiprocessors: int
     decode: AttentionTile
     prefill: AttentionTile
 
@@ -103,7 +103,7 @@ def attention_tiles(bits: int, head_dim: int, sm: int) -> AttentionTiles:
     entry = _family(sm)["attention"]
     by_dim = {name: entry[name][str(bits)] for name in ("decode", "prefill")}
     dim = next((dim for dim in by_dim["decode"] if head_dim <= int(dim)), max(by_dim["decode"], key=int))
-    return AttentionTiles(entry["programs"], *(AttentionTile(*tiles[dim]) for tiles in by_dim.values()))
+    return AttentionTiles(entry["multiprocessors"], *(AttentionTile(*tiles[dim]) for tiles in by_dim.values()))
 
 
 def _family(sm: int) -> dict[str, Any]:

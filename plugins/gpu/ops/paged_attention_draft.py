@@ -2,7 +2,8 @@
 
 Where a step has no more tokens than sequences, all are decoded. Otherwise keys and values are written first, sequences
 of one token are decoded, and the others prefilled. How many shares a token's keys are cut into falls as the tokens
-rise, so that a GPU is full with one token and merges nothing with many.
+rise, so that a GPU is full with one token, and never below FEWEST_SHARES: of many sequences the longest would keep the
+others waiting. Shares of those are LONG_SHARE tokens or more, so that short sequences are not cut up.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from moevlm.runtime.core.dtypes import DTYPES
 if TYPE_CHECKING:
     from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 
-MOST_SHARES = 64
+MOST_SHARES, FEWEST_SHARES = 64, 8  # of decode
+LONG_SHARE = 512
 NO_LIMIT = (1 << 31) - 1
 WRITE_STEP = 16  # tokens that one program writes
 Constants = dict[str, Hashable]
@@ -40,7 +42,7 @@ Constants = dict[str, Hashable]
 class PagedAttentionDraft:
     """Collects kernels, each once, while the variants are laid out."""
 
-    SUMS, STATES = range(2)  # workspace buffers, where there are several shares
+    SUMS, STATES = range(2)  # workspace buffers
 
     def __init__(self, op: PagedAttentionOp, sm: int) -> None:
         spec = op.spec
@@ -50,7 +52,7 @@ class PagedAttentionDraft:
         self.tile, self.prefill_tile = (
             replace(tile, BN=gcd(tile.BN, op.page_size)) for tile in (tiles.decode, tiles.prefill)
         )
-        self.programs = tiles.programs
+        self.multiprocessors = tiles.multiprocessors
         if op.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
         self.op, self.sm = op, sm
@@ -62,21 +64,25 @@ class PagedAttentionDraft:
 
     def draft(self) -> Draft:
         op = self.op
-        decode = [self._decode((at_most(most), _ALL_DECODE), shares) for most, shares in _falling(self._shares)]
-        short = [self._short((at_most(most),), shares) for most, shares in _falling(self._prefill_shares)]
-        mixed = [self._mixed((at_most(most, "N"),), shares) for most, shares in _falling(self._shares)]
-        variants = (*decode, self._decode((_ALL_DECODE,), 1), *short, *mixed, self._mixed((), 1))
+        falling = [(most, shares) for most, shares in _falling(self._shares) if shares >= FEWEST_SHARES]
+        least, long = self._least(self._lines(self.tile), self.tile), -(-LONG_SHARE // self.tile.BN)
+        decode = [self._decode((at_most(most), _ALL_DECODE), shares, least) for most, shares in falling]
+        short = [self._short((at_most(most),), shares, least) for most, shares in _falling(self._prefill_shares)]
+        mixed = [self._mixed((at_most(most, "N"),), shares, least) for most, shares in falling]
+        decode.append(self._decode((_ALL_DECODE,), FEWEST_SHARES, long))
+        mixed.append(self._mixed((), FEWEST_SHARES, long))
+        variants = (*decode, *short, *mixed)
         return Draft(op.name, op.inputs, op.outputs, self.sm, tuple(self.kernels), variants)
 
     def _shares(self, tokens: int) -> int:
-        """As many as a GPU has room for at once."""
-        return self.programs // (tokens * self._slots(self.tile))
+        """As many as run at once: more would wait for the first to end, and merge more."""
+        return 2 * self.multiprocessors // (tokens * self._slots(self.tile))
 
     def _prefill_shares(self, tokens: int) -> int:
-        """The same for prefill, whose programs take four times as much of a GPU."""
+        """The same for prefill, whose programs have a multiprocessor each."""
         tile = self.prefill_tile
         tiles = tokens // self._tokens(tile) + 1
-        return self.programs // 4 // (tiles * self._slots(tile))
+        return self.multiprocessors // (tiles * self._slots(tile))
 
     def _slots(self, tile: AttentionTile) -> int:
         """KV heads times tiles of query heads of each."""
@@ -89,34 +95,32 @@ class PagedAttentionDraft:
     def _tokens(self, tile: AttentionTile) -> int:
         return tile.BM // self._lines(tile)
 
-    def _decode(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        return self._variant(bounds, "T", shares, (self._decoded("T", shares),))
+    def _decode(self, bounds: tuple[Linear, ...], shares: int, least: int) -> Variant:
+        return self._variant(bounds, "T", shares, (self._decoded("T", shares, least),))
 
-    def _short(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
+    def _short(self, bounds: tuple[Linear, ...], shares: int, least: int) -> Variant:
         """Of so few tokens that those of prefill, too, have shares."""
-        decode = self._decoded("T", shares, longest=1)
+        decode = self._decoded("T", shares, least, longest=1)
         return self._variant(bounds, "T", shares, (self._written(), self._prefilled(shares), decode))
 
-    def _mixed(self, bounds: tuple[Linear, ...], shares: int) -> Variant:
-        steps = (self._written(), self._prefilled(1), self._decoded("N", shares))
+    def _mixed(self, bounds: tuple[Linear, ...], shares: int, least: int) -> Variant:
+        steps = (self._written(), self._prefilled(1), self._decoded("N", shares, least))
         return self._variant(bounds, "N", shares, steps)
 
     def _variant(self, bounds: tuple[Linear, ...], places: str, shares: int, steps: tuple[Launch, ...]) -> Variant:
-        """The merge follows, if there is something to merge. Launches overlap with those before them, if the GPU can.
+        """The merge follows. Launches overlap with those before them, if the GPU can.
 
         places: what shares are kept of, tokens, or sequences that have one token.
         """
-        buffers: tuple[Count, ...] = ()
-        if shares > 1:
-            merge = self._launch(
-                "merge",
-                (Count(Linear(**{places: 1})), fixed(self.heads.heads), ONE),
-                (self.SUMS, self.STATES, "query_start", "y", "T", ("constant", shares)),
-                {"BY_SEQUENCE": places == "N", "SHARES": MOST_SHARES},
-            )
-            steps = (*steps, merge)
-            rows = 4 * shares * self.heads.heads
-            buffers = tuple(Count(Linear(**{places: rows * width})) for width in (self.op.value_dim, 2))
+        merge = self._launch(
+            "merge",
+            (Count(Linear(**{places: 1})), fixed(self.heads.heads), ONE),
+            (self.SUMS, self.STATES, "query_start", "y", "T", ("constant", shares)),
+            {"BY_SEQUENCE": places == "N", "SHARES": MOST_SHARES},
+        )
+        steps = (*steps, merge)
+        rows = 4 * shares * self.heads.heads
+        buffers = tuple(Count(Linear(**{places: rows * width})) for width in (self.op.value_dim, 2))
         overlap = self.sm >= HOPPER
         return Variant(
             bounds, buffers, tuple(replace(step, overlaps=overlap and i > 0) for i, step in enumerate(steps))
@@ -130,30 +134,32 @@ class PagedAttentionDraft:
             {"STEP": WRITE_STEP},
         )
 
-    def _decoded(self, places: str, shares: int, longest: int = NO_LIMIT) -> Launch:
-        """Of each token in a sequence of up to `longest`, or of each sequence that has one token."""
+    def _decoded(self, places: str, shares: int, least: int, longest: int = NO_LIMIT) -> Launch:
+        """Of each token in a sequence of up to `longest`, or of each sequence that has one token.
+
+        least: blocks of a share.
+        """
         tile = self.tile
+        limits = ("constant", longest), ("constant", least)
         return self._launch(
             "decode",
             (Count(Linear(**{places: 1})), fixed(self._slots(tile)), fixed(shares)),
-            (*_CACHED, "q_norm", "k_norm", "sinks", "y", *self._partial(shares), *SYMBOLS, ("constant", longest)),
-            {"BY_SEQUENCE": places == "N", "LEAST": self._least(self._lines(tile), tile), "TILE": tile},
+            (*_CACHED, "q_norm", "k_norm", "sinks", self.SUMS, self.STATES, *SYMBOLS, *limits),
+            {"BY_SEQUENCE": places == "N", "TILE": tile},
             tile,
         )
 
     def _prefilled(self, shares: int) -> Launch:
         tile, tokens = self.prefill_tile, self._tokens(self.prefill_tile)
+        partial = (self.SUMS, self.STATES) if shares > 1 else (None, None)
         return self._launch(
             "prefill",
             # No tile has tokens of two sequences.
             (Count(Linear(T=1, N=tokens), tokens), fixed(self._slots(tile)), fixed(shares)),
-            (*_CACHED, "q_norm", "sinks", "y", *self._partial(shares), *SYMBOLS),
+            (*_CACHED, "q_norm", "sinks", "y", *partial, *SYMBOLS),
             {"LEAST": self._least(tile.BM, tile), "TILE": tile},
             tile,
         )
-
-    def _partial(self, shares: int) -> tuple[int | None, ...]:
-        return (self.SUMS, self.STATES) if shares > 1 else (None, None)
 
     def _least(self, rows: int, tile: AttentionTile) -> int:
         """Blocks of a share. It writes, and the merge reads, sums of rows: no more bytes than its keys and values."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bench.paged_attention import Sequences, draw_inputs
 from moevlm.plugins.gpu.draft import Draft
+from moevlm.plugins.gpu.ops import paged_attention_draft
 from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
 from moevlm.plugins.gpu.program import chosen, sizes_of
 from moevlm.plugins.gpu.tiles import FAMILIES
@@ -33,8 +34,12 @@ STEPS: dict[str, Sequences] = {
 SHARES = 4  # of keys in most tests: each is a program, and the interpreter takes its time for one
 
 
-def with_shares(draft: Draft, most: int) -> Draft:
-    """The draft without the variants that cut keys into more shares."""
+def with_shares(op: PagedAttentionOp, sm: int, most: int) -> Draft:
+    """The op's draft without the variants that cut keys into more shares. Many sequences have two, short ones too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_attention_draft, "FEWEST_SHARES", 2)
+        patch.setattr(paged_attention_draft, "LONG_SHARE", 32)
+        draft = op.draft(sm)
     grids = [max(step.grid[2].at({}) for step in variant.steps) for variant in draft.variants]
     return replace(draft, variants=tuple(v for v, n in zip(draft.variants, grids, strict=True) if n <= most))
 
@@ -43,7 +48,7 @@ def agrees(
     interpreter: Interpreter, op: PagedAttentionOp, sequences: Sequences, sm: int = 80, seed: int = 0, shared: int = 0
 ) -> None:
     inputs = draw_inputs(op, sequences, seed, shared)
-    check(op, inputs, interpreter.run(with_shares(op.draft(sm), SHARES), inputs))
+    check(op, inputs, interpreter.run(with_shares(op, sm, SHARES), inputs))
 
 
 @pytest.mark.parametrize(
@@ -121,7 +126,7 @@ def test_each_launch_plan_is_right_for_all_that_it_admits(
     op = PagedAttentionOp(spec, 16, 16, "float32", page_size=16, has_norms=True, has_sinks=True)
     inputs = draw_inputs(op, STEPS[step], 0)
     sizes = sizes_of(op.inputs, [inputs[t.name].shape for t in op.inputs])
-    draft = with_shares(op.draft(90), shares)
+    draft = with_shares(op, 90, shares)
     admitted = [variant for variant in draft.variants if variant.holds(sizes)]
     assert len(admitted) > 2
     for variant in admitted:
@@ -137,10 +142,10 @@ def test_made_up_inputs_touch_nothing_else(triton_interpreter: Interpreter, cach
     indices = ("query_start", "context_len", "page_table")
     for names in (*((name,) for name in indices), *(indices,) * 5):
         made_up = {name: random.choice(extremes, inputs[name].shape) for name in names}
-        triton_interpreter.run(with_shares(op.draft(80), 2), inputs | made_up)
+        triton_interpreter.run(with_shares(op, 80, 2), inputs | made_up)
 
 
-def test_one_launch_decodes_many_sequences_and_two_decode_few() -> None:
+def test_shares_fill_a_gpu_and_never_are_few() -> None:
     op = PagedAttentionOp(AttentionSpec(32, 4, 128), 128, 128, has_norms=True)
     draft = op.draft(90)
     assert len(draft.kernels) <= 6
@@ -151,9 +156,9 @@ def test_one_launch_decodes_many_sequences_and_two_decode_few() -> None:
         return {draft.kernels[step.kernel].function: step.grid[2].at({}) for step in variant.steps}
 
     assert launches(1, 1) == {"decode": 64, "merge": 1}
-    assert launches(64, 64) == {"decode": 2, "merge": 1}
-    assert launches(128, 128) == {"decode": 1}
-    assert launches(2048, 2) == {"write_pages": 1, "prefill": 1, "decode": 64, "merge": 1}
+    assert launches(2, 2) == {"decode": 32, "merge": 1}
+    assert launches(64, 64) == {"decode": 8, "merge": 1}
+    assert launches(2048, 2) == {"write_pages": 1, "prefill": 1, "decode": 32, "merge": 1}
     assert launches(32, 2) == {"write_pages": 1, "prefill": 8, "decode": 8, "merge": 1}
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from moevlm.plugins.gpu.compiler import KERNELS, compile_program, resources
+from moevlm.plugins.gpu.devices import REGISTERS_PER_BLOCK
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.plugins.gpu.loop_loads import lowered, waiting_loads
@@ -21,13 +22,16 @@ def test_keys_values_and_scales_are_copied_ahead(sm: int, cache: str) -> None:
     assert [load for load in waiting_loads(KERNELS, kernels["decode"], sm) if "pages.py" in load] == []
 
 
-def test_kernels_fit_their_gpu_and_keep_their_registers() -> None:
-    op = PagedAttentionOp(QWEN3, 128, 128, cache="int8", has_norms=True)
+def test_kernels_fit_their_gpu_keep_their_registers_and_decode_fits_twice() -> None:
+    op = PagedAttentionOp(QWEN3, 128, 128, has_norms=True)
     program = compile_program(op, [86])
     assert (program.op, program.inputs, program.outputs) == ("PagedAttention", op.inputs, op.outputs)
     found = resources(op, [86])
     assert {kernel.entry for kernel in found} == {"write_pages", "decode", "merge", "prefill"}
     assert all(kernel.spilled == 0 for kernel in found)
+    for kernel in (each for each in found if each.entry == "decode"):  # of 100 KiB, 1 KiB of each block is CUDA's
+        assert 2 * (kernel.shared + 1024) <= 100 * 1024
+        assert 2 * kernel.registers * 32 * kernel.warps <= REGISTERS_PER_BLOCK
 
 
 def test_launches_of_a_step_overlap_and_kernels_wait_before_they_touch_memory() -> None:

@@ -97,7 +97,7 @@ def test_paged_attention_agrees_with_the_spec(
     op = PagedAttentionOp(AttentionSpec(4, 2, 64), 64, 64, "float32", cache, page_size=32, has_norms=True)
     inputs = paged_attention.draw_inputs(op, STEPS[step], seed=0)
     largest = {"T": 100, "N": 20, "M": 30, "P": 500}
-    draft = with_shares(op.draft(80), SHARES)
+    draft = with_shares(op, 80, SHARES)
     found = execute(library, cuda, triton_interpreter, op, inputs, 80, largest, draft)
     check(op, inputs, [found[name] for name in ("y", "key_cache", "value_cache")])
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.attention.blocks import attend_block
 from moevlm.plugins.gpu.kernels.attention.pages import page_of
-from moevlm.plugins.gpu.kernels.attention.queries import load_queries, rows_of, store_results, tiles_of
+from moevlm.plugins.gpu.kernels.attention.queries import load_queries, rows_of, tiles_of
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
 from moevlm.plugins.gpu.kernels.attention.shares import store_state, store_sums
 from moevlm.plugins.gpu.kernels.attention.softmax import include, scores_of, start_rows
@@ -30,22 +30,21 @@ def decode(
     q_norm,  # [H.dim] float32 or null
     k_norm,
     sinks,  # [H.heads] float32 or null
-    y,  # [T, H.heads * H.value_dim], written if there is one share
-    sums,  # [places, shares, H.heads, H.value_dim] float32, written if there are several: sums of values
-    states,  # [2, places, shares, H.heads] float32: their tops and totals
+    sums,  # [places, shares, H.heads, H.value_dim] float32, written: sums of values
+    states,  # [2, places, shares, H.heads] float32, written: their tops and totals
     tokens,
     sequences,
     columns,
     pages,
     longest,
+    least,
     BY_SEQUENCE: tl.constexpr,
-    LEAST: tl.constexpr,
     TILE: tl.constexpr,
     H: tl.constexpr,
     OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Programs: (token, or sequence; KV head and tile; share). A share is at least LEAST blocks of keys.
+    """Programs: (token, or sequence; KV head and tile; share). A share is at least `least` blocks of keys.
 
     Sequences that have more than `longest` tokens are left out. BY_SEQUENCE: a program takes the only token of its
     sequence, and none of a sequence that has another number.
@@ -76,7 +75,7 @@ def decode(
     if H.window > 0:
         oldest = tl.maximum(context + token - first + 1 - H.window, 0)
     blocks = (context + BN - 1) // BN - oldest // BN
-    length = tl.maximum((blocks + shares - 1) // shares, LEAST)
+    length = tl.maximum((blocks + shares - 1) // shares, least)
     block = oldest // BN + share * length
     stop = tl.minimum(block + length, (context + BN - 1) // BN)
     query_head, row_token, mask = rows_of(slot, token, token + 1, TILE, H)
@@ -119,8 +118,5 @@ def decode(
             real, real[None, :], cut, TILE, H, INTERPRETED,
         )  # fmt: skip
         page = following
-    if shares == 1:
-        store_results(y, acc, total, query_head, row_token, mask, H)
-    else:
-        store_state(states, state, tl.num_programs(0), shares, top, total, mask, H)
-        store_sums(sums, state, acc, mask, H)
+    store_state(states, state, tl.num_programs(0), shares, top, total, mask, H)
+    store_sums(sums, state, acc, mask, H)
