@@ -12,9 +12,10 @@ from bench.plugin_harness import PluginLibrary
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.support.fakes.cuda_driver import Driver
 from tests.support.fakes.gpu import FakeGpu, fake_gpu
-from tests.support.simulator.engine import Kernels, Machine, SimulatedEngine
+from tests.support.simulator.engine import SimulatedEngine
 from tests.support.simulator.graph import Graph
 from tests.support.simulator.libraries import Libraries
+from tests.support.simulator.machine import Kernels, Machine
 from tests.support.simulator.memory import Memory
 
 

@@ -2,84 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
-from bench.plugin_harness import RUNTIME, DynamicTensorDesc, Io, Plugin, PluginLibrary
+from bench.plugin_harness import RUNTIME, DynamicTensorDesc, Io, Plugin
 from moevlm.runtime.core.dtypes import DTYPES
-from tests.plugins.tensorrt.fake_cuda import Event, FakeCuda
+from tests.support.fakes.cuda_driver import Work
+from tests.support.fakes.evaluation import Shapes
 from tests.support.simulator.graph import Graph, PluginNode, Segment
-from tests.support.simulator.memory import ALIGNMENT, Memory
+from tests.support.simulator.machine import Binding, Machine, PluginCall
+from tests.support.simulator.memory import ALIGNMENT
 
-Work = Callable[[], None]
-Shapes = Mapping[str, tuple[int, ...]]
 Profile = Mapping[str, Sequence[Sequence[int]]]  # smallest, usual and largest shape by name
 
 _KEPT_SHAPES = 64
 
 
-@dataclass(frozen=True)
-class Binding:
-    """A tensor of a call: where it lies, and what."""
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def size(self) -> int:
-        """In bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class PluginCall:
-    """What a plugin did when it was enqueued. events: its calls of the driver. workspace: its address and size."""
-
-    node: PluginNode
-    inputs: tuple[Binding, ...]
-    outputs: tuple[Binding, ...]
-    events: tuple[Event, ...]
-    workspace: tuple[int, int]
-
-
-class Kernels(Protocol):
-    """Who does the work of a plugin."""
-
-    def work(self, memory: Memory, call: PluginCall) -> list[Work]:
-        """In order, to be done any number of times."""
-        ...
-
-
-class Machine:
-    """What simulated engines run on: a GPU of compute capability sm / 10 and one CUDA context."""
-
-    def __init__(self, memory: Memory, library: PluginLibrary, cuda: FakeCuda, kernels: Kernels, sm: int) -> None:
-        self.memory, self.library, self.cuda, self.kernels = memory, library, cuda, kernels
-        cuda.set_sm(sm)
-        self._context = cuda.context()
-
-    def enter(self) -> None:
-        """Make the CUDA context this thread's."""
-        self.cuda.use(self._context)
-
-    def close(self) -> None:
-        """The end of the context."""
-        self.cuda.use(None)
-        self.cuda.destroy(self._context)
-
-
 class SimulatedEngine:
     """See `EngineEvaluation`. profiles: of every input with an open shape."""
 
-    def __init__(
-        self, machine: Machine, graph: Graph, profiles: Sequence[Mapping[str, tuple[Sequence[int], ...]]]
-    ) -> None:
+    def __init__(self, machine: Machine, graph: Graph, profiles: Sequence[Profile]) -> None:
         self.machine, self.graph, self._profiles = machine, graph, profiles
         self.plugins = {
             step.name: machine.library.plugin(step.op, step.program, phase=RUNTIME)
@@ -106,6 +51,17 @@ class SimulatedEngine:
 
     def _plugin_nodes(self) -> list[PluginNode]:
         return [step for step in self.graph.steps if isinstance(step, PluginNode)]
+
+    def require(self, shapes: Shapes) -> None:
+        """That these shapes of the inputs are inside of a profile."""
+        assert any(
+            all(
+                low <= size <= high
+                for name, (least, _, most) in profile.items()
+                for low, size, high in zip(least, shapes[name], most, strict=True)
+            )
+            for profile in self._profiles
+        ), shapes
 
     def values(self, shapes: Shapes) -> dict[str, np.ndarray]:
         """Every value that is in memory, as zeros of its shape and dtype, for these shapes of the inputs."""
@@ -187,6 +143,7 @@ class SimulatedContext:
         Launches are fixed now, as in a recorded graph: to do the work again is to launch the same again.
         """
         machine, graph = self._machine, self._engine.graph
+        self._engine.require(shapes)
         layout = Layout.of(self._engine, shapes)
         start, size = memory
         places = {name: start + offset for name, offset in layout.offsets.items()}

@@ -8,7 +8,8 @@ from functools import partial
 import numpy as np
 
 from tests.plugins.tensorrt.fake_cuda import Event
-from tests.support.simulator.engine import PluginCall, Work
+from tests.support.fakes.cuda_driver import Work
+from tests.support.simulator.machine import PluginCall
 from tests.support.simulator.memory import Memory
 from tests.support.simulator.program import spec_of
 from tests.support.simulator.sanitizer import run_kernel, watched

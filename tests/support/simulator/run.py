@@ -11,8 +11,8 @@ from moevlm.runtime.engine.answer import Completion
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.simulator.device import simulated_gpu
-from tests.support.simulator.engine import Kernels
 from tests.support.simulator.libraries import Libraries
+from tests.support.simulator.machine import Kernels
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from moevlm.plugins.gpu.ops.base import KernelOp
+from tests.support.fakes.cuda_driver import Work
 from tests.support.plugin_nodes import NODES, written_rows
-from tests.support.simulator.engine import Binding, PluginCall, Work
+from tests.support.simulator.machine import Binding, PluginCall
 from tests.support.simulator.memory import Memory, MemoryFault
 from tests.support.simulator.program import spec_of
 
