@@ -66,7 +66,7 @@ def test_kernels_read_what_was_written_and_do_not_meet(triton_interpreter: Inter
     op = PagedAttentionOp(AttentionSpec(4, 2, 16, window=60), 16, 16, "float32", cache, 16, has_norms=True)
     inputs = draw_inputs(op, STEPS[step], 0)
     unwritten = {t.name: unwritten_bytes(op, inputs[t.name]) for t in op.inputs if t.written}
-    draft = with_shares(op.draft(90), 2)
+    draft = with_shares(op, 90, 2)
     check(op, inputs, triton_interpreter.call(run, draft, inputs, unwritten))
 
 
@@ -76,4 +76,4 @@ def test_a_key_that_nobody_wrote_is_noticed(triton_interpreter: Interpreter) -> 
     unwritten = {t.name: unwritten_bytes(op, inputs[t.name]) for t in op.inputs if t.written}
     inputs["context_len"] = np.array([25], np.int32)
     with pytest.raises(Exception, match="are read and were never written"):
-        triton_interpreter.call(run, with_shares(op.draft(90), 2), inputs, unwritten)
+        triton_interpreter.call(run, with_shares(op, 90, 2), inputs, unwritten)
