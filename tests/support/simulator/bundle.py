@@ -70,7 +70,10 @@ def simulated_build(folder: Path, exact: bool = False) -> Iterator[dict[bytes, K
             patch.setitem(options.DTYPES, "fp16", "float32")
         patch.setattr(compiler, "_compile", compile_nothing)
         patch.setattr(compiler, "compile_program", compile_program)
-        table = {family: found | _TILES for family, found in tiles.table().items()}
+        table = {
+            family: found | _TILES | {"attention": found["attention"] | _TILES["attention"]}
+            for family, found in tiles.table().items()
+        }
         patch.setattr(tiles, "table", lambda: table)
         yield ops
 
