@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moevlm.plugins.gpu.program import Sizes, Tensor
+from moevlm.plugins.gpu.sizes import Sizes, Tensor
 from moevlm.runtime.core.dtypes import DTYPES
 
 SOURCES = Path(__file__).parents[1] / "plugins" / "tensorrt"

@@ -7,18 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moevlm.plugins.gpu.program import (
-    ALIGNMENT,
-    SYMBOLS,
-    Fill,
-    Image,
-    Kernel,
-    Program,
-    Sizes,
-    TensorMap,
-    Variant,
-    sizes_of,
-)
+from moevlm.plugins.gpu.program import ALIGNMENT, Fill, Image, Kernel, Program, TensorMap, Variant
+from moevlm.plugins.gpu.sizes import SYMBOLS, Sizes, sizes_of
 from moevlm.runtime.core.dtypes import DTYPES
 
 POISON = 0xFF  # in every byte that a kernel has yet to write: no number in any floating-point format

@@ -10,7 +10,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moevlm.plugins.gpu import kernels
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
-from moevlm.plugins.gpu.program import ALIGNMENT, SYMBOLS, Argument, Fill, Sizes, Tensor, chosen, sizes_of
+from moevlm.plugins.gpu.program import ALIGNMENT, Argument, Fill, chosen
+from moevlm.plugins.gpu.sizes import SYMBOLS, Sizes, Tensor, sizes_of
 from moevlm.runtime.core.dtypes import DTYPES
 
 _INTERPRETED = {"INTERPRETED": True, "OVERLAPS": False}  # what Triton's interpreter makes of kernels' constants

@@ -14,7 +14,8 @@ from bench.gpu.driver import POISON, empty_outputs
 from bench.plugin_harness import Io, Plugin, PluginLibrary, compile_harness, compile_library, compiler
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops.base import KernelOp
-from moevlm.plugins.gpu.program import Program, Sizes, sizes_of
+from moevlm.plugins.gpu.program import Program
+from moevlm.plugins.gpu.sizes import Sizes, sizes_of
 
 FOLDER = Path(__file__).parents[2] / "build" / "check"
 GUARD_BYTES, GUARD = 1 << 16, 0xA5  # behind the workspace; nothing may be written there

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
-from moevlm.plugins.gpu.program import Tensor
+from moevlm.plugins.gpu.sizes import Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.dtypes import DTYPES
 

@@ -3,7 +3,8 @@
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-from moevlm.plugins.gpu.program import LARGEST_SIZES, Tensor, Variant
+from moevlm.plugins.gpu.program import Variant
+from moevlm.plugins.gpu.sizes import LARGEST_SIZES, Tensor
 
 MAX_TOKENS = LARGEST_SIZES["T"]  # that programs have room for
 ADA = 89  # the first SM that multiplies e4m3

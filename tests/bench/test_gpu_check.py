@@ -31,24 +31,8 @@ from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.ops.router import RouterOp
-from moevlm.plugins.gpu.program import (
-    ONE,
-    TOKENS,
-    Argument,
-    Fill,
-    Image,
-    Kernel,
-    Launch,
-    Program,
-    T,
-    Tensor,
-    Variant,
-    at_most,
-    chosen,
-    fixed,
-    per_token,
-    sizes_of,
-)
+from moevlm.plugins.gpu.program import TOKENS, Argument, Fill, Image, Kernel, Launch, Program, Variant, chosen
+from moevlm.plugins.gpu.sizes import ONE, T, Tensor, at_most, fixed, per_token, sizes_of
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec

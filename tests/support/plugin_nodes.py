@@ -14,7 +14,7 @@ from moevlm.export.formats.gpu_packing import unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
-from moevlm.plugins.gpu.program import sizes_of
+from moevlm.plugins.gpu.sizes import sizes_of
 from moevlm.plugins.ops.attention import attention, segment_attention
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.experts import experts

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar, Protocol
 
 from moevlm.plugins.gpu.draft import Draft
-from moevlm.plugins.gpu.program import Tensor
+from moevlm.plugins.gpu.sizes import Tensor
 
 
 class KernelOp(Protocol):

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec, power_of_two
-from moevlm.plugins.gpu.program import ONE, Argument, Launch, T, Tensor, Variant, at_most, per_token
+from moevlm.plugins.gpu.program import Argument, Launch, Variant
+from moevlm.plugins.gpu.sizes import ONE, T, Tensor, at_most, per_token
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.names import CANDIDATES
 

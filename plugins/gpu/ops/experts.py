@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
 from moevlm.plugins.gpu.ops.experts_draft import ExpertsDraft
 from moevlm.plugins.gpu.ops.projection import FORMATS, Projection
-from moevlm.plugins.gpu.program import T, Tensor
+from moevlm.plugins.gpu.sizes import T, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import FieldError

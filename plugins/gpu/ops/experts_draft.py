@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import ADA, HOPPER, Draft, KernelSpec, power_of_two
 from moevlm.plugins.gpu.ops.layout import Given, Layout
-from moevlm.plugins.gpu.program import ONE, TOKENS, Argument, Count, Fill, Launch, Linear, Variant, fixed, per_token
+from moevlm.plugins.gpu.program import TOKENS, Argument, Fill, Launch, Variant
+from moevlm.plugins.gpu.sizes import ONE, Count, Linear, fixed, per_token
 from moevlm.plugins.gpu.tiles import Range, Tile, tiles
 from moevlm.runtime.core.dtypes import DTYPES
 

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from moevlm.plugins.gpu.program import Argument, Count, Fill, Launch, Linear, TensorMap, Variant, at_most
+from moevlm.plugins.gpu.program import Argument, Fill, Launch, TensorMap, Variant
+from moevlm.plugins.gpu.sizes import Count, Linear, at_most
 from moevlm.runtime.core.dtypes import DTYPES
 
 Given = tuple[Argument, str]  # what a kernel is given, and its type

@@ -6,7 +6,7 @@ from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.paged_attention_draft import PagedAttentionDraft
 from moevlm.plugins.gpu.ops.paged_heads import SCALE_BYTES
-from moevlm.plugins.gpu.program import M, N, P, T, Tensor
+from moevlm.plugins.gpu.sizes import M, N, P, T, Tensor
 from moevlm.plugins.ops.spec import AttentionSpec
 from moevlm.runtime.core.errors import FieldError
 

@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING
 
 from moevlm.plugins.gpu.draft import HOPPER, Draft, KernelSpec
 from moevlm.plugins.gpu.ops.paged_heads import PagedHeads
-from moevlm.plugins.gpu.program import (
-    ONE,
-    SYMBOLS,
-    Argument,
-    Count,
-    Launch,
-    Linear,
-    Variant,
-    at_most,
-    fixed,
-)
+from moevlm.plugins.gpu.program import Argument, Launch, Variant
+from moevlm.plugins.gpu.sizes import ONE, SYMBOLS, Count, Linear, at_most, fixed
 from moevlm.plugins.gpu.tiles import AttentionTile, attention_tiles
 from moevlm.runtime.core.dtypes import DTYPES
 

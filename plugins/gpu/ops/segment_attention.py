@@ -6,22 +6,8 @@ from math import e, log2
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.heads import Heads, parts
-from moevlm.plugins.gpu.program import (
-    ONE,
-    SYMBOLS,
-    TOKENS,
-    Argument,
-    Count,
-    Launch,
-    Linear,
-    N,
-    T,
-    Tensor,
-    Variant,
-    at_most,
-    fixed,
-    per_token,
-)
+from moevlm.plugins.gpu.program import TOKENS, Argument, Launch, Variant
+from moevlm.plugins.gpu.sizes import ONE, SYMBOLS, Count, Linear, N, T, Tensor, at_most, fixed, per_token
 from moevlm.plugins.gpu.tiles import segment_tile
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import FieldError

@@ -12,7 +12,8 @@ from bench.paged_attention import Sequences, draw_inputs
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops import paged_attention_draft
 from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
-from moevlm.plugins.gpu.program import chosen, sizes_of
+from moevlm.plugins.gpu.program import chosen
+from moevlm.plugins.gpu.sizes import sizes_of
 from moevlm.plugins.gpu.tiles import FAMILIES
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.plugins.gpu.interpreter import Interpreter

@@ -8,7 +8,8 @@ import pytest
 from bench.paged_attention import draw_inputs, numbers
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
-from moevlm.plugins.gpu.program import SYMBOLS, Argument, Launch, chosen, sizes_of
+from moevlm.plugins.gpu.program import Argument, Launch, chosen
+from moevlm.plugins.gpu.sizes import SYMBOLS, sizes_of
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_paged_attention import STEPS, with_shares

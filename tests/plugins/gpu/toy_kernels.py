@@ -8,22 +8,8 @@ import triton.language as tl
 from bench.gpu.launch import described
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.kernels.moe.fp8 import encode
-from moevlm.plugins.gpu.program import (
-    NO_LIMIT,
-    ONE,
-    TOKENS,
-    Argument,
-    Fill,
-    Launch,
-    Linear,
-    T,
-    Tensor,
-    TensorMap,
-    Variant,
-    at_most,
-    fixed,
-    per_token,
-)
+from moevlm.plugins.gpu.program import NO_LIMIT, TOKENS, Argument, Fill, Launch, TensorMap, Variant
+from moevlm.plugins.gpu.sizes import ONE, Linear, T, Tensor, at_most, fixed, per_token
 
 BLOCK = 128
 

@@ -12,18 +12,8 @@ import torch
 from bench.plugin_harness import Io, PluginLibrary
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.ops.base import KernelOp
-from moevlm.plugins.gpu.program import (
-    ALIGNMENT,
-    TENSOR_DTYPES,
-    Argument,
-    Image,
-    Kernel,
-    Launch,
-    Program,
-    Sizes,
-    Tensor,
-    sizes_of,
-)
+from moevlm.plugins.gpu.program import ALIGNMENT, Argument, Image, Kernel, Launch, Program
+from moevlm.plugins.gpu.sizes import TENSOR_DTYPES, Sizes, Tensor, sizes_of
 from moevlm.runtime.core.dtypes import DTYPES
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.tensorrt.fake_cuda import Event, FakeCuda, image

@@ -16,7 +16,8 @@ from typing import Any
 import onnx
 from onnx import TensorProto, helper
 
-from moevlm.plugins.gpu.program import Program, Sizes, Symbol, Tensor
+from moevlm.plugins.gpu.program import Program
+from moevlm.plugins.gpu.sizes import Sizes, Symbol, Tensor
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.core.names import PLUGINS
 from tests.plugins.tensorrt.programs import LARGEST, MAX_TOKENS, attention_program, experts_program, router_program

@@ -11,18 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plugin_harness import BUILD, CHAR, INT8, INT32, DynamicTensorDesc, Io, Plugin, PluginError, PluginLibrary
-from moevlm.plugins.gpu.program import (
+from moevlm.plugins.gpu.program import Fill, Image, Program, Variant
+from moevlm.plugins.gpu.sizes import (
     LARGEST_SIZES,
     SYMBOLS,
     TENSOR_DTYPES,
     Count,
-    Fill,
-    Image,
     Linear,
-    Program,
     Sizes,
     Tensor,
-    Variant,
     at_most,
     fixed,
     per_token,

@@ -10,25 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.plugin_harness import Io, PluginError, PluginLibrary
-from moevlm.plugins.gpu.program import (
-    MAGIC,
-    ONE,
-    Argument,
-    Count,
-    Fill,
-    Image,
-    Kernel,
-    Launch,
-    Linear,
-    Program,
-    Sizes,
-    T,
-    Tensor,
-    Variant,
-    at_most,
-    fixed,
-    per_token,
-)
+from moevlm.plugins.gpu.program import MAGIC, Argument, Fill, Image, Kernel, Launch, Program, Variant
+from moevlm.plugins.gpu.sizes import ONE, Count, Linear, Sizes, T, Tensor, at_most, fixed, per_token
 from tests.plugins.tensorrt.fake_cuda import FakeCuda
 from tests.plugins.tensorrt.programs import (
     ROUTER,
