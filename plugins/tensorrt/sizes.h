@@ -15,7 +15,7 @@ __extension__ using Wide = __int128;
 // T: tokens, patches or rows. N: sequences or images. M: columns of a page table. P: pages.
 constexpr char kSymbols[] = {'T', 'N', 'M', 'P'};
 constexpr size_t kSymbolCount = sizeof kSymbols;
-// What each may be, whatever a variant's bounds; kernels take them as int32. As LARGEST_SIZES of plugins/gpu/program.py.
+// What each may be, whatever a variant's bounds; kernels take them as int32. As LARGEST_SIZES of plugins/gpu/sizes.py.
 constexpr std::array<int64_t, kSymbolCount> kLargest = {1 << 20, 1 << 16, std::numeric_limits<int32_t>::max(),
                                                         std::numeric_limits<int32_t>::max()};
 
