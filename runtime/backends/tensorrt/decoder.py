@@ -11,6 +11,7 @@ from moevlm.runtime.backends.tensorrt.decode_step import DecodeStep, sizes
 from moevlm.runtime.backends.tensorrt.decoder_check import ANY, DECODE, check_decoder
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.device_features import FeatureMemory
+from moevlm.runtime.backends.tensorrt.execution import Execution
 from moevlm.runtime.backends.tensorrt.expert_memory import ExpertMemory, expert_weights
 from moevlm.runtime.backends.tensorrt.page_memory import Bindings, PageMemory, cache_shapes
 from moevlm.runtime.backends.tensorrt.page_tables import PageTables
@@ -82,14 +83,14 @@ class Decoder:
         self._warm_pages = PageMemory(self._device, self._states, _WARM_PAGES, self._limits.page_size)
         self._resources.callback(self._warm_pages.free)
         bound = bound | self._warm_pages.caches
-        self._any = self._engine.execution(ANY)
+        self._any = Execution(self._engine, ANY)
         self._resources.callback(self._any.close)
         for name, (address, shape) in bound.items():
             self._any.bind(name, address, shape)
         self._decode: dict[int, DecodeStep] = {}
         for size in sizes(self._limits.max_sequences):
             logits: Bindings = {"logits": (self._logits, (size, self._model.vocabulary))}
-            execution = self._engine.execution(DECODE, fixed=True)
+            execution = Execution(self._engine, DECODE, fixed=True)
             self._resources.callback(execution.close)
             self._decode[size] = DecodeStep(execution, size, self._model, bound | logits, self._tables)
 

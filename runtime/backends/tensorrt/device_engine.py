@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 from moevlm.runtime.backends.tensorrt.cuda import Device, DeviceMemory
-from moevlm.runtime.backends.tensorrt.execution import Execution
 from moevlm.runtime.backends.tensorrt.kernel_cache import KernelCache
 from moevlm.runtime.backends.tensorrt.library import Library
 from moevlm.runtime.core.dtypes import TENSORRT
@@ -59,8 +58,8 @@ class DeviceEngine:
         """Bytes of an input whose shape is fixed."""
         return math.prod(self.inputs[name]) * TENSORRT[self.dtypes[name]].bits // 8
 
-    def execution(self, profile: int, fixed: bool = False) -> Execution:
-        """A context for a profile, in which all calls have any shapes, or fixed ones."""
+    def context(self, fixed: bool) -> Any:
+        """A context of TensorRT's, whose calls have fixed shapes, or any."""
         trt, strategy = self.library.module, self.library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         self.library.forget_errors()
         if self.library.is_rtx:
@@ -75,7 +74,7 @@ class DeviceEngine:
             context = self._engine.create_execution_context(strategy)
         if context is None:
             raise self.library.refused(f"make a context for {self.name}")
-        return Execution(self, context, profile)
+        return context
 
     def refused(self, what: str) -> EngineError:
         """The error for a call that TensorRT refused, with its reason."""

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.cuda import Graph
+from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.staging import Staging
 from moevlm.runtime.core.dtypes import TENSORRT
 from moevlm.runtime.core.errors import EngineError
-
-if TYPE_CHECKING:
-    from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 
 HOST_DTYPES = {name: TENSORRT[name].numpy for name in ("FLOAT", "INT32", "INT64")}  # of arrays that a call takes
 Shape = tuple[int, ...]
@@ -26,8 +23,10 @@ class Execution:
     arrays: these, by name, inputs and outputs, in pinned memory; their dtypes are the engine's.
     """
 
-    def __init__(self, engine: DeviceEngine, context: Any, profile: int) -> None:
-        self._engine, self._device, self._context = engine, engine.device, context
+    def __init__(self, engine: DeviceEngine, profile: int, fixed: bool = False) -> None:
+        """fixed: whether all calls have the same shapes."""
+        self._engine, self._device = engine, engine.device
+        self._context = context = engine.context(fixed)
         self._staging = Staging(engine.device)
         self._bound: dict[str, tuple[int, Shape]] = {}
         self._shapes: dict[str, Shape] = {}

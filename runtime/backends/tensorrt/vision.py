@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.device_features import DeviceFeatures, FeatureMemory
+from moevlm.runtime.backends.tensorrt.execution import Execution
 from moevlm.runtime.core.dtypes import DTYPES, TENSORRT
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata
@@ -36,7 +37,7 @@ class VisionTower:
         self._images = most["image_start"][0] - 1
         inputs = sum(math.prod(shape) * TENSORRT[engine.dtypes[name]].bits // 8 for name, shape in most.items())
         self._call_bytes = inputs + 2 * memory.layout.size(max_patches // self._merge)
-        self._execution = engine.execution(0)
+        self._execution = Execution(engine, 0)
 
     @property
     def call_bytes(self) -> int:
