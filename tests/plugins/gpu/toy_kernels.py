@@ -7,7 +7,7 @@ import triton.language as tl
 
 from bench.gpu.launch import described
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
-from moevlm.plugins.gpu.kernels.moe.fp8 import encode
+from moevlm.plugins.gpu.kernels.e4m3 import encode_fp8
 from moevlm.plugins.gpu.program import NO_LIMIT, TOKENS, Argument, Fill, Launch, TensorMap, Variant
 from moevlm.plugins.gpu.sizes import ONE, Linear, T, Tensor, at_most, fixed, per_token
 
@@ -44,7 +44,7 @@ def scaled_matmul(x, w, scale, y, n, BLOCK: tl.constexpr, INNER: tl.constexpr):
 @triton.jit
 def encode_codes(values, codes, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    tl.store(codes + i, encode(tl.load(values + i, mask=i < n, other=0.0)), mask=i < n)
+    tl.store(codes + i, encode_fp8(tl.load(values + i, mask=i < n, other=0.0)), mask=i < n)
 
 
 @triton.jit

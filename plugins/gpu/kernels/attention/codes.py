@@ -6,7 +6,7 @@ int8: -127 to 127. fp8: e4m3, up to 448. The largest magnitude of a head takes t
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.products import decode_fp8
+from moevlm.plugins.gpu.kernels.e4m3 import decode_fp8, encode_fp8
 
 
 @triton.jit
@@ -21,12 +21,7 @@ def encode(value, scale, H: tl.constexpr):
     """value [rows, D] float32 as codes, int8. scale: [rows]."""
     value = value / scale[:, None]
     if H.cache == "fp8":
-        # A float16 that is 256 times smaller has the same digits: its seven lowest are rounded off, ties to even. In
-        # integers, because not every GPU has an instruction for it.
-        value = tl.minimum(tl.maximum(value, -448.0), 448.0)
-        bits = (value / 256).to(tl.float16).to(tl.int16, bitcast=True)
-        magnitude = bits & 0x7FFF
-        code = ((magnitude + 63 + ((magnitude >> 7) & 1)) >> 7) | ((bits >> 8) & 0x80)
+        code = encode_fp8(tl.minimum(tl.maximum(value, -448.0), 448.0))
     else:
         code = tl.floor(tl.minimum(tl.maximum(value, -127.0), 127.0) + 0.5)
     return code.to(tl.int8)

@@ -7,6 +7,7 @@ sums. x is quantized by a kernel of its own, the middle of an expert where gate_
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.e4m3 import encode_fp8
 from moevlm.plugins.gpu.kernels.moe.grouped import block_rows
 from moevlm.plugins.gpu.kernels.moe.products import (
     expert_scales,
@@ -33,26 +34,11 @@ def load_group(x, offset, mask, group, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def encode(value):
-    """float32 of up to 448 in magnitude as e4m3, int8: to the nearest, ties to even; what is no number stays none.
-
-    In integers: Triton's interpreter loses the carry where rounding reaches the next power of two.
-    """
-    bits = value.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
-    # Below 2**-6 codes count steps of 2**-9, which is what the last place is worth in numbers from 2**14 on.
-    small = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) & 0xF
-    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(rounded - (120 << 3), 0x7F))
-    return (code | (bits >> 24 & 0x80)).to(tl.int8)
-
-
-@triton.jit
 def quantize(values):
     """values [R, groups, columns] float32 -> e4m3 codes as int8, and scales [R, groups]: the largest becomes 448."""
     scale = tl.max(tl.abs(values), 2) / 448
     divisor = tl.where(scale == 0, 1.0, scale)
-    return encode(values / divisor[:, :, None]), scale
+    return encode_fp8(values / divisor[:, :, None]), scale
 
 
 @triton.jit

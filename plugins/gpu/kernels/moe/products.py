@@ -7,6 +7,8 @@ Weights are read in steps of TILE.BK input columns. W says how they are stored; 
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.e4m3 import decode_fp8
+
 
 @triton.jit
 def load_part(x, offset, mask, step, PART: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
@@ -61,17 +63,6 @@ def decode_int4(units, PART: tl.constexpr, dtype: tl.constexpr):
     else:
         value = code.to(tl.float32) - 8
     return value
-
-
-@triton.jit
-def decode_fp8(code, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """e4m3 codes as numbers; without hardware for them, divided by 256."""
-    if NATIVE:
-        value = code.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        bits = code.to(tl.int16)
-        value = ((bits & 0x7F) << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True)
-    return value.to(dtype)
 
 
 @triton.jit
