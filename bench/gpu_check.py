@@ -1,4 +1,4 @@
-"""The proof on hardware: correctness and speed of the MoE kernels, the plugin library and engines on this CUDA GPU.
+"""The proof on hardware: correctness and speed of the kernels, the plugin library and engines on this CUDA GPU.
 
     make gpu-check [PYTHON=python3] [ARGS="--only layers"]
 

@@ -9,6 +9,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moevlm.plugins.gpu import kernels
+from moevlm.plugins.gpu.constants import as_constants
 from moevlm.plugins.gpu.draft import Draft, KernelSpec
 from moevlm.plugins.gpu.program import ALIGNMENT, Argument, Fill, chosen
 from moevlm.plugins.gpu.sizes import SYMBOLS, Sizes, Tensor, sizes_of
@@ -25,6 +26,8 @@ def launch(spec: KernelSpec, grid: tuple[int, ...], arguments: Sequence[Any]) ->
     constants = dict(spec.constants)
     if knobs.runtime.interpret:
         constants |= {name: value for name, value in _INTERPRETED.items() if name in constants}
+    else:
+        constants = as_constants(constants)
     getattr(kernels, spec.function)[grid](*arguments, **constants, num_warps=spec.warps, num_stages=spec.stages)
 
 

@@ -18,6 +18,7 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moevlm.plugins.gpu.constants import as_constants
 from moevlm.plugins.gpu.draft import KernelSpec
 from moevlm.plugins.gpu.resources import measure
 
@@ -30,7 +31,7 @@ _CLUSTER = re.compile(r"\.(reqnctapercluster|explicitcluster|maxclusterrank)")
 def source(module: str, spec: KernelSpec) -> ASTSource:
     """The kernel as Triton's compiler takes it: parameters typed, pointers aligned to 16 bytes."""
     function: JITFunction = getattr(importlib.import_module(module), spec.function)
-    names, constants = function.arg_names, dict(spec.constants)
+    names, constants = function.arg_names, as_constants(dict(spec.constants))
     given = (*names[: len(spec.types)], *constants)
     if sorted(given) != sorted(names):
         raise ValueError(f"{spec.function} is specialised to {', '.join(given)} (its parameters: {', '.join(names)})")

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from triton import knobs
+from triton.language import constexpr
 
 from moevlm.plugins.gpu import compiler, devices
 from moevlm.plugins.gpu.compiler import CompileError, compile_drafts, compile_program, resources
+from moevlm.plugins.gpu.constants import as_constant, as_constants
 from moevlm.plugins.gpu.devices import DEVICES, device
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.router import RouterOp
@@ -248,3 +250,13 @@ def test_kernels_report_their_image_and_shared_memory(everywhere: Program) -> No
     kernel: Kernel = everywhere.images[0].kernels[0]
     measured = compiler._done[toy.__name__, toy.SCALE, 75].resources
     assert (measured.entry, measured.warps, measured.image) == (kernel.entry, kernel.warps, len(kernel.image))
+
+
+def test_attributes_of_a_constant_are_constants() -> None:
+    spec = as_constant(RouterSpec(top_k=3, scale=2.5))
+    assert isinstance(spec.top_k, constexpr)
+    assert (spec.top_k.value, spec.scale.value, spec.scoring.value) == (3, 2.5, "softmax")
+    assert spec == as_constant(RouterSpec(top_k=3, scale=2.5)) != as_constant(RouterSpec(top_k=4))
+    assert hash(spec) == hash(as_constant(RouterSpec(top_k=3, scale=2.5)))
+    assert repr(spec) == repr(RouterSpec(top_k=3, scale=2.5))
+    assert as_constants({"n": 3, "spec": RouterSpec(top_k=3)})["n"] == 3
