@@ -131,12 +131,16 @@ def test_rendering_equals_huggingface(template):
     assert ChatTemplate(template).render(CONVERSATION) == expected
 
 
+END = "<|im_end|>"
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(
             st.sampled_from(["system", "user", "assistant"]),
-            st.text(alphabet="ab \n<|>[im_endk/今🙂\ufdd0\ufdd1", max_size=20)
+            # Hypothesis draws constants of the source, too, and one of them is a control token.
+            st.text(alphabet="ab \n<|>[im_endk/今🙂\ufdd0\ufdd1", max_size=20).filter(lambda text: END not in text)
             | st.lists(st.text(alphabet="a\n<| 今", max_size=5), max_size=3),
         ),
         min_size=1,
