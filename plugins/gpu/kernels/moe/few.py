@@ -17,6 +17,7 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     gate_up_tile,
     inner_of,
     load_rows,
+    store_tile,
 )
 from moevlm.plugins.gpu.kernels.overlap import prefetch_rows, wait_for_previous
 
@@ -71,8 +72,7 @@ def few_gate_up(
     n = tl.program_id(0) * TILE.BN + tl.arange(0, TILE.BN)
     offset = tl.arange(0, TILE.BM).to(tl.int64) * W.width
     out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
-    pointer = inner + row[:, None] * INNER + n[None, :]
-    tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
+    store_tile(inner, row, n, out, mask, INNER)
 
 
 @triton.jit
@@ -103,8 +103,7 @@ def few_down(
     wait_for_previous(OVERLAPS)
     offset = row.to(tl.int64) * W.width
     acc = down_tile(inner, offset, mask, w, scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
-    pointer = out + row[:, None] * W.rows + n[None, :]
-    tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < W.rows)[None, :])
+    store_tile(out, row, n, acc, mask, W.rows)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from moevlm.plugins.gpu.kernels.e4m3 import encode_fp8
-from moevlm.plugins.gpu.kernels.moe.grouped import block_rows
+from moevlm.plugins.gpu.kernels.moe.grouped import block_rows, routed_rows
 from moevlm.plugins.gpu.kernels.moe.products import (
     expert_scales,
     expert_weights,
@@ -16,6 +16,7 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     inner_of,
     load_codes,
     load_factor,
+    store_tile,
 )
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
@@ -103,10 +104,7 @@ def fp8_gate_up(
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
-    row = tl.load(rows + place, mask=mask, other=0)
-    factor = tl.zeros([TILE.BM], tl.float32)
-    if SPEC.weight_on == "input":
-        factor = tl.load(weight + row, mask=mask, other=0.0)
+    row, factor = routed_rows(rows, weight, place, mask, SPEC, TILE.BM)
     token = (row // TOP_K).to(tl.int64)
     column = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     n = tl.minimum(column, INNER - 1)
@@ -153,7 +151,7 @@ def fp8_down(
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
-    row = tl.load(rows + place, mask=mask, other=0).to(tl.int64)
+    row = tl.load(rows + place, mask=mask, other=0)
     place = place.to(tl.int64)
     column = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     n = tl.minimum(column, W.rows - 1)
@@ -165,5 +163,4 @@ def fp8_down(
         acc = add_scaled(acc, code, row_scale, w, scale, n, group, W, INTERPRETED)
     if W.has_bias:
         acc += tl.load(bias + e * W.rows + n).to(tl.float32)[None, :]
-    pointer = out + row[:, None] * W.rows + column[None, :]
-    tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (column < W.rows)[None, :])
+    store_tile(out, row, column, acc, mask, W.rows)

@@ -6,7 +6,7 @@ Programs run through a block's columns first, so blocks of the same expert meet 
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inner_of
+from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inner_of, store_tile
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
@@ -16,6 +16,16 @@ def block_rows(starts, blocks, block, BM: tl.constexpr):
     e = tl.load(blocks + 2 * block)
     place = tl.load(blocks + 2 * block + 1) + tl.arange(0, BM)
     return e.to(tl.int64), place, place < tl.load(starts + e + 1)
+
+
+@triton.jit
+def routed_rows(rows, weight, place, mask, SPEC: tl.constexpr, BM: tl.constexpr):
+    """The routed rows at these places, and their weights where these scale the input, else zeros: [BM]."""
+    row = tl.load(rows + place, mask=mask, other=0)
+    factor = tl.zeros([BM], tl.float32)
+    if SPEC.weight_on == "input":
+        factor = tl.load(weight + row, mask=mask, other=0.0)
+    return row, factor
 
 
 @triton.jit
@@ -44,15 +54,11 @@ def grouped_gate_up(
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
-    row = tl.load(rows + place, mask=mask, other=0)
-    factor = tl.zeros([TILE.BM], tl.float32)
-    if SPEC.weight_on == "input":
-        factor = tl.load(weight + row, mask=mask, other=0.0)
+    row, factor = routed_rows(rows, weight, place, mask, SPEC, TILE.BM)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = (row // TOP_K).to(tl.int64) * W.width
     out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e, n, SPEC, W, TILE, INTERPRETED)
-    pointer = inner + place.to(tl.int64)[:, None] * INNER + n[None, :]
-    tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
+    store_tile(inner, place, n, out, mask, INNER)
 
 
 @triton.jit
@@ -77,12 +83,11 @@ def grouped_down(
     if block >= tl.load(starts + 2 * EXPERTS + 1):
         return
     e, place, mask = block_rows(starts, blocks, block, TILE.BM)
-    row = tl.load(rows + place, mask=mask, other=0).to(tl.int64)
+    row = tl.load(rows + place, mask=mask, other=0)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = place.to(tl.int64) * W.width
     acc = down_tile(inner, offset, mask, w, scale, bias, e, n, W, TILE, INTERPRETED)
-    pointer = out + row[:, None] * W.rows + n[None, :]
-    tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < W.rows)[None, :])
+    store_tile(out, row, n, acc, mask, W.rows)
 
 
 @triton.jit

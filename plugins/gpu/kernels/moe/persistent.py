@@ -7,8 +7,8 @@ tile is read while its last one is finished.
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.grouped import block_rows
-from moevlm.plugins.gpu.kernels.moe.products import finish_gate_up, inner_of, load_rows, multiply
+from moevlm.plugins.gpu.kernels.moe.grouped import block_rows, routed_rows
+from moevlm.plugins.gpu.kernels.moe.products import finish_gate_up, inner_of, load_rows, multiply, store_tile
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
@@ -43,10 +43,7 @@ def persistent_gate_up(
     last = tl.load(starts + 2 * EXPERTS + 1) * TILES
     for tile in tl.range(tl.program_id(0), last, tl.num_programs(0), flatten=True):
         e, place, mask = block_rows(starts, blocks, tile // TILES, TILE.BM)
-        row = tl.load(rows + place, mask=mask, other=0)
-        factor = tl.zeros([TILE.BM], tl.float32)
-        if SPEC.weight_on == "input":
-            factor = tl.load(weight + row, mask=mask, other=0.0)
+        row, factor = routed_rows(rows, weight, place, mask, SPEC, TILE.BM)
         first = tile % TILES * TILE.BN
         offset = (row // TOP_K).to(tl.int64) * W.width
         gate = tl.zeros([TILE.BM, TILE.BN], tl.float32)
@@ -59,8 +56,7 @@ def persistent_gate_up(
                 up = multiply(part, value, up, INTERPRETED)
         n = first + tl.arange(0, TILE.BN)
         out = finish_gate_up(gate, up, factor, bias, e, tl.minimum(n, INNER - 1), SPEC, W)
-        pointer = inner + place.to(tl.int64)[:, None] * INNER + n[None, :]
-        tl.store(pointer, out.to(inner.dtype.element_ty), mask=mask[:, None] & (n < INNER)[None, :])
+        store_tile(inner, place, n, out, mask, INNER)
 
 
 @triton.jit
@@ -84,7 +80,7 @@ def persistent_down(
     last = tl.load(starts + 2 * EXPERTS + 1) * TILES
     for tile in tl.range(tl.program_id(0), last, tl.num_programs(0), flatten=True):
         e, place, mask = block_rows(starts, blocks, tile // TILES, TILE.BM)
-        row = tl.load(rows + place, mask=mask, other=0).to(tl.int64)
+        row = tl.load(rows + place, mask=mask, other=0)
         first = tile % TILES * TILE.BN
         offset = place.to(tl.int64) * W.width
         acc = tl.zeros([TILE.BM, TILE.BN], tl.float32)
@@ -94,5 +90,4 @@ def persistent_down(
         n = first + tl.arange(0, TILE.BN)
         if W.has_bias:
             acc += tl.load(bias + e * W.rows + tl.minimum(n, W.rows - 1)).to(tl.float32)[None, :]
-        pointer = out + row[:, None] * W.rows + n[None, :]
-        tl.store(pointer, acc.to(out.dtype.element_ty), mask=mask[:, None] & (n < W.rows)[None, :])
+        store_tile(out, row, n, acc, mask, W.rows)

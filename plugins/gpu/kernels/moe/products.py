@@ -261,3 +261,10 @@ def down_tile(
     if W.has_bias:
         acc += tl.load(bias + e * W.rows + n).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def store_tile(out, row, n, value, mask, WIDTH: tl.constexpr):
+    """value [BM, BN] into columns n of rows of out [.., WIDTH], in its dtype. row, mask: [BM], where and which."""
+    pointer = out + row.to(tl.int64)[:, None] * WIDTH + n[None, :]
+    tl.store(pointer, value.to(out.dtype.element_ty), mask=mask[:, None] & (n < WIDTH)[None, :])
