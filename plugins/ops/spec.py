@@ -126,6 +126,35 @@ class SegmentAttentionSpec:
     heads: int
 
 
+@dataclass(frozen=True)
+class GatedDeltaSpec:
+    """The gated delta rule behind a short convolution. Field names are the op's attribute names.
+
+    key_heads: of queries and of keys; value_heads: a multiple. key_dim, value_dim: of a head.
+    kernel: tokens that the convolution sees, the token itself included. scale: of the queries; 0 for key_dim**-0.5.
+    epsilon: added to the squared length of queries and keys.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    scale: float = 0.0
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.key_heads < 1 or self.value_heads % self.key_heads:
+            raise FieldError("key_heads", self.key_heads, f"a divisor of the {self.value_heads} value heads")
+        if self.kernel < 2:
+            raise FieldError("kernel", self.kernel, "2 or more")
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: all queries, keys and values of a token."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
 def attributes(spec: Any) -> dict[str, Any]:
     """The spec, a dataclass, as ONNX node attributes: booleans become 0 or 1."""
     values = {f.name: getattr(spec, f.name) for f in fields(spec)}
