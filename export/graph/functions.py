@@ -3,7 +3,7 @@
 import onnx
 import onnx_ir as ir
 
-from moevlm.export.graph import moe_functions, paged_attention, segment_attention  # noqa: F401 - they register ops
+from moevlm.export.graph import gated_delta, moe_functions, paged_attention, segment_attention  # noqa: F401 - for ops
 from moevlm.export.graph.op import OPS, node_spec
 from moevlm.plugins.ops.spec import DOMAIN, OPSET_VERSION
 from moevlm.runtime.core.errors import UnsupportedModelError

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, MoEConfig
-from moevlm.export.modules import ops
+from moevlm.export.modules import gated_delta, ops  # noqa: F401 - gated_delta registers its mixer
 from moevlm.export.modules.layers import MLP, MoE, RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, mixer
 

@@ -1,13 +1,9 @@
 """The ops' ONNX bodies against the numpy spec, in ONNX Runtime and in onnx's reference evaluator."""
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from bench import variants
 from moevlm.export.graph import functions
@@ -17,24 +13,13 @@ from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import DOMAIN, SCORINGS, ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.core.errors import UnsupportedModelError
+from tests.support.runtimes import Array, Run, in_onnxruntime, in_reference_evaluator, runtimes
 
 TOKENS = (0, 1, 5, 33)
 # Both sides are float32 (the spec's experts accumulate in float64): relative to the largest value of the output.
 TOLERANCE = 2e-6
 
-Array = np.ndarray
-Run = Callable[[None, dict[str, Array]], list[Array]]
 
-
-def in_onnxruntime(model: onnx.ModelProto) -> Run:
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run
-
-
-def in_reference_evaluator(model: onnx.ModelProto) -> Run:
-    return ReferenceEvaluator(model).run
-
-
-runtimes = pytest.mark.parametrize("runtime", [in_onnxruntime, in_reference_evaluator])
 biases = pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
 
 

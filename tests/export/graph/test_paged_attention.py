@@ -1,32 +1,18 @@
 """The body of PagedAttention against the numpy spec, in ONNX Runtime and in onnx's reference evaluator."""
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx.reference import ReferenceEvaluator
 
 from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION, paged_attention_function
 from moevlm.export.parity.measures import relative_error
 from moevlm.plugins.ops.attention import attention
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, attributes
 from tests.support.attention_variants import ATTENTIONS, STEPS, AttentionVariant, attention_inputs
+from tests.support.runtimes import Array, runtimes
 
 TOLERANCE = 2e-6  # the body is float32, the spec float64
-Array = np.ndarray
-
-
-def in_onnxruntime(model: onnx.ModelProto) -> Callable[..., list[Array]]:
-    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run
-
-
-def in_reference_evaluator(model: onnx.ModelProto) -> Callable[..., list[Array]]:
-    return ReferenceEvaluator(model).run
-
-
-runtimes = pytest.mark.parametrize("runtime", [in_onnxruntime, in_reference_evaluator])
 
 
 def one_node(variant: AttentionVariant) -> onnx.ModelProto:

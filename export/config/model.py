@@ -1,15 +1,14 @@
-"""The canonical description of a MoE VLM: what every family's config.json is translated into."""
+"""A whole model: its layers, its decoder, its vision tower, and the ids that join them."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
 
-from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
+from moevlm.export.config.mixers import MixerConfig
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
-from moevlm.runtime.core.states import PagedKV, StateSpec
+from moevlm.runtime.core.states import StateSpec
 
 NORMS = ("pre", "sandwich", "parallel")
 
@@ -36,80 +35,6 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         self.router.check(self.experts)
-
-
-class MixerConfig(ABC):
-    """How the tokens of a sequence see each other in one layer; its module is registered in `modules.mixers`."""
-
-    @abstractmethod
-    def states(self, layer: int) -> tuple[StateSpec, ...]:
-        """What a sequence keeps of layer `layer` between steps, in the order of the module's states."""
-
-    def metadata(self) -> LayerMetadata:
-        """The manifest's shapes of attention; none here."""
-        return LayerMetadata()
-
-    def rotations(self) -> Mapping[int, int]:
-        """How many dimensions of a head it rotates, by rope group; none here."""
-        return {}
-
-
-@dataclass(frozen=True)
-class GQAConfig(MixerConfig):
-    """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head, or none (0).
-
-    rope: the rope group; of no use without rotation. value_dim: of a value's head; 0 for head_dim.
-    qk_norm: an RMS norm of each query and key.
-    window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    qk_norm: bool
-    qkv_bias: bool
-    out_bias: bool
-    rope: int = 0
-    value_dim: int = 0
-    window: int = 0
-    softcap: float = 0.0
-    sinks: bool = False
-    scale: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.spec(0.0)
-        if self.rotary_dim > self.head_dim:
-            raise FieldError("rotary_dim", self.rotary_dim, f"even, 0 to head_dim = {self.head_dim}")
-
-    def spec(self, epsilon: float) -> AttentionSpec:
-        """The op's attributes. epsilon: of the norms."""
-        return AttentionSpec(
-            self.heads,
-            self.kv_heads,
-            self.rotary_dim,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            epsilon=epsilon,
-        )
-
-    def states(self, layer: int) -> tuple[StateSpec, ...]:
-        heads, dim = self.kv_heads, self.head_dim
-        value_dim = self.value_dim or dim
-        return (PagedKV(layer=layer, kv_heads=heads, key_dim=dim, value_dim=value_dim, window=self.window),)
-
-    def metadata(self) -> LayerMetadata:
-        return LayerMetadata(
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            key_dim=self.head_dim,
-            value_dim=self.value_dim or self.head_dim,
-            window=self.window,
-        )
-
-    def rotations(self) -> Mapping[int, int]:
-        return {self.rope: self.rotary_dim} if self.rotary_dim else {}
 
 
 @dataclass(frozen=True)
