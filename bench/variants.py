@@ -50,11 +50,14 @@ BLOCKS: dict[str, ExpertsSpec] = {
 """Every combination of the experts' attributes; the limit is low enough to clamp some of the test values."""
 
 
-def router_inputs(tokens: int, has_bias: bool = True, experts: int = EXPERTS, seed: int = 0) -> dict[str, np.ndarray]:
-    """logits [T, E] float32 and, with has_bias, bias [E] float32."""
+def router_inputs(
+    tokens: int, has_bias: bool = True, experts: int = EXPERTS, seed: int = 0, has_scale: bool = False
+) -> dict[str, np.ndarray]:
+    """logits [T, E] float32 and, as asked for, bias [E] and expert_scale [E] float32, of either sign."""
     draw = np.random.RandomState(seed).standard_normal
-    inputs = {"bias": draw(experts) * 0.3, "logits": draw((tokens, experts)) * 1.5}
-    return {name: inputs[name].astype(np.float32) for name in (("logits", "bias") if has_bias else ("logits",))}
+    inputs = {"bias": draw(experts) * 0.3, "logits": draw((tokens, experts)) * 1.5, "expert_scale": draw(experts)}
+    given = {"logits": True, "bias": has_bias, "expert_scale": has_scale}
+    return {name: inputs[name].astype(np.float32) for name, wanted in given.items() if wanted}
 
 
 def expert_weights(

@@ -33,7 +33,9 @@ def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Ten
     return out[back].view(tokens, top_k, -1).sum(dim=1).to(x.dtype)
 
 
-def route(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def route(
+    logits: Tensor, spec: RouterSpec, bias: Tensor | None = None, expert_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """index [T, k] int64 and weight [T, k] float32 of logits [T, E]: softmax or sigmoid scores, groups by top2_sum."""
     scores = torch.sigmoid(logits) if spec.scoring == "sigmoid" else torch.softmax(logits, -1)
     choice = scores if bias is None else scores + bias
@@ -46,4 +48,5 @@ def route(logits: Tensor, spec: RouterSpec, bias: Tensor | None = None) -> tuple
     weight = scores.gather(1, index)
     if spec.renormalize:
         weight = weight / (weight.sum(-1, keepdim=True) + spec.epsilon)
-    return index, weight * spec.scale
+    weight = weight * spec.scale
+    return index, weight if expert_scale is None else weight * expert_scale[index]

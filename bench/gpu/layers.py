@@ -93,10 +93,13 @@ def random_weights(op: ExpertsOp, device: str = "cuda") -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Routed:
-    """Fresh inputs of a layer: logits [T, E] and bias [E], x [T, H], where the router sends it, and the weights."""
+    """Fresh inputs of a layer: logits [T, E], bias and expert_scale [E], x [T, H], where the router sends it, and the
+    weights.
+    """
 
     logits: torch.Tensor
     bias: torch.Tensor | None
+    expert_scale: torch.Tensor | None
     x: torch.Tensor
     index: torch.Tensor
     weight: torch.Tensor
@@ -108,7 +111,7 @@ class Routed:
 
     def router(self) -> list[torch.Tensor]:
         """Inputs of the router op."""
-        return [self.logits] if self.bias is None else [self.logits, self.bias]
+        return [tensor for tensor in (self.logits, self.bias, self.expert_scale) if tensor is not None]
 
 
 def draw(
@@ -119,9 +122,10 @@ def draw(
     for number in range(routings(tokens)):
         logits = torch.randn(tokens, layer.experts, device=device)
         bias = 0.1 * torch.randn(layer.experts, device=device) if layer.has_bias else None
+        scale = torch.rand(layer.experts, device=device) if layer.has_scale else None
         x = torch.randn(tokens, layer.hidden, device=device, dtype=getattr(torch, dtype))
-        index, weight = grouped_mm.route(logits, layer.router, bias)
-        found.append(Routed(logits, bias, x, index, weight, sets[number % len(sets)]))
+        index, weight = grouped_mm.route(logits, layer.router, bias, scale)
+        found.append(Routed(logits, bias, scale, x, index, weight, sets[number % len(sets)]))
     return found
 
 
@@ -163,7 +167,7 @@ def _peer(layer: Layer, op: ExpertsOp, routed: Sequence[Routed], ours: Prepared)
         return grouped_mm.experts(inputs.x, inputs.index, weight, *inputs.stored, op.spec.activation)
 
     def router(inputs: Routed) -> tuple[torch.Tensor, torch.Tensor]:
-        return grouped_mm.route(inputs.logits, layer.router, inputs.bias)
+        return grouped_mm.route(inputs.logits, layer.router, inputs.bias, inputs.expert_scale)
 
     difference = relative_norm(ours.outputs[0], experts(routed[0]))
     if not difference <= TOLERANCE:

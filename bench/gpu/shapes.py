@@ -21,10 +21,11 @@ class Layer:
     router: RouterSpec
     activation: str = "silu"
     has_bias: bool = False
+    has_scale: bool = False
 
     @property
     def router_op(self) -> RouterOp:
-        return RouterOp(self.router, self.experts, self.has_bias)
+        return RouterOp(self.router, self.experts, self.has_bias, self.has_scale)
 
     def experts_op(self, dtype: str = "bfloat16", weights: str = "", group_size: int = 0) -> ExpertsOp:
         """The experts with activations in dtype and weights as ExpertsOp names them.
@@ -46,8 +47,8 @@ class Layer:
 LAYERS = (
     # Qwen/Qwen3-VL-30B-A3B-Instruct, text_config.
     Layer("Qwen3-VL-30B-A3B", 2048, 768, 128, RouterSpec(top_k=8)),
-    # google/gemma-4-26B-A4B-it, text_config; its per-expert scale is a product after the routing, left out here.
-    Layer("Gemma-4-26B-A4B", 2816, 704, 128, RouterSpec(top_k=8), activation="gelu_tanh"),
+    # google/gemma-4-26B-A4B-it, text_config.
+    Layer("Gemma-4-26B-A4B", 2816, 704, 128, RouterSpec(top_k=8), activation="gelu_tanh", has_scale=True),
     # deepseek-ai/DeepSeek-V3: sigmoid, a correction bias, 4 of 8 groups.
     Layer(
         "DeepSeek-V3-like",

@@ -102,8 +102,11 @@ LOOP = """
 """
 
 
-def router_function(spec: RouterSpec, has_bias: bool) -> onnx.FunctionProto:
-    """MoERouter(logits [T, E] f32, bias [E] f32 if has_bias) -> (expert_index [T, k] i32, expert_weight [T, k] f32)."""
+def router_function(spec: RouterSpec, has_bias: bool, has_scale: bool = False) -> onnx.FunctionProto:
+    """MoERouter(logits [T, E] f32, bias [E] f32 if has_bias, expert_scale [E] f32 if has_scale).
+
+    Outputs: expert_index [T, k] i32, expert_weight [T, k] f32.
+    """
     constants = {"top_k": [spec.top_k], "scale": float(spec.scale), "epsilon": float(spec.epsilon), "axis_1": [1]}
     body = [SCORING[spec.scoring], f"choice_of_all = {'Add (scores, bias)' if has_bias else 'Identity (scores)'}"]
     if spec.n_group > 1:
@@ -118,8 +121,12 @@ def router_function(spec: RouterSpec, has_bias: bool) -> onnx.FunctionProto:
     after_topk = spec.scoring == "softmax_after_topk"
     body.append(f"picked = {'Softmax <axis = -1> (score)' if after_topk else 'Identity (score)'}")
     body.append(RENORMALIZE if spec.renormalize else "shares = Identity (picked)")
-    body.append("expert_weight = Mul (shares, scale)")
-    inputs = ["logits", "bias"] if has_bias else ["logits"]
+    body.append("scaled = Mul (shares, scale)")
+    if has_scale:
+        body += ["factor = Gather (expert_scale, index)", "expert_weight = Mul (scaled, factor)"]
+    else:
+        body.append("expert_weight = Identity (scaled)")
+    inputs = ["logits", "bias", "expert_scale"][: 3 if has_scale else 2 if has_bias else 1]
     return function(ROUTER, spec, inputs, ["expert_index", "expert_weight"], constants, body)
 
 
@@ -145,7 +152,7 @@ def experts_function(spec: ExpertsSpec, has_biases: bool) -> onnx.FunctionProto:
 
 
 def _router_body(spec: RouterSpec, present: tuple[bool, ...]) -> onnx.FunctionProto:
-    return router_function(spec, len(present) == 2)
+    return router_function(spec, present[1:2] == (True,), len(present) == 3)
 
 
 def _experts_body(spec: ExpertsSpec, present: tuple[bool, ...]) -> onnx.FunctionProto:

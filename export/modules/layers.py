@@ -70,7 +70,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         logits = ops.tap(self.router(x), f"{self.name}.router_logits")
-        index, weight = ops.router(logits, self.correction_bias, **attributes(self.config.router))
+        index, weight = ops.router(logits, self.correction_bias, None, **attributes(self.config.router))
         index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
         y = ops.experts(x, index, weight, self.gate_up, self.down, **attributes(self.config.expert))
         return y if self.shared is None else y + self.shared(x)

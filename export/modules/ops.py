@@ -56,6 +56,7 @@ def _computing() -> Arithmetic:
 def router(
     logits: Tensor,
     bias: Tensor | None,
+    expert_scale: Tensor | None,
     top_k: int,
     scoring: str,
     renormalize: int,
@@ -67,15 +68,18 @@ def router(
 ) -> tuple[Tensor, Tensor]:
     """logits [T, E] -> expert_index [T, k] int32, expert_weight [T, k] float32; see `RouterSpec`."""
     spec = RouterSpec(top_k, scoring, bool(renormalize), epsilon, scale, n_group, topk_group, group_score)
+    added, factors = (None if given is None else given.detach().numpy() for given in (bias, expert_scale))
     chosen = _computing().chosen
     if chosen is not None:
-        return torch.from_numpy(chosen.copy()), torch.from_numpy(weigh(logits.numpy(), chosen, spec))
-    index, weight = route(logits.numpy(), spec, None if bias is None else bias.numpy())
+        return torch.from_numpy(chosen.copy()), torch.from_numpy(weigh(logits.numpy(), chosen, spec, factors))
+    index, weight = route(logits.numpy(), spec, added, factors)
     return torch.from_numpy(index), torch.from_numpy(weight)
 
 
 @router.register_fake
-def _(logits: Tensor, bias: Tensor | None, top_k: int, *_: object) -> tuple[Tensor, Tensor]:
+def _(
+    logits: Tensor, bias: Tensor | None, expert_scale: Tensor | None, top_k: int, *_: object
+) -> tuple[Tensor, Tensor]:
     rows = logits.shape[0]
     return logits.new_empty((rows, top_k), dtype=torch.int32), logits.new_empty((rows, top_k))
 

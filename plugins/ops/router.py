@@ -31,11 +31,14 @@ def top(scores: Array, k: int) -> Array:
     return np.argsort(-scores, axis=-1, kind="stable")[..., :k]
 
 
-def route(logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[Array, Array]:
+def route(
+    logits: Array, spec: RouterSpec, bias: Array | None = None, expert_scale: Array | None = None
+) -> tuple[Array, Array]:
     """Choose k experts per token and their weights.
 
     logits: [T, E] float32, the router's output before any scoring.
     bias:   [E] float32, added to the scores for the choice only (DeepSeek-V3, eq. 16).
+    expert_scale: [E] float32, factors on the weights of the chosen experts, after everything else (Gemma 4).
     Returns (index [T, k] int32, weight [T, k] float32), the highest choice score first, ties to the lower index.
     """
     spec.check(logits.shape[1])
@@ -43,7 +46,7 @@ def route(logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[A
     if spec.n_group > 1:
         choice = _mask_groups(choice, spec)
     index = top(choice, spec.top_k)
-    return index.astype(np.int32), weigh(logits, index, spec)
+    return index.astype(np.int32), weigh(logits, index, spec, expert_scale)
 
 
 def choice_scores(logits: Array, spec: RouterSpec, bias: Array | None = None) -> Array:
@@ -52,14 +55,15 @@ def choice_scores(logits: Array, spec: RouterSpec, bias: Array | None = None) ->
     return scores if bias is None else scores + bias.astype(np.float32)
 
 
-def weigh(logits: Array, index: Array, spec: RouterSpec) -> Array:
-    """The weights [T, k] float32 of the experts `index` [T, k], whoever chose them."""
+def weigh(logits: Array, index: Array, spec: RouterSpec, expert_scale: Array | None = None) -> Array:
+    """The weights [T, k] float32 of the experts `index` [T, k], whoever chose them. expert_scale: as in `route`."""
     weight = np.take_along_axis(_scores(logits, spec), index, axis=1)
     if spec.scoring == "softmax_after_topk":
         weight = softmax(weight)
     if spec.renormalize:
         weight = weight / (weight.sum(axis=1, keepdims=True) + np.float32(spec.epsilon))
-    return weight * np.float32(spec.scale)
+    weight = weight * np.float32(spec.scale)
+    return weight if expert_scale is None else weight * expert_scale.astype(np.float32)[index]
 
 
 def _scores(logits: Array, spec: RouterSpec) -> Array:

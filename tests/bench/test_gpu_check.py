@@ -124,8 +124,9 @@ def test_the_peer_computes_what_the_spec_says(layer: shapes.Layer) -> None:
     generator = torch.Generator().manual_seed(int.from_bytes(os.urandom(4)))
     logits = torch.randn(33, small.experts, generator=generator)
     bias = 0.1 * torch.randn(small.experts, generator=generator) if small.has_bias else None
-    index, weight = grouped_mm.route(logits, small.router, bias)
-    expected = route(logits.numpy(), small.router, None if bias is None else bias.numpy())
+    scale = torch.rand(small.experts, generator=generator) if small.has_scale else None
+    index, weight = grouped_mm.route(logits, small.router, bias, scale)
+    expected = route(logits.numpy(), small.router, *(None if t is None else t.numpy() for t in (bias, scale)))
     assert (index.numpy() == expected[0]).all()
     np.testing.assert_allclose(weight, expected[1], rtol=1e-5)
     x = torch.randn(33, 48, generator=generator)

@@ -110,7 +110,9 @@ class Kernels:
         )
         return y, checked
 
-    def route(self, logits: Array, spec: RouterSpec, bias: Array | None = None) -> tuple[Array, Array] | None:
+    def route(
+        self, logits: Array, spec: RouterSpec, bias: Array | None = None, expert_scale: Array | None = None
+    ) -> tuple[Array, Array] | None:
         """None: refused."""
         shape = (len(logits), spec.top_k)
         index, weight = np.full(shape, -1, np.int32), np.full(shape, np.nan, np.float32)
@@ -124,7 +126,7 @@ class Kernels:
             *_sizes(spec.n_group, spec.topk_group),
             int(spec.group_score == "top2_sum"),
             *_sizes(*logits.shape),
-            *map(_pointer, (logits, bias, index, weight)),
+            *map(_pointer, (logits, bias, expert_scale, index, weight)),
         )
         return None if refused else (index, weight)
 

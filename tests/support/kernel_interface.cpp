@@ -69,11 +69,12 @@ int64_t run_experts(int set, int64_t threads, int bits, int group_size, int64_t 
 
 int run_router(int set, int64_t threads, int64_t top_k, int scoring, int renormalize, float epsilon, float scale,
                int64_t n_group, int64_t topk_group, int top2_sum, int64_t tokens, int64_t experts_count,
-               const float* logits, const float* bias, int32_t* index, float* weight) {
+               const float* logits, const float* bias, const float* expert_scale, int32_t* index, float* weight) {
   const RouterShape shape{top_k, static_cast<Scoring>(scoring), renormalize != 0, epsilon, scale,
                           n_group, topk_group, top2_sum != 0};
   if (!shape.valid(experts_count)) return 1;
-  route(shape, chosen(set), pool_of(threads), logits, bias, tokens, experts_count, index, weight);
+  route(shape, chosen(set), pool_of(threads), logits, bias, expert_scale, tokens, experts_count, index,
+        weight);
   return 0;
 }
 

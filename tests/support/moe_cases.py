@@ -31,13 +31,16 @@ def moe_block(
     weights: dict[str, np.ndarray],
     bias: np.ndarray | None = None,
     tap: bool = False,
+    expert_scale: np.ndarray | None = None,
 ) -> ir.Model:
     """logits, x -> y, and with `tap` also the router's index and weight; everything else is an initializer."""
     logits, x = value("logits", ["T", "E"]), value("x", ["T", "H"])
     held = {name: initializer(name, Constant(array)) for name, array in weights.items()}
-    if bias is not None:
-        held["bias"] = initializer("bias", Constant(bias))
-    routing = [logits] if bias is None else [logits, held["bias"]]
+    optional = {"bias": bias, "expert_scale": expert_scale}
+    held |= {name: initializer(name, Constant(array)) for name, array in optional.items() if array is not None}
+    routing = [logits, *map(held.get, optional)]
+    while routing[-1] is None:
+        routing.pop()
     index, weight, y = (
         value("index", ["T", "k"], ir.DataType.INT32),
         value("weight", ["T", "k"]),
@@ -94,22 +97,25 @@ class Case:
     experts: int = variants.EXPERTS
     hidden: int = 12
     inner: int = 6
+    router_scale: bool = False
     weights: dict[str, np.ndarray] = field(init=False)
     bias: np.ndarray | None = field(init=False)
+    expert_scale: np.ndarray | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.weights = variants.expert_weights(self.block, self.expert_biases, self.hidden, self.inner, self.experts)
-        self.bias = variants.router_inputs(1, experts=self.experts)["bias"] if self.router_bias else None
+        given = variants.router_inputs(1, self.router_bias, self.experts, has_scale=self.router_scale)
+        self.bias, self.expert_scale = given.get("bias"), given.get("expert_scale")
 
     def model(self, tap: bool = False) -> ir.Model:
-        return moe_block(self.router, self.block, self.weights, self.bias, tap)
+        return moe_block(self.router, self.block, self.weights, self.bias, tap, self.expert_scale)
 
     def inputs(self, tokens: int) -> dict[str, np.ndarray]:
         logits = variants.router_inputs(tokens, False, self.experts, seed=tokens)["logits"]
         return {"logits": logits, "x": variants.hidden_states(tokens, self.hidden, seed=tokens)}
 
     def want(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        index, weight = route(inputs["logits"], self.router, self.bias)
+        index, weight = route(inputs["logits"], self.router, self.bias, self.expert_scale)
         return reference_experts(inputs["x"], index, weight, spec=self.block, **self.weights)
 
     def check(self, model: ir.Model, tolerance: float = TOLERANCE) -> None:

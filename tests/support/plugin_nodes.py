@@ -58,7 +58,7 @@ class _Plugin(OpRun):
 
 class MoERouter(_Plugin):
     def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-        return route(inputs["logits"], op.spec, inputs.get("bias"))
+        return route(spec=op.spec, **inputs)
 
 
 class MoEExperts(_Plugin):

@@ -178,6 +178,8 @@ def routers(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     inputs = {"logits": rng.standard_normal((draw(rows), n_group * size), np.float32)}
     if draw(st.booleans()):
         inputs["bias"] = rng.standard_normal(n_group * size, np.float32)
+        if draw(st.booleans()):
+            inputs["expert_scale"] = rng.standard_normal(n_group * size, np.float32)
     return Node("MoERouter", attributes, inputs, {"index": "int32", "weight": "float32"})
 
 

@@ -21,16 +21,17 @@ class RouterCases:
     kind, step = RouterOp, 32
 
     def ops(self, sm: int) -> list[RouterOp]:  # noqa: ARG002 - the same on all
-        """Every combination of attributes, and each model's router with a bias and with an odd number of experts."""
+        """Every combination of attributes; each model's router with other numbers of experts, biases and factors."""
         ops = [RouterOp(spec, variants.EXPERTS, has_bias) for spec in variants.ROUTERS.values() for has_bias in (0, 1)]
-        return ops + [RouterOp(spec, experts, True) for spec in variants.MODELS.values() for experts in (60, 256)]
+        ops += [RouterOp(spec, experts, True) for spec in variants.MODELS.values() for experts in (60, 256)]
+        return [*ops, *(RouterOp(spec, 60, False, True) for spec in variants.MODELS.values())]
 
     def describe(self, op: RouterOp) -> str:
         spec = op.spec
         groups = f" {spec.topk_group}/{spec.n_group} groups by {spec.group_score}" if spec.n_group > 1 else ""
         norm = f" renormalized +{spec.epsilon:g}" if spec.renormalize else ""
-        bias = " bias" if op.has_bias else ""
-        return f"router E{op.experts} k{spec.top_k} {spec.scoring}{norm} x{spec.scale:g}{groups}{bias}"
+        bias, factors = (" bias" if op.has_bias else ""), (" factors" if op.has_scale else "")
+        return f"router E{op.experts} k{spec.top_k} {spec.scoring}{norm} x{spec.scale:g}{groups}{bias}{factors}"
 
     def allowed(self, op: RouterOp) -> float:  # noqa: ARG002 - float32 all
         return ALLOWED["float32"]
@@ -39,8 +40,8 @@ class RouterCases:
         return [1, 7, 300]
 
     def case(self, op: RouterOp, call: int, seed: int) -> Case:
-        inputs = variants.router_inputs(call, op.has_bias, op.experts, seed)
-        expected = route(inputs["logits"], op.spec, inputs.get("bias"))
+        inputs = variants.router_inputs(call, op.has_bias, op.experts, seed, op.has_scale)
+        expected = route(spec=op.spec, **inputs)
         held = _Held(*expected, ~near_ties(inputs, op.spec, seed))
         return Case([torch.from_numpy(inputs[tensor.name]) for tensor in op.inputs], held.deviation)
 

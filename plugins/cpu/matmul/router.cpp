@@ -47,7 +47,7 @@ void mask_groups(const RouterShape& shape, float* choice, int64_t experts) {
 }
 
 void route_token(const RouterShape& shape, const Kernels& kernels, const float* logits, const float* bias,
-                 int64_t experts, int32_t* index, float* weight) {
+                 const float* expert_scale, int64_t experts, int32_t* index, float* weight) {
   float scores[kMaxExperts], choice[kMaxExperts];
   std::copy_n(logits, experts, scores);
   if (shape.scoring == Scoring::softmax) kernels.softmax(scores, experts);
@@ -63,6 +63,7 @@ void route_token(const RouterShape& shape, const Kernels& kernels, const float* 
     for (int64_t i = 0; i < k; ++i) weight[i] /= sum;
   }
   for (int64_t i = 0; i < k; ++i) weight[i] *= shape.scale;
+  for (int64_t i = 0; expert_scale && i < k; ++i) weight[i] *= expert_scale[index[i]];
 }
 
 }  // namespace
@@ -75,11 +76,11 @@ bool RouterShape::valid(int64_t experts) const {
 }
 
 void route(const RouterShape& shape, const Kernels& kernels, const Pool& pool, const float* logits, const float* bias,
-           int64_t tokens, int64_t experts, int32_t* index, float* weight) {
+           const float* expert_scale, int64_t tokens, int64_t experts, int32_t* index, float* weight) {
   const int64_t chunks = std::clamp<int64_t>(tokens * experts >> 12, 1, 64);
   parallel_for(pool, chunks, [&](int64_t chunk) {
     for (int64_t t = tokens * chunk / chunks; t < tokens * (chunk + 1) / chunks; ++t)
-      route_token(shape, kernels, logits + t * experts, bias, experts, index + t * shape.top_k,
+      route_token(shape, kernels, logits + t * experts, bias, expert_scale, experts, index + t * shape.top_k,
                   weight + t * shape.top_k);
   });
 }

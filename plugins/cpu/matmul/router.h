@@ -17,8 +17,8 @@ struct RouterShape {
   bool valid(int64_t experts) const;
 };
 
-// logits [tokens, experts], bias [experts] or null -> index and weight [tokens, top_k].
+// logits [tokens, experts], bias and expert_scale [experts] or null -> index and weight [tokens, top_k].
 void route(const RouterShape& shape, const Kernels& kernels, const Pool& pool, const float* logits, const float* bias,
-           int64_t tokens, int64_t experts, int32_t* index, float* weight);
+           const float* expert_scale, int64_t tokens, int64_t experts, int32_t* index, float* weight);
 
 }  // namespace moevlm::matmul

@@ -150,7 +150,8 @@ struct ExpertsOp {
 
 struct RouterOp {
   static constexpr const char* name = "MoERouter";
-  static constexpr Port inputs[] = {{"logits", ort::kFloat}, {"bias", ort::kFloat, ort::kOptional}};
+  static constexpr Port inputs[] = {
+      {"logits", ort::kFloat}, {"bias", ort::kFloat, ort::kOptional}, {"expert_scale", ort::kFloat, ort::kOptional}};
   static constexpr Port outputs[] = {{"expert_index", ort::kInt32}, {"expert_weight", ort::kFloat}};
   RouterShape shape;
 
@@ -165,11 +166,12 @@ struct RouterOp {
               a.choice("group_score", {"max", "top2_sum"}) == 1} {}
 
   void compute(Call& call) const {
-    const auto [logits, bias] = read_inputs(call, inputs);
+    const auto [logits, bias, expert_scale] = read_inputs(call, inputs);
     if (logits.shape.size() != 2 || logits.shape[0] > kMaxTokens)
       invalid("logits has shape ", text(logits.shape), " (allowed: [T, E], T up to ", kMaxTokens, ")");
     const int64_t tokens = logits.shape[0], experts = logits.shape[1];
-    require_shape("bias", bias, {logits.shape[1]}, "[E]");
+    require_shape("bias", bias, {experts}, "[E]");
+    require_shape("expert_scale", expert_scale, {experts}, "[E]");
     if (!shape.valid(experts)) {
       invalid("no choice of top_k = ", shape.top_k, " from ", experts, " experts in n_group = ", shape.n_group,
               " groups, topk_group = ", shape.topk_group, " of them (allowed: up to ", kMaxExperts,
@@ -178,8 +180,8 @@ struct RouterOp {
     const Shape out = {logits.shape[0], shape.top_k};
     int32_t* index = call.output<int32_t>(0, out);
     float* weight = call.output<float>(1, out);
-    route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(), tokens, experts, index,
-          weight);
+    route(shape, kernels(instruction_set()), call.pool(), logits.as<float>(), bias.as<float>(),
+          expert_scale.as<float>(), tokens, experts, index, weight);
   }
 };
 

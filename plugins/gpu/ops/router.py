@@ -10,11 +10,15 @@ from moevlm.plugins.ops.spec import RouterSpec
 
 @dataclass(frozen=True)
 class RouterOp:
-    """logits [T, E], bias [E] if has_bias -> expert_index [T, k] int32, expert_weight [T, k]; else float32."""
+    """logits [T, E], bias [E] and expert_scale [E] if there are any -> expert_index [T, k] int32, expert_weight [T, k].
+
+    All but the index are float32.
+    """
 
     spec: RouterSpec
     experts: int
     has_bias: bool = False
+    has_scale: bool = False
 
     name = "MoERouter"
 
@@ -23,8 +27,9 @@ class RouterOp:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        logits = Tensor("logits", "float32", (T, self.experts))
-        return (logits, Tensor("bias", "float32", (self.experts,))) if self.has_bias else (logits,)
+        optional = {"bias": self.has_bias, "expert_scale": self.has_scale}
+        per_expert = [Tensor(name, "float32", (self.experts,)) for name, given in optional.items() if given]
+        return (Tensor("logits", "float32", (T, self.experts)), *per_expert)
 
     @property
     def outputs(self) -> tuple[Tensor, ...]:
@@ -46,13 +51,16 @@ class RouterOp:
             "TOP_GROUPS": spec.topk_group,
             "GROUP_SCORE": spec.group_score,
             "HAS_BIAS": self.has_bias,
+            "HAS_SCALE": self.has_scale,
             "PADDED_GROUPS": power_of_two(spec.n_group),
             "PADDED_SIZE": power_of_two(size),
             "PADDED_K": power_of_two(spec.top_k),
         }
-        kernel = KernelSpec("route", ("*fp32", "*fp32", "*i32", "*fp32"), tuple(constants.items()), warps=1)
-        bias = Argument("input", 1) if self.has_bias else Argument("null")
-        arguments = (Argument("input", 0), bias, Argument("output", 0), Argument("output", 1))
+        types = ("*fp32", "*fp32", "*fp32", "*i32", "*fp32")
+        kernel = KernelSpec("route", types, tuple(constants.items()), warps=1)
+        places = {tensor.name: Argument("input", i) for i, tensor in enumerate(self.inputs)}
+        given = [places.get(name, Argument("null")) for name in ("logits", "bias", "expert_scale")]
+        arguments = (*given, Argument("output", 0), Argument("output", 1))
         launch = Launch(0, (per_token(1), ONE, ONE), arguments)
         variant = Variant((at_most(max_tokens),), (), (launch,))
         return Draft(self.name, self.inputs, self.outputs, sm, (kernel,), (variant,))

@@ -25,7 +25,7 @@ biases = pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bia
 
 def one_node(function: onnx.FunctionProto, spec: RouterSpec | ExpertsSpec) -> onnx.ModelProto:
     """A checked model whose one node calls `function`; its inputs are the function's."""
-    ranks = {"bias": 1, "gate_up": 3, "down": 3}
+    ranks = {"bias": 1, "expert_scale": 1, "gate_up": 3, "down": 3}
     values = {
         name: onnx.helper.make_tensor_value_info(
             name,
@@ -49,7 +49,7 @@ def assert_close(got: Array, want: Array) -> None:
 
 
 def assert_routes(run: Run, spec: RouterSpec, inputs: dict[str, Array]) -> None:
-    index, weight = route(inputs["logits"], spec, inputs.get("bias"))
+    index, weight = route(spec=spec, **inputs)
     got_index, got_weight = run(None, inputs)
     assert got_index.dtype == np.int32
     np.testing.assert_array_equal(got_index, index)
@@ -66,6 +66,14 @@ def test_router_body_agrees_with_the_spec(name, has_bias, runtime):
     run = runtime(one_node(router_function(ROUTERS[name], has_bias), ROUTERS[name]))
     for tokens in TOKENS:
         assert_routes(run, ROUTERS[name], variants.router_inputs(tokens, has_bias, seed=tokens))
+
+
+@pytest.mark.parametrize("name", variants.MODELS)
+def test_router_body_weighs_experts_by_factors_of_their_own(name):
+    spec = ROUTERS[name]
+    run = in_onnxruntime(one_node(router_function(spec, True, True), spec))
+    for tokens in TOKENS:
+        assert_routes(run, spec, variants.router_inputs(tokens, seed=tokens, has_scale=True))
 
 
 @pytest.mark.parametrize("experts", [60, 64, 128])
@@ -143,41 +151,51 @@ def test_weights_of_experts_that_no_token_chose_are_never_read(runtime):
 # Functions of a whole model.
 
 
-def routers(*nodes: tuple[RouterSpec, bool]) -> ir.Model:
-    """A model of MoERouter nodes over the same logits, the bias given to those that ask for it."""
-    logits = ir.Value(name="logits", shape=ir.Shape(["T", 8]), type=ir.TensorType(ir.DataType.FLOAT))
-    bias = ir.Value(name="bias", shape=ir.Shape([8]), type=ir.TensorType(ir.DataType.FLOAT))
+def routers(*nodes: tuple[RouterSpec, tuple[str, ...]]) -> ir.Model:
+    """A model of MoERouter nodes over the same logits, each with those of the optional inputs that are named."""
+    shapes = {"logits": ["T", 8], "bias": [8], "expert_scale": [8]}
+    given = {
+        name: ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        for name, shape in shapes.items()
+    }
     made = [
-        ir.node(ROUTER, [logits, bias if has_bias else None], attributes(spec), domain=DOMAIN, num_outputs=2)
-        for spec, has_bias in nodes
+        ir.node(
+            ROUTER,
+            [value if name in ("logits", *names) else None for name, value in given.items()],
+            attributes(spec),
+            domain=DOMAIN,
+            num_outputs=2,
+        )
+        for spec, names in nodes
     ]
     for i, node in enumerate(made):
         for value, name, kind in zip(node.outputs, ("index", "weight"), ("INT32", "FLOAT"), strict=True):
             value.name, value.type = f"{name}_{i}", ir.TensorType(ir.DataType[kind])
             value.shape = ir.Shape(["T", "k"])
     outputs = [value for node in made for value in node.outputs]
-    graph = ir.Graph([logits, bias], outputs, nodes=made, opset_imports={"": ONNX_OPSET}, name="routers")
+    graph = ir.Graph(list(given.values()), outputs, nodes=made, opset_imports={"": ONNX_OPSET}, name="routers")
     return ir.Model(graph, ir_version=10)
 
 
 def test_each_node_gets_the_body_of_its_own_spec_and_inputs():
     sigmoid, softmax = variants.MODELS["deepseek_v3"], variants.MODELS["qwen3_vl_moe"]
-    nodes = [(softmax, False), (sigmoid, True), (softmax, False), (sigmoid, False)]
+    nodes = [(softmax, ()), (sigmoid, ("bias",)), (softmax, ()), (sigmoid, ()), (softmax, ("expert_scale",))]
+    nodes.append((sigmoid, ("bias", "expert_scale")))
     model = routers(*nodes)
     functions.add_functions(model)
-    assert sorted(model.functions) == [(DOMAIN, ROUTER, overload) for overload in ("", "2", "3")]
+    assert sorted(model.functions) == [(DOMAIN, ROUTER, overload) for overload in ("", "2", "3", "4", "5")]
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    inputs = variants.router_inputs(5)
+    inputs = variants.router_inputs(5, has_scale=True)
     outputs = in_onnxruntime(proto)(None, inputs)
-    for (spec, has_bias), index, weight in zip(nodes, outputs[0::2], outputs[1::2], strict=True):
-        want_index, want_weight = route(inputs["logits"], spec, inputs["bias"] if has_bias else None)
+    for (spec, names), index, weight in zip(nodes, outputs[0::2], outputs[1::2], strict=True):
+        want_index, want_weight = route(spec=spec, **{name: inputs[name] for name in ("logits", *names)})
         np.testing.assert_array_equal(index, want_index)
         assert_close(weight, want_weight)
 
 
 def test_bodies_without_a_node_are_dropped():
-    model = routers((RouterSpec(2), False), (RouterSpec(3), False))
+    model = routers((RouterSpec(2), ()), (RouterSpec(3), ()))
     functions.add_functions(model)
     assert len(model.functions) == 2
     for value in model.graph.outputs[:2]:
@@ -190,7 +208,7 @@ def test_bodies_without_a_node_are_dropped():
 
 def test_specs_survive_as_node_attributes():
     spec = RouterSpec(2, "sigmoid", False, 1e-20, 2.446, 4, 2, "top2_sum")
-    assert node_spec(routers((spec, False)).graph.node(0)) == spec
+    assert node_spec(routers((spec, ())).graph.node(0)) == spec
     block = ExpertsSpec("swiglu_clamped", True, "input", 1.702, float("inf"))
     x = ir.Value(name="x")
     assert node_spec(ir.node(EXPERTS, [x] * 5, attributes(block), domain=DOMAIN)) == block

@@ -276,8 +276,9 @@ def test_routers_choose_as_the_spec_does_ties_too(kernels, rng, has_bias):
         logits = normal(rng, 40, variants.EXPERTS) * 1.5
         logits[20:] = np.round(logits[20:])  # many ties
         bias = np.round(normal(rng, variants.EXPERTS) * 2) / 4 if has_bias else None
-        expected_index, expected_weight = route(logits, spec, bias)
-        index, weight = kernels.route(logits, spec, bias)
+        scale = normal(rng, variants.EXPERTS) if rng.integers(2) else None
+        expected_index, expected_weight = route(logits, spec, bias, scale)
+        index, weight = kernels.route(logits, spec, bias, scale)
         np.testing.assert_array_equal(index, expected_index, err_msg=name)
         np.testing.assert_allclose(weight, expected_weight, rtol=2e-6, err_msg=name)
 

@@ -103,11 +103,14 @@ def test_experts_in_a_session(rng, name, has_biases):
     np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("has_scale", [False, True], ids=["", "expert_scale"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("spec", variants.MODELS.values(), ids=variants.MODELS.keys())
-def test_router_in_a_session(spec):
-    inputs = variants.router_inputs(7, has_bias=True)
-    index, weight = run("MoERouter", {"logits": inputs["logits"], "bias": inputs["bias"]}, attributes(spec), 2)
-    expected_index, expected_weight = route(inputs["logits"], spec, inputs["bias"])
+def test_router_in_a_session(spec, has_bias, has_scale):
+    inputs = variants.router_inputs(7, has_bias, has_scale=has_scale)
+    given = dict.fromkeys(("logits", "bias", "expert_scale")) | inputs
+    index, weight = run("MoERouter", given, attributes(spec), 2)
+    expected_index, expected_weight = route(spec=spec, **inputs)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(weight, expected_weight, rtol=2e-6)
 

@@ -15,7 +15,7 @@ SPECS = ROUTERS | MODELS
 
 
 def agrees(interpreter: Interpreter, spec: RouterSpec, inputs: dict[str, np.ndarray]) -> None:
-    op = RouterOp(spec, inputs["logits"].shape[1], "bias" in inputs)
+    op = RouterOp(spec, inputs["logits"].shape[1], "bias" in inputs, "expert_scale" in inputs)
     index, weight = interpreter.run(op.draft(80), inputs)
     expected_index, expected_weight = route(spec=spec, **inputs)
     np.testing.assert_array_equal(index, expected_index)
@@ -26,6 +26,13 @@ def agrees(interpreter: Interpreter, spec: RouterSpec, inputs: dict[str, np.ndar
 @pytest.mark.parametrize("name", SPECS)
 def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, name: str, has_bias: bool) -> None:
     agrees(triton_interpreter, SPECS[name], router_inputs(5, has_bias, seed=np.random.randint(1 << 30)))
+
+
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_have_factors_of_their_own(triton_interpreter: Interpreter, name: str, has_bias: bool) -> None:
+    inputs = router_inputs(5, has_bias, seed=np.random.randint(1 << 30), has_scale=True)
+    agrees(triton_interpreter, MODELS[name], inputs)
 
 
 @pytest.mark.parametrize("scoring", SCORINGS)
@@ -69,4 +76,8 @@ def test_any_number_of_experts_and_groups(triton_interpreter: Interpreter, data:
     score = data.draw(st.sampled_from(("max", "top2_sum")))
     spec = RouterSpec(top_k, scoring, data.draw(st.booleans()), 1e-20, 2.5, groups, topk_group, score)
     seed = data.draw(st.integers(0, 1 << 30))
-    agrees(triton_interpreter, spec, router_inputs(3, data.draw(st.booleans()), groups * size, seed))
+    agrees(
+        triton_interpreter,
+        spec,
+        router_inputs(3, data.draw(st.booleans()), groups * size, seed, data.draw(st.booleans())),
+    )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.glm4v_moe import modeling_glm4v_moe
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama4 import modeling_llama4
@@ -82,6 +83,13 @@ def test_correction_bias_changes_the_choice_and_not_the_weight():
     index, weight = route(logits, RouterSpec(2, scoring="sigmoid", renormalize=False), f32([0, -1, 0.5]))
     assert index.tolist() == [[2, 0]]  # choice scores 0.5, -0.25, 0.75
     np.testing.assert_allclose(weight, [[0.25, 0.5]], rtol=1e-6)
+
+
+def test_expert_scale_is_a_factor_on_the_weights_and_changes_no_choice():
+    logits = np.log(f32([[0.1, 0.4, 0.2, 0.3]]))
+    index, weight = route(logits, RouterSpec(top_k=2, scale=7.0), None, f32([100, 0.5, 100, -2]))
+    assert index.tolist() == [[1, 3]]
+    np.testing.assert_allclose(weight, [[2, -6]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(("group_score", "chosen"), [("max", [0, 1]), ("top2_sum", [2, 3])])
@@ -164,12 +172,12 @@ def test_gate_rows_stand_before_up_rows():
 # Goldens.
 
 
-@pytest.mark.parametrize("has_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("given", ["no_bias", "bias", "expert_scale"])
 @pytest.mark.parametrize("name", GOLDENS["router"])
-def test_router_golden(name, has_bias):
-    inputs = variants.router_inputs(3, has_bias, seed=20)
-    index, weight = route(inputs["logits"], (variants.ROUTERS | variants.MODELS)[name], inputs.get("bias"))
-    golden = GOLDENS["router"][name]["bias" if has_bias else "no_bias"]
+def test_router_golden(name, given):
+    inputs = variants.router_inputs(3, given == "bias", seed=20, has_scale=given == "expert_scale")
+    index, weight = route(spec=(variants.ROUTERS | variants.MODELS)[name], **inputs)
+    golden = GOLDENS["router"][name][given]
     assert index.tolist() == golden["index"]
     np.testing.assert_allclose(weight, golden["weight"], rtol=GOLDEN_TOLERANCE)
 
@@ -280,6 +288,17 @@ def test_route_agrees_with_hugging_face(model):
     np.testing.assert_array_equal(np.take_along_axis(index, order, 1), np.take_along_axis(numpy(hf_index), hf_order, 1))
     got, want = np.take_along_axis(weight, order, 1), np.take_along_axis(numpy(hf_weight), hf_order, 1)
     np.testing.assert_allclose(got, want, rtol=HF_TOLERANCE)
+
+
+def test_gemma4_router_is_softmax_with_factors_for_experts():
+    config = hf_config(modeling_gemma4, "Gemma4TextConfig", num_experts=8, top_k_experts=2)
+    router = randomize(modeling_gemma4.Gemma4TextRouter(config))
+    x = torch.from_numpy(variants.hidden_states(TOKENS, HIDDEN))
+    logits = router.proj(router.norm(x) * router.scale * HIDDEN**-0.5)
+    _, hf_weight, hf_index = router(x)
+    index, weight = route(numpy(logits), RouterSpec(2), None, numpy(router.per_expert_scale))
+    np.testing.assert_array_equal(index, numpy(hf_index))
+    np.testing.assert_allclose(weight, numpy(hf_weight), rtol=HF_TOLERANCE)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

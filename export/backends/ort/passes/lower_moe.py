@@ -37,6 +37,7 @@ class LowerMoE(Pass):
     beta 1. Its silu is ungated silu, and its gelu is the tanh form (measured on [-6, 6]: within 4.3e-7 of tanh, 4.7e-4
     away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies, a loop over the chosen experts
     that takes 1.4 times the kernel's time for 1 token, 1.1 times for 256 (H 1024, I 384, 8 of 64 experts, 1 thread).
+    So do those whose router has factors for its experts: a factor may be negative, which no softmax is.
     """
 
     def requires(self, model: ir.Model) -> Iterator[str]:
@@ -46,14 +47,15 @@ class LowerMoE(Pass):
                 yield f"the weights of {node.outputs[0].name} are not all stored"
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
-        """The only moevlm::MoEExperts left are gated gelu_tanh."""
+        """The only moevlm::MoEExperts left are gated gelu_tanh, or weighted with factors for experts."""
         yield from left(model, "MoEExperts", is_lowerable)
 
     def apply(self, model: ir.Model) -> int:
         interleaved: dict[ir.Value, ir.Value] = {}
         lowered = 0
         for node in [n for n in model.graph if is_op(n, EXPERTS)]:
-            if (attributes := kernel_attributes(node_spec(node))) is not None:
+            attributes = kernel_attributes(node_spec(node))
+            if attributes is not None and is_lowerable(node):
                 _lower(model.graph, node, attributes, interleaved)
                 lowered += 1
         if lowered:
@@ -63,7 +65,13 @@ class LowerMoE(Pass):
 
 def is_lowerable(node: ir.Node) -> bool:
     """A moevlm::MoEExperts that the kernel can compute."""
-    return is_op(node, EXPERTS) and kernel_attributes(node_spec(node)) is not None
+    return is_op(node, EXPERTS) and kernel_attributes(node_spec(node)) is not None and not _has_expert_scale(node)
+
+
+def _has_expert_scale(node: ir.Node) -> bool:
+    weight = node.inputs[2]
+    router = None if weight is None else weight.producer()
+    return router is not None and is_op(router, ROUTER) and any(router.inputs[2:])
 
 
 def kernel_attributes(spec: ExpertsSpec) -> dict[str, int | float | str] | None:

@@ -68,7 +68,8 @@ class PluginMoE(PluginPass):
 
 def router_op(node: ir.Node) -> RouterOp:
     """What a moevlm::MoERouter node computes."""
-    return RouterOp(node_spec(node), _size(_value(node, 0), 1), len(node.inputs) == 2)
+    has_bias, has_scale = (any(node.inputs[i : i + 1]) for i in (1, 2))
+    return RouterOp(node_spec(node), _size(_value(node, 0), 1), has_bias, has_scale)
 
 
 def expert_weights(model: ir.Model) -> dict[str, Weight]:

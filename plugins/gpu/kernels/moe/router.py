@@ -14,6 +14,7 @@ import triton.language as tl
 def route(
     logits,  # [T, E] float32
     bias,  # [E] float32 or null
+    expert_scale,  # [E] float32 or null
     index,  # [T, k] int32, written
     weight,  # [T, k] float32, written
     EXPERTS: tl.constexpr,
@@ -26,6 +27,7 @@ def route(
     TOP_GROUPS: tl.constexpr,
     GROUP_SCORE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     PADDED_GROUPS: tl.constexpr,
     PADDED_SIZE: tl.constexpr,
     PADDED_K: tl.constexpr,
@@ -78,5 +80,8 @@ def route(
     value = tl.where(slot < TOP_K, value, 0.0)
     if RENORMALIZE:
         value = value / (tl.sum(value) + EPSILON)
+    value *= SCALE
+    if HAS_SCALE:
+        value *= tl.load(expert_scale + chosen)
     tl.store(index + token * TOP_K + slot, chosen, mask=slot < TOP_K)
-    tl.store(weight + token * TOP_K + slot, value * SCALE, mask=slot < TOP_K)
+    tl.store(weight + token * TOP_K + slot, value, mask=slot < TOP_K)

@@ -75,6 +75,12 @@ def test_router_and_experts_of_every_model(name, scheme):
 
 
 @biases
+def test_router_with_factors_for_experts(has_bias):
+    case = Case(RouterSpec(2), router_bias=has_bias, router_scale=True, hidden=64, inner=40)
+    case.check(lowered(case, IntFormat(8, 32)), ACTIVATIONS)
+
+
+@biases
 @pytest.mark.parametrize("name", variants.BLOCKS)
 def test_every_kind_of_experts(name, has_bias):
     case = Case(RouterSpec(2), variants.BLOCKS[name], expert_biases=has_bias, hidden=64, inner=40)

@@ -77,6 +77,15 @@ def test_gated_gelu_keeps_its_body(name, has_bias):
     case.check(model)
 
 
+def test_factors_for_experts_keep_the_body():
+    case = Case(QWEN, router_scale=True)
+    assert (case.expert_scale < 0).any()
+    model = case.model()
+    assert run([LowerMoE()], model) == {"LowerMoE": 0}
+    assert ops(model) == [ROUTER, EXPERTS]
+    case.check(model)
+
+
 @pytest.mark.parametrize("name", [name for name in variants.ROUTERS if name.endswith("x2.5-top2_sum")])
 def test_weight_on_the_input_of_several_experts(name):
     case = Case(ROUTERS[name], replace(SILU, weight_on="input"), router_bias=True, expert_biases=True)

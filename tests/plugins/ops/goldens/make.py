@@ -15,12 +15,13 @@ from moevlm.plugins.ops.router import route
 FILE = Path(__file__).parent / "moe.json"
 TOKENS = 3
 SEED = 20
+ROUTER_INPUTS = {"no_bias": (False, False), "bias": (True, False), "expert_scale": (False, True)}
 
 
 def goldens() -> dict[str, dict]:
-    """Router: variant -> index and weight, without and with a bias. Experts: variant -> y, without and with biases."""
+    """Router: variant -> index and weight, of each set of inputs. Experts: variant -> y, without and with biases."""
     routers = {
-        name: {key: _route(spec, bias) for key, bias in (("no_bias", False), ("bias", True))}
+        name: {key: _route(spec, *given) for key, given in ROUTER_INPUTS.items()}
         for name, spec in (variants.ROUTERS | variants.MODELS).items()
     }
     experts = {
@@ -30,9 +31,8 @@ def goldens() -> dict[str, dict]:
     return {"router": routers, "experts": experts}
 
 
-def _route(spec: variants.RouterSpec, has_bias: bool) -> dict[str, list]:
-    inputs = variants.router_inputs(TOKENS, has_bias, seed=SEED)
-    index, weight = route(inputs["logits"], spec, inputs.get("bias"))
+def _route(spec: variants.RouterSpec, has_bias: bool, has_scale: bool) -> dict[str, list]:
+    index, weight = route(spec=spec, **variants.router_inputs(TOKENS, has_bias, seed=SEED, has_scale=has_scale))
     return {"index": index.tolist(), "weight": _short(weight)}
 
 
