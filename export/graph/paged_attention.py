@@ -27,6 +27,7 @@ class Inputs(NamedTuple):
     q_norm: ir.Value | None = None
     k_norm: ir.Value | None = None
     sinks: ir.Value | None = None
+    visible_end: ir.Value | None = None
 
 
 INPUTS = Inputs._fields
@@ -119,12 +120,21 @@ SOFTCAP = {
         between = Tanh (bent)
         capped = Mul (between, softcap)""",
 }
+VISIBLE = {
+    False: "visible = LessOrEqual (key_position, query_position)",
+    True: """
+        own_end = Slice (end, from_1, to_1)
+        end_column = Unsqueeze (own_end, one_1)
+        causal = LessOrEqual (key_position, query_position)
+        before_end = Less (key_position, end_column)
+        visible = Or (causal, before_end)""",
+}
 WINDOW = {
-    False: "seen = Identity (causal)",
+    False: "seen = Identity (visible)",
     True: """
         key_end = Add (key_position, window)
         near = Greater (key_end, query_position)
-        seen = And (causal, near)""",
+        seen = And (visible, near)""",
 }
 SOFTMAX = {
     False: "weights = Softmax <axis = -1> (masked)",
@@ -177,7 +187,7 @@ LOOP = """
         query_position = Unsqueeze (own_position, one_1)
         length = Squeeze (length_1)
         key_position = Range (zero, length, one)
-        causal = LessOrEqual (key_position, query_position)
+        {visible}
         {window}
         masked = Where (seen, capped, minus_inf)
         {softmax}
@@ -213,6 +223,7 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     text += [SCALE[spec.scale > 0], "q_groups = Reshape (q_scaled, group_split)"]
     text += ["key_cache_out = ScatterND (key_cache, slot, k_turned)", WRITE_VALUES[spec.value_in_key]]
     text += ["sink = Reshape (sinks, sink_shape)"] if "sinks" in given else []
+    text += ["end = Cast <to = 7> (visible_end)"] if "visible_end" in given else []
     text += [
         "value_width_1 = Identity (value_dim_1)"
         if spec.value_in_key
@@ -220,6 +231,7 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
         LOOP.format(
             read_values=READ_VALUES[spec.value_in_key],
             softcap=SOFTCAP[spec.softcap > 0],
+            visible=VISIBLE["visible_end" in given],
             window=WINDOW[spec.window > 0],
             softmax=SOFTMAX["sinks" in given],
         ),

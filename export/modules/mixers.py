@@ -76,7 +76,7 @@ class Attention(nn.Module):
             *(self.q(x), self.k(x), self.v(x)),
             *(cos, sin, *states),
             *(step.query_start, step.context_len, step.page_table),
-            *(q_norm, k_norm, self.sinks),
+            *(q_norm, k_norm, self.sinks, None),
             **attributes(self.spec),
         )
         return self.out(y), tuple(caches)

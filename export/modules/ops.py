@@ -128,6 +128,7 @@ def paged_attention(
     q_norm: Tensor | None,
     k_norm: Tensor | None,
     sinks: Tensor | None,
+    visible_end: Tensor | None,
     heads: int,
     kv_heads: int,
     rotary_dim: int,
@@ -147,7 +148,7 @@ def paged_attention(
     tensors = {
         **{"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "key_cache": key_cache, "value_cache": value_cache},
         **{"query_start": query_start, "context_len": context_len, "page_table": page_table},
-        **{"q_norm": q_norm, "k_norm": k_norm, "sinks": sinks},
+        **{"q_norm": q_norm, "k_norm": k_norm, "sinks": sinks, "visible_end": visible_end},
     }
     arrays: Any = {name: None if tensor is None else tensor.detach().numpy() for name, tensor in tensors.items()}
     int8 = _computing().int8_cache
@@ -170,7 +171,7 @@ def _(
     value_cache: Tensor | None,
     *others: Any,
 ) -> list[Tensor]:
-    heads, value_dim = others[6], others[14]
+    heads, value_dim = others[7], others[15]
     width = value_dim if value_cache is None else value_cache.shape[-1]
     caches = [torch.empty_like(cache) for cache in (key_cache, value_cache) if cache is not None]
     return [q.new_empty((q.shape[0], heads * width)), *caches]

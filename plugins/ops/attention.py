@@ -30,8 +30,11 @@ def attention(
     sinks: Array | None,
     spec: AttentionSpec,
     stored: Callable[[Array], Array] = lambda rows: rows,
+    visible_end: Array | None = None,
 ) -> tuple[Array, Array, Array | None]:
-    """Norm and rotate q and k, write k and v into their pages, attend causally over each sequence's pages.
+    """Norm and rotate q and k, write k and v into their pages, attend over each sequence's pages.
+
+    A token at position p sees the tokens of its sequence up to itself, and those behind it that `visible_end` says.
 
     q: [T, Hq * Dk]. k: [T, Hkv * Dk]. v: [T, Hkv * Dv], None where the value is in the key.
     cos, sin: [T, rotary_dim / 2], None where rotary_dim is 0.
@@ -41,6 +44,9 @@ def attention(
     q_norm, k_norm: [Dk], gains of an RMS norm of each head, before the rotation; both or neither.
     sinks: [Hq], a logit of each head that takes part in the softmax and has no value (gpt-oss).
     stored: applied to keys and values [T, Hkv, D] on their way into the caches.
+    visible_end: [T], where what a token sees ends, exclusive, as a position of its sequence: the end of its image where
+    the tokens of an image see each other (Gemma 4), p + 1 for text. What is below p + 1 counts as that, and what is
+    beyond the sequence's tokens in this step as their end. A window limits what lies before a token, as ever.
     Returns y [T, Hq * Dv] in the dtype of q, and new caches.
     """
     tokens, page, dtype = len(q), key_cache.shape[2], q.dtype
@@ -67,7 +73,10 @@ def attention(
     for n, rows in enumerate(_rows(query_start)):
         keys = _read(key_cache, page_table[n], context_len[n] + rows.stop - rows.start)
         values = keys[..., : spec.value_dim] if value_cache is None else _read(value_cache, page_table[n], len(keys[0]))
-        y.append(_attend(q[rows], keys, values, position[rows], sinks, spec))
+        end = position[rows] + 1
+        if visible_end is not None:
+            end = np.maximum(end, visible_end[rows])
+        y.append(_attend(q[rows], keys, values, position[rows], end, sinks, spec))
     return np.concatenate(y).astype(dtype), key_cache, value_cache
 
 
@@ -97,15 +106,22 @@ def _read(cache: Array, pages: Array, length: int) -> Array:
     return used.swapaxes(0, 1).reshape(cache.shape[1], -1, cache.shape[3])[:, :length].astype(np.float64)
 
 
-def _attend(q: Array, keys: Array, values: Array, position: Array, sinks: Array | None, spec: AttentionSpec) -> Array:
-    """One sequence: q [S, Hq, Dk] at `position` [S], keys [Hkv, C, Dk], values [Hkv, C, Dv] -> [S, Hq * Dv]."""
+def _attend(
+    q: Array, keys: Array, values: Array, position: Array, end: Array, sinks: Array | None, spec: AttentionSpec
+) -> Array:
+    """One sequence: q [S, Hq, Dk] at `position` [S], keys [Hkv, C, Dk], values [Hkv, C, Dv] -> [S, Hq * Dv].
+
+    end: [S], where the keys end that each query sees.
+    """
     group = spec.heads // spec.kv_heads
     grouped = q.reshape(len(q), spec.kv_heads, group, q.shape[-1]).transpose(1, 2, 0, 3)  # [Hkv, group, S, Dk]
     scores = grouped @ keys[:, None].swapaxes(2, 3) * (spec.scale or q.shape[-1] ** -0.5)
     if spec.softcap:
         scores = spec.softcap * np.tanh(scores / spec.softcap)
-    behind = position[:, None] - np.arange(keys.shape[1])  # how far each key lies behind the query
-    seen = (behind >= 0) & (behind < spec.window) if spec.window else behind >= 0
+    key_position = np.arange(keys.shape[1])
+    seen = key_position < end[:, None]
+    if spec.window:
+        seen &= position[:, None] - key_position < spec.window
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     total = 0.0

@@ -3,6 +3,7 @@
 Inputs come from `RandomState`, whose stream numpy has frozen (NEP 19), so a seed in a golden stays the same data.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +15,17 @@ PAGE = 4  # tokens, so that a few of them take several pages
 
 @dataclass(frozen=True)
 class AttentionVariant:
-    """A spec, the sizes of a head, and which optional inputs a node has. value_dim: of v; 0 where it is in the key."""
+    """A spec, the sizes of a head, and which optional inputs a node has. value_dim: of v; 0 where it is in the key.
+
+    images: some tokens of a step see each other, as `visible_end` says.
+    """
 
     spec: AttentionSpec
     key_dim: int = 8
     value_dim: int = 8
     norms: bool = False
     sinks: bool = False
+    images: bool = False
 
 
 ATTENTIONS: dict[str, AttentionVariant] = {
@@ -33,11 +38,14 @@ ATTENTIONS: dict[str, AttentionVariant] = {
     "window": AttentionVariant(AttentionSpec(4, 2, 8, window=5)),
     "softcap": AttentionVariant(AttentionSpec(4, 2, 8, softcap=1.5)),
     "gpt_oss": AttentionVariant(AttentionSpec(4, 2, 8, window=3), sinks=True),
+    "gemma4": AttentionVariant(AttentionSpec(4, 2, 8, scale=1.0, window=5, epsilon=0.05), norms=True, images=True),
+    "images without a window": AttentionVariant(AttentionSpec(4, 1, 8), images=True),
     "everything": AttentionVariant(
         AttentionSpec(4, 2, 4, rotary_start=2, scale=0.5, window=6, softcap=2.0, epsilon=0.05),
         value_dim=6,
         norms=True,
         sinks=True,
+        images=True,
     ),
     "mla": AttentionVariant(
         AttentionSpec(4, 1, 4, rotary_start=8, scale=0.25, value_in_key=True, value_dim=8), key_dim=12, value_dim=0
@@ -83,8 +91,30 @@ def attention_inputs(
     absent |= set() if spec.rotary_dim else {"cos", "sin"}
     absent |= set() if variant.norms else {"q_norm", "k_norm"}
     absent |= set() if variant.sinks else {"sinks"}
+    visible = {"visible_end": visible_ends(sequences, random)} if variant.images else {}
     return {name: array.astype(np.float32) for name, array in inputs.items() if name not in absent} | {
         "query_start": np.cumsum([0, *lengths]).astype(np.int32),
         "context_len": np.array(contexts, np.int32),
         "page_table": table,
+        **visible,
     }
+
+
+def visible_ends(sequences: Sequence[tuple[int, int]], random: np.random.RandomState) -> np.ndarray:
+    """[T] int32: text and images of 2 to 6 tokens in turn, of random length; a first image may begin before the step.
+
+    Some ends lie below the token's own or beyond the step, which counts as the nearest that is possible.
+    """
+    ends = []
+    for context, length in sequences:
+        own, is_image = np.arange(context, context + length) + 1, random.rand() < 0.5
+        at = 0
+        while at < length:
+            stop = min(at + random.randint(2, 7), length)
+            if is_image:
+                own[at:stop] = context + stop + (3 if stop == length and random.rand() < 0.3 else 0)
+            elif random.rand() < 0.3:
+                own[at:stop] = random.randint(-1, context + 1)
+            at, is_image = stop, not is_image
+        ends.append(own)
+    return np.concatenate(ends).astype(np.int32)

@@ -87,7 +87,7 @@ class PagedAttention(_Plugin):
         q, k, v = np.split(inputs.pop("qkv"), ends, axis=1)
         caches = {name: inputs.pop(name) for name in ("key_cache", "value_cache") if name in inputs}
         read = {name: decoded(cache, op.cache) if op.cache else cache for name, cache in caches.items()}
-        absent = dict.fromkeys(("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks"))
+        absent = dict.fromkeys(("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end"))
         stored = (lambda rows: _rounded(rows, op.cache)[0]) if op.cache else (lambda rows: rows)
         given = absent | inputs | read
         y, *written = attention(q, k, None if spec.value_in_key else v, spec=spec, stored=stored, **given)

@@ -44,7 +44,7 @@ def one_node(variant: AttentionVariant) -> onnx.ModelProto:
 
 
 def expected(variant: AttentionVariant, inputs: dict[str, Array]) -> list[Array]:
-    optional = dict.fromkeys(("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks"))
+    optional = dict.fromkeys(("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end"))
     return [made for made in attention(**optional | inputs, spec=variant.spec) if made is not None]
 
 
@@ -64,6 +64,7 @@ def test_body_agrees_with_the_spec(name, runtime):
 def test_a_sequence_in_steps_gets_what_it_gets_in_one(runtime):
     variant = ATTENTIONS["everything"]
     run, whole = runtime(one_node(variant)), attention_inputs(variant, ((0, 11), (0, 6)), seed=1)
+    whole["visible_end"] = np.array([4, 4, 4, 4, 5, 6, 10, 10, 10, 10, 11, 1, 2, 5, 5, 5, 6], np.int32)
     y, *caches = run(None, whole)
     held = {name: whole[name] for name in ("key_cache", "value_cache")}
     parts = []
@@ -71,6 +72,7 @@ def test_a_sequence_in_steps_gets_what_it_gets_in_one(runtime):
         other = range(11, 17) if start == 4 else range(0)
         rows = [*range(start, stop), *other]
         step = {name: whole[name][rows] for name in ("q", "k", "v", "cos", "sin")}
+        step["visible_end"] = whole["visible_end"][rows]
         step["query_start"] = np.array([0, stop - start, len(rows)], np.int32)
         step["context_len"] = np.array([start, 0 if start <= 4 else 6], np.int32)
         got, held["key_cache"], held["value_cache"] = run(None, whole | step | held)

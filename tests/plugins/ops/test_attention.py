@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
@@ -19,7 +20,7 @@ from tests.support.attention_variants import ATTENTIONS, PAGE, STEPS, AttentionV
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "attention.json").read_text())
 GOLDEN_TOLERANCE = 1e-6  # goldens hold 7 digits
 HF_TOLERANCE = 5e-6  # two computations in float32, and one in float64
-OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end")
 
 Array = np.ndarray
 
@@ -37,14 +38,15 @@ def kept(cache: Array, pages: Array, length: int) -> Array:
 # By hand: one head of two dimensions, no rotation (cos 1, sin 0), scale 1.
 
 
-def by_hand(q: list, k: list, v: list, sinks: list | None = None, **spec: object) -> Array:
+def by_hand(q: list, k: list, v: list, sinks: list | None = None, visible: list | None = None, **spec: object) -> Array:
     cos, sin = np.ones((len(q), 1), np.float32), np.zeros((len(q), 1), np.float32)
     pool = np.full((3, 1, PAGE, 2), np.nan, np.float32)
     made = AttentionSpec(1, 1, 2, scale=1.0, **spec)
     q, k, v = (np.array(x, np.float32) for x in (q, k, v))
     sink = None if sinks is None else np.array(sinks, np.float32)
     steps = np.array([0, len(q)], np.int32), np.array([0], np.int32), np.array([[2, 1]], np.int32)
-    return attention(q, k, v, cos, sin, pool, pool, *steps, None, None, sink, made)[0]
+    end = None if visible is None else np.array(visible, np.int32)
+    return attention(q, k, v, cos, sin, pool, pool, *steps, None, None, sink, made, visible_end=end)[0]
 
 
 LOG3 = float(np.log(3))
@@ -71,6 +73,21 @@ def test_window_counts_the_token_itself(window, last):
     np.testing.assert_allclose(y[2], [last, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("visible", "window", "seen"),
+    [
+        ([1, 4, 4, 4, 5], 0, [[1], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4, 5]]),
+        ([1, 4, 4, 4, 5], 2, [[1], [1, 2, 3, 4], [2, 3, 4], [3, 4], [4, 5]]),
+        ([0, -7, 9, 4, 9], 0, [[1], [1, 2], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3, 4, 5]]),
+    ],
+    ids=["an image", "an image and a window", "too little and too much"],
+)
+def test_tokens_see_up_to_where_they_are_told_themselves_included(visible, window, seen):
+    values = [[float(i), 0] for i in range(1, 6)]
+    y = by_hand([[0, 0]] * 5, [[0, 0]] * 5, values, visible=visible, window=window)
+    np.testing.assert_allclose(y[:, 0], [np.mean(each) for each in seen], rtol=1e-6)
+
+
 def test_rotation_starts_where_the_spec_says_and_leaves_the_rest():
     x = np.array([[[1, 2, 3, 4, 5]]], np.float32)
     quarter = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)  # 90 degrees
@@ -90,7 +107,7 @@ def test_each_sequence_of_a_step_gets_what_it_gets_alone_and_contiguous(name, st
         if not length:
             continue
         rows = slice(*inputs["query_start"][n : n + 2])
-        alone = {key: inputs[key][rows] for key in ("q", "k", "v", "cos", "sin") if key in inputs}
+        alone = {key: inputs[key][rows] for key in ("q", "k", "v", "cos", "sin", "visible_end") if key in inputs}
         alone |= {key: inputs[key] for key in ("q_norm", "k_norm", "sinks") if key in inputs}
         for key in {"key_cache", "value_cache"} & inputs.keys():
             past = kept(inputs[key], inputs["page_table"][n], context)
@@ -132,6 +149,7 @@ FORWARDS = {
     "window": (modeling_qwen3_vl_moe, {}),
     "softcap": (modeling_gemma2, {"softcap": 1.5}),
     "gpt_oss": (modeling_gpt_oss, {}),
+    "gemma4": (modeling_gemma4, {}),
 }
 
 
@@ -150,13 +168,16 @@ def test_attention_agrees_with_hugging_face(name):
             x.copy_(norm(x).detach())
     cos, sin = (torch.from_numpy(inputs[key]).repeat(1, 2)[None] for key in ("cos", "sin"))
     q, k = modeling_qwen3_vl_moe.apply_rotary_pos_emb(q, k, cos, sin)
-    behind = np.arange(11)[:, None] - np.arange(11)
-    seen = (behind >= 0) & (behind < (spec.window or 11))
+    position = np.arange(11)
+    behind = position[:, None] - position
+    end = inputs.get("visible_end", position + 1)
+    seen = ((behind >= 0) | (position < end[:, None])) & (behind < (spec.window or 11))
     mask = torch.from_numpy(np.where(seen, 0, -np.inf).astype(np.float32))[None, None]
     layer = SimpleNamespace(num_key_value_groups=spec.heads // spec.kv_heads, training=False)
     if variant.sinks:
         layer.sinks = torch.from_numpy(inputs["sinks"])
-    want = module.eager_attention_forward(layer, q, k, v, mask, scaling=8**-0.5, dropout=0.0, **options)[0]
+    scale = spec.scale or 8**-0.5
+    want = module.eager_attention_forward(layer, q, k, v, mask, scaling=scale, dropout=0.0, **options)[0]
     np.testing.assert_allclose(run(variant, inputs)[0], want[0].flatten(1).numpy(), atol=HF_TOLERANCE)
 
 

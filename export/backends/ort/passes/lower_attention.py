@@ -25,7 +25,9 @@ class LowerAttention(Pass):
     """
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
-        """Where a PagedAttention is left, keys and values differ in size, share a cache, or rotate other dimensions."""
+        """Where a PagedAttention is left, keys and values differ in size, share a cache, or rotate other dimensions, or
+        tokens see later ones.
+        """
         for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
             table = inputs_of(node).page_table
             if _expressible(node):
@@ -53,7 +55,9 @@ class LowerAttention(Pass):
 def _expressible(node: ir.Node) -> bool:
     spec: AttentionSpec = node_spec(node)
     inputs = inputs_of(node)
-    return not spec.value_in_key and not spec.rotary_start and width(inputs.key_cache) == width(inputs.value_cache)
+    if spec.value_in_key or spec.rotary_start or inputs.visible_end is not None:
+        return False
+    return width(inputs.key_cache) == width(inputs.value_cache)
 
 
 class _Rewriter:
@@ -72,7 +76,7 @@ class _Rewriter:
     def replace(self, node: ir.Node) -> None:
         b, spec = self._b, node_spec(node)
         b.before = node
-        q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, sinks = inputs_of(node)
+        q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, sinks, _ = inputs_of(node)
         q = self._turned(q, spec.heads, width(key_cache), spec, q_norm, (cos, sin))
         k = self._turned(k, spec.kv_heads, width(key_cache), spec, k_norm, (cos, sin))
         v = b.op("Unsqueeze", v, b.integers(0))

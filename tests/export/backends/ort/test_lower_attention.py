@@ -17,7 +17,7 @@ from tests.support.attention_variants import AttentionVariant
 
 CAPACITY = 24
 TOLERANCE = 2e-6  # float32 against float64
-OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks", "visible_end")
 ONE_PAGE = {"page_table": np.zeros((1, 1), np.int32)}
 VARIANTS = {
     "plain": AttentionVariant(AttentionSpec(4, 4, 16), 16, 16),
@@ -66,11 +66,12 @@ def layers(variant: AttentionVariant, count: int = 1) -> ir.Model:
         caches = [value(f"{k}_cache.{i}", ["pages", spec.kv_heads, "page", dim]) for k, dim in dims.items()]
         norms = [value(f"{n}.{i}", [variant.key_dim]) for n in ("q_norm", "k_norm") if variant.norms]
         sinks = [value(f"sinks.{i}", [spec.heads])] if variant.sinks else []
+        ends = [value(f"visible_end.{i}", ["tokens"], int32)] if variant.images else []
         made = [value(f"y.{i}", ["tokens", spec.heads * variant.value_dim])]
         made += [value(f"{k}_cache_out.{i}", ["pages", spec.kv_heads, "page", dim]) for k, dim in dims.items()]
-        arguments = [*own, *ropes, *caches, *places, *(norms or [None, None]), *sinks]
+        arguments = [*own, *ropes, *caches, *places, *(norms or [None, None]), *(sinks or [None]), *ends]
         nodes.append(ir.node("PagedAttention", arguments, attributes(spec), domain=DOMAIN, outputs=made))
-        inputs += [*own, *caches, *norms, *sinks]
+        inputs += [*own, *caches, *norms, *sinks, *ends]
         outputs += made
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": ONNX_OPSET, DOMAIN: 1}, name="attention")
     return ir.Model(graph, ir_version=11)
@@ -180,8 +181,9 @@ def test_nothing_behind_the_last_token_is_seen() -> None:
     [
         AttentionVariant(AttentionSpec(4, 2, 16), 32, 16),
         AttentionVariant(AttentionSpec(4, 2, 8, rotary_start=8), 16, 16),
+        AttentionVariant(AttentionSpec(4, 2, 16, window=3), 16, 16, images=True),
     ],
-    ids=["values of another size", "rotated behind"],
+    ids=["values of another size", "rotated behind", "images"],
 )
 def test_what_the_kernel_cannot_express_keeps_its_body_and_reads_the_one_page(variant: AttentionVariant) -> None:
     model = layers(variant)
@@ -189,6 +191,8 @@ def test_what_the_kernel_cannot_express_keeps_its_body_and_reads_the_one_page(va
     assert [node.op_type for node in model.graph] == ["PagedAttention"]
     rng = np.random.default_rng(9)
     step = step_inputs(variant, 3, 4, rng) | fixed_inputs(variant, rng)
+    if variant.images:
+        step["visible_end"] = np.array([4, 7, 7, 7], np.int32)
     theirs = attention(**dict.fromkeys(OPTIONAL) | step | ONE_PAGE, spec=variant.spec)
     running = session(model)
     feeds = {f"{key}.0": array for key, array in step.items()} | step

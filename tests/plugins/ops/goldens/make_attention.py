@@ -11,7 +11,7 @@ from tests.support.attention_variants import ATTENTIONS, STEPS, attention_inputs
 
 FILE = Path(__file__).parent / "attention.json"
 SEED = 20
-OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("v", "cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end")
 
 
 def golden(name: str) -> list[list[float]]:
