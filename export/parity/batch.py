@@ -147,6 +147,43 @@ class Batch:
             rows += [output.logits(i) for i in range(len(part))]
         return np.stack(rows)
 
+    def mixed(self, chunk_tokens: int, tokens: Array) -> tuple[Array, Array]:
+        """Run the prompts in chunks, and behind each, one by one, its `tokens`, while others still have chunks to go.
+
+        tokens: [steps, B], what follows each prompt. The sequences of a step come in another order each time.
+        Returns logits [sum of prompt lengths, vocabulary] of all positions, and [steps, B, vocabulary].
+        """
+        prompts, steps = [sequence.prompt for sequence in self._sequences], len(tokens)
+        offsets = np.cumsum([0, *(prompt + steps for prompt in prompts)])
+        for sequence, follows in zip(self._sequences, tokens.T, strict=True):
+            sequence.ids[sequence.prompt : sequence.prompt + steps] = follows
+        rows: dict[int, Array] = {}
+        for spans in self._mixtures(chunk_tokens, steps):
+            places = np.concatenate([offsets[span.number] + np.arange(span.start, span.stop) for span in spans])
+            output = self._forward(spans, np.arange(len(places)))
+            rows |= {int(place): output.logits(i) for i, place in enumerate(places)}
+        logits = np.stack([rows[place] for place in range(len(rows))])
+        own = [logits[start : start + size + steps] for start, size in zip(offsets, prompts, strict=False)]
+        behind = np.stack([each[size:] for each, size in zip(own, prompts, strict=True)], axis=1)
+        return np.concatenate([each[:size] for each, size in zip(own, prompts, strict=True)]), behind
+
+    def _mixtures(self, size: int, steps: int) -> Iterator[list[_Span]]:
+        """What each step takes until every sequence has its prompt and `steps` tokens: chunks, and single tokens."""
+        free_rows, first = min(self._limits.tokens, self._limits.logits), 0
+        while any(sequence.length < sequence.prompt + steps for sequence in self._sequences):
+            spans: list[_Span] = []
+            free, count = free_rows, len(self._sequences)
+            for number in ((first + i) % count for i in range(count)):
+                sequence = self._sequences[number]
+                left = sequence.prompt - sequence.length
+                wanted = min(size, left) if left > 0 else min(1, left + steps)
+                if (taken := min(wanted, free)) > 0 and len(spans) < self._limits.sequences:
+                    spans.append(_Span(number, sequence.length, sequence.length + taken))
+                    free -= taken
+            first += 1
+            if spans:
+                yield spans
+
     def _chunks(self, size: int) -> Iterator[list[_Span]]:
         """What each step of the prefill takes, until nothing is left."""
         while True:

@@ -43,7 +43,7 @@ def random_cases(model: ModelMetadata, config: Mapping[str, Any], seed: int, qui
 
     config: the checkpoint's, for the token ids that mean something to it.
     """
-    rng, ordinary = np.random.default_rng(seed), _ordinary(model, config)
+    rng, ordinary = np.random.default_rng(seed), ordinary_ids(model, config)
     steps = QUICK_STEPS if quick else DECODE_STEPS
     return [_case(model, config, ordinary, rng, n, steps) for n in (QUICK_IMAGES if quick else IMAGES)]
 
@@ -56,7 +56,7 @@ def long_cases(model: ModelMetadata, config: Mapping[str, Any], seed: int, capac
     length = min(LONG_PROMPT, capacity - DECODE_STEPS)
     if length < 1:
         return []
-    ids = np.random.default_rng([seed, length]).choice(_ordinary(model, config), length + DECODE_STEPS)
+    ids = np.random.default_rng([seed, length]).choice(ordinary_ids(model, config), length + DECODE_STEPS)
     prompt, whole = (Prompt.from_ids(ids[:size], [], model) for size in (length, len(ids)))
     return [Case(prompt, whole, [], _patches(np.random.default_rng(0), [], model))]
 
@@ -92,7 +92,7 @@ def _case(
     return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
 
 
-def _ordinary(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
+def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
     """Token ids without those that mean something to the checkpoint."""
     reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
     return np.array([i for i in range(model.vocabulary) if i not in reserved])

@@ -150,12 +150,12 @@ class Run:
 
 
 def runs(expected: Expected, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Iterator[Run]:
-    """In one pass, in chunks and then step by step, each prompt alone. What is asked depends on no answer."""
+    """In one pass, in chunks with what follows step by step beside them, each prompt alone; all known beforehand."""
     batch = expected.batch(engine, visual, limits)
     yield Run("prefill", batch.prefill(every_position=True), expected.prefill)
     batch = expected.batch(engine, visual, limits)
-    yield Run("chunked prefill", batch.prefill(CHUNK_TOKENS, True), expected.prefill)
-    steps = np.stack([batch.decode(tokens) for tokens in expected.tokens[: limits.steps]])
+    chunks, steps = batch.mixed(CHUNK_TOKENS, expected.tokens[: limits.steps])
+    yield Run("chunked prefill", chunks, expected.prefill)
     note = "" if limits.steps == len(expected.tokens) else f"{limits.steps} steps fit into the context"
     yield Run("decode", steps, expected.decode[: limits.steps], note)
     yield Run(ALONE, *alone(expected, engine, limits))

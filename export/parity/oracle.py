@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ class Oracle:
         self.weights.stream()
         for done, part in enumerate(self.weights.parts.values()):
             part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
-        logits = self.model(**self._inputs(ids, cases), use_cache=False).logits.numpy()
+        logits = self.model(**inputs_of(self.model.config, ids, cases), use_cache=False).logits.numpy()
         embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
         deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
         outputs, row, image_row = [], 0, 0
@@ -99,10 +100,12 @@ class Oracle:
             row, image_row = row + whole, images.stop
         return outputs
 
-    def _inputs(self, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
-        inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]
-        if grids:
-            inputs["pixel_values"] = torch.from_numpy(np.concatenate([case.patches for case in cases]))
-            inputs["image_grid_thw"] = torch.tensor(grids)
-            inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-        return inputs
+
+def inputs_of(config: Any, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
+    """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
+    inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]
+    if grids:
+        inputs["pixel_values"] = torch.from_numpy(np.concatenate([case.patches for case in cases]))
+        inputs["image_grid_thw"] = torch.tensor(grids)
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    return inputs

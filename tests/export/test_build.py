@@ -22,7 +22,8 @@ from moevlm.runtime.core.errors import BuildError, CheckpointError, MoevlmError,
 from moevlm.runtime.core.manifest import LayerMetadata
 from moevlm.runtime.core.states import PagedKV
 from tests.support.command_line import assert_refused, call
-from tests.support.tiny import END, STOP, edit_json, edit_tensors
+from tests.support.families.base import END, STOP
+from tests.support.tiny import edit_json, edit_tensors
 
 SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
 GRAPHS = {"graphs/vision.onnx", "graphs/decoder.onnx"}

@@ -27,10 +27,10 @@ from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import Step
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.request.positions import rope_tables
+from tests.support.families.base import VOCABULARY
 from tests.support.hybrid import PlainModel, save
 from tests.support.hybrid.checkpoint import LAYERS
 from tests.support.hybrid.family import DENSE, WIDE
-from tests.support.tiny import VOCABULARY
 
 Array = np.ndarray
 LENGTHS = (90, 37, 5)  # tokens: more than a page, more than two windows, less than one

@@ -15,7 +15,8 @@ from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.manifest import ModelMetadata
 from tests.support.command_line import call
-from tests.support.tiny import CHAT_TEMPLATE, IMAGE, edit_json
+from tests.support.families.base import IMAGE
+from tests.support.tiny import CHAT_TEMPLATE, edit_json
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Core
 from moevlm.export.checkpoint.tokenizer_files import tokenizer_files
 from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.request.tokenizer import Tokenizer
-from tests.support.tiny import SPECIAL, VOCABULARY
+from tests.support.families.base import SPECIAL, VOCABULARY
 
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 SCAN, SEG = VOCABULARY, VOCABULARY + 1

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import Vision
+from tests.support.families.base import END, IMAGE, STOP, VOCABULARY
 from tests.support.hybrid.family import Hybrid
-from tests.support.tiny import END, IMAGE, STOP, VOCABULARY, write_side_files
+from tests.support.tiny import write_side_files
 
 LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel", "unturned")
 _PREPROCESSOR = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}

@@ -1,0 +1,80 @@
+"""A tiny checkpoint in transformers and in canonical form, on prompts that transformers itself continues."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.cases import Case, ordinary_ids, random_cases
+from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs
+from moevlm.export.parity.oracle import Oracle, inputs_of
+from moevlm.export.parity.report import Check
+from moevlm.export.parity.tolerances import EXACT
+from moevlm.export.parity.torch_engine import TorchEngine
+from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.engine.protocol import Engine
+from moevlm.runtime.request.prompt import Prompt
+
+GREEDY_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Held:
+    """model: the canonical one. expected: prompts, and what transformers computes for them, greedy tokens behind.
+
+    ordinary: [N] ids among which they are the best.
+    """
+
+    model: CanonicalModel
+    expected: Expected
+    ordinary: np.ndarray
+
+    def of_pytorch(self) -> list[Check]:
+        """All checks of canonical PyTorch."""
+        engine = TorchEngine(self.model, partial(ask, self.expected))
+        return self.of(engine, "canonical PyTorch")
+
+    def of(self, engine: Engine, name: str) -> list[Check]:
+        """All checks of an engine in float32 with debug outputs; that it chooses the greedy tokens is one of them."""
+        inside = debug_outputs(self.expected, engine)
+        return list(checks(self.expected, name, engine, inside, EXACT))
+
+
+@contextmanager
+def held(checkpoint: Path, seed: int) -> Iterator[Held]:
+    """One prompt without images, others with one, two and three. seed: of the prompts."""
+    with Checkpoint.open(checkpoint) as source:
+        model = CanonicalModel.of(source)
+        metadata = model.config.metadata()
+        whole = transformers.AutoModelForImageTextToText.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        ).eval()
+        ordinary = ordinary_ids(metadata, source.config)
+        cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
+        answers = Oracle(source, family_for(source.config).router_suffix).outputs(cases)
+        yield Held(model, Expected(model, metadata, cases, answers), ordinary)
+
+
+@torch.no_grad()
+def _followed(case: Case, model: torch.nn.Module, metadata: ModelMetadata, ordinary: np.ndarray) -> Case:
+    """The case with the tokens behind its prompt that the model likes best, without any cache.
+
+    ordinary: ids that it may choose: a random model would choose image tokens as well.
+    """
+    prompt = case.prompt
+    for _ in range(GREEDY_TOKENS):
+        known = Case(prompt, prompt, case.grids, case.patches)
+        logits = model(**inputs_of(model.config, torch.from_numpy(prompt.ids)[None], [known]), use_cache=False).logits
+        ids = np.append(prompt.ids, ordinary[int(logits[0, -1, ordinary].argmax())])
+        prompt = Prompt.from_ids(ids, case.grids, metadata)
+    return Case(case.prompt, prompt, case.grids, case.patches)
