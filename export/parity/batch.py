@@ -15,6 +15,7 @@ from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import VisualFeatures, rows_between, step_features
+from moevlm.runtime.request.image_runs import ImageRuns
 from moevlm.runtime.request.positions import rope_tables
 from moevlm.runtime.request.prompt import Prompt
 
@@ -47,15 +48,18 @@ class BatchLimits:
 class _Sequence:
     """A prompt and the tokens that will follow it, as steps take them.
 
-    ids, visual_index: [S] int64. ropes: by rope group cos and sin, each [S, R / 2] float32.
-    prompt: how many of the S tokens it has. length: how many went through the engine. pages: [M] int32.
+    ids, visual_index: [S] int64. visible_end: [S] int32. ropes: by rope group cos and sin, each [S, R / 2] float32.
+    runs: of its images' tokens. prompt: how many of the S tokens it has. length: how many went through the engine.
+    pages: [M] int32.
     """
 
     def __init__(self, prompt: Prompt, model: ModelMetadata, steps: int, first_visual: int, pages: Array) -> None:
         self.prompt, self.length, self.pages = len(prompt.ids), 0, pages
+        self.runs = ImageRuns.of(prompt.visual_index)
         self.ids = np.concatenate([prompt.ids, np.zeros(steps, np.int64)])
         index = np.where(prompt.visual_index < 0, -1, prompt.visual_index + first_visual)
         self.visual_index = np.concatenate([index, np.full(steps, -1)])
+        self.visible_end = self.runs.visible_end(0, len(self.ids))
         after = np.broadcast_to(prompt.next_position + np.arange(steps), (3, steps))
         positions = np.concatenate([prompt.positions, after], axis=1)
         self.ropes = {str(group): rope_tables(positions, rope) for group, rope in enumerate(model.ropes)}
@@ -86,6 +90,7 @@ class Batch:
     ) -> None:
         """visual: features of the images of all prompts, in order."""
         self._engine, self._visual, self._limits = engine, visual, limits
+        self._whole_images = model.bidirectional_images
         self._sequences: list[_Sequence] = []
         rows, pages = 0, 0
         for prompt in prompts:
@@ -191,10 +196,15 @@ class Batch:
             free = self._limits.tokens
             for number, sequence in enumerate(self._sequences):
                 count = min(size, sequence.prompt - sequence.length, free)
+                if self._whole_images and (run := sequence.runs.around(sequence.length + count)):
+                    start, end = run
+                    count = (end if end - sequence.length <= free else start) - sequence.length
                 if count > 0 and len(spans) < self._limits.sequences:
                     spans.append(_Span(number, sequence.length, sequence.length + count))
                     free -= count
             if not spans:
+                if any(sequence.length < sequence.prompt for sequence in self._sequences):
+                    raise RequestError(f"an image of parity has more tokens than a step: {self._limits.tokens}")
                 return
             yield spans
 
@@ -222,6 +232,9 @@ class Batch:
             state_row=rows,
             logits_index=logits_index.astype(np.int32),
             cleared=tuple(int(row) for row, span in zip(rows, spans, strict=True) if span.start == 0),
+            visible_end=(
+                np.concatenate([sequence.visible_end[part] for sequence, part in parts]) if self._whole_images else None
+            ),
         )
         output = self._engine.forward(step, visual)
         for sequence, part in parts:

@@ -51,6 +51,7 @@ class LayerMetadata(_Metadata, frozen=True):
 
     heads: of queries; 0, as all that follow, for a layer without attention. kv_heads: of keys and values. key_dim,
     value_dim: of a head. window: tokens that a query sees, itself included; 0 for all before it.
+    bidirectional_images: an image's tokens see those of their image that follow, too.
     experts: routed ones; 0 for a dense layer. top_k: experts that a token is sent to.
     """
 
@@ -59,6 +60,7 @@ class LayerMetadata(_Metadata, frozen=True):
     key_dim: int = 0
     value_dim: int = 0
     window: int = 0
+    bidirectional_images: bool = False
     experts: int = 0
     top_k: int = 0
 
@@ -81,6 +83,11 @@ class ModelMetadata(_Metadata, frozen=True):
     vision: VisionMetadata
     parameters: int = 0
     active_parameters: int = 0
+
+    @property
+    def bidirectional_images(self) -> bool:
+        """Whether a step has to hold all tokens of an image: some layer lets them see later ones."""
+        return any(layer.bidirectional_images for layer in self.layers)
 
 
 class FileMetadata(_Metadata, frozen=True):

@@ -95,7 +95,8 @@ class Runtime:
             chunk_tokens=self.chunk_tokens,
             rows=size.rows,
         )
-        self.loop = EngineLoop(engine, scheduler, StepPacker(model.ropes), self._encoder, FeatureCache(feature_memory))
+        packer = StepPacker(model.ropes, whole_images=model.bidirectional_images)
+        self.loop = EngineLoop(engine, scheduler, packer, self._encoder, FeatureCache(feature_memory))
 
     def prompt(
         self,

@@ -40,8 +40,9 @@ class RopeRows:
 class StepPacker:
     """Makes steps for one model."""
 
-    def __init__(self, ropes: Items[RopeMetadata]) -> None:
-        self._ropes = tuple(ropes)
+    def __init__(self, ropes: Items[RopeMetadata], *, whole_images: bool = False) -> None:
+        """whole_images: a step holds all tokens of an image, which see each other."""
+        self._ropes, self._whole_images = tuple(ropes), whole_images
         self._rows = tuple(RopeRows(rope) for rope in ropes)
         self._singles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -58,6 +59,7 @@ class StepPacker:
             later = [part.sequence for part in parts]
             ids = np.array([one.generated[-1] for one in later], np.int64)
             rope = self.text(np.array([one.prompt.next_position + len(one.generated) - 1 for one in later], np.int64))
+            visible_end = np.array([part.stop for part in parts], np.int32)
         else:
             ends = np.cumsum([part.stop - part.start for part in parts])
             starts, last = (
@@ -70,6 +72,7 @@ class StepPacker:
             )
             positions = np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], axis=1)
             rope = {str(group): rope_tables(positions, one) for group, one in enumerate(self._ropes)}
+            visible_end = np.concatenate([part.sequence.runs.visible_end(part.start, part.stop) for part in parts])
         step = Step(
             input_ids=ids,
             visual_index=visual_index,
@@ -81,6 +84,8 @@ class StepPacker:
             logits_index=last,
             copies=tuple(copy for part in parts for copy in part.copies),
             cleared=tuple(row for part in parts for row in part.cleared),
+            row_copies=tuple(copy for part in parts for copy in part.row_copies),
+            visible_end=visible_end if self._whole_images else None,
         )
         return step, visual
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from moevlm.runtime.core.errors import EngineError, shown
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
@@ -69,7 +70,7 @@ def check_vision(inputs: VisionInputs) -> None:
 
 
 def check_step(
-    step: Step, visual: Sequence[FeatureRows], limits: EngineLimits, vocabulary: int, pages: int, rows: int
+    step: Step, visual: Sequence[FeatureRows], limits: EngineLimits, model: ModelMetadata, pages: int, rows: int
 ) -> None:
     """Raises EngineError, naming the value, for a step that does not fit.
 
@@ -89,7 +90,7 @@ def check_step(
     if starts[0] != 0 or starts[-1] != tokens or starts != sorted(starts):
         raise EngineError(f"query_start = {shown(starts)} (allowed: rising from 0 to the {tokens} tokens)")
     _check_range("context_len", kept, 0, limits.max_context)
-    _check_range("input_ids", step.input_ids.tolist(), 0, vocabulary - 1)
+    _check_range("input_ids", step.input_ids.tolist(), 0, model.vocabulary - 1)
     for one in visual:
         if not 0 <= one.start < one.stop <= one.features.rows:
             raise EngineError(f"visual features {one.start} to {one.stop} (allowed: of 0 to {one.features.rows})")
@@ -107,6 +108,34 @@ def check_step(
     if rows:
         _check_range("state_row", step.state_row.tolist(), 1, rows - 1)
         _check_range("cleared", list(step.cleared), 1, rows - 1)
+        _check_row_copies(step, rows)
+    if model.bidirectional_images:
+        _check_visible_end(step.visible_end, starts, kept)
+
+
+def _check_row_copies(step: Step, rows: int) -> None:
+    """Copies and clearing may run in any order."""
+    sources, targets = ([pair[i] for pair in step.row_copies] for i in (0, 1))
+    _check_range("row_copies", [*sources, *targets], 1, rows - 1)
+    taken = {*sources, *step.cleared}
+    for target in targets:
+        if target in taken:
+            raise EngineError(f"row_copies has the target {target} (allowed: a row that is nothing else in them)")
+        taken.add(target)
+    if wrong := {*sources} & {*step.cleared}:
+        raise EngineError(f"row_copies has the source {min(wrong)} (allowed: a row that is not cleared)")
+
+
+def _check_visible_end(ends: np.ndarray | None, starts: list[int], kept: list[int]) -> None:
+    """A token sees itself at least, and nothing behind the last of its sequence in this step."""
+    shape, tokens = None if ends is None else ends.shape, starts[-1]
+    if ends is None or shape != (tokens,):
+        raise EngineError(f"visible_end has the shape {shape and list(shape)} (allowed: {[tokens]})")
+    for context, start, stop in zip(kept, starts, starts[1:], strict=False):
+        least, most = np.arange(context + 1, context + stop - start + 1), context + stop - start
+        own = ends[start:stop]
+        for place in np.flatnonzero((own < least) | (own > most))[:1]:
+            _check_range("visible_end", [int(own[place])], int(least[place]), most)
 
 
 def _check_table(table: np.ndarray, needed: list[int], ends: list[int], pages: int) -> None:

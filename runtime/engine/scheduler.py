@@ -19,7 +19,7 @@ from moevlm.runtime.request.sampling_together import chosen_together
 class Part(msgspec.Struct, frozen=True, eq=False):
     """Tokens start to stop of a sequence, the last of them behind which its next token is chosen, or not.
 
-    copies, cleared: see Step; of this sequence.
+    copies, cleared, row_copies: see Step; of this sequence.
     """
 
     sequence: Sequence
@@ -28,6 +28,7 @@ class Part(msgspec.Struct, frozen=True, eq=False):
     last: bool
     copies: tuple[tuple[int, int], ...] = ()
     cleared: tuple[int, ...] = ()
+    row_copies: tuple[tuple[int, int], ...] = ()
 
 
 class Scheduler:

@@ -19,6 +19,7 @@ from moevlm.runtime.engine.prompt_image import PromptImage
 from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.detokenize import StreamDecoder
+from moevlm.runtime.request.image_runs import ImageRuns
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampler
 from moevlm.runtime.request.sampling import SamplingParams
@@ -46,9 +47,9 @@ class Sequence:
     """A prompt and what was generated after it.
 
     computed: its first tokens, as many as the engine keeps now. table: pages that they lie in. state_row: in recurrent
-    states, 0 without. ahead: pieces that may wait for a reader before the sequence is left out of steps.
-    pieces: those that wait. error: what ended it other than its last piece. number: of its arrival, given by the
-    scheduler. stepped: the last step that it was part of.
+    states, 0 without. runs: of its images' tokens. ahead: pieces that may wait for a reader before the sequence is left
+    out of steps. pieces: those that wait. error: what ended it other than its last piece. number: of its arrival, given
+    by the scheduler. stepped: the last step that it was part of.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Sequence:
     ) -> None:
         self.prompt = replace(prompt, images=())
         self.images = images
+        self.runs = ImageRuns.of(prompt.visual_index)
         self.meter = Meter(len(prompt.ids), prompt.image_tokens)
         self.cancellation = cancellation or Cancellation()
         self.deadline = ending.deadline

@@ -46,6 +46,9 @@ class Step:
     page_table: [N, M] int32, each sequence's pages in order; unused places are 0.
     state_row: [N] int32, row in recurrent states. logits_index: [L] int32, rows of T whose logits are wanted.
     copies: (source, target) pages copied before the step. cleared: state rows set to zero before the step.
+    row_copies: (source, target) state rows copied before the step; none of them is cleared, no target is a source.
+    visible_end: [T] int32, where the places in its sequence end that a token may see: behind the last token of its
+    image, or else behind itself. None where no layer lets an image's tokens see later ones.
     """
 
     input_ids: np.ndarray
@@ -58,6 +61,8 @@ class Step:
     logits_index: np.ndarray
     copies: tuple[tuple[int, int], ...] = ()
     cleared: tuple[int, ...] = ()
+    row_copies: tuple[tuple[int, int], ...] = ()
+    visible_end: np.ndarray | None = None
 
     @property
     def sequences(self) -> int:

@@ -1,5 +1,6 @@
 """A family whose layers differ, through every seam, held to its own plain PyTorch."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from tests.support.families.base import VOCABULARY
 from tests.support.hybrid import PlainModel, save
 from tests.support.hybrid.checkpoint import LAYERS
 from tests.support.hybrid.family import DENSE, WIDE
+from tests.support.packed_steps import reserved, rows
 
 Array = np.ndarray
 LENGTHS = (90, 37, 5)  # tokens: more than a page, more than two windows, less than one
@@ -164,6 +166,24 @@ def test_rows_on_cpu_have_the_same_bits_whatever_steps_hold(
     for name, traffic in TRAFFIC.items():
         for ours, theirs in zip(logits_of(engine, model, sequences, traffic), alone, strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=name)
+    engine.close()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sequences_go_on_from_a_copy_of_what_another_kept(target: str, bundle: Bundle, sequences: list[Array]) -> None:
+    engine, model = load_engine(bundle, target), bundle.manifest.model
+    kept = reserved(engine, model, sequences=3)
+    ids = sequences[0][:40].tolist()
+    kept.run({0: ids[:30]})
+    for copy in (1, 2):
+        copies = tuple(zip(kept.pages[0], kept.pages[copy], strict=True))
+        kept.lengths[copy] = 30
+        step = replace(kept.step({copy: ids[30:]}), copies=copies, row_copies=((1, 1 + copy),))
+        found = rows(engine.forward(step), 10)
+        if copy == 1:
+            first = found
+    np.testing.assert_array_equal(found, first)
+    np.testing.assert_array_equal(kept.run({0: ids[30:]}), first)  # which was left as it was
     engine.close()
 
 

@@ -74,7 +74,7 @@ class SimulatedPlan:
 
     def forward(self, step: Step, visual: Sequence[FeatureRows] = (), *_: object) -> StepOutput:
         model = self._model
-        check_step(step, visual, self.limits, model.vocabulary, self.pages, 0)
+        check_step(step, visual, self.limits, model, self.pages, 0)
         zeros = np.zeros((1, model.hidden), np.float32)
         seen = HostFeatures(zeros, np.zeros((model.vision.deepstack, *zeros.shape), np.float32))
         if visual:

@@ -28,7 +28,7 @@ from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 # Fields of a step that are inputs of the graph as they are, where it has them.
-_PLAIN = ("input_ids", "visual_index", "query_start", "context_len", "state_row", "logits_index")
+_PLAIN = ("input_ids", "visual_index", "query_start", "context_len", "state_row", "logits_index", "visible_end")
 
 
 class OrtEngine:
@@ -110,11 +110,13 @@ class OrtEngine:
             session, pool = _opened(self._decoder), self._pool
             if pool is None:
                 raise EngineError("a step before any page was reserved")
-            check_step(step, visual, self.limits, self._model.vocabulary, self._pages, self._rows)
+            check_step(step, visual, self.limits, self._model, self._pages, self._rows)
             for source, target in step.copies:
                 pool.copy(source, target)
             for row in step.cleared:
                 pool.clear(row)
+            for source, target in step.row_copies:
+                pool.copy_row(source, target)
             binding = pool.bound(step)
             self._feed(binding, step, visual)
             rows = len(step.logits_index)

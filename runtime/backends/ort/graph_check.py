@@ -46,6 +46,8 @@ def check_decoder_graph(session: Any, model: ModelMetadata, metadata: EngineMeta
         sequences["page_table"] = _INT32, (None, None)
     if recurrent:
         sequences["state_row"] = _INT32, (None,)
+    if model.bidirectional_images:
+        sequences["visible_end"] = _INT32, (None,)
     ropes = {
         f"rope_{name}.{group}": (_FLOAT, (None, (rope.dim + 1) // 2))
         for group, rope in enumerate(model.ropes)

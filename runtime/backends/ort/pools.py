@@ -30,6 +30,10 @@ class Pool(Protocol):
         """Set a row of every recurrent state to zero."""
         ...
 
+    def copy_row(self, source: int, target: int) -> None:
+        """Copy a row of every recurrent state."""
+        ...
+
 
 class SharedPages:
     """Pages of a fixed size: any sequence of a step has any of them. Memory is taken when it is first written."""
@@ -50,6 +54,10 @@ class SharedPages:
     def clear(self, row: int) -> None:
         for array in self._rows.values():
             array[row] = 0
+
+    def copy_row(self, source: int, target: int) -> None:
+        for array in self._rows.values():
+            array[target] = array[source]
 
 
 class SequencePages:
@@ -85,6 +93,10 @@ class SequencePages:
     def clear(self, row: int) -> None:
         for array in self._rows.values():
             array[row] = 0
+
+    def copy_row(self, source: int, target: int) -> None:
+        for array in self._rows.values():
+            array[target] = array[source]
 
 
 class _Page:

@@ -161,7 +161,7 @@ class TensorRTEngine:
             if not self._pages:
                 raise EngineError("a step before any page was reserved")
             # Kernels read where they are told to: nothing on the device would notice.
-            check_step(step, visual, self.limits, self._model.vocabulary, self._pages, 0)
+            check_step(step, visual, self.limits, self._model, self._pages, 0)
             self._steps += 1
             with self._device:
                 candidates = self._decoder.step(step, visual)

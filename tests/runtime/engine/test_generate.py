@@ -123,7 +123,7 @@ class ToyEngine:
         if self.fail_at_step is not None and len(self.steps) > 2:
             raise self.fail_at_step
         assert visual or (step.visual_index < 0).all()
-        check_step(step, visual, self.limits, VOCABULARY, len(self.pages), self.rows)
+        check_step(step, visual, self.limits, MODEL, len(self.pages), self.rows)
         (kept,) = step.context_len.tolist()
         for place, value in enumerate(self.tokens(step, visual), kept):
             self.pages[step.page_table[0, place // PAGE], place % PAGE] = value
