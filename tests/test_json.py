@@ -77,6 +77,7 @@ GOLDEN = {
             f"model.layers[].{field}": "integer"
             for field in ("heads", "kv_heads", "key_dim", "value_dim", "window", "experts", "top_k")
         },
+        "model.layers[].bidirectional_images": "boolean",
         "model.eos_token_ids": "array of integer",
         "model.image_token_id": "integer",
         "model.ropes": "array of object",
@@ -84,6 +85,7 @@ GOLDEN = {
         "model.ropes[].theta": "number",
         "model.ropes[].sections": "array of integer",
         "model.ropes[].interleaved": "boolean",
+        "model.ropes[].turning": "integer",
         "model.vision": "object",
         "model.vision.patch_size": "integer",
         "model.vision.temporal_patch_size": "integer",

@@ -31,7 +31,9 @@ class GQAConfig(MixerConfig):
     """Grouped-query attention with rotary embedding on the first rotary_dim dimensions of each head, or none (0).
 
     rope: the rope group; of no use without rotation. value_dim: of a value's head; 0 for head_dim.
-    qk_norm: an RMS norm of each query and key.
+    qk_norm: an RMS norm of each query and key. value_norm: one of each value, without a gain.
+    value_is_key: a value is its key before norm and rotation, and has no projection (Gemma 4).
+    bidirectional_images: a query of an image also sees the tokens of its image that follow it.
     window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
     """
 
@@ -48,9 +50,14 @@ class GQAConfig(MixerConfig):
     softcap: float = 0.0
     sinks: bool = False
     scale: float = 0.0
+    value_norm: bool = False
+    value_is_key: bool = False
+    bidirectional_images: bool = False
 
     def __post_init__(self) -> None:
         self.spec(0.0)
+        if self.value_is_key and self.value_dim not in (0, self.head_dim):
+            raise FieldError("value_dim", self.value_dim, f"0 or head_dim = {self.head_dim}, as a value is its key")
         if self.rotary_dim > self.head_dim:
             raise FieldError("rotary_dim", self.rotary_dim, f"even, 0 to head_dim = {self.head_dim}")
 
@@ -78,6 +85,7 @@ class GQAConfig(MixerConfig):
             key_dim=self.head_dim,
             value_dim=self.value_dim or self.head_dim,
             window=self.window,
+            bidirectional_images=self.bidirectional_images,
         )
 
     def rotations(self) -> Mapping[int, int]:

@@ -24,14 +24,21 @@ class MLPConfig:
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """A sparse feed-forward layer. correction_bias: [experts] added for the choice. shared_width: 0 for none."""
+    """A sparse feed-forward layer.
+
+    correction_bias: [experts] added for the choice. expert_scale: [experts], factor on a chosen expert's weight.
+    shared_width: of an expert that always runs; 0 for none.
+    dense_width: of a dense layer beside the experts, each side with norms of its own (Gemma 4); 0 for none.
+    """
 
     experts: int
     width: int
     router: RouterSpec
     expert: ExpertsSpec
     correction_bias: bool = False
+    expert_scale: bool = False
     shared_width: int = 0
+    dense_width: int = 0
 
     def __post_init__(self) -> None:
         self.router.check(self.experts)
@@ -44,11 +51,14 @@ class LayerConfig:
     pre:      x = x + mixer(norm(x)), then x = x + feed_forward(norm(x)).
     sandwich: x = x + norm(mixer(norm(x))), then x = x + norm(feed_forward(norm(x))) (Gemma 2 and 3).
     parallel: x = x + mixer(y) + feed_forward(y) with y = norm(x) (Command R).
+    A feed-forward with a dense layer beside its experts takes x itself, and norms it.
+    scaled: behind all that, x is multiplied by a scalar of the layer.
     """
 
     mixer: MixerConfig
     feed_forward: MLPConfig | MoEConfig
     norms: str = "pre"
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         if self.norms not in NORMS:
@@ -57,7 +67,11 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The language model. ropes: by rope group. deepstack: visual levels added after the first layers."""
+    """The language model. ropes: by rope group. deepstack: visual levels added after the first layers.
+
+    embedding_scale: factor on the rows of text tokens. logit_softcap: logits become softcap * tanh(logits / softcap);
+    0 for none.
+    """
 
     vocabulary: int
     hidden: int
@@ -67,6 +81,8 @@ class DecoderConfig:
     ropes: tuple[RopeMetadata, ...]
     layers: tuple[LayerConfig, ...]
     deepstack: int = 0
+    embedding_scale: float = 1.0
+    logit_softcap: float = 0.0
 
     def __post_init__(self) -> None:
         for group, dim in (found for layer in self.layers for found in layer.mixer.rotations().items()):

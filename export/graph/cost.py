@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from moevlm.export.graph.head import head_of
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
 from moevlm.runtime.core.manifest import CostMetadata
@@ -36,7 +37,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], mer
 
 def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
     """Of the large initializers: those of every token, of one expert in each sparse layer, and of the logits."""
-    totals = {"dense": 0, "expert": 0, "head": 0}
+    totals, head = {"dense": 0, "expert": 0, "head": 0}, head_of(model.graph)
     for node in model.graph:
         if node.op_type in _LOOKUPS:
             continue
@@ -48,7 +49,7 @@ def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
             assert isinstance(experts, int)
             totals["expert"] += size // experts
         else:
-            totals["head" if _makes_logits(node) else "dense"] += size
+            totals["head" if node is head else "dense"] += size
     return totals
 
 
@@ -64,11 +65,6 @@ def _is_weight(value: ir.Value, sparse: bool) -> bool:
     return value.is_initializer() or (
         sparse and value.is_graph_input() and value.shape is not None and value.shape.is_static()
     )
-
-
-def _makes_logits(node: ir.Node) -> bool:
-    casts = (user.outputs[0] for value in node.outputs for user in value.consumers() if user.op_type == "Cast")
-    return any(value.name == "logits" for value in (*node.outputs, *casts))
 
 
 def _bytes(value: ir.Value) -> int:

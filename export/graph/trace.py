@@ -37,6 +37,8 @@ def decoder_inputs(decoder: DecoderConfig) -> Inputs:
         inputs |= {"query_start": (("starts",), torch.int32), "context_len": (("sequences",), torch.int32)}
     if any(isinstance(state, PagedKV) for state in states):
         inputs["page_table"] = (("sequences", "table"), torch.int32)
+    if any(layer.mixer.metadata().bidirectional_images for layer in decoder.layers):
+        inputs["visible_end"] = (("tokens",), torch.int32)
     if any(isinstance(state, Recurrent) for state in states):
         inputs["state_row"] = (("sequences",), torch.int32)
     inputs["logits_index"] = (("logits",), torch.int32)

@@ -83,6 +83,10 @@ class Translator:
         name = f"const.{array.dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(map(str, array.flatten()))}"
         return self._initializer(name, Constant(array))
 
+    def ones(self, shape: list[int]) -> ir.Value:
+        """float32 ones of a shape, one initializer for all uses."""
+        return self._initializer(f"ones.{'x'.join(map(str, shape))}", Constant(np.ones(shape, np.float32)))
+
     def _initializer(self, name: str, weight: Weight) -> ir.Value:
         if name not in self.initializers:
             self.initializers[name] = initializer(name, weight)
@@ -168,7 +172,8 @@ def _select(t: Translator, x: ir.Value, axis: int, index: int) -> ir.Value:
 
 
 @_rule(aten.rms_norm.default)
-def _rms_norm(t: Translator, x: ir.Value, shape: list[int], weight: ir.Value, epsilon: float) -> ir.Value:
+def _rms_norm(t: Translator, x: ir.Value, shape: list[int], weight: ir.Value | None, epsilon: float) -> ir.Value:
+    weight = t.ones(shape) if weight is None else weight
     return t.op("RMSNormalization", x, weight, axis=-len(shape), epsilon=epsilon)
 
 
@@ -195,8 +200,18 @@ def _add(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
 
 
 @_rule(aten.mul.Tensor)
-def _mul(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
-    return t.op("Mul", a, b)
+def _mul(t: Translator, a: ir.Value, b: ir.Value | float) -> ir.Value:
+    return t.op("Mul", a, b if isinstance(b, ir.Value) else t.constant(b, np.float32))
+
+
+@_rule(aten.div.Tensor)
+def _div(t: Translator, a: ir.Value, b: float) -> ir.Value:
+    return t.op("Div", a, t.constant(b, np.float32))
+
+
+@_rule(aten.tanh.default)
+def _tanh(t: Translator, x: ir.Value) -> ir.Value:
+    return t.op("Tanh", x)
 
 
 @_rule(aten.where.self)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moevlm.export.config import DecoderConfig, MoEConfig
+from moevlm.export.config import DecoderConfig, MLPConfig, MoEConfig
 from moevlm.export.modules import gated_delta, ops  # noqa: F401 - gated_delta registers its mixer
-from moevlm.export.modules.layers import MLP, MoE, RMSNorm
+from moevlm.export.modules.layers import MLP, MoE, MoEBesideMLP, RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, mixer
 
 VisualRows = tuple[Tensor, Tensor]
@@ -30,12 +30,10 @@ class Layer(nn.Module):
         self.attention_norm = norm(True)
         self.attention: nn.Module = mixer(config.hidden, layer.mixer, config.epsilon)
         self.attention_post_norm = norm(layer.norms == "sandwich")
-        self.feed_forward_norm = norm(not self.parallel)
-        if isinstance(layer.feed_forward, MoEConfig):
-            self.feed_forward: MoE | MLP = MoE(config.hidden, layer.feed_forward, f"layers.{index}")
-        else:
-            self.feed_forward = MLP(config.hidden, layer.feed_forward)
+        self.feed_forward: MoE | MLP = _feed_forward(config, layer.feed_forward, f"layers.{index}")
+        self.feed_forward_norm = norm(not self.parallel and not isinstance(self.feed_forward, MoEBesideMLP))
         self.feed_forward_post_norm = norm(layer.norms == "sandwich")
+        self.scale = nn.Parameter(torch.empty(1)) if layer.scaled else None
 
     def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """x [T, H] and the layer's states -> both behind it."""
@@ -54,7 +52,16 @@ class Layer(nn.Module):
 
     def feed(self, x: Tensor, normed: Tensor) -> Tensor:
         """The second half, every token for itself: what `mix` returned -> the residual stream behind the layer."""
-        return x + self.feed_forward_post_norm(self.feed_forward(normed))
+        x = x + self.feed_forward_post_norm(self.feed_forward(normed))
+        return x if self.scale is None else x * self.scale
+
+
+def _feed_forward(config: DecoderConfig, layer: MLPConfig | MoEConfig, name: str) -> MoE | MLP:
+    if not isinstance(layer, MoEConfig):
+        return MLP(config.hidden, layer)
+    if layer.dense_width:
+        return MoEBesideMLP(config.hidden, layer, name, config.epsilon)
+    return MoE(config.hidden, layer, name)
 
 
 class Decoder(nn.Module):
@@ -78,6 +85,7 @@ class Decoder(nn.Module):
         query_start: Tensor | None,
         context_len: Tensor | None,
         page_table: Tensor | None,
+        visible_end: Tensor | None,
         state_row: Tensor | None,
         logits_index: Tensor,
         states: list[States],
@@ -86,7 +94,7 @@ class Decoder(nn.Module):
 
         Returns logits [L, vocabulary] and the states after the step.
         """
-        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row)
+        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row, visible_end)
         visual = visual_rows(visual_index)
         x = self.embed(input_ids, visual_embeds, visual)
         updated = []
@@ -99,7 +107,10 @@ class Decoder(nn.Module):
     def embed(self, input_ids: Tensor, visual_embeds: Tensor, visual: VisualRows) -> Tensor:
         """The residual stream before the first layer."""
         row, is_visual = visual
-        return torch.where(is_visual, F.embedding(row, visual_embeds), F.embedding(input_ids, self.embedding))
+        text = F.embedding(input_ids, self.embedding)
+        if self.config.embedding_scale != 1.0:
+            text = text * self.config.embedding_scale
+        return torch.where(is_visual, F.embedding(row, visual_embeds), text)
 
     def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows) -> Tensor:
         """Add the image features of layer i: the first layers get another level each (DeepStack)."""
@@ -111,7 +122,8 @@ class Decoder(nn.Module):
     def logits(self, x: Tensor, logits_index: Tensor) -> Tensor:
         """[L, vocabulary] of the rows asked for, from the residual stream behind the last layer."""
         x = self.norm(x.index_select(0, logits_index))
-        return F.linear(x, self.embedding if self.head is None else self.head)
+        logits, softcap = F.linear(x, self.embedding if self.head is None else self.head), self.config.logit_softcap
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 def visual_rows(visual_index: Tensor) -> VisualRows:

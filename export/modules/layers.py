@@ -57,6 +57,7 @@ class MoE(nn.Module):
         rows = 2 * config.width if config.expert.gated else config.width
         self.router = nn.Linear(size, config.experts, bias=False)
         self.correction_bias = nn.Parameter(torch.empty(config.experts)) if config.correction_bias else None
+        self.expert_scale = nn.Parameter(torch.empty(config.experts)) if config.expert_scale else None
         self.gate_up = nn.Parameter(torch.empty(config.experts, rows, size))
         self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
         shared = MLPConfig(config.shared_width, config.expert.activation)
@@ -69,8 +70,30 @@ class MoE(nn.Module):
         return each * (self.config.experts - self.config.router.top_k)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits = ops.tap(self.router(x), f"{self.name}.router_logits")
-        index, weight = ops.router(logits, self.correction_bias, None, **attributes(self.config.router))
-        index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
-        y = ops.experts(x, index, weight, self.gate_up, self.down, **attributes(self.config.expert))
+        y = self.routed(x, x)
         return y if self.shared is None else y + self.shared(x)
+
+    def routed(self, x: Tensor, router_rows: Tensor) -> Tensor:
+        """x [T, H] through the experts that the router chooses by its own rows [T, H]."""
+        logits = ops.tap(self.router(router_rows), f"{self.name}.router_logits")
+        index, weight = ops.router(logits, self.correction_bias, self.expert_scale, **attributes(self.config.router))
+        index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
+        return ops.experts(x, index, weight, self.gate_up, self.down, **attributes(self.config.expert))
+
+
+class MoEBesideMLP(MoE):
+    """norm(mlp(norm(x))) + norm(experts(norm(x))), routed by a norm of x, too: five gains for one x (Gemma 4).
+
+    x [T, H], the residual stream -> [T, H].
+    """
+
+    def __init__(self, size: int, config: MoEConfig, name: str, epsilon: float) -> None:
+        super().__init__(size, config, name)
+        self.mlp_norm, self.mlp_post_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
+        self.mlp = MLP(size, MLPConfig(config.dense_width, config.expert.activation))
+        self.router_norm = RMSNorm(size, epsilon)
+        self.experts_norm, self.experts_post_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dense = self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
+        return dense + self.experts_post_norm(self.routed(self.experts_norm(x), self.router_norm(x)))

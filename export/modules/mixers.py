@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moevlm.export.config import GQAConfig, MixerConfig
 from moevlm.export.modules import ops
@@ -27,6 +28,7 @@ class StepTensors:
     context_len: Tensor | None
     page_table: Tensor | None
     state_row: Tensor | None
+    visible_end: Tensor | None = None
 
 
 # The module of a mixer: made from the width of rows, its config and the epsilon of norms. Its forward takes x [T, H],
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         value_dim = config.value_dim or config.head_dim
         self.q = nn.Linear(size, config.heads * config.head_dim, bias=config.qkv_bias)
         self.k = nn.Linear(size, config.kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.v = nn.Linear(size, config.kv_heads * value_dim, bias=config.qkv_bias)
+        self.v = None if config.value_is_key else nn.Linear(size, config.kv_heads * value_dim, bias=config.qkv_bias)
         self.out = nn.Linear(config.heads * value_dim, size, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
@@ -72,11 +74,19 @@ class Attention(nn.Module):
         assert step.query_start is not None and step.context_len is not None and step.page_table is not None
         cos, sin = step.ropes[self.config.rope] if self.spec.rotary_dim else (None, None)
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        k = self.k(x)
         y, *caches = ops.paged_attention(
-            *(self.q(x), self.k(x), self.v(x)),
+            *(self.q(x), k, self._value(k if self.v is None else self.v(x))),
             *(cos, sin, *states),
             *(step.query_start, step.context_len, step.page_table),
-            *(q_norm, k_norm, self.sinks, None),
+            *(q_norm, k_norm, self.sinks),
+            step.visible_end if self.config.bidirectional_images else None,
             **attributes(self.spec),
         )
         return self.out(y), tuple(caches)
+
+    def _value(self, v: Tensor) -> Tensor:
+        if not self.config.value_norm:
+            return v
+        heads = v.unflatten(1, (self.config.kv_heads, -1))
+        return F.rms_norm(heads, heads.shape[2:], None, self.spec.epsilon).flatten(1)

@@ -92,7 +92,7 @@ def layer_deviations(
     weights: of the decoder as the engine stores them, by parameter name; head: also where the embedding is the head.
     """
     decoder = config.decoder
-    inputs = _embedded(weights["embedding"], sequences)
+    inputs = _embedded(weights["embedding"], decoder.embedding_scale, sequences)
     for i in range(len(decoder.layers)):
         layer = _filled(decoder, i, weights)
         chosen = _joined(sequences, f"layers.{i}.expert_index") if i in config.moe else None
@@ -153,12 +153,12 @@ def _joined(sequences: Sequence[RecordedSequence], name: str) -> Array:
     return np.concatenate([sequence.values[name] for sequence in sequences])
 
 
-def _embedded(embedding: Weight, sequences: Sequence[RecordedSequence]) -> list[Array]:
-    """The first layer's input: rows of the embedding, and of the engine's image features."""
+def _embedded(embedding: Weight, scale: float, sequences: Sequence[RecordedSequence]) -> list[Array]:
+    """The first layer's input: rows of the embedding times `scale`, and of the engine's image features."""
     rows = []
     for sequence in sequences:
         ids, place = sequence.values["input_ids"], sequence.values["visual_index"]
-        x = np.stack([embedding.rows(i, i + 1)[0] for i in ids]).astype(np.float32)
+        x = np.stack([embedding.rows(i, i + 1)[0] for i in ids]).astype(np.float32) * np.float32(scale)
         if sequence.visual is not None:
             x[place >= 0] = sequence.visual.embeds[place[place >= 0]]
         rows.append(x)
@@ -226,5 +226,6 @@ def _head(
     normed = F.rms_norm(torch.from_numpy(rows), norm.shape, norm, config.epsilon).numpy()
     both, parts = np.concatenate([normed, rounded(normed, rounding.group_size)]), []
     parts = [both @ piece.reshape(-1, config.hidden).T for piece in slices(weights["head"])]
-    exact, other = np.split(np.concatenate(parts, axis=1), 2)
+    logits, softcap = np.concatenate(parts, axis=1), config.logit_softcap
+    exact, other = np.split(np.tanh(logits / softcap) * softcap if softcap else logits, 2)
     return Deviation.of("head", found, exact, other)

@@ -110,8 +110,11 @@ def _rope(where: str, rope: RopeMetadata, widest: int) -> Iterator[tuple[str, An
     if rope.dim > widest:
         yield f"{where}.dim", rope.dim, f"up to the largest key_dim = {widest}"
     pairs = (rope.dim + 1) // 2
-    if min(rope.sections) < 0 or not rope.dim // 2 <= sum(rope.sections) <= pairs:
-        yield f"{where}.sections", list(rope.sections), f"three numbers that add up to dim / 2 = {pairs}"
+    covered = rope.dim // 2 <= sum(rope.sections) <= pairs
+    if rope.sections and (len(rope.sections) != 3 or min(rope.sections) < 0 or not covered):
+        yield f"{where}.sections", list(rope.sections), f"none, or three numbers that add up to dim / 2 = {pairs}"
+    if not 0 <= rope.turning <= pairs:
+        yield f"{where}.turning", rope.turning, f"0 to dim / 2 = {pairs}"
 
 
 def _state(where: str, state: StateSpec, layers: int) -> Iterator[tuple[str, Any, str]]:

@@ -28,7 +28,8 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
     """Place a prompt's tokens on the three axes of multimodal rope (Qwen2-VL, section 2.1).
 
     Text advances all axes by one per token. An image's tokens, row by row after the merge, share the start position
-    and add (0, row, column) to it; what follows the image starts max(rows, columns) later.
+    and add (0, row, column) to it; what follows the image starts max(rows, columns) later. Where no rope has sections,
+    every token advances by one, those of images, too.
 
     ids: [S] integer, the prompt with one image token per merged patch. grids: (h, w) in patches for each image.
     Returns (positions [3, S] int64, the position of the token after the prompt).
@@ -45,15 +46,19 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
             f"{wanted}"
         )
     advance = np.ones(len(ids), np.int64)
-    advance[image_at] = 0
     first = image_at[ends - [rows * columns for rows, columns in shapes]] if shapes else image_at
-    advance[first] = [max(shape) for shape in shapes]
+    counted = not any(rope.sections for rope in model.ropes)
+    if not counted:
+        advance[image_at] = 0
+        advance[first] = [max(shape) for shape in shapes]
     end = np.cumsum(advance)
     positions = np.repeat((end - advance)[None], 3, axis=0)
     for number, (begin, (rows, columns)) in enumerate(zip(first.tolist(), shapes, strict=True)):
         stop = begin + rows * columns
         if image_at[ends[number] - 1] != stop - 1:
             raise RequestError(f"the prompt's tokens of image {number + 1} are not in one piece")
+        if counted:
+            continue
         start = positions[0, begin]
         positions[0, begin:stop] = start
         positions[1, begin:stop] = start + np.repeat(np.arange(rows), columns)
@@ -87,6 +92,7 @@ def _spread(rope: RopeMetadata) -> np.ndarray:
     The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
     """
     frequencies = inverse_frequencies(rope.dim, rope.theta)
+    frequencies[rope.turning or len(frequencies) :] = 0
     spread = np.zeros((3, len(frequencies)), np.float32)
     spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
     spread.setflags(write=False)
@@ -94,12 +100,14 @@ def _spread(rope: RopeMetadata) -> np.ndarray:
 
 
 def _frequency_axis(rope: RopeMetadata) -> np.ndarray:
-    """[dim / 2] int64: 0 time, 1 height, 2 width.
+    """[dim / 2] int64: 0 time, 1 height, 2 width; all 0 without sections.
 
     Interleaved, height and width take every third frequency up to 3 * their section, and time the rest; sections that
     are longer than the table are cut off there, as in Qwen3-VL.
     """
     count = (rope.dim + 1) // 2
+    if not rope.sections:
+        return np.zeros(count, np.int64)
     if rope.interleaved:
         axis = np.zeros(count, np.int64)
         for number in (1, 2):

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import Glm4vMoeConfig, Qwen3VLMoeConfig
+from transformers import Gemma4TextConfig, Glm4vMoeConfig, Qwen3VLMoeConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel, Glm4vMoeTextRotaryEmbedding
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel, Qwen3VLMoeTextRotaryEmbedding
 
@@ -18,7 +19,7 @@ TINY = RopeMetadata(dim=16, theta=5e5, sections=(24, 20, 20), interleaved=True)
 MERGES = pytest.mark.parametrize("merge", [1, 2, 3])
 
 
-def model_facts(merge: int) -> ModelMetadata:
+def model_facts(merge: int, rope: RopeMetadata = TINY) -> ModelMetadata:
     vision = VisionMetadata(
         patch_size=16,
         temporal_patch_size=2,
@@ -38,7 +39,7 @@ def model_facts(merge: int) -> ModelMetadata:
         layers=(LayerMetadata(heads=1, kv_heads=1, key_dim=8, value_dim=8, experts=2, top_k=1),),
         eos_token_ids=(0,),
         image_token_id=IMAGE,
-        ropes=(TINY,),
+        ropes=(rope,),
         vision=vision,
     )
 
@@ -146,6 +147,28 @@ def test_tables_of_short_prompts_equal_the_unchanged_module(rope: RopeMetadata) 
     for mine, other in zip(rope_tables(positions, rope), theirs, strict=True):
         assert mine.shape == (500, rope.dim // 2)
         assert (np.abs(mine - other[0, :, : rope.dim // 2].numpy()) <= tolerance).all()
+
+
+@pytest.mark.parametrize(("kind", "turning"), [("sliding_attention", 0), ("full_attention", 8)])
+def test_tables_of_counted_positions_equal_gemmas_module(kind: str, turning: int) -> None:
+    module = Gemma4TextRotaryEmbedding(Gemma4TextConfig(head_dim=32, global_head_dim=64, num_hidden_layers=6))
+    dim, theta = (64, 1e6) if turning else (32, 1e4)
+    rope = RopeMetadata(dim=dim, theta=theta, turning=turning)
+    positions = np.random.default_rng(8).integers(0, 4_096, 500)
+    theirs = module(torch.zeros(1), torch.from_numpy(positions)[None], kind)
+    tolerance = 1.2e-7 * (1 + 4_096 * inverse_frequencies(dim, theta))
+    for mine, other in zip(rope_tables(np.stack([positions] * 3), rope), theirs, strict=True):
+        assert mine.shape == (500, dim // 2)
+        assert (np.abs(mine - other[0, :, : dim // 2].numpy()) <= tolerance).all()
+
+
+def test_without_sections_image_tokens_count_like_text() -> None:
+    model = model_facts(2, RopeMetadata(dim=8, theta=1e4))
+    positions, following = rope_positions(np.array([1, *[IMAGE] * 6, 1]), [(4, 6)], model)
+    np.testing.assert_array_equal(positions, [range(8)] * 3)
+    assert following == 8
+    with pytest.raises(RequestError, match="image 1 are not in one piece"):
+        rope_positions(np.array([IMAGE, 1, IMAGE]), [(2, 4)], model)
 
 
 def test_each_frequency_turns_with_its_own_axis() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from moevlm.export.graph.head import behind_head
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
@@ -21,7 +22,8 @@ _EXACT_INPUTS = {PAGED_ATTENTION: (3, 4, 10, 11, 12), SEGMENT_ATTENTION: (3, 4),
 
 
 class Typed(Pass):
-    """Weights and activations in `dtype`; router logits, routing, rotary tables and norms of heads in float32.
+    """Weights and activations in `dtype`; router logits, routing, rotary tables, norms of heads and a softcap of the
+    logits in float32.
 
     Caches and features of images become `dtype`; other float32 inputs and outputs of the graph stay so, behind a Cast.
     Weights are cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are
@@ -48,13 +50,13 @@ class Typed(Pass):
 
     def apply(self, model: ir.Model) -> int:
         graph, known = model.graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
-        nodes = list(graph)
+        nodes, exact = list(graph), set(behind_head(graph))
         kept = [pair for node in nodes if is_op(node, PAGED_ATTENTION) for pair in caches(node)]
         features = [value for value in graph.inputs if value.name in FEATURES]
         for given in (*(cache for cache, _ in kept), *features):
             given.type = ir.TensorType(self.dtype)
         for node in nodes:
-            own = self._dtype_of(node)
+            own = FLOAT if node in exact else self._dtype_of(node)
             for i, value in enumerate(node.inputs):
                 if value is None or value.dtype not in (FLOAT, self.dtype):
                     continue
