@@ -76,7 +76,7 @@ def build(
             writer.add_bytes(path, data)
         patches = image_patches(source.directory, metadata)
         _plan(chosen, model.config, metadata, patches, planned)
-        graphs = _trace(model, progress)
+        graphs = traced(model, progress)
         if REFERENCE not in chosen:
             for name in GRAPHS:
                 writer.add_structure(graphs[name], REFERENCE.path(name))
@@ -127,7 +127,7 @@ def add_targets(
             target.sizes.require(model.config, target.name)
         patches = image_patches(source.directory, existing.manifest.model)
         _plan(chosen, model.config, existing.manifest.model, patches, planned)
-        graphs = _trace(model, progress)
+        graphs = traced(model, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         require_same_source(existing.manifest, source)
@@ -160,7 +160,8 @@ def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str,
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
 
 
-def _trace(model: CanonicalModel, progress: Stages) -> dict[str, ir.Model]:
+def traced(model: CanonicalModel, progress: Stages) -> dict[str, ir.Model]:
+    """The canonical graphs by name, with the bodies of our ops."""
     progress("tracing the model", 0, 0)
     graphs = model.graphs
     for graph in graphs.values():

@@ -1,8 +1,9 @@
 """A checkpoint as canonical modules: both towers on the meta device, every parameter bound to its bytes on disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -59,6 +60,18 @@ class CanonicalModel:
             for tower in ("vision.", "decoder.")
         )
         return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out)
+
+    @classmethod
+    def of_config(
+        cls, config: Mapping[str, Any], weight: Callable[[tuple[int, ...]], Weight], ignored_config: Sequence[str] = ()
+    ) -> "CanonicalModel":
+        """Of config.json alone. weight: a recipe for a parameter of that shape. Raises UnsupportedModelError."""
+        canonical = family_for(config).config(config, ignored_config)
+        vision, decoder = _towers(canonical)
+        recipes = [
+            {name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in (vision, decoder)
+        ]
+        return cls(canonical, vision, decoder, recipes[0], recipes[1], left_out={})
 
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:

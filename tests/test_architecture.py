@@ -152,16 +152,26 @@ IMPORTS: dict[str, set[str]] = {
         "export.model",
         "export.build",
     },
-    "export": {
+    "export.dry_run": {
+        "runtime.core",
+        "export.checkpoint",
+        "export.backends",
+        "export.model",
+        "export.build",
+    },
+    "export.cli": {
         "runtime.core",
         "runtime.bundle",
         "runtime.perf",
         "runtime.cli",
+        "export.families",
         "export.passes",
         "export.backends",
         "export.build",
+        "export.dry_run",
         "export.parity",
     },
+    "export": set(),
 }
 HEAVY = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "safetensors")
 # The one place that imports ONNX Runtime: it switches the telemetry off first.
@@ -296,7 +306,7 @@ print("numpy" in sys.modules, all(getattr(runtime, name).__name__ == name for na
         "moevlm.runtime",
         "moevlm.runtime.loading",
         "moevlm.runtime.cli.main",
-        "moevlm.export.commands",
+        "moevlm.export.cli.build_command",
         "moevlm.export.formats.gpu_packing",
         "moevlm.export.formats.registry",
         "moevlm.plugins.gpu.ops.experts",

@@ -38,7 +38,7 @@ from moevlm.runtime.perf.latency_report import BenchReport
 from tests.support.bundles import copy_bundle, edit_manifest, rehash
 from tests.support.command_line import COMMAND, assert_refused, call, environment, spawn
 
-COMMANDS = ("doctor", "build", "inspect", "parity", "run", "bench", "bench latency")
+COMMANDS = ("doctor", "families", "build", "inspect", "parity", "run", "bench", "bench latency")
 TOKENS = ("--max-new-tokens", "12")
 
 
@@ -79,7 +79,7 @@ def test_help_names_every_argument_and_explains_every_option(command: str) -> No
 
 def test_help_lists_the_commands_in_the_order_of_use_with_whole_sentences() -> None:
     lines = call("--help").out.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in lines] == ["doctor", "build", "inspect", "parity", "run", "bench"]
+    assert [line.split()[0] for line in lines] == ["doctor", "families", "build", "inspect", "parity", "run", "bench"]
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 

@@ -23,7 +23,7 @@ from moevlm.runtime.backends.libraries import OPERATORS, PLUGIN
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
 EXTRAS = {"cpu", "dev", "plot", "export", "kernels", "rtx", "trt"}
-COMMANDS = {"bench", "build", "doctor", "inspect", "parity", "run"}
+COMMANDS = {"bench", "build", "families", "doctor", "inspect", "parity", "run"}
 
 
 @pytest.fixture(scope="module")

@@ -42,10 +42,23 @@ class Target(Protocol):
     @property
     def sizes(self) -> Sizes: ...
 
+    def require_machine(self) -> None:
+        """Raises BuildError for what is missing on this machine to build it."""
+        ...
+
     def planned(self, config: ModelConfig, image_patches: int | None) -> EngineMetadata | None:
         """What the manifest will say, as far as that is known before a build; None where no memory has to be planned.
 
         image_patches: as in BuildContext.
+        """
+        ...
+
+    def rehearse(
+        self, canonical: Mapping[str, ir.Model], config: ModelConfig, image_patches: int | None
+    ) -> tuple[EngineMetadata, int]:
+        """What the manifest will say, and the bytes of its files; no weight is read. Raises BuildError.
+
+        canonical, image_patches: as in BuildContext.
         """
         ...
 

@@ -16,6 +16,7 @@ from moevlm.export.formats.sparsity import TWO_OF_FOUR
 from moevlm.export.graph.cost import cost
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
+from moevlm.export.writing.model_file import data_bytes, plan
 from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata
 
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
@@ -67,8 +68,22 @@ class OnnxTarget:
             cost=cost,
         )
 
+    def require_machine(self) -> None:
+        """As `Target.require_machine`: any machine will do."""
+
     def planned(self, config: ModelConfig, image_patches: int | None) -> None:
         """As `Target.planned`: the host's memory grows with what is used."""
+
+    def rehearse(
+        self,
+        canonical: Mapping[str, ir.Model],
+        config: ModelConfig,
+        image_patches: int | None,  # noqa: ARG002 - memory is taken as it is needed
+    ) -> tuple[EngineMetadata, int]:
+        """As `Target.rehearse`."""
+        lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
+        found = cost(canonical, lowered, config.vision.merge_size)
+        return self.metadata(found, canonical, config), sum(data_bytes(plan(graph)) for graph in lowered.values())
 
     def write(self, build: BuildContext) -> EngineMetadata:
         """As `Target.write`."""

@@ -21,7 +21,8 @@ _HERE = "moevlm.export.backends"
 class Line:
     """A backend. kinds: what its targets' names begin with, up to a colon. folder: its folder, which has
 
-    options.py: `Options`, a dataclass of `option` fields, and NAMES of its targets, for people; nothing heavy.
+    options.py: `Options`, a dataclass of `option` fields; NAMES of its targets, for people; PLANNED, names that a dry
+    run looks at where it is told none; nothing heavy.
     target.py: targets(name, options) -> the targets of one name, empty if there is none of that name.
     """
 
@@ -40,8 +41,14 @@ class Line:
         found: tuple[str, ...] = self._module("options").NAMES
         return found
 
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """Targets that a dry run looks at where it is told none."""
+        found: tuple[str, ...] = self._module("options").PLANNED
+        return found
+
     def targets(self, name: str, given: Mapping[str, Any]) -> tuple[Target, ...]:
-        """The targets of one name. Raises BuildError for a value, or for what cannot be built on this machine."""
+        """The targets of one name. Raises BuildError for a value."""
         found: tuple[Target, ...] = self._module("target").targets(name, made(self.options, given))
         return found
 
@@ -61,6 +68,11 @@ def target_names() -> tuple[str, ...]:
     return tuple(name for line in BACKENDS for name in line.names)
 
 
+def planned_names() -> tuple[str, ...]:
+    """Targets that a dry run looks at where it is told none."""
+    return tuple(name for line in BACKENDS for name in line.planned)
+
+
 def all_options() -> dict[str, tuple[Any, Option]]:
     """The default and the description of every option of any backend, by name.
 
@@ -75,14 +87,22 @@ def all_options() -> dict[str, tuple[Any, Option]]:
 
 
 def targets(names: Iterable[str], given: Mapping[str, Any]) -> tuple[Target, ...]:
+    """As `known_targets`; also raises BuildError for a target that cannot be built on this machine."""
+    found = known_targets(names, given)
+    for target in found:
+        target.require_machine()
+    return found
+
+
+def known_targets(names: Iterable[str], given: Mapping[str, Any]) -> tuple[Target, ...]:
     """The targets of these names, each once; ort-cpu:fp32 is ort-cpu, and trt:sm80,sm90 are two.
 
-    given: options by name, those that were asked for. Raises BuildError for a name or a value that there is not, an
-    option that counts for none of the targets, or a target that cannot be built on this machine.
+    given: options by name, those that were asked for. Raises BuildError for a name or a value that there is not, or an
+    option that counts for none of the targets.
     """
     names = tuple(names)
     lines = {name: _line_of(name) for name in names}
-    _require_effect(lines, given)
+    require_effect(names, given)
     chosen: dict[str, Target] = {}
     for name, line in lines.items():
         found = line.targets(name, given)
@@ -104,16 +124,26 @@ def _unknown(name: str) -> BuildError:
     return BuildError(f'unknown target "{name}" (allowed: {", ".join(target_names())})')
 
 
-def _require_effect(lines: Mapping[str, Line], given: Mapping[str, Any]) -> None:
-    known = all_options()
-    values = {name: default for name, (default, _) in known.items()} | dict(given)
-    for name in given:
-        if name not in known:
-            raise BuildError(f"there is no option {name} (allowed: {', '.join(known)})")
-        counts = (
-            name in options_of(line.options) and options_of(line.options)[name][1].counts(target, values)
-            for target, line in lines.items()
-        )
-        if lines and not any(counts):
-            flag, whose = f"--{name.replace('_', '-')}", known[name][1].whose
-            raise BuildError(f"{flag} has no effect on {', '.join(lines)} (it is for {whose})")
+def counting(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of options by name, those that count for the target of this name. Raises BuildError for a name that there is not.
+
+    given: as in `known_targets`.
+    """
+    line, values = _line_of(name), {n: default for n, (default, _) in all_options().items()} | dict(given)
+    return {n: value for n, value in given.items() if _counts(n, name, line, values)}
+
+
+def require_effect(names: Iterable[str], given: Mapping[str, Any]) -> None:
+    """Raise BuildError for an option that there is not, or that counts for none of the targets."""
+    names, known = tuple(names), all_options()
+    for option in given:
+        if option not in known:
+            raise BuildError(f"there is no option {option} (allowed: {', '.join(known)})")
+        if names and not any(option in counting(name, given) for name in names):
+            flag, whose = f"--{option.replace('_', '-')}", known[option][1].whose
+            raise BuildError(f"{flag} has no effect on {', '.join(names)} (it is for {whose})")
+
+
+def _counts(option: str, target: str, line: Line, values: Mapping[str, Any]) -> bool:
+    found = options_of(line.options).get(option)
+    return found is not None and found[1].counts(target, values)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moevlm.export.config import ModelConfig
+from moevlm.export.families.about import About
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
 from moevlm.export.families.sources import LAYOUTS, Source, named
@@ -39,6 +40,11 @@ def register(model_type: str) -> Callable[[type["Family"]], type["Family"]]:
     return add
 
 
+def families() -> dict[str, type["Family"]]:
+    """All families, by model_type."""
+    return dict(sorted(_REGISTRY.items()))
+
+
 def family_for(config: Mapping[str, Any]) -> "Family":
     """The family of a parsed config.json. Raises UnsupportedModelError, naming what is supported."""
     model_type = config.get("model_type")
@@ -61,11 +67,13 @@ class Binding:
 class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
+    about: what people are told.
     router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
     left_out: patterns of tensors that transformers expects to find and does not load.
     """
 
     weights: ClassVar[Mapping[str, str | Source]]
+    about: ClassVar[About]
     router_suffix: ClassVar[str]
     left_out: ClassVar[tuple[str, ...]] = (r"rotary_emb\.inv_freq",)  # computed, and once saved with each layer
 

@@ -15,6 +15,7 @@ from moevlm.export.config import (
     VisionConfig,
 )
 from moevlm.export.families import shared
+from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
@@ -29,6 +30,12 @@ _BLOCK = f"{_TOWER}blocks.{{i}}."
 class Glm4vMoe(Family):
     """See the module's docstring."""
 
+    about = About(
+        checkpoints=("GLM-4.5V", "GLM-4.6V"),
+        mixer="GQA, partial M-RoPE",
+        routing="sigmoid, correction bias, groups; shared experts",
+        vision="packed grid, gated merger",
+    )
     router_suffix = "mlp.gate"
     # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
     left_out = (*Family.left_out, r"model\.layers\.92.*", r"model\.layers\.46.*")

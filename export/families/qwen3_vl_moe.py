@@ -16,6 +16,7 @@ from moevlm.export.config import (
     VisionConfig,
 )
 from moevlm.export.families import shared
+from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
@@ -30,6 +31,12 @@ _BLOCK = f"{_TOWER}blocks.{{i}}."
 class Qwen3VLMoe(Family):
     """See the module's docstring."""
 
+    about = About(
+        checkpoints=("Qwen3-VL-30B-A3B", "Qwen3-VL-235B-A22B"),
+        mixer="GQA with q/k norms, interleaved M-RoPE",
+        routing="softmax, renormalised",
+        vision="packed grid, deepstack",
+    )
     router_suffix = "mlp.gate"
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts("model.language_model.layers.{i}.mlp.experts", per_expert=False)),

@@ -17,7 +17,7 @@ from moevlm.runtime.core.errors import MoevlmError
 from moevlm.runtime.core.installation import install_command
 
 # The order of a newcomer's steps; commands of other packages follow.
-_ORDER = ("doctor", "build", "inspect", "parity", "run", "bench")
+_ORDER = ("doctor", "families", "build", "inspect", "parity", "run", "bench")
 
 # Help of options that commands share.
 THREADS = "Use N threads.  [default: one for each core, within a container's CPU quota]"

@@ -7,6 +7,7 @@ from moevlm.export.formats.registry import INTEGERS
 from moevlm.runtime.core import defaults
 
 NAMES = tuple(f"cpu:{name}" for name in INTEGERS)
+PLANNED = NAMES
 _KV_CACHE = Option(
     f"cpu: keys and values in float32, or in int8 with a scale per token and head; {defaults.KV_CACHE} by default.",
     "cpu targets",

@@ -6,6 +6,7 @@ from moevlm.export.backends.options import check_choices, group_size, sparsity
 from moevlm.export.formats.registry import INTEGERS
 
 NAMES = ("reference", "ort-cpu", *(f"ort-cpu:{name}" for name in INTEGERS))
+PLANNED = NAMES
 
 
 @dataclass(frozen=True)

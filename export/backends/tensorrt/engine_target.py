@@ -11,7 +11,7 @@ import onnx_ir as ir
 from moevlm.export.backends.base import BuildContext
 from moevlm.export.backends.sizes import ANY_SIZE, Sizes
 from moevlm.export.backends.states import kept
-from moevlm.export.backends.tensorrt import worker
+from moevlm.export.backends.tensorrt import machine, worker
 from moevlm.export.backends.tensorrt.kernels_file import kernels_json
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import Options
@@ -73,6 +73,10 @@ class TensorRTTarget:
         """The path inside the bundle of the vision or the decoder engine."""
         return f"{self.folder}/{graph}.plan"
 
+    def require_machine(self) -> None:
+        """See `Target`."""
+        machine.require(self.name, self.product, self.sms)
+
     def write(self, build: BuildContext) -> EngineMetadata:
         """Build both engines into the bundle, and the experts' weights unless they are there, or in the existing one.
 
@@ -85,6 +89,16 @@ class TensorRTTarget:
         exact = min(self.sms) > NO_FLOAT32_GEMM
         fitted = self._fitted(config)
         return fitted._metadata(config, image_patches, cost_of(config, fitted.options, exact))
+
+    def rehearse(
+        self, canonical: Mapping[str, ir.Model], config: ModelConfig, image_patches: int | None
+    ) -> tuple[EngineMetadata, int]:
+        """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
+        graphs = self._lowered(canonical, lambda _: b"")
+        found = cost(canonical, graphs, config.vision.merge_size)
+        experts = max((moe.experts for moe in config.moe.values()), default=0)
+        dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
+        return self._fitted(config)._metadata(config, image_patches, found), dense + found.expert_bytes * experts
 
     def _fitted(self, config: ModelConfig) -> Self:
         chunk = min(self.options.chunk_tokens, config.decoder.context)
@@ -131,10 +145,7 @@ class TensorRTTarget:
     def _write(self, build: BuildContext) -> EngineMetadata:
         writer, canonical, config, progress = build.writer, build.canonical, build.config, build.progress
         programs = _Programs(self.sms, progress)
-        try:
-            graphs = self.lower(canonical, programs.of)
-        except FieldError as error:  # a size that a kernel does not take
-            raise BuildError(f"{self.name} cannot run this model: {error}") from error
+        graphs = self._lowered(canonical, programs.of)
         experts = expert_weights(graphs["decoder"])
         if experts:
             self._add_experts(build, experts)
@@ -155,6 +166,12 @@ class TensorRTTarget:
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
         found = cost(canonical, graphs, merge)
         return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned)
+
+    def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
+        try:
+            return self.lower(canonical, programs)
+        except FieldError as error:  # a size that a kernel does not take
+            raise BuildError(f"{self.name} cannot run this model: {error}") from error
 
     def lower(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
         """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.

@@ -9,6 +9,10 @@ from moevlm.runtime.core import dtypes
 from moevlm.runtime.core.errors import BuildError
 
 NAMES = ("rtx:smNN,...", "trt:smNN")
+PLANNED = (
+    "rtx:sm80,sm86,sm89,sm120,sm121",
+    "trt:sm90,sm100",
+)
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
 EXPERTS = ("same", *FORMATS)
 # --kv-cache: as PagedAttentionOp names it, and as a state's dtype.

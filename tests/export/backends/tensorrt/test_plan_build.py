@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from bench.variants import MODELS
-from moevlm.export.backends.tensorrt import engine_target, target, worker
+from moevlm.export.backends.tensorrt import engine_target, machine, worker
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
@@ -219,7 +219,7 @@ def test_native_moe_of_tensorrt_needs_no_experts_beside_it(
 ) -> None:
     """TensorRT is a fake, everything in front of it real."""
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("11.4.0.1"))
-    monkeypatch.setattr(target, "current_sm", lambda: 100)
+    monkeypatch.setattr(machine, "current_sm", lambda: 100)
     decoders = []
 
     def in_this_process(job: Job, progress: Callable[[int, int], None]) -> object:

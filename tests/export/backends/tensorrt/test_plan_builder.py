@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from moevlm.export.backends.tensorrt import target, worker
+from moevlm.export.backends.tensorrt import machine, worker
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.backends.tensorrt.product import RTX, TENSORRT, load
@@ -214,7 +214,7 @@ def test_rtx_plans_are_for_several_gpus_and_tensorrt_s_for_the_one_at_hand(monke
     (rtx,) = plan_targets("rtx:sm120,sm86,sm86", options)
     assert (rtx.name, rtx.sms) == ("rtx:sm86,sm120:bf16-int4", (86, 120))
     assert rtx.path("decoder") == "engines/rtx-sm86-sm120-bf16-int4/decoder.plan"
-    monkeypatch.setattr(target, "current_sm", lambda: 90)
+    monkeypatch.setattr(machine, "current_sm", lambda: 90)
     (trt,) = plan_targets("trt:sm90", options)
     assert (trt.name, trt.product) == ("trt:sm90:bf16-int4", TENSORRT)
     assert plan_targets("cpu:int8", options) == ()
@@ -238,23 +238,23 @@ def test_target_that_cannot_be_built_is_refused_by_name(
     name: str, options: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use(monkeypatch, VERSIONS[1])
-    monkeypatch.setattr(target, "current_sm", lambda: 90)
+    monkeypatch.setattr(machine, "current_sm", lambda: 90)
     with pytest.raises(BuildError, match=message):
-        plan_targets(name, Options(**options))
+        plan_targets(name, Options(**options))[0].require_machine()
 
 
 def test_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     with pytest.raises(BuildError, match=r"needs tensorrt \(pip install .*\[trt\]'\)"):
-        plan_targets("trt:sm90", Options())
+        plan_targets("trt:sm90", Options())[0].require_machine()
 
 
 def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(
-        BuildError, match=r"target rtx:sm89: compiling its kernels needs triton \(pip install .*\[kernels"
+        BuildError, match=r"target rtx:sm89:bf16: compiling its kernels needs triton \(pip install .*\[kernels"
     ):
-        plan_targets("rtx:sm89", Options())
+        plan_targets("rtx:sm89", Options())[0].require_machine()
 
 
 @pytest.mark.parametrize(

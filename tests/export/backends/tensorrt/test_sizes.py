@@ -15,7 +15,7 @@ from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.product import RTX, TENSORRT
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.commands import _say_memory
+from moevlm.export.cli.build_command import _say_memory
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import family_for
 from moevlm.export.graph.cost import cost

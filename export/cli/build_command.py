@@ -1,6 +1,5 @@
-"""`moevlm build` and `moevlm parity`."""
+"""`moevlm build`."""
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +9,10 @@ import click
 from click.core import ParameterSource
 
 from moevlm.export.backends.registry import all_options
+from moevlm.export.cli.plan_text import plan_lines
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
-from moevlm.runtime.cli.console import console, progress_bar, publish
+from moevlm.runtime.cli.command_line import require
+from moevlm.runtime.cli.console import console, progress_bar
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.gpus import gpu_text
@@ -69,6 +69,9 @@ def _backend_options(command: Any) -> Any:
     help="reference, ort-cpu, ort-cpu:int8, ort-cpu:int4, cpu:int8, cpu:int4, rtx:sm86,sm89,... for TensorRT-RTX, "
     f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Say what would be built and how large it is, or what is refused and why."
+)
 @_FORCE
 @_LAYOUT
 @_IGNORED
@@ -78,6 +81,7 @@ def build(
     output: Path | None,
     checkpoint: Path | None,
     targets: tuple[str, ...],
+    dry_run: bool,
     force: bool,
     expert_layout: str,
     ignored_config: tuple[str, ...],
@@ -88,16 +92,22 @@ def build(
     \b
     moevlm build CHECKPOINT -o BUNDLE [--target ...]
     moevlm build BUNDLE --checkpoint CHECKPOINT [--target ...]
+    moevlm build CHECKPOINT|config.json --dry-run [--target ...]
     """
     require("torch", "export")
+    source_of = click.get_current_context().get_parameter_source
+    given = {name: value for name, value in options.items() if source_of(name) is ParameterSource.COMMANDLINE}
+    if dry_run:
+        if output or checkpoint or force:
+            raise click.UsageError("--dry-run takes a checkpoint or its config.json, and writes nothing")
+        _dry_run(source, targets, expert_layout=expert_layout, ignored_config=ignored_config, **given)
+        return
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
     from moevlm.export.passes.base import checked
 
     notes: list[str] = []
     names = targets or (defaults.TARGET,)
-    source_of = click.get_current_context().get_parameter_source
-    given = {name: value for name, value in options.items() if source_of(name) is ParameterSource.COMMANDLINE}
     with ExitStack() as stack:
         if click.get_current_context().obj:  # --debug
             stack.enter_context(checked())
@@ -128,6 +138,17 @@ def build(
     console().print(_next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}"))
 
 
+def _dry_run(source: Path, targets: tuple[str, ...], **options: Any) -> None:
+    from moevlm.export.dry_run import dry_run
+
+    with progress_bar() as progress:
+        plan = dry_run(source, targets, progress=progress, **options)
+    for line in plan_lines(source, plan):
+        console().print(line)
+    if all(target.refused for target in plan.targets):
+        click.get_current_context().exit(1)
+
+
 def _say_memory(model: ModelMetadata, engines: Mapping[str, EngineMetadata]) -> None:
     """Before what may take hours."""
     for name, engine in engines.items():
@@ -143,64 +164,6 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
         return f"next: {parity}"
     sms = sorted({sm for engine in engines for sm in engine.sms})
     return f"next, on a machine with {' or '.join(map(gpu_text, sms))}: {parity}"
-
-
-@click.command(short_help="Check every engine of a bundle against Hugging Face.")
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Where the bundle came from.")
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    shell_complete=complete_target,
-    help="Which engines; repeatable.  [default: all that run here]",
-)
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompts and images.")
-@click.option("--quick", is_flag=True, help="Two prompts and few steps, for a first look; notes no verdict.")
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="Also give perplexity and KL of each engine on this file."
-)
-@click.option(
-    "--max-tokens", metavar="N", type=click.IntRange(16), help="How many tokens of --text to read.  [default: 4096]"
-)
-@click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
-def parity(
-    bundle: Path,
-    checkpoint: Path,
-    targets: tuple[str, ...],
-    seed: int,
-    quick: bool,
-    text: Path | None,
-    max_tokens: int | None,
-    output: Path | None,
-) -> None:
-    """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch.
-
-    "passed" means that the kernels are right. What rounding the weights costs is shown beside the checks, without a
-    limit; --text shows it on a text of your own.
-    """
-    require_apart([output], [bundle, checkpoint, text])
-    if max_tokens is not None and text is None:
-        raise click.UsageError("--max-tokens is for --text")
-    require("transformers", "export")
-    # Read by torch at its import: threads that spin while they wait cost ten times the work on cores that are shared.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # And by transformers: else it reads several tensors of a layer ahead, which takes memory.
-    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
-    from moevlm.export.parity.report import table_of
-    from moevlm.export.parity.run import check_parity
-    from moevlm.runtime.core.reports import to_json
-
-    with progress_bar() as progress:
-        options: Any = {"seed": seed, "quick": quick, "text": text, "progress": progress}
-        if max_tokens is not None:
-            options["max_tokens"] = max_tokens
-        report = check_parity(bundle, checkpoint, targets, **options)
-    publish(table_of(report), to_json(report), output)
-    if not report.passed:
-        click.get_current_context().exit(1)
-    if str(output) != "-":
-        console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
 
 
 def _report(bundle: Path, notes: list[str]) -> None:

@@ -1,0 +1,16 @@
+"""`moevlm families`."""
+
+import click
+
+from moevlm.runtime.cli.command_line import require
+from moevlm.runtime.cli.console import console, table
+
+
+@click.command(short_help="List the model families that can be built.")
+def families() -> None:
+    """List the model families that can be built, by the model_type of their config.json."""
+    require("torch", "export")
+    from moevlm.export.families.table import HEADS, rows
+
+    console().print(table("families", HEADS, list(rows())))
+    console().print("next, for a checkpoint or its config.json: moevlm build CHECKPOINT --dry-run")
