@@ -19,7 +19,7 @@ from moevlm.export.graph.weights import Weight, read
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.streaming import set_tensor
-from moevlm.export.modules.vision import Vision
+from moevlm.export.modules.vision import vision_tower
 from moevlm.runtime.core.manifest import ModelMetadata
 
 
@@ -31,7 +31,7 @@ class CanonicalModel:
     """
 
     config: ModelConfig
-    vision: Vision
+    vision: nn.Module
     decoder: Decoder
     vision_weights: Mapping[str, Weight]
     decoder_weights: Mapping[str, Weight]
@@ -50,14 +50,14 @@ class CanonicalModel:
         config = family.config(checkpoint.config, ignored_config)
         vision, decoder = _towers(config)
         parameters = {
-            f"{tower}.{name}": tuple(parameter.shape)
-            for tower, module in (("vision", vision), ("decoder", decoder))
+            f"{part}.{name}": tuple(parameter.shape)
+            for part, module in (("vision", vision), ("decoder", decoder))
             for name, parameter in module.named_parameters()
         }
         bound = family.bind(parameters, checkpoint.tensors, expert_layout)
         vision_weights, decoder_weights = (
-            {name.removeprefix(tower): weight for name, weight in bound.weights.items() if name.startswith(tower)}
-            for tower in ("vision.", "decoder.")
+            {name.removeprefix(part): weight for name, weight in bound.weights.items() if name.startswith(part)}
+            for part in ("vision.", "decoder.")
         )
         return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out)
 
@@ -83,13 +83,13 @@ class CanonicalModel:
 
     def metadata(self) -> ModelMetadata:
         """The manifest's metadata of the model: its shapes, its parameters, and those that a token uses."""
-        parameters = sum(p.numel() for tower in (self.vision, self.decoder) for p in tower.parameters())
+        parameters = sum(p.numel() for part in (self.vision, self.decoder) for p in part.parameters())
         idle = sum(moe.idle_parameters for moe in self.decoder.modules() if isinstance(moe, MoE))
         return msgspec.structs.replace(
             self.config.metadata(), parameters=parameters, active_parameters=parameters - idle
         )
 
-    def towers(self) -> tuple[Vision, Decoder]:
+    def towers(self) -> tuple[nn.Module, Decoder]:
         """Both modules anew, on the meta device, to be given weights by `load`."""
         return _towers(self.config)
 
@@ -100,6 +100,6 @@ def load(module: nn.Module, weights: Mapping[str, Weight], prefix: str = "") -> 
         set_tensor(module, name, torch.from_numpy(read(weights[prefix + name]).astype(np.float32, copy=False)))
 
 
-def _towers(config: ModelConfig) -> tuple[Vision, Decoder]:
+def _towers(config: ModelConfig) -> tuple[nn.Module, Decoder]:
     with torch.device("meta"):
-        return Vision(config.vision).eval(), Decoder(config.decoder).eval()
+        return vision_tower(config.vision).eval(), Decoder(config.decoder).eval()

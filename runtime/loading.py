@@ -19,7 +19,8 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.perf.process_limits import available_memory, cores, cpu_quota
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION, released_sampling
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 
@@ -79,7 +80,7 @@ def load_images(
     if "preprocessor.json" not in bundle.manifest.files:
         return None
     preprocessor = json_object(bundle.read_text("preprocessor.json"), "preprocessor.json", BundleError)
-    return ImageProcessor(preprocessor, bundle.manifest.model.vision, max_pixels, max_tokens)
+    return image_processor(preprocessor, bundle.manifest.model.vision, max_pixels, max_tokens)
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

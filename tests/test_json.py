@@ -80,6 +80,8 @@ GOLDEN = {
         "model.layers[].bidirectional_images": "boolean",
         "model.eos_token_ids": "array of integer",
         "model.image_token_id": "integer",
+        "model.image_begin": "array of integer",
+        "model.image_end": "array of integer",
         "model.ropes": "array of object",
         "model.ropes[].dim": "integer",
         "model.ropes[].theta": "number",
@@ -87,6 +89,7 @@ GOLDEN = {
         "model.ropes[].interleaved": "boolean",
         "model.ropes[].turning": "integer",
         "model.vision": "object",
+        "model.vision.kind": "string",
         "model.vision.patch_size": "integer",
         "model.vision.temporal_patch_size": "integer",
         "model.vision.merge_size": "integer",
@@ -96,6 +99,7 @@ GOLDEN = {
         "model.vision.position_grid": "integer",
         "model.vision.position_resampling": "string",
         "model.vision.deepstack": "integer",
+        "model.vision.position_table": "integer",
         "engines": "array of object",
         "engines[].target": "string",
         "engines[].dtype": "string",
@@ -261,23 +265,26 @@ def _fields(struct: type[msgspec.Struct], prefix: str) -> Iterator[tuple[str, st
         if name in struct.__struct_fields__:
             kind, inner, suffix = _kind(hint)
             yield prefix + name, kind
-            if inner is not None:
-                yield from _fields(inner, f"{prefix}{name}{suffix}.")
+            for one in inner:
+                if one.__struct_config__.tag is not None:  # one of several
+                    yield f"{prefix}{name}{suffix}.{one.__struct_config__.tag_field}", "string"
+                yield from _fields(one, f"{prefix}{name}{suffix}.")
 
 
-def _kind(hint: Any) -> tuple[str, type[msgspec.Struct] | None, str]:
-    """(type in JSON's words, the struct in it, "[]" if it is in an array)."""
+def _kind(hint: Any) -> tuple[str, tuple[type[msgspec.Struct], ...], str]:
+    """(type in JSON's words, the structs in it, "[]" if they are in an array)."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        (other,) = (argument for argument in arguments if argument is not type(None))
-        kind, inner, suffix = _kind(other)
-        return kind + " or null", inner, suffix
+        others = [_kind(argument) for argument in arguments if argument is not type(None)]
+        ((kind, suffix),) = {(kind, suffix) for kind, _, suffix in others}
+        null = " or null" if type(None) in arguments else ""
+        return kind + null, tuple(struct for _, inner, _ in others for struct in inner), suffix
     if isinstance(origin, type) and issubclass(origin, msgspec.Struct):
-        return "object", origin, ""
+        return "object", (origin,), ""
     if origin in (list, tuple):
         kind, inner, _ = _kind(arguments[0])
         return f"array of {kind.split()[0]}", inner, "[]"
-    return _NAMES[origin], None, ""
+    return _NAMES[origin], (), ""
 
 
 def in_docs(text: str) -> dict[str, dict[str, str]]:

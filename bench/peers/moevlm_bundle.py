@@ -15,7 +15,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_images, load_runtime
-from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.prompt import Prompt, image_ids
 
 CLIENTS_MEMORY = 2 << 30  # bytes
 
@@ -47,9 +47,9 @@ class MoevlmBundle(System):
         source = Image.fromarray(pixels)
         started = perf_counter()
         image = self._images.fit(source)
-        height, width = self._images.grid(image)
-        visual = np.full(height * width // self._model.vision.merge_size**2, self._model.image_token_id)
-        prompt = Prompt.from_ids(np.concatenate([visual, ids]), [(height, width)], self._model, [image])
+        grid = self._images.grid(image)
+        visual = image_ids(self._model.vision.tokens(grid), self._model)
+        prompt = Prompt.from_ids([*visual, *ids], [grid], self._model, [image])
         return self._first(prompt, started)
 
     def decode(self, history: np.ndarray, steps: np.ndarray) -> Timed:

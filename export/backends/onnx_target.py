@@ -90,7 +90,7 @@ class OnnxTarget:
         lowered = {name: self.lower(build.canonical[name], name) for name in GRAPHS}
         for name, graph in lowered.items():
             build.writer.add_model(graph, self.path(name), partial(build.progress, f"writing {self.name} {name}"))
-        found = cost(build.canonical, lowered, build.config.vision.merge_size)
+        found = cost(build.canonical, lowered, build.config.vision.metadata().patches_per_token)
         return self.metadata(found, build.canonical, build.config)
 
     def path(self, graph: str) -> str:

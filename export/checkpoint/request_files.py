@@ -15,7 +15,8 @@ from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestErro
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 _WORDS = "two plus three"
@@ -112,7 +113,7 @@ def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
 
 def _processor(found: FoundPreprocessor, model: ModelMetadata) -> ImageProcessor:
     try:
-        return ImageProcessor(found.fields, model.vision)
+        return image_processor(found.fields, model.vision)
     except BundleError as error:
         raise CheckpointError(f"{found.file} does not go with the model: {error}") from error
 

@@ -4,17 +4,17 @@ from moevlm.export.config.mixers import GatedDeltaConfig, GQAConfig, MixerConfig
 from moevlm.export.config.model import (
     DecoderConfig,
     LayerConfig,
-    MergerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
-    VisionConfig,
 )
+from moevlm.export.config.vision import GridVisionConfig, MergerConfig, VisionConfig
 
 __all__ = [
     "DecoderConfig",
     "GQAConfig",
     "GatedDeltaConfig",
+    "GridVisionConfig",
     "LayerConfig",
     "MLPConfig",
     "MergerConfig",

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import msgspec
 
 from moevlm.export.config.mixers import MixerConfig
+from moevlm.export.config.vision import VisionConfig
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.states import StateSpec
 
 NORMS = ("pre", "sandwich", "parallel")
@@ -98,71 +99,23 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class MergerConfig:
-    """Four patches to one visual token: mlp (Qwen3-VL) or gated (GLM-4V, after a strided convolution)."""
-
-    kind: str
-    out: int
-    width: int
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The packed vision transformer.
-
-    norm: layer or rms. outer_norms: RMS norms right after the patch embedding and after the last block (GLM-4V).
-    deepstack_layers: blocks whose output also goes through a merger of its own.
-    position_resampling: bilinear or bicubic, see `runtime.core.manifest.VisionMetadata`.
-    """
-
-    hidden: int
-    depth: int
-    heads: int
-    mlp: MLPConfig
-    norm: str
-    epsilon: float
-    qkv_bias: bool
-    out_bias: bool
-    outer_norms: bool
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    channels: int
-    position_grid: int
-    position_resampling: str
-    rope_theta: float
-    merger: MergerConfig
-    deepstack_layers: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.head_dim % 4:  # two axes, and pairs on each
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        allowed = range(self.depth)
-        if len(set(self.deepstack_layers)) < len(self.deepstack_layers) or not set(self.deepstack_layers) <= {*allowed}:
-            raise FieldError("deepstack layers", list(self.deepstack_layers), f"some of 0 to {self.depth - 1}")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def patch_dim(self) -> int:
-        return self.channels * self.temporal_patch_size * self.patch_size**2
-
-
-@dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: both towers, and the token ids that join them."""
+    """A whole model: both towers, and the token ids that join them.
+
+    image_begin, image_end: see `runtime.core.manifest.ModelMetadata`.
+    """
 
     model_type: str
     decoder: DecoderConfig
     vision: VisionConfig
     image_token_id: int
     eos_token_ids: tuple[int, ...]
+    image_begin: tuple[int, ...] = ()
+    image_end: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.vision.merger.out != self.decoder.hidden:
-            raise FieldError("width of visual tokens", self.vision.merger.out, str(self.decoder.hidden))
+        if self.vision.out != self.decoder.hidden:
+            raise FieldError("width of visual tokens", self.vision.out, str(self.decoder.hidden))
         if self.decoder.deepstack > len(self.decoder.layers):
             levels, layers = list(self.vision.deepstack_layers), len(self.decoder.layers)
             raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
@@ -181,7 +134,7 @@ class ModelConfig:
 
     def metadata(self) -> ModelMetadata:
         """What the runtime must know, for the manifest."""
-        decoder, vision = self.decoder, self.vision
+        decoder = self.decoder
         return ModelMetadata(
             model_type=self.model_type,
             hidden=decoder.hidden,
@@ -191,17 +144,9 @@ class ModelConfig:
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
             ropes=decoder.ropes,
-            vision=VisionMetadata(
-                patch_size=vision.patch_size,
-                temporal_patch_size=vision.temporal_patch_size,
-                merge_size=vision.merge_size,
-                channels=vision.channels,
-                head_dim=vision.head_dim,
-                rope_theta=vision.rope_theta,
-                position_grid=vision.position_grid,
-                position_resampling=vision.position_resampling,
-                deepstack=len(vision.deepstack_layers),
-            ),
+            vision=self.vision.metadata(),
+            image_begin=self.image_begin,
+            image_end=self.image_end,
         )
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 from moevlm.export.config import (
     DecoderConfig,
     GQAConfig,
+    GridVisionConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
-    VisionConfig,
 )
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
@@ -128,10 +128,10 @@ class Glm4vMoe(Family):
             shared_width=width * text.positive("n_shared_experts", 1),
         )
 
-    def _vision(self, vision: Fields) -> VisionConfig:
+    def _vision(self, vision: Fields) -> GridVisionConfig:
         sizes, out = shared.vision_sizes(vision), vision.positive("out_hidden_size")
         activation = vision.choice("hidden_act", {"silu": "silu"})
-        return VisionConfig(
+        return GridVisionConfig(
             **sizes,
             mlp=MLPConfig(out, activation),  # the blocks' feed-forward is as wide as the tower's output
             norm="rms",

@@ -9,11 +9,11 @@ from typing import ClassVar
 from moevlm.export.config import (
     DecoderConfig,
     GQAConfig,
+    GridVisionConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
-    VisionConfig,
 )
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
@@ -109,12 +109,12 @@ class Qwen3VLMoe(Family):
             deepstack=len(vision.counts("deepstack_visual_indexes")),
         )
 
-    def _vision(self, vision: Fields) -> VisionConfig:
+    def _vision(self, vision: Fields) -> GridVisionConfig:
         sizes, positions = shared.vision_sizes(vision), vision.positive("num_position_embeddings")
         if math.isqrt(positions) ** 2 != positions:
             raise vision.invalid("num_position_embeddings", positions, "a square number")
         activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-        return VisionConfig(
+        return GridVisionConfig(
             **sizes,
             mlp=MLPConfig(vision.positive("intermediate_size"), vision.choice("hidden_act", activations), gated=False),
             norm="layer",

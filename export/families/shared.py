@@ -72,7 +72,7 @@ def head_dim(text: Fields) -> int:
 
 
 def vision_sizes(vision: Fields) -> dict[str, Any]:
-    """The fields of `VisionConfig` that all towers call the same."""
+    """The fields of `GridVisionConfig` that all towers call the same."""
     vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
     return {
         "hidden": vision.positive("hidden_size"),

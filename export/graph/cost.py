@@ -14,10 +14,10 @@ _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
 _SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
 
 
-def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], merge_size: int) -> CostMetadata:
+def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], patches_per_token: int) -> CostMetadata:
     """Bytes as the lowered graphs store weights, multiplications as the canonical graphs have them.
 
-    Both by name, vision and decoder. merge_size: a visual token is merge_size**2 patches.
+    Both by name, vision and decoder. patches_per_token: that become a visual token.
     """
     read = _sum(lowered["decoder"], _bytes)
     multiplied = _sum(canonical["decoder"], _elements)
@@ -29,7 +29,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], mer
         expert_macs=multiplied["expert"],
         head_macs=multiplied["head"],
         vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
-        patch_macs=_patch_macs(canonical["vision"], merge_size**2),
+        patch_macs=_patch_macs(canonical["vision"], patches_per_token),
         patch_pair_macs=_patch_pair_macs(canonical["vision"]),
         lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
     )

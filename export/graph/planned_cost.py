@@ -9,7 +9,7 @@ from torch import nn
 from moevlm.export.config import ModelConfig, MoEConfig
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.layers import MoE
-from moevlm.export.modules.vision import Vision
+from moevlm.export.modules.vision import vision_tower
 from moevlm.runtime.core.manifest import CostMetadata
 
 _PER_PATCH = ("patch_embedding", "blocks")  # of the vision tower; its other modules see a visual token at a time
@@ -23,15 +23,16 @@ def planned_cost(
     weight, router_weight: bytes of a stored weight. expert_bytes: of all experts of a layer, as they are stored.
     """
     with torch.device("meta"):
-        decoder, vision = Decoder(config.decoder), Vision(config.vision)
+        decoder, vision = Decoder(config.decoder), vision_tower(config.vision)
     sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
     routed = [parameter for moe in sparse for parameter in (moe.gate_up, moe.down)]
     routers = sum(moe.router.weight.numel() for moe in sparse)
     head = config.decoder.vocabulary * config.decoder.hidden
     tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
-    patches = dict(_matrices(vision, (vision.position_embedding,)))
-    per_token = config.vision.merge_size**2
+    positions = vision.get_parameter("position_embedding")
+    patches = dict(_matrices(vision, (positions,)))
+    per_token = config.vision.metadata().patches_per_token
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
         expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in sparse),
@@ -43,8 +44,8 @@ def planned_cost(
         patch_macs=sum(
             size if name.startswith(_PER_PATCH) else math.ceil(size / per_token) for name, size in patches.items()
         ),
-        patch_pair_macs=config.vision.depth * 2 * config.vision.hidden,
-        lookup_bytes=(decoder.embedding.numel() + vision.position_embedding.numel()) * weight,
+        patch_pair_macs=config.vision.depth * 2 * config.vision.heads * config.vision.head_dim,
+        lookup_bytes=(decoder.embedding.numel() + positions.numel()) * weight,
     )
 
 

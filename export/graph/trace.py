@@ -12,11 +12,10 @@ from moevlm.export.config import DecoderConfig, VisionConfig
 from moevlm.export.graph.translate import Translator
 from moevlm.export.graph.weights import Weight
 from moevlm.export.modules.decoder import Decoder
-from moevlm.export.modules.vision import Vision
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
 
 Shape = tuple[str | int, ...]
-
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
 
 Inputs = dict[str, tuple[Shape, torch.dtype]]
 
@@ -55,29 +54,26 @@ def _state_inputs(state: StateSpec) -> Inputs:
 
 def vision_inputs(vision: VisionConfig) -> Inputs:
     """Name, symbolic shape and dtype of every input of the vision graph, in order."""
-    taps = {"bilinear": 4, "bicubic": 16}[vision.position_resampling]
-    return {
-        "pixel_patches": (("patches", vision.patch_dim), torch.float32),
-        "position_index": (("patches", taps), torch.int64),
-        "position_weight": (("patches", taps), torch.float32),
-        "rope_cos": (("patches", vision.head_dim // 2), torch.float32),
-        "rope_sin": (("patches", vision.head_dim // 2), torch.float32),
-        "image_start": (("starts",), torch.int32),
+    rows: Inputs = {
+        name: (("patches", width), _DTYPES[dtype]) for name, (width, dtype) in vision.metadata().inputs.items()
     }
+    return rows | {"image_start": (("starts",), torch.int32)}
 
 
-def trace_vision(module: Vision, weights: Mapping[str, Weight]) -> ir.Model:
-    """The vision graph, see `runtime.engine.protocol.VisionInputs`. weights: by the module's parameter names."""
-    inputs = vision_inputs(module.config)
-    # The merger joins merge**2 patches to a row, so the number of patches is a multiple of that.
-    unit = module.config.merge_size**2
+def trace_vision(module: torch.nn.Module, weights: Mapping[str, Weight]) -> ir.Model:
+    """The vision graph, see `runtime.request.vision_inputs.VisionInputs`. weights: by the module's parameter names."""
+    config = module.config
+    assert isinstance(config, VisionConfig)
+    inputs = vision_inputs(config)
+    # So many patches are joined to a row, so their number is a multiple of that.
+    unit = config.metadata().patches_per_token
     examples, sizes = (
         {"patches": 6 * unit, "starts": 3},
         {"patches": unit * Dim("merged", min=1), "starts": Dim("starts")},
     )
     arguments = {name: _example(*spec, examples) for name, spec in inputs.items()}
     dynamic = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}
-    outputs = ("visual_embeds", "deepstack_embeds")[: 2 if module.config.deepstack_layers else 1]
+    outputs = ("visual_embeds", "deepstack_embeds")[: 2 if config.deepstack_layers else 1]
     return _translate("vision", module, arguments, dynamic, inputs, outputs, weights)
 
 

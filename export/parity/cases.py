@@ -9,8 +9,10 @@ import numpy as np
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.request.prompt import Prompt
-from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
+from moevlm.runtime.core.towers import Grid
+from moevlm.runtime.request import vision_inputs
+from moevlm.runtime.request.prompt import Prompt, image_ids
+from moevlm.runtime.request.vision_inputs import VisionInputs
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
 QUICK_IMAGES, QUICK_STEPS = (0, 1), 8
@@ -29,7 +31,7 @@ class Case:
 
     prompt: Prompt
     whole: Prompt
-    grids: list[tuple[int, int]]
+    grids: list[Grid]
     patches: np.ndarray
 
     @property
@@ -66,7 +68,7 @@ def pack(cases: list[Case], model: ModelMetadata) -> VisionInputs | None:
     grids = [grid for case in cases for grid in case.grids]
     if not grids:
         return None
-    return VisionInputs(np.concatenate([case.patches for case in cases]), *pack_grids(grids, model.vision))
+    return vision_inputs.pack(np.concatenate([case.patches for case in cases]), grids, model.vision)
 
 
 def _case(
@@ -84,7 +86,12 @@ def _case(
         grids.append((int(h) * merge, int(w) * merge))
         marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
         start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
-        ids += [start] + [model.image_token_id] * int(h * w) + [end, *rng.choice(ordinary, rng.integers(1, 9))]
+        ids += [
+            start,
+            *image_ids(model.vision.tokens(grids[-1]), model),
+            end,
+            *rng.choice(ordinary, rng.integers(1, 9)),
+        ]
     if len(ids) + steps > model.context:
         raise RequestError(f"parity needs a context of {len(ids) + steps}, the model has {model.context}")
     patches = _patches(rng, grids, model)
@@ -98,7 +105,5 @@ def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
     return np.array([i for i in range(model.vocabulary) if i not in reserved])
 
 
-def _patches(rng: np.random.Generator, grids: list[tuple[int, int]], model: ModelMetadata) -> np.ndarray:
-    vision = model.vision
-    patch_dim = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    return rng.standard_normal((sum(h * w for h, w in grids), patch_dim), np.float32)
+def _patches(rng: np.random.Generator, grids: list[Grid], model: ModelMetadata) -> np.ndarray:
+    return rng.standard_normal((sum(h * w for h, w in grids), model.vision.patch_width), np.float32)

@@ -10,8 +10,10 @@ import transformers
 
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.parity.cases import Case
+from moevlm.export.parity.oracle_images import Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
 from moevlm.runtime.core.errors import CheckpointError, reason
+from moevlm.runtime.core.towers import VisionMetadata
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Oracle:
     Raises CheckpointError if it does not load.
     """
 
-    def __init__(self, checkpoint: Checkpoint, router_suffix: str) -> None:
+    def __init__(self, checkpoint: Checkpoint, router_suffix: str, vision: VisionMetadata) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self._router_suffix = router_suffix
+        self._vision = vision
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
             with torch.device("meta"):
@@ -68,18 +71,16 @@ class Oracle:
         for row, case in enumerate(cases):
             wanted[row, : len(case.whole.ids)] = True
         routers: list[tuple[torch.Tensor, ...]] = []
-        features: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        features: list[Features] = []
         for name, module in self.model.named_modules():
             if name.endswith(self._router_suffix):
                 module.register_forward_hook(lambda _m, _i, out: routers.append(out))
-        self.model.model.visual.register_forward_hook(
-            lambda _m, _i, out: features.append((out.pooler_output, getattr(out, "deepstack_features", None) or ()))
-        )
+        oracle_images(self._vision).watch(self.model, features.append)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
         self.weights.stream()
         for done, part in enumerate(self.weights.parts.values()):
             part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
-        logits = self.model(**inputs_of(self.model.config, ids, cases), use_cache=False).logits.numpy()
+        logits = self.model(**inputs_of(self.model.config, self._vision, ids, cases), use_cache=False).logits.numpy()
         embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
         deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
         outputs, row, image_row = [], 0, 0
@@ -101,11 +102,10 @@ class Oracle:
         return outputs
 
 
-def inputs_of(config: Any, ids: torch.Tensor, cases: list[Case]) -> dict[str, torch.Tensor]:
+def inputs_of(config: Any, vision: VisionMetadata, ids: torch.Tensor, cases: Sequence[Case]) -> dict[str, torch.Tensor]:
     """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
-    inputs, grids = {"input_ids": ids}, [[1, h, w] for case in cases for h, w in case.grids]
-    if grids:
-        inputs["pixel_values"] = torch.from_numpy(np.concatenate([case.patches for case in cases]))
-        inputs["image_grid_thw"] = torch.tensor(grids)
+    inputs = {"input_ids": ids}
+    if any(case.grids for case in cases):
+        inputs |= oracle_images(vision).inputs(cases)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
     return inputs

@@ -18,13 +18,14 @@ import transformers
 from PIL import Image
 
 from moevlm.export.checkpoint.files import optional_json
+from moevlm.export.parity.oracle_images import oracle_images
 from moevlm.export.parity.report import Check
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.special_tokens import control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
@@ -141,7 +142,7 @@ class _Texts:
         """None for messages that the template refuses. An image is one token."""
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         try:
-            return self._builder.prompt_ids(messages, [1] * images)
+            return self._builder.prompt_ids(messages, [[self._model.image_token_id]] * images)
         except RequestError:
             return None
 
@@ -207,7 +208,7 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
         raise CheckpointError(
             f"transformers cannot load the image processor of {checkpoint}: {reason(error)}"
         ) from error
-    merged, worst, notes, count = model.vision.merge_size**2, 0.0, [], 0
+    reference, worst, notes, count = oracle_images(model.vision), 0.0, [], 0
     for image in _images(model, seed):
         count += 1
         name = f"{image.mode} of {image.width} x {image.height}"
@@ -217,13 +218,12 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
             wanted = theirs(images=[image], return_tensors="np")
         except Exception as error:  # of fields that changed since the bundle was built
             raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
-        grid = tuple(int(side) for side in wanted["image_grid_thw"][0][1:])
+        grid, patches = reference.patches(wanted)
         inputs, grids = ours.pack([ours.fit(ours.open(file.getvalue()))])
-        tokens = ours.tokens(file.getvalue())
-        if grids != [grid] or tokens != grid[0] * grid[1] // merged:
+        if grids != [grid] or ours.tokens(file.getvalue()) != model.vision.tokens(grid):
             notes.append(f"{name}: {grids[0][0]} x {grids[0][1]} patches, of transformers {grid[0]} x {grid[1]}")
         else:
-            worst = max(worst, float(np.abs(inputs.pixel_patches - wanted["pixel_values"]).max()))
+            worst = max(worst, float(np.abs(inputs.pixel_patches - patches).max()))
     yield _check(f"{count} images cut otherwise", len(notes), 0, notes[0] if notes else "")
     yield _check("values of their patches", worst, PATCH_LIMIT)
 

@@ -18,7 +18,6 @@ from moevlm.export.modules.decoder import Decoder, Layer, visual_rows
 from moevlm.export.modules.mixers import States, StepTensors
 from moevlm.export.modules.ops import recorded_taps
 from moevlm.export.modules.streaming import parts_of, release, set_tensor, stream
-from moevlm.export.modules.vision import Vision
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.core.progress import Progress
@@ -108,7 +107,7 @@ class StepNotes:
 class Images:
     """The vision tower, block by block. An input that it has seen is not computed again."""
 
-    def __init__(self, vision: Vision, model: CanonicalModel) -> None:
+    def __init__(self, vision: nn.Module, model: CanonicalModel) -> None:
         self._vision, self._seen = vision, list[tuple[VisionInputs, HostFeatures]]()
         weights = model.vision_weights
         parts = parts_of(vision, (nn.ModuleList,))
@@ -122,7 +121,7 @@ class Images:
         for known, features in self._seen:
             if _equal(known, inputs):
                 return features
-        embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in vars(inputs).items()})
+        embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in inputs.arrays.items()})
         empty = np.zeros((0, *embeds.shape), np.float32)
         features = HostFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
         self._seen.append((inputs, features))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from moevlm.runtime.cli.background import Background
-    from moevlm.runtime.core.manifest import VisionMetadata
+    from moevlm.runtime.core.towers import VisionMetadata
     from moevlm.runtime.engine.answer import Answer, Piece
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.sampling import SamplingParams

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 
 from moevlm.runtime.core.states import PagedKV, StateSpec
+from moevlm.runtime.core.towers import VisionMetadata
 
 SCHEMA = 3
 
@@ -30,25 +31,6 @@ class RopeMetadata(_Metadata, frozen=True):
     turning: int = 0
 
 
-class VisionMetadata(_Metadata, frozen=True):
-    """What it takes to turn an image into the vision graph's inputs.
-
-    position_grid: side of the learned position table, [position_grid**2, hidden].
-    position_resampling: bilinear (align_corners, border) or bicubic (half-pixel centres, border).
-    head_dim, rope_theta: of the 2-axis rotary embedding. deepstack: how many extra feature levels.
-    """
-
-    patch_size: int
-    temporal_patch_size: int
-    merge_size: int
-    channels: int
-    head_dim: int
-    rope_theta: float
-    position_grid: int
-    position_resampling: str
-    deepstack: int
-
-
 class LayerMetadata(_Metadata, frozen=True):
     """Shapes of one decoder layer.
 
@@ -71,6 +53,8 @@ class LayerMetadata(_Metadata, frozen=True):
 class ModelMetadata(_Metadata, frozen=True):
     """Shapes and token ids. ropes: of rope groups 0, 1, ...
 
+    image_token_id: the placeholder of an image, and of each of its visual tokens. image_begin, image_end: token ids
+    around them, which take the placeholder's place with them.
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
     everything else.
     """
@@ -84,6 +68,8 @@ class ModelMetadata(_Metadata, frozen=True):
     image_token_id: int
     ropes: tuple[RopeMetadata, ...]
     vision: VisionMetadata
+    image_begin: tuple[int, ...] = ()
+    image_end: tuple[int, ...] = ()
     parameters: int = 0
     active_parameters: int = 0
 

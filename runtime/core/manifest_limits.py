@@ -17,14 +17,6 @@ _MODEL: dict[str, tuple[float, float]] = {
     "hidden": _SIZE,
     "vocabulary": (1, 1 << 26),
     "context": _TOKENS,
-    "vision.patch_size": (1, 1 << 10),
-    "vision.temporal_patch_size": (1, 1 << 6),
-    "vision.merge_size": (1, 1 << 6),
-    "vision.channels": (1, 1 << 4),
-    "vision.head_dim": (2, 1 << 16),
-    "vision.rope_theta": _THETA,
-    "vision.position_grid": (1, 1 << 14),
-    "vision.deepstack": (0, 1 << 10),
 }
 _LAYERS = (1, 1 << 14)
 _WINDOW = (0, 1 << 30)
@@ -45,8 +37,6 @@ _PLANS: dict[str, tuple[float, float]] = {
     "workspace": _COUNT,
     "max_pages": (2, _TOKENS[1]),  # one is for padding
 }
-_PATCH_VALUES = 1 << 22  # numbers of one patch
-_RESAMPLINGS = ("bicubic", "bilinear")
 
 
 def check_metadata(manifest: Manifest) -> None:
@@ -62,6 +52,8 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     for field, ids, (low, high) in (
         ("eos_token_ids", model.eos_token_ids, _ID),
         ("image_token_id", (model.image_token_id,), (0, model.vocabulary - 1)),
+        ("image_begin", model.image_begin, (0, model.vocabulary - 1)),
+        ("image_end", model.image_end, (0, model.vocabulary - 1)),
     ):
         for number in ids:
             if not low <= number <= high:
@@ -74,12 +66,9 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     widest = max(layer.key_dim for layer in model.layers)
     for i, rope in enumerate(model.ropes):
         yield from _rope(f"model.ropes[{i}]", rope, widest)
-    vision = model.vision
-    if vision.position_resampling not in _RESAMPLINGS:
-        yield "model.vision.position_resampling", vision.position_resampling, ", ".join(_RESAMPLINGS)
-    patch = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    if patch > _PATCH_VALUES:
-        yield "model.vision.patch_size", vision.patch_size, f"patches of up to {_PATCH_VALUES} numbers"
+    yield from _outside("model.vision", model.vision, model.vision.LIMITS)
+    for field, value, allowed in model.vision.refused():
+        yield f"model.vision.{field}", value, allowed
     for name, engine in manifest.engines.items():
         where = f"engines.{name}"
         yield from _outside(where, engine, {

@@ -37,7 +37,7 @@ from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from moevlm.runtime.request.images import ImageProcessor
+    from moevlm.runtime.request.images.processor import ImageProcessor
 
 CACHE = "cache's"  # what limits the context
 
@@ -86,7 +86,7 @@ class Runtime:
         if (size.pages - 1) * limits.page_size < self.context:
             self.context, self._whose = (size.pages - 1) * limits.page_size, CACHE
         self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
-        self._encoder = ImageEncoder(engine, images, model.vision.merge_size) if images else None
+        self._encoder = ImageEncoder(engine, images, model.vision) if images else None
         engine.reserve(size.pages, size.rows)
         scheduler = Scheduler(
             limits,

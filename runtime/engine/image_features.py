@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.visual import VisualFeatures
@@ -16,7 +17,7 @@ from moevlm.runtime.request.prompt import SMALLER_IMAGES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from moevlm.runtime.request.images import ImageProcessor
+    from moevlm.runtime.request.images.processor import ImageProcessor
 
 # Images are encoded together up to so many patches: enough for full speed, few enough for a bounded memory and for a
 # cancellation to be heard between two calls.
@@ -26,13 +27,12 @@ ENCODED_PATCHES = 4096
 class ImageEncoder:
     """An engine's vision tower behind the bundle's preprocessing."""
 
-    def __init__(self, engine: Engine, processor: ImageProcessor, merge_size: int) -> None:
-        """merge_size: see VisionMetadata."""
-        self._engine, self._processor, self._merge = engine, processor, merge_size**2
+    def __init__(self, engine: Engine, processor: ImageProcessor, vision: VisionMetadata) -> None:
+        self._engine, self._processor, self._vision = engine, processor, vision
 
     def tokens(self, image: Image) -> int:
         """How many rows of features a resized image has."""
-        return math.prod(self._processor.grid(image)) // self._merge
+        return self._vision.tokens(self._processor.grid(image))
 
     def check(self, images: Sequence[Image]) -> None:
         """Raises RequestError for an image that the engine cannot take."""
@@ -42,7 +42,7 @@ class ImageEncoder:
             if most is not None and patches > most:
                 raise RequestError(
                     f"image {number} has {patches} patches, the engine was built for up to {most} "
-                    f"({SMALLER_IMAGES}: at most {most // self._merge} here)"
+                    f"({SMALLER_IMAGES}: at most {most // self._vision.patches_per_token} here)"
                 )
 
     def encode(self, images: Sequence[Image], cancellation: Cancellation) -> Iterator[VisualFeatures]:

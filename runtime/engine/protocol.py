@@ -64,7 +64,7 @@ def check_reserve(states: tuple[StateSpec, ...], pages: int, rows: int) -> None:
 
 def check_vision(inputs: VisionInputs) -> None:
     """Raises EngineError unless image_start rises from 0 to the number of patches."""
-    starts, patches = inputs.image_start, len(inputs.pixel_patches)
+    starts, patches = inputs.image_start, inputs.patches
     if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != patches or (np.diff(starts) < 1).any():
         raise EngineError(f"image_start = {shown(starts.tolist())} (allowed: rising from 0 to the {patches} patches)")
 

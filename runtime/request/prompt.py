@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
 from moevlm.runtime.request.messages import GivenImage, Message, images_of, plain_messages, texts_of
 from moevlm.runtime.request.positions import rope_positions
@@ -20,9 +20,7 @@ from moevlm.runtime.request.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from moevlm.runtime.request.images import ImageProcessor
-
-Grid = tuple[int, int]
+    from moevlm.runtime.request.images.processor import ImageProcessor
 
 MAX_SIDE = 1 << 20  # patches; products of two such fit into int64
 
@@ -93,7 +91,7 @@ class PromptBuilder:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
         counted = self._counted(given)
-        ids = self.prompt_ids(messages, [tokens for _, tokens in counted], options)
+        ids = self.prompt_ids(messages, [image_ids(tokens, self._model) for _, tokens in counted], options)
         _require_room(len(ids), self._model, bool(given))
         images: list[Image] = []
         grids: list[Grid] = []
@@ -101,12 +99,12 @@ class PromptBuilder:
             assert self._images is not None
             images.append(self._images.fit(self._images.open(one.source), one.limits))
             grids.append(self._images.grid(images[-1]))
-            if math.prod(grids[-1]) != tokens * self._model.vision.merge_size**2:
+            if self._model.vision.tokens(grids[-1]) != tokens:
                 raise RequestError(f"image {len(images)} changed while it was read")
         return Prompt.from_ids(ids, grids, self._model, images)
 
     def _counted(self, images: Sequence[GivenImage]) -> list[tuple[GivenImage, int]]:
-        """Each image, to be decoded later, and how many tokens it takes."""
+        """Each image, to be decoded later, and how many visual tokens it has."""
         counted: list[tuple[GivenImage, int]] = []
         total = 0
         if self._images is not None:
@@ -122,9 +120,9 @@ class PromptBuilder:
         return counted
 
     def prompt_ids(
-        self, messages: Sequence[Message], image_token_counts: Sequence[int], options: Mapping[str, Any] = NOTHING
+        self, messages: Sequence[Message], images: Sequence[Sequence[int]], options: Mapping[str, Any] = NOTHING
     ) -> list[int]:
-        """Token ids, with the n-th image placeholder repeated image_token_counts[n] times.
+        """Token ids, with images[n] in the place of the n-th image placeholder.
 
         Raises RequestError for an empty prompt, for a placeholder typed as text, and unless the template wrote one
         placeholder for each image.
@@ -138,12 +136,12 @@ class PromptBuilder:
             raise RequestError(f"the prompt has more tokens than the model's context of {self._model.context}")
         ids = self._guard.encode(text)
         found = ids.count(self._model.image_token_id)
-        if found != len(image_token_counts):
+        if found != len(images):
             raise RequestError(
-                f"the prompt has {found} image placeholders, {len(image_token_counts)} images (allowed: one for each)"
+                f"the prompt has {found} image placeholders, {len(images)} images (allowed: one for each)"
             )
-        counts = iter(image_token_counts)
-        return [t for token in ids for t in [token] * (next(counts) if token == self._model.image_token_id else 1)]
+        each = iter(images)
+        return [t for token in ids for t in (next(each) if token == self._model.image_token_id else [token])]
 
     def _refuse_placeholder(self, plain: Sequence[dict[str, Any]]) -> None:
         # The guard would make it text like any other; but who types it wants an image there and would get none.
@@ -152,6 +150,11 @@ class PromptBuilder:
                 raise RequestError(
                     f"messages[{i}].content has {self._placeholder} as text (give images as parts of type image)"
                 )
+
+
+def image_ids(tokens: int, model: ModelMetadata) -> list[int]:
+    """The token ids that take a placeholder's place. tokens: how many visual tokens the image has."""
+    return [*model.image_begin, *[model.image_token_id] * tokens, *model.image_end]
 
 
 def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndarray:

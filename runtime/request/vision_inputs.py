@@ -1,127 +1,57 @@
-"""The vision graph's inputs: learned positions resampled to each image's grid, rotary angles, where images begin."""
+"""The vision graph's inputs: patches, what a tower wants to know of each, where images begin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import VisionMetadata
-from moevlm.runtime.request.positions import inverse_frequencies
+from moevlm.runtime.core.towers import Grid, GridTower, Tower, VisionMetadata
+from moevlm.runtime.request.images.grid_tables import pack_grids
 
-# Keys' cubic kernel (1981, eq. 4) with the free parameter that PyTorch uses.
-_KEYS = -0.75
+# What a tower wants beside pixel_patches, from the grids of images: arrays of a row for each patch, by input.
+_TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarray]]] = {
+    GridTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
+}
 
 
 @dataclass(frozen=True)
 class VisionInputs:
-    """One packed call for any number of images; P patches in merge-block order, image after image.
+    """One packed call for any number of images; P patches block by block, image after image.
 
-    pixel_patches: [P, channels * temporal_patch * patch**2] float32, normalised. The rest as in PatchTables.
-    """
-
-    pixel_patches: np.ndarray
-    position_index: np.ndarray
-    position_weight: np.ndarray
-    rope_cos: np.ndarray
-    rope_sin: np.ndarray
-    image_start: np.ndarray
-
-
-class PatchTables(NamedTuple):
-    """P patches in merge-block order, image after image; the fields are those of VisionInputs.
-
-    position_index, position_weight: [P, taps] int64, float32; taps row by row (4 bilinear, 16 bicubic).
-    rope_cos, rope_sin: [P, head_dim / 2] float32, first the row's frequencies, then the column's.
+    rows: by the names of the graph's inputs, as `VisionMetadata.inputs` says, each [P, ...].
     image_start: [images + 1] int32, where each image's patches begin: first 0, last P.
     """
 
-    position_index: np.ndarray
-    position_weight: np.ndarray
-    rope_cos: np.ndarray
-    rope_sin: np.ndarray
+    rows: Mapping[str, np.ndarray]
     image_start: np.ndarray
 
+    @property
+    def patches(self) -> int:
+        """P."""
+        return len(self.pixel_patches)
 
-def pack_grids(grids: Sequence[tuple[int, int]], vision: VisionMetadata) -> PatchTables:
-    """Tables for one packed vision call.
+    @property
+    def pixel_patches(self) -> np.ndarray:
+        """[P, patch_width] float32, the values of pixels."""
+        return self.rows["pixel_patches"]
 
-    grids: (h, w) in patches for each image, both multiples of the merge size; no image gives tables of no rows.
-    Raises BundleError for an unknown position resampling.
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All inputs of the graph by name."""
+        return {**self.rows, "image_start": self.image_start}
+
+    def part(self, first: int, stop: int) -> "VisionInputs":
+        """Images first to stop, alone."""
+        starts = self.image_start[first : stop + 1]
+        patches = slice(starts[0], starts[-1])
+        return VisionInputs({name: array[patches] for name, array in self.rows.items()}, starts - starts[0])
+
+
+def pack(patches: np.ndarray, grids: Sequence[Grid], vision: VisionMetadata) -> VisionInputs:
+    """The inputs of one call.
+
+    patches: [P, patch_width] float32 of all images. grids: (h, w) in patches for each image, whole blocks.
     """
-    rows, columns = _block_order(grids, vision.merge_size)
-
-    # Each axis is computed once per image and coordinate, then looked up by patch.
-    row_at = np.repeat(_starts([h for h, _ in grids]), [h * w for h, w in grids]) + rows
-    column_at = np.repeat(_starts([w for _, w in grids]), [h * w for h, w in grids]) + columns
-    row_tap, row_weight = _axis_taps([h for h, _ in grids], vision)
-    column_tap, column_weight = _axis_taps([w for _, w in grids], vision)
-    index = row_tap[row_at][:, :, None] * vision.position_grid + column_tap[column_at][:, None, :]
-    weight = row_weight[row_at][:, :, None] * column_weight[column_at][:, None, :]
-
-    sides = [side for grid in grids for side in grid]
-    angle = np.arange(max(sides, default=0), dtype=np.float32)[:, None] * inverse_frequencies(
-        vision.head_dim // 2, vision.rope_theta
-    )
-    exact = angle.astype(np.float64)  # The angle is float32 as in PyTorch; its cosine may as well be rounded correctly.
-    cos, sin = np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
-    return PatchTables(
-        position_index=index.reshape(len(rows), row_tap.shape[1] ** 2),
-        position_weight=weight.reshape(len(rows), row_tap.shape[1] ** 2),
-        rope_cos=np.concatenate([cos[rows], cos[columns]], axis=1),
-        rope_sin=np.concatenate([sin[rows], sin[columns]], axis=1),
-        image_start=np.cumsum([0, *(h * w for h, w in grids)], dtype=np.int32),
-    )
-
-
-def _starts(lengths: Sequence[int]) -> np.ndarray:
-    """Exclusive running sum, [len(lengths)] int64."""
-    return np.cumsum([0, *lengths], dtype=np.int64)[:-1]
-
-
-def _block_order(grids: Sequence[tuple[int, int]], merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """(row, column) of each patch, [P] int64: the merge x merge blocks row by row, the patches of a block likewise."""
-    places: list[np.ndarray] = [np.zeros((2, 0), np.int64)]
-    for h, w in grids:
-        blocks = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
-        places.append(blocks.transpose(0, 1, 3, 2, 4).reshape(2, h * w))
-    rows, columns = np.concatenate(places, axis=1)
-    return rows, columns
-
-
-def _axis_taps(sides: Sequence[int], vision: VisionMetadata) -> tuple[np.ndarray, np.ndarray]:
-    """Resample one axis of the position table to each of `sides` lengths, one after the other.
-
-    Returns (tap, weight), [sum(sides), 2 or 4], int64 and float32: table rows, clamped to the border, and their share.
-    Coordinates are float32 at every step, because rounding decides which side of a table row they fall on.
-    """
-    grid, one, half = np.float32(vision.position_grid), np.float32(1), np.float32(0.5)
-    side = np.repeat(np.asarray(sides, np.float32), np.asarray(sides, np.int64))
-    at = np.arange(len(side), dtype=np.float32) - np.repeat(_starts(sides), sides).astype(np.float32)
-    if vision.position_resampling == "bilinear":
-        # Corners aligned, as in Qwen3-VL: the first patch is on the first table row, the last on the last.
-        source = at * (grid - one) / np.maximum(side - one, one)
-        offset = np.arange(0, 2)
-    elif vision.position_resampling == "bicubic":
-        # Half-pixel centres by way of [-1, 1], as torch.nn.functional.grid_sample is called in GLM-4V.
-        unit = (at + half) / side * np.float32(2) - one
-        source = ((unit + one) * grid - one) * half
-        offset = np.arange(-1, 3)
-    else:
-        raise BundleError(
-            f"unsupported value in manifest.json: model.vision.position_resampling = "
-            f'"{vision.position_resampling}" (supported: bicubic, bilinear)'
-        )
-    floor = np.floor(source)
-    distance = np.abs((source - floor)[:, None] - offset.astype(np.float32))
-    tap = np.clip(floor.astype(np.int64)[:, None] + offset, 0, vision.position_grid - 1)
-    return tap, _keys(distance) if len(offset) == 4 else np.maximum(one - distance, np.float32(0))
-
-
-def _keys(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution kernel at distances from 0 to 2, float32; in between double, for its terms cancel."""
-    d, a = distance.astype(np.float64), _KEYS
-    near = ((a + 2) * d - (a + 3)) * d * d + 1
-    far = a * (((d - 5) * d + 8) * d - 4)
-    return np.where(d <= 1, near, far).astype(np.float32)
+    starts = np.cumsum([0, *(h * w for h, w in grids)], dtype=np.int32)
+    return VisionInputs({"pixel_patches": patches, **_TABLES[type(vision)](grids, vision)}, starts)

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.states import PagedKV, page_bytes
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
@@ -33,7 +34,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(EOS,),
     image_token_id=IMAGE,
     ropes=(ROPE,),
-    vision=VisionMetadata(
+    vision=GridTower(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,

@@ -61,7 +61,7 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
         ).eval()
         ordinary = ordinary_ids(metadata, source.config)
         cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
-        answers = Oracle(source, family_for(source.config).router_suffix).outputs(cases)
+        answers = Oracle(source, family_for(source.config).router_suffix, metadata.vision).outputs(cases)
         yield Held(model, Expected(model, metadata, cases, answers), ordinary)
 
 
@@ -74,7 +74,8 @@ def _followed(case: Case, model: torch.nn.Module, metadata: ModelMetadata, ordin
     prompt = case.prompt
     for _ in range(GREEDY_TOKENS):
         known = Case(prompt, prompt, case.grids, case.patches)
-        logits = model(**inputs_of(model.config, torch.from_numpy(prompt.ids)[None], [known]), use_cache=False).logits
+        inputs = inputs_of(model.config, metadata.vision, torch.from_numpy(prompt.ids)[None], [known])
+        logits = model(**inputs, use_cache=False).logits
         ids = np.append(prompt.ids, ordinary[int(logits[0, -1, ordinary].argmax())])
         prompt = Prompt.from_ids(ids, case.grids, metadata)
     return Case(case.prompt, prompt, case.grids, case.patches)

@@ -64,7 +64,7 @@ class SimulatedPlan:
         self.experts = self._decoder.experts
 
     def encode(self, inputs: VisionInputs, *_: object) -> HostFeatures:
-        found = self._vision.run(vars(inputs))
+        found = self._vision.run(inputs.arrays)
         embeds = found["visual_embeds"]
         return HostFeatures(embeds, found.get("deepstack_embeds", np.zeros((0, *embeds.shape), np.float32)))
 

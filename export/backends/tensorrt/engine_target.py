@@ -113,8 +113,8 @@ class TensorRTTarget:
         pruned_weights: int = 0,
     ) -> EngineMetadata:
         """version: of TensorRT; "" before anything is built."""
-        o, merge = self.options, config.vision.merge_size
-        states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(merge, image_patches)
+        o, unit = self.options, config.vision.metadata().patches_per_token
+        states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(unit, image_patches)
         return EngineMetadata(
             vision=self.path("vision"),
             decoder=self.path("decoder"),
@@ -151,12 +151,12 @@ class TensorRTTarget:
             self._add_experts(build, experts)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
-        o, merge = self.options, config.vision.merge_size
-        patches = max_patches(merge, build.image_patches)
+        o, unit = self.options, config.vision.metadata().patches_per_token
+        patches = max_patches(unit, build.image_patches)
         columns = -(-config.decoder.context // PAGE_SIZE)
         pages = max_pages(kept(config.decoder.states, o.cache_dtype))
         profiles = {
-            "vision": vision_profiles(graphs["vision"], merge, patches),
+            "vision": vision_profiles(graphs["vision"], unit, patches),
             "decoder": decoder_profiles(graphs["decoder"], o, columns, pages),
         }
         built = {
@@ -164,7 +164,7 @@ class TensorRTTarget:
             for name, graph in graphs.items()
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
-        found = cost(canonical, graphs, merge)
+        found = cost(canonical, graphs, unit)
         return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned)
 
     def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:

@@ -38,17 +38,19 @@ def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: i
     return [_profile(decoder, shared | sizes) for sizes in (any_step, decode)]
 
 
-def vision_profiles(vision: ir.Model, merge_size: int, patches: int) -> list[Profile]:
-    """For one packed call of any images; every image is a multiple of merge_size**2 patches. patches: at most."""
-    unit = merge_size**2
+def vision_profiles(vision: ir.Model, unit: int, patches: int) -> list[Profile]:
+    """For one packed call of any images; every image is a multiple of `unit` patches. patches: at most."""
     sizes = {"patches": (unit, USUAL_PATCHES // unit * unit, patches), "starts": (2, 2, patches // unit + 1)}
     return [_profile(vision, sizes)]
 
 
-def max_patches(merge_size: int, image_patches: int | None) -> int:
-    """Of all images of one call. image_patches: of the largest that the checkpoint's preprocessing makes."""
+def max_patches(unit: int, image_patches: int | None) -> int:
+    """Of all images of one call, a multiple of `unit`.
+
+    image_patches: of the largest image that the checkpoint's preprocessing makes.
+    """
     most = min(image_patches or MOST_PATCHES, MOST_PATCHES)
-    return max(most, SEVERAL_IMAGES) // merge_size**2 * merge_size**2
+    return max(most, SEVERAL_IMAGES) // unit * unit
 
 
 def max_pages(states: Iterable[StateSpec]) -> int:

@@ -80,7 +80,7 @@ class OrtEngine:
         session = _opened(self._vision)
         check_vision(inputs)
         with session.running(cancellation) as options:
-            outputs = session.inference.run(None, vars(inputs), options)
+            outputs = session.inference.run(None, inputs.arrays, options)
         embeds = outputs[0]
         empty = np.zeros((0, *embeds.shape), np.float32)
         return HostFeatures(embeds, outputs[1] if len(outputs) > 1 else empty)

@@ -9,8 +9,8 @@ from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
 
 _FLOAT, _INT32, _INT64 = "tensor(float)", "tensor(int32)", "tensor(int64)"
-_DTYPES = {"float32": _FLOAT, "int8": "tensor(int8)"}  # of states
-_TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
+_DTYPES = {"float32": _FLOAT, "int64": _INT64}
+_STATES = {"float32": _FLOAT, "int8": "tensor(int8)"}
 
 # Dtype as ONNX Runtime names it, and sizes; None for one that differs from step to step.
 Shape = tuple[str, tuple[int | None, ...]]
@@ -18,17 +18,10 @@ Shape = tuple[str, tuple[int | None, ...]]
 
 def check_vision_graph(session: Any, model: ModelMetadata) -> None:
     """Raise EngineError unless an InferenceSession takes and gives what the model's vision tower does."""
-    vision = model.vision
-    width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    taps, pairs = _TAPS[vision.position_resampling], 2 * ((vision.head_dim // 2 + 1) // 2)
-    _require("vision", "input", session.get_inputs(), {
-        "pixel_patches": (_FLOAT, (None, width)),
-        "position_index": (_INT64, (None, taps)),
-        "position_weight": (_FLOAT, (None, taps)),
-        "rope_cos": (_FLOAT, (None, pairs)),
-        "rope_sin": (_FLOAT, (None, pairs)),
-        "image_start": (_INT32, (None,)),
-    })  # fmt: skip
+    inputs: dict[str, Shape] = {
+        name: (_DTYPES[dtype], (None, width)) for name, (width, dtype) in model.vision.inputs.items()
+    }
+    _require("vision", "input", session.get_inputs(), inputs | {"image_start": (_INT32, (None,))})
     _require("vision", "output", session.get_outputs(), _features(model))
 
 
@@ -75,12 +68,12 @@ def _states(states: tuple[StateSpec, ...]) -> dict[str, Shape]:
     """Inputs of the decoder that its outputs replace."""
     kept: dict[str, Shape] = {}
     for state in states:
-        if state.dtype not in _DTYPES:
-            raise EngineError(f"the engine keeps {state.dtype} (supported: {', '.join(_DTYPES)})")
+        if state.dtype not in _STATES:
+            raise EngineError(f"the engine keeps {state.dtype} (supported: {', '.join(_STATES)})")
         if isinstance(state, PagedKV):
-            kept |= {name: (_DTYPES[state.dtype], (None, state.kv_heads, None, n)) for name, n in state.widths.items()}
+            kept |= {name: (_STATES[state.dtype], (None, state.kv_heads, None, n)) for name, n in state.widths.items()}
         else:
-            kept[state.tensor] = _DTYPES[state.dtype], (None, *state.shape)
+            kept[state.tensor] = _STATES[state.dtype], (None, *state.shape)
     return kept
 
 

@@ -20,10 +20,10 @@ class VisionTower:
 
     def __init__(self, engine: DeviceEngine, model: ModelMetadata, memory: FeatureMemory, max_patches: int) -> None:
         """max_patches: of a call. Raises EngineError if the engine is not what the manifest says."""
-        self._memory, self._merge, self._most = memory, model.vision.merge_size**2, max_patches
+        self._memory, self._merge, self._most = memory, model.vision.patches_per_token, max_patches
         deepstack = {"deepstack_embeds"} if model.vision.deepstack else set()
         for names, given in (
-            (set(VisionInputs.__dataclass_fields__), set(engine.inputs)),
+            ({*model.vision.inputs, "image_start"}, set(engine.inputs)),
             ({"visual_embeds", *deepstack}, set(engine.outputs)),
         ):
             if names != given:
@@ -56,8 +56,8 @@ class VisionTower:
         return self._memory.joined(parts)
 
     def _call(self, inputs: VisionInputs) -> DeviceFeatures:
-        arrays = vars(inputs)
-        features = self._memory.allocate(len(inputs.pixel_patches) // self._merge)
+        arrays = inputs.arrays
+        features = self._memory.allocate(inputs.patches // self._merge)
         self._execution.bind("visual_embeds", *features.embeds)
         if self._memory.layout.levels:
             self._execution.bind("deepstack_embeds", *features.levels)
@@ -78,17 +78,9 @@ class VisionTower:
                     "make it smaller"
                 )
             if end - starts[first] > self._most or image - first == self._images:
-                yield _part(inputs, first, image)
+                yield inputs.part(first, image)
                 first = image
-        yield _part(inputs, first, len(starts) - 1)
+        yield inputs.part(first, len(starts) - 1)
 
     def close(self) -> None:
         self._execution.close()
-
-
-def _part(inputs: VisionInputs, first: int, stop: int) -> VisionInputs:
-    """Images first to stop, alone."""
-    starts = inputs.image_start[first : stop + 1]
-    patches = slice(starts[0], starts[-1])
-    arrays = {name: array[patches] for name, array in vars(inputs).items() if name != "image_start"}
-    return VisionInputs(**arrays, image_start=starts - starts[0])

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata
+from moevlm.runtime.core.towers import GridTower
 from tests.support.tiny import edit_json
 
 RNG = np.random.default_rng(7)
@@ -380,7 +381,7 @@ def test_fingerprint_covers_config_and_shards(tmp_path: Path) -> None:
 def manifest_of(checkpoint: Checkpoint) -> Manifest:
     rope = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
     layer = LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4, experts=2, top_k=1)
-    vision = VisionMetadata(
+    vision = GridTower(
         patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
         position_grid=2, position_resampling="bilinear", deepstack=0,
     )  # fmt: skip

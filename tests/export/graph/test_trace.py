@@ -16,7 +16,7 @@ from moevlm.export.graph.translate import Translator
 from moevlm.export.graph.weights import Constant, Weight
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Decoder
-from moevlm.export.modules.vision import Vision
+from moevlm.export.modules.vision import vision_tower
 from moevlm.export.parity.measures import relative_error
 from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.core.errors import ExportError
@@ -58,7 +58,7 @@ def canonical(tiny: TinyCheckpoint, weight: Callable[[tuple[int, ...]], Weight] 
     values = tiny.config().to_dict()
     config = family_for(values).config(values)
     with torch.device("meta"):
-        towers = Vision(config.vision).eval(), Decoder(config.decoder).eval()
+        towers = vision_tower(config.vision).eval(), Decoder(config.decoder).eval()
     weights = ({name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in towers)
     return CanonicalModel(config, *towers, *weights, {})
 

@@ -58,8 +58,8 @@ def logits(given: ReferenceOutput) -> np.ndarray:
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp_path: Path) -> None:
-    with opened(CHECKPOINTS[name], tmp_path) as (source, _, cases):
-        answers = Oracle(source, ROUTER).outputs(cases)
+    with opened(CHECKPOINTS[name], tmp_path) as (source, model, cases):
+        answers = Oracle(source, ROUTER, model.config.vision.metadata()).outputs(cases)
     whole = by_from_pretrained(tmp_path / "checkpoint", cases)
     for ours, theirs in zip(answers, whole, strict=True):
         assert relative_error(logits(ours), theirs) < 1e-5
@@ -71,8 +71,8 @@ def alive(module: nn.Module) -> int:
 
 
 def test_transformers_never_has_more_than_its_largest_part_in_memory(tmp_path: Path) -> None:
-    with opened(TinyCheckpoint(text=DEEP), tmp_path) as (source, _, cases):
-        oracle = Oracle(source, ROUTER)
+    with opened(TinyCheckpoint(text=DEEP), tmp_path) as (source, model, cases):
+        oracle = Oracle(source, ROUTER, model.config.vision.metadata())
         assert alive(oracle.model) == 0
         counts: list[int] = []
         hook = register_module_forward_hook(lambda *_: counts.append(alive(oracle.model)))
@@ -118,10 +118,11 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
     checkpoint = TinyCheckpoint(text={"vocab_size": 96}).save(tmp_path / "checkpoint")
     name = "model.language_model.layers.1.self_attn.q_proj.weight"
     with Checkpoint.open(checkpoint) as source:
-        cases = random_cases(CanonicalModel.of(source).config.metadata(), source.config, 0)
+        metadata = CanonicalModel.of(source).config.metadata()
+        cases = random_cases(metadata, source.config, 0)
     edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
     with Checkpoint.open(checkpoint) as source, pytest.raises(CheckpointError, match=f"no tensor .* for {name}"):
-        Oracle(source, ROUTER).outputs(cases)
+        Oracle(source, ROUTER, metadata.vision).outputs(cases)
 
 
 def test_canonical_pytorch_answers_the_calls_that_were_announced_and_no_others(tmp_path: Path) -> None:

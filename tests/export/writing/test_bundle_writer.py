@@ -33,14 +33,14 @@ from moevlm.runtime.core.manifest import (
     Manifest,
     ModelMetadata,
     RopeMetadata,
-    VisionMetadata,
 )
+from moevlm.runtime.core.towers import GridTower
 
 RNG = np.random.default_rng(11)
 FLOAT = np.dtype(np.float32)
 ROPE = RopeMetadata(dim=2, theta=1e4, sections=(1, 0, 0), interleaved=False)
 LAYER = LayerMetadata(heads=1, kv_heads=1, key_dim=4, value_dim=4, experts=2, top_k=1)
-VISION = VisionMetadata(
+VISION = GridTower(
     patch_size=2, temporal_patch_size=1, merge_size=1, channels=3, head_dim=2, rope_theta=1e4,
     position_grid=2, position_resampling="bilinear", deepstack=0,
 )  # fmt: skip

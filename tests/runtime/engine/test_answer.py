@@ -16,12 +16,12 @@ import pytest
 
 from moevlm.runtime import load
 from moevlm.runtime.core.errors import Cancelled
-from moevlm.runtime.core.manifest import VisionMetadata
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.engine.answer import Answer
 from moevlm.runtime.engine.async_engine import AsyncEngine
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
-from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 from tests.runtime.engine.test_generate import TWO_IMAGES, ToyEngine, _free, _ids, _runtime, _text
 
 ROOT = Path(__file__).parents[3]
@@ -203,9 +203,9 @@ def runtime(tiny_bundle: Path) -> Runtime:
     return load(tiny_bundle, "ort-cpu", chunk_tokens=16)
 
 
-def many_patches(vision: VisionMetadata, side: int) -> VisionInputs:
+def many_patches(vision: GridTower, side: int) -> VisionInputs:
     width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    return VisionInputs(np.zeros((side * side, width), np.float32), *pack_grids([(side, side)], vision))
+    return pack(np.zeros((side * side, width), np.float32), [(side, side)], vision)
 
 
 def cancelled_soon_after_it_started(runtime: Runtime, inputs: VisionInputs) -> bool:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers
 
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.states import PagedKV
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.generate import Runtime
@@ -20,7 +21,8 @@ from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, VisualFeatures, joined
 from moevlm.runtime.request.chat import ChatTemplate
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.positions import rope_positions, rope_tables
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampler
@@ -55,7 +57,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(END,),
     image_token_id=IMAGE,
     ropes=(RopeMetadata(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),),
-    vision=VisionMetadata(
+    vision=GridTower(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,
@@ -157,7 +159,7 @@ TOKENIZER = _tokenizer()
 
 
 def _runtime(engine: ToyEngine | None = None, chunk_tokens: int = 512) -> Runtime:
-    images = ImageProcessor(PREPROCESSOR, MODEL.vision)
+    images = image_processor(PREPROCESSOR, MODEL.vision)
     engine = engine or ToyEngine()
     engine.owner = Runtime(MODEL, TOKENIZER, ChatTemplate(TEMPLATE), engine, images, chunk_tokens=chunk_tokens)
     return engine.owner
@@ -391,7 +393,7 @@ def test_images_are_made_smaller_on_request():
     assert [image.size for image in prompt.images] == [(24, 24)] * 5 + [(24, 16), (16, 16)]
     assert prompt.image_tokens == 5 * 9 + 6 + 4
     assert runtime.generate(messages, max_image_tokens=9).usage.image_tokens == prompt.image_tokens
-    loaded = ImageProcessor(PREPROCESSOR, MODEL.vision, max_tokens=9)
+    loaded = image_processor(PREPROCESSOR, MODEL.vision, max_tokens=9)
     limited = Runtime(MODEL, TOKENIZER, ChatTemplate(TEMPLATE), ToyEngine(), loaded)
     np.testing.assert_array_equal(limited.prompt(messages).ids, prompt.ids)
     with pytest.raises(RequestError, match=r"^unsupported value max_image_tokens = 0 \(allowed: a whole number"):

@@ -22,7 +22,7 @@ from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.engine.step import EngineLimits, Step
 from moevlm.runtime.engine.visual import HostFeatures
 from moevlm.runtime.request.candidates import CandidateRow
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampled, Sampler
 from moevlm.runtime.request.sampling import SamplingParams
@@ -338,7 +338,7 @@ def shown(*images: Image.Image, text: tuple[int, ...] = (7, 8)) -> Prompt:
 
 
 def seeing(engine: PagedEngine, **options: Any) -> Runtime:
-    return Runtime(MODEL, None, None, engine, ImageProcessor(PROCESSOR, MODEL.vision), **options)
+    return Runtime(MODEL, None, None, engine, image_processor(PROCESSOR, MODEL.vision), **options)
 
 
 def answer_of(runtime: Runtime, prompt: Prompt) -> list[int]:

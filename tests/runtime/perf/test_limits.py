@@ -12,9 +12,9 @@ from moevlm.runtime.core.manifest import (
     LayerMetadata,
     ModelMetadata,
     RopeMetadata,
-    VisionMetadata,
 )
 from moevlm.runtime.core.states import PagedKV, Recurrent
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.perf.latency import measure, random_prompt
 from moevlm.runtime.perf.latency_report import BenchReport, LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import Work, decode_work, limit, prefill_work, vision_work
@@ -30,7 +30,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(0,),
     image_token_id=5,
     ropes=(RopeMetadata(dim=16, theta=1e4, sections=(4, 2, 2), interleaved=True),),
-    vision=VisionMetadata(
+    vision=GridTower(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer as Core
 from transformers import PreTrainedTokenizerFast
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.messages import images_of
@@ -90,7 +91,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(2,),
     image_token_id=IMAGE,
     ropes=(RopeMetadata(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),),
-    vision=VisionMetadata(
+    vision=GridTower(
         patch_size=4,
         temporal_patch_size=2,
         merge_size=2,
@@ -166,7 +167,7 @@ def test_ids_of_ordinary_text_equal_huggingface(turns):
 def test_image_placeholder_becomes_as_many_tokens_as_the_image_has():
     image = {"type": "image", "image": object()}
     text = "What is on the picture?"
-    ids = _builder().prompt_ids(_user(image, text, image), [3, 2])
+    ids = _builder().prompt_ids(_user(image, text, image), [[IMAGE] * 3, [IMAGE] * 2])
     rendered = _huggingface().apply_chat_template(
         _user({"type": "image"}, text, {"type": "image"}), tokenize=False, add_generation_prompt=True
     )
@@ -205,14 +206,14 @@ def test_template_that_trims_and_joins_cannot_be_used_to_make_a_special_token():
 def test_placeholder_typed_as_text_is_refused_with_the_way_to_give_images():
     for messages in (_user("look: <|image_pad|>"), [{"role": "user", "content": "<|image_pad|>"}]):
         with pytest.raises(RequestError, match=r"messages\[0\]\.content has <\|image_pad\|> as text"):
-            _builder().prompt_ids(messages, [1])
+            _builder().prompt_ids(messages, [[IMAGE]])
 
 
 def test_images_and_placeholders_must_be_as_many():
     with pytest.raises(RequestError, match="1 image placeholders, 2 images"):
-        _builder().prompt_ids(_user({"type": "image"}, "a"), [4, 4])
+        _builder().prompt_ids(_user({"type": "image"}, "a"), [[IMAGE]] * 2)
     with pytest.raises(RequestError, match="0 image placeholders, 1 images"):
-        _builder("{{ messages[0].role }}").prompt_ids(_user({"type": "image"}), [4])
+        _builder("{{ messages[0].role }}").prompt_ids(_user({"type": "image"}), [[IMAGE]])
 
 
 @pytest.mark.parametrize(

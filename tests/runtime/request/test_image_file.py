@@ -185,15 +185,18 @@ def test_damaged_or_unknown_orientation_is_none(exif: bytes) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-from moevlm.runtime.request.images import ImageProcessor
-from moevlm.runtime.core.manifest import VisionMetadata
+from moevlm.runtime.request.images.registry import image_processor
+from moevlm.runtime.core.towers import GridTower
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
 
 size = {"shortest_edge": 4096, "longest_edge": 1 << 24}
 config = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16, "size": size}
-ours = ImageProcessor(config, VisionMetadata(16, 2, 2, 3, 8, 1e4, 6, "bilinear", 0))
+ours = image_processor(config, GridTower(
+    patch_size=16, merge_size=2, channels=3, head_dim=8, rope_theta=1e4, temporal_patch_size=2, position_grid=6,
+    position_resampling="bilinear",
+))
 for name in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()

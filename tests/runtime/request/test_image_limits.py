@@ -11,7 +11,7 @@ from PIL import Image
 
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.request.image_limits import ImageLimits
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 from tests.runtime.request.test_images import CHINA, CONFIGS, FLOWER, ORACLES, PNG, VISION, crop, processor
 
 BLOCK = {kind: 2 * config["patch_size"] for kind, config in CONFIGS.items()}
@@ -20,7 +20,7 @@ IMAGES = [CHINA, crop(FLOWER, 300, 41), crop(FLOWER, 25, 333), crop(CHINA, 9, 9)
 
 def packed(kind: str, image: Image.Image, limits: ImageLimits, **options: Any) -> np.ndarray:
     config = CONFIGS[kind]
-    ours = ImageProcessor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), **options)
+    ours = image_processor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), **options)
     fitted = ours.fit(image, limits)
     height, width = ours.grid(fitted)
     assert ours.tokens(image, limits) == height * width // 4
@@ -114,7 +114,7 @@ def test_limits_out_of_range_are_refused_by_name(limits: ImageLimits, words: str
 @pytest.mark.parametrize(("kind", "longest"), [("qwen", 4096 * 4096), ("glm", 2 * 700 * 900), ("qwen", 301 * 33)])
 def test_no_image_has_more_patches_than_the_processor_says(kind: str, longest: int) -> None:
     config = CONFIGS[kind] | {"size": {"shortest_edge": 1024, "longest_edge": longest}}
-    ours = ImageProcessor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), max_pixels=1 << 30)
+    ours = image_processor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), max_pixels=1 << 30)
     sides = [int(side * (longest**0.5) / 8) for side in (3, 7, 8, 9, 12)]
     found = [4 * ours.tokens(Image.new("1", (width, height))) for width in sides for height in sides]
     assert max(found) <= ours.max_patches

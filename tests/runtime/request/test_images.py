@@ -20,10 +20,11 @@ from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProce
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import VisionMetadata
-from moevlm.runtime.request.images import ImageProcessor
+from moevlm.runtime.core.towers import GridTower
+from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.images.registry import image_processor
 
-VISION = VisionMetadata(
+VISION = GridTower(
     patch_size=14,
     temporal_patch_size=2,
     merge_size=2,
@@ -62,7 +63,7 @@ CHINA, FLOWER = (Image.fromarray(photo) for photo in load_sample_images().images
 
 def processor(kind: str = "qwen", limit: int = 50_000_000, **fields: Any) -> ImageProcessor:
     config = CONFIGS[kind] | fields
-    return ImageProcessor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), limit)
+    return image_processor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), limit)
 
 
 def assert_same_as_hugging_face(
@@ -123,9 +124,9 @@ def test_images_of_different_sizes_in_one_call_equal_hugging_face_and_single_cal
     fitted = [ours.fit(image) for image in images]
     packed, grids = ours.pack(fitted)
     singles = [ours.pack([image])[0] for image in fitted]
-    for name in ("pixel_patches", "position_index", "position_weight", "rope_cos", "rope_sin"):
-        parts = [getattr(single, name) for single in singles]
-        np.testing.assert_array_equal(getattr(packed, name), np.concatenate(parts), err_msg=name)
+    assert packed.rows.keys() == VISION.inputs.keys()
+    for name, rows in packed.rows.items():
+        np.testing.assert_array_equal(rows, np.concatenate([single.rows[name] for single in singles]), err_msg=name)
     np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
 
 
@@ -133,7 +134,7 @@ def test_no_image_gives_inputs_of_no_patches() -> None:
     inputs, grids = processor().pack([])
     assert grids == []
     assert inputs.pixel_patches.shape == (0, 3 * 2 * 16 * 16)
-    assert inputs.position_index.shape == (0, 4)
+    assert inputs.rows["position_index"].shape == (0, 4)
 
 
 def gradient_alpha(photo: Image.Image) -> Image.Image:
@@ -244,7 +245,7 @@ def test_pixel_limits_replace_size(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_configuration_saved_by_hugging_face_is_accepted(kind: str) -> None:
-    ImageProcessor(ORACLES[kind]().to_dict(), VISION)
+    image_processor(ORACLES[kind]().to_dict(), VISION)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +283,7 @@ def test_unsupported_field_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(
         BundleError, match=rf"^unsupported value in preprocessor\.json: {field}[^\n]*\(supported: .+\)$"
     ):
-        ImageProcessor(config, VISION)
+        image_processor(config, VISION)
 
 
 def test_pixel_limits_are_refused_where_hugging_face_ignores_them() -> None:

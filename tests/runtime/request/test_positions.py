@@ -9,7 +9,8 @@ from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel, Glm4
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel, Qwen3VLMoeTextRotaryEmbedding
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VisionMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
+from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.positions import inverse_frequencies, rope_positions, rope_tables
 
 IMAGE = 9
@@ -20,7 +21,7 @@ MERGES = pytest.mark.parametrize("merge", [1, 2, 3])
 
 
 def model_facts(merge: int, rope: RopeMetadata = TINY) -> ModelMetadata:
-    vision = VisionMetadata(
+    vision = GridTower(
         patch_size=16,
         temporal_patch_size=2,
         merge_size=merge,

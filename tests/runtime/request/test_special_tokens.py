@@ -140,7 +140,7 @@ def test_control_tokens_of_the_template_are_made_as_hugging_face_makes_them(temp
         ChatTemplate(template, {"start": "<|im_start|>", "end": "<|im_end|>"}).render(messages),
         add_special_tokens=False,
     ).ids
-    assert build.prompt_ids(messages, [1] * expected.count(IMAGE)) == expected
+    assert build.prompt_ids(messages, [[IMAGE]] * expected.count(IMAGE)) == expected
     assert set(control(expected)) >= {1, 2}
 
 

@@ -18,10 +18,11 @@ from transformers.vision_utils import (
 )
 
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import VisionMetadata
-from moevlm.runtime.request.vision_inputs import pack_grids
+from moevlm.runtime.core.towers import GridTower
+from moevlm.runtime.request.images.grid_tables import pack_grids
+from moevlm.runtime.request.vision_inputs import pack
 
-QWEN = VisionMetadata(
+QWEN = GridTower(
     patch_size=16,
     temporal_patch_size=2,
     merge_size=2,
@@ -47,7 +48,7 @@ def thw(grids: list[tuple[int, int]]) -> torch.Tensor:
     return torch.tensor([(1, h, w) for h, w in grids])
 
 
-def resampled(grids: list[tuple[int, int]], metadata: VisionMetadata, table: torch.Tensor) -> np.ndarray:
+def resampled(grids: list[tuple[int, int]], metadata: GridTower, table: torch.Tensor) -> np.ndarray:
     """[P, hidden]: what the vision graph makes of the taps."""
     tables = pack_grids(grids, metadata)
     return np.einsum("pt,pth->ph", tables.position_weight, table.numpy()[tables.position_index])
@@ -55,7 +56,7 @@ def resampled(grids: list[tuple[int, int]], metadata: VisionMetadata, table: tor
 
 @pytest.mark.parametrize("merge", [1, 2, 3])
 @FAMILIES
-def test_taps_equal_hugging_faces_interpolation_table(metadata: VisionMetadata, merge: int) -> None:
+def test_taps_equal_hugging_faces_interpolation_table(metadata: GridTower, merge: int) -> None:
     metadata = msgspec.structs.replace(metadata, merge_size=merge)
     grids = [(h * merge, w * merge) for h, w in random_grids(1)]
     tables = pack_grids(grids, metadata)
@@ -91,7 +92,7 @@ def test_bicubic_positions_equal_glm_embeddings_module() -> None:
 
 
 @FAMILIES
-def test_positions_equal_a_plain_resize_of_the_table(metadata: VisionMetadata) -> None:
+def test_positions_equal_a_plain_resize_of_the_table(metadata: GridTower) -> None:
     side = metadata.position_grid
     table = torch.from_numpy(np.random.default_rng(1).standard_normal((side * side, 5)).astype(np.float32))
     options: dict[str, Any] = {"mode": metadata.position_resampling, "align_corners": metadata is QWEN}
@@ -104,13 +105,13 @@ def test_positions_equal_a_plain_resize_of_the_table(metadata: VisionMetadata) -
 
 
 @FAMILIES
-def test_weights_of_a_patch_sum_to_one(metadata: VisionMetadata) -> None:
+def test_weights_of_a_patch_sum_to_one(metadata: GridTower) -> None:
     weight = pack_grids(random_grids(2), metadata).position_weight
     np.testing.assert_allclose(weight.sum(axis=1, dtype=np.float64), 1, rtol=0, atol=1e-6)
 
 
 @FAMILIES
-def test_rope_equals_hugging_faces_rotary_module(metadata: VisionMetadata) -> None:
+def test_rope_equals_hugging_faces_rotary_module(metadata: GridTower) -> None:
     hidden = {"hidden_size": metadata.head_dim * 2, "num_heads": 2}
     module = (
         Qwen3VLMoeVisionRotaryEmbedding(Qwen3VLMoeVisionConfig(**hidden))
@@ -127,29 +128,29 @@ def test_rope_equals_hugging_faces_rotary_module(metadata: VisionMetadata) -> No
 
 
 @FAMILIES
-def test_images_begin_at_hugging_faces_sequence_boundaries(metadata: VisionMetadata) -> None:
+def test_images_begin_at_hugging_faces_sequence_boundaries(metadata: GridTower) -> None:
     grids = random_grids(2)
-    image_start = pack_grids(grids, metadata).image_start
+    patches = np.zeros((sum(h * w for h, w in grids), metadata.patch_width), np.float32)
+    image_start = pack(patches, grids, metadata).image_start
     assert image_start.dtype == np.int32
     np.testing.assert_array_equal(image_start, get_vision_cu_seqlens(thw(grids)))
 
 
 @FAMILIES
-def test_packed_tables_are_the_single_tables_one_after_the_other(metadata: VisionMetadata) -> None:
+def test_packed_tables_are_the_single_tables_one_after_the_other(metadata: GridTower) -> None:
     grids = random_grids(2)
     singles = [pack_grids([grid], metadata) for grid in grids]
     for name, packed in pack_grids(grids, metadata)._asdict().items():
-        if name != "image_start":
-            np.testing.assert_array_equal(packed, np.concatenate([getattr(one, name) for one in singles]), err_msg=name)
+        np.testing.assert_array_equal(packed, np.concatenate([getattr(one, name) for one in singles]), err_msg=name)
 
 
 @FAMILIES
-def test_no_grid_gives_tables_of_no_rows(metadata: VisionMetadata) -> None:
+def test_no_grid_gives_tables_of_no_rows(metadata: GridTower) -> None:
     tables = pack_grids([], metadata)
     taps = 4 if metadata is QWEN else 16
-    shapes = [(0, taps), (0, taps), (0, metadata.head_dim // 2), (0, metadata.head_dim // 2), (1,)]
+    shapes = [(0, taps), (0, taps), (0, metadata.head_dim // 2), (0, metadata.head_dim // 2)]
     assert [table.shape for table in tables] == shapes
-    assert [table.dtype for table in tables] == [np.int64, np.float32, np.float32, np.float32, np.int32]
+    assert [table.dtype for table in tables] == [np.int64, np.float32, np.float32, np.float32]
 
 
 def test_unknown_resampling_is_refused_by_name() -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from moevlm.export.modules.decoder import Decoder
-from moevlm.export.modules.vision import Vision
+from moevlm.export.modules.vision import vision_tower
 from tests.support.families.base import END, IMAGE, STOP, VOCABULARY
 from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import write_side_files
@@ -30,7 +30,7 @@ def save(directory: Path, layers: tuple[str, ...] = LAYERS, seed: int = 0) -> Pa
     (directory / "config.json").write_text(json.dumps(config))
     canonical = Hybrid().config(config)
     with torch.device("meta"):
-        towers = {"model": Decoder(canonical.decoder), "vision": Vision(canonical.vision)}
+        towers = {"model": Decoder(canonical.decoder), "vision": vision_tower(canonical.vision)}
     generator, tensors = torch.Generator().manual_seed(seed), {}
     for tower, module in towers.items():
         for name, parameter in module.named_parameters():

@@ -9,24 +9,24 @@ import torch
 from moevlm.export.config import (
     DecoderConfig,
     GQAConfig,
+    GridVisionConfig,
     LayerConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
-    VisionConfig,
 )
 from moevlm.export.families.base import Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.sources import Source, plus_one
-from moevlm.export.modules.vision import Vision
+from moevlm.export.modules.vision import vision_tower
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
 from tests.support.hybrid.mixer import RecurrenceConfig
 
 HIDDEN, CHANNELS = 32, 48
 EPSILON = 1e-6
-VISION = VisionConfig(
+VISION = GridVisionConfig(
     hidden=16,
     depth=1,
     heads=2,
@@ -89,7 +89,7 @@ _ATTENTION = ("q", "k", "v", "out", "q_norm", "k_norm")
 
 def _vision_names() -> list[str]:
     with torch.device("meta"):
-        return [name for name, _ in Vision(VISION).named_parameters()]
+        return [name for name, _ in vision_tower(VISION).named_parameters()]
 
 
 class Hybrid(Family):

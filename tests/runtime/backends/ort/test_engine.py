@@ -24,7 +24,7 @@ from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.visual import FeatureRows, HostFeatures
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.vision_inputs import VisionInputs, pack_grids
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.packed_steps import Kept, reserved, rows
 
@@ -210,10 +210,8 @@ def test_two_images_of_different_size_equal_two_single_calls(engine, model, rng)
     width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
     grids = [(4, 2), (2, 6)]
     patches = [rng.standard_normal((h * w, width), np.float32) for h, w in grids]
-    together = engine.encode(VisionInputs(np.concatenate(patches), *pack_grids(grids, vision)))
-    alone = [
-        engine.encode(VisionInputs(p, *pack_grids([grid], vision))) for p, grid in zip(patches, grids, strict=True)
-    ]
+    together = engine.encode(pack(np.concatenate(patches), grids, vision))
+    alone = [engine.encode(pack(p, [grid], vision)) for p, grid in zip(patches, grids, strict=True)]
     assert_close(together.embeds, np.concatenate([a.embeds for a in alone]))
     assert_close(together.deepstack, np.concatenate([a.deepstack for a in alone], axis=1))
     assert together.deepstack.shape == (vision.deepstack, 5, model.hidden)
@@ -290,14 +288,12 @@ def test_visual_index_past_the_features_is_refused(engine, model, rng) -> None:
 
 
 def test_images_that_do_not_begin_where_others_end_are_refused(engine, model, rng) -> None:
-    vision = model.vision
-    width = vision.channels * vision.temporal_patch_size * vision.patch_size**2
-    tables = pack_grids([(2, 2), (2, 2)], vision)
-    patches = rng.standard_normal((8, width), np.float32)
-    engine.encode(VisionInputs(patches, *tables))
+    patches = rng.standard_normal((8, model.vision.patch_width), np.float32)
+    inputs = pack(patches, [(2, 2), (2, 2)], model.vision)
+    engine.encode(inputs)
     for starts in ([0, 5, 4, 8], [0, 4], [1, 4, 8], [0]):
         with pytest.raises(EngineError, match=r"image_start = .* \(allowed: rising from 0 to the 8 patches\)"):
-            engine.encode(VisionInputs(patches, *tables[:-1], np.array(starts, np.int32)))
+            engine.encode(VisionInputs(inputs.rows, np.array(starts, np.int32)))
 
 
 def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: Path, model) -> None:
@@ -315,7 +311,7 @@ def test_graph_of_another_model_than_the_manifest_says_is_refused(tiny_bundle: P
 
 
 def test_vision_inputs_of_another_model_are_refused_in_one_line(engine, model) -> None:
-    inputs = VisionInputs(np.zeros((4, 7), np.float32), *pack_grids([(2, 2)], model.vision))
+    inputs = pack(np.zeros((4, 7), np.float32), [(2, 2)], model.vision)
     with pytest.raises(EngineError, match="the vision graph failed: ") as raised:
         engine.encode(inputs)
     assert "\n" not in str(raised.value)
@@ -370,7 +366,7 @@ def test_weights_that_are_cut_short_under_a_running_engine_are_an_error(
         engine.forward(step)
     os.truncate(copy / "engines/ort-cpu/vision.onnx.data", 0)
     patches = np.zeros((4, model.vision.channels * model.vision.temporal_patch_size * model.vision.patch_size**2))
-    inputs = VisionInputs(patches.astype(np.float32), *pack_grids([(2, 2)], model.vision))
+    inputs = pack(patches.astype(np.float32), [(2, 2)], model.vision)
     with pytest.raises(EngineError, match=r"vision\.onnx\.data was cut short"):
         engine.encode(inputs)
 

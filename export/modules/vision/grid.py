@@ -1,17 +1,18 @@
-"""The packed vision transformer: any number of images of any sizes as one sequence of patches."""
+"""The towers of Qwen3-VL and GLM-4V."""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moevlm.export.config import MLPConfig, VisionConfig
+from moevlm.export.config import GridVisionConfig, MLPConfig
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, RMSNorm
+from moevlm.export.modules.vision.base import register
 
 LAYER_NORM_EPSILON = 1e-6  # of Qwen's mergers; GLM's merger keeps torch's default
 
 
-def _norm(config: VisionConfig) -> nn.Module:
+def _norm(config: GridVisionConfig) -> nn.Module:
     kind = {"layer": nn.LayerNorm, "rms": RMSNorm}[config.norm]
     return kind(config.hidden, config.epsilon)
 
@@ -19,7 +20,7 @@ def _norm(config: VisionConfig) -> nn.Module:
 class VisionAttention(nn.Module):
     """Attention inside each image; q, k and v are packed in one projection."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: GridVisionConfig) -> None:
         super().__init__()
         self.heads = config.heads
         self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
@@ -33,7 +34,7 @@ class VisionAttention(nn.Module):
 class VisionBlock(nn.Module):
     """Pre-norm attention and feed-forward."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: GridVisionConfig) -> None:
         super().__init__()
         self.attention_norm = _norm(config)
         self.attention = VisionAttention(config)
@@ -48,7 +49,7 @@ class VisionBlock(nn.Module):
 class MLPMerger(nn.Module):
     """merge**2 patches to one token: norm (before or after they are joined), then fc2(gelu(fc1)) (Qwen3-VL)."""
 
-    def __init__(self, config: VisionConfig, norm_joined: bool) -> None:
+    def __init__(self, config: GridVisionConfig, norm_joined: bool) -> None:
         super().__init__()
         self.width = config.hidden * config.merge_size**2
         self.norm_joined = norm_joined
@@ -63,7 +64,7 @@ class MLPMerger(nn.Module):
 class GatedMerger(nn.Module):
     """A strided convolution as one projection, then proj, layer norm, gelu and a gated feed-forward (GLM-4V)."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: GridVisionConfig) -> None:
         super().__init__()
         out = config.merger.out
         self.width = config.hidden * config.merge_size**2
@@ -77,13 +78,14 @@ class GatedMerger(nn.Module):
         return self.mlp(F.gelu(self.norm(x)))
 
 
-class Vision(nn.Module):
+@register(GridVisionConfig)
+class GridVision(nn.Module):
     """Patches to visual tokens."""
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: GridVisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Linear(config.patch_dim, config.hidden)
+        self.patch_embedding = nn.Linear(config.metadata().patch_width, config.hidden)
         self.position_embedding = nn.Parameter(torch.empty(config.position_grid**2, config.hidden))
         self.first_norm = RMSNorm(config.hidden, config.epsilon) if config.outer_norms else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
@@ -100,7 +102,7 @@ class Vision(nn.Module):
         rope_sin: Tensor,
         image_start: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Embeds [V, H] and deepstack [L, V, H] or None; inputs as `runtime.engine.protocol.VisionInputs`."""
+        """Embeds [V, H] and deepstack [L, V, H] or None; inputs as `GridTower` says."""
         x = self.first_norm(self.patch_embedding(pixel_patches))
         x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
         levels = []

@@ -1,0 +1,30 @@
+"""The module of a vision tower, found by the class of its config."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from moevlm.export.config import VisionConfig
+
+# A tower keeps its config as `config`. Its forward takes the inputs that its metadata names, and image_start. It
+# returns embeds [V, H], and deepstack [L, V, H] or None. Its modules patch_embedding and blocks see every patch, the
+# others a visual token; position_embedding is its learned table of positions.
+Maker = Callable[[Any], nn.Module]
+
+_MAKERS: dict[type[VisionConfig], Maker] = {}
+
+
+def register(config: type[VisionConfig]) -> Callable[[Maker], Maker]:
+    """Class decorator: the module of towers that this config describes."""
+
+    def add(maker: Maker) -> Maker:
+        _MAKERS[config] = maker
+        return maker
+
+    return add
+
+
+def vision_tower(config: VisionConfig) -> nn.Module:
+    """The module of a tower."""
+    return _MAKERS[type(config)](config)

@@ -1,0 +1,126 @@
+"""What it takes to turn an image into the inputs of a model's vision graph: one class for each kind of tower."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import msgspec
+
+Grid = tuple[int, int]  # rows and columns of patches
+Ranges = dict[str, tuple[float, float]]
+
+_PATCH_VALUES = 1 << 22  # numbers of one patch
+_TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
+_SHARED: Ranges = {
+    "patch_size": (1, 1 << 10),
+    "merge_size": (1, 1 << 6),
+    "channels": (1, 1 << 4),
+    "head_dim": (2, 1 << 16),
+    "rope_theta": (1e-3, 1e30),
+    "deepstack": (0, 1 << 10),
+}
+
+
+class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
+    """What all towers have: patches in, merge_size x merge_size of them, which lie side by side, to a visual token.
+
+    Patches come block by block, image after image. head_dim, rope_theta: of a rotary embedding on two axes.
+    deepstack: feature levels beside the last one.
+    """
+
+    patch_size: int
+    merge_size: int
+    channels: int
+    head_dim: int
+    rope_theta: float
+    deepstack: int = 0
+
+    LIMITS: ClassVar[Ranges]  # of the fields that are numbers
+
+    @property
+    def patch_width(self) -> int:
+        """Numbers of a patch."""
+        return self.channels * self.patch_size**2
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches, one after the other, that become one visual token."""
+        return self.merge_size**2
+
+    def tokens(self, grid: Grid) -> int:
+        """Visual tokens of an image."""
+        return grid[0] * grid[1] // self.patches_per_token
+
+    @property
+    @abstractmethod
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        """The graph's inputs with a row for each patch: how wide it is, and its dtype.
+
+        pixel_patches is one of them. Beside them the graph has image_start alone.
+        """
+
+    def refused(self) -> Iterator[tuple[str, Any, str]]:
+        """(field, value, what is allowed) of what no tower has, beyond LIMITS."""
+        if self.patch_width > _PATCH_VALUES:
+            yield "patch_size", self.patch_size, f"patches of up to {_PATCH_VALUES} numbers"
+
+    def _ropes(self) -> dict[str, tuple[int, str]]:
+        pairs = 2 * ((self.head_dim // 2 + 1) // 2)
+        return {"rope_cos": (pairs, "float32"), "rope_sin": (pairs, "float32")}
+
+
+class GridTower(Tower, frozen=True, kw_only=True, tag="grid"):
+    """A learned table of positions, resampled to each image's grid (Qwen3-VL, GLM-4V).
+
+    temporal_patch_size: frames of a patch; a still image is repeated.
+    position_grid: side of the table, [position_grid**2, hidden].
+    position_resampling: bilinear (align_corners, border) or bicubic (half-pixel centres, border).
+    """
+
+    temporal_patch_size: int
+    position_grid: int
+    position_resampling: str
+
+    LIMITS: ClassVar[Ranges] = _SHARED | {
+        "temporal_patch_size": (1, 1 << 6),
+        "position_grid": (1, 1 << 14),
+    }
+
+    @property
+    def patch_width(self) -> int:
+        return self.channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        taps = _TAPS[self.position_resampling]
+        return {
+            "pixel_patches": (self.patch_width, "float32"),
+            "position_index": (taps, "int64"),
+            "position_weight": (taps, "float32"),
+            **self._ropes(),
+        }
+
+    def refused(self) -> Iterator[tuple[str, Any, str]]:
+        if self.position_resampling not in _TAPS:
+            yield "position_resampling", self.position_resampling, ", ".join(sorted(_TAPS))
+        yield from super().refused()
+
+
+class PooledTower(Tower, frozen=True, kw_only=True, tag="pooled"):
+    """A learned table of positions for each axis, and a mean over each block of patches at the end (Gemma 4).
+
+    position_table: rows of each table; an image has at most as many patches a side.
+    """
+
+    position_table: int
+
+    LIMITS: ClassVar[Ranges] = _SHARED | {"position_table": (1, 1 << 20)}
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        return {"pixel_patches": (self.patch_width, "float32"), "position_index": (2, "int64"), **self._ropes()}
+
+
+VisionMetadata = GridTower | PooledTower

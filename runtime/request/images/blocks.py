@@ -1,0 +1,30 @@
+"""Where the patches of images stand, in the order in which all towers take them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moevlm.runtime.core.towers import Grid, Tower
+from moevlm.runtime.request.positions import inverse_frequencies
+
+
+def block_order(grids: Sequence[Grid], merge: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, column) of each patch, [P] int64: the merge x merge blocks row by row, the patches of a block likewise."""
+    places: list[np.ndarray] = [np.zeros((2, 0), np.int64)]
+    for h, w in grids:
+        blocks = np.indices((h, w)).reshape(2, h // merge, merge, w // merge, merge)
+        places.append(blocks.transpose(0, 1, 3, 2, 4).reshape(2, h * w))
+    rows, columns = np.concatenate(places, axis=1)
+    return rows, columns
+
+
+def axial_rope(first: np.ndarray, second: np.ndarray, vision: Tower) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine and sine of patches at places (first, second), [P] each.
+
+    Returns two [P, head_dim / 2] float32, the frequencies of the first axis before those of the second.
+    """
+    side = max(first.max(initial=-1), second.max(initial=-1)) + 1
+    angle = np.arange(side, dtype=np.float32)[:, None] * inverse_frequencies(vision.head_dim // 2, vision.rope_theta)
+    exact = angle.astype(np.float64)  # The angle is float32 as in PyTorch; its cosine may as well be rounded correctly.
+    cos, sin = np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)
+    return np.concatenate([cos[first], cos[second]], axis=1), np.concatenate([sin[first], sin[second]], axis=1)

@@ -1,0 +1,75 @@
+"""Fields of a preprocessor: which are known, and what bytes of pixels become."""
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from moevlm.runtime.core.errors import BundleError, one_line, quoted
+
+_MOST = 1e6  # that means and scales may be, and what deviations may divide by: results are far inside of float32
+KNOWN = {
+    *("image_processor_type", "resample", "rescale_factor", "image_mean", "image_std"),
+    *("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"),
+}
+# Either for other kinds of input, or about the file itself.
+WITHOUT_EFFECT = {
+    *("processor_class", "feature_extractor_type", "auto_map", "transformers_version", "default_to_square"),
+    *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length"),
+}
+
+
+def check_fields(fields: Mapping[str, Any], known: set[str]) -> None:
+    """Refuse what no processor does, and a field that is neither shared by all nor one of `known`.
+
+    Absent fields have the reference's defaults.
+    """
+    for name, value in fields.items():
+        if name not in KNOWN | WITHOUT_EFFECT | known and value is not False:
+            refuse(name, value, "absent")
+    for name in ("do_resize", "do_convert_rgb"):
+        if fields.get(name, True) is not True:
+            refuse(name, fields[name], "true")
+    for name in ("do_rescale", "do_normalize"):
+        if not isinstance(fields.get(name, True), bool):
+            refuse(name, fields[name], "true, false")
+    if fields.get("resample", 3) not in list(Image.Resampling):
+        refuse("resample", fields["resample"], ", ".join(str(int(one)) for one in sorted(Image.Resampling)))
+
+
+def pixel_values(
+    fields: Mapping[str, Any], normalize: bool, means: tuple[float, ...], deviations: tuple[float, ...]
+) -> np.ndarray:
+    """What each byte becomes: [3, 256] float32. The scale is applied in double precision, the rest in single.
+
+    normalize, means, deviations: where the fields do not say.
+    """
+    value = np.arange(256, dtype=np.float64)
+    if fields.get("do_rescale", True):
+        value = value * _numbers(fields, "rescale_factor", 1 / 255)[0]
+    table = np.repeat(value.astype(np.float32)[None], 3, axis=0)
+    if fields.get("do_normalize", normalize):
+        mean, std = _numbers(fields, "image_mean", means), _numbers(fields, "image_std", deviations)
+        if not (np.abs(std) > 1 / _MOST).all():
+            refuse("image_std", fields["image_std"], f"numbers of more than {1 / _MOST:g}")
+        table = (table - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
+    return table
+
+
+def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float, ...]) -> np.ndarray:
+    """A number, or one per channel, as [3] float64."""
+    value = fields.get(name, default)
+    try:
+        numbers = np.broadcast_to(np.asarray(value, np.float64), 3)
+    except (TypeError, ValueError):
+        numbers = np.full(3, np.nan)
+    if not (np.abs(numbers) < _MOST).all():  # null makes NaN, which is not less either
+        refuse(name, value, f"a number or three, below {_MOST:g}")
+    return numbers
+
+
+def refuse(field: str, value: Any, supported: str) -> NoReturn:
+    raise BundleError(
+        f"unsupported value in preprocessor.json: {one_line(field, 60)} = {quoted(value)} (supported: {supported})"
+    )

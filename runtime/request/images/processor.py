@@ -1,0 +1,156 @@
+"""What every image processor does: images opened safely, resized to whole blocks of patches, packed for one call."""
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import BundleError, RequestError, require_positive
+from moevlm.runtime.core.towers import Grid, Tower, VisionMetadata
+from moevlm.runtime.request.image_file import open_encoded
+from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
+from moevlm.runtime.request.image_pixels import upright_rgb
+from moevlm.runtime.request.image_source import ImageSource, read_source
+from moevlm.runtime.request.images.fields import KNOWN, check_fields, refuse
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack
+
+# Bytes that an encoded image may have: no allowed one needs more, but for its metadata.
+_BYTES_PER_PIXEL = 8
+_FILE_BYTES = 1 << 26
+
+
+class ImageProcessor(ABC):
+    """Opens images and packs them for one vision call; made by `registry.image_processor`.
+
+    TOWER: whose images it prepares. KNOWN: fields of its own. SIZES: fields that say what the manifest says, too: their
+    defaults, and what they are called there.
+
+    Memory for one image: its file twice, and at most 12 bytes for each pixel of it, or of its resized copy where that
+    is larger; 20 for WebP and progressive JPEG, whose decoders keep more.
+    """
+
+    TOWER: ClassVar[type[Tower]]
+    KNOWN: ClassVar[set[str]]
+    SIZES: ClassVar[Mapping[str, tuple[int, str]]]
+
+    def __init__(
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: VisionMetadata,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
+    ) -> None:
+        """See `registry.image_processor`."""
+        # A null is as good as absent, but not where the reference takes it for false or fails on it.
+        strict = KNOWN | self.SIZES.keys()
+        self._fields = {n: v for n, v in preprocessor.items() if v is not None or n in strict}
+        check_fields(self._fields, {*self.KNOWN, *self.SIZES})
+        for name, (default, called) in self.SIZES.items():
+            if (value := self._fields.get(name, default)) != getattr(vision, called):
+                refuse(name, value, f"{getattr(vision, called)}, as in manifest.json")
+        if vision.channels != 3:
+            raise BundleError(f"unsupported value in manifest.json: vision.channels = {vision.channels} (supported: 3)")
+        self._vision = vision
+        self._max_pixels = max_pixels
+        self._max_tokens = max_tokens
+        self._resample = Image.Resampling(self._fields.get("resample", Image.Resampling.BICUBIC))
+
+    def open(self, image: ImageSource) -> Image.Image:
+        """Decode an image and turn it upright (EXIF); transparency is laid on white. The result is plain RGB.
+
+        Of several frames the first counts. Values of more than 8 bits are scaled, see `upright_rgb`.
+        Raises RequestError if it is missing, is not an image of the supported formats, is damaged or too large, or
+        would take far longer to decode than an image of its size should.
+        """
+        opened, name, orientation = self._header(image)
+        return upright_rgb(opened, orientation or _orientation(opened), name, used_up=opened is not image)
+
+    def repeatable(self, image: ImageSource) -> ImageSource:
+        """The image as a source that can be read again: of a stream its bytes. RequestError as `open`."""
+        if isinstance(image, os.PathLike) or not hasattr(image, "read"):
+            return image
+        return read_source(image, self._most_bytes)[0]
+
+    def tokens(self, image: ImageSource, limits: ImageLimits = NO_LIMITS) -> int:
+        """How many tokens an image takes, by its header alone: nothing is decoded. RequestError as `open` and `fit`."""
+        opened, _, _ = self._header(image)
+        height, width = self._resized(opened.height, opened.width, limits)  # upright or not: the area is the same
+        return height * width // self._block**2
+
+    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> Image.Image:
+        """Resize an image from `open` to whole blocks of patches.
+
+        RequestError if it is too elongated, or cannot be made as small as `limits` say.
+        """
+        height, width = self._resized(image.height, image.width, limits)
+        return image.resize((width, height), self._resample)
+
+    def grid(self, image: Image.Image) -> Grid:
+        """Rows and columns of patches that an image from `fit` is cut into."""
+        return image.height // self._vision.patch_size, image.width // self._vision.patch_size
+
+    def pack(self, images: Sequence[Image.Image]) -> tuple[VisionInputs, list[Grid]]:
+        """Inputs of one vision call for images from `fit`, and the (h, w) grid of each."""
+        grids = [self.grid(image) for image in images]
+        size, merge = self._vision.patch_size, self._vision.merge_size
+        patches = np.empty((sum(h * w for h, w in grids), self._vision.patch_width), np.float32)
+        begin = 0
+        for image, (h, w) in zip(images, grids, strict=True):
+            blocks = np.asarray(image).reshape(h // merge, merge, size, w // merge, merge, size, 3)
+            blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, h * w, size, size)
+            self._write(blocks, patches[begin : begin + h * w])
+            begin += h * w
+        return pack(patches, grids, self._vision), grids
+
+    @property
+    @abstractmethod
+    def max_patches(self) -> int:
+        """The most patches that an image has, unless a request says otherwise."""
+
+    @abstractmethod
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
+        """The size that an image is resized to, of whole blocks. RequestError as `fit`."""
+
+    @abstractmethod
+    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
+        """Write the values of pixels [3, P, size, size] uint8 into patches [P, patch_width] float32."""
+
+    @property
+    def _block(self) -> int:
+        """Side of what becomes one token, in pixels."""
+        return self._vision.patch_size * self._vision.merge_size
+
+    @property
+    def _most_bytes(self) -> int:
+        """The most bytes of an encoded image."""
+        return max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels)
+
+    def _most_tokens(self, limits: ImageLimits) -> int | None:
+        given = [n for n in (self._max_tokens, limits.max_tokens) if n is not None]
+        for most in given:
+            require_positive("max_image_tokens", most)
+        return min(given, default=None)
+
+    def _header(self, source: ImageSource) -> tuple[Image.Image, str, int | None]:
+        """An image of allowed size, no pixel decoded yet, what to call it in messages, and, of a file, how it lies."""
+        found, name = read_source(source, self._most_bytes)
+        image, orientation = (found, None) if isinstance(found, Image.Image) else open_encoded(found, name)
+        if not image.width or not image.height:
+            raise RequestError(f"{name} has no pixels")
+        if image.width * image.height > self._max_pixels:
+            raise RequestError(
+                f"{name} is {image.width} x {image.height} pixels; at most {self._max_pixels} pixels are allowed"
+            )
+        return image, name, orientation
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation; 1 where there is none or the metadata is damaged: the pixels are still good."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1

@@ -1,0 +1,36 @@
+"""Which image processor a preprocessor asks for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.towers import VisionMetadata
+from moevlm.runtime.request.images.fields import refuse
+from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
+
+# By image_processor_type, without the suffix of the implementation.
+_PROCESSORS: dict[str, type[ImageProcessor]] = {
+    "Glm4vImageProcessor": Glm4vImages,
+    "Qwen2VLImageProcessor": Qwen2VLImages,
+}
+
+
+def image_processor(
+    preprocessor: Mapping[str, Any],
+    vision: VisionMetadata,
+    max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+    max_tokens: int | None = None,
+) -> ImageProcessor:
+    """The processor of a tower's images.
+
+    preprocessor: the bundle's preprocessor.json. max_pixels: the largest image, as its header states it, that is
+    decoded. max_tokens: the most that an image takes; larger ones are made smaller, as `ImageLimits` say.
+    Raises BundleError naming the field that cannot be reproduced or that contradicts the manifest.
+    """
+    name = preprocessor.get("image_processor_type")
+    known = {kind: processor for kind, processor in _PROCESSORS.items() if isinstance(vision, processor.TOWER)}
+    kind = str(name).removesuffix("Fast").removesuffix("Pil")
+    if kind not in known:
+        refuse("image_processor_type", name, ", ".join(known))
+    return known[kind](preprocessor, vision, max_pixels, max_tokens)
