@@ -100,8 +100,8 @@ def attention_inputs(
     }
 
 
-def visible_ends(sequences: Sequence[tuple[int, int]], random: np.random.RandomState) -> np.ndarray:
-    """[T] int32: text and images of 2 to 6 tokens in turn, of random length; a first image may begin before the step.
+def visible_ends(sequences: Sequence[tuple[int, int]], random: np.random.RandomState, longest: int = 6) -> np.ndarray:
+    """[T] int32: text and images of 2 to `longest` tokens in turn.
 
     Some ends lie below the token's own or beyond the step, which counts as the nearest that is possible.
     """
@@ -110,11 +110,11 @@ def visible_ends(sequences: Sequence[tuple[int, int]], random: np.random.RandomS
         own, is_image = np.arange(context, context + length) + 1, random.rand() < 0.5
         at = 0
         while at < length:
-            stop = min(at + random.randint(2, 7), length)
+            stop = min(at + random.randint(2, longest + 1), length)
             if is_image:
                 own[at:stop] = context + stop + (3 if stop == length and random.rand() < 0.3 else 0)
             elif random.rand() < 0.3:
                 own[at:stop] = random.randint(-1, context + 1)
             at, is_image = stop, not is_image
         ends.append(own)
-    return np.concatenate(ends).astype(np.int32)
+    return np.concatenate([np.zeros(0, int), *ends]).astype(np.int32)

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from moevlm.plugins.ops.attention import attention
 from moevlm.plugins.ops.spec import AttentionSpec
 from moevlm.runtime.backends import libraries as native
+from tests.support.attention_variants import visible_ends
 
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
 INPUTS = {  # in the operator's order; the types of the caches are a case's
@@ -27,15 +28,19 @@ INPUTS = {  # in the operator's order; the types of the caches are a case's
     "q_norm": (TensorProto.FLOAT, 1),
     "k_norm": (TensorProto.FLOAT, 1),
     "sinks": (TensorProto.FLOAT, 1),
+    "visible_end": (TensorProto.INT32, 1),
 }
-OPTIONAL = ("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks")
+OPTIONAL = ("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end")
 STRIP = 16  # tokens whose keys lie transposed
 Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Case:
-    """sequences: (tokens in the cache, new tokens) of each. shared: pages that the first two have in common."""
+    """sequences: (tokens in the cache, new tokens) of each. shared: pages that the first two have in common.
+
+    images: there are images, of up to `longest` tokens, all of which see each other.
+    """
 
     sequences: tuple[tuple[int, int], ...] = ((10, 1),)
     heads: int = 4
@@ -50,10 +55,12 @@ class Case:
     value_in_key: bool = False
     norm: bool = False
     sinks: bool = False
+    images: bool = False
     epsilon: float = 1e-6
     dtype: str = "float32"
     page: int = 64
     shared: int = 0
+    longest: int = 60
     threads: int = 2
 
     def __str__(self) -> str:
@@ -79,6 +86,7 @@ class Case:
         absent |= {"cos", "sin"} if not self.rotary_dim else set()
         absent |= {"q_norm", "k_norm"} if not self.norm else set()
         absent |= {"sinks"} if not self.sinks else set()
+        absent |= {"visible_end"} if not self.images else set()
         names = ["" if name in absent else name for name in INPUTS]
         return names[: max(i for i, name in enumerate(names) if name) + 1]
 
@@ -210,6 +218,7 @@ def make_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
         "q_norm": normal(case.key_dim),
         "k_norm": normal(case.key_dim),
         "sinks": normal(case.heads) * 3,
+        "visible_end": visible_ends(case.sequences, np.random.RandomState(rng.integers(2**31)), longest=case.longest),
     }
     return {name: inputs[name] for name in case.given if name}
 
@@ -252,8 +261,9 @@ def check(case: Case, inputs: dict[str, Array], outputs: dict[str, Array], toler
     indices = [inputs[name] for name in ("query_start", "context_len", "page_table")]
     tables = [inputs.get(name) for name in ("cos", "sin")]
     optional = [inputs.get(name) for name in ("q_norm", "k_norm", "sinks")]
+    visible_end = inputs.get("visible_end")
     rows = [None if x is None else x.astype(np.float64) for x in split(case, inputs)]
     spec = AttentionSpec(**case.attributes)
-    y, *_ = attention(*rows, *tables, *caches, *indices, *optional, spec, stored)
+    y, *_ = attention(*rows, *tables, *caches, *indices, *optional, spec, stored, visible_end)
     assert np.isfinite(outputs["y"]).all()
     assert np.abs(outputs["y"] - y).max() <= tolerance * np.abs(y).max()

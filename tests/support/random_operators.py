@@ -97,6 +97,7 @@ def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
         value_in_key=value_in_key,
         norm=draw(st.booleans()),
         sinks=draw(st.booleans()),
+        images=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float32", "int8"])),
         page=draw(st.sampled_from([16, 64, 80])),
     )

@@ -34,13 +34,13 @@ const Kernels& kernels_for(const Call& call) {
 // As many tokens of a sequence as a task takes. There are `lanes` rows of tasks for them: one for each key/value head
 // and share of its group.
 struct Chunk {
-  int64_t sequence, token, tokens, position;
+  int64_t sequence, token, tokens, position, stop;
   int64_t begin, end;  // blocks that its tokens see
   int64_t parts;       // tasks that the blocks of a lane are cut into
   int64_t lane;        // number of its first lane among all that are cut, where parts > 1
   float* partials;
 
-  int64_t entries() const { return position + tokens - begin * kBlock; }
+  int64_t entries() const { return stop - begin * kBlock; }
   int64_t work() const { return tokens * entries(); }
 };
 
@@ -84,6 +84,7 @@ class Split {
     task.token = chunk.token;
     task.tokens = chunk.tokens;
     task.position = chunk.position;
+    task.stop = chunk.stop;
     task.begin = part.begin;
     task.end = part.end;
     task.append = !appends_first(chunk.sequence);
@@ -107,6 +108,15 @@ class Split {
   int64_t most_tokens() const { return tile_rows(std::max(call_.key_dim, call_.value_dim)) / heads_; }
   bool appends_first(int64_t sequence) const { return shares_ > 1 || call_.length(sequence) > most_tokens(); }
 
+  // Of all its tokens.
+  int64_t end_seen(const Chunk& chunk) const {
+    int64_t end = chunk.position + chunk.tokens;
+    for (int64_t t = 0; call_.visible_end && t < chunk.tokens; ++t) {
+      end = std::max(end, call_.end_seen(chunk.token + t, chunk.position + t, call_.entries(chunk.sequence)));
+    }
+    return end;
+  }
+
   void cut_tokens() {
     for (int64_t n = 0; n < call_.sequences; ++n) {
       const int64_t first = call_.query_start[n], length = call_.length(n), context = call_.context_len[n];
@@ -116,8 +126,9 @@ class Split {
         chunk.token = first + t;
         chunk.tokens = std::min(most_tokens(), length - t);
         chunk.position = context + t;
+        chunk.stop = end_seen(chunk);
         chunk.begin = call_.first_seen(chunk.position) / kBlock;
-        chunk.end = ceil_div(chunk.position + chunk.tokens, kBlock);
+        chunk.end = ceil_div(chunk.stop, kBlock);
         chunk.parts = 1;
         chunks_.push_back(chunk);
       }

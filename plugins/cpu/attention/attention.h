@@ -31,6 +31,7 @@ struct Call {
   const int32_t* query_start;  // [sequences + 1]
   const int32_t* context_len;  // [sequences]: entries that were there before this call
   const int32_t* page_table;   // [sequences, table_width]
+  const int32_t* visible_end;  // [tokens]: the entry where what a token sees ends; null: each sees up to itself
   void* key;    // [pages, kv_heads, page, key_dim] float, or [..., key_dim + 4] int8
   void* value;  // the same with value_dim; null if value_in_key
   float* y;     // [tokens, heads * value_dim]
@@ -43,8 +44,14 @@ struct Call {
   int64_t group() const { return heads / kv_heads; }
   int64_t width() const { return (heads + kv_heads) * key_dim + (value_in_key ? 0 : kv_heads * value_dim); }
   int64_t length(int64_t sequence) const { return query_start[sequence + 1] - query_start[sequence]; }
+  int64_t entries(int64_t sequence) const { return context_len[sequence] + length(sequence); }
   // The first entry that a row at `position` sees.
   int64_t first_seen(int64_t position) const { return window && position >= window ? position - window + 1 : 0; }
+  // The entry behind the last that a row of `token`, which is at `position`, sees of a sequence of so many.
+  int64_t end_seen(int64_t token, int64_t position, int64_t entries) const {
+    const int64_t wanted = visible_end ? visible_end[token] : 0, most = wanted < entries ? wanted : entries;
+    return most > position ? most : position + 1;
+  }
 };
 
 // Some consecutive tokens of a sequence, with some heads of a group, against some blocks of the sequence.
@@ -53,6 +60,7 @@ struct Task {
   int64_t head, heads;
   int64_t token, tokens;
   int64_t position;    // entry of the first token
+  int64_t stop;        // the entry behind the last that a token sees
   int64_t begin, end;  // blocks
   bool append;         // first write those of the blocks' entries that are new
   float* partials;     // where each block's result goes, one Partial after the other; null: join them, and write y

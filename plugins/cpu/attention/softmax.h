@@ -65,10 +65,11 @@ struct Result {
 
   // Joins a block's partial result to those of the blocks before it; with a row's last, y is done.
   __attribute__((noinline)) void add(int64_t block, const float* partial) {
-    const int64_t rows = task.rows(), size = call.value_dim;
+    const int64_t rows = task.rows(), size = call.value_dim, entries = call.entries(task.sequence);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = r / task.heads, head = task.head + r % task.heads, position = task.position + token;
-      const int64_t first = call.first_seen(position) / kBlock, last = position / kBlock;
+      const int64_t end_seen = call.end_seen(task.token + token, position, entries);
+      const int64_t first = call.first_seen(position) / kBlock, last = (end_seen - 1) / kBlock;
       if (block < first || block > last) continue;
       const float* const sums = partial + r * size;
       float* const y = call.y + ((task.token + token) * call.heads + head) * size;

@@ -80,14 +80,16 @@ class Tile {
   // What each row sees of the block; returns what any does.
   Range look(int64_t block, float* sums) {
     const Range whole = {block * kBlock, block * kBlock + kBlock};
+    const int64_t entries = call_.entries(task_.sequence);
     Range any_of_all = {kBlock, 0};
     tiles_ = 0;
     for (int64_t first = 0; first < task_.rows(); first += height_) {
       const int64_t m = rows_from(first);
       Range any = {kBlock, 0}, all = {0, kBlock};
       for (int64_t r = first; r < first + m; ++r) {
-        const int64_t position = task_.position + r / task_.heads;
-        Range seen = Range{call_.first_seen(position), position + 1}.within(whole);
+        const int64_t token = r / task_.heads, position = task_.position + token;
+        const int64_t end = call_.end_seen(task_.token + token, position, entries);
+        Range seen = Range{call_.first_seen(position), end}.within(whole);
         seen = seen.empty() ? Range{0, 0} : Range{seen.begin - whole.begin, seen.end - whole.begin};
         seen_[r] = seen;
         all = all.within(seen);
@@ -111,8 +113,8 @@ class Tile {
     T** end = keys_.strips(begin, count, reading_);
     if (!call_.value_in_key) end = values_.strips(begin, count, end);
     if (block + 1 < task_.end) {
-      const int64_t entries = task_.position + task_.tokens - (block + 1) * kBlock;
-      end = keys_.strips((block + 1) * kBlock, strips_of({0, smaller(entries, kBlock)}).end, end);
+      const int64_t entries = smaller(task_.stop - (block + 1) * kBlock, kBlock);
+      end = keys_.strips((block + 1) * kBlock, strips_of({0, entries}).end, end);
     }
     readings_ = end - reading_;
     const int64_t bytes = kStrip * keys_.width() * static_cast<int64_t>(sizeof(T));

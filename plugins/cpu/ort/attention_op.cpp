@@ -11,7 +11,8 @@ namespace moevlm {
 namespace {
 
 enum Input {
-  kQkv, kCos, kSin, kKeyCache, kValueCache, kQueryStart, kContextLen, kPageTable, kQNorm, kKNorm, kSinks, kInputs
+  kQkv, kCos, kSin, kKeyCache, kValueCache, kQueryStart, kContextLen, kPageTable, kQNorm, kKNorm, kSinks, kVisibleEnd,
+  kInputs
 };
 
 // A cache as it was, where the caller keeps it apart from the new one.
@@ -37,7 +38,8 @@ struct AttentionOp {
                                     {"page_table", ort::kInt32},
                                     {"q_norm", ort::kFloat, ort::kOptional},
                                     {"k_norm", ort::kFloat, ort::kOptional},
-                                    {"sinks", ort::kFloat, ort::kOptional}};
+                                    {"sinks", ort::kFloat, ort::kOptional},
+                                    {"visible_end", ort::kInt32, ort::kOptional}};
   static constexpr Port outputs[] = {
       {"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache, ort::kOptional}};
   static constexpr bool quantized = Cache == ort::kInt8;
@@ -102,6 +104,7 @@ struct AttentionOp {
     require(kQNorm, {call.key_dim}, "[key_dim]");
     require(kKNorm, {call.key_dim}, "[key_dim]");
     require(kSinks, {heads}, "[heads]");
+    require(kVisibleEnd, {call.tokens}, "[T]");
     if (!in[kQNorm].data != !in[kKNorm].data) {
       invalid(in[kQNorm].data ? "k_norm" : "q_norm", " is missing (allowed: both norms, or none)");
     }
@@ -111,6 +114,7 @@ struct AttentionOp {
     call.q_norm = in[kQNorm].as<float>();
     call.k_norm = in[kKNorm].as<float>();
     call.sinks = in[kSinks].as<float>();
+    call.visible_end = in[kVisibleEnd].as<int32_t>();
     read_sequences(in, call);
     return call;
   }

@@ -47,6 +47,11 @@ CASES = [
     Case(((300, 1), (10, 50)), softcap=30.0, window=100, norm=True, sinks=True),
     Case(((600, 1), (10, 50)), sinks=True, heads=6, scale=0.01),
     Case(((300, 30), (77, 1), (0, 1)), norm=True, epsilon=0.1, rotary_dim=16, rotary_start=6),
+    Case(((0, 40), (300, 1), (7, 0), (200, 90), (63, 2)), images=True),
+    Case(((10, 400), (250, 70), (700, 17)), images=True, window=50, longest=300, heads=3, kv_heads=3, norm=True),
+    Case(((0, 300), (100, 3)), images=True, longest=300, heads=40, kv_heads=2, softcap=30.0, sinks=True),
+    Case(((200, 150), (30, 1)), images=True, longest=140, window=100, heads=4, key_dim=256, value_dim=256, scale=0.05),
+    replace(MLA, sequences=((300, 1), (10, 200), (0, 1)), images=True),
     replace(MLA, sequences=((300, 1), (10, 200), (0, 1))),
     replace(MLA, sequences=((300, 1), (10, 20)), key_dim=576, value_dim=512, heads=16, rotary_start=512, rotary_dim=64),
     replace(MLA, sequences=((300, 1), (10, 20)), key_dim=26, value_dim=26, heads=40, rotary_start=10, rotary_dim=16),
@@ -112,6 +117,7 @@ def cases(draw: st.DrawFn) -> Case:
         value_in_key=value_in_key,
         norm=draw(st.booleans()),
         sinks=draw(st.booleans()),
+        images=draw(st.sampled_from([False, False, True])),
         dtype=draw(st.sampled_from(list(ONNX_TYPES))),
         page=draw(st.sampled_from([64, 64, 16, 48])),
     )
@@ -141,7 +147,7 @@ def in_steps(case: Case, rng: np.random.Generator, whole: dict[str, np.ndarray],
         step = make_inputs(step_case, rng)
         mine = len(before)
         first, last = step["query_start"][mine : mine + 2]
-        for name in {"qkv", "cos", "sin"} & whole.keys():
+        for name in {"qkv", "cos", "sin", "visible_end"} & whole.keys():
             step[name][first:last] = whole[name][begin:end]
         step |= {name: whole[name] for name in ("q_norm", "k_norm", "sinks") if name in whole}
         used = -(-(past + end) // case.page)
@@ -160,6 +166,13 @@ def in_steps(case: Case, rng: np.random.Generator, whole: dict[str, np.ndarray],
     return {"y": np.concatenate(y)} | rows
 
 
+def _borders(inputs: dict[str, np.ndarray], past: int, new: int) -> list[int]:
+    """How many tokens of a call of one sequence may come first, for none of them sees what follows."""
+    own = past + 1 + np.arange(new)
+    end = np.clip(inputs.get("visible_end", own), own, past + new)
+    return [cut for cut in range(1, new) if end[:cut].max() <= past + cut]
+
+
 @settings(max_examples=25, deadline=None)
 @given(cases(), st.sampled_from([0, 3, 200, 250, 500]), st.integers(1, 70), st.integers(0, 2**32))
 def test_a_row_has_the_same_bits_alone_token_by_token_and_in_any_mixture(
@@ -168,10 +181,11 @@ def test_a_row_has_the_same_bits_alone_token_by_token_and_in_any_mixture(
     rng = np.random.default_rng(seed)
     case = replace(case, sequences=((past, new),))
     whole = make_inputs(case, rng)
-    cuts = sorted(set(rng.integers(1, new, 3).tolist())) if new > 1 else []
+    whole_images = _borders(whole, past, new)
+    cuts = [cut for cut in sorted(set(rng.integers(1, new + 1, 3).tolist())) if cut in whole_images]
     expected = in_steps(case, rng, whole, [], True)
     ways = {
-        "token by token": in_steps(case, rng, whole, list(range(1, new)), True),
+        "token by token": in_steps(case, rng, whole, whole_images, True),
         "in chunks": in_steps(case, rng, whole, cuts, True),
         "among others": in_steps(case, rng, whole, [], False),
         "in chunks among others": in_steps(case, rng, whole, cuts, False),
@@ -327,6 +341,7 @@ BAD_INPUTS = {
     "q_norm": [(np.zeros(16, F32), "q_norm has shape [16] (allowed: [32], [key_dim])")],
     "k_norm": [(np.zeros(16, F32), "k_norm has shape [16] (allowed: [32], [key_dim])")],
     "sinks": [(np.zeros(2, F32), "sinks has shape [2] (allowed: [4], [heads])")],
+    "visible_end": [(np.zeros(3, I32), "visible_end has shape [3] (allowed: [2], [T])")],
 }
 
 
@@ -334,7 +349,7 @@ BAD_INPUTS = {
     ("name", "value", "message"), [(name, *bad) for name, cases in BAD_INPUTS.items() for bad in cases]
 )
 def test_bad_input_is_refused_by_name(name: str, value: np.ndarray, message: str, rng: np.random.Generator) -> None:
-    case = Case(((10, 2), (0, 0)), norm=True, sinks=True)
+    case = Case(((10, 2), (0, 0)), norm=True, sinks=True, images=True)
     inputs = make_inputs(case, rng)
     assert inputs["key_cache"].shape == (4, 2, 64, 32)
     with pytest.raises(Exception, match="INVALID_ARGUMENT") as caught:

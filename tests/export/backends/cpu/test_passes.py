@@ -12,13 +12,14 @@ from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.moe_functions import EXPERTS
-from moevlm.export.graph.paged_attention import PAGED_ATTENTION
+from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
+from tests.support.attention_variants import visible_ends
 from tests.support.graphs import gemm, graph, matrix, rounded
 from tests.support.moe_cases import Case, assert_close, ops, session, value
 
@@ -127,7 +128,7 @@ HEADS, KV_HEADS, HEAD_DIM, HIDDEN, PAGE = 4, 2, 16, 32, 16
 SPEC = AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, epsilon=1e-3)
 
 
-def attention(has_norm: bool) -> ir.Model:
+def attention(has_norm: bool, images: bool = False) -> ir.Model:
     """x -> q, k, v -> PagedAttention, as a decoder layer has them."""
     x = value("x", ["T", HIDDEN])
     tables = [value(name, ["T", HEAD_DIM // 2]) for name in ("cos", "sin")]
@@ -142,13 +143,15 @@ def attention(has_norm: bool) -> ir.Model:
     outputs = [value("y", ["T", widths["q"]])]
     outputs += [value(f"{kind}_cache_out", ["pages", KV_HEADS, "page", HEAD_DIM]) for kind in ("key", "value")]
     gains = [ir.Value(name=f"g{name}") for name in "qk"] if has_norm else []
+    ends = [value("visible_end", ["T"], ir.DataType.INT32)] if images else []
     inputs = [*rows.values(), *tables, *held, *places, *gains]
+    inputs += [*[None] * (INPUTS.index("visible_end") - len(inputs)), *ends] if images else []
     nodes.append(ir.node(PAGED_ATTENTION, inputs, attributes(SPEC), domain=DOMAIN, outputs=outputs))
     rng = np.random.default_rng(3)
     # Queries and keys of the size of x, so that float32 has the scores' weights to a millionth.
     weights = {f"w{n}": rng.standard_normal((width, HIDDEN), np.float32) / HIDDEN**0.5 for n, width in widths.items()}
     weights |= {str(gain.name): rng.standard_normal(HEAD_DIM, np.float32) for gain in gains}
-    return graph(nodes, [x, *tables, *held, *places], outputs, **weights)
+    return graph(nodes, [x, *tables, *held, *places, *ends], outputs, **weights)
 
 
 def outputs_of(model: ir.Model, width: int, dtype: type, steps: list[list[tuple[int, int]]]) -> list[np.ndarray]:
@@ -164,7 +167,9 @@ def outputs_of(model: ir.Model, width: int, dtype: type, steps: list[list[tuple[
         given["query_start"] = np.cumsum([0, *lengths]).astype(np.int32)
         given["context_len"] = np.array(contexts, np.int32)
         given["page_table"] = np.array([[5, 2], [7, 1], [3, 4]], np.int32)[: len(sequences)]
-        y, *held = running.run(None, given | caches)
+        given["visible_end"] = visible_ends(sequences, np.random.RandomState(tokens))
+        wanted = {each.name for each in running.get_inputs()}
+        y, *held = running.run(None, {name: array for name, array in (given | caches).items() if name in wanted})
         caches = dict(zip(caches, held, strict=True))
         results.append(y)
     return [*results, *caches.values()]
@@ -173,10 +178,11 @@ def outputs_of(model: ir.Model, width: int, dtype: type, steps: list[list[tuple[
 STEPS = [[(0, 1), (0, 20), (0, 5)], [(1, 1), (20, 1), (5, 1)], [(2, 3), (21, 9), (6, 1)]]
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "apart"])
 @pytest.mark.parametrize("has_norm", [True, False], ids=["norms", "no_norms"])
-def test_attention_is_one_node_on_rows_of_q_k_and_v(has_norm, packed):
-    model, reference = attention(has_norm), attention(has_norm)
+def test_attention_is_one_node_on_rows_of_q_k_and_v(has_norm, packed, images):
+    model, reference = attention(has_norm, images), attention(has_norm, images)
     add_functions(reference)
     run([*([PackProjections()] if packed else []), CpuAttention()], model)
     assert sorted(ops(model)) == (
