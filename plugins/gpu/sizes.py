@@ -6,7 +6,7 @@ from dataclasses import dataclass
 # Of the tensors that a kernel takes.
 TENSOR_DTYPES = ("float32", "float16", "int8", "int32", "float8_e4m3fn", "bfloat16")
 # What is known only when an op runs: T tokens (or patches, or rows), N sequences (or images), M columns of a page
-# table, P pages.
+# table, P pages, or rows of recurrent states.
 SYMBOLS = ("T", "N", "M", "P")
 Sizes = Mapping[str, int]  # the value of each symbol that an op has
 # The plugin takes no more, so that grids and buffers of variants without bounds are in range, too.

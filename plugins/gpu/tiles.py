@@ -7,7 +7,8 @@ e4m3: there, an entry with "activations": "fp8" quantizes activations, too; BK i
 On SM90 and up, a grouped entry with "programs": N has as many programs as stay and read weights in their own dtype by
 tensor maps. "segments": tiles of attention among patches, by bits of an activation and the most columns that a head is
 padded to. "attention": multiprocessors of a GPU, then tiles for "decode", two of which fit a multiprocessor as a rule,
-and for "prefill", one of which does, by bits of a cached value and the most dimensions of a head.
+and for "prefill", one of which does, by bits of a cached value and the most dimensions of a head. "delta": tiles of
+the gated delta rule by bits of an activation and the most dimensions of a head, see `DeltaTiles`.
 """
 
 from __future__ import annotations
@@ -73,6 +74,30 @@ class AttentionTiles:
     prefill: AttentionTile
 
 
+@dataclass(frozen=True)
+class DeltaTile:
+    """BV columns of a head's state to a program."""
+
+    BV: int
+    warps: int
+    stages: int = 1
+
+
+@dataclass(frozen=True)
+class DeltaTiles:
+    """recurrent: for token by token. chunk: tokens of one, 16 or 32. scan: for chunk by chunk.
+
+    few, many: tokens of one convolution's program, in steps of no more tokens than sequences and in others.
+    """
+
+    recurrent: DeltaTile
+    chunk: int
+    chunk_warps: int
+    scan: DeltaTile
+    few: int
+    many: int
+
+
 def tiles(op: ExpertsOp, sm: int) -> tuple[Range, ...]:
     """By rising max_tokens: first 1 token, then up to FEW_TOKENS, then grouped rows.
 
@@ -104,6 +129,15 @@ def attention_tiles(bits: int, head_dim: int, sm: int) -> AttentionTiles:
     by_dim = {name: entry[name][str(bits)] for name in ("decode", "prefill")}
     dim = next((dim for dim in by_dim["decode"] if head_dim <= int(dim)), max(by_dim["decode"], key=int))
     return AttentionTiles(entry["multiprocessors"], *(AttentionTile(*tiles[dim]) for tiles in by_dim.values()))
+
+
+def delta_tiles(bits: int, head_dim: int, sm: int) -> DeltaTiles:
+    """bits: of an activation. head_dim: of a key or a value, the larger. Raises ValueError for an unknown sm."""
+    by_dim = _family(sm)["delta"][str(bits)]
+    entry = next(entry for most, entry in by_dim.items() if head_dim <= int(most))
+    recurrent, scan = DeltaTile(*entry["recurrent"]), DeltaTile(*entry["scan"])
+    (chunk, chunk_warps), (few, many) = entry["chunks"], entry["convolve"]
+    return DeltaTiles(recurrent, chunk, chunk_warps, scan, few, many)
 
 
 def _family(sm: int) -> dict[str, Any]:

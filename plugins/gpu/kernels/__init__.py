@@ -9,6 +9,10 @@ from moevlm.plugins.gpu.kernels.attention.merge import merge
 from moevlm.plugins.gpu.kernels.attention.prefill import prefill
 from moevlm.plugins.gpu.kernels.attention.segment import rotate_patches, segment_attention
 from moevlm.plugins.gpu.kernels.attention.write import write_pages
+from moevlm.plugins.gpu.kernels.delta.chunks import delta_chunks
+from moevlm.plugins.gpu.kernels.delta.convolve import convolve
+from moevlm.plugins.gpu.kernels.delta.recurrent import delta_recurrent
+from moevlm.plugins.gpu.kernels.delta.scan import delta_scan
 from moevlm.plugins.gpu.kernels.moe.few import few_down, few_gate_up, single_down
 from moevlm.plugins.gpu.kernels.moe.fp8 import fp8_down, fp8_gate_up, quantize_rows
 from moevlm.plugins.gpu.kernels.moe.grouped import combine, grouped_down, grouped_gate_up
@@ -20,8 +24,12 @@ from moevlm.plugins.gpu.kernels.sampling.candidates import choose_logits, group_
 __all__ = [
     "choose_logits",
     "combine",
+    "convolve",
     "count_rows",
     "decode",
+    "delta_chunks",
+    "delta_recurrent",
+    "delta_scan",
     "few_down",
     "few_gate_up",
     "group_logits",

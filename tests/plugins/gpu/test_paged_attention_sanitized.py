@@ -6,50 +6,12 @@ import numpy as np
 import pytest
 
 from bench.paged_attention import draw_inputs, numbers
-from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
-from moevlm.plugins.gpu.program import Argument, Launch, chosen
-from moevlm.plugins.gpu.sizes import SYMBOLS, sizes_of
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.gpu.test_kernels_paged_attention import STEPS, with_shares
+from tests.plugins.gpu.watched_draft import run
 from tests.support.gpu_attention import check
-
-
-def run(draft: Draft, inputs: dict[str, np.ndarray], unwritten: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """y, float32, and the caches. unwritten: for each byte of a cache whether nobody has written it before."""
-    from tests.support.simulator.memory import Memory
-    from tests.support.simulator.sanitizer import run_kernel, watched
-
-    memory = Memory()
-    sizes = sizes_of(draft.inputs, [inputs[tensor.name].shape for tensor in draft.inputs])
-    variant = chosen(draft.variants, sizes)
-    given = {tensor.name: memory.add(inputs[tensor.name]) for tensor in draft.inputs}
-    for name, some in unwritten.items():
-        memory.written(given[name], len(some))[some] = False
-    (y,) = draft.outputs
-    addresses = {
-        "input": list(given.values()),
-        "output": [memory.allocate(4 * int(np.prod(y.at(sizes))))[0]],
-        "workspace": [memory.allocate(size.at(sizes))[0] for size in variant.buffers],
-    }
-
-    def value(argument: Argument) -> int:
-        if argument.kind in addresses:
-            return addresses[argument.kind][argument.index]
-        return sizes[SYMBOLS[argument.index]] if argument.kind == "symbol" else argument.index
-
-    with watched(memory):
-        for step in variant.steps:
-            assert isinstance(step, Launch)
-            grid = tuple(count.at(sizes) for count in step.grid)
-            run_kernel(memory, draft.kernels[step.kernel], grid, [value(argument) for argument in step.arguments])
-    caches = [name for name in given if name in unwritten]
-    after = [memory.view(given[name], inputs[name].nbytes).view(inputs[name].dtype) for name in caches]
-    return [
-        memory.read(addresses["output"][0], y.at(sizes), np.dtype(np.float32)).copy(),
-        *(data.reshape(inputs[name].shape).copy() for name, data in zip(caches, after, strict=True)),
-    ]
 
 
 def unwritten_bytes(op: PagedAttentionOp, cache: np.ndarray) -> np.ndarray:
