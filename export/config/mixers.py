@@ -34,6 +34,7 @@ class GQAConfig(MixerConfig):
     qk_norm: an RMS norm of each query and key. value_norm: one of each value, without a gain.
     value_is_key: a value is its key before norm and rotation, and has no projection (Gemma 4).
     bidirectional_images: a query of an image also sees the tokens of its image that follow it.
+    output_gate: what a head returns is multiplied by the sigmoid of another projection, as wide as the queries' one.
     window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
     """
 
@@ -53,6 +54,7 @@ class GQAConfig(MixerConfig):
     value_norm: bool = False
     value_is_key: bool = False
     bidirectional_images: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         self.spec(0.0)

@@ -29,6 +29,7 @@ class MoEConfig:
 
     correction_bias: [experts] added for the choice. expert_scale: [experts], factor on a chosen expert's weight.
     shared_width: of an expert that always runs; 0 for none.
+    shared_gate: what the shared expert returns is multiplied by the sigmoid of a projection to one number.
     dense_width: of a dense layer beside the experts, each side with norms of its own (Gemma 4); 0 for none.
     """
 
@@ -39,6 +40,7 @@ class MoEConfig:
     correction_bias: bool = False
     expert_scale: bool = False
     shared_width: int = 0
+    shared_gate: bool = False
     dense_width: int = 0
 
     def __post_init__(self) -> None:

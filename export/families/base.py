@@ -20,6 +20,8 @@ from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedM
 # What the canonical config calls a field -> its name in config.json, which is the same in every family.
 _CONFIG_NAMES = {
     "deepstack layers": "vision_config.deepstack_visual_indexes",
+    "key_heads": "text_config.linear_num_key_heads",
+    "kernel": "text_config.linear_conv_kernel_dim",
     "kv_heads": "text_config.num_key_value_heads",
     "top_k": "text_config.num_experts_per_tok",
     "topk_group": "text_config.topk_group",
@@ -116,7 +118,7 @@ class Family(ABC):
             except MissingTensorError as error:
                 missing.append(error.name)
         if missing:
-            raise missing_error(missing, on_disk.keys())
+            raise missing_error(list(dict.fromkeys(missing)), on_disk.keys())
         if "decoder.head" not in parameters:
             self._check_tied_head(tensors, bound["decoder.embedding"])
         return Binding(bound, self._left_out(on_disk.keys() - tensors.used))

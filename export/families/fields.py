@@ -12,8 +12,10 @@ _REQUIRED = object()
 # the work before the tensors are compared is small.
 _MOST = {
     **dict.fromkeys(("num_hidden_layers", "depth", "n_shared_experts"), 1024),
+    "linear_conv_kernel_dim": 64,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 12),
-    **dict.fromkeys(("head_dim", "image_size"), 1 << 14),
+    **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 1 << 12),
+    **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim", "image_size"), 1 << 14),
     **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels"), 1 << 10),
     "spatial_merge_size": 16,
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
@@ -114,14 +116,15 @@ class Fields:
             )
         return allowed[value] if isinstance(allowed, Mapping) else value
 
-    def every(self, key: str, allowed: str, length: int) -> None:
-        """Require null or a list whose `length` entries all equal `allowed`. Raises UnsupportedModelError."""
-        value = self.get(key, None)
-        if value is not None and value != [allowed] * length:
-            names = f"{length} times {allowed}"
+    def each(self, key: str, allowed: Sequence[str], default: tuple[str, ...]) -> tuple[str, ...]:
+        """A list as long as `default`, each entry one of `allowed`. Raises UnsupportedModelError for any other."""
+        value = self.get(key, default)
+        if not isinstance(value, list | tuple) or len(value) != len(default) or any(v not in allowed for v in value):
+            names = f"{len(default)} times {' or '.join(allowed)}"
             raise UnsupportedModelError(
                 f"unsupported value in config.json: {self._name(key)} = {shown(value)} (supported: {names})"
             )
+        return tuple(value)
 
     def sub(self, key: str, default: Mapping[str, Any] | None = None) -> "Fields":
         """A nested object."""

@@ -1,6 +1,6 @@
 """GLM-4.5V: sigmoid routing with a correction bias and expert groups, shared experts, dense first layers, partial rope.
 
-Source: transformers 5.23 `models/glm4v_moe`. Checkpoint: zai-org/GLM-4.5V.
+Source: transformers 5.24 `models/glm4v_moe`. Checkpoint: zai-org/GLM-4.5V.
 """
 
 from typing import ClassVar
@@ -9,6 +9,7 @@ from moevlm.export.config import (
     DecoderConfig,
     GQAConfig,
     GridVisionConfig,
+    LayerConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
@@ -94,13 +95,13 @@ class Glm4vMoe(Family):
         moe = self._moe(text, activation)
         dense = MLPConfig(text.positive("intermediate_size"), activation)
         dense_layers = text.count("first_k_dense_replace", 1)
+        shared.all_attend(text)
         return shared.decoder(
             text,
             epsilon=1e-5,
             tied=tied,
             rope=rope,
-            attention=attention,
-            feed_forward=lambda i: dense if i < dense_layers else moe,
+            layer=lambda i: LayerConfig(attention, dense if i < dense_layers else moe),
         )
 
     def _moe(self, text: Fields, activation: str) -> MoEConfig:

@@ -1,6 +1,6 @@
 """Fields of config.json that change no forward pass: what transformers ignores, or uses for anything but the maths.
 
-Source: transformers 5.23 `configuration_utils.py` and `generation/configuration_utils.py`, and the base class of
+Source: transformers 5.24 `configuration_utils.py` and `generation/configuration_utils.py`, and the base class of
 transformers 4, which wrote its defaults into every file.
 """
 
@@ -18,10 +18,12 @@ _COMPUTATION = (
     *("_flash_attn_2_enabled", "chunk_size_feed_forward", "is_encoder_decoder", "return_dict", "use_return_dict"),
     *("output_attentions", "output_hidden_states", "output_router_logits", "tie_last_hidden_states"),
     *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "base_model_fsdp_plan"),
+    *("mamba_ssm_dtype",),  # of states, which are float32 here
 )
-# Of training alone; num_nextn_predict_layers counts layers that transformers leaves out.
+# Of training alone; num_nextn_predict_layers and mtp_... describe layers that transformers leaves out.
 _TRAINING = (
     *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "num_nextn_predict_layers"),
+    *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
 )
 # Of generate(); transformers drops them from config.json.

@@ -1,6 +1,6 @@
 """Names of tensors on disk: the spellings that transformers reads as one, and what is wrong where none is there.
 
-Source: transformers 5.23 `conversion_mapping.py` (the renamings "legacy") and `core_model_loading.rename_source_key`.
+Source: transformers 5.24 `conversion_mapping.py` (the renamings "legacy") and `core_model_loading.rename_source_key`.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -1,30 +1,25 @@
 """Qwen3-VL-MoE: GQA with per-head q/k norm, interleaved M-RoPE, softmax top-k routing, deepstack vision.
 
-Source: transformers 5.23 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-A3B-Instruct, ...-235B-A22B.
+Source: transformers 5.24 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-A3B-Instruct, ...-235B-A22B.
 """
 
-import math
 from typing import ClassVar
 
 from moevlm.export.config import (
     DecoderConfig,
     GQAConfig,
-    GridVisionConfig,
-    MergerConfig,
+    LayerConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
 )
-from moevlm.export.families import shared
+from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
-from moevlm.export.families.sources import Experts, flattened
+from moevlm.export.families.sources import Experts
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-
-_TOWER = "model.visual."
-_BLOCK = f"{_TOWER}blocks.{{i}}."
 
 
 @register("qwen3_vl_moe")
@@ -40,28 +35,7 @@ class Qwen3VLMoe(Family):
     router_suffix = "mlp.gate"
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts("model.language_model.layers.{i}.mlp.experts", per_expert=False)),
-        "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_embed.proj.weight"),
-        "vision.patch_embedding.bias": f"{_TOWER}patch_embed.proj.bias",
-        "vision.position_embedding": f"{_TOWER}pos_embed.weight",
-        **shared.renamed(
-            {
-                "vision.blocks.{i}.attention_norm": f"{_BLOCK}norm1",
-                "vision.blocks.{i}.mlp_norm": f"{_BLOCK}norm2",
-                "vision.blocks.{i}.attention.qkv": f"{_BLOCK}attn.qkv",
-                "vision.blocks.{i}.attention.out": f"{_BLOCK}attn.proj",
-                "vision.blocks.{i}.mlp.up": f"{_BLOCK}mlp.linear_fc1",
-                "vision.blocks.{i}.mlp.down": f"{_BLOCK}mlp.linear_fc2",
-                **{
-                    f"vision.{ours}.{part}": f"{_TOWER}{theirs}.{name}"
-                    for ours, theirs in (
-                        ("merger", "merger"),
-                        ("deepstack_mergers.{i}", "deepstack_merger_list.{i}"),
-                    )
-                    for part, name in (("norm", "norm"), ("mlp.up", "linear_fc1"), ("mlp.down", "linear_fc2"))
-                },
-            },
-            shared.BOTH,
-        ),
+        **qwen_vision.weights("model.visual."),
     }
 
     def translate(self, fields: Fields) -> ModelConfig:
@@ -70,7 +44,7 @@ class Qwen3VLMoe(Family):
         return ModelConfig(
             model_type="qwen3_vl_moe",
             decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False), vision=vision),
-            vision=self._vision(vision),
+            vision=qwen_vision.config(vision, vision.counts("deepstack_visual_indexes")),
             **shared.token_ids(fields, text),
         )
 
@@ -99,33 +73,12 @@ class Qwen3VLMoe(Family):
         )
         dense = MLPConfig(text.positive("intermediate_size", 4 * text.positive("hidden_size")), activation)
         dense_layers, step = text.counts("mlp_only_layers", ()), text.positive("decoder_sparse_step", 1)
+        shared.all_attend(text)
         return shared.decoder(
             text,
             epsilon=1e-6,
             tied=tied,
             rope=rope,
-            attention=attention,
-            feed_forward=lambda i: dense if i in dense_layers or (i + 1) % step else moe,
+            layer=lambda i: LayerConfig(attention, dense if i in dense_layers or (i + 1) % step else moe),
             deepstack=len(vision.counts("deepstack_visual_indexes")),
-        )
-
-    def _vision(self, vision: Fields) -> GridVisionConfig:
-        sizes, positions = shared.vision_sizes(vision), vision.positive("num_position_embeddings")
-        if math.isqrt(positions) ** 2 != positions:
-            raise vision.invalid("num_position_embeddings", positions, "a square number")
-        activations = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-        return GridVisionConfig(
-            **sizes,
-            mlp=MLPConfig(vision.positive("intermediate_size"), vision.choice("hidden_act", activations), gated=False),
-            norm="layer",
-            epsilon=1e-6,
-            qkv_bias=True,
-            out_bias=True,
-            outer_norms=False,
-            position_grid=math.isqrt(positions),
-            position_resampling="bilinear",
-            merger=MergerConfig(
-                "mlp", out=vision.positive("out_hidden_size"), width=sizes["hidden"] * sizes["merge_size"] ** 2
-            ),
-            deepstack_layers=vision.counts("deepstack_visual_indexes"),
         )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
+from moevlm.export.config import DecoderConfig, LayerConfig
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Experts, Source
@@ -47,13 +47,10 @@ def decoder(
     epsilon: float,
     tied: bool,
     rope: RopeMetadata,
-    attention: GQAConfig,
-    feed_forward: Callable[[int], MLPConfig | MoEConfig],
+    layer: Callable[[int], LayerConfig],
     deepstack: int = 0,
 ) -> DecoderConfig:
-    """A decoder whose layers differ in their feed-forward alone. epsilon: where config.json has none."""
-    layers = text.positive("num_hidden_layers")
-    text.every("layer_types", "full_attention", layers)
+    """A decoder with one rope. epsilon: where config.json has none. layer: the config of each, by its number."""
     return DecoderConfig(
         vocabulary=text.positive("vocab_size"),
         hidden=text.positive("hidden_size"),
@@ -61,9 +58,14 @@ def decoder(
         epsilon=text.number("rms_norm_eps", epsilon),
         tied_head=tied,
         ropes=(rope,),
-        layers=tuple(LayerConfig(attention, feed_forward(i)) for i in range(layers)),
+        layers=tuple(map(layer, range(text.positive("num_hidden_layers")))),
         deepstack=deepstack,
     )
+
+
+def all_attend(text: Fields) -> None:
+    """Refuse layers of another kind than attention to all tokens."""
+    text.each("layer_types", ("full_attention",), ("full_attention",) * text.positive("num_hidden_layers"))
 
 
 def head_dim(text: Fields) -> int:

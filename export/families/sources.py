@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, cast, reshape, swap_last
+from moevlm.export.graph.weights import Concat, PerRow, RowBlocks, Stack, Weight, cast, reshape, swap_last
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -55,6 +55,41 @@ def plus_one(pattern: str) -> Source:
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
         weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
         return PerRow(weight, shape, weight.dtype, lambda a: a + np.float32(1))
+
+    return source
+
+
+def exponential(pattern: str) -> Source:
+    """What is stored as its logarithm: w -> exp(w) in float32, whatever the dtype of w."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
+        return PerRow(weight, shape, weight.dtype, np.exp)
+
+    return source
+
+
+def depthwise(pattern: str) -> Source:
+    """A convolution over tokens that takes each channel for itself: [C, 1, kernel] -> [C, kernel]."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        return reshape(_expect(name, _get(tensors, name), (shape[0], 1, *shape[1:])), shape)
+
+    return source
+
+
+def halves_of_heads(pattern: str, heads: str, part: int) -> Source:
+    """One of two projections that are stored as one: a head's rows of the first, then its rows of the second.
+
+    heads: a tensor whose first dimension is the size of a head. part: 0 for the first projection, 1 for the second.
+    """
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        size = _get(tensors, heads.format(**indices)).shape[0]
+        weight = _expect(name, _get(tensors, name), (2 * shape[0], *shape[1:]))
+        return RowBlocks(weight, size, 2 * size, part * size)
 
     return source
 

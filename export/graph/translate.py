@@ -194,6 +194,11 @@ def _silu(t: Translator, x: ir.Value) -> ir.Value:
     return t.op("Mul", x, t.op("Sigmoid", x))
 
 
+@_rule(aten.sigmoid.default)
+def _sigmoid(t: Translator, x: ir.Value) -> ir.Value:
+    return t.op("Sigmoid", x)
+
+
 @_rule(aten.add.Tensor)
 def _add(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
     return t.op("Add", a, b)

@@ -104,6 +104,32 @@ class Stack:
         return stacked.astype(self.dtype, copy=False)
 
 
+@dataclass(frozen=True)
+class RowBlocks:
+    """Blocks of `size` rows of a source, one in every `every` rows, the first of them at `first`."""
+
+    source: Weight
+    size: int
+    every: int
+    first: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.source.shape[0] // self.every * self.size, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        parts = []
+        for block in range(start // self.size, -(-stop // self.size)):
+            shift = self.first + block * (self.every - self.size)
+            a, b = max(start, block * self.size), min(stop, (block + 1) * self.size)
+            parts.append(self.source.rows(a + shift, b + shift))
+        return np.concatenate(parts) if parts else self.source.rows(0, 0)
+
+
 def cast(source: Weight, dtype: np.dtype) -> Weight:
     """The same values in another dtype. Reading raises ValueError for one that float16 cannot hold."""
     dtype = np.dtype(dtype)

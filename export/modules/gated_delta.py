@@ -53,7 +53,7 @@ def _(qkv: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @register(GatedDeltaConfig)
 class GatedDelta(nn.Module):
-    """out(norm(rule(qkv(x), a(x), b(x))) * silu(gate(x))), the norm over each head (Yang et al. 2025, figure 1).
+    """delta_out(norm(rule(qkv(x), a(x), b(x))) * silu(z(x))), the norm over each head (Yang et al. 2025, figure 1).
 
     conv: [C, kernel], the newest token's weight last. rate: exp(A_log), [Hv].
     """
@@ -63,14 +63,14 @@ class GatedDelta(nn.Module):
         self.spec = config.spec
         heads, values = config.value_heads, config.value_heads * config.value_dim
         self.qkv = nn.Linear(size, self.spec.channels, bias=False)
-        self.gate = nn.Linear(size, values, bias=False)
+        self.z = nn.Linear(size, values, bias=False)
         self.a = nn.Linear(size, heads, bias=False)
         self.b = nn.Linear(size, heads, bias=False)
         self.conv = nn.Parameter(torch.empty(self.spec.channels, config.kernel))
         self.rate = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))
         self.norm = RMSNorm(config.value_dim, epsilon)
-        self.out = nn.Linear(values, size, bias=False)
+        self.delta_out = nn.Linear(values, size, bias=False)
 
     def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """x [T, H] -> the same, and both states behind T more tokens."""
@@ -82,4 +82,4 @@ class GatedDelta(nn.Module):
             **attributes(self.spec),
         )
         heads = self.norm(y.unflatten(1, (self.spec.value_heads, self.spec.value_dim)))
-        return self.out(heads.flatten(1) * F.silu(self.gate(x))), tuple(kept)
+        return self.delta_out(heads.flatten(1) * F.silu(self.z(x))), tuple(kept)

@@ -62,6 +62,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
         shared = MLPConfig(config.shared_width, config.expert.activation)
         self.shared = MLP(size, shared) if config.shared_width else None
+        self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
 
     @property
     def idle_parameters(self) -> int:
@@ -71,7 +72,10 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.routed(x, x)
-        return y if self.shared is None else y + self.shared(x)
+        if self.shared is None:
+            return y
+        always = self.shared(x)
+        return y + (always if self.shared_gate is None else torch.sigmoid(self.shared_gate(x)) * always)
 
     def routed(self, x: Tensor, router_rows: Tensor) -> Tensor:
         """x [T, H] through the experts that the router chooses by its own rows [T, H]."""

@@ -64,6 +64,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(size, config.heads * config.head_dim, bias=config.qkv_bias)
         self.k = nn.Linear(size, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v = None if config.value_is_key else nn.Linear(size, config.kv_heads * value_dim, bias=config.qkv_bias)
+        self.gate = nn.Linear(size, config.heads * value_dim, bias=config.qkv_bias) if config.output_gate else None
         self.out = nn.Linear(config.heads * value_dim, size, bias=config.out_bias)
         self.q_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, epsilon) if config.qk_norm else None
@@ -83,6 +84,7 @@ class Attention(nn.Module):
             step.visible_end if self.config.bidirectional_images else None,
             **attributes(self.spec),
         )
+        y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return self.out(y), tuple(caches)
 
     def _value(self, v: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import MoevlmError
 
-FAMILIES = ("qwen3_vl_moe", "glm4v_moe")
+FAMILIES = ("qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe")
+ATTENDING = ("qwen3_vl_moe", "glm4v_moe")  # every layer has keys and values, and nothing else
 families = pytest.mark.parametrize("model_type", FAMILIES)
 
 

@@ -14,7 +14,7 @@ import torch
 from moevlm.export.config import ModelConfig, MoEConfig
 from moevlm.export.families import family_for
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
-from tests.support.checkpoints import canonical, families, refused
+from tests.support.checkpoints import FAMILIES, canonical, families, refused
 from tests.support.tiny import edit_json
 
 
@@ -54,7 +54,7 @@ def test_unsupported_model_type_lists_the_supported(config: dict[str, Any], told
         UnsupportedModelError,
         "model_type = ",
         told,
-        "supported: glm4v_moe, qwen3_vl_moe",
+        "supported: glm4v_moe, qwen3_5_moe, qwen3_vl_moe",
         act=lambda: family_for(config),
     )
 
@@ -77,6 +77,12 @@ CHOICES = [
     ("glm4v_moe", "text_config.rope_parameters.mrope_interleaved", True, "false"),
     ("glm4v_moe", "vision_config.hidden_act", "gelu", "silu"),
     ("glm4v_moe", "vision_config.rope_parameters.rope_type", "yarn", "axial, default"),
+    ("qwen3_5_moe", "text_config.hidden_act", "gelu", "silu"),
+    ("qwen3_5_moe", "text_config.norm_topk_prob", False, "true"),
+    ("qwen3_5_moe", "text_config.attn_output_gate", False, "true"),
+    ("qwen3_5_moe", "text_config.output_gate_type", "sigmoid", "swish, silu"),
+    ("qwen3_5_moe", "text_config.rope_parameters.rope_type", "yarn", "default"),
+    ("qwen3_5_moe", "text_config.rope_parameters.mrope_interleaved", False, "true"),
 ]
 
 
@@ -108,14 +114,15 @@ def test_every_choice_is_listed_here() -> None:
     assert made == len(in_rope) + len(elsewhere)
 
 
+KINDS = {"qwen3_5_moe": "linear_attention or full_attention"}  # of layers, where there are others than attention to all
+
+
 @families
 @pytest.mark.parametrize("types", [["sliding_attention", "full_attention"], ["full_attention"], "full_attention"])
-def test_layer_types_other_than_full_attention_everywhere_are_refused(
-    types: Any, model_type: str, saved: dict[str, Path]
-) -> None:
+def test_layers_of_another_kind_are_refused(types: Any, model_type: str, saved: dict[str, Path]) -> None:
     refused(
         UnsupportedModelError,
-        f"text_config.layer_types = {types!r} (supported: 2 times full_attention)",
+        f"text_config.layer_types = {types!r} (supported: 2 times {KINDS.get(model_type, 'full_attention')})",
         act=lambda: parse(saved[model_type], text_config={"layer_types": types}),
     )
 
@@ -263,18 +270,31 @@ def test_unknown_fields_can_be_ignored_by_name_and_others_cannot(model_type: str
             )
 
 
-COUNTS = [
+COUNTS_OF_ALL = [
     *("text_config.num_hidden_layers", "text_config.hidden_size", "text_config.vocab_size", "text_config.head_dim"),
-    *("text_config.num_experts_per_tok", "text_config.moe_intermediate_size", "text_config.intermediate_size"),
+    *("text_config.num_experts_per_tok", "text_config.moe_intermediate_size"),
     *("text_config.num_attention_heads", "text_config.num_key_value_heads", "text_config.max_position_embeddings"),
     *("vision_config.depth", "vision_config.hidden_size", "vision_config.intermediate_size", "vision_config.num_heads"),
     *("vision_config.patch_size", "vision_config.temporal_patch_size", "vision_config.spatial_merge_size"),
     *("vision_config.in_channels", "vision_config.out_hidden_size", "image_token_id", "text_config.eos_token_id"),
 ]
 
+COUNTS = [
+    *((model_type, path) for model_type in FAMILIES for path in COUNTS_OF_ALL),
+    *((model_type, "text_config.intermediate_size") for model_type in ("qwen3_vl_moe", "glm4v_moe")),
+    *(
+        ("qwen3_5_moe", f"text_config.linear_{name}")
+        for name in ("num_key_heads", "num_value_heads", "conv_kernel_dim")
+    ),
+    *(("qwen3_5_moe", f"text_config.linear_{name}_head_dim") for name in ("key", "value")),
+    *(
+        ("qwen3_5_moe", f"text_config.{name}")
+        for name in ("shared_expert_intermediate_size", "full_attention_interval")
+    ),
+]
 
-@families
-@pytest.mark.parametrize("path", COUNTS)
+
+@pytest.mark.parametrize(("model_type", "path"), COUNTS)
 def test_count_out_of_range_is_refused_by_name_before_any_work(
     path: str, model_type: str, saved: dict[str, Path]
 ) -> None:
@@ -341,6 +361,15 @@ EQUIVALENT = [
     ("glm4v_moe", {"text_config": {"rope_theta": 10000.0}}),
     ("glm4v_moe", {"vision_config": {"rope_parameters": {"rope_type": REMOVED, "type": "default"}}}),
     ("glm4v_moe", {"eos_token_id": [2, 0]}),
+    ("qwen3_5_moe", {"text_config": {"layer_types": None, "full_attention_interval": 2}}),
+    ("qwen3_5_moe", {"text_config": {"full_attention_interval": 3}}),  # layer_types goes before
+    ("qwen3_5_moe", {"text_config": {"output_gate_type": "swish", "attn_output_gate": True}}),
+    ("qwen3_5_moe", {"text_config": {"mtp_num_hidden_layers": 1, "mamba_ssm_dtype": "float32"}}),
+    (
+        "qwen3_5_moe",
+        {"text_config": {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": REMOVED}}},
+    ),
+    ("qwen3_5_moe", {"text_config": {"num_local_experts": 8, "num_experts": 8}}),
 ]
 
 
@@ -502,6 +531,20 @@ WRONG = [
     ("glm4v_moe", "text_config.rope_parameters.partial_rotary_factor", 0.25, "add up to 2"),
     ("glm4v_moe", "text_config.rope_parameters.partial_rotary_factor", 1.5, "head_dim = 16 (24 of its dimensions"),
     ("glm4v_moe", "vision_config.num_heads", 5, "vision_config.num_heads = 5"),
+    (
+        "qwen3_5_moe",
+        "text_config.linear_num_value_heads",
+        3,
+        "text_config.linear_num_key_heads = 2 (allowed: a divisor",
+    ),
+    ("qwen3_5_moe", "text_config.linear_conv_kernel_dim", 1, "text_config.linear_conv_kernel_dim = 1 (allowed: 2 or"),
+    ("qwen3_5_moe", "text_config.rope_parameters.mrope_section", [1, 1, 1], "add up to 4"),
+    (
+        "qwen3_5_moe",
+        "vision_config.deepstack_visual_indexes",
+        [0],
+        "unsupported field in config.json: vision_config.de",
+    ),
 ]
 
 
@@ -564,3 +607,42 @@ def test_outer_eos_token_goes_before_the_inner_one(model_type: str, saved: dict[
     config = json.loads((saved[model_type] / "config.json").read_text()) | {"eos_token_id": 5}
     assert GenerationConfig.from_model_config(copy.deepcopy(config)).eos_token_id == 5
     assert family_for(config).config(config).eos_token_ids == (5,)
+
+
+def test_config_of_qwen3_6_as_published_is_understood() -> None:
+    """Every field of Qwen/Qwen3.6-35B-A3B."""
+    layers, turned = ["linear_attention"] * 3 + ["full_attention"], {"mrope_section": [11, 11, 10]}
+    text = {
+        **{"model_type": "qwen3_5_moe_text", "dtype": "bfloat16", "initializer_range": 0.02, "use_cache": True},
+        **{"attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "output_gate_type": "swish"},
+        **{"bos_token_id": 248044, "eos_token_id": 248044, "pad_token_id": None, "vocab_size": 248320},
+        **{"full_attention_interval": 4, "layer_types": layers * 10, "num_hidden_layers": 40, "hidden_size": 2048},
+        **{"head_dim": 256, "num_attention_heads": 16, "num_key_value_heads": 2, "hidden_act": "silu"},
+        **{"linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_value_head_dim": 128},
+        **{"linear_num_key_heads": 16, "linear_num_value_heads": 32, "mamba_ssm_dtype": "float32"},
+        **{"max_position_embeddings": 262144, "rms_norm_eps": 1e-6, "partial_rotary_factor": 0.25},
+        **{"mlp_only_layers": [], "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512},
+        **{"num_experts": 256, "num_experts_per_tok": 8, "router_aux_loss_coef": 0.001, "output_router_logits": False},
+        **{"mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False, "tie_word_embeddings": False},
+        "rope_parameters": {
+            **{"mrope_interleaved": True, "rope_type": "default", "rope_theta": 10000000},
+            **{"partial_rotary_factor": 0.25, **turned},
+        },
+    }
+    vision = {
+        **{"model_type": "qwen3_5_moe", "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16},
+        **{"hidden_act": "gelu_pytorch_tanh", "in_channels": 3, "patch_size": 16, "spatial_merge_size": 2},
+        **{"temporal_patch_size": 2, "num_position_embeddings": 2304, "out_hidden_size": 2048},
+        **{"deepstack_visual_indexes": [], "initializer_range": 0.02},
+    }
+    top = {
+        **{"architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe"},
+        **{"image_token_id": 248056, "video_token_id": 248057, "language_model_only": False},
+        **{"vision_start_token_id": 248053, "vision_end_token_id": 248054, "tie_word_embeddings": False},
+    }
+    config = family_for(top).config({**top, "text_config": text, "vision_config": vision})
+    delta, attention = config.decoder.layers[0].mixer, config.decoder.layers[3].mixer
+    assert [layer.mixer for layer in config.decoder.layers] == [delta, delta, delta, attention] * 10
+    assert [state.shape for state in delta.states(0)] == [(3, 8192), (32, 128, 128)]
+    assert (attention.heads, attention.kv_heads, attention.head_dim, attention.rotary_dim) == (16, 2, 256, 64)
+    assert {(moe.experts, moe.router.top_k, moe.shared_width) for moe in config.moe.values()} == {(256, 8, 512)}

@@ -15,7 +15,8 @@ from moevlm.export.families import family_for
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError
-from tests.support.checkpoints import canonical, families, refused
+from tests.support.checkpoints import FAMILIES, canonical, families, refused
+from tests.support.families import TINY
 from tests.support.tiny import edit_json, edit_tensors, old_rope, swap_experts
 
 
@@ -73,6 +74,8 @@ LAYOUT_CHANGES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None]]]
     "qwen3_vl_moe: one by one": ("qwen3_vl_moe", split_experts),
     "glm4v_moe: fused": ("glm4v_moe", lambda tensors: fuse_experts(tensors, in_out=False)),
     "glm4v_moe: fused and transposed": ("glm4v_moe", lambda tensors: fuse_experts(tensors, in_out=True)),
+    "qwen3_5_moe: fused": ("qwen3_5_moe", lambda tensors: fuse_experts(tensors, in_out=False)),
+    "qwen3_5_moe: fused and transposed": ("qwen3_5_moe", lambda tensors: fuse_experts(tensors, in_out=True)),
 }
 
 
@@ -136,10 +139,21 @@ def rename(directory: Path, spell: Callable[[str], str]) -> None:
     edit_tensors(directory, change)
 
 
-@pytest.mark.parametrize("spelling", [*SPELLINGS, *WRONG_PREFIXES])
-@families
+# transformers finds no experts there.
+MORE_THAN_TRANSFORMERS = [("qwen3_5_moe", "model twice")]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "spelling"),
+    [
+        (model_type, spelling)
+        for model_type in FAMILIES
+        for spelling in (*SPELLINGS, *WRONG_PREFIXES)
+        if (model_type, spelling) not in MORE_THAN_TRANSFORMERS
+    ],
+)
 def test_prefixes_are_those_that_transformers_accepts(
-    spelling: str, model_type: str, saved: dict[str, Path], tmp_path: Path
+    model_type: str, spelling: str, saved: dict[str, Path], tmp_path: Path
 ) -> None:
     from transformers import AutoModelForImageTextToText
 
@@ -165,21 +179,28 @@ def test_missing_tensors_are_counted_without_a_prefix_where_none_explains_them(
         canonical(directory)
 
 
+FLOAT32_ON_THE_HUB = "e_score_correction_bias"  # among half precision
+
+
 @families
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_widened_value_by_value(
-    dtype: str, model_type: str, saved: dict[str, Path], save_checkpoint: Callable[..., Path]
+    dtype: str, model_type: str, save_checkpoint: Callable[..., Path]
 ) -> None:
-    wide = canonical(saved[model_type])
-    rounded = {name: torch.from_numpy(a).to(getattr(torch, dtype)).float().numpy() for name, a in wide.items()}
-    directory = save_checkpoint(model_type=model_type, dtype=dtype)
-    if model_type == "glm4v_moe":  # on the hub this one is float32 among half precision
-        ours, theirs = "decoder.layers.1.feed_forward.correction_bias", "layers.1.mlp.gate.e_score_correction_bias"
-        assert not np.array_equal(rounded[ours], wide[ours])
-        rounded[ours] = wide[ours]
-        bias = {f"model.language_model.{theirs}": torch.from_numpy(wide[ours])}
-        edit_tensors(directory, lambda tensors: tensors.update(bias))
-    assert_same(canonical(directory), rounded)
+    wide, rounded = save_checkpoint(model_type=model_type), save_checkpoint(model_type=model_type, dtype=dtype)
+
+    def narrow_and_widen(tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if not name.endswith(FLOAT32_ON_THE_HUB):
+                tensors[name] = tensor.to(getattr(torch, dtype)).float()
+
+    kept: dict[str, torch.Tensor] = {}
+    edit_tensors(
+        wide, lambda tensors: kept.update({n: t for n, t in tensors.items() if n.endswith(FLOAT32_ON_THE_HUB)})
+    )
+    edit_tensors(wide, narrow_and_widen)
+    edit_tensors(rounded, lambda tensors: tensors.update(kept))
+    assert_same(canonical(rounded), canonical(wide))
 
 
 def test_gate_rows_come_before_up_rows(saved: dict[str, Path]) -> None:
@@ -242,6 +263,13 @@ A_TENSOR = {
         "model.language_model.layers.1.mlp.gate.e_score",
         "layers.1.mlp.experts.7.up_proj",
         "downsample.bias",
+    ],
+    "qwen3_5_moe": [
+        "layers.0.linear_attn.conv1d.weight",
+        "layers.0.linear_attn.A_log",
+        "layers.0.input_layernorm.weight",
+        "layers.1.self_attn.q_proj.weight",
+        "layers.1.mlp.shared_expert_gate.weight",
     ],
 }
 CASES = [(family, name) for family, names in A_TENSOR.items() for name in names]
@@ -383,6 +411,15 @@ def test_tensors_that_transformers_does_not_load_are_left_out_and_counted(
     if model_type == "glm4v_moe":
         extra += [f"{text}layers.46.{name}.weight" for name in ("enorm", "hnorm", "eh_proj")]
         expected["model.layers.46.*"] = 3
+    if model_type == "qwen3_5_moe":
+        parts = (
+            "fc.weight",
+            "norm.weight",
+            "layers.0.mlp.experts.gate_up_proj",
+            "layers.0.mlp.experts.7.up_proj.weight",
+        )
+        extra += [f"mtp.{name}" for name in parts]
+        expected["^mtp.*"] = 4
     edit_tensors(directory, lambda tensors: tensors.update({name: torch.zeros(8) for name in extra}))
     assert_same(canonical(directory), canonical(saved[model_type]))
     assert left_out(directory) == expected
@@ -393,8 +430,7 @@ def test_tensors_that_transformers_does_not_load_are_left_out_and_counted(
 def test_patterns_of_tensors_to_leave_out_are_those_of_transformers(model_type: str) -> None:
     import transformers
 
-    model = {"qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration", "glm4v_moe": "Glm4vMoeForConditionalGeneration"}
-    theirs = getattr(transformers, model[model_type])._keys_to_ignore_on_load_unexpected or ()
+    theirs = getattr(transformers, TINY[model_type].model)._keys_to_ignore_on_load_unexpected or ()
     ours = family_for({"model_type": model_type}).left_out
     assert set(ours) == {r"rotary_emb\.inv_freq", *theirs}  # the first is in the loader itself
 

@@ -21,7 +21,7 @@ from moevlm.export.parity.tolerances import tolerance_of
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.protocol import Engine
-from tests.support.checkpoints import FAMILIES
+from tests.support.checkpoints import ATTENDING
 from tests.support.simulated_plan import SimulatedPlan, lowered
 from tests.support.tiny import TinyCheckpoint
 
@@ -60,7 +60,7 @@ class Canonical:
         return expected_on(stored_model(self._model, storage), self._model.config.metadata(), self._cases)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ATTENDING)
 def canonical(
     seed: int, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Canonical]:

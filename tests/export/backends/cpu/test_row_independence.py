@@ -13,13 +13,13 @@ from moevlm.export.build import build
 from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.loading import load_engine, load_images
-from tests.support.checkpoints import FAMILIES
+from tests.support.checkpoints import ATTENDING
 from tests.support.tiny import TinyCheckpoint
 
 SIZES = ((8, 8), (24, 16), (40, 72), (104, 96), (200, 256))  # of images, in pixels
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ATTENDING)
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = TinyCheckpoint(request.param, side_files=True).save(directory / "checkpoint")

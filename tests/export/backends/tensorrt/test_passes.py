@@ -28,7 +28,7 @@ from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
-from tests.support.checkpoints import FAMILIES
+from tests.support.checkpoints import ATTENDING
 from tests.support.hybrid import save
 from tests.support.moe_cases import Case
 from tests.support.plan_graphs import (
@@ -62,7 +62,7 @@ def attention(dtype: str, cache: str = "") -> tuple[object, ...]:
     return PluginPagedAttention(dtype, cache, named), PluginSegmentAttention(dtype, named)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=ATTENDING)
 def graphs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ir.Model]:
     path: Path = TinyCheckpoint(model_type=request.param).save(tmp_path_factory.mktemp("checkpoint"))
     with Checkpoint.open(path) as source:
