@@ -12,10 +12,12 @@ from moevlm.export.backends.registry import counting, known_targets, planned_nam
 from moevlm.export.build import traced
 from moevlm.export.checkpoint.directory import CONFIG, Checkpoint
 from moevlm.export.checkpoint.files import read_json
+from moevlm.export.checkpoint.quantized.methods import settings_of
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import BuildError, CheckpointError
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.printable import stored_text
 from moevlm.runtime.core.progress import Stages, silent
 
 
@@ -109,9 +111,15 @@ def _read(source: Path, expert_layout: str, ignored_config: Sequence[str]) -> _S
         with Checkpoint.open(source) as checkpoint:
             model = CanonicalModel.of(checkpoint, expert_layout, ignored_config)
             carried = request_files(source, model.metadata())
-            left_out = (f"leaves out {count} tensors {pattern}" for pattern, count in model.left_out.items())
+            notes = [f"leaves out {count} tensors {pattern}" for pattern, count in model.left_out.items()]
+            if model.stored_as:
+                notes.append(f"the checkpoint is quantized: {stored_text(model.stored_as)}")
             patches = image_patches(source, model.metadata())
-            return _Source(model, len(checkpoint.tensors), patches, (*left_out, *carried.notes))
+            return _Source(model, len(checkpoint.tensors), patches, (*notes, *carried.notes))
     elif not (source / CONFIG).is_file():
         raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}")
-    return _Source(CanonicalModel.of_config(read_json(source, CONFIG), _Absent, ignored_config))
+    config = read_json(source, CONFIG)
+    method = settings_of(source, config, ignored_config).method
+    told = (f"the checkpoint is quantized: {method}; a dry run of the whole checkpoint looks at its tensors",)
+    model = CanonicalModel.of_config(config, _Absent, ignored_config)
+    return _Source(model, notes=told if method else ())

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import family_for
 from moevlm.export.graph.trace import trace_decoder, trace_vision
@@ -28,6 +29,7 @@ class CanonicalModel:
     """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name.
 
     left_out: how many tensors of the checkpoint have no part in a forward pass, by pattern of their names.
+    stored_as: how many weights the checkpoint holds in which format, where it is quantized.
     """
 
     config: ModelConfig
@@ -36,6 +38,7 @@ class CanonicalModel:
     vision_weights: Mapping[str, Weight]
     decoder_weights: Mapping[str, Weight]
     left_out: Mapping[str, int]
+    stored_as: Mapping[str, int]
 
     @classmethod
     def of(
@@ -54,12 +57,14 @@ class CanonicalModel:
             for part, module in (("vision", vision), ("decoder", decoder))
             for name, parameter in module.named_parameters()
         }
-        bound = family.bind(parameters, checkpoint.tensors, expert_layout)
+        plain = plain_tensors(checkpoint, ignored_config)
+        bound = family.bind(parameters, plain.tensors, expert_layout, plain.ignorable)
+        stored_as = plain.counted(bound.used)
         vision_weights, decoder_weights = (
             {name.removeprefix(part): weight for name, weight in bound.weights.items() if name.startswith(part)}
             for part in ("vision.", "decoder.")
         )
-        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out)
+        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out, stored_as)
 
     @classmethod
     def of_config(
@@ -71,7 +76,7 @@ class CanonicalModel:
         recipes = [
             {name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in (vision, decoder)
         ]
-        return cls(canonical, vision, decoder, recipes[0], recipes[1], left_out={})
+        return cls(canonical, vision, decoder, recipes[0], recipes[1], left_out={}, stored_as={})
 
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:

@@ -141,6 +141,7 @@ GOLDEN = {
         "tools": "object",
         "ignored_config": "array of string",
         "left_out": "object",
+        "stored_as": "object",
         "sampling": "object",
         "sampling.temperature": "number",
         "sampling.top_k": "integer",

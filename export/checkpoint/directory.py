@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from moevlm.export.checkpoint import side_files
-from moevlm.export.checkpoint.files import read_json
+from moevlm.export.checkpoint.files import find, read_json
 from moevlm.export.checkpoint.hashes import Fingerprint, require_known_hashes
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.checkpoint.shards import read_shards, some
@@ -15,6 +15,7 @@ from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.manifest import FileMetadata, Manifest
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"  # what it says of weights counts where config.json says nothing
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as on the Hugging Face hub
 
 
@@ -42,7 +43,8 @@ class Checkpoint:
             raise CheckpointError(f"no checkpoint directory at {directory}{hint}")
         config = read_json(directory, CONFIG)
         shards, tensors = read_shards(directory)
-        return cls(directory, config, tensors, shards, Fingerprint(directory, (CONFIG, *shards)))
+        stated = (CONFIG, MODELOPT) if find(directory, MODELOPT) else (CONFIG,)
+        return cls(directory, config, tensors, shards, Fingerprint(directory, (*stated, *shards)))
 
     def __enter__(self) -> Self:
         return self
@@ -66,12 +68,17 @@ class Checkpoint:
         found = side_files.chat_template(self.directory)
         return found.text if found else None
 
+    @property
+    def hashed(self) -> tuple[str, ...]:
+        """The files that say what the weights are: config.json, hf_quant_config.json if it is there, the shards."""
+        return self._fingerprint.names
+
     def start_hashing(self) -> None:
-        """Begin to hash config.json and the shards in a background thread; `fingerprint` waits for it."""
+        """Begin to hash the files that count in a background thread; `fingerprint` waits for it."""
         self._fingerprint.start()
 
     def fingerprint(self) -> dict[str, FileMetadata]:
-        """sha256 and size of config.json and of every shard, by file name. Computed at most once."""
+        """sha256 and size of every file that says what the weights are, by name. Computed at most once."""
         return dict(self._fingerprint.result())
 
     def verify(self) -> tuple[str, ...]:
@@ -84,7 +91,7 @@ class Checkpoint:
 
 def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
-    names = (CONFIG, *checkpoint.shards)
+    names = checkpoint.hashed
     if set(names) != set(manifest.source):
         raise CheckpointError(
             f"{checkpoint.directory} is not the checkpoint that the bundle was exported from: "

@@ -5,6 +5,8 @@ Data is read with `preadv` into fresh arrays: pages of a memory map would count 
 
 import math
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,32 +52,50 @@ class Stored:
         if self.shape:
             first, stop, _ = slice(start, stop).indices(self.shape[0])
             shape = (max(0, stop - first), *self.shape[1:])
-        row_items = math.prod(self.shape[1:])
         array = np.empty(shape, self.dtype)
-        self._read_into(array, self.offset + first * row_items * self.dtype.itemsize)
-        self._check_finite(array, first * row_items)
+        with self._opened() as read:
+            read(array, first * math.prod(self.shape[1:]))
+        self._check_finite(array, (first, *(0 for _ in shape[1:])))
         return array
 
-    def _read_into(self, array: np.ndarray, offset: int) -> None:
-        target = array.reshape(-1).view(np.uint8).data
+    def columns(self, start: int, stop: int) -> np.ndarray:
+        """Columns [start:stop] of a matrix as a fresh array [rows, stop - start]; raises as `rows`."""
+        rows, width = self.shape
+        start, stop, _ = slice(start, stop).indices(width)
+        if stop - start == width:
+            return self.rows(0, rows)
+        array = np.empty((rows, max(0, stop - start)), self.dtype)
+        with self._opened() as read:
+            for i in range(rows):
+                read(array[i], i * width + start)
+        self._check_finite(array, (0, start))
+        return array
+
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[np.ndarray, int], None]]:
+        """A function that fills a contiguous array with what begins at an item of the tensor."""
         try:
             descriptor = os.open(self.path, os.O_RDONLY)
             try:
                 status = os.fstat(descriptor)
                 if (status.st_size, status.st_mtime_ns) != (self.file_size, self.modified_ns):
                     raise CheckpointError(f"{self.path} changed while it was in use: run the command again")
-                done = 0
-                while done < len(target):
-                    count = os.preadv(descriptor, [target[done:]], offset + done)
-                    if count == 0:
-                        raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file is truncated")
-                    done += count
+                yield lambda array, item: self._fill(descriptor, array, self.offset + item * self.dtype.itemsize)
             finally:
                 os.close(descriptor)
         except OSError as error:
             raise CheckpointError(f"cannot read tensor {self.name} of {self.path}: {error.strerror}") from error
 
-    def _check_finite(self, array: np.ndarray, first_item: int) -> None:
+    def _fill(self, descriptor: int, array: np.ndarray, offset: int) -> None:
+        target, done = array.reshape(-1).view(np.uint8).data, 0
+        while done < len(target):
+            count = os.preadv(descriptor, [target[done:]], offset + done)
+            if count == 0:
+                raise CheckpointError(f"{self.path} ends inside tensor {self.name}: the file is truncated")
+            done += count
+
+    def _check_finite(self, array: np.ndarray, origin: tuple[int, ...]) -> None:
+        """origin: where in the tensor the array begins."""
         limit = _FIRST_NON_FINITE.get(self.dtype.name)
         if limit is None or not array.size:
             return
@@ -85,8 +105,8 @@ class Stored:
         sign = 1 << (8 * self.dtype.itemsize - 1)
         if bits.view(f"i{self.dtype.itemsize}").max() < limit and bits.max() < limit + sign:
             return
-        item = first_item + int(np.argmax((bits & (sign - 1)) >= limit))
-        index = [int(i) for i in np.unravel_index(item, self.shape)]
+        place = np.unravel_index(int(np.argmax((bits & (sign - 1)) >= limit)), array.shape)
+        index = [int(i) + begin for i, begin in zip(place, origin, strict=True)]
         raise CheckpointError(f"{self.path}: tensor {self.name} is not finite at {index}: the file is damaged")
 
 

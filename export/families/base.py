@@ -60,10 +60,14 @@ def family_for(config: Mapping[str, Any]) -> "Family":
 
 @dataclass(frozen=True)
 class Binding:
-    """weights: a recipe by canonical parameter name. left_out: how many tensors by the pattern that they fit."""
+    """weights: a recipe by canonical parameter name. left_out: how many tensors by the pattern that they fit.
+
+    used: names of the checkpoint's tensors that the weights are made of.
+    """
 
     weights: Mapping[str, Weight]
     left_out: Mapping[str, int]
+    used: Collection[str]
 
 
 class Family(ABC):
@@ -101,9 +105,15 @@ class Family(ABC):
         return config
 
     def bind(
-        self, parameters: Mapping[str, tuple[int, ...]], on_disk: Mapping[str, Weight], expert_layout: str = "auto"
+        self,
+        parameters: Mapping[str, tuple[int, ...]],
+        on_disk: Mapping[str, Weight],
+        expert_layout: str = "auto",
+        ignorable: Sequence[str] = (),
     ) -> Binding:
         """A float32 recipe for every canonical parameter (name -> shape).
+
+        ignorable: patterns of tensors that may be left out, beside the family's own.
 
         Raises CheckpointError for a tensor that is absent, has another shape or no float dtype, or is left over.
         """
@@ -121,18 +131,8 @@ class Family(ABC):
             raise missing_error(list(dict.fromkeys(missing)), on_disk.keys())
         if "decoder.head" not in parameters:
             self._check_tied_head(tensors, bound["decoder.embedding"])
-        return Binding(bound, self._left_out(on_disk.keys() - tensors.used))
-
-    def _left_out(self, unused: Collection[str]) -> dict[str, int]:
-        """Count the tensors that fit each pattern of `left_out`. Raises CheckpointError for one that fits none."""
-        found = {name: next((p for p in self.left_out if re.search(p, name)), None) for name in sorted(unused)}
-        strangers = [name for name, pattern in found.items() if pattern is None]
-        if strangers:
-            first = one_line(strangers[0], 80)
-            raise CheckpointError(
-                f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}"
-            )
-        return dict(Counter(str(pattern).replace("\\", "") for pattern in found.values()))
+        unused = on_disk.keys() - tensors.used
+        return Binding(bound, _counted(unused, (*self.left_out, *ignorable)), tensors.used)
 
     def _check_tied_head(self, tensors: Mapping[str, Weight], embedding: Weight) -> None:
         """A tied checkpoint may still carry its head, but transformers ties only a head that equals the embedding."""
@@ -160,3 +160,13 @@ def _require_field(values: Mapping[str, Any], name: str) -> None:
         if not isinstance(place, Mapping) or key not in place:
             raise UnsupportedModelError(f"cannot ignore {one_line(name, 80)}: config.json has no such field")
         place = place[key]
+
+
+def _counted(unused: Collection[str], patterns: Sequence[str]) -> dict[str, int]:
+    """Count the tensors that fit each pattern. Raises CheckpointError for one that fits none."""
+    found = {name: next((p for p in patterns if re.search(p, name)), None) for name in sorted(unused)}
+    strangers = [name for name, pattern in found.items() if pattern is None]
+    if strangers:
+        first = one_line(strangers[0], 80)
+        raise CheckpointError(f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}")
+    return dict(Counter(str(pattern).replace("\\", "").removesuffix("$") for pattern in found.values()))

@@ -24,7 +24,6 @@ _MOST = {
 }
 _MOST_OF_OTHERS = 1 << 20
 _MOST_ITEMS, _LARGEST_ITEM = 1 << 12, (1 << 31) - 1  # of a list
-_NOTES = {"quantization_config": " (the checkpoint is quantized: its unquantized original is what can be built)"}
 _SMALLEST, _LARGEST = 1e-30, 1e30  # of numbers that are no counts; float32 holds them
 
 
@@ -152,7 +151,7 @@ class Fields:
             found = f"unsupported field in config.json: {self._name(key)} = {shown(value)}"
             if original is None:
                 remedy = f" (if it leaves the arithmetic as it is: --ignore-config {self._name(key)})"
-                raise UnsupportedModelError(found + _NOTES.get(key, remedy))
+                raise UnsupportedModelError(found + remedy)
             if original._used[key] != value:
                 raise UnsupportedModelError(f"{found} ({original._name(key)} = {shown(original._used[key])})")
         for child in self._children:

@@ -20,6 +20,8 @@ _COMPUTATION = (
     *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "base_model_fsdp_plan"),
     *("mamba_ssm_dtype",),  # of states, which are float32 here
 )
+# How weights are stored, which `export/checkpoint/quantized` reads wherever it stands.
+_STORAGE = ("quantization_config", "compression_config")
 # Of training alone; num_nextn_predict_layers and mtp_... describe layers that transformers leaves out.
 _TRAINING = (
     *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "num_nextn_predict_layers"),
@@ -43,7 +45,7 @@ _TOKENS = (
     *("video_start_token_id", "video_end_token_id"),
 )
 
-_HARMLESS = frozenset([*_BOOKKEEPING, *_COMPUTATION, *_TRAINING, *_GENERATION, *_TOKENS])
+_HARMLESS = frozenset([*_BOOKKEEPING, *_COMPUTATION, *_STORAGE, *_TRAINING, *_GENERATION, *_TOKENS])
 _MARKS = ("unsloth_",)  # a trainer's own
 
 

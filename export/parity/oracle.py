@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.parity.cases import Case
 from moevlm.export.parity.oracle_images import Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
@@ -51,8 +52,7 @@ class Oracle:
                 self.model = transformers.AutoModelForImageTextToText.from_config(
                     config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
                 ).eval()
-            files = {name: stored.path for name, stored in checkpoint.tensors.items()}
-            self.weights = OracleWeights(self.model, files)
+            self.weights = OracleWeights(self.model, plain_tensors(checkpoint).tensors)
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
             raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
 

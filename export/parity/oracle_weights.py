@@ -14,6 +14,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig
 
+from moevlm.export.checkpoint.safetensors_file import Stored
+from moevlm.export.graph.weights import Concat, Stack, Weight, read
 from moevlm.export.modules.streaming import parts_of, stream
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -21,12 +23,13 @@ from moevlm.runtime.core.errors import CheckpointError
 class OracleWeights:
     """Fills a model that is on the meta device, float32.
 
-    model: what `from_config` made there. files: name of each tensor on disk to its shard.
+    model: what `from_config` made there. tensors: of the checkpoint, those in codes by the names of plain ones.
     """
 
-    def __init__(self, model: PreTrainedModel, files: Mapping[str, Path]) -> None:
-        self._model, self._files = model, files
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Weight]) -> None:
+        self._model, self._tensors = model, dict(tensors)
         self._stored = self._stored_names()
+        self._fuse_experts()
         self._compute_buffers()
         self.parts = parts_of(model, (PreTrainedModel, nn.ModuleList))
         inside = tuple(f"{name}." for name in self.parts)
@@ -47,7 +50,11 @@ class OracleWeights:
             files: dict[Path, safe_open] = {}
             state = {}
             for name, on_disk in (pair for target in targets for pair in self._on_disk(target).items()):
-                path = self._files[on_disk]
+                tensor = self._tensors[on_disk]
+                if not isinstance(tensor, Stored):
+                    state[name] = torch.from_numpy(read(tensor))
+                    continue
+                path = tensor.path
                 if path not in files:  # and closed behind this part: pages of a map count as memory in use
                     files[path] = stack.enter_context(safe_open(path, framework="pt"))
                 state[name] = files[path].get_slice(on_disk)
@@ -72,10 +79,24 @@ class OracleWeights:
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
         stored = defaultdict(list)
-        for name in self._files:
+        for name in self._tensors:
             target, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
             stored[target].append(name)
         return dict(stored)
+
+    def _fuse_experts(self) -> None:
+        """Experts that lie one by one, which transformers does not read for every model that has them fused."""
+        for name in self._model.state_dict():
+            base, _, last = name.rpartition(".")
+            parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
+            experts = [
+                [self._tensors.get(f"{base}.{e}.{part}.weight") for part in parts]
+                for e in range(self._model.state_dict()[name].shape[0] if parts else 0)
+            ]
+            whole = [[part for part in expert if part is not None] for expert in experts]
+            if name not in self._stored and whole and whole == experts:
+                self._tensors[name] = Stack([Concat(expert) for expert in whole])
+                self._stored[name] = [name]
 
     def _compute_buffers(self) -> None:
         """Tensors that no checkpoint holds, such as rotary frequencies, stay in memory."""

@@ -86,7 +86,7 @@ def _attention(model: ModelMetadata) -> str:
 def _metadata(bundle: Bundle, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import table
     from moevlm.runtime.cli.memory_text import memory_text
-    from moevlm.runtime.core.printable import bytes_text
+    from moevlm.runtime.core.printable import bytes_text, stored_text
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
     from moevlm.runtime.request.sampling import SamplingParams
 
@@ -101,6 +101,7 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
         ("sampling", sampling_text(sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
+        *((("checkpoint", stored_text(report.stored_as)),) if report.stored_as else ()),
         *((("left out", left_out_text(report.left_out)),) if report.left_out else ()),
         *((name, number) for name, number in report.tools.items()),
     ]

@@ -47,7 +47,7 @@ class SamplingReport(msgspec.Struct, frozen=True):
 
 
 class InspectReport(Report, frozen=True, tag="moevlm.inspect/3"):
-    """`moevlm inspect --json`. model, ignored_config, left_out: as in manifest.json.
+    """`moevlm inspect --json`. model, ignored_config, left_out, stored_as: as in manifest.json.
 
     verified: whether all hashes were checked now.
     """
@@ -61,6 +61,7 @@ class InspectReport(Report, frozen=True, tag="moevlm.inspect/3"):
     tools: dict[str, str]
     ignored_config: list[str]
     left_out: dict[str, int]
+    stored_as: dict[str, int]
     sampling: SamplingReport
 
 
@@ -95,6 +96,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
         tools=manifest.tools,
         ignored_config=list(manifest.ignored_config),
         left_out=manifest.left_out,
+        stored_as=manifest.stored_as,
         sampling=SamplingReport(**{name: getattr(sampling, name) for name in FIELDS}),
     )
 

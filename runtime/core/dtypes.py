@@ -44,7 +44,7 @@ class DType:
         return np.dtype(self.name)
 
 
-_OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "int4")
+_OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "int4")
 _TABLE = (
     #     name          bits  ONNX  safetensors TensorRT       short
     DType("float64", 64, 11, "F64", short="fp64"),
@@ -53,6 +53,7 @@ _TABLE = (
     DType("bfloat16", 16, 16, "BF16", "BF16", 7, "bf16"),
     DType("float8_e4m3fn", 8, 17, "F8_E4M3", "FP8", 6, "fp8e4nv"),
     DType("float8_e5m2", 8, 19, "F8_E5M2", short="fp8e5"),
+    DType("float8_e8m0fnu", 8, 24, "F8_E8M0"),
     DType("int64", 64, 7, "I64", "INT64", 8, "i64"),
     DType("int32", 32, 6, "I32", "INT32", 3, "i32"),
     DType("int16", 16, 5, "I16", short="i16"),

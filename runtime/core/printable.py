@@ -1,6 +1,7 @@
 """Text of others (a bundle's, a checkpoint's, a library's) made fit for a terminal, and sizes for people."""
 
 import re
+from collections.abc import Mapping
 from typing import TextIO
 
 MOST_CHARACTERS = 2000
@@ -28,6 +29,12 @@ def escape_unencodable(stream: TextIO | None) -> None:
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+
+
+def stored_text(stored_as: Mapping[str, int]) -> str:
+    """7 weights fp8 in blocks of 128 x 128, 5 bfloat16"""
+    first, *others = stored_as.items()
+    return ", ".join([f"{first[1]} weights {first[0]}", *(f"{count} {name}" for name, count in others)])
 
 
 def bytes_text(count: int) -> str:

@@ -131,7 +131,6 @@ UNKNOWN = [
     ("text_config.attn_logit_softcapping", 30.0),
     ("text_config.rope_parameters.factor", 4.0),
     ("vision_config.window_size", 112),
-    ("quantization_config", {"quant_method": "fp8"}),
     ("moe_layer_freq", [0, 1]),
 ]
 
@@ -154,16 +153,6 @@ def test_unknown_field_that_is_off_passes(value: Any, model_type: str, saved: di
     config = json.loads((saved[model_type] / "config.json").read_text())
     config["text_config"]["attn_logit_softcapping"] = config["moe_layer_freq"] = value
     assert family_for(config).config(config) == parse(saved[model_type])
-
-
-@families
-def test_quantized_checkpoint_is_refused_with_what_to_do(model_type: str, saved: dict[str, Path]) -> None:
-    refused(
-        UnsupportedModelError,
-        "unsupported field in config.json: quantization_config = {'quant_method': 'fp8'}",
-        "the checkpoint is quantized",
-        act=lambda: parse(saved[model_type], quantization_config={"quant_method": "fp8"}),
-    )
 
 
 COPIES = {"vocab_size": 263, "hidden_size": 32, "max_position_embeddings": 512, "patch_size": 4, "head_dim": 16}

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import PerRow, initializer, weight_of
+from moevlm.export.graph.weights import Picked, initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import BuildError
@@ -182,12 +182,7 @@ def _interleaved(graph: ir.Graph, value: ir.Value, known: dict[ir.Value, ir.Valu
     """The initializer [E, 2I, ...] with rows g0, u0, g1, u1 in the place of all gate rows, then all up rows."""
     if value not in known:
         source = weight_of(value)
-        known[value] = initializer(f"{value.name}.interleaved", PerRow(source, source.shape, source.dtype, _interleave))
+        turns = np.arange(source.shape[1]).reshape(2, -1).T.reshape(-1).tolist()
+        known[value] = initializer(f"{value.name}.interleaved", Picked(source, turns))
         graph.register_initializer(known[value])
     return known[value]
-
-
-def _interleave(array: np.ndarray) -> np.ndarray:
-    """[n, 2I, ...]: gate rows then up rows -> gate and up rows in turn."""
-    n, rows = array.shape[:2]
-    return array.reshape(n, 2, rows // 2, *array.shape[2:]).swapaxes(1, 2).reshape(array.shape)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import PerRow, Weight, cast, initializer, swap_last, weight_of
+from moevlm.export.graph.weights import Picked, cast, initializer, swap_last, weight_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
@@ -51,14 +51,14 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     assert x is not None and x.dtype is not None and gate_up is not None and down is not None
     rows, inner = weight_of(gate_up), weight_of(down).shape[2]
     parts = {
-        "gate": swap_last(_rows(rows, 0, inner)),
-        "up": swap_last(_rows(rows, inner, 2 * inner)),
+        "gate": swap_last(Picked(rows, range(inner))),
+        "up": swap_last(Picked(rows, range(inner, 2 * inner))),
         "down": swap_last(weight_of(down)),
     }
     if biases:
         assert biases[0] is not None and biases[1] is not None
         bias = weight_of(biases[0])
-        parts |= {"gate_bias": _rows(bias, 0, inner), "up_bias": _rows(bias, inner, 2 * inner)}
+        parts |= {"gate_bias": Picked(bias, range(inner)), "up_bias": Picked(bias, range(inner, 2 * inner))}
         parts["down_bias"] = weight_of(biases[1])
     b, stored = Builder(graph, node, "moe"), []
     for name, part in parts.items():
@@ -68,9 +68,3 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     batched = [b.op("Unsqueeze", value, b.integers(0)) for value in (x, index, scores)]
     batched_y = b.op("TRT_MoE", *batched, *stored, activation_type=SILU)
     b.replace(node, [b.op("Squeeze", batched_y, b.integers(0))])
-
-
-def _rows(source: Weight, start: int, stop: int) -> Weight:
-    """[E, n, ...] -> [E, stop - start, ...]"""
-    shape = (source.shape[0], stop - start, *source.shape[2:])
-    return PerRow(source, shape, source.dtype, lambda a: a[:, start:stop])

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are published in codes, read as plain names and lazy weights."""
