@@ -2,10 +2,10 @@
 #include "ort/attention_op.h"
 
 #include <cmath>
-#include <cstring>
 
 #include "attention/attention.h"
 #include "ort/custom_op.h"
+#include "ort/step_inputs.h"
 
 namespace moevlm {
 namespace {
@@ -14,15 +14,6 @@ enum Input {
   kQkv, kCos, kSin, kKeyCache, kValueCache, kQueryStart, kContextLen, kPageTable, kQNorm, kKNorm, kSinks, kVisibleEnd,
   kInputs
 };
-
-// A cache as it was, where the caller keeps it apart from the new one.
-void copy_cache(const Pool& pool, const Tensor& from, char* to, size_t element) {
-  const char* old = from.as<char>();
-  const size_t pages = from.elements() ? from.shape[0] : 0;
-  if (old == to || pages == 0) return;
-  const size_t bytes = from.elements() / pages * element;
-  parallel_for(pool, pages, [&](size_t i) { std::memcpy(to + i * bytes, old + i * bytes, bytes); });
-}
 
 // ONNX Runtime picks between operators of one name by the types of their inputs.
 template <ort::ElementType Cache>
@@ -158,18 +149,8 @@ struct AttentionOp {
     call.query_start = in[kQueryStart].as<int32_t>();
     call.context_len = in[kContextLen].as<int32_t>();
     call.page_table = in[kPageTable].as<int32_t>();
-    const int64_t last = call.sequences;
-    if (call.query_start[0] != 0) invalid("query_start[0] = ", call.query_start[0], " (allowed: 0)");
-    for (int64_t n = 0; n < last; ++n) {
-      if (call.query_start[n + 1] < call.query_start[n]) {
-        invalid("query_start[", n + 1, "] = ", call.query_start[n + 1], " (allowed: ", call.query_start[n],
-                " or more)");
-      }
-    }
-    if (call.query_start[last] != call.tokens) {
-      invalid("query_start[", last, "] = ", call.query_start[last], " (allowed: ", call.tokens, ", the rows of qkv)");
-    }
-    for (int64_t n = 0; n < last; ++n) {
+    require_query_start(call.query_start, call.sequences, call.tokens);
+    for (int64_t n = 0; n < call.sequences; ++n) {
       const int64_t context_len = call.context_len[n], length = call.length(n);
       if (context_len < 0 || context_len + length > kMaxEntries) {
         invalid("context_len[", n, "] = ", context_len, " (allowed: 0 to ", kMaxEntries - length, ")");
@@ -196,7 +177,7 @@ struct AttentionOp {
     const Pool pool = node.pool();
     const auto updated = [&](Input input, size_t output) {
       char* cache = node.output<char>(output, in[input].shape);
-      copy_cache(pool, in[input], cache, quantized ? 1 : sizeof(float));
+      copy_pool(pool, in[input], cache, quantized ? 1 : sizeof(float));
       return cache;
     };
     call.key = updated(kKeyCache, 1);

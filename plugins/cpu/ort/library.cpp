@@ -2,6 +2,7 @@
 #include "ort/attention_op.h"
 #include "ort/candidates_op.h"
 #include "ort/custom_op.h"
+#include "ort/delta_op.h"
 #include "simd/instruction_set.h"
 #include "ort/matmul_ops.h"
 
@@ -14,7 +15,7 @@ ort::OpDomain* operator_domain(const ort::Api* api) {
     instruction_set();  // throws here rather than in the first call of an operator
     ort::OpDomain* domain = nullptr;
     check(api->create_op_domain("moevlm.cpu", &domain));
-    for (auto operators : {attention_operators(), matmul::matmul_operators(), candidates_operators()})
+    for (auto operators : {attention_operators(), matmul::matmul_operators(), delta_operators(), candidates_operators()})
       for (auto op = operators; *op; ++op) check(api->op_domain_add(domain, *op));
     return domain;
   }();
