@@ -20,8 +20,8 @@ namespace avx512 { extern const Kernels kernels; }
 
 namespace {
 
-// Tokens between two waits of all threads for each other. What they leave for each other stays in a shared cache.
-constexpr int64_t kBlock = 128;
+// Tokens between two waits of all threads for each other; what they leave for each other stays in a shared cache.
+constexpr int64_t kBlock = 64;
 constexpr int64_t kTasksPerThread = 4;
 
 // Those with the widest vectors that divide a head.

@@ -6,11 +6,11 @@
 
 namespace moevlm::delta::MOEVLM_ISA {
 
-// Vectors of columns that go through a token side by side: as many as the registers hold, of one token alone, and of
-// several, whose columns lie in the first-level cache meanwhile.
-constexpr int kAlone = MOEVLM_REGISTERS / 4, kTogether = MOEVLM_REGISTERS / 8;
+// Vectors of columns that go through a token side by side: of one token alone, as many as the registers hold; of
+// several, so few that all rows of these columns stay in any processor's first-level cache.
+constexpr int kAlone = MOEVLM_REGISTERS / 4, kTogether = 2;
 
-// Rows of a state, or of some of its columns. `width` apart.
+// Rows of some columns of a state, `width` apart.
 struct Rows {
   float* at;
   int64_t width;
