@@ -176,6 +176,25 @@ class Picked:
         return array[:, np.asarray(self.places)]
 
 
+@dataclass(frozen=True)
+class Transposed:
+    """[m, n] -> [n, m], for weights that are small: every slice reads all of the source."""
+
+    source: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        m, n = self.source.shape
+        return n, m
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(self.source.rows(0, self.source.shape[0])[:, start:stop].T)
+
+
 def cast(source: Weight, dtype: np.dtype) -> Weight:
     """The same values in another dtype. Reading raises ValueError for one that float16 cannot hold."""
     dtype = np.dtype(dtype)

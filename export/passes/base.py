@@ -13,7 +13,7 @@ from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.core.errors import PassError
 
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
-_ROUTERS = ("MoERouter", "MoE", "QMoE")
+_DECIDERS = ("MoERouter", "MoE", "QMoE", "GatedDelta")  # of what they read, some stays float32
 _checked: ContextVar[bool] = ContextVar("checked", default=False)
 
 
@@ -83,9 +83,9 @@ def left(model: ir.Model, what: str, matches: Callable[[ir.Node], bool]) -> Iter
         yield f"there are {len(found)} nodes {what}, first {found[0].name or found[0].outputs[0].name}"
 
 
-def replaced_routers(model: ir.Model) -> Iterator[str]:
-    """A line if a router is no moevlm::MoERouter any more: then its logits cannot be told from a projection's."""
-    yield from left(model, "that route", lambda node: node.op_type in _ROUTERS and node.domain != DOMAIN)
+def replaced_deciders(model: ir.Model) -> Iterator[str]:
+    """A line if a router or a gated state is no moevlm op any more: what it decides by looks like a projection then."""
+    yield from left(model, "that decide", lambda node: node.op_type in _DECIDERS and node.domain != DOMAIN)
 
 
 def substitute(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

@@ -6,16 +6,20 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from moevlm.export.graph.builder import Builder
+from moevlm.export.graph.gated_delta import GATED_DELTA, INPUTS
 from moevlm.export.graph.moe_functions import ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
-from moevlm.export.passes.base import Pass, replaced_routers
+from moevlm.export.passes.base import Pass, replaced_deciders
+
+_GATES = tuple(map(INPUTS.index, "ab"))
 
 
 class PackProjections(Pass):
     """Gemms on the same rows (q, k and v; gate and up; in a parallel layer all) -> one Gemm on joined weights, a Split.
 
-    The input is read once and the work handed to the threads once. Router logits stay apart: they are never quantized.
+    The input is read once and the work handed to the threads once. Router logits and the gates of states stay apart:
+    they are never quantized.
     readers: with some, only Gemms that the same node of one of these moevlm ops reads, and nothing else does.
     """
 
@@ -23,11 +27,11 @@ class PackProjections(Pass):
         self.readers = readers
 
     def requires(self, model: ir.Model) -> Iterator[str]:
-        """The moevlm routers are still there."""
-        yield from replaced_routers(model)
+        """The moevlm routers and gated states are still there."""
+        yield from replaced_deciders(model)
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
-        """Gemms that share an input differ in having a bias, or one makes router logits."""
+        """Gemms that share an input differ in having a bias, or one is no projection."""
         for nodes in _groups(model.graph, self.readers):
             yield f"{nodes[0].outputs[0].name} and {nodes[1].outputs[0].name} share their input"
 
@@ -51,7 +55,7 @@ def _groups(graph: ir.Graph, readers: tuple[str, ...]) -> list[list[ir.Node]]:
     groups: dict[tuple[ir.Value | None, bool, ir.Node | None], list[ir.Node]] = defaultdict(list)
     for node in graph:
         reader = _reader(node, readers)
-        if is_projection(node) and (reader is not None or not readers):
+        if has_stored_weight(node) if reader else is_projection(node) and not readers:
             groups[node.inputs[0], len(node.inputs) > 2, reader].append(node)
     return [nodes for nodes in groups.values() if len(nodes) > 1]
 
@@ -71,8 +75,13 @@ def has_stored_weight(node: ir.Node) -> bool:
 
 
 def is_projection(node: ir.Node) -> bool:
-    """A Gemm with a stored weight whose output is not a router's logits."""
-    return has_stored_weight(node) and not any(is_op(user, ROUTER) for user in node.outputs[0].consumers())
+    """A Gemm with a stored weight whose output is neither a router's logits nor a gate of a state."""
+    return has_stored_weight(node) and not any(map(_is_exact, node.outputs[0].uses()))
+
+
+def _is_exact(use: ir.Usage) -> bool:
+    """Whether a value decides more than it costs: which experts are chosen, or what a state keeps."""
+    return is_op(use.node, ROUTER) or (is_op(use.node, GATED_DELTA) and use.idx in _GATES)
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -4,6 +4,7 @@ from moevlm.export.backends.base import Target
 from moevlm.export.backends.cpu.options import Options
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
+from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION, OnnxTarget
@@ -55,5 +56,5 @@ def _passes(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     attention = CpuAttention(kv_cache == "int8")
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (*linear, CpuFloatLinear(), attention, CpuMoE(scheme), FuseSkipNorm(), CpuCandidates()),
+        "decoder": (*linear, CpuFloatLinear(), attention, CpuGatedDelta(), CpuMoE(scheme), FuseSkipNorm(), CpuCandidates()),
     }

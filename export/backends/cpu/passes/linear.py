@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
 from moevlm.export.graph.weights import initializer, weight_of
-from moevlm.export.passes.base import NodePass, left, replaced_routers, substitute
+from moevlm.export.passes.base import NodePass, left, replaced_deciders, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
 from moevlm.export.passes.projection_pass import ProjectionPass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
@@ -29,7 +29,7 @@ class CpuLinear(ProjectionPass):
 
 
 class CpuFloatLinear(NodePass):
-    """Gemm -> moevlm.cpu::FloatLinear, whose weight stays float32: for router logits, which are never quantized.
+    """Gemm -> moevlm.cpu::FloatLinear, whose weight stays float32: for router logits and gates of states.
 
     A row's sums have the same order alone and among others; ONNX Runtime's Gemm has another kernel for a single row.
     """
@@ -38,7 +38,7 @@ class CpuFloatLinear(NodePass):
 
     def requires(self, model: ir.Model) -> Iterator[str]:
         """The Gemms to be quantized are no longer there."""
-        yield from replaced_routers(model)
+        yield from replaced_deciders(model)
         yield from left(model, "that project", is_projection)
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
