@@ -65,7 +65,9 @@ def check(spec: GatedDeltaSpec, inputs: dict[str, Array], outputs: dict[str, Arr
     for name, array in expected.items():
         assert outputs[name].shape == array.shape
         assert np.isfinite(outputs[name]).all()
-        np.testing.assert_allclose(outputs[name], array, rtol=0, atol=tolerance * np.abs(array).max(initial=1), err_msg=name)
+        np.testing.assert_allclose(
+            outputs[name], array, rtol=0, atol=tolerance * np.abs(array).max(initial=1), err_msg=name
+        )
     untouched = np.ones(len(inputs["delta_state"]), bool)
     untouched[inputs["state_row"][np.diff(inputs["query_start"]) > 0]] = False
     for name in STATES:

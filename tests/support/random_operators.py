@@ -18,8 +18,10 @@ from onnx import TensorProto, helper
 
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.ops import candidates as reference
-from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS
+from moevlm.plugins.ops.spec import ACTIVATIONS, SCORINGS, GatedDeltaSpec, attributes
+from tests.support import cpu_gated_delta
 from tests.support import paged_attention as attention
+from tests.support.delta_variants import delta_inputs
 
 TYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "int64": TensorProto.INT64}
 TYPES |= {"uint8": TensorProto.UINT8, "int8": TensorProto.INT8}
@@ -103,6 +105,24 @@ def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     )
     outputs = {name: "float32" if name == "y" else case.dtype for name in case.outputs}
     return Node("PagedAttention", case.attributes, attention.make_inputs(case, rng), outputs, case=case)
+
+
+@st.composite
+def deltas(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    key_heads, key_dim, value_dim = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 70)), 2 * draw(st.integers(1, 70))
+    if draw(st.booleans()):
+        key_dim, value_dim = (-(-dim // 16) * 16 for dim in (key_dim, value_dim))
+    spec = GatedDeltaSpec(
+        key_heads=key_heads,
+        value_heads=key_heads * draw(st.integers(1, 3)),
+        key_dim=key_dim,
+        value_dim=value_dim,
+        kernel=draw(st.integers(2, 16)),
+        scale=draw(st.sampled_from([0.0, 0.5])),
+    )
+    lengths = draw(st.lists(st.one_of(st.integers(0, 3), st.integers(4, 20), st.integers(60, 70)), max_size=3))
+    inputs = cpu_gated_delta.packed(delta_inputs(spec, tuple(lengths), int(rng.integers(2**31))))
+    return Node("GatedDelta", attributes(spec), inputs, dict.fromkeys(cpu_gated_delta.OUTPUTS, "float32"))
 
 
 def packing(draw: st.DrawFn) -> dict[str, int]:
@@ -204,8 +224,8 @@ def break_attribute(draw: st.DrawFn, node: Node) -> bool:
 
 
 def break_index(draw: st.DrawFn, node: Node) -> bool:
-    """An expert, a page or a length that there is not."""
-    names = [name for name in ("index", "query_start", "context_len", "page_table") if name in node.inputs]
+    """An expert, a page, a row or a length that there is not."""
+    names = [name for name in ("index", "query_start", "context_len", "page_table", "state_row") if name in node.inputs]
     name = draw(st.sampled_from(names)) if names else ""
     array = node.inputs.get(name, np.zeros(0))
     places = list(np.ndindex(array.shape))
@@ -247,7 +267,7 @@ def break_shape(draw: st.DrawFn, node: Node) -> bool:
 def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
     """A node; whether it must be refused; whether its results can be checked; and threads."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    make = draw(st.sampled_from([attentions, attentions, linears, float_linears, banks, routers, candidates]))
+    make = draw(st.sampled_from([attentions, attentions, deltas, linears, float_linears, banks, routers, candidates]))
     node, kind = draw(make(rng)), draw(st.integers(0, 8))
     refused = False
     if kind in (0, 1):
@@ -260,6 +280,10 @@ def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
 def check(node: Node, outputs: list[np.ndarray]) -> None:
     if node.case is not None:
         attention.check(node.case, node.inputs, dict(zip(node.outputs, outputs, strict=True)))
+    if node.op == "GatedDelta":
+        spec = GatedDeltaSpec(**node.attributes)
+        inputs = node.inputs | {"conv_weight": node.inputs["conv_weight"].T}
+        cpu_gated_delta.check(spec, inputs, dict(zip(node.outputs, outputs, strict=True)))
     if node.op == "Candidates":
         values, ids, _ = reference.candidates(node.inputs["logits"], node.attributes["count"])
         np.testing.assert_array_equal(outputs[0], values)

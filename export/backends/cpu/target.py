@@ -56,5 +56,13 @@ def _passes(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     attention = CpuAttention(kv_cache == "int8")
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (*linear, CpuFloatLinear(), attention, CpuGatedDelta(), CpuMoE(scheme), FuseSkipNorm(), CpuCandidates()),
+        "decoder": (
+            *linear,
+            CpuFloatLinear(),
+            attention,
+            CpuGatedDelta(),
+            CpuMoE(scheme),
+            FuseSkipNorm(),
+            CpuCandidates(),
+        ),
     }

@@ -18,13 +18,15 @@ NAME = "from moevlm.runtime.backends.libraries import instruction_set; print(ins
 # Of each operator what reaches all of its kernels, and engines made of them against transformers.
 TESTS = (
     "tests/plugins/cpu/test_paged_attention.py",
+    "tests/plugins/cpu/test_gated_delta.py",
     "tests/plugins/cpu/test_matmul_ops.py",
     "tests/export/backends/cpu/test_passes.py",
     "tests/export/backends/cpu/test_row_independence.py",
     "tests/export/parity/test_run.py",
 )
 ATTENTION = "head_size or any_shape or any_mixture or nan or threads"
-CHOSEN = f"{ATTENTION} or test_matmul_ops or test_passes or images_among or quantized_engines"
+DELTA = "with_the_spec or head_sizes"
+CHOSEN = f"{ATTENTION} or {DELTA} or test_matmul_ops or test_passes or images_among or quantized_engines"
 
 
 def python(cap: str, *command: str) -> subprocess.CompletedProcess[str]:
