@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moevlm.export.config import ModelConfig
+from moevlm.export.config import GatedDeltaConfig, ModelConfig
 from moevlm.runtime.core.errors import BuildError
 
 
@@ -10,14 +10,17 @@ from moevlm.runtime.core.errors import BuildError
 class Sizes:
     """The sizes that the kernels of a target take; all by default.
 
-    key_dim, value_dim: of a head. head_dim_multiple: of both. expert_multiple: of the inner sizes of an expert's two
-    matrices.
+    key_dim, value_dim: of a head. head_dim_multiple: of both. delta_dim, delta_dim_multiple: of a head of linear
+    attention. convolution: tokens that it sees. expert_multiple: of the inner sizes of an expert's two matrices.
     """
 
     heads: int | None = None
     key_dim: int | None = None
     value_dim: int | None = None
     head_dim_multiple: int = 1
+    delta_dim: int | None = None
+    delta_dim_multiple: int = 1
+    convolution: int | None = None
     experts: int | None = None
     expert_multiple: int = 1
 
@@ -27,6 +30,13 @@ class Sizes:
             _require(target, "text_config.num_attention_heads", attention.heads, self.heads)
             for dim, most in ((attention.key_dim, self.key_dim), (attention.value_dim, self.value_dim)):
                 _require(target, "text_config.head_dim", dim, most, self.head_dim_multiple)
+        for mixer in dict.fromkeys(layer.mixer for layer in config.decoder.layers):
+            if isinstance(mixer, GatedDeltaConfig):
+                _require(target, "text_config.linear_num_value_heads", mixer.value_heads, self.heads)
+                for side, dim in (("key", mixer.key_dim), ("value", mixer.value_dim)):
+                    field = f"text_config.linear_{side}_head_dim"
+                    _require(target, field, dim, self.delta_dim, self.delta_dim_multiple)
+                _require(target, "text_config.linear_conv_kernel_dim", mixer.kernel, self.convolution)
         for moe in dict.fromkeys(config.moe.values()):
             _require(target, "text_config.hidden_size", config.decoder.hidden, multiple=self.expert_multiple)
             _require(target, "text_config.moe_intermediate_size", moe.width, multiple=self.expert_multiple)

@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import head_of
 from moevlm.export.graph.moe_functions import EXPERTS
-from moevlm.export.graph.op import is_op
+from moevlm.export.graph.op import is_op, node_spec
 from moevlm.runtime.core.manifest import CostMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
@@ -32,6 +33,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
         patch_macs=_patch_macs(canonical["vision"], patches_per_token),
         patch_pair_macs=_patch_pair_macs(canonical["vision"]),
         lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
+        state_macs=sum(node_spec(node).state_macs for node in canonical["decoder"].graph if is_op(node, GATED_DELTA)),
     )
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from moevlm.export.config import ModelConfig, MoEConfig
 from moevlm.export.modules.decoder import Decoder
+from moevlm.export.modules.gated_delta import GatedDelta
 from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.vision import vision_tower
 from moevlm.runtime.core.manifest import CostMetadata
@@ -45,6 +46,7 @@ def planned_cost(
             size if name.startswith(_PER_PATCH) else math.ceil(size / per_token) for name, size in patches.items()
         ),
         patch_pair_macs=config.vision.depth * 2 * config.vision.heads * config.vision.head_dim,
+        state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
         lookup_bytes=(decoder.embedding.numel() + positions.numel()) * weight,
     )
 

@@ -76,12 +76,12 @@ def has_stored_weight(node: ir.Node) -> bool:
 
 def is_projection(node: ir.Node) -> bool:
     """A Gemm with a stored weight whose output is neither a router's logits nor a gate of a state."""
-    return has_stored_weight(node) and not any(map(_is_exact, node.outputs[0].uses()))
+    return has_stored_weight(node) and not any(_is_exact(*use) for use in node.outputs[0].uses())
 
 
-def _is_exact(use: ir.Usage) -> bool:
-    """Whether a value decides more than it costs: which experts are chosen, or what a state keeps."""
-    return is_op(use.node, ROUTER) or (is_op(use.node, GATED_DELTA) and use.idx in _GATES)
+def _is_exact(user: ir.Node, place: int) -> bool:
+    """Whether input `place` of a node decides more than it costs: which experts are chosen, what a state keeps."""
+    return is_op(user, ROUTER) or (is_op(user, GATED_DELTA) and place in _GATES)
 
 
 def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:

@@ -154,6 +154,11 @@ class GatedDeltaSpec:
         """Of the convolution: all queries, keys and values of a token."""
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def state_macs(self) -> int:
+        """Multiply-adds of a token with the states: what its key finds there, what it leaves, what its query finds."""
+        return 3 * self.value_heads * self.key_dim * self.value_dim
+
 
 def attributes(spec: Any) -> dict[str, Any]:
     """The spec, a dataclass, as ONNX node attributes: booleans become 0 or 1."""

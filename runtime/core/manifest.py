@@ -94,6 +94,7 @@ class CostMetadata(_Metadata, frozen=True):
     lookup_bytes: tables of both graphs of which a row is read, such as embeddings.
     vision_bytes: all weights of the vision graph but these. patch_macs: multiplications by a weight for a patch.
     patch_pair_macs: multiplications in attention for a patch and another of its image.
+    state_macs: multiplications of a token with recurrent states.
     """
 
     dense_bytes: int
@@ -106,6 +107,7 @@ class CostMetadata(_Metadata, frozen=True):
     patch_macs: int
     patch_pair_macs: int
     lookup_bytes: int = 0
+    state_macs: int = 0
 
 
 class TensorRTMetadata(_Metadata, frozen=True):

@@ -14,7 +14,7 @@ from moevlm.runtime.perf.machine import GpuMachine, Machine
 
 @dataclass(frozen=True)
 class Work:
-    """bytes: read from memory. weight_macs, attention_macs: multiply-adds."""
+    """bytes: between memory and processor. weight_macs, attention_macs: multiply-adds; attention's with states, too."""
 
     bytes: float
     weight_macs: float
@@ -37,7 +37,7 @@ def prefill_work(model: ModelMetadata, cost: CostMetadata, tokens: int) -> Work:
     return Work(
         cost.dense_bytes + cost.head_bytes + experts_read(model, tokens) * cost.expert_bytes,
         tokens * active + cost.head_macs,
-        sum(_pair_macs(layer) * _causal_pairs(tokens, layer.window) for layer in model.layers),
+        tokens * cost.state_macs + sum(_pair_macs(n) * _causal_pairs(tokens, n.window) for n in model.layers),
     )
 
 
@@ -45,7 +45,7 @@ def decode_work(model: ModelMetadata, engine: EngineMetadata, cost: CostMetadata
     """One more token for each of `batch` sequences that have `context` tokens already."""
     active = _experts_used(model) * cost.expert_macs + cost.dense_macs + cost.head_macs
     cached = sum(_state_bytes(state, context) for state in engine.states)
-    attention = sum(_pair_macs(layer) * _seen(context + 1, layer.window) for layer in model.layers)
+    attention = cost.state_macs + sum(_pair_macs(n) * _seen(context + 1, n.window) for n in model.layers)
     weights = cost.dense_bytes + cost.head_bytes + experts_read(model, batch) * cost.expert_bytes
     return Work(weights + batch * cached, batch * active, batch * attention)
 
@@ -77,10 +77,10 @@ def cache_bytes_per_token(engine: EngineMetadata) -> int:
 
 
 def _state_bytes(state: StateSpec, context: int) -> int:
-    """Bytes of a layer's state that one more token reads."""
+    """Bytes of a layer's state that one more token reads, and writes if it is recurrent."""
     if isinstance(state, PagedKV):
         return state.token_bytes * _seen(context, state.window)
-    return state.row_bytes
+    return 2 * state.row_bytes
 
 
 def _experts_used(model: ModelMetadata) -> float:

@@ -25,6 +25,9 @@ _SIZES = Sizes(
     key_dim=limits.KEY_DIM,
     value_dim=limits.VALUE_DIM,
     head_dim_multiple=2,
+    delta_dim=limits.DELTA_DIM,
+    delta_dim_multiple=2,
+    convolution=limits.CONVOLUTION,
     experts=limits.EXPERTS,
 )
 

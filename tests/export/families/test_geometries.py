@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from moevlm.export.backends.registry import targets
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.config import GatedDeltaConfig
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.batch import Batch, BatchLimits
@@ -153,3 +155,24 @@ def test_size_that_a_target_cannot_run_is_named_with_what_is_allowed(
     assert str(raised.value).startswith(f"{name} cannot run this model: ")
     assert told in str(raised.value)
     targets(["reference"], {})[0].sizes.require(config, "reference")
+
+
+DIM, KERNEL = cpu_limits.DELTA_DIM, cpu_limits.CONVOLUTION
+TOO_MUCH_OF_A_STATE = [
+    ({"key_heads": HEADS + 1, "value_heads": HEADS + 1}, f"linear_num_value_heads = {HEADS + 1} (allowed: up to"),
+    ({"key_dim": DIM + 2}, f"linear_key_head_dim = {DIM + 2} (allowed: a multiple of 2, up to {DIM})"),
+    ({"value_dim": 5}, f"linear_value_head_dim = 5 (allowed: a multiple of 2, up to {DIM})"),
+    ({"kernel": KERNEL + 1}, f"linear_conv_kernel_dim = {KERNEL + 1} (allowed: up to {KERNEL})"),
+]
+
+
+@pytest.mark.parametrize(("changed", "told"), TOO_MUCH_OF_A_STATE, ids=[told[:30] for _, told in TOO_MUCH_OF_A_STATE])
+def test_size_of_linear_attention_that_cpu_cannot_run_is_named(changed: dict[str, int], told: str) -> None:
+    values = TinyCheckpoint().config().to_dict()
+    config = family_for(values).config(values)
+    mixer = GatedDeltaConfig(**{"key_heads": 1, "value_heads": 2, "key_dim": 8, "value_dim": 8, "kernel": 4} | changed)
+    layers = tuple(replace(layer, mixer=mixer) for layer in config.decoder.layers)
+    config = replace(config, decoder=replace(config.decoder, layers=layers))
+    with pytest.raises(BuildError) as raised:
+        targets(["cpu:int8"], {})[0].sizes.require(config, "cpu:int8")
+    assert told in str(raised.value)

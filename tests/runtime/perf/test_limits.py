@@ -103,10 +103,17 @@ def test_layers_differ() -> None:
     metadata = msgspec.structs.replace(engine(), states=states)
     for context, seen in ((5, 5), (100, 10)):
         work = decode_work(mixed, metadata, COST, context)
-        assert work.bytes == pytest.approx(1050 + 2 * 300 + context * 2 * 32 * 4 + seen * 12 * 4 + 2 * 8 * 4)
+        assert work.bytes == pytest.approx(1050 + 2 * 300 + context * 2 * 32 * 4 + seen * 12 * 4 + 2 * 2 * 8 * 4)
         assert work.attention_macs == (context + 1) * 4 * 32 + min(context + 1, 10) * 2 * 12
     assert prefill_work(mixed, COST, 30).attention_macs == 465 * 4 * 32 + (55 + 20 * 10) * 2 * 12
     assert work.weight_macs == 2000 + 2 * 600 + 100  # of the layers that have experts
+
+
+def test_recurrent_states_are_multiplied_by_each_token() -> None:
+    cost = msgspec.structs.replace(COST, state_macs=70)
+    plain, recurrent = (decode_work(MODEL, engine(), each, 100, 3).attention_macs for each in (COST, cost))
+    assert recurrent - plain == 3 * 70
+    assert prefill_work(MODEL, cost, 30).attention_macs - prefill_work(MODEL, COST, 30).attention_macs == 30 * 70
 
 
 def test_images_attend_to_themselves_only() -> None:

@@ -7,19 +7,22 @@ import pytest
 from bench import variants
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
+from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION
 from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
-from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, RouterSpec, attributes
+from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, GatedDeltaSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from tests.support.attention_variants import visible_ends
+from tests.support.delta_variants import delta_inputs
 from tests.support.graphs import gemm, graph, matrix, rounded
 from tests.support.moe_cases import Case, assert_close, ops, session, value
 
@@ -223,3 +226,45 @@ def test_candidates_follow_the_logits(vocabulary, count):
     got = session(model).run(None, {"x": matrix(3, 8)})
     for array, want in zip(got[1:4], candidates(got[0], count), strict=True):
         assert_close(array, want, 1e-6)
+
+
+DELTA = GatedDeltaSpec(key_heads=2, value_heads=4, key_dim=8, value_dim=16, kernel=4)
+
+
+def gated_delta() -> ir.Model:
+    """x -> qkv, a, b -> GatedDelta, and a gate beside it, as a decoder layer has them."""
+    x, given = value("x", ["T", HIDDEN]), delta_inputs(DELTA, (1,))
+    widths = {"qkv": DELTA.channels, "a": DELTA.value_heads, "b": DELTA.value_heads, "z": 64}
+    rows = {name: value(name, ["T", width]) for name, width in widths.items()}
+    nodes = [gemm(x, f"w{name}", rows[name]) for name in widths]
+    stored = [ir.Value(name=name) for name in ("conv_weight", "rate", "dt_bias")]
+    states = [value(name, ["rows", *given[name].shape[1:]]) for name in ("conv_state", "delta_state")]
+    places = [value(name, [n], ir.DataType.INT32) for name, n in (("query_start", "starts"), ("state_row", "N"))]
+    outputs = [value("y", ["T", 64]), *(value(f"{state.name}_out", state.shape) for state in states)]
+    inputs = [rows["qkv"], rows["a"], rows["b"], *stored, *states, *places]
+    nodes.append(ir.node(GATED_DELTA, inputs, attributes(DELTA), domain=DOMAIN, outputs=outputs))
+    weights = {f"w{name}": matrix(width, HIDDEN) for name, width in widths.items()}
+    weights |= {str(one.name): given[str(one.name)] for one in stored}
+    return graph(nodes, [x, *states, *places], [*outputs, rows["z"]], **weights)
+
+
+def test_gated_delta_has_a_kernel_and_gates_of_float32():
+    model = gated_delta()
+    passes = [PackProjections(), CpuLinear(IntFormat(8, 32)), CpuFloatLinear(), CpuGatedDelta()]
+    assert run(passes, model) == {"PackProjections": 1, "CpuLinear": 1, "CpuFloatLinear": 2, "CpuGatedDelta": 1}
+    assert sorted(ops(model)) == ["FloatLinear", "FloatLinear", GATED_DELTA, "Linear", "Split"]
+    delta = next(node for node in model.graph if node.op_type == GATED_DELTA)
+    assert [given.producer().op_type for given in delta.inputs[:3]] == ["Split", "FloatLinear", "FloatLinear"]
+
+
+def test_gated_delta_keeps_the_numbers_of_its_body():
+    model, reference = gated_delta(), gated_delta()
+    for name, held in reference.graph.initializers.items():
+        model.graph.initializers[name].const_value = held.const_value
+    add_functions(reference)
+    run([CpuGatedDelta()], model)
+    inputs = delta_inputs(DELTA, (1, 9, 0, 4))
+    given = {name: inputs[name] for name in ("conv_state", "delta_state", "query_start", "state_row")}
+    given["x"] = matrix(14, HIDDEN)
+    for got, want in zip(*(session(form).run(None, given) for form in (model, reference)), strict=True):
+        assert_close(got, want, 5e-6)
