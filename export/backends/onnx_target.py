@@ -82,7 +82,7 @@ class OnnxTarget:
     ) -> tuple[EngineMetadata, int]:
         """As `Target.rehearse`."""
         lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
-        found = cost(canonical, lowered, config.vision.merge_size)
+        found = cost(canonical, lowered, config.vision.metadata().patches_per_token)
         return self.metadata(found, canonical, config), sum(data_bytes(plan(graph)) for graph in lowered.values())
 
     def write(self, build: BuildContext) -> EngineMetadata:

@@ -8,7 +8,7 @@ from moevlm.export.config.model import (
     ModelConfig,
     MoEConfig,
 )
-from moevlm.export.config.vision import GridVisionConfig, MergerConfig, VisionConfig
+from moevlm.export.config.vision import GridVisionConfig, MergerConfig, PooledVisionConfig, VisionConfig
 
 __all__ = [
     "DecoderConfig",
@@ -21,5 +21,6 @@ __all__ = [
     "MixerConfig",
     "MoEConfig",
     "ModelConfig",
+    "PooledVisionConfig",
     "VisionConfig",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.towers import GridTower, VisionMetadata
+from moevlm.runtime.core.towers import GridTower, PooledTower, VisionMetadata
 
 if TYPE_CHECKING:
     from moevlm.export.config.model import MLPConfig
@@ -17,37 +17,29 @@ if TYPE_CHECKING:
 class VisionConfig(ABC):
     """What all towers have: blocks of attention inside each image on patches in a row, then visual tokens of width out.
 
-    merge_size: patches along a side of one visual token. rope_theta: of a rotary embedding on two axes.
-    deepstack_layers: blocks whose output becomes visual tokens, too.
+    merge_size: patches along a side of one visual token. rope_theta: of a rotary embedding on two axes. out: width of
+    visual tokens. deepstack_layers: blocks whose output becomes visual tokens, too.
     """
 
     hidden: int
     depth: int
     heads: int
+    head_dim: int
     mlp: MLPConfig
     epsilon: float
     patch_size: int
     merge_size: int
     channels: int
     rope_theta: float
+    out: int
     deepstack_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.head_dim % 4:  # two axes, and pairs on each
-            raise FieldError("vision heads", self.heads, f"heads of a multiple of 4, and here of {self.head_dim}")
+            raise FieldError("vision head_dim", self.head_dim, "a multiple of 4")
         allowed = range(self.depth)
         if len(set(self.deepstack_layers)) < len(self.deepstack_layers) or not set(self.deepstack_layers) <= {*allowed}:
             raise FieldError("deepstack layers", list(self.deepstack_layers), f"some of 0 to {self.depth - 1}")
-
-    @property
-    @abstractmethod
-    def head_dim(self) -> int:
-        """Width of a head of attention."""
-
-    @property
-    @abstractmethod
-    def out(self) -> int:
-        """Width of visual tokens."""
 
     @abstractmethod
     def metadata(self) -> VisionMetadata:
@@ -59,7 +51,6 @@ class MergerConfig:
     """Four patches to one visual token: mlp (Qwen3-VL) or gated (GLM-4V, after a strided convolution)."""
 
     kind: str
-    out: int
     width: int
 
 
@@ -81,17 +72,9 @@ class GridVisionConfig(VisionConfig):
     merger: MergerConfig
 
     def __post_init__(self) -> None:
-        if self.hidden % self.heads or self.head_dim % 4:
+        if self.hidden != self.heads * self.head_dim or self.head_dim % 4:
             raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
         super().__post_init__()
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    @property
-    def out(self) -> int:
-        return self.merger.out
 
     def metadata(self) -> GridTower:
         return GridTower(
@@ -104,4 +87,25 @@ class GridVisionConfig(VisionConfig):
             temporal_patch_size=self.temporal_patch_size,
             position_grid=self.position_grid,
             position_resampling=self.position_resampling,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PooledVisionConfig(VisionConfig):
+    """The tower of Gemma 4: norms around and inside attention, a table of positions for each axis, means of patches.
+
+    position_table: rows of each table. standardize: pooled patches less a bias, times a gain, both learned.
+    """
+
+    position_table: int
+    standardize: bool
+
+    def metadata(self) -> PooledTower:
+        return PooledTower(
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            channels=self.channels,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+            position_table=self.position_table,
         )

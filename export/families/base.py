@@ -25,6 +25,7 @@ _CONFIG_NAMES = {
     "kv_heads": "text_config.num_key_value_heads",
     "top_k": "text_config.num_experts_per_tok",
     "topk_group": "text_config.topk_group",
+    "vision head_dim": "vision_config.head_dim",
     "vision heads": "vision_config.num_heads",
     "width of visual tokens": "vision_config.out_hidden_size",
 }

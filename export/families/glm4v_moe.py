@@ -142,5 +142,6 @@ class Glm4vMoe(Family):
             outer_norms=True,
             position_grid=vision.positive("image_size") // sizes["patch_size"],
             position_resampling="bicubic",
-            merger=MergerConfig("gated", out=out, width=vision.positive("intermediate_size")),
+            out=out,
+            merger=MergerConfig("gated", width=vision.positive("intermediate_size")),
         )

@@ -53,8 +53,7 @@ def config(vision: Fields, deepstack_layers: tuple[int, ...] = ()) -> GridVision
         outer_norms=False,
         position_grid=math.isqrt(positions),
         position_resampling="bilinear",
-        merger=MergerConfig(
-            "mlp", out=vision.positive("out_hidden_size"), width=sizes["hidden"] * sizes["merge_size"] ** 2
-        ),
+        out=vision.positive("out_hidden_size"),
+        merger=MergerConfig("mlp", width=sizes["hidden"] * sizes["merge_size"] ** 2),
         deepstack_layers=deepstack_layers,
     )

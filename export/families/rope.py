@@ -40,13 +40,13 @@ def mrope(
     return RopeMetadata(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
 
 
-def axial_theta(vision: Fields) -> float:
-    """The base of the vision tower's 2-axis rope; releases before transformers 5 leave it out and mean 10000."""
+def axial_theta(vision: Fields, default: float = 10000.0) -> float:
+    """The base of the vision tower's 2-axis rope. default: where config.json has none, as before transformers 5."""
     if "rope_parameters" not in vision:
-        return 10000.0
+        return default
     rope = vision.sub("rope_parameters")
     _check_type(rope, ("axial", "default"))  # transformers reads "default" as axial here
-    return rope.number("rope_theta", 10000.0)
+    return rope.number("rope_theta", default)
 
 
 def _check_type(rope: Fields, allowed: tuple[str, ...]) -> None:

@@ -76,10 +76,12 @@ def head_dim(text: Fields) -> int:
 def vision_sizes(vision: Fields) -> dict[str, Any]:
     """The fields of `GridVisionConfig` that all towers call the same."""
     vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
+    hidden, heads = vision.positive("hidden_size"), vision.aliased("num_heads", "num_attention_heads")
     return {
-        "hidden": vision.positive("hidden_size"),
+        "hidden": hidden,
         "depth": vision.aliased("depth", "num_hidden_layers"),
-        "heads": vision.aliased("num_heads", "num_attention_heads"),
+        "heads": heads,
+        "head_dim": hidden // heads,
         "patch_size": vision.positive("patch_size"),
         "temporal_patch_size": vision.positive("temporal_patch_size", 2),
         "merge_size": vision.positive("spatial_merge_size", 2),

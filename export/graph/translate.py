@@ -200,8 +200,13 @@ def _sigmoid(t: Translator, x: ir.Value) -> ir.Value:
 
 
 @_rule(aten.add.Tensor)
-def _add(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
-    return t.op("Add", a, b)
+def _add(t: Translator, a: ir.Value, b: ir.Value | float) -> ir.Value:
+    return t.op("Add", a, b if isinstance(b, ir.Value) else t.constant(b, np.float32))
+
+
+@_rule(aten.sub.Tensor)
+def _sub(t: Translator, a: ir.Value, b: ir.Value | float) -> ir.Value:
+    return t.op("Sub", a, b if isinstance(b, ir.Value) else t.constant(b, np.float32))
 
 
 @_rule(aten.mul.Tensor)
@@ -242,6 +247,11 @@ def _clamp(t: Translator, x: ir.Value, low: int) -> ir.Value:
 @_rule(aten.sum.dim_IntList)
 def _sum(t: Translator, x: ir.Value, axes: list[int]) -> ir.Value:
     return t.op("ReduceSum", x, t.constant(axes), keepdims=0)
+
+
+@_rule(aten.mean.dim)
+def _mean(t: Translator, x: ir.Value, axes: list[int]) -> ir.Value:
+    return t.op("ReduceMean", x, t.constant(axes), keepdims=0)
 
 
 @_rule(aten.unsqueeze.default)

@@ -61,6 +61,50 @@ class PerRow:
 
 
 @dataclass(frozen=True)
+class Flat:
+    """[a, b, ...] -> [a * b, ...]."""
+
+    source: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first, second, *others = self.source.shape
+        return (first * second, *others)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        inner = self.source.shape[1]
+        first = start // inner
+        whole = self.source.rows(first, -(-stop // inner)).reshape(-1, *self.shape[1:])
+        return whole[start - first * inner : stop - first * inner]
+
+
+@dataclass(frozen=True)
+class Reordered:
+    """Each group of len(order) rows, its row i the row order[i] of that group before."""
+
+    source: Weight
+    order: Sequence[int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        size = len(self.order)
+        first, last = start // size * size, -(-stop // size) * size
+        groups = self.source.rows(first, last).reshape(-1, size, *self.shape[1:])
+        return groups[:, list(self.order)].reshape(-1, *self.shape[1:])[start - first : stop - first]
+
+
+@dataclass(frozen=True)
 class Concat:
     """Sources one after the other along the first axis."""
 

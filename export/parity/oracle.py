@@ -106,6 +106,6 @@ def inputs_of(config: Any, vision: VisionMetadata, ids: torch.Tensor, cases: Seq
     """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
     inputs = {"input_ids": ids}
     if any(case.grids for case in cases):
-        inputs |= oracle_images(vision).inputs(cases)
+        inputs |= oracle_images(vision).inputs(cases, vision)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
     return inputs

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from moevlm.export.parity.cases import Case
-from moevlm.runtime.core.towers import GridTower, Tower
+from moevlm.runtime.core.towers import Grid, GridTower, PooledTower, Tower
+from moevlm.runtime.request.images.blocks import block_order
 
 # embeds [V, H], and a level [V, H] each of deepstack.
 Features = tuple[Tensor, Sequence[Tensor]]
@@ -23,11 +24,11 @@ class OracleImages(ABC):
         """Let `found` be called with the features of every call of the tower."""
 
     @abstractmethod
-    def inputs(self, cases: Sequence[Case]) -> dict[str, Tensor]:
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
         """The model's arguments for the images of all cases, of which there is one at least."""
 
     @abstractmethod
-    def patches(self, processed: Any) -> tuple[tuple[int, int], np.ndarray]:
+    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:
         """Grid and patches [P, patch_width] of the one image that transformers' image processor was given."""
 
 
@@ -40,19 +41,44 @@ class _GridImages(OracleImages):
 
         model.model.visual.register_forward_hook(hook)
 
-    def inputs(self, cases: Sequence[Case]) -> dict[str, Tensor]:
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:  # noqa: ARG002
         grids = [[1, h, w] for case in cases for h, w in case.grids]
         return {
             "pixel_values": torch.from_numpy(np.concatenate([case.patches for case in cases])),
             "image_grid_thw": torch.tensor(grids),
         }
 
-    def patches(self, processed: Any) -> tuple[tuple[int, int], np.ndarray]:
+    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:  # noqa: ARG002
         _, height, width = processed["image_grid_thw"][0]
         return (int(height), int(width)), processed["pixel_values"]
 
 
-_KINDS: dict[type[Tower], OracleImages] = {GridTower: _GridImages()}
+class _PlacedImages(OracleImages):
+    """Towers that take an image in a row as long as the longest, and where each of its patches is (Gemma 4)."""
+
+    def watch(self, model: Any, found: Callable[[Features], None]) -> None:
+        model.model.embed_vision.register_forward_hook(lambda _m, _i, output: found((output, ())))
+
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
+        grids = [grid for case in cases for grid in case.grids]
+        sizes = [h * w for h, w in grids]
+        rows, columns = block_order(grids, vision.merge_size)
+        values = np.concatenate([case.patches for case in cases])
+        patches = np.zeros((len(sizes), max(sizes), values.shape[1]), np.float32)
+        places = np.full((len(sizes), max(sizes), 2), -1, np.int64)
+        for image, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+            own = slice(end - size, end)
+            patches[image, :size] = values[own]
+            places[image, :size] = np.stack([columns[own], rows[own]], axis=1)
+        return {"pixel_values": torch.from_numpy(patches), "image_position_ids": torch.from_numpy(places)}
+
+    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:
+        width, height = (int(side) + 1 for side in processed["image_position_ids"][0].max(axis=0))
+        rows, columns = block_order([(height, width)], vision.merge_size)
+        return (height, width), processed["pixel_values"][0][rows * width + columns]
+
+
+_KINDS: dict[type[Tower], OracleImages] = {GridTower: _GridImages(), PooledTower: _PlacedImages()}
 
 
 def oracle_images(vision: Tower) -> OracleImages:

@@ -218,7 +218,7 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
             wanted = theirs(images=[image], return_tensors="np")
         except Exception as error:  # of fields that changed since the bundle was built
             raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
-        grid, patches = reference.patches(wanted)
+        grid, patches = reference.patches(wanted, model.vision)
         inputs, grids = ours.pack([ours.fit(ours.open(file.getvalue()))])
         if grids != [grid] or ours.tokens(file.getvalue()) != model.vision.tokens(grid):
             notes.append(f"{name}: {grids[0][0]} x {grids[0][1]} patches, of transformers {grid[0]} x {grid[1]}")

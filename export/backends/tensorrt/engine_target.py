@@ -95,7 +95,7 @@ class TensorRTTarget:
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
         graphs = self._lowered(canonical, lambda _: b"")
-        found = cost(canonical, graphs, config.vision.merge_size)
+        found = cost(canonical, graphs, config.vision.metadata().patches_per_token)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
         return self._fitted(config)._metadata(config, image_patches, found), dense + found.expert_bytes * experts

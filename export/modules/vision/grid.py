@@ -54,7 +54,7 @@ class MLPMerger(nn.Module):
         self.width = config.hidden * config.merge_size**2
         self.norm_joined = norm_joined
         self.norm = nn.LayerNorm(self.width if norm_joined else config.hidden, LAYER_NORM_EPSILON)
-        self.mlp = MLP(self.width, MLPConfig(config.merger.width, "gelu", gated=False), out=config.merger.out)
+        self.mlp = MLP(self.width, MLPConfig(config.merger.width, "gelu", gated=False), out=config.out)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.view(-1, self.width)) if self.norm_joined else self.norm(x).view(-1, self.width)
@@ -66,7 +66,7 @@ class GatedMerger(nn.Module):
 
     def __init__(self, config: GridVisionConfig) -> None:
         super().__init__()
-        out = config.merger.out
+        out = config.out
         self.width = config.hidden * config.merge_size**2
         self.downsample = nn.Linear(self.width, out)
         self.projection = nn.Linear(out, out, bias=False)

@@ -6,11 +6,13 @@ from typing import Any
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.request.images.fields import refuse
+from moevlm.runtime.request.images.gemma4 import Gemma4Images
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 
 # By image_processor_type, without the suffix of the implementation.
 _PROCESSORS: dict[str, type[ImageProcessor]] = {
+    "Gemma4ImageProcessor": Gemma4Images,
     "Glm4vImageProcessor": Glm4vImages,
     "Qwen2VLImageProcessor": Qwen2VLImages,
 }

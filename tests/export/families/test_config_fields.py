@@ -105,9 +105,9 @@ def test_unsupported_value_names_the_field_and_what_is_supported(
 
 
 def test_every_choice_is_listed_here() -> None:
-    """A new `choice` without its line above fails this test."""
+    """A new `choice` without its line above fails this test; those of Gemma 4's tower are in that tower's tests."""
     folder = Path(__file__).parents[3] / "export" / "families"
-    made = sum(path.read_text().count(".choice(") for path in folder.glob("*.py"))
+    made = sum(path.read_text().count(".choice(") for path in folder.glob("*.py") if path.name != "gemma4_vision.py")
     listed = [path for _, path, _, _ in CHOICES]
     in_rope = {path.split(".")[-1] for path in listed if re.search("rope|rotary", path)}  # one file for all families
     elsewhere = [path for path in listed if not re.search("rope|rotary", path)]

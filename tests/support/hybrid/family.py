@@ -30,6 +30,7 @@ VISION = GridVisionConfig(
     hidden=16,
     depth=1,
     heads=2,
+    head_dim=8,
     mlp=MLPConfig(24, "gelu_tanh", gated=False),
     norm="layer",
     epsilon=1e-6,
@@ -43,7 +44,8 @@ VISION = GridVisionConfig(
     position_grid=5,
     position_resampling="bilinear",
     rope_theta=1e4,
-    merger=MergerConfig("mlp", out=HIDDEN, width=64),
+    out=HIDDEN,
+    merger=MergerConfig("mlp", width=64),
 )
 # Attention to all tokens, a recurrence, attention in a window with everything that the first has not, and so on.
 WIDE = GQAConfig(heads=4, kv_heads=2, head_dim=16, rotary_dim=16, rope=0, qk_norm=True, qkv_bias=False, out_bias=False)

@@ -1,0 +1,88 @@
+"""The image processor of Gemma 4: as many visual tokens as the budget allows, the aspect ratio kept.
+
+Numerically that of Hugging Face transformers 5.24 on its Pillow backend.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.towers import PooledTower
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.images.fields import pixel_values, refuse
+from moevlm.runtime.request.images.processor import ImageProcessor
+
+_BUDGETS = (70, 140, 280, 560, 1120)  # that the reference takes
+
+
+class Gemma4Images(ImageProcessor):
+    """Gemma4ImageProcessor. A patch's values lie row by row, its colours side by side."""
+
+    TOWER = PooledTower
+    KNOWN: ClassVar = {"size", "max_soft_tokens"}
+    SIZES: ClassVar = {"patch_size": (16, "patch_size"), "pooling_kernel_size": (3, "merge_size")}
+
+    def __init__(
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: PooledTower,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+        self._budget = self._fields.get("max_soft_tokens", 280)
+        if not isinstance(self._budget, int) or self._budget not in _BUDGETS:
+            refuse("max_soft_tokens", self._budget, ", ".join(map(str, _BUDGETS)))
+        self._longest = vision.position_table // vision.merge_size  # side of an image, in visual tokens
+        if self._budget > self._longest:
+            refuse("max_soft_tokens", self._budget, f"up to {self._longest}, for the sides of images")
+        self._values = pixel_values(self._fields, False, (0.0,) * 3, (1.0,) * 3)
+
+    @property
+    def max_patches(self) -> int:
+        return self._budget * self._vision.patches_per_token
+
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
+        """The largest size of about the same shape with sides of whole blocks and no more than the budget's tokens.
+
+        The reference computes in double precision; so does this.
+        """
+        block, budget = self._block, self._limited(limits)
+        factor = math.sqrt(budget * block**2 / (height * width))
+        rows, columns = (math.floor(factor * side / block) for side in (height, width))
+        if not rows:
+            rows, columns = 1, min(width // height, budget)
+        elif not columns:
+            rows, columns = min(height // width, budget), 1
+        return max(rows, 1) * block, max(columns, 1) * block
+
+    def _limited(self, limits: ImageLimits) -> int:
+        """The most visual tokens that an image may have."""
+        budget, block = self._budget, self._block**2
+        if limits.min_pixels is not None:
+            raise RequestError(
+                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
+                "get as many pixels as max_pixels allows)"
+            )
+        if limits.max_pixels is not None:
+            most = self._longest * block
+            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
+            if not whole or not block <= limits.max_pixels <= most:
+                raise RequestError(
+                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
+                    f"to {most})"
+                )
+            budget = limits.max_pixels // block
+        if (most_tokens := self._most_tokens(limits)) is not None:
+            budget = min(budget, most_tokens)
+        return max(1, min(budget, LOW_DETAIL_PIXELS // block)) if limits.low_detail else budget
+
+    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
+        size = self._vision.patch_size
+        written = patches.reshape(-1, size, size, 3)
+        for channel in range(3):
+            written[..., channel] = self._values[channel][pixels[channel]]

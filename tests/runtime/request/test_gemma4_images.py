@@ -1,0 +1,187 @@
+"""Gemma 4's image processor: sizes, patches and places as transformers' Pillow backend has them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.towers import GridTower, PooledTower
+from moevlm.runtime.request.image_limits import ImageLimits
+from moevlm.runtime.request.images.blocks import block_order
+from moevlm.runtime.request.images.registry import image_processor
+from moevlm.runtime.request.vision_inputs import pack
+
+VISION = PooledTower(patch_size=16, merge_size=3, channels=3, head_dim=72, rope_theta=100.0, position_table=10240)
+KIND = {"image_processor_type": "Gemma4ImageProcessor"}
+SIZES = [(640, 480), (1, 1), (17, 400), (4000, 30), (3, 2999), (48, 48), (47, 49), (1023, 767), (97, 611), (2000, 1999)]
+
+
+def ours(vision: PooledTower = VISION, **fields: Any) -> Any:
+    return image_processor(KIND | fields, vision)
+
+
+def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
+    values = np.random.default_rng([seed, *size]).integers(0, 256, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+def assert_as_transformers(image: Image.Image, vision: PooledTower = VISION, **fields: Any) -> None:
+    wanted = Gemma4ImageProcessorPil(**fields)(images=[image], return_tensors="np")
+    mine = ours(vision, **fields)
+    inputs, [(height, width)] = mine.pack([mine.fit(mine.open(image))])
+    places = wanted["image_position_ids"][0]
+    real = places[:, 0] >= 0
+    assert (width, height) == tuple(places.max(axis=0) + 1)
+    assert mine.tokens(image) == vision.tokens((height, width)) == wanted["num_soft_tokens_per_image"][0]
+    rows, columns = block_order([(height, width)], vision.merge_size)
+    order = rows * width + columns
+    np.testing.assert_array_equal(inputs.pixel_patches, wanted["pixel_values"][0][real][order])
+    np.testing.assert_array_equal(np.stack([columns, rows], axis=1), places[real][order])
+    index = inputs.rows["position_index"]
+    np.testing.assert_array_equal(index - [0, vision.position_table], places[real][order])
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_images_are_cut_as_transformers_does(size: tuple[int, int]) -> None:
+    assert_as_transformers(noise(size))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_sizes_and_budgets_are_those_of_transformers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        width, height = (int(2**exponent) for exponent in rng.uniform(1, 10, 2))
+        fields = {"patch_size": int(rng.choice([4, 7, 16])), "pooling_kernel_size": int(rng.choice([1, 2, 3, 4]))}
+        vision = msgspec.structs.replace(
+            VISION, patch_size=fields["patch_size"], merge_size=fields["pooling_kernel_size"]
+        )
+        mode = str(rng.choice(["RGB", "L", "P", "RGBA", "1"]))
+        image = noise((width, height), seed, mode) if mode != "RGBA" else noise((width, height), seed)
+        assert_as_transformers(image, vision, max_soft_tokens=int(rng.choice([70, 140, 280])), **fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25, 0.5, 1.0]},
+        {"rescale_factor": 1 / 127},
+        {"resample": 2},
+    ],
+    ids=str,
+)
+def test_fields_change_pixels_as_in_transformers(fields: dict[str, Any]) -> None:
+    assert_as_transformers(noise((300, 200)), **fields)
+
+
+def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
+    mine = ours(max_soft_tokens=70)
+    images = [mine.fit(noise(size)) for size in ((300, 100), (20, 700), (64, 64))]
+    packed, grids = mine.pack(images)
+    singles = [mine.pack([image])[0] for image in images]
+    assert packed.rows.keys() == VISION.inputs.keys()
+    for name, rows in packed.rows.items():
+        width, dtype = VISION.inputs[name]
+        assert (rows.shape[1:], rows.dtype) == ((width,), dtype)
+        np.testing.assert_array_equal(rows, np.concatenate([single.rows[name] for single in singles]), err_msg=name)
+    np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
+
+
+def test_no_image_gives_inputs_of_no_patches() -> None:
+    inputs = pack(np.zeros((0, VISION.patch_width), np.float32), [], VISION)
+    assert [(name, len(rows)) for name, rows in inputs.rows.items()] == [(name, 0) for name in VISION.inputs]
+    assert inputs.image_start.tolist() == [0]
+
+
+def test_max_patches_is_the_budget() -> None:
+    assert ours(max_soft_tokens=140).max_patches == 140 * 9
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        (ImageLimits(max_tokens=5), 5),
+        (ImageLimits(max_pixels=48 * 48 * 7), 7),
+        (ImageLimits(max_pixels=48 * 48 * 500), 500),
+        (ImageLimits(low_detail=True), 512 * 512 // 48**2),
+        (ImageLimits(max_tokens=1), 1),
+        (ImageLimits(max_tokens=9, low_detail=True, max_pixels=48 * 48 * 100), 9),
+    ],
+    ids=str,
+)
+def test_limits_of_a_request_bound_the_tokens(limits: ImageLimits, most: int) -> None:
+    mine = ours()
+    for size in SIZES:
+        image = noise(size)
+        fitted = mine.fit(image, limits)
+        tokens = VISION.tokens(mine.grid(fitted))
+        assert 1 <= tokens <= most
+        assert mine.tokens(image, limits) == tokens
+        assert fitted.width % 48 == fitted.height % 48 == 0
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (ImageLimits(min_pixels=4096), r"^unsupported value min_pixels = 4096 \(allowed: none, "),
+        (
+            ImageLimits(max_pixels=2303),
+            r"^unsupported value max_pixels = 2303 \(allowed: 2304, which is one token, to ",
+        ),
+        (ImageLimits(max_pixels=1 << 40), r"^unsupported value max_pixels = 1099511627776 \(allowed: "),
+        (ImageLimits(max_tokens=0), r"^unsupported value max_image_tokens = 0 "),
+    ],
+    ids=str,
+)
+def test_limits_that_cannot_be_are_refused_by_name(limits: ImageLimits, words: str) -> None:
+    with pytest.raises(RequestError, match=words):
+        ours().fit(noise((30, 30)), limits)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_soft_tokens": 100}, r"max_soft_tokens = 100 \(supported: 70, 140, 280, 560, 1120\)"),
+        ({"max_soft_tokens": 280.0}, r"max_soft_tokens = 280\.0 \(supported: "),
+        ({"max_soft_tokens": True}, "max_soft_tokens = "),
+        ({"patch_size": 14}, r"patch_size = 14 \(supported: 16, as in manifest\.json\)"),
+        ({"pooling_kernel_size": 2}, r"pooling_kernel_size = 2 \(supported: 3, as in manifest\.json\)"),
+        ({"do_resize": False}, r"do_resize = "),
+        ({"do_pad": True}, r"do_pad = "),
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_be_reproduced_are_refused_by_name(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        ours(**fields)
+
+
+def test_a_budget_beyond_the_learned_positions_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"max_soft_tokens = 280 \(supported: up to 70, "):
+        ours(msgspec.structs.replace(VISION, position_table=210))
+
+
+def test_processors_of_other_towers_are_refused_by_name() -> None:
+    with pytest.raises(BundleError, match=r'image_processor_type = "Qwen2VLImageProcessor" \(supported: Gemma4Image'):
+        image_processor({"image_processor_type": "Qwen2VLImageProcessor"}, VISION)
+    grid = GridTower(
+        patch_size=14,
+        merge_size=2,
+        channels=3,
+        head_dim=8,
+        rope_theta=1e4,
+        temporal_patch_size=2,
+        position_grid=4,
+        position_resampling="bilinear",
+    )
+    with pytest.raises(BundleError, match=r"\(supported: Glm4vImageProcessor, Qwen2VLImageProcessor\)"):
+        image_processor(KIND, grid)
+
+
+def test_the_references_own_fields_are_taken() -> None:
+    image_processor(Gemma4ImageProcessorPil().to_dict(), VISION)

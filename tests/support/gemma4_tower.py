@@ -1,0 +1,108 @@
+"""Tiny towers of Gemma 4 with their projector, in transformers and here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import Gemma4TextConfig, Gemma4VisionConfig
+from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder, Gemma4VisionModel
+
+from moevlm.export.families.base import Family
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower
+from moevlm.export.graph.weights import Constant, Weight
+from moevlm.export.model import load
+from moevlm.export.modules.vision import vision_tower
+from moevlm.runtime.core.towers import PooledTower
+
+BASE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "patch_size": 4,
+    "pooling_kernel_size": 3,
+    "position_embedding_size": 64,
+    "rope_parameters": {"rope_type": "axial", "rope_theta": 100.0},
+    "standardize": True,
+}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "standardized": {},
+    "plain means": {"standardize": False},
+    "heads wider than rows, pool of 2": {"num_attention_heads": 3, "num_key_value_heads": 3, "pooling_kernel_size": 2},
+    "heads of 8, pool of 4, another base": {
+        "head_dim": 8,
+        "pooling_kernel_size": 4,
+        "rope_parameters": {"rope_type": "axial", "rope_theta": 10_000.0},
+        "rms_norm_eps": 1e-3,
+    },
+    "three blocks, patches of 3": {"num_hidden_layers": 3, "patch_size": 3},
+    "heads of 72 as published": {"hidden_size": 144, "head_dim": 72, "intermediate_size": 64},
+}
+OUT = 24
+SIZES = [(1, 1), (2, 3), (4, 1), (1, 5)]  # of images, in visual tokens
+
+
+class _Tower(Family):
+    """The tower's weights alone."""
+
+    weights: ClassVar = {**GEMMA4_TOWER, "decoder.head": "lm_head.weight"}
+    router_suffix = ""
+
+    def translate(self, fields: Fields) -> Any:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TinyTower:
+    """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
+
+    theirs: tuple[Gemma4VisionModel, Gemma4MultimodalEmbedder]
+    ours: nn.Module
+    weights: dict[str, Weight]
+    metadata: PooledTower
+
+    @classmethod
+    def of(cls, seed: int = 0, **fields: Any) -> TinyTower:
+        """A tower with every parameter and buffer random. fields: of vision_config, on top of BASE."""
+        values = BASE | fields
+        config = Gemma4VisionConfig(**values)
+        config._attn_implementation = "eager"
+        torch.manual_seed(seed)
+        tower = Gemma4VisionModel(config).eval()
+        projector = Gemma4MultimodalEmbedder(config, Gemma4TextConfig(hidden_size=OUT)).eval()
+        on_disk: dict[str, Weight] = {"lm_head.weight": Constant(np.zeros((1, 1), np.float32))}
+        for prefix, module in (("model.vision_tower.", tower), ("model.embed_vision.", projector)):
+            for name, tensor in module.state_dict().items():
+                tensor.copy_(_filled(name, tensor.shape))
+                on_disk[prefix + name] = Constant(tensor.numpy())
+        ours = gemma4_tower(Fields(values), OUT)
+        with torch.device("meta"):
+            module = vision_tower(ours).eval()
+        shapes = {f"vision.{name}": tuple(p.shape) for name, p in module.named_parameters()}
+        bound = _Tower().bind(shapes | {"decoder.head": (1, 1)}, on_disk)
+        weights = {name.removeprefix("vision."): weight for name, weight in bound.weights.items()}
+        load(module, weights)
+        return cls((tower, projector), module, weights, ours.metadata())
+
+    @torch.no_grad()
+    def wanted(self, patches: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """transformers' visual tokens of images in rows as long as the longest, [images, most, ...]; -1: no patch."""
+        tower, projector = self.theirs
+        given = torch.from_numpy(patches), torch.from_numpy(places)
+        return projector(tower(pixel_values=given[0], pixel_position_ids=given[1]).last_hidden_state).numpy()
+
+
+def _filled(name: str, shape: torch.Size) -> torch.Tensor:
+    values = torch.randn(shape)
+    if name.endswith(("q_norm.weight", "k_norm.weight")):  # scores have no scale: these keep them from being extreme
+        return 0.35 + 0.1 * values
+    if name.endswith(("norm.weight", "std_scale")):
+        return 1 + 0.3 * values
+    return values * (0.5 if "std" in name or "position" in name else shape[-1] ** -0.5)
