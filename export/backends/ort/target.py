@@ -6,6 +6,7 @@ from moevlm.export.backends.base import GRAPHS, Target
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION, OnnxTarget
 from moevlm.export.backends.ort.options import Options
 from moevlm.export.backends.ort.passes.lower_attention import LowerAttention
+from moevlm.export.backends.ort.passes.lower_gated_delta import LowerGatedDelta
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.backends.ort.passes.lower_segment_attention import LowerSegmentAttention
 from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
@@ -52,7 +53,8 @@ def _passes(scheme: IntFormat | None) -> dict[str, tuple[Pass, ...]]:
     vision = (QuantizeLinear(VISION),) if scheme else ()
     linear = (QuantizeLinear(scheme), QuantizeEmbedding(EMBEDDING)) if scheme else ()
     experts = (QuantizeExperts(scheme),) if scheme else ()
+    mixers = (LowerAttention(), LowerGatedDelta())
     return {
         "vision": (*vision, LowerSegmentAttention(), FuseSkipNorm()),
-        "decoder": (PackProjections(), *linear, LowerAttention(), FuseSkipNorm(), LowerMoE(), *experts),
+        "decoder": (PackProjections(), *linear, *mixers, FuseSkipNorm(), LowerMoE(), *experts),
     }

@@ -40,4 +40,4 @@ def test_canonical_pytorch_and_its_graph_are_transformers(family: str, name: str
         engine.close()
     assert [check for check in found if not check.passed] == []
     assert {check.quantity for check in found} >= {"decode logits", "routings that differ", "first choices that differ"}
-    assert max(check.value for check in found) < EXACT.logits / 4  # a slow drift towards the limit shows here first
+    assert max(check.value for check in found) < EXACT.logits / 2  # a slow drift towards the limit shows here first

@@ -46,7 +46,7 @@ OUTPUTS = [
 SMALL = {"vocab_size": 96}
 CHECKPOINTS = {
     f"{short}, {name}": TinyCheckpoint(model_type, **options)
-    for short, model_type in (("qwen", "qwen3_vl_moe"), ("glm", "glm4v_moe"))
+    for short, model_type in (("qwen", "qwen3_vl_moe"), ("glm", "glm4v_moe"), ("qwen3.5", "qwen3_5_moe"))
     for name, options in TINY[model_type].configurations.items()
 }
 
@@ -72,6 +72,7 @@ COSTS = ["prefill KL", "decode KL", "share of routings that differ", "last hidde
         "qwen, tied head, bf16, one expert of four",
         "qwen, every other layer sparse, attention bias, one key-value head",
         "glm, groups, shared expert",
+        "qwen3.5, three of the delta rule to one of attention, a quarter of a head turned",
     ],
 )
 def test_quantized_engines_round_as_their_bits_say_and_nothing_else(name: str, tmp_path: Path) -> None:
@@ -124,6 +125,7 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
         "qwen, no deepstack, wide heads, odd patches",
         "glm, groups, shared expert",
         "glm, two of four groups, weights as they are, tied head",
+        "qwen3.5, as many value heads as key heads, short kernel, biases, bf16",
     ],
 )
 def test_every_step_agrees_with_transformers(name: str, tmp_path: Path) -> None:
