@@ -75,9 +75,9 @@ class Attention(nn.Module):
         assert step.query_start is not None and step.context_len is not None and step.page_table is not None
         cos, sin = step.ropes[self.config.rope] if self.spec.rotary_dim else (None, None)
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        k = self.k(x)
+        q, k = self.q(x), self.k(x)  # in the order in which a kernel takes them side by side
         y, *caches = ops.paged_attention(
-            *(self.q(x), k, self._value(k if self.v is None else self.v(x))),
+            *(q, k, self._value(k if self.v is None else self.v(x))),
             *(cos, sin, *states),
             *(step.query_start, step.context_len, step.page_table),
             *(q_norm, k_norm, self.sinks),
