@@ -44,6 +44,7 @@ type: setup
 	MYPYPATH=build/types $(BIN)/mypy --namespace-packages --explicit-package-bases -p moevlm
 
 bench: setup
+	$(BIN)/python -m bench.trace_bench --json bench/results/trace.json
 	$(BIN)/python -m bench.cpu_bench --json bench/results/cpu.json
 	$(BIN)/python -m bench.serve_bench build/bench/1B.group32.moevlm --target cpu:int4 --json bench/results/serve.json
 

@@ -86,7 +86,7 @@ class _Source:
 
 
 @dataclass(frozen=True)
-class _Absent:
+class Absent:
     """A weight of which nothing but its shape is known."""
 
     shape: tuple[int, ...]
@@ -121,5 +121,5 @@ def _read(source: Path, expert_layout: str, ignored_config: Sequence[str]) -> _S
     config = read_json(source, CONFIG)
     method = settings_of(source, config, ignored_config).method
     told = (f"the checkpoint is quantized: {method}; a dry run of the whole checkpoint looks at its tensors",)
-    model = CanonicalModel.of_config(config, _Absent, ignored_config)
+    model = CanonicalModel.of_config(config, Absent, ignored_config)
     return _Source(model, notes=told if method else ())
