@@ -41,6 +41,7 @@ def build(
     *,
     expert_layout: str = "auto",
     ignored_config: Sequence[str] = (),
+    lora: str | Path | None = None,
     replace: bool = False,
     progress: Stages = silent,
     note: Callable[[str], None] = silent,
@@ -50,7 +51,8 @@ def build(
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
     expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
-    config.json to be left out of account, though what they mean is not known. replace: whether a bundle at the
+    config.json to be left out of account, though what they mean is not known. lora: a folder with an adapter, as PEFT
+    saves it, to be merged into the weights. replace: whether a bundle at the
     destination may be replaced. note: called with each thing that the user should know of the checkpoint, in a line.
     planned: called before anything is built with what the manifest will say of the model and of engines on GPUs.
     options: of the backends, by the names of their fields: `backends.ort.options.Options` and so on.
@@ -60,7 +62,7 @@ def build(
     chosen = targets(target_names, options)
     require_new(Path(destination), Path(checkpoint), replace)
     with (
-        Checkpoint.open(checkpoint) as source,
+        Checkpoint.open(checkpoint, lora) as source,
         locked(Path(destination), progress),
         BundleWriter(destination) as writer,
     ):
@@ -108,14 +110,15 @@ def add_targets(
     checkpoint: str | Path,
     target_names: Iterable[str],
     *,
+    lora: str | Path | None = None,
     progress: Stages = silent,
     planned: Planned = silent,
     **options: Any,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
-    planned: as in `build`. Another process that changes the bundle is waited for. Raises CheckpointError if the
-    checkpoint is another one, and what `build` raises.
+    lora: the adapter that the bundle has in its weights. planned: as in `build`. Another process that changes the
+    bundle is waited for. Raises CheckpointError if the checkpoint is another one, and what `build` raises.
     """
     chosen = targets(target_names, options)
     if not chosen:
@@ -124,7 +127,7 @@ def add_targets(
     with ExitStack() as stack:
         stack.enter_context(locked(Path(bundle), progress))
         existing = Bundle.open(bundle)
-        source = stack.enter_context(Checkpoint.open(checkpoint))
+        source = stack.enter_context(Checkpoint.open(checkpoint, lora))
         writer = stack.enter_context(BundleWriter(bundle, changes=existing))
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)

@@ -51,18 +51,19 @@ def dry_run(
     *,
     expert_layout: str = "auto",
     ignored_config: Sequence[str] = (),
+    lora: str | Path | None = None,
     progress: Stages = silent,
     **options: Any,
 ) -> Plan:
     """Trace and lower a model for each target as a build does.
 
     source: a checkpoint, a folder with config.json alone, or such a file. names: of targets; by default those that
-    the backends name. options: as in `export.build.build`. Raises CheckpointError or UnsupportedModelError as a
+    the backends name. lora, options: as in `export.build.build`. Raises CheckpointError or UnsupportedModelError as a
     build does; what one target cannot do is said in the plan.
     """
     chosen = tuple(names) or planned_names()
     require_effect(chosen, options)
-    found = _read(Path(source), expert_layout, ignored_config)
+    found = _read(Path(source), expert_layout, ignored_config, lora)
     graphs = traced(found.model, progress)
     planned = []
     for name in dict.fromkeys(chosen):
@@ -104,11 +105,11 @@ def _missing(target: Target) -> str:
     return ""
 
 
-def _read(source: Path, expert_layout: str, ignored_config: Sequence[str]) -> _Source:
+def _read(source: Path, expert_layout: str, ignored_config: Sequence[str], lora: str | Path | None) -> _Source:
     if source.is_file() and source.name == CONFIG:
         source = source.parent
     elif (source / CONFIG).is_file() and any(source.glob("*.safetensors")):
-        with Checkpoint.open(source) as checkpoint:
+        with Checkpoint.open(source, lora) as checkpoint:
             model = CanonicalModel.of(checkpoint, expert_layout, ignored_config)
             carried = request_files(source, model.metadata())
             notes = [f"leaves out {count} tensors {pattern}" for pattern, count in model.left_out.items()]
@@ -118,6 +119,8 @@ def _read(source: Path, expert_layout: str, ignored_config: Sequence[str]) -> _S
             return _Source(model, len(checkpoint.tensors), patches, (*notes, *carried.notes))
     elif not (source / CONFIG).is_file():
         raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}")
+    if lora is not None:
+        raise CheckpointError(f"an adapter needs the weights that it is for, and {source} has none")
     config = read_json(source, CONFIG)
     method = settings_of(source, config, ignored_config).method
     told = (f"the checkpoint is quantized: {method}; a dry run of the whole checkpoint looks at its tensors",)

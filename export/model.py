@@ -57,8 +57,9 @@ class CanonicalModel:
             for part, module in (("vision", vision), ("decoder", decoder))
             for name, parameter in module.named_parameters()
         }
+        updates = checkpoint.adapter.updates if checkpoint.adapter else None
         plain = plain_tensors(checkpoint, ignored_config)
-        bound = family.bind(parameters, plain.tensors, expert_layout, plain.ignorable)
+        bound = family.bind(parameters, plain.tensors, expert_layout, plain.ignorable, updates)
         stored_as = plain.counted(bound.used)
         vision_weights, decoder_weights = (
             {name.removeprefix(part): weight for name, weight in bound.weights.items() if name.startswith(part)}

@@ -9,6 +9,7 @@ from typing import Any, Self
 from moevlm.export.checkpoint import side_files
 from moevlm.export.checkpoint.files import find, read_json
 from moevlm.export.checkpoint.hashes import Fingerprint, require_known_hashes
+from moevlm.export.checkpoint.lora.adapter import FILES, Adapter
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.checkpoint.shards import read_shards, some
 from moevlm.runtime.core.errors import CheckpointError
@@ -16,12 +17,15 @@ from moevlm.runtime.core.manifest import FileMetadata, Manifest
 
 CONFIG = "config.json"
 MODELOPT = "hf_quant_config.json"  # what it says of weights counts where config.json says nothing
+_ADAPTER = "adapter/"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name, as on the Hugging Face hub
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """config: config.json as it is. tensors: every tensor, by its name on disk, unread. shards: file names.
+
+    adapter: to be merged into the weights; None for none.
 
     Nothing is held open. `close` (or leaving a `with` block) stops hashing that is still under way.
     """
@@ -31,10 +35,14 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     shards: tuple[str, ...]
     _fingerprint: Fingerprint
+    adapter: Adapter | None = None
 
     @classmethod
-    def open(cls, directory: str | Path) -> Self:
-        """Read config.json and every shard's header; raises CheckpointError if anything is missing or inconsistent."""
+    def open(cls, directory: str | Path, adapter: str | Path | None = None) -> Self:
+        """Read config.json and every shard's header; raises CheckpointError if anything is missing or inconsistent.
+
+        adapter: a folder with a LoRA adapter, as PEFT saves it.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             hint = (
@@ -44,7 +52,8 @@ class Checkpoint:
         config = read_json(directory, CONFIG)
         shards, tensors = read_shards(directory)
         stated = (CONFIG, MODELOPT) if find(directory, MODELOPT) else (CONFIG,)
-        return cls(directory, config, tensors, shards, Fingerprint(directory, (*stated, *shards)))
+        merged = Adapter.open(adapter) if adapter else None
+        return cls(directory, config, tensors, shards, Fingerprint(directory, (*stated, *shards)), merged)
 
     def __enter__(self) -> Self:
         return self
@@ -78,8 +87,24 @@ class Checkpoint:
         self._fingerprint.start()
 
     def fingerprint(self) -> dict[str, FileMetadata]:
-        """sha256 and size of every file that says what the weights are, by name. Computed at most once."""
-        return dict(self._fingerprint.result())
+        """sha256 and size of every file that says what the weights are, by name. Computed at most once.
+
+        Those of an adapter stand behind `adapter/`.
+        """
+        own = dict(self._fingerprint.result())
+        of_adapter = self.adapter.fingerprint() if self.adapter else {}
+        return own | {f"{_ADAPTER}{name}": metadata for name, metadata in of_adapter.items()}
+
+    @property
+    def adapter_files(self) -> tuple[str, ...]:
+        """Names of the adapter's files in the fingerprint."""
+        return tuple(f"{_ADAPTER}{name}" for name in FILES) if self.adapter else ()
+
+    def path(self, name: str) -> Path:
+        """Of a file that the fingerprint names."""
+        if self.adapter and name.startswith(_ADAPTER):
+            return self.adapter.directory / name.removeprefix(_ADAPTER)
+        return self.directory / name
 
     def verify(self) -> tuple[str, ...]:
         """Compare with the hashes known beforehand (see `known_hashes`); returns the names that were compared.
@@ -91,23 +116,29 @@ class Checkpoint:
 
 def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
-    names = checkpoint.hashed
+    names = (*checkpoint.hashed, *checkpoint.adapter_files)
+    merged = any(name.startswith(_ADAPTER) for name in manifest.source)
+    if merged != (checkpoint.adapter is not None):
+        told = (
+            "has a LoRA adapter in its weights: name it with --lora" if merged else "has no LoRA adapter in its weights"
+        )
+        raise CheckpointError(f"the bundle {told}")
     if set(names) != set(manifest.source):
         raise CheckpointError(
             f"{checkpoint.directory} is not the checkpoint that the bundle was exported from: "
             f"it has {some(sorted(names))}, the bundle says {some(sorted(manifest.source))}"
         )
     for name, expected in manifest.source.items():
-        size = (checkpoint.directory / name).stat().st_size
+        size = checkpoint.path(name).stat().st_size
         if size != expected.size:  # known at once, while a hash takes a second per gigabyte
             raise CheckpointError(
-                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"{checkpoint.path(name)} is not the file that the bundle was exported from: "
                 f"it has {size} bytes, the bundle says {expected.size}"
             )
     actual = checkpoint.fingerprint()
     for name, expected in manifest.source.items():
         if actual[name].sha256 != expected.sha256:
             raise CheckpointError(
-                f"{checkpoint.directory / name} is not the file that the bundle was exported from: "
+                f"{checkpoint.path(name)} is not the file that the bundle was exported from: "
                 f"its sha256 is {actual[name].sha256}, the bundle says {expected.sha256}"
             )

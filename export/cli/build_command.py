@@ -72,6 +72,9 @@ def _backend_options(command: Any) -> Any:
 @click.option(
     "--dry-run", is_flag=True, help="Say what would be built and how large it is, or what is refused and why."
 )
+@click.option(
+    "--lora", metavar="DIR", type=click.Path(path_type=Path), help="A LoRA adapter, as PEFT saves it, to merge."
+)
 @_FORCE
 @_LAYOUT
 @_IGNORED
@@ -82,6 +85,7 @@ def build(
     checkpoint: Path | None,
     targets: tuple[str, ...],
     dry_run: bool,
+    lora: Path | None,
     force: bool,
     expert_layout: str,
     ignored_config: tuple[str, ...],
@@ -100,7 +104,7 @@ def build(
     if dry_run:
         if output or checkpoint or force:
             raise click.UsageError("--dry-run takes a checkpoint or its config.json, and writes nothing")
-        _dry_run(source, targets, expert_layout=expert_layout, ignored_config=ignored_config, **given)
+        _dry_run(source, targets, lora=lora, expert_layout=expert_layout, ignored_config=ignored_config, **given)
         return
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
@@ -114,7 +118,7 @@ def build(
         progress = stack.enter_context(progress_bar())
         if checkpoint is None and output is not None:
             bundle, origin = output, source
-            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config}
+            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "lora": lora}
             reading |= {"note": notes.append, "planned": _say_memory}
             built = build_bundle(origin, bundle, names, replace=force, progress=progress, **reading, **given)
         elif checkpoint is not None and output is None:
@@ -124,7 +128,7 @@ def build(
             if force:
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
-            built = add_targets(bundle, origin, names, progress=progress, planned=_say_memory, **given)
+            built = add_targets(bundle, origin, names, lora=lora, progress=progress, planned=_say_memory, **given)
         elif checkpoint is None:
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
@@ -135,7 +139,9 @@ def build(
         console().print(
             f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
         )
-    console().print(_next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}"))
+    console().print(
+        _next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}" + (f" --lora {lora}" if lora else ""))
+    )
 
 
 def _dry_run(source: Path, targets: tuple[str, ...], **options: Any) -> None:

@@ -14,6 +14,9 @@ from moevlm.runtime.cli.console import console, progress_bar, publish
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", required=True, type=click.Path(path_type=Path), help="Where the bundle came from.")
 @click.option(
+    "--lora", metavar="DIR", type=click.Path(path_type=Path), help="The LoRA adapter that the bundle was built with."
+)
+@click.option(
     "--target",
     "targets",
     multiple=True,
@@ -32,6 +35,7 @@ from moevlm.runtime.cli.console import console, progress_bar, publish
 def parity(
     bundle: Path,
     checkpoint: Path,
+    lora: Path | None,
     targets: tuple[str, ...],
     seed: int,
     quick: bool,
@@ -44,7 +48,7 @@ def parity(
     "passed" means that the kernels are right. What rounding the weights costs is shown beside the checks, without a
     limit; --text shows it on a text of your own.
     """
-    require_apart([output], [bundle, checkpoint, text])
+    require_apart([output], [bundle, checkpoint, lora, text])
     if max_tokens is not None and text is None:
         raise click.UsageError("--max-tokens is for --text")
     require("transformers", "export")
@@ -57,7 +61,7 @@ def parity(
     from moevlm.runtime.core.reports import to_json
 
     with progress_bar() as progress:
-        options: Any = {"seed": seed, "quick": quick, "text": text, "progress": progress}
+        options: Any = {"lora": lora, "seed": seed, "quick": quick, "text": text, "progress": progress}
         if max_tokens is not None:
             options["max_tokens"] = max_tokens
         report = check_parity(bundle, checkpoint, targets, **options)

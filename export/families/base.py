@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from moevlm.export.checkpoint.lora.adapter import Update
 from moevlm.export.config import ModelConfig
 from moevlm.export.families.about import About
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
-from moevlm.export.families.sources import LAYOUTS, Source, named
+from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
 
@@ -111,27 +112,32 @@ class Family(ABC):
         on_disk: Mapping[str, Weight],
         expert_layout: str = "auto",
         ignorable: Sequence[str] = (),
+        updates: Mapping[str, Sequence[Update]] | None = None,
     ) -> Binding:
         """A float32 recipe for every canonical parameter (name -> shape).
 
-        ignorable: patterns of tensors that may be left out, beside the family's own.
-
-        Raises CheckpointError for a tensor that is absent, has another shape or no float dtype, or is left over.
+        ignorable: patterns of tensors that may be left out, beside the family's own. updates: of an adapter, by the
+        module's name in transformers. Raises CheckpointError for a tensor that is absent, has another shape or no float
+        dtype, or is left over, and for an update with no place in the model.
         """
         if expert_layout not in LAYOUTS:
             raise CheckpointError(f'expert_layout = "{expert_layout}" (allowed: {", ".join(LAYOUTS)})')
-        tensors = Tensors(on_disk)
+        tensors = Tensors(on_disk, updates)
         bound, missing = {}, []
         for name, shape in parameters.items():
             source, indices = self._source(name)
             try:
-                bound[name] = cast(source(tensors, indices, shape, expert_layout), np.dtype(np.float32))
+                found = source(tensors, indices, shape, expert_layout)
+                if isinstance(source, ExpertsPart):
+                    found = tensors.merged_experts(source.base.format(**indices), found)
+                bound[name] = cast(found, np.dtype(np.float32))
             except MissingTensorError as error:
                 missing.append(error.name)
         if missing:
             raise missing_error(list(dict.fromkeys(missing)), on_disk.keys())
         if "decoder.head" not in parameters:
             self._check_tied_head(tensors, bound["decoder.embedding"])
+        _require_merged(updates or {}, tensors.merged)
         unused = on_disk.keys() - tensors.used
         return Binding(bound, _counted(unused, (*self.left_out, *ignorable)), tensors.used)
 
@@ -171,3 +177,10 @@ def _counted(unused: Collection[str], patterns: Sequence[str]) -> dict[str, int]
         first = one_line(strangers[0], 80)
         raise CheckpointError(f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}")
     return dict(Counter(str(pattern).replace("\\", "").removesuffix("$") for pattern in found.values()))
+
+
+def _require_merged(updates: Mapping[str, Sequence[Update]], merged: Collection[Update]) -> None:
+    left = [update for each in updates.values() for update in each if update not in merged]
+    if left:
+        first = f"{one_line(left[0].module, 80)}, {list(left[0].shape)}"
+        raise CheckpointError(f"{len(left)} updates of the adapter have no place in the model, first: {first}")

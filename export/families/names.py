@@ -7,9 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+from moevlm.export.checkpoint.lora.adapter import Update
+from moevlm.export.families.merging import fits_experts, merge, merge_experts
 from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.errors import CheckpointError, one_line
 
+_WEIGHT = ".weight"
 _BASE, _TEXT = "model.", "model.language_model."
 _MOST_PREFIXES = 64  # that are tried to explain missing tensors
 
@@ -23,13 +26,14 @@ class MissingTensorError(CheckpointError):
 
 
 class Tensors(Mapping[str, Weight]):
-    """A checkpoint's tensors by transformers' names, whichever accepted spelling is on disk.
+    """A checkpoint's tensors by transformers' names, whichever accepted spelling is on disk, with their updates.
 
-    used: names on disk of those that were asked for.
+    updates: of an adapter, by module. used: names on disk of tensors that were asked for. merged: updates in them.
     """
 
-    def __init__(self, on_disk: Mapping[str, Weight]) -> None:
-        self._on_disk, self.used = on_disk, set[str]()
+    def __init__(self, on_disk: Mapping[str, Weight], updates: Mapping[str, Sequence[Update]] | None = None) -> None:
+        self._on_disk, self._updates = on_disk, updates or {}
+        self.used, self.merged = set[str](), set[Update]()
 
     def __getitem__(self, name: str) -> Weight:
         """Raises MissingTensorError."""
@@ -37,7 +41,19 @@ class Tensors(Mapping[str, Weight]):
         if found is None:
             raise MissingTensorError(name)
         self.used.add(found)
-        return self._on_disk[found]
+        own = self.updates_of(name.removesuffix(_WEIGHT)) if name.endswith(_WEIGHT) else ()
+        self.merged.update(own)
+        return merge(self._on_disk[found], own)
+
+    def updates_of(self, module: str) -> Sequence[Update]:
+        """Of the module that transformers calls so."""
+        return next((self._updates[spelt] for spelt in _spellings(module) if spelt in self._updates), ())
+
+    def merged_experts(self, module: str, weight: Weight) -> Weight:
+        """One of the tensors of a layer's experts, [E, out, in], with the updates that are for it."""
+        own = [update for update in self.updates_of(module) if fits_experts(update, weight)]
+        self.merged.update(own)
+        return merge_experts(weight, own)
 
     def __contains__(self, name: Any) -> bool:
         return self.spelling(name) is not None

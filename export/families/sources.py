@@ -133,13 +133,18 @@ class Experts:
     base: str
     per_expert: bool
 
-    def gate_up(self) -> Source:
+    def gate_up(self) -> "ExpertsPart":
         """Canonically [E, 2I, H], gate rows first."""
-        return self._source("gate_up", ("gate", "up"), "down", lambda shape: (shape[0], shape[2], shape[1] // 2))
+        return ExpertsPart(
+            self.base,
+            self._source("gate_up", ("gate", "up"), "down", lambda shape: (shape[0], shape[2], shape[1] // 2)),
+        )
 
-    def down(self) -> Source:
+    def down(self) -> "ExpertsPart":
         """Canonically [E, H, I]."""
-        return self._source("down", ("down",), "gate_up", lambda shape: (shape[0], 2 * shape[2], shape[1]))
+        return ExpertsPart(
+            self.base, self._source("down", ("down",), "gate_up", lambda shape: (shape[0], 2 * shape[2], shape[1]))
+        )
 
     def _source(self, part: str, parts: tuple[str, ...], other: str, other_shape: Callable[[Shape], Shape]) -> Source:
         fused = _fused(f"{self.base}.{part}_proj", f"{self.base}.{other}_proj", other_shape)
@@ -153,6 +158,17 @@ class Experts:
             return (stacked if is_stacked else fused)(tensors, indices, shape, layout)
 
         return source
+
+
+@dataclass(frozen=True)
+class ExpertsPart:
+    """One tensor of all experts of a layer, as the model wants it. base: the layer's experts, as in `Experts`."""
+
+    base: str
+    source: Source
+
+    def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        return self.source(tensors, indices, shape, layout)
 
 
 def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) -> Source:

@@ -11,6 +11,7 @@ import transformers
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.parity.cases import Case
+from moevlm.export.parity.oracle_adapter import merge_when_run
 from moevlm.export.parity.oracle_images import Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
 from moevlm.runtime.core.errors import CheckpointError, reason
@@ -44,7 +45,7 @@ class Oracle:
     def __init__(self, checkpoint: Checkpoint, router_suffix: str, vision: VisionMetadata) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self._router_suffix = router_suffix
+        self._router_suffix, self._adapter = router_suffix, checkpoint.adapter
         self._vision = vision
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
@@ -78,6 +79,8 @@ class Oracle:
         oracle_images(self._vision).watch(self.model, features.append)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
         self.weights.stream()
+        if self._adapter is not None:
+            merge_when_run(self.model, self.weights.parts, self._adapter.updates)
         for done, part in enumerate(self.weights.parts.values()):
             part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
         logits = self.model(**inputs_of(self.model.config, self._vision, ids, cases), use_cache=False).logits.numpy()

@@ -39,6 +39,7 @@ def check_parity(
     checkpoint: str | Path,
     target_names: Iterable[str] = (),
     *,
+    lora: str | Path | None = None,
     seed: int = 0,
     quick: bool = False,
     text: str | Path | None = None,
@@ -48,6 +49,7 @@ def check_parity(
     """Compare canonical PyTorch and the engines named with transformers; note it in the manifest.
 
     target_names: by default all engines that run here. Of a TensorRT engine no more than its outputs can be checked.
+    lora: the adapter that the bundle has in its weights.
     text: a file whose first `max_tokens` tokens say what each engine's precision costs there; it decides nothing.
     Engines from pruned weights, or with experts that a GPU reads in blocks, are compared with canonical PyTorch on the
     same weights; what rounding the experts costs is a check of its own.
@@ -77,7 +79,7 @@ def check_parity(
     read = None if text is None else Text.read(Path(text), opened, max_tokens, context)
     if not quick:
         reserve(opened)
-    with Checkpoint.open(checkpoint) as source:
+    with Checkpoint.open(checkpoint, lora) as source:
         progress("checking that the bundle came from this checkpoint", 0, 0)
         require_same_source(opened.manifest, source)
         manifest, metadata = opened.manifest, opened.manifest.model

@@ -1,19 +1,15 @@
 """Lists of modules in quantization configs: names, globs, and regular expressions behind `re:`."""
 
-import re
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
+from moevlm.export.checkpoint.expressions import compile_expression
 from moevlm.runtime.core.errors import UnsupportedModelError, quoted
 
 Matches = Callable[[str], bool]
 _MOST = 1 << 12  # entries of a list: published ones have hundreds
 _LONGEST = 512
-# What an expression may have: the time that it takes grows as the length of a name to the power of its repeats.
-_MOST_REPEATS = 5
-_REPEAT = re.compile(r"[*+{]")
-_REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
 def matches(place: str, patterns: Any, *, expressions: bool = False) -> Matches:
@@ -40,20 +36,8 @@ def _test(place: str, pattern: Any, expression: bool) -> Matches:
     if not isinstance(pattern, str) or len(pattern) > _LONGEST:
         raise UnsupportedModelError(f"unsupported value in {place}: {quoted(pattern)} (supported: names)")
     if expression or pattern.startswith("re:"):
-        compiled = _expression(place, pattern if expression else pattern.removeprefix("re:"))
+        compiled = compile_expression(place, pattern if expression else pattern.removeprefix("re:"))
         return lambda name: compiled.match(name) is not None
     if any(char in pattern for char in "*?["):
         return lambda name: fnmatchcase(name, pattern)
     return lambda name: name == pattern or name.startswith(f"{pattern}.") or name.endswith(f".{pattern}")
-
-
-def _expression(place: str, pattern: str) -> re.Pattern[str]:
-    try:
-        if not _REPEATED_GROUP.search(pattern) and len(_REPEAT.findall(pattern)) <= _MOST_REPEATS:
-            return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError):
-        pass
-    raise UnsupportedModelError(
-        f"unsupported value in {place}: {quoted(pattern)} (supported: regular expressions with at most "
-        f"{_MOST_REPEATS} repeats, none of them of a group)"
-    )

@@ -1,0 +1,1 @@
+"""LoRA adapters as PEFT stores them, for weights that they are merged into as they are read."""
