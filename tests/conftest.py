@@ -31,6 +31,17 @@ def tiny_bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
     return build(tiny_checkpoint, tmp_path_factory.mktemp("tiny") / "demo.moevlm", ["reference", "ort-cpu"]).directory
 
 
+@pytest.fixture(scope="module")
+def hybrid_family() -> Iterator[None]:
+    """The family that is made for tests, as long as a module's tests run."""
+    from moevlm.export.families import base
+    from tests.support.hybrid.family import Hybrid
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(base._REGISTRY, "hybrid_test", Hybrid)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _checked_passes() -> Iterator[None]:
     """Every graph rewrite of every test is held to what it requires and ensures."""

@@ -87,6 +87,11 @@ def output_name(tensor: str) -> str:
     return f"{name}_out.{layer}"
 
 
+def row_bytes(states: tuple[StateSpec, ...]) -> int:
+    """Bytes of one row of all recurrent states together: what a sequence takes whatever its length, or a snapshot."""
+    return sum(state.row_bytes for state in states if isinstance(state, Recurrent))
+
+
 def page_bytes(states: tuple[StateSpec, ...], page_size: int = PAGE_SIZE) -> int:
     """Bytes of one page in all layers together."""
     return page_size * sum(state.token_bytes for state in states if isinstance(state, PagedKV))

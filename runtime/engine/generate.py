@@ -90,10 +90,9 @@ class Runtime:
         engine.reserve(size.pages, size.rows)
         scheduler = Scheduler(
             limits,
-            PagePool(size.pages, limits.page_size),
+            PagePool(size.pages, limits.page_size, size.rows),
             vocabulary=model.vocabulary,
             chunk_tokens=self.chunk_tokens,
-            rows=size.rows,
         )
         packer = StepPacker(model.ropes, whole_images=model.bidirectional_images)
         self.loop = EngineLoop(engine, scheduler, packer, self._encoder, FeatureCache(feature_memory))

@@ -8,6 +8,7 @@ from collections import OrderedDict
 import numpy as np
 
 from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.engine.rows import RowPool, Snapshot
 
 KEY_BYTES = 16  # of a token's content, see `content_keys`
 
@@ -31,14 +32,16 @@ class PageNode:
     """A page whose content is known, below the page that its tokens follow.
 
     key: content of its tokens, all of the page's or fewer. users: sequences whose page table has the page.
+    snapshots: of recurrent states behind some of its tokens, by how many of them.
     """
 
-    __slots__ = ("children", "key", "keys", "page", "parent", "users")
+    __slots__ = ("children", "key", "keys", "page", "parent", "snapshots", "users")
 
     def __init__(self, page: int, parent: PageNode | None, key: bytes) -> None:
         self.page, self.parent, self.key, self.users = page, parent, key, 0
         self.children: dict[bytes, PageNode] = {}
         self.keys: list[bytes] = []  # of the children, in order: likenesses lie side by side
+        self.snapshots: dict[int, Snapshot] = {}
 
     def closest(self, wanted: bytes) -> tuple[PageNode | None, int]:
         """The child that begins with the most tokens of `wanted`, and how many they are."""
@@ -46,6 +49,20 @@ class PageNode:
         found = [(_common(key, wanted), key) for key in self.keys[max(place - 1, 0) : place + 1]]
         tokens, key = max(found, default=(0, b""))
         return (self.children[key], tokens) if tokens else (None, 0)
+
+    def resumable(self, wanted: bytes) -> tuple[PageNode, Snapshot] | None:
+        """The child with the latest snapshot within tokens that `wanted` begins with, and that; None without one."""
+        place, latest, found = bisect_left(self.keys, wanted), 0, None
+        for likenesses in (range(place - 1, -1, -1), range(place, len(self.keys))):
+            for i in likenesses:
+                common = _common(self.keys[i], wanted)
+                if common <= latest:  # and so is that of all further ones
+                    break
+                child = self.children[self.keys[i]]
+                best = max((tokens for tokens in child.snapshots if tokens <= common), default=0)
+                if best > latest:
+                    latest, found = best, (child, child.snapshots[best])
+        return found
 
     def add(self, child: PageNode) -> None:
         self.children[child.key] = child
@@ -57,22 +74,24 @@ class PageNode:
 
 
 class PagePool:
-    """Pages 1 to pages - 1 of an engine; page 0 is nobody's.
+    """Pages 1 to pages - 1 of an engine, page 0 is nobody's, and its rows of recurrent states.
 
     A page is free, or it is private to one sequence that writes into it, or its content is known: then nobody writes
     into it, any number of sequences may use it, and without a user it stays warm until a page is needed and it is the
-    one that was used the longest time ago.
+    one that was used the longest time ago. A snapshot of recurrent states goes with its page.
     """
 
-    def __init__(self, pages: int, page_size: int) -> None:
-        """Raises EngineError for a pool without a page."""
+    def __init__(self, pages: int, page_size: int, rows: int = 0) -> None:
+        """rows: see RowPool. Raises EngineError for a pool without a page."""
         if pages < 2:
             raise EngineError(f"unsupported value pages = {pages} (allowed: 2 or more, page 0 is nobody's)")
         self.pages, self.page_size = pages, page_size
+        self.rows = RowPool(rows)
         self.restart()
 
     def restart(self) -> None:
-        """All pages are free, whoever had them."""
+        """All pages and rows are free, whoever had them."""
+        self.rows.restart()
         self.root = PageNode(0, None, b"")
         self._free = list(range(self.pages - 1, 0, -1))  # the lowest goes first, the latest to come back before it
         # The longest unused first. A sequence gives its pages back from the last to the first, so that a page never
@@ -102,6 +121,8 @@ class PagePool:
         page, node = self._warm.popitem(last=False)
         assert node.parent is not None
         node.parent.remove(node)
+        for snapshot in list(node.snapshots.values()):
+            self.rows.forget(snapshot)
         return page
 
     def forget(self) -> None:
@@ -129,6 +150,16 @@ class PagePool:
             nodes.append(closest)
             node = closest
         return nodes, None, len(nodes) * self.page_size
+
+    def resume(self, content: bytes, nodes: list[PageNode], most: int) -> tuple[int, PageNode, Snapshot] | None:
+        """The latest snapshot on the way that `find` went: (pages before that of the snapshot, its page, itself)."""
+        size = self.page_size * KEY_BYTES
+        for count in range(len(nodes), -1, -1):
+            parent = nodes[count - 1] if count else self.root
+            found = parent.resumable(content[count * size : min((count + 1) * size, most * KEY_BYTES)])
+            if found is not None:
+                return count, *found
+        return None
 
     def use(self, node: PageNode) -> None:
         """One more sequence has the page in its table."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.states import Recurrent, StateSpec, page_bytes
+from moevlm.runtime.core.states import StateSpec, page_bytes, row_bytes
 from moevlm.runtime.engine.step import EngineLimits
 
 SEQUENCES = 32  # requests that have pages at the same time where a step takes fewer, the others wait
@@ -13,7 +13,10 @@ SEQUENCES = 32  # requests that have pages at the same time where a step takes f
 
 @dataclass(frozen=True)
 class PoolSize:
-    """pages, rows: page 0 and row 0 included, which are no sequence's. rows is 0 without recurrent states."""
+    """pages, rows: page 0 and row 0 included, which are no sequence's. rows is 0 without recurrent states.
+
+    Rows that no sequence has are snapshots, see RowPool.
+    """
 
     pages: int
     rows: int
@@ -24,6 +27,7 @@ class PoolSize:
     ) -> PoolSize:
         """As much as the requests of a step can use, of `context` tokens each, and SEQUENCES of them at least.
 
+        Each of them may have a row and a snapshot, which take up to half of the memory, unless that is less than a row.
         Within `cache_memory` bytes if that is given, and within what the engine has. Raises RequestError for more than
         that, and where the memory holds not even one page.
         """
@@ -35,19 +39,23 @@ class PoolSize:
                 "the memory that the engine leaves free)"
             )
         sequences = max(limits.max_sequences, SEQUENCES)
-        recurrent = [state for state in states if isinstance(state, Recurrent)]
-        rows = 1 + sequences if recurrent else 0
+        page, row = page_bytes(states, limits.page_size), row_bytes(states)
+        rows = 1 + 2 * sequences if row else 0
         each = -(-context // limits.page_size)
         pages = 1 + sequences * each
-        page, row = page_bytes(states, limits.page_size), sum(state.row_bytes for state in recurrent)
-        if cache_memory is None or not page:
+        if cache_memory is None:
+            return cls(pages, rows)
+        if row:
+            most = min(cache_memory // 2, cache_memory - 2 * page) if page else cache_memory
+            rows = max(2, min(rows, most // row))
+        if not page:
             return cls(pages, rows)
         fitting = (cache_memory - rows * row) // page
         if each == 1:  # the engine lets a page grow with its sequence, whatever a whole one would take
             fitting = max(fitting, 2)
         if fitting < 2:
             raise RequestError(
-                f"unsupported value cache_memory = {cache_memory} (allowed: {rows * row + 2 * page} bytes or more, "
+                f"unsupported value cache_memory = {cache_memory} (allowed: {2 * (row + page)} bytes or more, "
                 f"{limits.page_size} tokens)"
             )
         return cls(min(pages, fitting), rows)

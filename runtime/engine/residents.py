@@ -1,29 +1,37 @@
-"""The sequences of an engine: those that wait, and those that have pages."""
+"""The sequences of an engine: those that wait, and those that have pages and a row of recurrent states."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from functools import partial
 
 from moevlm.runtime.core.errors import DeadlineExceeded, MoevlmError, QueueFull, RequestError
 from moevlm.runtime.engine.page_table import PageTable
 from moevlm.runtime.engine.pages import PagePool
+from moevlm.runtime.engine.rows import StateRow
 from moevlm.runtime.engine.sequence import Sequence
 from moevlm.runtime.engine.step import EngineLimits
+
+# A snapshot within a prompt costs a step that is cut short, so there is none for fewer pages.
+SNAPSHOT_PAGES = 4
+# The last tokens of a prompt have the assistant begin; a template may leave some of them out in the next turn.
+PROMPT_TAIL = 8
 
 
 class Residents:
     """Gives pages and state rows to sequences, and takes them back. waiting, running: by age."""
 
-    def __init__(self, limits: EngineLimits, pool: PagePool, chunk: int, rows: int) -> None:
-        """chunk: where prompts are cut if the engine is not packed. rows: see Scheduler."""
+    def __init__(self, limits: EngineLimits, pool: PagePool, chunk: int) -> None:
+        """chunk: where prompts are cut if the engine is not packed."""
         self.pool = pool
         self._packed = limits.packed
         # Rows of a step that is not packed depend on how its prompt was cut, so what is shared was cut there, too.
-        self._unit = None if rows else 1 if limits.packed else chunk
-        self._all_rows = range(rows - 1, 0, -1)
-        self._rows = list(self._all_rows)
-        self._recurrent = rows > 0
+        self._unit = 1 if limits.packed else chunk
+        self._snapshot_unit, self._apart = (
+            (limits.page_size, SNAPSHOT_PAGES * limits.page_size) if limits.packed else (chunk, chunk)
+        )
+        self._recurrent = pool.rows.rows > 0
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._arrivals = 0
@@ -73,24 +81,43 @@ class Residents:
         return next((sequence for sequence in self.waiting if not sequence.paused), None)
 
     def admit(self, sequence: Sequence) -> tuple[tuple[int, int], ...] | None:
-        """Let a waiting sequence run, if the pages are there for all of its tokens.
+        """Let a waiting sequence run, if the pages are there for all of its tokens, and a row.
 
         Its first `computed` tokens are known then. Returns copies of pages, to be made before its next step; None if
         it goes on waiting.
         """
-        if self._recurrent and not self._rows and not self._preempt_paused():
+        rows, content = self.pool.rows, bytes(sequence.content)
+        if self._recurrent and not rows.available and not self._preempt_paused():
             return None
-        table = PageTable(self.pool, self._unit)
-        start, copies = table.begin(bytes(sequence.content))
+        table = PageTable(self.pool)
+        begun = table.begin(content, partial(sequence.boundary, unit=self._unit))
         while not self._spare(table, sequence.tokens):
             if not self._preempt_paused():
-                table.release(sequence.content, 0)
+                table.release()
+                if begun.snapshot is not None:
+                    rows.drop(begun.snapshot)
                 return None
         self.waiting.remove(sequence)
         insort(self.running, sequence, key=_number)
-        sequence.status, sequence.table, sequence.computed = "running", table, start
-        sequence.state_row = self._rows.pop() if self._recurrent else 0
-        return copies
+        sequence.status, sequence.table, sequence.computed = "running", table, begun.tokens
+        if self._recurrent:
+            sequence.state = StateRow.begin(rows, begun.snapshot)
+            sequence.snapshot_places = self._snapshot_places(sequence, begun.known)
+        return begun.copies
+
+    def _snapshot_places(self, sequence: Sequence, known: int) -> tuple[int, ...]:
+        """Where chunks of its prompt end, rising, so that others can go on from there.
+
+        At the last page of the prompt, with which its next turn begins whatever becomes of the answer; and where its
+        beginning, which some sequence had, too, goes on otherwise. The end of a sequence is a snapshot anyway.
+        """
+        places, least = [], sequence.computed + self._apart
+        for end in (known, sequence.prompt_tokens - PROMPT_TAIL):
+            place = sequence.boundary(end, self._snapshot_unit)
+            if place >= least:
+                places.append(place)
+                least = place + self._apart
+        return tuple(places)
 
     def _spare(self, table: PageTable, tokens: int) -> bool:
         """Whether the pool has pages for them, and the next one of each running sequence."""
@@ -128,31 +155,39 @@ class Residents:
     def restart(self, sequences: Iterable[Sequence]) -> None:
         """Have all sequences wait, whatever state an interrupt left them, the pages and the rows in."""
         self.pool.restart()
-        self._rows = list(self._all_rows)
         self.running = []
         self.waiting = sorted((one for one in sequences if one.status != "ended" and not one.finished), key=_number)
         for sequence in sequences:
             sequence.status = "waiting" if sequence in self.waiting else "ended"
-            sequence.computed, sequence.state_row, sequence.table = 0, 0, None
+            sequence.computed, sequence.state, sequence.table = 0, None, None
 
     def stop(self, sequence: Sequence, computed: int) -> None:
-        """Give back what a running sequence has. computed: its first tokens, as far as their pages are sure."""
-        assert sequence.table is not None
+        """Give back what a running sequence has. computed: its first tokens, as far as their pages are sure.
+
+        Its row becomes a snapshot where it holds what others may use.
+        """
+        table, state = sequence.table, sequence.state
+        assert table is not None
         sequence.computed = min(sequence.computed, computed)
-        sequence.table.release(sequence.content, self.shareable(sequence))
-        sequence.table = None
+        shared = self.shareable(sequence)
+        table.share(sequence.content, shared)
+        if state is not None:
+            state.end(table.snapshots(shared) if 0 < shared == sequence.computed else None)
+        table.release()
+        sequence.table = sequence.state = None
         self.running.remove(sequence)
-        if self._recurrent:
-            self._rows.append(sequence.state_row)
-            sequence.state_row = 0
+
+    def snapshot(self, sequence: Sequence) -> None:
+        """Keep the recurrent states behind its computed tokens, if it is at one of its places for that."""
+        if sequence.computed in sequence.snapshot_places:
+            assert sequence.state is not None and sequence.table is not None
+            sequence.state.snapshot(*sequence.table.snapshots(sequence.computed))
 
     def shareable(self, sequence: Sequence) -> int:
         """How many of the computed tokens others may use."""
-        if self._unit is None:
-            return 0
         if self._packed:
             return sequence.computed
-        return min(sequence.computed, sequence.prompt_tokens) // self._unit * self._unit
+        return sequence.boundary(min(sequence.computed, sequence.prompt_tokens), self._unit)
 
 
 def _number(sequence: Sequence) -> int:

@@ -37,7 +37,7 @@ class Scheduler:
     A running sequence has pages. One that needs a page where none is left takes those of the youngest, which starts
     again from its tokens later. A prompt is cut at fixed places: multiples of a page on a packed engine, or of its
     mixed_tokens beside decodes if they are fewer; multiples of the most tokens of a step on others, where a chunk has a
-    step of its own.
+    step of its own. On a packed engine it is cut where a snapshot of recurrent states is made, too.
     """
 
     def __init__(
@@ -47,14 +47,13 @@ class Scheduler:
         *,
         vocabulary: int,
         chunk_tokens: int,
-        rows: int = 0,
     ) -> None:
-        """chunk_tokens: the most prompt tokens in a step. rows: of recurrent states, 0 for a model without."""
+        """chunk_tokens: the most prompt tokens in a step."""
         self._limits, self._vocabulary = limits, vocabulary
         self._chunk = min(chunk_tokens, limits.max_tokens, limits.max_visual or chunk_tokens)
         self._mixed = min(limits.mixed_tokens or self._chunk, self._chunk)
         self._most = min(limits.max_sequences, limits.max_logits, limits.max_tokens)
-        self._all = Residents(limits, pool, self._chunk, rows)
+        self._all = Residents(limits, pool, self._chunk)
         self._steps = 0
 
     @property
@@ -128,6 +127,8 @@ class Scheduler:
             sequence = part.sequence
             assert sequence.table is not None
             sequence.stepped = self._steps
+            if sequence.state is not None:
+                sequence.state.stepped()
             if part.last:
                 made.append(sequence)
                 place, (scores, names, total, token) = next(rows)
@@ -145,6 +146,7 @@ class Scheduler:
             sequence.computed = part.stop
             if part.stop // self._limits.page_size > sequence.table.shared:
                 sequence.table.filled(sequence.content, self._all.shareable(sequence))
+            self._all.snapshot(sequence)
             if ended or sequence.cancellation.cancelled:
                 self.remove(sequence)
                 if not part.last:
@@ -189,7 +191,7 @@ class Scheduler:
             stop = tokens if decoding else _cut(sequence, start, budget, unit)
             if stop > start and self._all.room(sequence, stop):
                 budget -= 0 if decoding else stop - start
-                parts.append(Part(sequence, start, stop, stop == tokens))
+                parts.append(_part(sequence, stop))
         while budget >= unit > 0 and len(parts) < self._most and (admitted := self._admitted(budget, unit)):
             budget -= admitted.stop - admitted.start
             parts.append(admitted)
@@ -207,15 +209,13 @@ class Scheduler:
                 decodes = [one for one in ready if one.decoding]
                 return self._grown(decodes)
             elif self._all.room(turn, stop := _cut(turn, turn.computed, self._chunk, self._chunk)):
-                return [Part(turn, turn.computed, stop, stop == turn.tokens)]
+                return [_part(turn, stop)]
         return []
 
     def _grown(self, decodes: list[Sequence]) -> list[Part]:
         """A token of each; without those whose pages an older one took."""
         return [
-            Part(one, one.computed, one.tokens, True)
-            for one in decodes
-            if one.status == "running" and self._all.room(one, one.tokens)
+            _part(one, one.tokens) for one in decodes if one.status == "running" and self._all.room(one, one.tokens)
         ]
 
     def _selected(self) -> list[Sequence]:
@@ -232,16 +232,24 @@ class Scheduler:
         sequence = self._all.next_waiting()
         if sequence is None or (copies := self._all.admit(sequence)) is None:
             return None
-        start, row = sequence.computed, sequence.state_row
-        stop = _cut(sequence, start, budget, unit)
+        stop = _cut(sequence, sequence.computed, budget, unit)
         self._all.room(sequence, stop)  # there is: it was admitted
-        return Part(sequence, start, stop, stop == sequence.tokens, copies, (row,) if row else ())
+        return _part(sequence, stop, copies)
+
+
+def _part(sequence: Sequence, stop: int, copies: tuple[tuple[int, int], ...] = ()) -> Part:
+    """Its tokens up to `stop`, the next ones. copies: of pages, before its first step."""
+    start, state, last = sequence.computed, sequence.state, stop == sequence.tokens
+    if state is None:
+        return Part(sequence, start, stop, last, copies)
+    return Part(sequence, start, stop, last, copies, state.cleared, state.row_copies)
 
 
 def _cut(sequence: Sequence, start: int, budget: int, unit: int) -> int:
-    """Where a chunk of at most `budget` tokens ends: with the tokens, or at a multiple of `unit`."""
+    """Where a chunk of at most `budget` tokens ends: with the tokens, at a multiple of `unit`, or for a snapshot."""
     stop = start + budget
-    return sequence.tokens if stop >= sequence.tokens else stop // unit * unit
+    stop = sequence.tokens if stop >= sequence.tokens else stop // unit * unit
+    return min(stop, next((place for place in sequence.snapshot_places if place > start), stop))
 
 
 def _engine_error(error: BaseException) -> MoevlmError:

@@ -16,6 +16,7 @@ from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.page_table import PageTable
 from moevlm.runtime.engine.pages import KEY_BYTES, content_keys
 from moevlm.runtime.engine.prompt_image import PromptImage
+from moevlm.runtime.engine.rows import StateRow
 from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.candidates import CandidateRow
 from moevlm.runtime.request.detokenize import StreamDecoder
@@ -46,10 +47,11 @@ class Ending:
 class Sequence:
     """A prompt and what was generated after it.
 
-    computed: its first tokens, as many as the engine keeps now. table: pages that they lie in. state_row: in recurrent
-    states, 0 without. runs: of its images' tokens. ahead: pieces that may wait for a reader before the sequence is left
-    out of steps. pieces: those that wait. error: what ended it other than its last piece. number: of its arrival, given
-    by the scheduler. stepped: the last step that it was part of.
+    computed: its first tokens, as many as the engine keeps now. table: pages that they lie in. state: its row of
+    recurrent states, None without any. snapshot_places: where chunks of its prompt end for snapshots of them. runs: of
+    its images' tokens. ahead: pieces that may wait for a reader before the sequence is left out of steps. pieces: those
+    that wait. error: what ended it other than its last piece. number: of its arrival, given by the scheduler. stepped:
+    the last step that it was part of.
     """
 
     def __init__(
@@ -76,7 +78,8 @@ class Sequence:
         self.number = self.stepped = 0
         self.computed = 0
         self.table: PageTable | None = None
-        self.state_row = 0
+        self.state: StateRow | None = None
+        self.snapshot_places: tuple[int, ...] = ()
         self.generated: list[int] = []
         self.content = bytearray(
             content_keys(prompt.ids, prompt.visual_index, [(image.tokens, image.digest) for image in images])
@@ -100,6 +103,18 @@ class Sequence:
     def limit(self) -> int:
         """The most tokens that will ever be computed: the last one generated is not."""
         return len(self.prompt.ids) + self._ending.new_tokens - 1
+
+    @property
+    def state_row(self) -> int:
+        """Its row of recurrent states, 0 without any."""
+        return 0 if self.state is None else self.state.row
+
+    def boundary(self, place: int, unit: int) -> int:
+        """The last place up to `place` where a step may end that is to end at a multiple of `unit`.
+
+        That of an image in which a multiple lies, where images are not cut.
+        """
+        return place // unit * unit
 
     @property
     def decoding(self) -> bool:

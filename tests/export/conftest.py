@@ -1,21 +1,9 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from moevlm.export.families import base
 from tests.support.checkpoints import FAMILIES
 from tests.support.tiny import TinyCheckpoint
-
-
-@pytest.fixture(scope="module")
-def hybrid_family() -> Iterator[None]:
-    """The family that is made for tests, as long as a module's tests run."""
-    from tests.support.hybrid.family import Hybrid
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(base._REGISTRY, "hybrid_test", Hybrid)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,9 @@ class PagedEngine:
             self.pages[target] = self.pages[source]
         for row in step.cleared:
             self.rows[row] = 0
+        for source, target in step.row_copies:
+            assert target not in (source, *step.cleared)
+            self.rows[target] = self.rows[source]
         logits = np.zeros((step.tokens, VOCABULARY), np.float32)
         values = step.input_ids.copy()
         images = step.visual_index >= 0

@@ -17,6 +17,8 @@ from moevlm.runtime.engine.visual import HostFeatures
 LIMITS = EngineLimits(SEQUENCES, 1 << 20, 1 << 20, 1000, 64, packed=True)
 KEYS = PagedKV(layer=0, kv_heads=2, key_dim=8, value_dim=8)  # 128 bytes a token, 8192 a page
 STATE = Recurrent(layer=1, name="conv", shape=(4, 8))  # 128 bytes a row
+LARGE = Recurrent(layer=1, name="delta", shape=(32, 32))  # 4096 bytes a row
+ROWS = 1 + 2 * SEQUENCES
 
 
 @pytest.mark.parametrize(
@@ -25,10 +27,18 @@ STATE = Recurrent(layer=1, name="conv", shape=(4, 8))  # 128 bytes a row
         ((KEYS,), None, 1 + SEQUENCES * 16, 0),
         ((KEYS,), 1 << 40, 1 + SEQUENCES * 16, 0),
         ((KEYS,), 10 * 8192 + 5, 10, 0),
-        ((KEYS, STATE), 10 * 8192 + (1 + SEQUENCES) * 128, 10, 1 + SEQUENCES),
-        ((STATE,), 1 << 20, 1 + SEQUENCES * 16, 1 + SEQUENCES),
+        ((KEYS, STATE), None, 1 + SEQUENCES * 16, ROWS),
+        ((KEYS, STATE), 10 * 8192 + ROWS * 128, 10, ROWS),
+        ((KEYS, LARGE), 10 * 8192, 5, 10),
+        ((KEYS, LARGE), 3 * 8192, 2, 2),
+        ((KEYS, LARGE), 2 * 8192 + 2 * 4096, 2, 2),
+        ((STATE,), 1 << 20, 1 + SEQUENCES * 16, ROWS),
+        ((STATE,), 640, 1 + SEQUENCES * 16, 5),
     ],
-    ids=["any", "more than of use", "some", "some beside states", "states alone"],
+    ids=[
+        *("any", "more than of use", "some", "any beside states", "some beside states", "large states take half"),
+        *("large states leave two pages", "least of all", "states alone", "some states alone"),
+    ],
 )
 def test_pages_fill_the_memory_but_never_more_than_is_of_use(states, memory, pages, rows):
     assert PoolSize.of(LIMITS, states, 1000, memory) == PoolSize(pages, rows)
@@ -38,6 +48,8 @@ def test_memory_for_no_page_is_refused_in_one_line():
     message = r"^unsupported value cache_memory = 16383 \(allowed: 16384 bytes or more, 64 tokens\)$"
     with pytest.raises(RequestError, match=message):
         PoolSize.of(LIMITS, (KEYS,), 1000, 2 * 8192 - 1)
+    with pytest.raises(RequestError, match=r"= 24575 \(allowed: 24576 bytes or more, 64 tokens\)$"):
+        PoolSize.of(LIMITS, (KEYS, LARGE), 1000, 2 * (8192 + 4096) - 1)
 
 
 def test_an_engine_with_memory_of_its_own_gives_all_of_it_and_no_more():

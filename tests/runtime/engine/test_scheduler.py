@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moevlm.runtime.core.errors import DeadlineExceeded, EngineError, QueueFull, RequestError
 from moevlm.runtime.engine.packing import StepPacker
-from moevlm.runtime.engine.page_table import PageTable
-from moevlm.runtime.engine.pages import PageNode, PagePool
+from moevlm.runtime.engine.page_table import Beginning, PageTable
+from moevlm.runtime.engine.pages import KEY_BYTES, PageNode, PagePool
 from moevlm.runtime.engine.scheduler import Part, Scheduler
 from moevlm.runtime.engine.sequence import Ending, Sequence
 from moevlm.runtime.engine.step import EngineLimits
@@ -49,8 +49,8 @@ class House:
             sequences, max_tokens, sequences, 10_000, page, packed=packed, mixed_tokens=mixed_tokens
         )
         self.chunk = min(chunk, max_tokens)
-        self.pool = PagePool(pages, page)
-        self.scheduler = Scheduler(self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk, rows=rows)
+        self.pool = PagePool(pages, page, rows)
+        self.scheduler = Scheduler(self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk)
         self.engine = PagedEngine(self.limits, recurrent=rows > 0)
         self.engine.reserve(pages, max(rows, 1))
         self.packer = StepPacker([ROPE])
@@ -132,9 +132,30 @@ class House:
         assert len(private) == len(set(private))
         assert not set(private) & set(known)
         assert free + len(private) + len(known) == self.pool.pages - 1
+        self.check_rows(sequences, list(known.values()))
+
+    def check_rows(self, sequences: list[Sequence], known: list[PageNode]) -> None:
+        """Every row of recurrent states is in one place, and every use of a snapshot is counted."""
+        rows = self.pool.rows
+        tables = [(sequence.table, sequence.state) for sequence in sequences if sequence.table is not None]
+        homes = [*(node.snapshots for node in known), *(table._snapshots for table, _ in tables)]
+        snapshots = {one.row: one for home in homes for one in home.values()}
+        assert all(one.home is home and home[one.place] is one for home in homes for one in home.values())
+        assert all(0 < place <= len(node.key) // KEY_BYTES for node in known for place in node.snapshots)
+        used = [state.source for _, state in tables if state is not None and state.source is not None]
+        for one in {*snapshots.values(), *used}:
+            assert one.users == used.count(one)
+        own = [state.row for _, state in tables if state is not None]
+        assert len(own) == (len(tables) if rows.rows else 0)
+        held = [*own, *{one.row for one in (*snapshots.values(), *used)}]
+        assert len(held) == len(set(held))
+        assert not held or min(held) > 0
+        unused = sum(one.users == 0 for one in snapshots.values())
+        assert rows.snapshots == len(snapshots)
+        assert rows.available - unused + len(held) == max(rows.rows - 1, 0)
 
 
-PREFIXES = [(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 9)]
+PREFIXES = [(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 9), tuple(range(5, 31))]
 PROMPTS = st.builds(
     lambda prefix, rest: (*prefix, *rest),
     st.sampled_from(PREFIXES),
@@ -154,7 +175,7 @@ class Traffic(RuleBasedStateMachine):
         sequences=st.integers(1, 5),
         chunk=st.sampled_from([1, 3, 8, 64]),
         page=st.sampled_from([1, 4, 64]),
-        rows=st.sampled_from([0, 0, 3]),
+        rows=st.sampled_from([0, 2, 3, 5, 12]),
         mixed_tokens=st.sampled_from([None, MIXED_TOKENS]),
     )
     def open(self, pages: int, page: int, **options: Any) -> None:
@@ -176,6 +197,15 @@ class Traffic(RuleBasedStateMachine):
         sequence = Sequence(prompt_of(ids), params, ending, ahead=ahead)
         self.house.scheduler.add(sequence)
         self.sequences.append((sequence, ids, new_tokens, params))
+
+    @precondition(lambda self: any(one.status == "ended" for one, *_ in self.sequences))
+    @rule(data=st.data(), said=st.integers(0, 15), more=st.lists(st.integers(4, IMAGE - 1), min_size=1, max_size=9))
+    def go_on(self, data: st.DataObject, said: int, more: list[int]) -> None:
+        """The next turn of a chat: what was asked, some of what was answered, and another question."""
+        ended = [(one, ids) for one, ids, *_ in self.sequences if one.status == "ended"]
+        turn, asked = data.draw(st.sampled_from(ended))
+        if len(ids := (*asked, *turn.generated[:said], *more)) <= 50:
+            self.add(ids, 5, SamplingParams(), 1e9, False)
 
     @rule(times=st.integers(1, 6))
     def step(self, times: int) -> None:
@@ -251,8 +281,11 @@ class Traffic(RuleBasedStateMachine):
             else:
                 assert made == expected
         self.house.check_pages([sequence for sequence, *_ in self.sequences])
-        available = self.house.pool.available
-        assert available == self.house.pool.pages - 1
+        pool = self.house.pool
+        assert pool.available == pool.pages - 1
+        assert pool.rows.available == max(pool.rows.rows - 1, 0)
+        self.house.scheduler.forget()
+        assert (pool.warm, pool.rows.snapshots) == (0, 0)
 
 
 Traffic.TestCase.settings = settings(
@@ -470,6 +503,104 @@ def test_readers_that_do_not_read_keep_no_state_row_from_others():
     house.check_pages(lazy)
 
 
+def parts_of(house: House, sequence: Sequence) -> list[tuple[int, int]]:
+    """What is computed of a sequence that has the engine for itself, chunk by chunk until its first token."""
+    house.scheduler.add(sequence)
+    spans = []
+    while not sequence.generated:
+        (part,) = house.schedule()
+        spans.append((part.start, part.stop))
+        house.finish((part,))
+    house.drain()
+    house.check_pages([sequence])
+    return spans
+
+
+@pytest.mark.parametrize("rows", [2, 3, 9])
+def test_the_second_turn_of_a_chat_goes_on_from_recurrent_states_at_its_end(rows: int) -> None:
+    house = House(page=4, rows=rows)
+    asked = list(range(5, 24))
+    turn = sequence_of(asked, 6)
+    assert parts_of(house, turn) == [(0, 19)]
+    said = tokens_of(turn)
+    again = sequence_of([*asked, *said, 30, 31, 32], 2)
+    assert parts_of(house, again) == [(19 + len(said) - 1, 19 + len(said) + 3)]
+    assert tokens_of(again) == alone((*asked, *said, 30, 31, 32), 2, SamplingParams())
+
+
+def test_a_turn_after_an_answer_that_was_left_out_goes_on_from_the_last_page_of_the_prompt():
+    house = House(page=4, rows=9)
+    asked = [n % 30 + 5 for n in range(31)]
+    assert parts_of(house, sequence_of(asked, 6)) == [(0, 20), (20, 31)]  # 31 less the tail is 23: five pages
+    other = sequence_of([*asked[:27], 8, 8, 8], 2)
+    assert parts_of(house, other) == [(20, 30)]
+    assert tokens_of(other) == alone((*asked[:27], 8, 8, 8), 2, SamplingParams())
+
+
+def test_the_third_request_goes_on_where_two_others_parted():
+    house = House(page=4, rows=9)
+    system = [n % 30 + 5 for n in range(22)]
+    requests = [[*system, *[7 + n] * 30] for n in range(3)]
+    spans = [parts_of(house, sequence_of(request, 2)) for request in requests]
+    assert spans == [[(0, 44), (44, 52)], [(0, 20), (20, 44), (44, 52)], [(20, 44), (44, 52)]]
+
+
+def test_prompts_on_an_engine_that_is_not_packed_go_on_where_they_were_cut():
+    for page in (4, 1000):  # a sequence has pages, or lies in one
+        house = House(pages=200, page=page, chunk=10, packed=False, rows=9)
+        ids = [n % 30 + 5 for n in range(35)]
+        assert parts_of(house, sequence_of(ids, 4)) == [(0, 10), (10, 20), (20, 30), (30, 35)]
+        assert parts_of(house, sequence_of([*ids, 5, 6], 1)) == [(20, 30), (30, 37)]  # 35 less the tail is 27
+        assert parts_of(house, sequence_of([*ids, 5, 7], 1)) == [(30, 37)]
+
+
+@pytest.mark.parametrize(("wanted", "known"), [(0, 6), (1, 0), (2, 6)])
+def test_a_sequence_takes_the_row_of_the_longest_unused_snapshot(wanted: int, known: int) -> None:
+    house = House(page=4, rows=4)
+    prompts = [[5 + n] * 6 for n in range(3)]
+    for prompt in (*prompts, [*prompts[0], 6, 7]):  # the last uses what the first left, and takes the second one's
+        parts_of(house, sequence_of(prompt, 1))
+    assert house.pool.rows.snapshots == 3
+    assert parts_of(house, sequence_of([*prompts[wanted], 30], 1)) == [(known, 7)]
+
+
+def test_running_sequences_take_all_rows_but_what_one_goes_on_from():
+    house = House(page=4, rows=4)
+    for n in range(3):
+        parts_of(house, sequence_of([5 + n] * 6, 1))
+    sequences = [sequence_of([5] * 7, 9, ignore_eos=True), *(sequence_of([30 + n, 9], 9) for n in range(2))]
+    for sequence in sequences:
+        house.scheduler.add(sequence)
+    house.step()
+    assert (house.scheduler.running, house.pool.rows.snapshots) == (2, 1)
+    house.step()
+    assert (house.scheduler.running, house.pool.rows.snapshots) == (3, 0)
+    house.drain()
+    house.check_pages(sequences)
+
+
+def test_snapshots_go_with_their_pages():
+    house = House(pages=8, page=4, rows=9)
+    parts_of(house, sequence_of([5] * 10, 1))
+    assert house.pool.rows.snapshots == 1
+    parts_of(house, sequence_of([6] * 26, 2))  # takes all pages
+    assert parts_of(house, sequence_of([5] * 10, 1)) == [(0, 10)]
+
+
+def test_a_step_that_fails_leaves_snapshots_as_they_are():
+    house = House(page=4, rows=3)
+    parts_of(house, sequence_of([5, 6, 7, 8, 9], 1))
+    for end in (house.scheduler.abort, lambda parts: house.scheduler.fail(parts, EngineError("broken"))):
+        house.scheduler.add(later := sequence_of([5, 6, 7, 8, 9, 10], 2))
+        parts = house.schedule()
+        assert (parts[0].row_copies, parts[0].cleared) == (((2, 1),), ()) or parts[0].row_copies
+        end(parts)
+        house.check_pages([later])
+    house.drain()
+    assert parts_of(house, last := sequence_of([5, 6, 7, 8, 9, 10, 11], 3))[0][0] >= 5
+    assert tokens_of(last) == alone((5, 6, 7, 8, 9, 10, 11), 3, SamplingParams())
+
+
 def test_cancelling_frees_pages_in_the_same_step():
     house = House(pages=30, page=4)
     sequences = [sequence_of(list(range(5 + n, 25 + n)), 20) for n in range(2)]
@@ -497,11 +628,12 @@ def test_unused_pages_go_the_longest_unused_first_and_the_deepest_of_these():
     contents = [np.array([[a, 0], [a, 0], [b, 0], [b, 0]], np.int64).tobytes() for a, b in ((1, 2), (3, 4))]
     pages = []
     for content in contents:
-        table = PageTable(pool, 1)
-        assert table.begin(content) == (0, ())
+        table = PageTable(pool)
+        assert table.begin(content, lambda place: place) == Beginning()
         table.grow(4)
         pages.append(table.pages.tolist())
-        table.release(content, 4)
+        table.share(content, 4)
+        table.release()
     assert pool.available == pool.warm == 4
     nodes, _, tokens = pool.find(contents[0], 4)
     assert tokens == 4

@@ -13,8 +13,10 @@ from PIL import Image
 
 from moevlm.runtime import AsyncEngine, Runtime, SamplingParams, load
 from moevlm.runtime.core.errors import Cancelled, DeadlineExceeded, EngineError, RequestError
-from moevlm.runtime.core.states import page_bytes
+from moevlm.runtime.core.states import PAGE_SIZE, page_bytes, row_bytes
 from moevlm.runtime.engine.answer import Completion, Piece
+from moevlm.runtime.engine.pool_size import SEQUENCES
+from moevlm.runtime.engine.residents import PROMPT_TAIL
 
 QUESTIONS = [
     "hi",
@@ -47,17 +49,30 @@ def params(n: int, new_tokens: int = 12) -> SamplingParams:
     return SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, temperature=1.0, top_p=0.9, seed=n, logprobs=2)
 
 
+TARGETS = ["cpu:int8", "reference", "ort-cpu"]
+
+
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(
+    hybrid_family: None,  # noqa: ARG001
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Path]:
+    """attention: layers of attention alone. recurrent: other layers with recurrent states, too."""
     from moevlm.export.build import build
+    from tests.support import hybrid
 
-    targets = ["reference", "ort-cpu", "cpu:int8"]
-    return build(tiny_checkpoint, tmp_path_factory.mktemp("served") / "tiny.moevlm", targets).directory
+    root = tmp_path_factory.mktemp("served")
+    checkpoints = {"attention": tiny_checkpoint, "recurrent": hybrid.save(root / "hybrid")}
+    return {name: build(given, root / f"{name}.moevlm", TARGETS).directory for name, given in checkpoints.items()}
 
 
-@pytest.fixture(scope="module", params=["cpu:int8", "reference", "ort-cpu"])
-def runtime(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Runtime]:
-    with load(bundle, request.param, chunk_tokens=64) as loaded:
+@pytest.fixture(
+    scope="module", params=[(model, target) for model in ("attention", "recurrent") for target in TARGETS], ids=" ".join
+)
+def runtime(request: pytest.FixtureRequest, bundles: dict[str, Path]) -> Iterator[Runtime]:
+    model, target = request.param
+    with load(bundles[model], target, chunk_tokens=64) as loaded:
         yield loaded
 
 
@@ -110,30 +125,38 @@ def test_what_is_known_of_a_prompt_changes_nothing_in_the_answer(runtime: Runtim
     assert_same(runtime, known, Completion.of(list(runtime.generate(turns, params=params(3)))))
 
 
-def test_a_second_turn_reads_what_is_new(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(bundle, "cpu:int8") as runtime:
+@pytest.mark.parametrize(("model", "apart"), [("attention", 0), ("recurrent", PAGE_SIZE + PROMPT_TAIL)])
+def test_a_second_turn_reads_what_is_new(
+    model: str, apart: int, bundles: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [*messages(2), user("and more of it, much more. " * 5)]
+    with load(bundles[model], "cpu:int8") as runtime:
         tokens: list[int] = []
         forward = runtime.engine.forward
         monkeypatch.setattr(
             runtime.engine, "forward", lambda step, *rest: (tokens.append(step.tokens), forward(step, *rest))[1]
         )
-        first = Completion.of(list(runtime.generate(messages(2), params=params(2))))
-        read = len(runtime.prompt(messages(2)).ids)
+        first = Completion.of(list(runtime.generate(asked, params=params(2))))
+        read = len(runtime.prompt(asked).ids)
         assert sum(tokens) == read + 11
-        # The end of the answer that the template writes, the question, and the beginning of the next answer.
-        turns = [*messages(2), {"role": "assistant", "content": first.text}, user("more")]
+        # The end of the answer that the template writes, the question, and the beginning of the next answer. The text
+        # of the answer is made of other tokens; recurrent states are known at the end of a page before it.
+        turns = [*asked, {"role": "assistant", "content": first.text}, user("more")]
         tokens.clear()
         assert list(runtime.generate(turns, max_new_tokens=1))
-        assert sum(tokens) < len(runtime.prompt(turns).ids) - read + 12
+        assert sum(tokens) < len(runtime.prompt(turns).ids) - read + 12 + apart
 
 
 def test_a_small_cache_makes_requests_wait_and_start_again_but_changes_no_answer(
-    runtime: Runtime, alone: list[Completion], bundle: Path
+    runtime: Runtime, alone: list[Completion], bundles: dict[str, Path]
 ) -> None:
     longest = max(len(runtime.prompt(messages(n)).ids) for n in range(8)) + 12
-    page = runtime.engine.limits.page_size
-    memory = (1 + -(-longest // page)) * page_bytes(runtime.engine.states, page)
-    with load(bundle, runtime.target, cache_memory=memory, chunk_tokens=64) as small:
+    page, states = runtime.engine.limits.page_size, runtime.engine.states
+    row = row_bytes(states)
+    memory = (1 + -(-longest // page)) * page_bytes(states, page) + (1 + 2 * SEQUENCES) * row
+    with load(
+        bundles["recurrent" if row else "attention"], runtime.target, cache_memory=memory, chunk_tokens=64
+    ) as small:
         together = small.generate_many([messages(n) for n in range(8)], params=[params(n) for n in range(8)])
         for got, expected in zip(together, alone, strict=True):
             assert_same(small, got, expected)
