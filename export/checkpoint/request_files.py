@@ -108,7 +108,22 @@ def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
             f"tokenizer_config.json says image_token = {shown(named)}, but image_token_id = {model.image_token_id} of "
             f"config.json is {shown(placeholder)}"
         )
+    for name, ids in (("boi", model.image_begin), ("eoi", model.image_end)):
+        _check_mark(found, tokenizer, name, ids)
     return tokenizer
+
+
+def _check_mark(found: TokenizerFiles, tokenizer: Tokenizer, name: str, ids: tuple[int, ...]) -> None:
+    """The tokens around an image: the reference writes their text and reads it again, the runtime their ids."""
+    texts = [tokenizer.token(token_id) for token_id in ids]
+    for token_id, text in zip(ids, texts, strict=True):
+        if text is None or tokenizer.added.get(text) != token_id:
+            raise CheckpointError(f"tokenizer.json has no added token for {name}_token_id = {token_id} of config.json")
+    if ids and (named := found.named.get(f"{name}_token")) is not None and [named] != texts:
+        raise CheckpointError(
+            f"tokenizer_config.json says {name}_token = {shown(named)}, but {name}_token_id = {ids[0]} of config.json "
+            f"is {shown(texts[0])}"
+        )
 
 
 def _processor(found: FoundPreprocessor, model: ModelMetadata) -> ImageProcessor:

@@ -26,7 +26,7 @@ from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images.processor import ImageProcessor
-from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.prompt import PromptBuilder, image_ids
 from moevlm.runtime.request.special_tokens import control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -44,6 +44,7 @@ _TEXTS = (
 )
 _BLOCKS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F300, 0x1F650))
 _PICTURE = {"type": "image"}
+_IMAGE_TOKENS = 3
 
 Messages = list[dict[str, Any]]
 
@@ -106,6 +107,11 @@ class _TheirText:
             return None
         return str(text)
 
+    def expanded(self, text: str, image_token: str) -> str:
+        """With images of _IMAGE_TOKENS tokens, as processors write them, and what Gemma's puts around them."""
+        begin, end = (getattr(self.tokenizer, name, None) or "" for name in ("boi_token", "eoi_token"))
+        return text.replace(image_token, f"{begin}{image_token * _IMAGE_TOKENS}{end}")
+
     def ids(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
@@ -139,16 +145,19 @@ class _Texts:
         return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""
 
     def _ours(self, messages: Messages) -> list[int] | None:
-        """None for messages that the template refuses. An image is one token."""
+        """None for messages that the template refuses. An image has _IMAGE_TOKENS tokens."""
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         try:
-            return self._builder.prompt_ids(messages, [[self._model.image_token_id]] * images)
+            return self._builder.prompt_ids(messages, [image_ids(_IMAGE_TOKENS, self._model)] * images)
         except RequestError:
             return None
 
     def _difference(self, name: str, messages: Messages) -> str:
         ours, text = self._ours(messages), self._theirs.rendered(messages)
-        theirs = None if text is None else self._theirs.ids(text)
+        theirs = None
+        if text is not None:
+            placeholder = self._tokenizer.token(self._model.image_token_id)
+            theirs = self._theirs.ids(self._theirs.expanded(text, str(placeholder)))
         if ours == theirs:
             return ""
         if ours is None or theirs is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from moevlm.export.checkpoint.directory import Checkpoint
@@ -148,6 +149,18 @@ def test_pipes_links_and_giants_are_refused_in_one_line(name: str, folder: Path,
 def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model: ModelMetadata) -> None:
     (folder / "tokenizer_config.json").write_text('{"image_token": "<|video_pad|>"}')
     refused(folder, model, "image_token = '<|video_pad|>'", "image_token_id = 5", "<|image_pad|>")
+
+
+def test_tokens_around_an_image_are_those_of_the_tokenizer(folder: Path, model: ModelMetadata) -> None:
+    marked = msgspec.structs.replace(model, image_begin=(3,), image_end=(4,))
+    request_files(folder, marked)
+    names = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    request_files(folder, marked)
+    letter = msgspec.structs.replace(marked, image_end=(9,))
+    refused(folder, letter, "no added token for eoi_token_id = 9 of config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | {"boi_token": "<|video_pad|>"}))
+    refused(folder, marked, "boi_token = '<|video_pad|>'", "boi_token_id = 3", "<|vision_start|>")
 
 
 @pytest.mark.parametrize(

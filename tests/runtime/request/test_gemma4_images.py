@@ -11,11 +11,15 @@ from PIL import Image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.manifest import RopeMetadata
 from moevlm.runtime.core.towers import GridTower, PooledTower
+from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.images.registry import image_processor
+from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.vision_inputs import pack
+from tests.runtime.request.test_chat import CORE, MODEL, PLAIN, TOKENIZER
 
 VISION = PooledTower(patch_size=16, merge_size=3, channels=3, head_dim=72, rope_theta=100.0, position_table=10240)
 KIND = {"image_processor_type": "Gemma4ImageProcessor"}
@@ -185,3 +189,32 @@ def test_processors_of_other_towers_are_refused_by_name() -> None:
 
 def test_the_references_own_fields_are_taken() -> None:
     image_processor(Gemma4ImageProcessorPil().to_dict(), VISION)
+
+
+def test_a_prompt_is_what_transformers_processor_writes_around_images() -> None:
+    """Gemma4Processor puts begin, soft tokens and end into the text, and reads it."""
+    begin, end = (TOKENIZER.special[name] for name in ("<|im_start|>", "[Z]"))
+    model = msgspec.structs.replace(
+        MODEL,
+        vision=VISION,
+        image_begin=(begin,),
+        image_end=(end,),
+        ropes=(RopeMetadata(dim=4, theta=1e4, sections=(), interleaved=False),),
+    )
+    images = [noise((100, 30)), noise((64, 200))]
+    mine = ours(max_soft_tokens=70)
+    parts = [{"type": "image", "image": image} for image in images]
+    messages = [{"role": "user", "content": [parts[0], {"type": "text", "text": " and "}, parts[1]]}]
+    prompt = PromptBuilder(model, TOKENIZER, ChatTemplate(PLAIN), mine).build(messages)
+    counts = [
+        int(n)
+        for n in Gemma4ImageProcessorPil(max_soft_tokens=70)(images=images, return_tensors="np")[
+            "num_soft_tokens_per_image"
+        ]
+    ]
+    head, between, tail = str(ChatTemplate(PLAIN).render(messages)).split("<|image_pad|>")
+    first, second = (f"<|im_start|>{'<|image_pad|>' * count}[Z]" for count in counts)
+    assert prompt.ids.tolist() == CORE.encode(head + first + between + second + tail).ids
+    assert prompt.image_tokens == sum(counts)
+    np.testing.assert_array_equal(prompt.positions, np.tile(np.arange(len(prompt.ids)), (3, 1)))
+    assert prompt.next_position == len(prompt.ids)
