@@ -192,7 +192,7 @@ class Swapped:
         return self.source.dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return swapped(self.source.rows(start, stop))
+        return _swapped(self.source.rows(start, stop))
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ def swap_last(source: Weight) -> Weight:
     return Swapped(source)
 
 
-def swapped(array: np.ndarray) -> np.ndarray:
+def _swapped(array: np.ndarray) -> np.ndarray:
     """[..., m, n] -> [..., n, m] as a new array, 16 source rows at a time: twice to seven times numpy's own speed."""
     *outer, m, n = array.shape
     out = np.empty((*outer, n, m), array.dtype)

@@ -10,10 +10,8 @@ import numpy as np
 
 from moevlm.export.checkpoint.quantized.groups import group_size_of, require_symmetric
 from moevlm.export.checkpoint.quantized.layout import Format, Parts, Spelling, wrong_shape
-from moevlm.export.checkpoint.quantized.nibbles import nibbles
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.graph.codes import FLOAT, Coded, CodeForm, Codes, grouped
-from moevlm.export.graph.weights import swapped
 
 _PER_WORD = 8
 _NIBBLE = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of the eight outputs stands
@@ -38,10 +36,11 @@ class AWQ(Coded):
 def _rows(words: Stored, start: int, stop: int) -> np.ndarray:
     """Outputs [start:stop] of words [K, N / 8] as rows [stop - start, K], one code to a byte."""
     first = start // _PER_WORD
-    found = words.columns(first, -(-stop // _PER_WORD))
-    bytes_of = np.ascontiguousarray(found).astype("<i4", copy=False).view(np.uint8)
-    codes = nibbles(bytes_of).reshape(*found.shape, _PER_WORD)[..., _NIBBLE].reshape(len(found), -1)
-    return swapped(codes[:, start - first * _PER_WORD : stop - first * _PER_WORD])
+    found = np.ascontiguousarray(words.columns(first, -(-stop // _PER_WORD)).T).view(np.uint32)
+    codes = np.empty((len(found) * _PER_WORD, found.shape[1]), np.uint8)
+    for i, nibble in enumerate(_NIBBLE):
+        codes[i::_PER_WORD] = found >> np.uint32(4 * nibble) & np.uint32(15)
+    return codes[start - first * _PER_WORD : stop - first * _PER_WORD]
 
 
 def _read(parts: Parts) -> Coded:

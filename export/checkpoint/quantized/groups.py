@@ -19,7 +19,7 @@ def group_size_of(parts: Parts, scales: Stored, width: int, groups: int) -> int:
     """
     stated = parts.scheme.group_size
     if stated is not None:
-        size = stated or width
+        size = min(stated or width, width)  # codes are filled up to whole groups
         if -(-width // size) != groups:
             raise wrong_shape(
                 scales, f"{-(-width // size)} groups of {size} in the place of {groups}, for rows of {width}"
@@ -74,6 +74,6 @@ class Regrouped:
         codes = found.codes.reshape(*found.scales.shape[:-1], -1)[..., : self.shape[-1]]
         values = numbers_of(codes, self.source.form)
         if found.zeros is not None:
-            values -= found.zeros[..., self.group]
-        values *= found.scales[..., self.group]
+            values -= np.take(found.zeros, self.group, -1)
+        values *= np.take(found.scales, self.group, -1)
         return values

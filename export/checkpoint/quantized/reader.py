@@ -56,8 +56,9 @@ class Plain:
 
     def counted(self, names: Iterable[str]) -> dict[str, int]:
         """How many of these tensors are in which format or dtype; nothing where none is in codes."""
-        kinds = (self.formats.get(name, str(self.tensors[name].dtype)) for name in sorted(names))
-        return dict(Counter(kinds)) if self.formats else {}
+        plain = sorted(name for name in names if name not in self.formats)
+        kinds = Counter(self.formats[name] for name in sorted(names) if name in self.formats)
+        return {**kinds, **Counter(str(self.tensors[name].dtype) for name in plain)} if self.formats else {}
 
 
 def plain_tensors(checkpoint: Checkpoint, ignored_config: Sequence[str] = ()) -> Plain:

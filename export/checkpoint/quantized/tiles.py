@@ -90,7 +90,8 @@ def _read(parts: Parts) -> Coded:
         grid, channels = [*outer, -(-n // blocks[0]), -(-k // blocks[1])], [*outer, n, 1]
         allowed = f"{grid} for blocks of {blocks[0]} x {blocks[1]}, {channels} for rows, {[*outer, 1, 1]} for all"
         raise wrong_shape(scales, f"{allowed} of {list(values.shape)}")
-    return Tiles(values, scales, by_shape[scales.shape])
+    rows, columns = by_shape[scales.shape]
+    return Tiles(values, scales, (rows, min(columns, k)))  # codes are filled up to whole tiles
 
 
 def _shapes(outer: tuple[int, ...], rows: int, columns: int) -> list[tuple[int, ...]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
+from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
 from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata
@@ -432,3 +434,15 @@ def test_experts_of_mixed_dtypes_are_read_in_the_dtype_that_holds_all() -> None:
             read = stacked.rows(row, row + 1)
             assert (read.dtype, stacked.dtype) == (np.float32, np.float32)
             assert np.array_equal(read[0], part)
+
+
+@pytest.mark.parametrize("width", [40, 5000])
+def test_columns_of_short_and_long_rows_are_read_and_checked(width: int, tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).standard_normal((70, width), np.float32)
+    stored[3, 20] = np.inf
+    tensor = Checkpoint.open(save_single(tmp_path / "checkpoint", {"a": stored})).weight("a")
+    for start, stop in ((0, 20), (21, width), (7, 7), (30, 31)):
+        np.testing.assert_array_equal(tensor.columns(start, stop), stored[:, start:stop])
+    for start, stop in ((17, 30), (0, width)):
+        read_them = partial(Stored.columns, tensor, start, stop)
+        refused(tmp_path / "checkpoint", "tensor a is not finite at [3, 20]", act=lambda _, run=read_them: run())

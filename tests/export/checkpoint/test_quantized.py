@@ -16,7 +16,7 @@ from moevlm.export.graph.codes import CodeForm, coded, decode
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from tests.support.checkpoints import FAMILIES, canonical
-from tests.support.published import FORMATS, WEIGHTS, floats, projections
+from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections
 from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_int4
 
 QWEN, GLM, QWEN35 = FAMILIES
@@ -220,6 +220,16 @@ def test_codes_follow_query_and_gate_rows_that_lie_by_heads(publish: Callable[..
         assert found is not None
         values = expected[f"decoder.layers.{layer}.attention.{part}.weight"][3:]
         np.testing.assert_array_equal(decode(found.codes(3, len(values) + 3), found.form, 256), values)
+
+
+def test_stated_sizes_beyond_a_weight_take_no_memory(originals: dict[str, Path], tmp_path: Path) -> None:
+    config = BLOCKS | {"weight_block_size": [1 << 20, 1 << 20]}
+    published = Published(fp8_tiles(0, 0, "_scale_inv"), config)
+    directory = published.publish(originals[QWEN], tmp_path / "quantized", tmp_path / "plain")
+    same(canonical(directory), canonical(tmp_path / "plain"))
+    found = coded(model_of(directory).decoder_weights["layers.0.attention.q.weight"])
+    assert found is not None
+    assert found.codes(0, 2).codes.shape == (2, 1, 256)
 
 
 def test_scattered_groups_decode_and_have_no_codes(publish: Callable[..., tuple[Path, Path]]) -> None:
