@@ -224,7 +224,9 @@ class Runtime:
             text = StreamDecoder(self.tokenizer, chosen.stop, chosen.skip_special_tokens)
         eos = frozenset() if chosen.ignore_eos else frozenset(self.model.eos_token_ids)
         ending = Ending(min(chosen.max_new_tokens, room), eos, text, ends)
-        return Request(prompt, chosen, ending, images, ahead=ahead)
+        request = Request(prompt, chosen, ending, images, ahead=ahead, whole_images=self.model.bidirectional_images)
+        self.loop.check(request)
+        return request
 
     def forget(self) -> None:
         """Drop what is kept of ended requests, from which later ones that begin alike take it: text and images."""

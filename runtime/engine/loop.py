@@ -53,10 +53,14 @@ class EngineLoop:
             self._scheduler.forget()
             self._features.forget()
 
+    def check(self, sequence: Sequence) -> None:
+        """Raises RequestError for a sequence that the whole cache, or a step, cannot hold."""
+        self._scheduler.check(sequence)
+
     def add(self, sequence: Sequence, waiting: int | None = None) -> None:
         """Have a sequence computed from the next step on.
 
-        Raises QueueFull where `waiting` others wait already, and RequestError if the whole cache cannot hold it.
+        Raises QueueFull where `waiting` others wait already, and RequestError as `check`.
         """
         with self._changed:
             self._scheduler.check(sequence)

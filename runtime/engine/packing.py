@@ -53,6 +53,7 @@ class StepPacker:
     def pack(self, parts: Items[Part]) -> tuple[Step, tuple[FeatureRows, ...]]:
         """One step of all parts, and the rows of visual features that it reads. Their images must have been encoded."""
         visual: tuple[FeatureRows, ...] = ()
+        visible_end: np.ndarray | None
         if all(part.last and part.stop - part.start == 1 and part.sequence.generated for part in parts):
             starts, visual_index = self._single(len(parts))
             last = starts[:-1]
@@ -61,6 +62,7 @@ class StepPacker:
             rope = self.text(np.array([one.prompt.next_position + len(one.generated) - 1 for one in later], np.int64))
             visible_end = np.array([part.stop for part in parts], np.int32)
         else:
+            visible_end = None
             ends = np.cumsum([part.stop - part.start for part in parts])
             starts, last = (
                 np.append(0, ends).astype(np.int32),
@@ -72,7 +74,8 @@ class StepPacker:
             )
             positions = np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], axis=1)
             rope = {str(group): rope_tables(positions, one) for group, one in enumerate(self._ropes)}
-            visible_end = np.concatenate([part.sequence.runs.visible_end(part.start, part.stop) for part in parts])
+            if self._whole_images:
+                visible_end = np.concatenate([part.sequence.runs.visible_end(part.start, part.stop) for part in parts])
         step = Step(
             input_ids=ids,
             visual_index=visual_index,

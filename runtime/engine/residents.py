@@ -12,6 +12,7 @@ from moevlm.runtime.engine.pages import PagePool
 from moevlm.runtime.engine.rows import StateRow
 from moevlm.runtime.engine.sequence import Sequence
 from moevlm.runtime.engine.step import EngineLimits
+from moevlm.runtime.request.prompt import SMALLER_IMAGES
 
 # A snapshot within a prompt costs a step that is cut short, so there is none for fewer pages.
 SNAPSHOT_PAGES = 4
@@ -32,6 +33,9 @@ class Residents:
             (limits.page_size, SNAPSHOT_PAGES * limits.page_size) if limits.packed else (chunk, chunk)
         )
         self._recurrent = pool.rows.rows > 0
+        # An image that may not be cut has to fit beside a token of every other sequence of a step.
+        others = min(limits.max_sequences, limits.max_logits) - 1 if limits.packed else 0
+        self._longest = min(limits.max_tokens - others, limits.max_visual or limits.max_tokens)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._arrivals = 0
@@ -43,7 +47,12 @@ class Residents:
         return sum(not sequence.generated for sequence in tuple(self.waiting))
 
     def check(self, sequence: Sequence) -> None:
-        """Raises RequestError for a sequence that the whole pool cannot hold."""
+        """Raises RequestError for a sequence that the whole pool cannot hold, or an image that a step cannot."""
+        if (longest := sequence.runs.longest) > self._longest:
+            raise RequestError(
+                f"an image has {longest} tokens, a step of the engine takes up to {self._longest} of one "
+                f"({SMALLER_IMAGES})"
+            )
         most = (self.pool.pages - 1) * self.pool.page_size
         if sequence.limit > most:
             raise RequestError(f"the request may take {sequence.limit} tokens, the cache has room for {most}")

@@ -37,7 +37,8 @@ class Scheduler:
     A running sequence has pages. One that needs a page where none is left takes those of the youngest, which starts
     again from its tokens later. A prompt is cut at fixed places: multiples of a page on a packed engine, or of its
     mixed_tokens beside decodes if they are fewer; multiples of the most tokens of a step on others, where a chunk has a
-    step of its own. On a packed engine it is cut where a snapshot of recurrent states is made, too.
+    step of its own. On a packed engine it is cut where a snapshot of recurrent states is made, too. Where images are
+    whole, a cut within one moves behind it, or before it where the step has no room for that.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Scheduler:
         self._all.pool.forget()
 
     def check(self, sequence: Sequence) -> None:
-        """Raises RequestError for a sequence that the whole pool cannot hold."""
+        """Raises RequestError for a sequence that the whole pool cannot hold, or an image that a step cannot."""
         self._all.check(sequence)
 
     def add(self, sequence: Sequence, waiting: int | None = None) -> None:
@@ -182,18 +183,21 @@ class Scheduler:
         decodes = sum(decoding for _, decoding in ready)
         # Cut at fixed places, so that the same prompt is cut alike whatever the load.
         budget = min(self._mixed if decodes else self._chunk, self._limits.max_tokens - decodes)
+        room = self._room(decodes)
         unit = min(self._limits.page_size, budget)
         parts: list[Part] = []
         for sequence, decoding in ready:
             if sequence.status != "running":
                 continue  # an older one took its pages
-            start, tokens = sequence.computed, sequence.tokens
-            stop = tokens if decoding else _cut(sequence, start, budget, unit)
+            start = sequence.computed
+            stop = sequence.tokens if decoding else _cut(sequence, budget, unit, room)
             if stop > start and self._all.room(sequence, stop):
-                budget -= 0 if decoding else stop - start
+                taken = 0 if decoding else stop - start
+                budget, room = budget - taken, room - taken
                 parts.append(_part(sequence, stop))
-        while budget >= unit > 0 and len(parts) < self._most and (admitted := self._admitted(budget, unit)):
-            budget -= admitted.stop - admitted.start
+        while budget >= unit > 0 and len(parts) < self._most and (admitted := self._admitted(budget, unit, room)):
+            taken = admitted.stop - admitted.start
+            budget, room = budget - taken, room - taken
             parts.append(admitted)
         return parts
 
@@ -202,13 +206,13 @@ class Scheduler:
         ready, waiting = self._selected(), self._all.next_waiting()
         for turn in sorted([*ready, *([waiting] if waiting else [])], key=lambda one: (one.stepped, one.number)):
             if turn.status == "waiting":
-                admitted = self._admitted(self._chunk, self._chunk)
+                admitted = self._admitted(self._chunk, self._chunk, self._room(0))
                 if admitted:
                     return [admitted]
             elif turn.decoding:
                 decodes = [one for one in ready if one.decoding]
                 return self._grown(decodes)
-            elif self._all.room(turn, stop := _cut(turn, turn.computed, self._chunk, self._chunk)):
+            elif self._all.room(turn, stop := _cut(turn, self._chunk, self._chunk, self._room(0))):
                 return [_part(turn, stop)]
         return []
 
@@ -227,12 +231,16 @@ class Scheduler:
             )
         return ready
 
-    def _admitted(self, budget: int, unit: int) -> Part | None:
+    def _room(self, decodes: int) -> int:
+        """How many tokens of prompts a step can hold, whatever it should."""
+        return min(self._limits.max_tokens - decodes, self._limits.max_visual or self._limits.max_tokens)
+
+    def _admitted(self, budget: int, unit: int, room: int) -> Part | None:
         """The first chunk of the sequence that waits longest, if it gets pages. budget: one unit or more."""
         sequence = self._all.next_waiting()
-        if sequence is None or (copies := self._all.admit(sequence)) is None:
+        if sequence is None or sequence.runs.longest > room or (copies := self._all.admit(sequence)) is None:
             return None
-        stop = _cut(sequence, sequence.computed, budget, unit)
+        stop = _cut(sequence, budget, unit, room)
         self._all.room(sequence, stop)  # there is: it was admitted
         return _part(sequence, stop, copies)
 
@@ -245,11 +253,20 @@ def _part(sequence: Sequence, stop: int, copies: tuple[tuple[int, int], ...] = (
     return Part(sequence, start, stop, last, copies, state.cleared, state.row_copies)
 
 
-def _cut(sequence: Sequence, start: int, budget: int, unit: int) -> int:
-    """Where a chunk of at most `budget` tokens ends: with the tokens, at a multiple of `unit`, or for a snapshot."""
+def _cut(sequence: Sequence, budget: int, unit: int, room: int) -> int:
+    """Where its next chunk, of some `budget` tokens, ends: with the tokens, at a multiple of `unit`, for a snapshot.
+
+    Behind an image that is not cut if it fits into `room` tokens, else before it.
+    """
+    start = sequence.computed
     stop = start + budget
     stop = sequence.tokens if stop >= sequence.tokens else stop // unit * unit
-    return min(stop, next((place for place in sequence.snapshot_places if place > start), stop))
+    stop = min([stop, *(place for place in sequence.snapshot_places if place > start)])
+    run = sequence.runs.around(stop)
+    if run is None:
+        return stop
+    begin, end = run
+    return end if end - start <= room else max(begin, start)
 
 
 def _engine_error(error: BaseException) -> MoevlmError:

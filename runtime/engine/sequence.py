@@ -45,13 +45,13 @@ class Ending:
 
 
 class Sequence:
-    """A prompt and what was generated after it.
+    """A prompt and what was generated after it. whole_images: no step may end within its images.
 
     computed: its first tokens, as many as the engine keeps now. table: pages that they lie in. state: its row of
     recurrent states, None without any. snapshot_places: where chunks of its prompt end for snapshots of them. runs: of
-    its images' tokens. ahead: pieces that may wait for a reader before the sequence is left out of steps. pieces: those
-    that wait. error: what ended it other than its last piece. number: of its arrival, given by the scheduler. stepped:
-    the last step that it was part of.
+    image tokens, none if they may be cut. ahead: pieces that may wait for a reader before the sequence is left out of
+    steps. pieces: those that wait. error: what ended it other than its last piece. number: of its arrival, given by the
+    scheduler. stepped: the last step that it was part of.
     """
 
     def __init__(
@@ -62,10 +62,12 @@ class Sequence:
         images: tuple[PromptImage, ...] = (),
         cancellation: Cancellation | None = None,
         ahead: float = AHEAD,
+        *,
+        whole_images: bool = False,
     ) -> None:
         self.prompt = replace(prompt, images=())
         self.images = images
-        self.runs = ImageRuns.of(prompt.visual_index)
+        self.runs = ImageRuns.of(prompt.visual_index[: None if whole_images else 0])
         self.meter = Meter(len(prompt.ids), prompt.image_tokens)
         self.cancellation = cancellation or Cancellation()
         self.deadline = ending.deadline
@@ -110,11 +112,16 @@ class Sequence:
         return 0 if self.state is None else self.state.row
 
     def boundary(self, place: int, unit: int) -> int:
-        """The last place up to `place` where a step may end that is to end at a multiple of `unit`.
+        """The last place up to `place` where a step ends that was to end at a multiple of `unit`.
 
-        That of an image in which a multiple lies, where images are not cut.
+        It ends behind an image, if images are whole and such a multiple lies within one.
         """
-        return place // unit * unit
+        at = place // unit * unit
+        run = self.runs.around(at)
+        if run is None:
+            return at
+        start, end = run
+        return end if end <= place else self.boundary(start, unit)
 
     @property
     def decoding(self) -> bool:

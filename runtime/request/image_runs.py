@@ -21,6 +21,11 @@ class ImageRuns:
         places = np.flatnonzero(edges)
         return cls(places[::2], places[1::2])
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest run, 0 without any."""
+        return int((self.ends - self.starts).max(initial=0))
+
     def around(self, place: int) -> tuple[int, int] | None:
         """The run of which some tokens lie before `place` and some do not, as (start, end)."""
         run = int(np.searchsorted(self.starts, place)) - 1

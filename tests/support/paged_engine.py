@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
-from moevlm.runtime.core.states import PagedKV, page_bytes
+from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, page_bytes, row_bytes
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.engine.pool_size import SEQUENCES
+from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.candidates import CandidateRow
@@ -46,6 +49,9 @@ MODEL = ModelMetadata(
         deepstack=0,
     ),
 )
+SEEING_MODEL = msgspec.structs.replace(
+    MODEL, layers=tuple(msgspec.structs.replace(layer, bidirectional_images=True) for layer in MODEL.layers)
+)
 _EMPTY = -(1 << 40)
 _PRIME = (1 << 31) - 1
 
@@ -53,6 +59,16 @@ _PRIME = (1 << 31) - 1
 def fold(state: int, value: int) -> int:
     """A state after one more token."""
     return (state * 1_000_003 + value + 17) % _PRIME
+
+
+def seen(values: Sequence[int], counts: Sequence[int]) -> list[int]:
+    """Each value as it is if its token sees itself alone, else folded with the tokens behind it: so many in all."""
+    found = []
+    for at, (value, count) in enumerate(zip(values, counts, strict=True)):
+        for later in values[at + 1 : at + count]:
+            value = fold(value, later)
+        found.append(value)
+    return found
 
 
 def logits_of(state: int) -> np.ndarray:
@@ -79,11 +95,14 @@ class PagedEngine:
     """Keeps a number for each token in its pages: its id, or the first value of its visual feature.
 
     recurrent: keeps the folded tokens of a sequence in its state row, too, and its logits depend on that alone.
+    Where a step says what tokens see, a token's number is that of all tokens up to there, see `seen`.
     """
 
     def __init__(self, limits: EngineLimits, *, recurrent: bool = False) -> None:
         self.limits = limits
-        self.states = (PagedKV(layer=0, kv_heads=1, key_dim=4, value_dim=4),)
+        self.states: tuple[StateSpec, ...] = (PagedKV(layer=0, kv_heads=1, key_dim=4, value_dim=4),)
+        if recurrent:
+            self.states += (Recurrent(layer=0, name="folded", shape=(1,)),)
         self.recurrent = recurrent
         self.steps: list[Step] = []
         self.encoded: list[VisionInputs] = []
@@ -120,6 +139,12 @@ class PagedEngine:
         images = step.visual_index >= 0
         if images.any():
             values[images] = joined(visual).embeds[step.visual_index[images], 0].astype(np.int64)
+        if step.visible_end is not None:
+            rows = len(self.rows) if self.recurrent else 0
+            check_step(step, visual, self.limits, SEEING_MODEL, len(self.pages), rows)
+            before = step.context_len - step.query_start[:-1]
+            places = np.arange(step.tokens) + np.repeat(before, np.diff(step.query_start))
+            values = np.array(seen(values.tolist(), (step.visible_end - places).tolist()))
         size = self.limits.page_size
         for n in range(step.sequences):
             start, past = int(step.query_start[n]), int(step.context_len[n])
@@ -157,7 +182,10 @@ def check_rope(step: Step, positions: np.ndarray) -> None:
 
 def paged_runtime(engine: PagedEngine, chunk_tokens: int = 64, pages: int | None = None, **options: Any) -> Runtime:
     """A runtime without a tokenizer. pages: of the pool, page 0 included; by default as many as are of use."""
-    memory = None if pages is None else pages * page_bytes(engine.states, engine.limits.page_size)
+    memory = None
+    if pages is not None:
+        rows = (1 + 2 * SEQUENCES) * row_bytes(engine.states)
+        memory = pages * page_bytes(engine.states, engine.limits.page_size) + rows
     return Runtime(MODEL, None, None, engine, chunk_tokens=chunk_tokens, cache_memory=memory, **options)
 
 

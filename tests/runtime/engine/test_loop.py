@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from moevlm.runtime.core.errors import Cancelled, EngineError, RequestError
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.generate import Runtime
@@ -27,7 +29,7 @@ from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampler import Sampled, Sampler
 from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.paged_engine import IMAGE, MODEL, PagedEngine, alone, paged_runtime, prompt_of
+from tests.support.paged_engine import IMAGE, MODEL, SEEING_MODEL, PagedEngine, alone, paged_runtime, prompt_of
 
 LIMITS = EngineLimits(8, 128, 8, 2000, 4, packed=True)
 PROMPTS = [tuple(range(5 + n, 12 + 3 * n)) for n in range(7)]
@@ -235,12 +237,15 @@ def test_an_interrupt_ends_the_request_of_the_thread_that_it_meets_alone() -> No
 
 
 # What the thread that steps does in Python, beside the engine.
-BOOKKEEPING = ("loop.py", "scheduler.py", "residents.py", "page_table.py", "pages.py", "packing.py", "sequence.py")
+BOOKKEEPING = (
+    *("loop.py", "scheduler.py", "residents.py", "page_table.py", "pages.py", "rows.py"),
+    *("packing.py", "sequence.py"),
+)
 
 
-def interrupted_at(line: int) -> tuple[bool, list[list[int]], int]:
+def interrupted_at(line: int, recurrent: bool) -> tuple[bool, list[list[int]], int]:
     """Two requests of which one is interrupted. Returns (whether it was, tokens of both and of a third, pages used)."""
-    runtime = paged_runtime(PagedEngine(LIMITS), pages=12)
+    runtime = paged_runtime(PagedEngine(LIMITS, recurrent=recurrent), pages=12)
     list(runtime.generate(prompt_of(PROMPTS[0]), **FORCED))
     one, other = (runtime.generate(prompt_of((*PROMPTS[0][:6], n)), **FORCED) for n in (5, 6))
     made = [ids([next(other)]), ids([next(one)])]
@@ -272,11 +277,12 @@ def interrupted_at(line: int) -> tuple[bool, list[list[int]], int]:
     return interrupted, made, runtime.loop.used_pages
 
 
-def test_an_interrupt_at_any_place_changes_no_other_answer() -> None:
+@pytest.mark.parametrize("recurrent", [False, True], ids=["pages", "pages and rows"])
+def test_an_interrupt_at_any_place_changes_no_other_answer(recurrent: bool) -> None:
     wanted = [expected((*PROMPTS[0][:6], n)) for n in (6, 5)]
     count = 0
     for line in range(0, 100_000, 21):
-        interrupted, made, used = interrupted_at(line)
+        interrupted, made, used = interrupted_at(line, recurrent)
         assert made[0] == wanted[0]
         assert made[1] == wanted[1][: len(made[1])]
         assert made[2] == expected(PROMPTS[0])
@@ -287,9 +293,9 @@ def test_an_interrupt_at_any_place_changes_no_other_answer() -> None:
     assert count > 20
 
 
-def left_at(line: int) -> bool:
+def left_at(line: int, recurrent: bool) -> bool:
     """One request is closed while another is, as by a destructor that comes at any line. Returns whether it was."""
-    runtime = paged_runtime(PagedEngine(LIMITS), pages=40)
+    runtime = paged_runtime(PagedEngine(LIMITS, recurrent=recurrent), pages=40)
     first = expected(PROMPTS[0])[0]
     one, other = (runtime.generate(prompt_of(prompt), **FORCED) for prompt in (PROMPTS[0], (*PROMPTS[0], first)))
     for answer in (one, other) * 2:  # both have the same tokens
@@ -318,12 +324,14 @@ def left_at(line: int) -> bool:
     runtime.forget()
     pool = runtime.loop._scheduler._all.pool
     assert sorted(pool._free) == list(range(1, pool.pages))
+    assert sorted(pool.rows._free) == list(range(1, pool.rows.rows))
     return closed
 
 
-def test_a_destructor_at_any_place_loses_no_page() -> None:
+@pytest.mark.parametrize("recurrent", [False, True], ids=["pages", "pages and rows"])
+def test_a_destructor_at_any_place_loses_no_page(recurrent: bool) -> None:
     line = 0
-    while left_at(line):
+    while left_at(line, recurrent):
         line += 1
     assert line > 30
 
@@ -337,8 +345,8 @@ def shown(*images: Image.Image, text: tuple[int, ...] = (7, 8)) -> Prompt:
     return Prompt.from_ids(tokens, [(4, 6)] * len(images), MODEL, images)
 
 
-def seeing(engine: PagedEngine, **options: Any) -> Runtime:
-    return Runtime(MODEL, None, None, engine, image_processor(PROCESSOR, MODEL.vision), **options)
+def seeing(engine: PagedEngine, model: ModelMetadata = MODEL, **options: Any) -> Runtime:
+    return Runtime(model, None, None, engine, image_processor(PROCESSOR, MODEL.vision), **options)
 
 
 def answer_of(runtime: Runtime, prompt: Prompt) -> list[int]:
@@ -358,6 +366,19 @@ def test_a_repeated_image_is_not_encoded_again() -> None:
     assert answer_of(forgetful, shown(b, a, b, text=(9,))) == both
     assert answer_of(forgetful, shown(a, text=(10,))) != first
     assert len(without.encoded) == 2
+
+
+def test_images_whose_tokens_see_each_other_are_not_cut_and_give_the_same_answer_however_they_are_read() -> None:
+    prompts = [shown(picture(1), picture(2)), shown(picture(1), picture(3)), shown(picture(1), picture(2), text=(9,))]
+    alone = [answer_of(seeing(PagedEngine(LIMITS), SEEING_MODEL), one) for one in prompts]
+    assert len({tuple(answer) for answer in alone}) == 3
+    assert alone[0] != answer_of(seeing(PagedEngine(LIMITS)), prompts[0])
+    runtime = seeing(engine := PagedEngine(LIMITS), SEEING_MODEL, chunk_tokens=4)
+    assert [answer_of(runtime, one) for one in (*prompts, *prompts)] == [*alone, *alone]
+    assert [step.tokens for step in engine.steps[:3]] == [8, 7, 2]  # behind each image
+    narrow = seeing(PagedEngine(replace(LIMITS, max_tokens=12)), SEEING_MODEL)
+    with pytest.raises(RequestError, match=r"^an image has 6 tokens, a step of the engine takes up to 5 of one"):
+        narrow.generate(prompts[0])
 
 
 def test_images_that_look_different_never_share_pages() -> None:

@@ -11,149 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moevlm.runtime.core.errors import DeadlineExceeded, EngineError, QueueFull, RequestError
-from moevlm.runtime.engine.packing import StepPacker
 from moevlm.runtime.engine.page_table import Beginning, PageTable
-from moevlm.runtime.engine.pages import KEY_BYTES, PageNode, PagePool
-from moevlm.runtime.engine.scheduler import Part, Scheduler
+from moevlm.runtime.engine.pages import PagePool
 from moevlm.runtime.engine.sequence import Ending, Sequence
-from moevlm.runtime.engine.step import EngineLimits
 from moevlm.runtime.request.sampling import SamplingParams
-from tests.support.paged_engine import EOS, IMAGE, ROPE, VOCABULARY, PagedEngine, alone, check_rope, prompt_of
-
-
-def sequence_of(ids: list[int], new_tokens: int = 5, ahead: float = 1e9, **options: Any) -> Sequence:
-    deadline = options.pop("deadline", None)
-    ending = Ending(new_tokens, frozenset({EOS}), deadline=deadline)
-    return Sequence(prompt_of(ids), SamplingParams(**options), ending, ahead=ahead)
-
-
-MIXED_TOKENS = 24
-
-
-class House:
-    """A scheduler, its pool and an engine, checked at every step."""
-
-    def __init__(
-        self,
-        pages: int = 40,
-        *,
-        packed: bool = True,
-        sequences: int = 8,
-        chunk: int = 64,
-        page: int = 4,
-        rows: int = 0,
-        max_tokens: int = 128,
-        mixed_tokens: int | None = MIXED_TOKENS,
-    ) -> None:
-        self.limits = EngineLimits(
-            sequences, max_tokens, sequences, 10_000, page, packed=packed, mixed_tokens=mixed_tokens
-        )
-        self.chunk = min(chunk, max_tokens)
-        self.pool = PagePool(pages, page, rows)
-        self.scheduler = Scheduler(self.limits, self.pool, vocabulary=VOCABULARY, chunk_tokens=chunk)
-        self.engine = PagedEngine(self.limits, recurrent=rows > 0)
-        self.engine.reserve(pages, max(rows, 1))
-        self.packer = StepPacker([ROPE])
-        self.running: tuple[Part, ...] = ()
-
-    def schedule(self) -> tuple[Part, ...]:
-        parts = self.scheduler.schedule()
-        written: list[int] = []
-        for part in parts:
-            sequence = part.sequence
-            assert sequence.status == "running"
-            assert not sequence.paused
-            assert part.start == sequence.computed < part.stop <= sequence.tokens
-            pages = range(part.start // self.limits.page_size, (part.stop - 1) // self.limits.page_size + 1)
-            assert pages[0] >= sequence.table.shared, "a shared page would be written"
-            written += [int(sequence.table.pages[page]) for page in pages]
-        assert len(written) == len(set(written)), "two sequences write one page"
-        tokens = sum(part.stop - part.start for part in parts)
-        prompts = sum(part.stop - part.start for part in parts if not part.sequence.decoding)
-        assert tokens <= self.limits.max_tokens
-        assert prompts <= self.chunk
-        assert len(parts) <= self.limits.max_sequences
-        if tokens > prompts:
-            assert prompts <= (self.limits.mixed_tokens or self.chunk if self.limits.packed else 0)
-        elif not self.limits.packed:
-            assert len(parts) <= 1
-        return parts
-
-    def step(self) -> int:
-        """Schedule, compute, finish. Returns how many sequences took part."""
-        parts = self.schedule()
-        if parts:
-            self.finish(parts)
-        return len(parts)
-
-    def finish(self, parts: tuple[Part, ...]) -> None:
-        """Compute a step."""
-        step, visual = self.packer.pack(parts)
-        check_rope(step, np.concatenate([part.sequence.positions(part.start, part.stop) for part in parts], 1))
-        self.scheduler.finish(parts, self.engine.forward(step, visual), 0.0)
-
-    def drain(self, most: int = 5000) -> int:
-        """Steps until all sequences have ended."""
-        steps = 0
-        while self.scheduler.running or self.scheduler.waiting:
-            steps += 1
-            assert self.step() > 0, "nothing goes on"
-            assert steps < most, "some sequence starves"
-        return steps
-
-    def check_pages(self, sequences: list[Sequence]) -> None:
-        """Every page is in one place, and every use is counted."""
-        known: dict[int, PageNode] = {}
-
-        def walk(node: PageNode) -> None:
-            assert node.keys == sorted(node.children)
-            for child in node.children.values():
-                assert child.page not in known
-                assert child.parent is node
-                assert child.users <= node.users or node is self.pool.root
-                known[child.page] = child
-                walk(child)
-
-        walk(self.pool.root)
-        users = dict.fromkeys(known, 0)
-        private: list[int] = []
-        for sequence in sequences:
-            table = sequence.table
-            assert (table is None) == (sequence.status != "running")
-            if table is not None:
-                for page in table.pages[: table.shared].tolist():
-                    users[page] += 1
-                private += table.pages[table.shared :].tolist()
-        assert users == {page: node.users for page, node in known.items()}
-        assert self.pool.warm == sum(node.users == 0 for node in known.values())
-        free = self.pool.available - self.pool.warm
-        assert 0 not in known
-        assert 0 not in private
-        assert len(private) == len(set(private))
-        assert not set(private) & set(known)
-        assert free + len(private) + len(known) == self.pool.pages - 1
-        self.check_rows(sequences, list(known.values()))
-
-    def check_rows(self, sequences: list[Sequence], known: list[PageNode]) -> None:
-        """Every row of recurrent states is in one place, and every use of a snapshot is counted."""
-        rows = self.pool.rows
-        tables = [(sequence.table, sequence.state) for sequence in sequences if sequence.table is not None]
-        homes = [*(node.snapshots for node in known), *(table._snapshots for table, _ in tables)]
-        snapshots = {one.row: one for home in homes for one in home.values()}
-        assert all(one.home is home and home[one.place] is one for home in homes for one in home.values())
-        assert all(0 < place <= len(node.key) // KEY_BYTES for node in known for place in node.snapshots)
-        used = [state.source for _, state in tables if state is not None and state.source is not None]
-        for one in {*snapshots.values(), *used}:
-            assert one.users == used.count(one)
-        own = [state.row for _, state in tables if state is not None]
-        assert len(own) == (len(tables) if rows.rows else 0)
-        held = [*own, *{one.row for one in (*snapshots.values(), *used)}]
-        assert len(held) == len(set(held))
-        assert not held or min(held) > 0
-        unused = sum(one.users == 0 for one in snapshots.values())
-        assert rows.snapshots == len(snapshots)
-        assert rows.available - unused + len(held) == max(rows.rows - 1, 0)
-
+from tests.support.house import MIXED_TOKENS, House, sequence_of, tokens_of
+from tests.support.paged_engine import EOS, IMAGE, alone, prompt_of
 
 PREFIXES = [(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10, 11, 12, 13), (5, 6, 9), tuple(range(5, 31))]
 PROMPTS = st.builds(
@@ -292,10 +155,6 @@ Traffic.TestCase.settings = settings(
     max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
 test_random_traffic = Traffic.TestCase
-
-
-def tokens_of(sequence: Sequence) -> list[int]:
-    return [token for piece in sequence.pieces for token in piece.token_ids]
 
 
 def test_youngest_gives_way_where_pages_run_out_and_says_the_same_afterwards():
@@ -501,104 +360,6 @@ def test_readers_that_do_not_read_keep_no_state_row_from_others():
             house.step()
         assert made == alone((5 + n, 6), 20, SamplingParams())
     house.check_pages(lazy)
-
-
-def parts_of(house: House, sequence: Sequence) -> list[tuple[int, int]]:
-    """What is computed of a sequence that has the engine for itself, chunk by chunk until its first token."""
-    house.scheduler.add(sequence)
-    spans = []
-    while not sequence.generated:
-        (part,) = house.schedule()
-        spans.append((part.start, part.stop))
-        house.finish((part,))
-    house.drain()
-    house.check_pages([sequence])
-    return spans
-
-
-@pytest.mark.parametrize("rows", [2, 3, 9])
-def test_the_second_turn_of_a_chat_goes_on_from_recurrent_states_at_its_end(rows: int) -> None:
-    house = House(page=4, rows=rows)
-    asked = list(range(5, 24))
-    turn = sequence_of(asked, 6)
-    assert parts_of(house, turn) == [(0, 19)]
-    said = tokens_of(turn)
-    again = sequence_of([*asked, *said, 30, 31, 32], 2)
-    assert parts_of(house, again) == [(19 + len(said) - 1, 19 + len(said) + 3)]
-    assert tokens_of(again) == alone((*asked, *said, 30, 31, 32), 2, SamplingParams())
-
-
-def test_a_turn_after_an_answer_that_was_left_out_goes_on_from_the_last_page_of_the_prompt():
-    house = House(page=4, rows=9)
-    asked = [n % 30 + 5 for n in range(31)]
-    assert parts_of(house, sequence_of(asked, 6)) == [(0, 20), (20, 31)]  # 31 less the tail is 23: five pages
-    other = sequence_of([*asked[:27], 8, 8, 8], 2)
-    assert parts_of(house, other) == [(20, 30)]
-    assert tokens_of(other) == alone((*asked[:27], 8, 8, 8), 2, SamplingParams())
-
-
-def test_the_third_request_goes_on_where_two_others_parted():
-    house = House(page=4, rows=9)
-    system = [n % 30 + 5 for n in range(22)]
-    requests = [[*system, *[7 + n] * 30] for n in range(3)]
-    spans = [parts_of(house, sequence_of(request, 2)) for request in requests]
-    assert spans == [[(0, 44), (44, 52)], [(0, 20), (20, 44), (44, 52)], [(20, 44), (44, 52)]]
-
-
-def test_prompts_on_an_engine_that_is_not_packed_go_on_where_they_were_cut():
-    for page in (4, 1000):  # a sequence has pages, or lies in one
-        house = House(pages=200, page=page, chunk=10, packed=False, rows=9)
-        ids = [n % 30 + 5 for n in range(35)]
-        assert parts_of(house, sequence_of(ids, 4)) == [(0, 10), (10, 20), (20, 30), (30, 35)]
-        assert parts_of(house, sequence_of([*ids, 5, 6], 1)) == [(20, 30), (30, 37)]  # 35 less the tail is 27
-        assert parts_of(house, sequence_of([*ids, 5, 7], 1)) == [(30, 37)]
-
-
-@pytest.mark.parametrize(("wanted", "known"), [(0, 6), (1, 0), (2, 6)])
-def test_a_sequence_takes_the_row_of_the_longest_unused_snapshot(wanted: int, known: int) -> None:
-    house = House(page=4, rows=4)
-    prompts = [[5 + n] * 6 for n in range(3)]
-    for prompt in (*prompts, [*prompts[0], 6, 7]):  # the last uses what the first left, and takes the second one's
-        parts_of(house, sequence_of(prompt, 1))
-    assert house.pool.rows.snapshots == 3
-    assert parts_of(house, sequence_of([*prompts[wanted], 30], 1)) == [(known, 7)]
-
-
-def test_running_sequences_take_all_rows_but_what_one_goes_on_from():
-    house = House(page=4, rows=4)
-    for n in range(3):
-        parts_of(house, sequence_of([5 + n] * 6, 1))
-    sequences = [sequence_of([5] * 7, 9, ignore_eos=True), *(sequence_of([30 + n, 9], 9) for n in range(2))]
-    for sequence in sequences:
-        house.scheduler.add(sequence)
-    house.step()
-    assert (house.scheduler.running, house.pool.rows.snapshots) == (2, 1)
-    house.step()
-    assert (house.scheduler.running, house.pool.rows.snapshots) == (3, 0)
-    house.drain()
-    house.check_pages(sequences)
-
-
-def test_snapshots_go_with_their_pages():
-    house = House(pages=8, page=4, rows=9)
-    parts_of(house, sequence_of([5] * 10, 1))
-    assert house.pool.rows.snapshots == 1
-    parts_of(house, sequence_of([6] * 26, 2))  # takes all pages
-    assert parts_of(house, sequence_of([5] * 10, 1)) == [(0, 10)]
-
-
-def test_a_step_that_fails_leaves_snapshots_as_they_are():
-    house = House(page=4, rows=3)
-    parts_of(house, sequence_of([5, 6, 7, 8, 9], 1))
-    for end in (house.scheduler.abort, lambda parts: house.scheduler.fail(parts, EngineError("broken"))):
-        house.scheduler.add(later := sequence_of([5, 6, 7, 8, 9, 10], 2))
-        parts = house.schedule()
-        assert (parts[0].row_copies, parts[0].cleared) == (((2, 1),), ()) or parts[0].row_copies
-        end(parts)
-        house.check_pages([later])
-    house.drain()
-    assert parts_of(house, last := sequence_of([5, 6, 7, 8, 9, 10, 11], 3))[0][0] >= 5
-    assert tokens_of(last) == alone((5, 6, 7, 8, 9, 10, 11), 3, SamplingParams())
 
 
 def test_cancelling_frees_pages_in_the_same_step():

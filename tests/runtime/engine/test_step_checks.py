@@ -5,19 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import EngineLimits, Step
-from tests.support.paged_engine import MODEL
+from tests.support.paged_engine import MODEL, SEEING_MODEL
 
 LIMITS = EngineLimits(4, 100, 100, 1000, 4, packed=True)
-SEEING = msgspec.structs.replace(
-    MODEL, layers=tuple(msgspec.structs.replace(layer, bidirectional_images=True) for layer in MODEL.layers)
-)
 # Two sequences: tokens 3 to 7 of one, and 0 to 2 of another.
 STEP = Step(
     input_ids=np.zeros(6, np.int64),
@@ -51,9 +47,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ("change", "words"), BAD, ids=[f"{next(iter(change))}-{n}" for n, (change, _) in enumerate(BAD)]
 )
 def test_a_step_that_contradicts_itself_is_refused(change: dict[str, Any], words: str) -> None:
-    check_step(STEP, (), LIMITS, SEEING, 4, 5)
+    check_step(STEP, (), LIMITS, SEEING_MODEL, 4, 5)
     with pytest.raises(EngineError) as raised:
-        check_step(replace(STEP, **change), (), LIMITS, SEEING, 4, 5)
+        check_step(replace(STEP, **change), (), LIMITS, SEEING_MODEL, 4, 5)
     assert str(raised.value) == words
 
 
