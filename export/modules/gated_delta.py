@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moevlm.export.config import GatedDeltaConfig
-from moevlm.export.modules.layers import RMSNorm
+from moevlm.export.modules.layers import ExactLinear, RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, register
 from moevlm.plugins.ops.gated_delta import gated_delta as reference_gated_delta
 from moevlm.plugins.ops.spec import GatedDeltaSpec, attributes
@@ -64,8 +64,8 @@ class GatedDelta(nn.Module):
         heads, values = config.value_heads, config.value_heads * config.value_dim
         self.qkv = nn.Linear(size, self.spec.channels, bias=False)
         self.z = nn.Linear(size, values, bias=False)
-        self.a = nn.Linear(size, heads, bias=False)
-        self.b = nn.Linear(size, heads, bias=False)
+        self.a = ExactLinear(size, heads)
+        self.b = ExactLinear(size, heads)
         self.conv = nn.Parameter(torch.empty(self.spec.channels, config.kernel))
         self.rate = nn.Parameter(torch.empty(heads))
         self.dt_bias = nn.Parameter(torch.empty(heads))

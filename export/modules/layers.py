@@ -17,6 +17,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class ExactLinear(nn.Linear):
+    """A projection without bias to few numbers that decide much: which experts are chosen, what a state keeps.
+
+    No target rounds its weight or what it reads.
+    """
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out, bias=False)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis (Zhang and Sennrich 2019)."""
 
@@ -55,14 +65,14 @@ class MoE(nn.Module):
         super().__init__()
         self.config, self.name = config, name
         rows = 2 * config.width if config.expert.gated else config.width
-        self.router = nn.Linear(size, config.experts, bias=False)
+        self.router = ExactLinear(size, config.experts)
         self.correction_bias = nn.Parameter(torch.empty(config.experts)) if config.correction_bias else None
         self.expert_scale = nn.Parameter(torch.empty(config.experts)) if config.expert_scale else None
         self.gate_up = nn.Parameter(torch.empty(config.experts, rows, size))
         self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
         shared = MLPConfig(config.shared_width, config.expert.activation)
         self.shared = MLP(size, shared) if config.shared_width else None
-        self.shared_gate = nn.Linear(size, 1, bias=False) if config.shared_gate else None
+        self.shared_gate = ExactLinear(size, 1) if config.shared_gate else None
 
     @property
     def idle_parameters(self) -> int:

@@ -20,6 +20,7 @@ from moevlm.export.formats.activations import rounded
 from moevlm.export.graph.weights import Weight, read, slices
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Layer
+from moevlm.export.modules.layers import ExactLinear
 from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.parity.recorded_engine import RecordedSequence
@@ -126,12 +127,12 @@ def vision_deviations(
 
 @contextmanager
 def rounded_inputs(module: nn.Module, group_size: int) -> Iterator[None]:
-    """Activations are rounded to int8 on their way into every linear layer but routers."""
+    """Activations are rounded to int8 on their way into every linear layer but exact ones."""
 
     def through(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
         return torch.from_numpy(rounded(inputs[0].numpy(), group_size))
 
-    linear = [m for name, m in module.named_modules() if isinstance(m, nn.Linear) and not name.endswith("router")]
+    linear = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, ExactLinear)]
     hooks = [m.register_forward_pre_hook(through) for m in linear]
     try:
         yield

@@ -12,6 +12,7 @@ from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.registry import int_format
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
+from moevlm.export.modules.layers import ExactLinear
 from moevlm.runtime.core.manifest import EngineMetadata
 
 
@@ -19,7 +20,7 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
     """Weights of vision and decoder by parameter name, and `head` where the embedding is the head.
 
     engine: quantized, on a CPU. Projections and experts have its bits, the embedding and all of vision 8; routers,
-    norms and biases are as they were.
+    gates of states and of shared experts, norms and biases are as they were.
     """
     ours = bool(engine.operators)
     scales = "float16" if ours else "float32"  # our kernels' scales are halves
@@ -44,5 +45,5 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
 
 def _projections(tower: nn.Module) -> Iterator[str]:
     for name, module in tower.named_modules():
-        if isinstance(module, nn.Linear) and not name.endswith("router"):
+        if isinstance(module, nn.Linear) and not isinstance(module, ExactLinear):
             yield f"{name}.weight"

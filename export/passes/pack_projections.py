@@ -18,8 +18,8 @@ _GATES = tuple(map(INPUTS.index, "ab"))
 class PackProjections(Pass):
     """Gemms on the same rows (q, k and v; gate and up; in a parallel layer all) -> one Gemm on joined weights, a Split.
 
-    The input is read once and the work handed to the threads once. Router logits and the gates of states stay apart:
-    they are never quantized.
+    The input is read once and the work handed to the threads once. Router logits and gates, of states and of shared
+    experts, stay apart: they are never quantized.
     readers: with some, only Gemms that the same node of one of these moevlm ops reads, and nothing else does.
     """
 
@@ -75,8 +75,10 @@ def has_stored_weight(node: ir.Node) -> bool:
 
 
 def is_projection(node: ir.Node) -> bool:
-    """A Gemm with a stored weight whose output is neither a router's logits nor a gate of a state."""
-    return has_stored_weight(node) and not any(_is_exact(*use) for use in node.outputs[0].uses())
+    """A Gemm with a stored weight that makes neither a router's logits nor a gate, of a state or of a whole row."""
+    if not has_stored_weight(node) or (weight := node.inputs[1]) is None:
+        return False
+    return weight_of(weight).shape[0] > 1 and not any(_is_exact(*use) for use in node.outputs[0].uses())
 
 
 def _is_exact(user: ir.Node, place: int) -> bool:

@@ -242,7 +242,7 @@ def test_a_checkpoint_that_transformers_reads_otherwise_fails_at_canonical_pytor
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     edit_tensors(other, lambda tensors: tensors["model.language_model.norm.weight"].mul_(1.01))
     oracle = parity.Oracle
-    monkeypatch.setattr(parity, "Oracle", lambda _, suffix: oracle(Checkpoint.open(other), suffix))
+    monkeypatch.setattr(parity, "Oracle", lambda _, *others: oracle(Checkpoint.open(other), *others))
     report = check_parity(bundle, checkpoint)
     first = next(check for check in report.checks if not check.passed)
     assert (first.step, first.quantity) == ("canonical PyTorch", "prefill logits")

@@ -1,5 +1,7 @@
 """moevlm's own CPU kernels in the place of canonical nodes, in ONNX Runtime."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,12 +12,15 @@ from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
 from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
+from moevlm.export.backends.registry import targets
+from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.paged_attention import INPUTS, PAGED_ATTENTION
 from moevlm.export.graph.weights import Weight, weight_of
+from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
@@ -268,3 +273,14 @@ def test_gated_delta_keeps_the_numbers_of_its_body():
     given["x"] = matrix(14, HIDDEN)
     for got, want in zip(*(session(form).run(None, given) for form in (model, reference)), strict=True):
         assert_close(got, want, 5e-6)
+
+
+def test_router_and_gate_of_a_shared_expert_stay_float32(saved: dict[str, Path]):
+    with Checkpoint.open(saved["qwen3_5_moe"]) as checkpoint:
+        model = CanonicalModel.of(checkpoint)
+        (target,) = targets(["cpu:int4"], {})
+        lowered = target.lower(model.graphs["decoder"], "decoder")
+    exact = [node.inputs[1].name.removesuffix(".panels") for node in lowered.graph if node.op_type == "FloatLinear"]
+    moe = [f"layers.{i}.feed_forward.{part}.weight" for i in (0, 1) for part in ("router", "shared_gate")]
+    assert set(exact) == {*moe, "layers.0.attention.a.weight", "layers.0.attention.b.weight"}
+    assert not any(node.op_type == "Gemm" for node in lowered.graph)
