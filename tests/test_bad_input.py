@@ -148,7 +148,7 @@ def test_not_a_number_in_a_small_tensor(name: str, checkpoint: Path) -> None:
 
 def test_unsupported_architecture(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda fields: fields.update(model_type="llama"))
-    build(checkpoint, 'model_type = "llama"', "supported: glm4v_moe, qwen3_vl_moe")
+    build(checkpoint, 'model_type = "llama"', "supported: gemma4, glm4v_moe, qwen3_5_moe, qwen3_vl_moe")
 
 
 @pytest.mark.parametrize(

@@ -76,14 +76,21 @@ class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
     about: what people are told.
-    router_suffix: how the names of transformers' router modules end; they return (logits, weights, indices).
-    left_out: patterns of tensors that transformers expects to find and does not load.
+    router_suffix: how the names of transformers' router modules end; they return (scores, weights, indices).
+    config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
+    the usual one.
+    left_out: patterns of tensors that have no part in text and images, or that transformers does not load.
     """
 
     weights: ClassVar[Mapping[str, str | Source]]
     about: ClassVar[About]
     router_suffix: ClassVar[str]
+    config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[tuple[str, ...]] = (r"rotary_emb\.inv_freq",)  # computed, and once saved with each layer
+
+    def router_logits(self, scores: np.ndarray) -> np.ndarray:
+        """The scores [T, E] that transformers' router modules return first, as logits."""
+        return scores
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:
@@ -101,7 +108,7 @@ class Family(ABC):
         try:
             config = self.translate(fields)
         except FieldError as error:  # from the canonical config or a spec
-            told = error.named(_CONFIG_NAMES.get(error.field, error.field))
+            told = error.named({**_CONFIG_NAMES, **self.config_names}.get(error.field, error.field))
             raise UnsupportedModelError(f"unsupported value in config.json: {told}") from error
         fields.refuse_unread()
         return config

@@ -12,7 +12,7 @@ from moevlm.export.config import MLPConfig, PooledVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Shape, Source, named
+from moevlm.export.families.sources import Shape, Source, named, rooted
 from moevlm.export.graph.weights import Concat, Flat, PerRow, Reordered, Weight, cast
 
 Tensors = Mapping[str, Weight]
@@ -85,15 +85,6 @@ def _head_norm(pattern: str, scores: bool = False) -> Source:
     return source
 
 
-def _rooted(pattern: str, power: float) -> Source:
-    """A vector times the root of its width to a power: theirs is for patches that were multiplied by that root."""
-
-    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        return _times(named(pattern)(tensors, indices, shape, layout), shape[0] ** (power / 2))
-
-    return source
-
-
 def _times(weight: Weight, factor: float) -> Weight:
     exact = cast(weight, np.dtype(np.float32))
     return PerRow(exact, exact.shape, exact.dtype, lambda a: a * np.float32(factor))
@@ -108,8 +99,9 @@ def _positions(tensors: Tensors, _: Indices, shape: Shape, layout: str) -> Weigh
 GEMMA4_TOWER: shared.Weights = {
     "vision.patch_embedding.weight": f"{_TOWER}patch_embedder.input_proj.weight",
     "vision.position_embedding": _positions,
-    "vision.standard_bias": _rooted(f"{_TOWER}std_bias", -1),
-    "vision.standard_gain": _rooted(f"{_TOWER}std_scale", 1),
+    # Theirs are for patches that were multiplied by the root of their width.
+    "vision.standard_bias": rooted(f"{_TOWER}std_bias", -1),
+    "vision.standard_gain": rooted(f"{_TOWER}std_scale", 1),
     "vision.projection.weight": "model.embed_vision.embedding_projection.weight",
     "vision.blocks.{i}.attention.qkv.weight": _qkv,
     "vision.blocks.{i}.attention.q_norm.weight": _head_norm(f"{_ATTENTION}q_norm.weight", scores=True),

@@ -40,6 +40,24 @@ def mrope(
     return RopeMetadata(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
 
 
+def one_axis(rope: Fields, head_dim: int) -> RopeMetadata:
+    """Rope on counted positions: of whole heads, or "proportional" (partial_rotary_factor of the frequencies turn).
+
+    Raises UnsupportedModelError for a scaled variant.
+    """
+    proportional = rope.choice("rope_type", ("default", "proportional"), "default") == "proportional"
+    if not proportional:
+        rope.choice("partial_rotary_factor", (1.0,), 1.0)
+    rope.choice("factor", (1.0,), 1.0)
+    partial = rope.number("partial_rotary_factor", 1.0)
+    turning = int(partial * head_dim // 2)
+    if not 0 < turning <= head_dim // 2:
+        raise rope.invalid(
+            "partial_rotary_factor", partial, f"1 to {head_dim // 2} frequencies turn, and not {turning}"
+        )
+    return RopeMetadata(dim=head_dim, theta=rope.number("rope_theta"), turning=turning % (head_dim // 2))
+
+
 def axial_theta(vision: Fields, default: float = 10000.0) -> float:
     """The base of the vision tower's 2-axis rope. default: where config.json has none, as before transformers 5."""
     if "rope_parameters" not in vision:

@@ -94,6 +94,17 @@ def halves_of_heads(pattern: str, heads: str, part: int) -> Source:
     return source
 
 
+def rooted(pattern: str, power: int) -> Source:
+    """A vector times the root of its width to a power, float32."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
+        factor = np.float32(shape[0] ** (power / 2))
+        return PerRow(weight, shape, weight.dtype, lambda a: a * factor)
+
+    return source
+
+
 def flattened(pattern: str) -> Source:
     """A 3-D convolution over non-overlapping patches as a matrix: [out, in, t, h, w] -> [out, in * t * h * w]."""
 

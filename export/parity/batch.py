@@ -182,12 +182,14 @@ class Batch:
                 sequence = self._sequences[number]
                 left = sequence.prompt - sequence.length
                 wanted = min(size, left) if left > 0 else min(1, left + steps)
-                if (taken := min(wanted, free)) > 0 and len(spans) < self._limits.sequences:
+                taken = self._taken(sequence, wanted, free)
+                if taken > 0 and len(spans) < self._limits.sequences:
                     spans.append(_Span(number, sequence.length, sequence.length + taken))
                     free -= taken
             first += 1
-            if spans:
-                yield spans
+            if not spans:
+                raise RequestError(f"an image of parity has more tokens than a step: {free_rows}")
+            yield spans
 
     def _chunks(self, size: int) -> Iterator[list[_Span]]:
         """What each step of the prefill takes, until nothing is left."""
@@ -195,10 +197,7 @@ class Batch:
             spans: list[_Span] = []
             free = self._limits.tokens
             for number, sequence in enumerate(self._sequences):
-                count = min(size, sequence.prompt - sequence.length, free)
-                if self._whole_images and (run := sequence.runs.around(sequence.length + count)):
-                    start, end = run
-                    count = (end if end - sequence.length <= free else start) - sequence.length
+                count = self._taken(sequence, min(size, sequence.prompt - sequence.length), free)
                 if count > 0 and len(spans) < self._limits.sequences:
                     spans.append(_Span(number, sequence.length, sequence.length + count))
                     free -= count
@@ -207,6 +206,14 @@ class Batch:
                     raise RequestError(f"an image of parity has more tokens than a step: {self._limits.tokens}")
                 return
             yield spans
+
+    def _taken(self, sequence: _Sequence, wanted: int, free: int) -> int:
+        """How many tokens come next: `wanted`, or what is `free`, but a whole image where its tokens see each other."""
+        count = min(wanted, free)
+        if self._whole_images and (run := sequence.runs.around(sequence.length + count)):
+            start, end = run
+            count = (end if end - sequence.length <= free else start) - sequence.length
+        return count
 
     def _forward(self, spans: list[_Span], logits_index: Array) -> StepOutput:
         parts = [(self._sequences[span.number], slice(span.start, span.stop)) for span in spans]

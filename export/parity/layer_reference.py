@@ -211,7 +211,8 @@ def _whole(sequence: RecordedSequence, config: DecoderConfig) -> StepTensors:
         torch.tensor(values, dtype=torch.int32) for values in ([0, len(tables[0][0])], [0], [[1]], [1])
     )
     ropes = tuple((torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables)
-    return StepTensors(ropes, start, kept, table, row)
+    end = sequence.values.get("visible_end")
+    return StepTensors(ropes, start, kept, table, row, None if end is None else torch.from_numpy(end))
 
 
 def _head(

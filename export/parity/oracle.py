@@ -10,6 +10,7 @@ import transformers
 
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.quantized.reader import plain_tensors
+from moevlm.export.families import Family
 from moevlm.export.parity.cases import Case
 from moevlm.export.parity.oracle_adapter import merge_when_run
 from moevlm.export.parity.oracle_images import Features, oracle_images
@@ -42,11 +43,10 @@ class Oracle:
     Raises CheckpointError if it does not load.
     """
 
-    def __init__(self, checkpoint: Checkpoint, router_suffix: str, vision: VisionMetadata) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family, vision: VisionMetadata) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self._router_suffix, self._adapter = router_suffix, checkpoint.adapter
-        self._vision = vision
+        self._family, self._vision, self._adapter = family, vision, checkpoint.adapter
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
             with torch.device("meta"):
@@ -74,7 +74,7 @@ class Oracle:
         routers: list[tuple[torch.Tensor, ...]] = []
         features: list[Features] = []
         for name, module in self.model.named_modules():
-            if name.endswith(self._router_suffix):
+            if name.endswith(self._family.router_suffix):
                 module.register_forward_hook(lambda _m, _i, out: routers.append(out))
         oracle_images(self._vision).watch(self.model, features.append)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
@@ -98,7 +98,7 @@ class Oracle:
                     prefill=logits[row : row + size],
                     decode=logits[row + size : row + whole],
                     routing=[index[tokens].numpy() for _, _, index in routers],
-                    router_logits=[scores[tokens].numpy() for scores, _, _ in routers],
+                    router_logits=[self._family.router_logits(scores[tokens].numpy()) for scores, _, _ in routers],
                 )
             )
             row, image_row = row + whole, images.stop

@@ -95,7 +95,7 @@ def check_parity(
         needs.require(available_memory())
         progress("comparing requests", 0, 0)
         requests = request_checks(opened, Path(checkpoint), seed)
-        oracle = Oracle(source, family_for(source.config).router_suffix, metadata.vision)
+        oracle = Oracle(source, family_for(source.config), metadata.vision)
         answers = oracle.outputs(cases, partial(progress, "running transformers"))
         del oracle
         expected = Expected(model, metadata, cases, answers)

@@ -31,7 +31,7 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
     for name in _projections(model.decoder):
         decoder[name] = as_stored(decoder[name], scheme)
     for layer, moe in model.config.moe.items():
-        if not ours and kernel_attributes(moe.expert) is None:
+        if not ours and (moe.expert_scale or kernel_attributes(moe.expert) is None):
             continue  # `LowerMoE` leaves these experts as they are
         names = [f"layers.{layer}.feed_forward.{name}" for name in ("gate_up", "down")]
         of_both = scheme if ours else shared_scheme(scheme, *(decoder[name].shape[-1] for name in names))

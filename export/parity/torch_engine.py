@@ -218,9 +218,14 @@ def zeros(states: Sequence[StateSpec], pages: int, rows: int, page: int) -> Stat
 def tensors_of(step: Step) -> StepTensors:
     """What mixers see of a step."""
     ropes = [step.rope[group] for group in sorted(step.rope, key=int)]
+    ends = None if step.visible_end is None else _tensor(step.visible_end)
     return StepTensors(
         tuple((_tensor(cos), _tensor(sin)) for cos, sin in ropes),
-        *map(_tensor, (step.query_start, step.context_len, step.page_table, step.state_row)),
+        _tensor(step.query_start),
+        _tensor(step.context_len),
+        _tensor(step.page_table),
+        _tensor(step.state_row),
+        ends,
     )
 
 

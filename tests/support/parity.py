@@ -61,7 +61,7 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
         ).eval()
         ordinary = ordinary_ids(metadata, source.config)
         cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
-        answers = Oracle(source, family_for(source.config).router_suffix, metadata.vision).outputs(cases)
+        answers = Oracle(source, family_for(source.config), metadata.vision).outputs(cases)
         yield Held(model, Expected(model, metadata, cases, answers), ordinary)
 
 

@@ -55,5 +55,6 @@ def _mixed(layer: LayerMetadata) -> int:
 def _fed(feed_forward: MLPConfig | MoEConfig, hidden: int) -> int:
     """Values of a token in a feed-forward layer. Each expert's result is a row until they are added up."""
     if isinstance(feed_forward, MoEConfig):
-        return feed_forward.router.top_k * (feed_forward.width + hidden) + 3 * feed_forward.shared_width
+        beside = 3 * (feed_forward.shared_width + feed_forward.dense_width)
+        return feed_forward.router.top_k * (feed_forward.width + hidden) + beside
     return 3 * feed_forward.width

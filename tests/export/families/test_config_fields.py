@@ -54,7 +54,7 @@ def test_unsupported_model_type_lists_the_supported(config: dict[str, Any], told
         UnsupportedModelError,
         "model_type = ",
         told,
-        "supported: glm4v_moe, qwen3_5_moe, qwen3_vl_moe",
+        "supported: gemma4, glm4v_moe, qwen3_5_moe, qwen3_vl_moe",
         act=lambda: family_for(config),
     )
 
@@ -83,6 +83,16 @@ CHOICES = [
     ("qwen3_5_moe", "text_config.output_gate_type", "sigmoid", "swish, silu"),
     ("qwen3_5_moe", "text_config.rope_parameters.rope_type", "yarn", "default"),
     ("qwen3_5_moe", "text_config.rope_parameters.mrope_interleaved", False, "true"),
+    ("gemma4", "text_config.hidden_size_per_layer_input", 256, "0"),
+    ("gemma4", "text_config.num_kv_shared_layers", 1, "0"),
+    ("gemma4", "text_config.use_bidirectional_attention", "all", "vision"),
+    ("gemma4", "text_config.hidden_activation", "silu", "gelu_pytorch_tanh"),
+    ("gemma4", "text_config.rope_parameters.full_attention.rope_type", "yarn", "default, proportional"),
+    ("gemma4", "text_config.rope_parameters.full_attention.factor", 8.0, "1.0"),
+    ("gemma4", "text_config.rope_parameters.sliding_attention.partial_rotary_factor", 0.5, "1.0"),
+    ("gemma4", "vision_config.use_clipped_linears", True, "false"),
+    ("gemma4", "vision_config.hidden_activation", "silu", "gelu_pytorch_tanh"),
+    ("gemma4", "vision_config.rope_parameters.rope_type", "linear", "axial, default"),
 ]
 
 
@@ -109,7 +119,8 @@ def test_every_choice_is_listed_here() -> None:
     folder = Path(__file__).parents[3] / "export" / "families"
     made = sum(path.read_text().count(".choice(") for path in folder.glob("*.py") if path.name != "gemma4_vision.py")
     listed = [path for _, path, _, _ in CHOICES]
-    in_rope = {path.split(".")[-1] for path in listed if re.search("rope|rotary", path)}  # one file for all families
+    # One file for all families, with a function for positions on three axes and one for counted ones.
+    in_rope = {("_attention." in path, path.split(".")[-1]) for path in listed if re.search("rope|rotary", path)}
     elsewhere = [path for path in listed if not re.search("rope|rotary", path)]
     assert made == len(in_rope) + len(elsewhere)
 

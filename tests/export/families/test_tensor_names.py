@@ -207,7 +207,8 @@ def test_gate_rows_come_before_up_rows(saved: dict[str, Path]) -> None:
     """Hugging Face's own module on the same tensors says which half is which."""
     from transformers import AutoModelForImageTextToText
 
-    for name, directory in saved.items():
+    for name in FAMILIES:
+        directory = saved[name]
         model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
         experts = model.model.language_model.layers[1].mlp.experts
         weights = canonical(directory)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.decoder import Decoder, Layer
 from moevlm.export.parity.batch import Batch, BatchLimits
@@ -25,7 +26,6 @@ from moevlm.runtime.engine.protocol import Engine
 from tests.export.parity.test_run import CHECKPOINTS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-ROUTER = "mlp.gate"
 DEEP = {"vocab_size": 96, "num_hidden_layers": 6}
 
 
@@ -59,7 +59,7 @@ def logits(given: ReferenceOutput) -> np.ndarray:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp_path: Path) -> None:
     with opened(CHECKPOINTS[name], tmp_path) as (source, model, cases):
-        answers = Oracle(source, ROUTER, model.config.vision.metadata()).outputs(cases)
+        answers = Oracle(source, family_for(source.config), model.config.vision.metadata()).outputs(cases)
     whole = by_from_pretrained(tmp_path / "checkpoint", cases)
     for ours, theirs in zip(answers, whole, strict=True):
         assert relative_error(logits(ours), theirs) < 1e-5
@@ -72,7 +72,7 @@ def alive(module: nn.Module) -> int:
 
 def test_transformers_never_has_more_than_its_largest_part_in_memory(tmp_path: Path) -> None:
     with opened(TinyCheckpoint(text=DEEP), tmp_path) as (source, model, cases):
-        oracle = Oracle(source, ROUTER, model.config.vision.metadata())
+        oracle = Oracle(source, family_for(source.config), model.config.vision.metadata())
         assert alive(oracle.model) == 0
         counts: list[int] = []
         hook = register_module_forward_hook(lambda *_: counts.append(alive(oracle.model)))
@@ -122,7 +122,7 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
         cases = random_cases(metadata, source.config, 0)
     edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
     with Checkpoint.open(checkpoint) as source, pytest.raises(CheckpointError, match=f"no tensor .* for {name}"):
-        Oracle(source, ROUTER, metadata.vision).outputs(cases)
+        Oracle(source, family_for(source.config), metadata.vision).outputs(cases)
 
 
 def test_canonical_pytorch_answers_the_calls_that_were_announced_and_no_others(tmp_path: Path) -> None:

@@ -63,6 +63,51 @@ ELABORATE = """
 """
 
 
+# As Gemma 4's is written: macros that call each other and themselves, namespaces inside loops, a look back, methods.
+MACROS = """
+{%- macro shown(value, quoted=True) -%}
+    {%- if value is string -%}{{- ('"' + value + '"') if quoted else value -}}
+    {%- elif value is boolean -%}{{- 'true' if value else 'false' -}}
+    {%- elif value is mapping -%}
+        {%- set inner = namespace(found=false) -%}
+        {%- for key, one in value | dictsort -%}
+            {%- if inner.found %},{% endif -%}{%- set inner.found = true -%}
+            {{- key -}}:{{- shown(one, quoted=quoted) -}}
+        {%- endfor -%}
+    {%- else -%}{{- value -}}{%- endif -%}
+{%- endmacro -%}
+{%- macro answer(text) -%}
+    {%- set inner = namespace(kept='') -%}
+    {%- for part in text.split('</think>') -%}
+        {%- set inner.kept = inner.kept + (part.split('<think>')[0] if '<think>' in part else part) -%}
+    {%- endfor -%}
+    {{- inner.kept | trim -}}
+{%- endmacro -%}
+{%- set rest = messages -%}
+{%- if (thinking is defined and thinking) or messages[0]['role'] in ['system', 'developer'] -%}
+    {{- '<|turn>system\n' + messages[0]['content'] | trim + '<turn|>\n' -}}
+    {%- set rest = messages[1:] -%}
+{%- endif -%}
+{%- for message in rest -%}
+    {%- set before = namespace(role=None) -%}
+    {%- for j in range(loop.index0 - 1, -1, -1) -%}
+        {%- if before.role is none -%}{%- set before.role = rest[j]['role'] -%}{%- endif -%}
+    {%- endfor -%}
+    {{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' -}}
+    {{- shown({'after': before.role, 'tools': not not message.get('tool_calls'), 'n': loop.index0}, quoted=False) -}}
+    {%- if message['content'] is string -%}
+        {{- answer(message['content']) if message['role'] == 'assistant' else message['content'] | trim -}}
+    {%- else -%}
+        {%- for part in message['content'] -%}
+            {{- '\n\n<|image|>\n\n' if part['type'] == 'image' else part['text'] | trim -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {{- '<turn|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\n' -}}{%- endif -%}
+"""
+
+
 def _core() -> Core:
     core = Core(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -126,7 +171,7 @@ CONVERSATION = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("template", [PLAIN, ELABORATE])
+@pytest.mark.parametrize("template", [PLAIN, ELABORATE, MACROS], ids=["plain", "elaborate", "macros"])
 def test_rendering_equals_huggingface(template):
     expected = _huggingface(template).apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
     assert ChatTemplate(template).render(CONVERSATION) == expected

@@ -52,13 +52,26 @@ IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 Fields = dict[str, dict[str, Any]]
 
 
+def qwen2_vl_preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
+    unit = vision["patch_size"] * vision["spatial_merge_size"]
+    return {
+        "patch_size": vision["patch_size"],
+        "merge_size": vision["spatial_merge_size"],
+        "temporal_patch_size": vision["temporal_patch_size"],
+        "size": {"shortest_edge": unit**2, "longest_edge": 36 * unit**2},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+
+
 @dataclass(frozen=True)
 class TinyFamily:
     """fields: of config.json, by part: text, vision, top. config, model: transformers' classes.
 
     configurations: options of `TinyCheckpoint` by name, at least four that vary what the family varies; all of them go
     through parity with transformers. values: what a tensor is filled with, from its name and standard normal numbers of
-    its shape; None where `tiny` knows better.
+    its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.
+    image: what the chat template writes for an image.
     """
 
     fields: Fields
@@ -67,3 +80,5 @@ class TinyFamily:
     image_processor: str
     configurations: Mapping[str, Mapping[str, Any]]
     values: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda *_: None
+    preprocessor: Callable[[Mapping[str, Any]], Mapping[str, Any]] = qwen2_vl_preprocessor
+    image: str = "<|vision_start|><|image_pad|><|vision_end|>"

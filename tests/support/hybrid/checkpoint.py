@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.vision import vision_tower
+from tests.support.families import TINY
 from tests.support.families.base import END, IMAGE, STOP, VOCABULARY
 from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import write_side_files
@@ -36,7 +37,7 @@ def save(directory: Path, layers: tuple[str, ...] = LAYERS, seed: int = 0) -> Pa
         for name, parameter in module.named_parameters():
             tensors[f"{tower}.{name}"] = _random(name, tuple(parameter.shape), generator)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    write_side_files(directory, _PREPROCESSOR, "Qwen2VLImageProcessorFast")
+    write_side_files(directory, _PREPROCESSOR, TINY["qwen3_vl_moe"])
     return directory
 
 
