@@ -132,6 +132,7 @@ GOLDEN = {
                 "max_visual",
                 "max_patches",
                 "max_pages",
+                "max_rows",
                 "workspace",
             )
         },

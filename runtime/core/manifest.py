@@ -120,8 +120,8 @@ class TensorRTMetadata(_Metadata, frozen=True):
     engine has all weights.
     Profile 0 of the decoder takes 1 to max_tokens tokens of 1 to max_sequences sequences, 1 to max_logits places in
     logits_index, and 1 to max_visual rows of features; profile 1, for decode, 1 to max_sequences of each. max_pages: of
-    a cache. max_patches: of the vision engine in one call. workspace: bytes that it takes beside weights and caches, an
-    estimate.
+    a cache. max_rows: of a recurrent state, 0 for a model without. max_patches: of the vision engine in one call.
+    workspace: bytes that it takes beside weights and caches, an estimate.
     """
 
     product: str
@@ -135,6 +135,7 @@ class TensorRTMetadata(_Metadata, frozen=True):
     max_visual: int
     max_patches: int
     max_pages: int
+    max_rows: int = 0
     workspace: int = 0
     version_compatible: bool = False
 

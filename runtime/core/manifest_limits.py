@@ -36,6 +36,7 @@ _PLANS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("max_tokens", "max_logits", "max_visual", "max_patches"), _TOKENS),
     "workspace": _COUNT,
     "max_pages": (2, _TOKENS[1]),  # one is for padding
+    "max_rows": _COUNT,
 }
 
 

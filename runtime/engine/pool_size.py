@@ -43,6 +43,8 @@ class PoolSize:
         rows = 1 + 2 * sequences if row else 0
         each = -(-context // limits.page_size)
         pages = 1 + sequences * each
+        if limits.max_pages is not None:
+            pages = min(pages, limits.max_pages)
         if cache_memory is None:
             return cls(pages, rows)
         if row:

@@ -20,7 +20,8 @@ class EngineLimits:
     of each of several sequences, or a chunk of one prompt, which is cut at multiples of max_tokens alone.
     chunk_tokens: prompt tokens in a step, unless the caller says otherwise.
     mixed_tokens: prompt tokens beside running decodes, in a packed step; None for as many as in a step without.
-    cache_memory: bytes that there are for pages; None where memory is taken as it is written.
+    cache_memory: bytes that there are for pages and rows; None where memory is taken as it is written.
+    max_pages: of the pool; None for any number.
     """
 
     max_sequences: int
@@ -34,6 +35,7 @@ class EngineLimits:
     chunk_tokens: int = defaults.CHUNK_TOKENS
     mixed_tokens: int | None = None
     cache_memory: int | None = None
+    max_pages: int | None = None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def measure_gpu() -> GpuMachine:
         stack.callback(source.free)
         target = device.allocate(COPY_BYTES)
         stack.callback(target.free)
-        device.clear(source)
+        device.clear(source.address, source.size)
         begin, end = (stack.enter_context(device.event(timed=True)) for _ in range(2))
         for _ in range(COPIES + 1):
             begin.record()

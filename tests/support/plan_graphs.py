@@ -52,16 +52,20 @@ class Evaluator:
 
 
 def evaluate(model: ir.Model, feeds: Arrays, cache: str = "") -> Arrays:
-    """Outputs by name, and caches under the names that they have as the canonical graph's outputs, all float32.
+    """Outputs by name, and states under the names that they have as the canonical graph's outputs, all float32.
 
     feeds: of the canonical graph, and left as they are. cache: how the graph's caches are quantized.
     """
     given = dict(feeds)
+    states = [str(value.name) for value in model.graph.inputs if "_state." in str(value.name)]
+    given |= {name: feeds[name].copy() for name in states}
     caches = {str(value.name): value for value in model.graph.inputs if "_cache." in str(value.name)}
     for name, value in caches.items():
         assert value.dtype is not None
         given[name] = encoded(feeds[name], cache) if cache else feeds[name].astype(value.dtype.numpy())
     found = Evaluator(model).run(given)
+    for name in states:
+        found[output_name(name)] = given[name]
     for name in caches:
         found[output_name(name)] = decoded(given[name], cache) if cache else given[name].astype(np.float32)
     return found
@@ -91,7 +95,9 @@ def with_stored_experts(canonical: ir.Model, lowered: ir.Model) -> ir.Model:
 
 
 def in_question(name: str, array: np.ndarray, feeds: Arrays) -> np.ndarray:
-    """Of a cache the rows that the step wrote, [T, heads, D]; anything else as it is."""
+    """Of a cache the rows that the step wrote, [T, heads, D], of a state those of its sequences; others as they are."""
+    if "_state_out." in name:
+        return array[feeds["state_row"]]
     if "_cache_out." not in name:
         return array
     return np.stack([array[page, :, row] for page, row in written_rows(feeds, PAGE_SIZE)])
@@ -108,7 +114,7 @@ def random_step(
     table = np.zeros((len(sequences), int(needed.max()) + 1), np.int32)
     for row, count in zip(table, needed, strict=True):
         row[:count] = [next(order) for _ in range(count)]
-    sizes = {"tokens": tokens, "visual": visual, "pages": pages, "page": PAGE_SIZE}
+    sizes = {"tokens": tokens, "visual": visual, "pages": pages, "page": PAGE_SIZE, "rows": len(sequences) + 2}
     feeds = {
         "query_start": np.cumsum([0, *new], dtype=np.int32),
         "context_len": kept,
@@ -117,6 +123,8 @@ def random_step(
         "visual_index": rng.integers(-1, visual, tokens),
         "logits_index": np.arange(tokens, dtype=np.int32),
     }
+    if any(value.name == "state_row" for value in model.graph.inputs):
+        feeds["state_row"] = (1 + rng.permutation(len(sequences))).astype(np.int32)
     return feeds | _random_floats(model, feeds, sizes, rng)
 
 

@@ -18,6 +18,7 @@ from moevlm.plugins.gpu.sizes import sizes_of
 from moevlm.plugins.ops.attention import attention, segment_attention
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.experts import experts
+from moevlm.plugins.ops.gated_delta import gated_delta
 from moevlm.plugins.ops.router import route, sigmoid
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.states import SCALE_BYTES
@@ -155,6 +156,19 @@ class SegmentAttention(_Plugin):
         return (segment_attention(q, k, v, heads=op.heads, **inputs),)
 
 
+class GatedDelta(_Plugin):
+    """Writes into the arrays of the states that it is given, but into row 0."""
+
+    def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        spec = op.spec
+        qkv, a, b = np.split(inputs.pop("x"), [spec.channels, spec.channels + spec.value_heads], axis=1)
+        y, *after = gated_delta(qkv, a, b, spec=spec, **inputs)
+        rows = inputs["state_row"][(np.diff(inputs["query_start"]) > 0) & (inputs["state_row"] > 0)]
+        for name, state in zip(("conv_state", "delta_state"), after, strict=True):
+            inputs[name][rows] = state[rows]
+        return (y,)
+
+
 class Candidates(_Plugin):
     def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         return candidates(inputs["logits"], op.count)
@@ -182,4 +196,4 @@ class TRT_MoE(OpRun):
         return (y.astype(x.dtype),)
 
 
-NODES = (MoERouter, MoEExperts, PagedAttention, SegmentAttention, Candidates, TRT_MoE)
+NODES = (MoERouter, MoEExperts, PagedAttention, SegmentAttention, GatedDelta, Candidates, TRT_MoE)

@@ -19,6 +19,7 @@ from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
 from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
 from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
+from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
@@ -28,11 +29,13 @@ from moevlm.export.backends.tensorrt.profiles import (
     decoder_profiles,
     max_pages,
     max_patches,
+    max_rows,
     vision_profiles,
 )
 from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
 from moevlm.export.graph.cost import cost
+from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
@@ -137,6 +140,7 @@ class TensorRTTarget:
                 max_visual=o.max_tokens,
                 max_patches=patches,
                 max_pages=max_pages(states),
+                max_rows=max_rows(states),
                 workspace=workspace(config, o, patches),
                 version_compatible=o.version_compatible,
             ),
@@ -154,10 +158,10 @@ class TensorRTTarget:
         o, unit = self.options, config.vision.metadata().patches_per_token
         patches = max_patches(unit, build.image_patches)
         columns = -(-config.decoder.context // PAGE_SIZE)
-        pages = max_pages(kept(config.decoder.states, o.cache_dtype))
+        states = kept(config.decoder.states, o.cache_dtype)
         profiles = {
             "vision": vision_profiles(graphs["vision"], unit, patches),
-            "decoder": decoder_profiles(graphs["decoder"], o, columns, pages),
+            "decoder": decoder_profiles(graphs["decoder"], o, columns, max_pages(states), max_rows(states)),
         }
         built = {
             name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
@@ -183,11 +187,12 @@ class TensorRTTarget:
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), typed)
+        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION, GATED_DELTA), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
         run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
-        run((*first, attention, *moe, PluginCandidates(programs)), graphs["decoder"])
+        delta = PluginGatedDelta(o.activations, programs)
+        run((*first, attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
         return graphs
 
     def _add_experts(self, build: BuildContext, experts: Mapping[str, Weight]) -> None:

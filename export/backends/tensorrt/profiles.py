@@ -1,11 +1,12 @@
 """The ranges of input shapes that an engine is built for."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.options import Options
-from moevlm.runtime.core.states import PAGE_SIZE, PagedKV, StateSpec
+from moevlm.runtime.core.states import PAGE_SIZE, PagedKV, Recurrent, StateSpec
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, tuned for, largest
 Profile = dict[str, Range]
@@ -20,10 +21,10 @@ USUAL_SEQUENCES = 8
 _CACHE_ELEMENTS = 1 << 31  # more than that TensorRT does not promise to take in a tensor
 
 
-def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: int) -> list[Profile]:
+def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: int, rows: int) -> list[Profile]:
     """For any step, and for decode, where each sequence has one token.
 
-    columns: of a page table. pages: of a cache.
+    columns: of a page table. pages: of a cache. rows: of a recurrent state, 0 for a model without.
     """
     most, usual = options.max_sequences, min(USUAL_SEQUENCES, options.max_sequences)
     tokens = (1, options.chunk_tokens, options.max_tokens)
@@ -32,6 +33,7 @@ def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: i
         "sequences": (1, usual, most),
         "table": (1, columns, columns),
         "pages": (2, min(USUAL_PAGES, pages), pages),
+        "rows": (2, min(usual + 1, rows), rows),
     }
     any_step = {"tokens": tokens, "visual": tokens, "logits": (1, usual, options.max_logits)}  # all may be of images
     decode = dict.fromkeys(("tokens", "logits", "visual"), (1, usual, most))
@@ -61,6 +63,12 @@ def max_pages(states: Iterable[StateSpec]) -> int:
         if isinstance(state, PagedKV)
         for width in state.widths.values()
     )
+
+
+def max_rows(states: Iterable[StateSpec]) -> int:
+    """Of each recurrent state, row 0 included, which is nobody's; 0 where there is none."""
+    sizes = [math.prod(state.shape) for state in states if isinstance(state, Recurrent)]
+    return min(((_CACHE_ELEMENTS - 1) // size for size in sizes), default=0)
 
 
 def _profile(model: ir.Model, sizes: Sizes) -> Profile:

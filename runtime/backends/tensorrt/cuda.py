@@ -156,9 +156,9 @@ class Device:
         copy.dstPitch, copy.srcPitch, copy.WidthInBytes, copy.Height = target_pitch, source_pitch, width, rows
         return copy
 
-    def clear(self, memory: DeviceMemory) -> None:
-        """Queue zeros."""
-        self._call("cuMemsetD8Async", memory.address, 0, memory.size, self._stream)
+    def clear(self, address: int, size: int) -> None:
+        """Queue `size` zero bytes on the device."""
+        self._call("cuMemsetD8Async", address, 0, size, self._stream)
 
     def synchronize(self) -> None:
         """Wait for all that was queued."""

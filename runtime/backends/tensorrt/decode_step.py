@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moevlm.runtime.backends.tensorrt.execution import Execution, Shape
-from moevlm.runtime.backends.tensorrt.page_memory import Bindings
 from moevlm.runtime.backends.tensorrt.page_tables import PageTables
+from moevlm.runtime.backends.tensorrt.state_memory import Bindings
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 from moevlm.runtime.engine.step import Candidates, Step
@@ -20,18 +20,29 @@ def sizes(max_sequences: int) -> list[int]:
 
 
 class DecodeStep:
-    """Steps of up to `size` sequences. The others are padding: token 0 at place 0 of page 0, and nobody reads them."""
+    """Steps of up to `size` sequences. The others are padding: token 0 at place 0 of page 0, with row 0, for nobody."""
 
     def __init__(
-        self, execution: Execution, size: int, model: ModelMetadata, bound: Bindings, tables: PageTables
+        self,
+        execution: Execution,
+        size: int,
+        model: ModelMetadata,
+        bound: Bindings,
+        tables: PageTables,
+        has_rows: bool,
     ) -> None:
-        """execution: for fixed shapes. bound: address and shape of everything that is no array of a step."""
+        """execution: for fixed shapes. bound: address and shape of everything that is no array of a step.
+
+        has_rows: whether sequences have rows of recurrent states.
+        """
         self._execution, self._size, self._tables = execution, size, tables
         for name, (address, shape) in bound.items():
             execution.bind(name, address, shape)
         execution.bind("page_table", tables.address, (size, tables.columns))
         shapes: dict[str, Shape] = dict.fromkeys(("input_ids", "visual_index", "context_len", "logits_index"), (size,))
         shapes["query_start"] = (size + 1,)
+        if has_rows:
+            shapes["state_row"] = (size,)
         for i, rope in enumerate(model.ropes):
             shapes |= dict.fromkeys((f"rope_cos.{i}", f"rope_sin.{i}"), (size, rope.dim // 2))
         execution.arrange(shapes)
@@ -41,6 +52,7 @@ class DecodeStep:
         arrays["visual_index"][...] = -1
         arrays["query_start"][...] = np.arange(size + 1)
         self._ids, self._kept, self._wanted = (arrays[n] for n in ("input_ids", "context_len", "logits_index"))
+        self._rows = arrays["state_row"] if has_rows else None
         self._ropes = [(str(i), arrays[f"rope_cos.{i}"], arrays[f"rope_sin.{i}"]) for i in range(len(model.ropes))]
         self._found = [arrays[name] for name in CANDIDATE_OUTPUTS]
 
@@ -49,9 +61,9 @@ class DecodeStep:
         """Why steps are not replayed; None if they are."""
         return self._execution.graph_refused
 
-    def bind_caches(self, caches: Bindings) -> None:
-        """Have steps use other pages from now on; a recording is lost by that."""
-        for name, (address, shape) in caches.items():
+    def bind_states(self, states: Bindings) -> None:
+        """Have steps use other pages and rows from now on; a recording is lost by that."""
+        for name, (address, shape) in states.items():
             self._execution.bind(name, address, shape)
 
     def warm_up(self) -> None:
@@ -71,6 +83,8 @@ class DecodeStep:
         count, wanted = step.sequences, len(step.logits_index)
         self._ids[:count] = step.input_ids
         self._kept[:count] = step.context_len
+        if self._rows is not None:
+            self._rows[:count] = step.state_row
         self._wanted[:wanted] = step.logits_index
         for group, cos, sin in self._ropes:
             cos[:count], sin[:count] = step.rope[group]
@@ -84,6 +98,8 @@ class DecodeStep:
         """Sequences from `count` on are padding, and so are rows of logits from `wanted` on."""
         self._ids[count:] = 0
         self._kept[count:] = 0
+        if self._rows is not None:
+            self._rows[count:] = 0
         self._wanted[wanted:] = 0
 
     def close(self) -> None:

@@ -13,17 +13,17 @@ from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.device_features import FeatureMemory
 from moevlm.runtime.backends.tensorrt.execution import Execution
 from moevlm.runtime.backends.tensorrt.expert_memory import ExpertMemory, expert_weights
-from moevlm.runtime.backends.tensorrt.page_memory import Bindings, PageMemory, cache_shapes
 from moevlm.runtime.backends.tensorrt.page_tables import PageTables
+from moevlm.runtime.backends.tensorrt.state_memory import Bindings, StateMemory, page_shapes, row_shapes
 from moevlm.runtime.bundle.verified_file import MappedFile
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 from moevlm.runtime.core.progress import Progress
-from moevlm.runtime.core.states import StateSpec
+from moevlm.runtime.core.states import Recurrent, StateSpec
 from moevlm.runtime.engine.step import Candidates, EngineLimits, Step
 from moevlm.runtime.engine.visual import FeatureRows
 
-_WARM_PAGES = 2  # page 0, and as a profile's least one more
+_WARM = 2  # pages, and rows: the first, and as a profile's least one more
 
 
 class Decoder:
@@ -46,11 +46,13 @@ class Decoder:
         """
         self._engine, self._device, self._model, self._limits = engine, engine.device, model, limits
         self._states, self._features = states, features
-        self._pages: PageMemory | None = None
+        self._has_rows = any(isinstance(state, Recurrent) for state in states)
+        self._kept: StateMemory | None = None
         self._one_each = np.arange(limits.max_sequences + 1, dtype=np.int32)
         self._resources = ExitStack()
         try:
-            names = check_decoder(engine, model, cache_shapes(states, limits.page_size), metadata)
+            pages, rows = page_shapes(states, limits.page_size), row_shapes(states)
+            names = check_decoder(engine, model, pages, rows, metadata)
             weights = ExpertMemory(self._device, expert_weights(engine, names, experts), host_layers)
             self._resources.callback(weights.free)
             self._allocate()
@@ -70,7 +72,7 @@ class Decoder:
             self._resources.callback(memories[-1].free)
         self._logits, self._visual, blank = (memory.address for memory in memories)
         # A row of zeros that no visual_index points at, for steps without images.
-        self._device.clear(memories[-1])
+        self._device.clear(blank, memories[-1].size)
         self._blank = self._visual_at(blank, 1)
         self._row = self._device.allocate_host(4 * vocabulary)
         self._resources.callback(self._row.free)
@@ -80,9 +82,11 @@ class Decoder:
     def _make_executions(self, bound: Bindings) -> None:
         """One context for steps of any shapes, and one for each size of decode steps, as a recording asks for."""
         # Until there are others everything is bound with these.
-        self._warm_pages = PageMemory(self._device, self._states, _WARM_PAGES, self._limits.page_size)
-        self._resources.callback(self._warm_pages.free)
-        bound = bound | self._warm_pages.caches
+        self._warm = StateMemory(
+            self._device, self._states, _WARM, _WARM if self._has_rows else 0, self._limits.page_size
+        )
+        self._resources.callback(self._warm.free)
+        bound = bound | self._warm.tensors
         self._any = Execution(self._engine, ANY)
         self._resources.callback(self._any.close)
         for name, (address, shape) in bound.items():
@@ -92,10 +96,10 @@ class Decoder:
             logits: Bindings = {"logits": (self._logits, (size, self._model.vocabulary))}
             execution = Execution(self._engine, DECODE, fixed=True)
             self._resources.callback(execution.close)
-            self._decode[size] = DecodeStep(execution, size, self._model, bound | logits, self._tables)
+            self._decode[size] = DecodeStep(execution, size, self._model, bound | logits, self._tables, self._has_rows)
 
     def warm_up(self, progress: Progress) -> None:
-        """Run each kind of step once, on page 0 alone: what TensorRT compiles and the driver loads is there then.
+        """Run each kind of step once, on page 0 and row 0: what TensorRT compiles and the driver loads is there then.
 
         progress: steps that ran, and how many will. Raises EngineError.
         """
@@ -106,42 +110,41 @@ class Decoder:
                 run()
             progress(len(runs), len(runs))
         finally:
-            self._warm_pages.free()
+            self._warm.free()
 
     @property
     def graphs(self) -> str:
         """Whether decode steps are replayed: "replayed", "refused: why" or "not yet"."""
-        if self._pages is None:
+        if self._kept is None:
             return "not yet"
         refused = next((step.graph_refused for step in self._decode.values() if step.graph_refused), None)
         return "replayed" if refused is None else f"refused: {refused}"
 
-    def reserve(self, pages: int) -> None:
-        """So many pages; those of before are gone. Records every size of decode steps. Raises EngineError."""
-        if self._pages is not None and self._pages.pages == pages:
+    def reserve(self, pages: int, rows: int) -> None:
+        """So many pages and rows; those of before are gone. Records every size of decode steps. Raises EngineError."""
+        if self._kept is not None and self._kept.size == (pages, rows):
             return
-        self.free_pages()
-        self._pages = PageMemory(self._device, self._states, pages, self._limits.page_size)
+        self.free_states()
+        self._kept = StateMemory(self._device, self._states, pages, rows, self._limits.page_size)
         try:
-            for name, (address, shape) in self._pages.caches.items():
+            for name, (address, shape) in self._kept.tensors.items():
                 self._any.bind(name, address, shape)
             for step in self._decode.values():
-                step.bind_caches(self._pages.caches)
+                step.bind_states(self._kept.tensors)
                 step.record()
         except BaseException:
-            self.free_pages()
+            self.free_states()
             raise
 
-    def free_pages(self) -> None:
-        pages, self._pages = self._pages, None
-        if pages is not None:
-            pages.free()
+    def free_states(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.free()
 
     def step(self, step: Step, visual: Sequence[FeatureRows]) -> Candidates:
         """Of the rows of logits_index. The step was checked before. Raises EngineError."""
-        assert self._pages is not None
-        for source, target in step.copies:
-            self._pages.copy(source, target)
+        assert self._kept is not None
+        self._kept.prepare(step)
         count = step.sequences
         if not visual and step.tokens == count and np.array_equal(step.query_start, self._one_each[: count + 1]):
             size = min(1 << (count - 1).bit_length(), self._limits.max_sequences)
@@ -167,7 +170,8 @@ class Decoder:
         self._tables.write(step.page_table, step.sequences)
         self._arrange(step.tokens, step.sequences, max(wanted, 1), seen)
         arrays = self._any.arrays
-        for name in ("input_ids", "visual_index", "query_start", "context_len"):
+        names = ["input_ids", "visual_index", "query_start", "context_len", *(["state_row"] if self._has_rows else [])]
+        for name in names:
             arrays[name][...] = getattr(step, name)
         # No axis may be empty: where nothing is wanted, one row is computed and dropped.
         arrays["logits_index"][...] = step.logits_index if wanted else 0
@@ -185,12 +189,14 @@ class Decoder:
         self._any.bind("logits", self._logits, (wanted, self._model.vocabulary))
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("input_ids", "visual_index"), (tokens,))
         shapes |= {"query_start": (sequences + 1,), "context_len": (sequences,), "logits_index": (wanted,)}
+        if self._has_rows:
+            shapes["state_row"] = (sequences,)
         for group, rope in enumerate(self._model.ropes):
             shapes |= dict.fromkeys((f"rope_cos.{group}", f"rope_sin.{group}"), (tokens, rope.dim // 2))
         self._any.arrange(shapes)
 
     def _run_largest(self) -> None:
-        """As many tokens, sequences and rows of logits as a step may have, all of whose pages are page 0."""
+        """As many tokens, sequences and rows of logits as a step may have, all on page 0 and row 0."""
         limits = self._limits
         tokens = min(limits.max_tokens, limits.max_context)
         sequences = min(limits.max_sequences, tokens)
@@ -214,4 +220,4 @@ class Decoder:
 
     def close(self) -> None:
         with self._resources:
-            self.free_pages()
+            self.free_states()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
+from moevlm.runtime.backends.tensorrt.state_memory import Shapes
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
@@ -15,14 +14,12 @@ ACTIVATIONS = ("bfloat16", "float16", "float32")
 
 
 def check_decoder(
-    engine: DeviceEngine,
-    model: ModelMetadata,
-    caches: Mapping[str, tuple[str, tuple[int, ...]]],
-    metadata: TensorRTMetadata,
+    engine: DeviceEngine, model: ModelMetadata, pages: Shapes, rows: Shapes, metadata: TensorRTMetadata
 ) -> list[str]:
-    """Names of the inputs that are expert weights: all that are no part of a step and no cache.
+    """Names of the inputs that are expert weights: all that are no part of a step and no state.
 
-    caches: as `page_memory.cache_shapes` gives them. Raises EngineError where the engine is not what is said of it.
+    pages, rows: of all states, as `state_memory` gives them. Raises EngineError where the engine is not what is said
+    of it.
     """
     if metadata.activations not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
@@ -30,25 +27,22 @@ def check_decoder(
     ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
     step = ["input_ids", "visual_index", "visual_embeds", *ropes, "query_start", "context_len", "page_table"]
     step += ["logits_index", *(["deepstack_embeds"] if model.vision.deepstack else [])]
+    step += ["state_row"] if rows else []
+    kept = {**pages, **rows}
     for names, given, kind in (
-        ((*step, *caches), engine.inputs, "input"),
+        ((*step, *kept), engine.inputs, "input"),
         (("logits", *CANDIDATE_OUTPUTS), engine.outputs, "output"),
     ):
         if missing := sorted(set(names) - set(given)):
             raise EngineError(f"{engine.name} has no {kind} {missing[0]}")
-    _check_shapes(engine, model, caches, metadata)
+    _check_shapes(engine, model, kept, metadata)
     _check_profiles(engine, metadata)
-    return [name for name in engine.inputs if name not in {*step, *caches}]
+    return [name for name in engine.inputs if name not in {*step, *kept}]
 
 
-def _check_shapes(
-    engine: DeviceEngine,
-    model: ModelMetadata,
-    caches: Mapping[str, tuple[str, tuple[int, ...]]],
-    metadata: TensorRTMetadata,
-) -> None:
-    for name, (cache_dtype, shape) in caches.items():
-        dtype = DTYPES[cache_dtype].tensorrt
+def _check_shapes(engine: DeviceEngine, model: ModelMetadata, kept: Shapes, metadata: TensorRTMetadata) -> None:
+    for name, (kept_dtype, shape) in kept.items():
+        dtype = DTYPES[kept_dtype].tensorrt
         if (engine.inputs[name], engine.dtypes[name]) != ((-1, *shape), dtype):
             shown = f"{engine.dtypes[name]} {engine.inputs[name]}"
             raise EngineError(f"{engine.name} has {name} {shown}, manifest.json says {dtype} {(-1, *shape)}")

@@ -71,7 +71,7 @@ class TensorRTEngine:
         assert metadata.tensorrt is not None
         self._model, self._metadata = model, metadata.tensorrt
         self.states, self.limits = metadata.states, limits_of(model, metadata, metadata.tensorrt)
-        self._pages = self._steps = 0
+        self._pages = self._rows = self._steps = 0
         self._lock = threading.RLock()
         self._device = Device()  # before anything of TensorRT: without a device some of its libraries crash
         resources = ExitStack()
@@ -117,7 +117,7 @@ class TensorRTEngine:
         self._decoder.warm_up(progress)
         kernels.save()
         page, images = self.limits.page_size, self._vision.call_bytes
-        memory = cache_memory(self._device, self.states, page, metadata.max_pages, images)
+        memory = cache_memory(self._device, self.states, page, metadata, images)
         self.limits = replace(self.limits, cache_memory=memory)
 
     @property
@@ -140,15 +140,17 @@ class TensorRTEngine:
     def reserve(self, pages: int, rows: int) -> None:
         """See the protocol. The memory is taken at once."""
         check_reserve(self.states, pages, rows)
-        if pages > self._metadata.max_pages:
-            raise EngineError(f"unsupported value pages = {pages} (allowed: up to {self._metadata.max_pages})")
+        rows = rows if self._metadata.max_rows else 0
+        for name, count, most in (("pages", pages, self._metadata.max_pages), ("rows", rows, self._metadata.max_rows)):
+            if count > most:
+                raise EngineError(f"unsupported value {name} = {count} (allowed: up to {most})")
         with self._lock:
             self._require_open()
             self._pages = 0
             self._steps += 1
             with self._device:
-                self._decoder.reserve(pages)
-            self._pages = pages
+                self._decoder.reserve(pages, rows)
+            self._pages, self._rows = pages, rows
 
     def forward(
         self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
@@ -161,7 +163,7 @@ class TensorRTEngine:
             if not self._pages:
                 raise EngineError("a step before any page was reserved")
             # Kernels read where they are told to: nothing on the device would notice.
-            check_step(step, visual, self.limits, self._model, self._pages, 0)
+            check_step(step, visual, self.limits, self._model, self._pages, self._rows)
             self._steps += 1
             with self._device:
                 candidates = self._decoder.step(step, visual)

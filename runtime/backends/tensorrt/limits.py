@@ -17,5 +17,6 @@ def limits_of(model: ModelMetadata, engine: EngineMetadata, built: TensorRTMetad
         max_visual=min(built.max_visual, built.max_tokens),  # a token stands for a row at most
         max_patches=built.max_patches,
         packed=True,
+        max_pages=built.max_pages,
         chunk_tokens=max(built.max_tokens - built.max_sequences, 1),  # beside a decode of every other sequence
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from moevlm.runtime.backends.tensorrt.cuda import Device
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.states import StateSpec, page_bytes
+from moevlm.runtime.core.manifest import TensorRTMetadata
+from moevlm.runtime.core.states import StateSpec, page_bytes, row_bytes
 
 # For features of images that are kept, and for what the driver takes later: recordings, kernels that are loaded when
 # they first run.
@@ -13,17 +14,18 @@ RESERVED = defaults.FEATURE_MEMORY + (512 << 20)
 
 
 def cache_memory(
-    device: Device, states: tuple[StateSpec, ...], page_size: int, max_pages: int, image_bytes: int
+    device: Device, states: tuple[StateSpec, ...], page_size: int, metadata: TensorRTMetadata, image_bytes: int
 ) -> int:
-    """Bytes for pages. max_pages: as many as the engine takes, page 0 included. image_bytes: for a call for images.
+    """Bytes for pages and rows of states, as many as the engine takes at most. image_bytes: for a call for images.
 
-    Called inside the device's context. Raises EngineError where not one page fits beside page 0.
+    Called inside the device's context. Raises EngineError where not one page and row fit beside page 0 and row 0.
     """
     free, total = device.memory()
-    page, reserved = page_bytes(states, page_size), RESERVED + image_bytes
-    if free - reserved < 2 * page:
+    page, row, reserved = page_bytes(states, page_size), row_bytes(states), RESERVED + image_bytes
+    if free - reserved < 2 * (page + row):
+        kept = "two pages of keys and values" + (", two rows of states" if row else "")
         raise EngineError(
             f"too little memory on {device.gpu.name}: {free / 1e9:.2f} of {total / 1e9:.2f} GB are free behind the "
-            f"engine, {(reserved + 2 * page) / 1e9:.2f} GB are needed for images and two pages of keys and values"
+            f"engine, {(reserved + 2 * (page + row)) / 1e9:.2f} GB are needed for images and {kept}"
         )
-    return min(free - reserved, max_pages * page)
+    return min(free - reserved, metadata.max_pages * page + metadata.max_rows * row)

@@ -25,7 +25,7 @@ class PageTables:
             self._resources.callback(memory.free)
             host = device.allocate_host(size)
             self._resources.callback(host.free)
-            device.clear(memory)
+            device.clear(memory.address, memory.size)
         except BaseException:
             self._resources.close()
             raise

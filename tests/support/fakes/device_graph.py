@@ -1,8 +1,8 @@
 """What an engine of the fake TensorRT does when it runs: a graph in ONNX Runtime, on the memory of the fake device.
 
 Of each input exactly that is read which a kernel may read, and it must have been written: of page tables the columns
-that a sequence's tokens need, of caches the tokens that it kept. Of caches that alone is written which the step's
-tokens own.
+that a sequence's tokens need, of caches the tokens that it kept, of recurrent states its row. Of caches that alone is
+written which the step's tokens own, and of states the rows of its sequences.
 """
 
 from __future__ import annotations
@@ -75,16 +75,17 @@ def run_graph(
 ) -> None:
     """inputs, outputs: names of the engine's. caches: inputs that are written, and the graph's outputs for them."""
     feeds = {name: tensors[name].read() for name in inputs if name not in caches and name != "page_table"}
-    places = Places.of(feeds, tensors["page_table"]) if caches else None
-    if places is not None:
-        feeds["page_table"] = places.table
-        feeds |= {name: places.kept(tensors[name]) for name in caches}
+    places: dict[str, Places | Rows] = {}
+    if caches:
+        pages = Places.of(feeds, tensors["page_table"])
+        places = {name: Rows.of(feeds) if "_state." in name else pages for name in caches}
+        feeds["page_table"] = pages.table
+        feeds |= {name: place.kept(tensors[name]) for name, place in places.items()}
     plain = [name for name in outputs if name not in CANDIDATE_OUTPUTS]
     values = session(str(graph), graph.stat().st_mtime_ns).run([*plain, *caches.values()], feeds)
     found = dict(zip([*plain, *caches], values, strict=True))
-    if places is not None:
-        for name in caches:
-            places.write(tensors[name], feeds[name], found.pop(name))
+    for name, place in places.items():
+        place.write(tensors[name], feeds[name], found.pop(name))
     if "logits" in found:
         logits = found["logits"]
         found |= zip(CANDIDATE_OUTPUTS, candidates(logits, min(CANDIDATES, logits.shape[1])), strict=True)
@@ -144,6 +145,32 @@ class Places:
         cache.write(own, after[own])
         after[own] = before[own]
         np.testing.assert_array_equal(after, before, "the graph wrote elsewhere")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """own: rows of a step's sequences in recurrent states; row 0 is padding's, and neither read nor written."""
+
+    own: Array
+
+    @classmethod
+    def of(cls, feeds: Mapping[str, Array]) -> Rows:
+        rows = feeds["state_row"]
+        assert len(set(rows[rows > 0].tolist())) == (rows > 0).sum(), "two sequences have one row"
+        return cls(rows[rows > 0])
+
+    def kept(self, state: DeviceTensor) -> Array:
+        """The state's own rows, all else zero."""
+        assert state.written[self.own].all(), "a row was neither cleared nor written"
+        values = np.zeros(state.shape, state.dtype)
+        values[self.own] = state.values[self.own]
+        return values
+
+    def write(self, state: DeviceTensor, before: Array, after: Array) -> None:
+        """Write the step's rows. before, after: the state as the graph was given it, and as it left it."""
+        state.write(self.own, after[self.own])
+        rest = np.delete(np.arange(1, len(after)), self.own - 1)
+        np.testing.assert_array_equal(after[rest], before[rest], "the graph wrote elsewhere")
 
 
 _NOWHERE = np.zeros((2, 0), np.int32)

@@ -36,6 +36,7 @@ LIMITS = {
     "max_visual": 24,
     "max_patches": 100,
     "max_pages": 24,
+    "max_rows": 80,
 }
 
 
@@ -89,7 +90,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     most = {"tokens": (LIMITS["max_tokens"], several), "sequences": (several, several)}
     most |= {"starts": (several + 1,) * 2, "logits": (LIMITS["max_logits"], several)}
     most |= {"visual": (LIMITS["max_visual"], several), "table": (columns, columns)}
-    most |= {"pages": (LIMITS["max_pages"],) * 2, "page": (PAGE_SIZE,) * 2}
+    most |= {"pages": (LIMITS["max_pages"],) * 2, "page": (PAGE_SIZE,) * 2, "rows": (LIMITS["max_rows"],) * 2}
     rows = ["logits_index", 0, 1]
     outputs: dict[str, Any] = {"logits": ("FLOAT", [rows, model.vocabulary])}
     count = min(CANDIDATES, model.vocabulary)

@@ -1,11 +1,13 @@
 """Nodes that TensorRT hands to this package's plugins: each carries the GPU program of its op."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import onnx_ir as ir
 
+from moevlm.export.graph.builder import Builder
 from moevlm.export.passes.base import NodePass, substitute
+from moevlm.export.passes.pack_projections import whole
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.runtime.core.dtypes import DTYPES
 
@@ -42,3 +44,15 @@ class PluginPass(NodePass):
         for old, made in zip(node.outputs, new.outputs, strict=True):
             made.shape = old.shape
         substitute(graph, node, new)
+
+
+def side_by_side(graph: ir.Graph, node: ir.Node, parts: Sequence[ir.Value]) -> ir.Value:
+    """Rows of the parts, for `node`: what they were split from, or else joined."""
+    return whole(*parts) or Builder(graph, node, "rows").op("Concat", *parts, axis=1)
+
+
+def rounded(values: Sequence[ir.Value | None]) -> Iterator[str]:
+    """A line for each of the values that is not float32."""
+    for value in values:
+        if value is not None and value.dtype not in (None, ir.DataType.FLOAT):
+            yield f"{value.name} is {value.dtype}"

@@ -1,20 +1,18 @@
 """Attention as TensorRT plugins: over pages of keys and values, and among the patches of an image."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs
-from moevlm.export.graph.builder import Builder, width
+from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs, rounded, side_by_side
+from moevlm.export.graph.builder import width
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches, inputs_of
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.passes.base import left
-from moevlm.export.passes.pack_projections import whole
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
-from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.states import PAGE_SIZE, SCALE_BYTES
 
 
@@ -33,7 +31,7 @@ class PluginPagedAttention(PluginPass):
     def requires(self, model: ir.Model) -> Iterator[str]:
         """Gains of norms, sinks and rotary tables are float32."""
         for node in filter(self.matches, model.graph):
-            yield from _rounded([*node.inputs[3:5], *node.inputs[10:]])
+            yield from rounded([*node.inputs[3:5], *node.inputs[10:]])
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """No moevlm::PagedAttention is left, and no cache is an output."""
@@ -41,13 +39,6 @@ class PluginPagedAttention(PluginPass):
         for value in model.graph.outputs:
             if "_cache_out." in str(value.name):
                 yield f"{value.name} is an output"
-
-    def apply(self, model: ir.Model) -> int:
-        """Raises BuildError for a state that is no cache of keys and values."""
-        for value in model.graph.inputs:
-            if value.shape and str(value.shape[0]) == "rows":
-                raise BuildError(f"a TensorRT engine cannot keep {value.name} (supported: caches of keys and values)")
-        return super().apply(model)
 
     def matches(self, node: ir.Node) -> bool:
         return is_op(node, PAGED_ATTENTION)
@@ -71,7 +62,7 @@ class PluginPagedAttention(PluginPass):
             cache.shape = ir.Shape([pages, heads, PAGE_SIZE, width(cache) + (SCALE_BYTES if self.cache else 0)])
             if self.cache:
                 cache.type = ir.TensorType(ir.DataType.INT8)
-        qkv = _side_by_side(graph, node, [value for value in given[:3] if value is not None])
+        qkv = side_by_side(graph, node, [value for value in given[:3] if value is not None])
         return op, [qkv, *(value for value in node.inputs[3:] if value is not None)]
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
@@ -92,7 +83,7 @@ class PluginSegmentAttention(PluginPass):
     def requires(self, model: ir.Model) -> Iterator[str]:
         """Rotary tables are float32."""
         for node in filter(self.matches, model.graph):
-            yield from _rounded(node.inputs[3:5])
+            yield from rounded(node.inputs[3:5])
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """No moevlm::SegmentAttention is left."""
@@ -105,15 +96,4 @@ class PluginSegmentAttention(PluginPass):
         values = [value for value in node.inputs if value is not None]
         heads = node_spec(node).heads
         op = SegmentAttentionOp(heads, width(values[0]) // heads, self.dtype)
-        return op, [_side_by_side(graph, node, values[:3]), *values[3:]]
-
-
-def _side_by_side(graph: ir.Graph, node: ir.Node, parts: list[ir.Value]) -> ir.Value:
-    """Rows of the parts, for `node`: what they were split from, or else joined."""
-    return whole(*parts) or Builder(graph, node, "attention").op("Concat", *parts, axis=1)
-
-
-def _rounded(values: Sequence[ir.Value | None]) -> Iterator[str]:
-    for value in values:
-        if value is not None and value.dtype not in (None, ir.DataType.FLOAT):
-            yield f"{value.name} is {value.dtype}"
+        return op, [side_by_side(graph, node, values[:3]), *values[3:]]

@@ -1,9 +1,10 @@
 """The float32 graph in the dtype of a GPU's matrix units, every conversion a node of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
+from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import behind_head
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
@@ -17,13 +18,20 @@ from moevlm.runtime.core.dtypes import DTYPES
 FLOAT = ir.DataType.FLOAT
 FEATURES = ("visual_embeds", "deepstack_embeds")  # of images: outputs of the vision graph, inputs of the decoder
 # By op: inputs that stay float32. Rotary tables, as rotation is done in float32, and gains of norms and sinks, whose
-# kernels compute in it; the weights of the choice; and the experts' own, which the next pass stores in its way.
-_EXACT_INPUTS = {PAGED_ATTENTION: (3, 4, 10, 11, 12), SEGMENT_ATTENTION: (3, 4), EXPERTS: (2, 3, 4, 5, 6)}
+# kernels compute in it; the weights of the choice; the experts' own, which the next pass stores in its way; weights of
+# the delta rule, and states, in which rounding would add up.
+_EXACT_INPUTS = {
+    PAGED_ATTENTION: (3, 4, 10, 11, 12),
+    SEGMENT_ATTENTION: (3, 4),
+    EXPERTS: (2, 3, 4, 5, 6),
+    GATED_DELTA: (3, 4, 5, 6, 7),
+}
+_EXACT_OUTPUTS = {GATED_DELTA: (1, 2)}
 
 
 class Typed(Pass):
-    """Weights and activations in `dtype`; router logits, routing, rotary tables, norms of heads and a softcap of the
-    logits in float32.
+    """Weights and activations in `dtype`; router logits, routing, rotary tables, norms of heads, recurrent states and a
+    softcap of the logits in float32.
 
     Caches and features of images become `dtype`; other float32 inputs and outputs of the graph stay so, behind a Cast.
     Weights are cast as they are written; one that float16 cannot hold raises BuildError then. A router's logits are
@@ -60,13 +68,13 @@ class Typed(Pass):
             for i, value in enumerate(node.inputs):
                 if value is None or value.dtype not in (FLOAT, self.dtype):
                     continue
-                wanted = FLOAT if own is FLOAT or i in _exact_inputs(node) else own
+                wanted = FLOAT if own is FLOAT or i in _of(node, _EXACT_INPUTS) else own
                 if value.dtype is not wanted:
                     if (value, wanted) not in known:
                         known[value, wanted] = _converted(graph, node, value, wanted)
                     node.replace_input_with(i, known[value, wanted])
-            for made in node.outputs:
-                if made.dtype is FLOAT:
+            for i, made in enumerate(node.outputs):
+                if made.dtype is FLOAT and i not in _of(node, _EXACT_OUTPUTS):
                     made.type = ir.TensorType(own)
         for i, out in enumerate(graph.outputs):
             if out.dtype is self.dtype and out.name not in FEATURES and all(out is not cache for _, cache in kept):
@@ -102,8 +110,8 @@ def _has_subgraph(node: ir.Node) -> bool:
     return any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values())
 
 
-def _exact_inputs(node: ir.Node) -> tuple[int, ...]:
-    return _EXACT_INPUTS.get(node.op_type, ()) if is_op(node, node.op_type) else ()
+def _of(node: ir.Node, exact: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return exact.get(node.op_type, ()) if is_op(node, node.op_type) else ()
 
 
 def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:

@@ -152,13 +152,6 @@ def test_layers_of_every_kind_of_attention(tmp_path: Path) -> None:
         assert error(got[name], want[name]) < 1e-5, name
 
 
-@pytest.mark.usefixtures("hybrid_family")
-def test_recurrence_is_refused_by_name(tmp_path: Path) -> None:
-    message = r"a TensorRT engine cannot keep recurrence_state.1 \(supported: caches of keys and values\)"
-    with pytest.raises(BuildError, match=message):
-        lowered(hybrid(tmp_path / "checkpoint", "wide", "recurrent"), *attention("float32"))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_vision_equals_the_canonical_one(graphs: dict[str, ir.Model], dtype: str) -> None:
     canonical = graphs["vision"]

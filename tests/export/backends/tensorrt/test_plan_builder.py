@@ -180,7 +180,7 @@ def test_profiles_cover_any_step_and_decode() -> None:
     )
     pages = max_pages([PagedKV(layer=0, kv_heads=4, key_dim=9, value_dim=16)])
     assert pages * 4 * 64 * 16 < 2**31 <= (pages + 1) * 4 * 64 * 16
-    any_step, decode = decoder_profiles(decoder, Options(max_sequences=4, chunk_tokens=128), 7, pages)
+    any_step, decode = decoder_profiles(decoder, Options(max_sequences=4, chunk_tokens=128), 7, pages, 0)
     assert any_step == {
         "input_ids": ((1,), (128,), (132,)),
         "visual_embeds": ((1, 64), (128, 64), (132, 64)),

@@ -72,7 +72,7 @@ def test_what_is_copied_in_comes_out(device) -> None:
     device.copy_out(host.address, memory.address + 100, 900)
     device.synchronize()
     np.testing.assert_array_equal(host.array[:900], values[100:])
-    device.clear(memory)
+    device.clear(memory.address, memory.size)
     device.copy_out(host.address, memory.address, 1000)
     device.synchronize()
     assert not host.array.any()
