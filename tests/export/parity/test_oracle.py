@@ -18,10 +18,11 @@ from moevlm.export.modules.decoder import Decoder, Layer
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, random_cases
 from moevlm.export.parity.measures import relative_error
-from moevlm.export.parity.oracle import Oracle, ReferenceOutput
+from moevlm.export.parity.oracle import Oracle, ReferenceOutput, inputs_of
 from moevlm.export.parity.stored_reference import expected_on
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.runtime.core.errors import CheckpointError, EngineError
+from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.engine.protocol import Engine
 from tests.export.parity.test_run import CHECKPOINTS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
@@ -36,19 +37,14 @@ def opened(tiny: TinyCheckpoint, folder: Path) -> Iterator[tuple[Checkpoint, Can
         yield source, model, random_cases(model.config.metadata(), source.config, tiny.seed)
 
 
-def by_from_pretrained(checkpoint: Path, cases: list[Case]) -> list[np.ndarray]:
+def by_from_pretrained(checkpoint: Path, vision: VisionMetadata, cases: list[Case]) -> list[np.ndarray]:
     """Logits of every case by itself, the whole model in memory."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
     results = []
     for case in cases:
         ids = torch.from_numpy(case.whole.ids)[None]
-        inputs = {"input_ids": ids}
-        if case.grids:
-            inputs["pixel_values"] = torch.from_numpy(case.patches)
-            inputs["image_grid_thw"] = torch.tensor([[1, h, w] for h, w in case.grids])
-            inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
         with torch.no_grad():
-            results.append(model(**inputs).logits[0].numpy())
+            results.append(model(**inputs_of(model.config, vision, ids, [case])).logits[0].numpy())
     return results
 
 
@@ -59,8 +55,9 @@ def logits(given: ReferenceOutput) -> np.ndarray:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp_path: Path) -> None:
     with opened(CHECKPOINTS[name], tmp_path) as (source, model, cases):
-        answers = Oracle(source, family_for(source.config), model.config.vision.metadata()).outputs(cases)
-    whole = by_from_pretrained(tmp_path / "checkpoint", cases)
+        vision = model.config.vision.metadata()
+        answers = Oracle(source, family_for(source.config), vision).outputs(cases)
+    whole = by_from_pretrained(tmp_path / "checkpoint", vision, cases)
     for ours, theirs in zip(answers, whole, strict=True):
         assert relative_error(logits(ours), theirs) < 1e-5
 

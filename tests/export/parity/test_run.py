@@ -46,7 +46,12 @@ OUTPUTS = [
 SMALL = {"vocab_size": 96}
 CHECKPOINTS = {
     f"{short}, {name}": TinyCheckpoint(model_type, **options)
-    for short, model_type in (("qwen", "qwen3_vl_moe"), ("glm", "glm4v_moe"), ("qwen3.5", "qwen3_5_moe"))
+    for short, model_type in (
+        ("qwen", "qwen3_vl_moe"),
+        ("glm", "glm4v_moe"),
+        ("qwen3.5", "qwen3_5_moe"),
+        ("gemma4", "gemma4"),
+    )
     for name, options in TINY[model_type].configurations.items()
 }
 
@@ -73,6 +78,7 @@ COSTS = ["prefill KL", "decode KL", "share of routings that differ", "last hidde
         "qwen, every other layer sparse, attention bias, one key-value head",
         "glm, groups, shared expert",
         "qwen3.5, three of the delta rule to one of attention, a quarter of a head turned",
+        "gemma4, keys as values, bf16",
     ],
 )
 def test_quantized_engines_round_as_their_bits_say_and_nothing_else(name: str, tmp_path: Path) -> None:
@@ -126,6 +132,7 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
         "glm, groups, shared expert",
         "glm, two of four groups, weights as they are, tied head",
         "qwen3.5, as many value heads as key heads, short kernel, biases, bf16",
+        "gemma4, full layers in between, causal images, wide rope, untied head, biases",
     ],
 )
 def test_every_step_agrees_with_transformers(name: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.support.tiny import TinyCheckpoint
 SIZES = ((8, 8), (24, 16), (40, 72), (104, 96), (200, 256))  # of images, in pixels
 
 
-@pytest.fixture(scope="module", params=ATTENDING)
+@pytest.fixture(scope="module", params=(*ATTENDING, "gemma4"))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = TinyCheckpoint(request.param, side_files=True).save(directory / "checkpoint")
@@ -44,6 +44,8 @@ OPERATORS = {
     "Gelu (tanh)": [("Gelu", ["x"], {"approximate": "tanh"})],
     "SiLU": [("Sigmoid", ["x"], {}), ("Mul", ["x", "y0"], {})],
     "Add": [("Add", ["x", "gain"], {})],
+    "Sub": [("Sub", ["x", "gain"], {})],
+    "softcap": [("Div", ["x", "gain"], {}), ("Tanh", ["y0"], {}), ("Mul", ["y1", "gain"], {})],
     "LayerNormalization": [("LayerNormalization", ["x", "gain", "gain"], {"axis": -1})],
     "RMSNormalization": [("RMSNormalization", ["x", "gain"], {"axis": -1})],
     "SkipSimplifiedLayerNormalization": [("SkipSimplifiedLayerNormalization", ["x", "x", "gain"], {})],
@@ -89,6 +91,6 @@ def test_only_these_operators_are_onnx_runtime_s(bundle: Bundle) -> None:
     }
     tested = {op for nodes in OPERATORS.values() for op, _, _ in nodes}
     moving = {"Concat", "Constant", "Gather", "GreaterOrEqual", "Max", "Reshape", "Split", "Unsqueeze", "Where"}
-    # A row of the embedding by itself; four or sixteen rows of the position table, weighted.
-    looking_up = {"GatherBlockQuantized", "ReduceSum"}
+    # A row of the embedding by itself; some rows of the position table, weighted; the mean of a visual token's patches.
+    looking_up = {"GatherBlockQuantized", "ReduceSum", "ReduceMean"}
     assert found <= tested | moving | looking_up

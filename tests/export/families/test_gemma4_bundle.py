@@ -1,0 +1,93 @@
+"""Requests with images to a bundle of Gemma 4, whose image tokens see each other."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.export.build import build
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.support.command_line import call
+from tests.support.tiny import TinyCheckpoint
+
+TOKENS = 6
+PARAMS = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True, logprobs=3)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("gemma4")
+    checkpoint = TinyCheckpoint("gemma4", side_files=True, seed=3).save(folder / "checkpoint")
+    return build(checkpoint, folder / "tiny.moevlm", ["cpu:int8"])
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle: Bundle) -> Iterator[Runtime]:
+    with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=2)) as loaded:
+        yield loaded
+
+
+def picture(seed: int, tokens: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels), "max_pixels": 64 * tokens}
+
+
+def asked(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+REQUESTS = [
+    asked("hi"),
+    asked("what is on ", picture(1, 12), " and on ", picture(2, 30), "?"),
+    asked("more text than a window has, and then ", picture(3, 70)),
+    asked("what is on ", picture(1, 12), " and on ", picture(4, 20), "?"),
+]
+
+
+def logprobs(runtime: Runtime, requests: list[Any]) -> list[list[float]]:
+    answers = runtime.generate_many(requests, params=PARAMS)
+    return [[token.logprob for token in answer.sampled] for answer in answers]
+
+
+def test_prompt_has_marks_around_its_images_and_counted_positions(runtime: Runtime) -> None:
+    prompt = runtime.prompt(REQUESTS[1])
+    model = runtime.model
+    image = prompt.ids == model.image_token_id
+    first, last = np.flatnonzero(np.diff(image.astype(int)) == 1), np.flatnonzero(np.diff(image.astype(int)) == -1)
+    assert len(first) == 2
+    assert set(prompt.ids[first]) == set(model.image_begin)
+    assert set(prompt.ids[last + 1]) == set(model.image_end)
+    np.testing.assert_array_equal(prompt.positions, [range(len(prompt.ids))] * 3)
+
+
+def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, runtime: Runtime) -> None:
+    alone = [logprobs(runtime, [request])[0] for request in REQUESTS]
+    assert len({tuple(each) for each in alone}) == len(REQUESTS)
+    assert logprobs(runtime, REQUESTS) == alone  # beginnings are there from before
+    for chunk in (16, 33):
+        with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=1, chunk_tokens=chunk)) as other:
+            assert logprobs(other, REQUESTS) == alone
+
+
+@pytest.mark.parametrize("kind", ["audio", "video"])
+def test_what_is_left_out_of_the_model_is_refused_in_a_request(kind: str, runtime: Runtime) -> None:
+    with pytest.raises(RequestError, match=rf'\.type = .?"?{kind}.* \(supported: image, '):
+        runtime.prompt(asked({"type": kind, kind: "file"}))
+
+
+def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 40), "red").save(tmp_path / "red.png")
+    arguments = ["--image", tmp_path / "red.png", "--prompt", "What is this?", "--max-new-tokens", "4", "--verbose"]
+    said = call("run", bundle.directory, "--target", "cpu:int8", *arguments)
+    assert said.status == 0
+    assert "of them image" in said.err + said.out
+    assert call("inspect", bundle.directory).status == 0
