@@ -113,7 +113,7 @@ GOLDEN = {
         "engines[].memory": "object or null",
         **{
             f"engines[].memory.{field}": "integer"
-            for field in ("dense", "experts", "vision", "workspace", "driver", "page", "page_tokens")
+            for field in ("dense", "experts", "vision", "workspace", "driver", "page", "page_tokens", "row")
         },
         "engines[].memory.gpus": "array of object",
         "engines[].memory.gpus[].gpu": "string",

@@ -27,6 +27,10 @@ def memory_text(target: str, report: MemoryReport, model: ModelMetadata) -> str:
             f"its cache takes {bytes_text(round(report.token))} a token, {bytes_text(report.page)} a page of "
             f"{report.page_tokens} tokens; 1 GB holds {pages:,} pages, {pages * report.page_tokens:,} tokens"
         )
+    if report.row:
+        lines.append(
+            f"its recurrent states take {bytes_text(report.row)} a request, and as much for each snapshot of them"
+        )
     if report.gpus:
         heads = ("GPU", "memory", "room for", "experts on the host", "tokens/s alone", "and together")
         sparse = sum(bool(layer.experts) for layer in model.layers)

@@ -40,7 +40,7 @@ class PoolSize:
             )
         sequences = max(limits.max_sequences, SEQUENCES)
         page, row = page_bytes(states, limits.page_size), row_bytes(states)
-        rows = 1 + 2 * sequences if row else 0
+        rows = rows_of(sequences) if row else 0
         each = -(-context // limits.page_size)
         pages = 1 + sequences * each
         if limits.max_pages is not None:
@@ -48,8 +48,7 @@ class PoolSize:
         if cache_memory is None:
             return cls(pages, rows)
         if row:
-            most = min(cache_memory // 2, cache_memory - 2 * page) if page else cache_memory
-            rows = max(2, min(rows, most // row))
+            rows = min(rows, rows_within(cache_memory, page, row))
         if not page:
             return cls(pages, rows)
         fitting = (cache_memory - rows * row) // page
@@ -61,3 +60,16 @@ class PoolSize:
                 f"{limits.page_size} tokens)"
             )
         return cls(min(pages, fitting), rows)
+
+
+def rows_of(sequences: int) -> int:
+    """Rows that are of use: one and a snapshot for each sequence that runs at the same time, and row 0."""
+    return 1 + 2 * sequences
+
+
+def rows_within(memory: int, page: int, row: int) -> int:
+    """Rows of recurrent states in memory that they share with pages: half of it, two pages left out, two rows at least.
+
+    page, row: bytes of one, page 0 for a model without pages.
+    """
+    return max(2, (min(memory // 2, memory - 2 * page) if page else memory) // row)

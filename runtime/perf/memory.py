@@ -13,7 +13,8 @@ from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
 from moevlm.runtime.backends.tensorrt.needs import Needs, needs_of
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
 from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
-from moevlm.runtime.core.states import page_bytes
+from moevlm.runtime.core.states import page_bytes, row_bytes
+from moevlm.runtime.engine.pool_size import SEQUENCES, rows_of, rows_within
 from moevlm.runtime.perf.limits import decode_work, experts_read
 
 DRIVER_BYTES = RESERVED + (512 << 20)  # what the engine leaves free, the driver's context, TensorRT
@@ -44,7 +45,7 @@ class MemoryReport(msgspec.Struct, frozen=True):
 
     dense: weights of the decoder, but for experts. experts: all of them. vision: weights. workspace: of kernels while
     they run, and features of images; an estimate. driver: an allowance, see DRIVER_BYTES. page: of the cache, with
-    page_tokens tokens.
+    page_tokens tokens. row: recurrent states of a request, or of a snapshot, in the same memory; 0 without any.
     """
 
     dense: int
@@ -54,6 +55,7 @@ class MemoryReport(msgspec.Struct, frozen=True):
     driver: int
     page: int
     page_tokens: int
+    row: int = 0
     gpus: list[GpuFit] = []
 
     @property
@@ -83,6 +85,7 @@ def memory_report(
         driver=DRIVER_BYTES,
         page=page_bytes(engine.states, engine.page_size),
         page_tokens=engine.page_size,
+        row=row_bytes(engine.states),
     )
     if not report.page:
         return report
@@ -100,15 +103,19 @@ def _fit(
 ) -> GpuFit:
     sparse = sum(bool(layer.experts) for layer in model.layers)
     free, host = gpu.memory - report.fixed, 0
-    least = -(-LEAST_TOKENS // report.page_tokens) * report.page
+    least = -(-LEAST_TOKENS // report.page_tokens) * report.page + 2 * report.row
     if free < least and gpu.link and needs.experts_apart and sparse:
         each = report.experts / sparse
         host = min(sparse, -int((free - least) // each))
         free += int(host * each)
-    tokens = (min(free // report.page, needs.max_pages) - 1) * report.page_tokens  # page 0 is no sequence's
+    rows = 0
+    if report.row:
+        rows = min(rows_of(max(needs.max_sequences, SEQUENCES)), rows_within(free, report.page, report.row))
+    pages = min((free - rows * report.row) // report.page, needs.max_pages)
+    tokens = (pages - 1) * report.page_tokens  # page 0 is no sequence's
     if tokens < report.page_tokens:
         return GpuFit(gpu.name, gpu.memory, fits=False)
-    sequences = max(1, min(needs.max_sequences, tokens // CONTEXT))
+    sequences = max(1, min(needs.max_sequences, tokens // CONTEXT, rows - 1 if rows else needs.max_sequences))
 
     def rate(batch: int) -> float:
         """Tokens per second, if all that must be read were read as fast as it can be."""

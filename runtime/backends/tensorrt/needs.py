@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moevlm.runtime.core.manifest import EngineMetadata
-from moevlm.runtime.core.states import Recurrent
 
 
 @dataclass(frozen=True)
 class Needs:
-    """bytes: beside weights and pages of the cache. max_sequences: of a step. max_pages: of the cache.
+    """bytes: beside weights and cache. max_sequences: of a step. max_pages: of the cache.
 
     experts_apart: the experts' weights lie in a file of their own, so they can stay on the host.
     """
@@ -26,6 +25,4 @@ def needs_of(engine: EngineMetadata) -> Needs | None:
     built = engine.tensorrt
     if built is None:
         return None
-    row = sum(state.row_bytes for state in engine.states if isinstance(state, Recurrent))
-    size = built.workspace + (1 + built.max_sequences) * row
-    return Needs(size, built.max_sequences, built.max_pages, bool(built.experts))
+    return Needs(built.workspace, built.max_sequences, built.max_pages, bool(built.experts))

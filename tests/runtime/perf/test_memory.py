@@ -110,11 +110,31 @@ def test_a_gpu_without_room_for_anything_does_not_fit() -> None:
     assert not fit_of(gpu(FIXED - 8 * GIGA)).fits
 
 
-def test_recurrent_states_have_a_row_for_each_sequence_and_one_for_padding() -> None:
-    engine = msgspec.structs.replace(ENGINE, states=(*STATES, Recurrent(layer=1, name="linear", shape=(1000,))))
-    report = memory_report(MODEL, engine, [])
+ROW = 10 * PAGE
+RECURRENT = msgspec.structs.replace(ENGINE, states=(*STATES, Recurrent(layer=1, name="linear", shape=(ROW // 4,))))
+
+
+def test_recurrent_states_share_the_memory_of_the_cache() -> None:
+    report = memory_report(MODEL, RECURRENT, [])
     assert report is not None
-    assert report.fixed == FIXED + 5 * 4000
+    assert (report.fixed, report.page, report.row) == (FIXED, PAGE, ROW)
+    most = 1 + 2 * 32  # a row and a snapshot for each of 32 requests
+    assert fit_of(gpu(FIXED + most * ROW + 1000 * PAGE, link=0), RECURRENT).tokens == 999 * 64
+    half = fit_of(gpu(FIXED + 12 * ROW, link=0), RECURRENT)
+    assert (half.tokens, half.sequences) == ((60 - 1) * 64, 3)
+    least = fit_of(gpu(FIXED + 2 * ROW + 17 * PAGE, link=0), RECURRENT)
+    assert (least.tokens, least.sequences) == (16 * 64, 1)
+    assert not fit_of(gpu(FIXED + 2 * ROW + PAGE, link=0), RECURRENT).fits
+    read = fit_of(gpu(FIXED + most * ROW + 1000 * PAGE), RECURRENT).decode
+    assert read < fit_of(gpu(FIXED + 1000 * PAGE)).decode
+
+
+def test_people_read_what_a_request_takes_whatever_its_length() -> None:
+    report = memory_report(MODEL, RECURRENT, [])
+    assert report is not None
+    assert memory_text("rtx", report, MODEL).splitlines()[-1] == (
+        "its recurrent states take 2.6 MB a request, and as much for each snapshot of them"
+    )
 
 
 def test_engines_on_the_cpu_have_no_report() -> None:
