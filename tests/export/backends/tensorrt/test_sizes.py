@@ -103,7 +103,7 @@ def test_planned_sizes_are_those_of_the_lowered_graphs(save_checkpoint, family, 
         target = TensorRTTarget(RTX, (86, 89), Options(experts=experts, group_size=group_size))
         lowered = target.lower(model.graphs, lambda _: b"")
         planned = target.planned(model.config, None)
-        assert planned.cost == cost(model.graphs, lowered, model.config.vision.merge_size)
+        assert planned.cost == cost(model.graphs, lowered, model.config.vision.metadata().patches_per_token)
 
 
 class Stopped(Exception):
