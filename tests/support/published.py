@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.quantized import Tensors, Writer, awq, fp8_tiles, gptq, mxfp4, nvfp4, packed_int4
+from tests.support.quantized import Tensors, Writer, awq, fp8_tiles, gptq, mxfp4, nvfp4, packed_ints
 from tests.support.tiny import TinyCheckpoint
 
 WEIGHTS = "model.safetensors"
@@ -182,9 +182,14 @@ FORMATS = {
         fp8_tiles(0, 0, "_scale", torch.float32, ()), {"quant_method": "modelopt", "quant_algo": "FP8"}
     ),
     "mxfp8": Published(fp8_tiles(1, 32, "_scale_inv", torch.uint8), {"quant_method": "fp8", "scale_fmt": "ue8m0"}),
-    "int4-32": Published(packed_int4(32), _int4(32, True)),
-    "int4-128-zeros": Published(packed_int4(128, zeros=True), _int4(128, False)),
-    "int4-compression-config": Published(packed_int4(32), _int4(32, True), path=("compression_config",)),
+    "int4-32": Published(packed_ints(32), _int4(32, True)),
+    "int4-128-zeros": Published(packed_ints(128, zeros=True), _int4(128, False)),
+    "int4-compression-config": Published(packed_ints(32), _int4(32, True), path=("compression_config",)),
+    "int8-128-zeros": Published(
+        packed_ints(128, zeros=True, bits=8),
+        _groups("pack-quantized", _int4(128, False)["config_groups"]["group_0"]["weights"] | {"num_bits": 8}),
+    ),
+    "gptq-8-bits": Published(gptq(64, bits=8), _gptq(64, True) | {"bits": 8}, bare=True),
     "gptq-128": Published(gptq(128), _gptq(128, True), bare=True),
     "gptq-32-zeros": Published(gptq(32, zeros=True), _gptq(32, False, checkpoint_format="gptq"), bare=True),
     "gptq-v2-zeros": Published(

@@ -59,58 +59,62 @@ def fp8_tiles(rows: int, columns: int, scale: str, dtype: torch.dtype = torch.bf
     return _each(write)
 
 
-def _integers(w: np.ndarray, group: int, zeros: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """codes [N, K] 0 to 15, float16 scales and zeros [N, groups], values; zeros from 1 to 14, or all 8."""
+def _integers(
+    w: np.ndarray, group: int, zeros: bool, bits: int = 4
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """codes [N, K], float16 scales and zeros [N, groups], values. Zeros: not 0, not the last code, or the middle."""
     n, k = w.shape
+    last, middle = (1 << bits) - 1, 1 << (bits - 1)
     codes, values = np.empty((n, k), np.int64), np.empty_like(w)
     scales, points = [], []
     for j in _pieces(k, group):
         low, high = w[:, j].min(1), w[:, j].max(1)
-        scale = ((high - low) / 15 if zeros else np.abs(w[:, j]).max(1) / 7).astype(np.float16)
-        zero = np.clip(np.rint(-low / scale), 1, 14).astype(np.int64) if zeros else np.full(n, 8)
-        codes[:, j] = np.clip(np.rint(w[:, j] / scale[:, None]) + zero[:, None], 0, 15)
+        scale = ((high - low) / last if zeros else np.abs(w[:, j]).max(1) / (middle - 1)).astype(np.float16)
+        zero = np.clip(np.rint(-low / scale), 1, last - 1).astype(np.int64) if zeros else np.full(n, middle)
+        codes[:, j] = np.clip(np.rint(w[:, j] / scale[:, None]) + zero[:, None], 0, last)
         values[:, j] = (codes[:, j] - zero[:, None]).astype(np.float32) * scale.astype(np.float32)[:, None]
         scales.append(scale)
         points.append(zero)
     return codes, np.stack(scales, 1), np.stack(points, 1), values
 
 
-def _words(codes: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """codes [R, C] -> int32 [R, C / 8]: nibble i of a word, from the lowest bits, is code order[i] of its eight."""
-    words = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+def _words(codes: np.ndarray, bits: int = 4, order: tuple[int, ...] = ()) -> torch.Tensor:
+    """codes [R, C] -> int32 [R, C * bits / 32]: part i of a word, from the lowest bits, is code order[i] of its own."""
+    order = order or tuple(range(32 // bits))
+    words = np.zeros((len(codes), codes.shape[1] // len(order)), np.uint32)
     for i, place in enumerate(order):
-        words |= codes[:, place::8].astype(np.uint32) << np.uint32(4 * i)
+        words |= codes[:, place :: len(order)].astype(np.uint32) << np.uint32(bits * i)
     return torch.from_numpy(words.view(np.int32))
 
 
-def packed_int4(group: int, zeros: bool = False) -> Writer:
+def packed_ints(group: int, zeros: bool = False, bits: int = 4) -> Writer:
     """compressed-tensors pack-quantized."""
 
     def write(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
-        codes, scales, points, values = _integers(w, group, zeros)
+        codes, scales, points, values = _integers(w, group, zeros, bits)
         tensors = {
-            "_packed": _words(codes),
+            "_packed": _words(codes, bits),
             "_scale": torch.from_numpy(scales).to(torch.bfloat16),
             "_shape": torch.tensor(w.shape),
         }
         exact = tensors["_scale"].float().repeat_interleave(group, 1).numpy()[:, : w.shape[1]]
         values = (codes - points.repeat(group, 1)[:, : w.shape[1]]).astype(np.float32) * exact
-        return tensors | ({"_zero_point": _words(points.T).T} if zeros else {}), values
+        return tensors | ({"_zero_point": _words(points.T, bits).T} if zeros else {}), values
 
     return write
 
 
-def gptq(group: int, zeros: bool = False, act_order: bool = False, offset: int = 1) -> Writer:
+def gptq(group: int, zeros: bool = False, act_order: bool = False, offset: int = 1, bits: int = 4) -> Writer:
     """act_order: the groups are scattered over the inputs. offset: 1, or 0 for gptq_v2."""
 
     def write(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         order = np.random.default_rng(w.size).permutation(w.shape[1]) if act_order else np.arange(w.shape[1])
-        codes, scales, points, values = _integers(w[:, order], group, zeros)
+        codes, scales, points, values = _integers(w[:, order], group, zeros, bits)
         group_of, back = np.arange(w.shape[1]) // group, np.argsort(order)
         tensors = {
-            ".qweight": _words(codes[:, back]).T.contiguous(),
+            ".qweight": _words(codes[:, back], bits).T.contiguous(),
             ".scales": torch.from_numpy(scales.T.copy()),
-            ".qzeros": _words(points.T - offset),
+            ".qzeros": _words(points.T - offset, bits),
             ".g_idx": torch.from_numpy(group_of[back].astype(np.int32)),
         }
         return tensors, values[:, back]
@@ -124,8 +128,8 @@ def awq(group: int) -> Writer:
     def write(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
         codes, scales, points, values = _integers(w, group, zeros=True)
         return {
-            ".qweight": _words(codes.T, _AWQ_ORDER),
-            ".qzeros": _words(points.T, _AWQ_ORDER),
+            ".qweight": _words(codes.T, 4, _AWQ_ORDER),
+            ".qzeros": _words(points.T, 4, _AWQ_ORDER),
             ".scales": torch.from_numpy(scales.T.copy()),
         }, values
 

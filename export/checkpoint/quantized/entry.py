@@ -11,17 +11,19 @@ LARGEST = 1 << 20  # a group's or a block's size
 # How the quantization was made and labelled, what runs it, and how activations were rounded, which nothing here does.
 _BOOKKEEPING = frozenset(
     (
-        *("quant_method", "version", "producer", "meta", "quantizer", "tokenizer", "dataset", "damp_percent"),
-        *("damp_auto_increment", "true_sequential", "static_groups", "model_name_or_path", "model_file_base_name"),
-        *("batch_size", "block_name_to_quantize", "to_quant_block_names", "cache_block_outputs", "exllama_config"),
-        *("max_input_length", "use_cuda_fp16", "modules_in_block_to_quantize", "pad_token_id", "model_seqlen"),
-        *("use_exllama", "disable_exllama", "module_name_preceding_first_block", "backend", "lm_head", "mse"),
-        *("act_group_aware", "desc_act", "actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype"),
-        *("autoround_version", "iters", "nsamples", "seqlen", "lr", "minmax_lr", "enable_minmax_tuning", "amp"),
-        *("enable_quanted_input", "gradient_accumulate_steps", "low_gpu_mem_usage", "data_type", "dequantize"),
-        *("do_fuse", "fuse_max_seq_len", "modules_to_fuse", "run_compressed", "quantization_status"),
-        *("global_compression_ratio", "activation_scheme", "kv_cache_scheme", "kv_cache_quant_algo"),
-        *("input_activations", "output_activations", "use_optimized_inference"),
+        *("quant_method", "version", "producer", "provider", "meta", "quantizer", "tokenizer", "dataset", "nsamples"),
+        *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "mse", "act_group_aware"),
+        *("model_name_or_path", "model_file_base_name", "model_seqlen", "seqlen", "batch_size", "max_input_length"),
+        *("block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize", "in_blocks"),
+        *("module_name_preceding_first_block", "cache_block_outputs", "pad_token_id", "lm_head", "fixed_by_user"),
+        *("exllama_config", "use_exllama", "disable_exllama", "use_cuda_fp16", "backend", "do_fuse"),
+        *("fuse_max_seq_len", "modules_to_fuse", "desc_act", "actorder", "observer", "observer_kwargs"),
+        *("scale_dtype", "zp_dtype", "autoround_version", "iters", "lr", "minmax_lr", "enable_minmax_tuning", "amp"),
+        *("enable_quanted_input", "gradient_accumulate_steps", "low_gpu_mem_usage", "data_type", "super_bits"),
+        *("super_group_size", "act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic"),
+        *("input_activations", "output_activations", "activation_scheme", "kv_cache_scheme", "kv_cache_quant_algo"),
+        *("dequantize", "run_compressed", "use_optimized_inference", "quantization_status"),
+        *("global_compression_ratio",),
     )
 )
 

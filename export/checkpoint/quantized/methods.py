@@ -1,6 +1,6 @@
 """quantization_config, compression_config and hf_quant_config.json of each method as `Settings`."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -139,59 +139,68 @@ def _scheme(weights: Entry) -> tuple[Scheme, tuple[int, int] | None]:
 
 def _gptq(entry: Entry) -> Settings:
     offset = {"gptq": 1, "gptq_v2": 0}
-    stated = entry.choice("checkpoint_format", None, *offset) or entry.choice("format", *offset)
-    entry.choice("format", None, *offset)
+    stated = [entry.choice(key, None, *offset) for key in ("checkpoint_format", "format")]
+    entry.choice("method", "gptq")
     entry.choice("pack_dtype", "int32")
-    entry.choice("packing_format", None, "auto_round:auto_gptq")
     entry.choice("is_marlin_format", False)
-    for_all = _integers(entry)
-    schemes, excluded = _dynamic(entry, for_all)
-    ignored = entry.modules("modules_to_not_convert")
-    entry.refuse_unread()
-    both: Matches = lambda name: excluded(name) or ignored(name)  # noqa: E731
-    return Settings("gptq", entry.path, None, (*schemes, (_every, for_all)), offset[stated], both)
+    return _integers(entry, "gptq", entry.choice("sym", True, False), offset[stated[0] or stated[1] or "gptq"])
 
 
 def _auto_round(entry: Entry) -> Settings:
     """Of its own layouts the one that is GPTQ's, under the name that it has there."""
-    if entry.get("packing_format") != "auto_round:auto_gptq":
-        raise entry.refused("packing_format", entry.get("packing_format"), "auto_round:auto_gptq")
-    return _gptq(entry)
-
-
-def _integers(entry: Entry) -> Scheme:
-    return Scheme(entry.choice("bits", 4, 8), entry.size("group_size"), entry.choice("sym", True, False))
-
-
-def _dynamic(entry: Entry, for_all: Scheme) -> tuple[list[tuple[Matches, Scheme]], Matches]:
-    """GPTQModel's exceptions: "-:EXPRESSION" is not quantized, "+:EXPRESSION" or "EXPRESSION" otherwise."""
-    listed, schemes, excluded = entry.entry("dynamic"), [], []
-    for pattern in listed.keys() if listed is not None else ():
-        expression = pattern.removeprefix("-:").removeprefix("+:")
-        if pattern.startswith("-:"):
-            excluded.append(expression)
-            continue
-        other = listed.entry(pattern) if listed is not None else None
-        if other is not None:
-            stated = {"bits": other.choice("bits", None, 4, 8), "group_size": other.size("group_size")}
-            stated["symmetric"] = other.choice("sym", None, True, False)
-            other.refuse_unread()
-            fits = matches(f"{entry.path}.dynamic", [expression], expressions=True)
-            schemes.append((fits, replace(for_all, **{k: v for k, v in stated.items() if v is not None})))
-    return schemes, matches(f"{entry.path}.dynamic", excluded, expressions=True)
+    if (stated := entry.get("packing_format")) != "auto_round:auto_gptq":
+        raise entry.refused("packing_format", stated, "auto_round:auto_gptq")
+    entry.choice("data_type", "int")
+    return _integers(entry, "gptq", entry.choice("sym", True, False), 1)
 
 
 def _awq(entry: Entry) -> Settings:
-    entry.choice("version", "gemm", "GEMM")
-    zeros = entry.choice("zero_point", True, False)
-    scheme = Scheme(entry.choice("bits", 4), entry.size("group_size"), not zeros)
-    ignored = entry.modules("modules_to_not_convert")
+    for key in ("version", "checkpoint_format", "format"):
+        entry.choice(key, "gemm", "GEMM")
+    entry.choice("method", "awq")
+    return _integers(entry, "awq", not entry.choice("zero_point", True, False))
+
+
+def _integers(entry: Entry, method: str, symmetric: bool, zero_offset: int = 0) -> Settings:
+    """Fields that the integers of 4 and 8 bits in layers of their own have in common."""
+    allowed = (4, 8) if method == "gptq" else (4,)
+    entry.get("sym")
+    for_all = Scheme(entry.choice("bits", *allowed), entry.size("group_size"), symmetric)
+    lists = [entry.modules("modules_to_not_convert", "ignore")]
+    schemes = []
+    for fits, other in _exceptions(entry):
+        bits = other.choice("bits", None, *allowed, 16) if other is not None else 16
+        if other is None or bits == 16:
+            lists.append(fits)
+            continue
+        stated = {
+            "bits": bits,
+            "group_size": other.size("group_size"),
+            "symmetric": other.choice("sym", None, True, False),
+        }
+        schemes.append((fits, replace(for_all, **{key: value for key, value in stated.items() if value is not None})))
+        other.refuse_unread()
     entry.refuse_unread()
-    return Settings("awq", entry.path, None, ((_every, scheme),), ignored=ignored)
+    ignored: Matches = lambda name: any(fits(name) for fits in lists)  # noqa: E731
+    return Settings(method, entry.path, None, (*schemes, (_every, for_all)), zero_offset, ignored)
+
+
+def _exceptions(entry: Entry) -> Iterator[tuple[Matches, Entry | None]]:
+    """Modules that differ, and how; None for those that are not quantized.
+
+    GPTQModel's `dynamic`: "-:EXPRESSION", "+:EXPRESSION" or "EXPRESSION". auto-round's `extra_config`: a name, or an
+    expression.
+    """
+    for key in ("dynamic", "extra_config"):
+        listed, place = entry.entry(key), f"{entry.path}.{key}"
+        for pattern in listed.keys() if listed is not None else ():
+            expression = pattern.removeprefix("-:").removeprefix("+:")
+            fits = matches(place, [expression], expressions=key == "dynamic" or any(c in pattern for c in "*\\^$("))
+            yield fits, None if pattern.startswith("-:") or listed is None else listed.entry(pattern)
 
 
 def _modelopt(entry: Entry) -> Settings:
-    entry.choice("quant_algo", "NVFP4", "FP8", "MXFP8", "MIXED_PRECISION")
+    entry.choice("quant_algo", "NVFP4", "W4A16_NVFP4", "FP8", "MXFP8", "MIXED_PRECISION")
     for key in ("group_size", "config_groups", "quantized_layers"):  # the shapes of scales say the same
         entry.get(key)
     ignored = entry.modules("ignore", "exclude_modules")

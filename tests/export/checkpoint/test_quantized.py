@@ -17,7 +17,7 @@ from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from tests.support.checkpoints import FAMILIES, canonical
 from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections
-from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_int4
+from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_ints
 
 QWEN, GLM, QWEN35 = FAMILIES
 OF_GLM = ("fp8-static-fused", "fp8-blocks-fused", "int4-128-zeros", "gptq-128", "awq-32", "nvfp4")
@@ -259,8 +259,13 @@ def test_transformers_dequantizes_to_the_same_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("format_", "writer", "weights"),
     [
-        ("pack-quantized", packed_int4(32), {"num_bits": 4, "type": "int", "group_size": 32}),
-        ("pack-quantized", packed_int4(32, True), {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}),
+        ("pack-quantized", packed_ints(32), {"num_bits": 4, "type": "int", "group_size": 32}),
+        ("pack-quantized", packed_ints(32, True), {"num_bits": 4, "type": "int", "group_size": 32, "symmetric": False}),
+        (
+            "pack-quantized",
+            packed_ints(32, True, bits=8),
+            {"num_bits": 8, "type": "int", "group_size": 32, "symmetric": False},
+        ),
         ("float-quantized", fp8_tiles(1, 0, "_scale"), {"num_bits": 8, "type": "float", "strategy": "channel"}),
         ("mxfp4-pack-quantized", mxfp4("_packed", "_scale"), {"num_bits": 4, "type": "float", "group_size": 32}),
         (
@@ -269,7 +274,7 @@ def test_transformers_dequantizes_to_the_same_weights(tmp_path: Path) -> None:
             {"num_bits": 4, "type": "float", "group_size": 16, "strategy": "tensor_group"},
         ),
     ],
-    ids=["int4", "int4-zeros", "fp8", "mxfp4", "nvfp4"],
+    ids=["int4", "int4-zeros", "int8-zeros", "fp8", "mxfp4", "nvfp4"],
 )
 def test_writers_agree_with_the_package_compressed_tensors(format_: str, writer: Any, weights: dict[str, Any]) -> None:
     """The tests above rest on the writers: these decode to the values that the formats' own package finds."""

@@ -5,13 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from moevlm.export.checkpoint.quantized.patterns import matches
-from moevlm.runtime.core.errors import CheckpointError, MoevlmError, UnsupportedModelError
+from moevlm.runtime.core.errors import CheckpointError
 from tests.support.checkpoints import canonical, refused
 from tests.support.published import FORMATS, floats
 from tests.support.tiny import edit_json, edit_tensors
@@ -200,104 +198,3 @@ def test_names_of_gptq_need_its_config(published: Callable[[str], Path]) -> None
         ".qweight is of a format that the config's quant_method does not have",
         act=lambda: canonical(directory),
     )
-
-
-def group(weights: dict[str, Any], **more: Any) -> dict[str, Any]:
-    given = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
-    return {
-        "quant_method": "compressed-tensors",
-        "config_groups": {"g": {"targets": ["Linear"], "weights": given | weights}},
-    } | more
-
-
-CONFIGS: list[tuple[Any, type[MoevlmError], tuple[str, ...]]] = [
-    ({"quant_method": "bitsandbytes"}, UnsupportedModelError, ('.quant_method = "bitsandbytes" (supported: fp8, ',)),
-    ({"quant_method": ["fp8"]}, UnsupportedModelError, (".quant_method = ['fp8'] (supported: fp8, ",)),
-    ({"bits": 4}, UnsupportedModelError, (".quant_method = None (supported: fp8, ",)),
-    ("fp8", CheckpointError, ("quantization_config = 'fp8' (an object)",)),
-    (
-        {"quant_method": "fp8", "fmt": "e5m2"},
-        UnsupportedModelError,
-        ('.fmt = "e5m2" (supported: e4m3, float8_e4m3fn)',),
-    ),
-    (
-        {"quant_method": "fp8", "weight_block_size": [128, 0]},
-        UnsupportedModelError,
-        (".weight_block_size = [128, 0] (supported: null, or two numbers, as in [128, 128])",),
-    ),
-    ({"quant_method": "gptq", "bits": 3}, UnsupportedModelError, (".bits = 3 (supported: 4, 8)",)),
-    ({"quant_method": "gptq", "bits": True}, UnsupportedModelError, (".bits = True (supported: 4, 8)",)),
-    (
-        {"quant_method": "gptq", "group_size": -2},
-        UnsupportedModelError,
-        (".group_size = -2 (supported: -1, or a number",),
-    ),
-    (
-        {"quant_method": "gptq", "rotation": "hadamard"},
-        UnsupportedModelError,
-        ("quantization_config.rotation = 'hadamard'", "--ignore-config quantization_config.rotation"),
-    ),
-    (
-        {"quant_method": "gptq", "dynamic": {"+:.*q": {"bits": 2}}},
-        UnsupportedModelError,
-        (".bits = 2 (supported: 4, 8)",),
-    ),
-    (
-        {"quant_method": "gptq", "dynamic": {"-:(a+)+$": {}}},
-        UnsupportedModelError,
-        ('dynamic: "(a+)+$" (supported: reg',),
-    ),
-    ({"quant_method": "awq", "version": "gemv"}, UnsupportedModelError, ('.version = "gemv" (supported: gemm, GEMM)',)),
-    ({"quant_method": "auto-round", "packing_format": "auto_round"}, UnsupportedModelError, ("auto_round:auto_gptq",)),
-    (
-        {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
-        UnsupportedModelError,
-        ('.quant_algo = "W4A8_AWQ" (supported: NVFP4, FP8, MXFP8, MIXED_PRECISION)',),
-    ),
-    (group({"num_bits": 3}), UnsupportedModelError, ("config_groups.g.weights.num_bits = 3 (supported: 4, 8)",)),
-    (group({"dynamic": True}), UnsupportedModelError, ("config_groups.g.weights.dynamic = True (supported: false)",)),
-    (group({}, format="marlin-24"), UnsupportedModelError, ('.format = "marlin-24" (supported: pack-quantized, ',)),
-    (
-        group({}, transform_config={"config_groups": {"R1": {}}}),
-        UnsupportedModelError,
-        (".transform_config = {", "none"),
-    ),
-    (group({}, ignore="lm_head"), UnsupportedModelError, ('.ignore = "lm_head" (supported: a list of names)',)),
-    (group({}, ignore=["re:("]), UnsupportedModelError, ('.ignore: "(" (supported: regular expressions',)),
-]
-
-
-@pytest.mark.parametrize(("config", "kind", "words"), CONFIGS, ids=[str(i) for i in range(len(CONFIGS))])
-def test_config_that_is_not_supported_is_refused_by_its_field(
-    config: Any, kind: type[MoevlmError], words: tuple[str, ...], published: Callable[[str], Path]
-) -> None:
-    directory = published("fp8-blocks")
-    edit_json(directory / "config.json", lambda whole: whole.update(quantization_config=config))
-    refused(kind, *words, act=lambda: canonical(directory))
-
-
-def test_two_configs_that_differ_are_refused(published: Callable[[str], Path]) -> None:
-    directory, config = published("fp8-blocks"), FORMATS["fp8-blocks"].config
-    edit_json(directory / "config.json", lambda whole: whole["text_config"].update(quantization_config=config))
-    canonical(directory)
-    other = config | {"weight_block_size": [64, 64]}
-    edit_json(directory / "config.json", lambda whole: whole["text_config"].update(quantization_config=other))
-    refused(CheckpointError, "two that differ", "text_config.quantization_config", act=lambda: canonical(directory))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "fitting", "others"),
-    [
-        ("lm_head", ("lm_head",), ("lm_head2", "a.lm_head.b")),
-        ("model.visual", ("model.visual", "model.visual.blocks.0.attn"), ("model.visuals",)),
-        ("mlp.gate", ("model.layers.3.mlp.gate",), ("model.layers.3.mlp.gate_proj",)),
-        ("*shared_expert*", ("model.layers.0.mlp.shared_expert.up_proj",), ("model.layers.0.mlp.experts",)),
-        ("re:.*self_attn.*", ("model.layers.1.self_attn.q_proj",), ("model.layers.1.mlp",)),
-    ],
-)
-def test_lists_of_modules_have_names_globs_and_expressions(
-    pattern: str, fitting: tuple[str, ...], others: tuple[str, ...]
-) -> None:
-    fits = matches("ignore", [pattern])
-    assert all(map(fits, fitting))
-    assert not any(map(fits, others))
