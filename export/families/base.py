@@ -80,11 +80,13 @@ class Family(ABC):
     config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
     the usual one.
     left_out: patterns of tensors that have no part in text and images, or that transformers does not load.
+    part: of config.json, what describes the model of text and images, where there is more; else empty.
     """
 
     weights: ClassVar[Mapping[str, str | Source]]
     about: ClassVar[About]
     router_suffix: ClassVar[str]
+    part: ClassVar[str] = ""
     config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[tuple[str, ...]] = (r"rotary_emb\.inv_freq",)  # computed, and once saved with each layer
 
@@ -108,7 +110,8 @@ class Family(ABC):
         try:
             config = self.translate(fields)
         except FieldError as error:  # from the canonical config or a spec
-            told = error.named({**_CONFIG_NAMES, **self.config_names}.get(error.field, error.field))
+            name = {**_CONFIG_NAMES, **self.config_names}.get(error.field, error.field)
+            told = error.named(f"{self.part}.{name}" if self.part else name)
             raise UnsupportedModelError(f"unsupported value in config.json: {told}") from error
         fields.refuse_unread()
         return config

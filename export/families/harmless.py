@@ -43,7 +43,9 @@ _TOKENS = (
     *("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "image_token_id", "video_token_id"),
     *("vision_start_token_id", "vision_end_token_id", "image_start_token_id", "image_end_token_id"),
     *("video_start_token_id", "video_end_token_id", "boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id"),
-    *("eoa_token_index", "audio_token_id"),
+    *("eoa_token_index", "audio_token_id", "audio_start_token_id", "audio_end_token_id"),
+    *("im_start_token_id", "im_end_token_id", "system_token_id", "user_token_id", "assistant_token_id"),
+    *("tts_pad_token_id", "tts_bos_token_id", "tts_eos_token_id"),
 )
 
 _HARMLESS = frozenset([*_BOOKKEEPING, *_COMPUTATION, *_STORAGE, *_TRAINING, *_GENERATION, *_TOKENS])

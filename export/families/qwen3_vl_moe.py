@@ -43,16 +43,21 @@ class Qwen3VLMoe(Family):
         text.get("tie_word_embeddings", False)  # the outer field decides
         return ModelConfig(
             model_type="qwen3_vl_moe",
-            decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False), vision=vision),
+            decoder=self.decoder(
+                text,
+                tied=fields.flag("tie_word_embeddings", False),
+                vision=vision,
+                renormalize=text.choice("norm_topk_prob", (True,), True),
+            ),
             vision=qwen_vision.config(vision, vision.counts("deepstack_visual_indexes")),
             **shared.token_ids(fields, text),
         )
 
-    def _decoder(self, text: Fields, tied: bool, vision: Fields) -> DecoderConfig:
+    def decoder(self, text: Fields, *, tied: bool, vision: Fields, renormalize: bool) -> DecoderConfig:
+        """The language model."""
         heads, head_dim = text.positive("num_attention_heads"), shared.head_dim(text)
         rope = mrope(text, head_dim, interleaved=True, default_sections=(24, 20, 20))
         activation = text.choice("hidden_act", {"silu": "silu"})
-        text.choice("norm_topk_prob", (True,), True)
         text.choice("use_sliding_window", (False,), False)
         text.get("max_window_layers", None)  # how many layers would have a window
         bias = text.flag("attention_bias", False)
@@ -68,7 +73,7 @@ class Qwen3VLMoe(Family):
         moe = MoEConfig(
             experts=text.aliased("num_experts", "num_local_experts"),
             width=text.positive("moe_intermediate_size"),
-            router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
+            router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=renormalize),
             expert=ExpertsSpec(activation=activation),
         )
         dense = MLPConfig(text.positive("intermediate_size", 4 * text.positive("hidden_size")), activation)

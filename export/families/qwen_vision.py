@@ -8,13 +8,15 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.sources import flattened
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
-_MERGER = {"norm": "norm", "mlp.up": "linear_fc1", "mlp.down": "linear_fc2"}
+# The mergers: where those of deepstack lie, and what their parts are called.
+VL = ("deepstack_merger_list", {"norm": "norm", "mlp.up": "linear_fc1", "mlp.down": "linear_fc2"})
+OMNI = ("merger_list", {"norm": "ln_q", "mlp.up": "mlp.0", "mlp.down": "mlp.2"})
 
 
-def weights(tower: str) -> shared.Weights:
+def weights(tower: str, names: tuple[str, dict[str, str]] = VL) -> shared.Weights:
     """tower: the prefix of its tensors. Those of deepstack are not asked for where there is none."""
-    block = f"{tower}blocks.{{i}}."
-    mergers = {"merger": "merger", "deepstack_mergers.{i}": "deepstack_merger_list.{i}"}
+    block, (deepstack, parts) = f"{tower}blocks.{{i}}.", names
+    mergers = {"merger": "merger", "deepstack_mergers.{i}": f"{deepstack}.{{i}}"}
     return {
         "vision.patch_embedding.weight": flattened(f"{tower}patch_embed.proj.weight"),
         "vision.patch_embedding.bias": f"{tower}patch_embed.proj.bias",
@@ -30,7 +32,7 @@ def weights(tower: str) -> shared.Weights:
                 **{
                     f"vision.{ours}.{part}": f"{tower}{theirs}.{name}"
                     for ours, theirs in mergers.items()
-                    for part, name in _MERGER.items()
+                    for part, name in parts.items()
                 },
             },
             shared.BOTH,

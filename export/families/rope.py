@@ -23,7 +23,8 @@ def mrope(
     else:
         theta = text.number("rope_theta")
     _check_type(rope, ("default",))
-    rope.choice("mrope_interleaved", (interleaved,), interleaved)
+    for name in ("mrope_interleaved", "interleaved"):
+        rope.choice(name, (interleaved,), interleaved)
     if default_partial is None:
         partial = 1.0
         for part in (rope, text):

@@ -79,7 +79,7 @@ def _case(
     images: int,
     steps: int,
 ) -> Case:
-    merge = model.vision.merge_size
+    merge, config = model.vision.merge_size, _described(config)
     ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
     for _ in range(images):
         h, w = rng.integers(1, _SIDE, 2)
@@ -101,8 +101,16 @@ def _case(
 
 def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
     """Token ids without those that mean something to the checkpoint."""
-    reserved = {value for key, value in config.items() if key.endswith("_token_id") and isinstance(value, int)}
+    reserved = {
+        value for key, value in _described(config).items() if key.endswith("_token_id") and isinstance(value, int)
+    }
     return np.array([i for i in range(model.vocabulary) if i not in reserved])
+
+
+def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json that has the ids of images: itself, or what stands beside a model of speech."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    return next((part for part in parts if "image_token_id" in part), config)
 
 
 def _patches(rng: np.random.Generator, grids: list[Grid], model: ModelMetadata) -> np.ndarray:

@@ -49,6 +49,7 @@ class Oracle:
         self._family, self._vision, self._adapter = family, vision, checkpoint.adapter
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+            config = getattr(config, family.part) if family.part else config
             with torch.device("meta"):
                 self.model = transformers.AutoModelForImageTextToText.from_config(
                     config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
@@ -107,7 +108,7 @@ class Oracle:
 
 def inputs_of(config: Any, vision: VisionMetadata, ids: torch.Tensor, cases: Sequence[Case]) -> dict[str, torch.Tensor]:
     """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
-    inputs = {"input_ids": ids}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # without a mask, Qwen3-Omni sees no images
     if any(case.grids for case in cases):
         inputs |= oracle_images(vision).inputs(cases, vision)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()

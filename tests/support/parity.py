@@ -56,12 +56,17 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
     with Checkpoint.open(checkpoint) as source:
         model = CanonicalModel.of(source)
         metadata = model.config.metadata()
+        family, config = family_for(source.config), transformers.AutoConfig.from_pretrained(checkpoint)
         whole = transformers.AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+            checkpoint,
+            config=getattr(config, family.part) if family.part else config,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
         ).eval()
         ordinary = ordinary_ids(metadata, source.config)
         cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
-        answers = Oracle(source, family_for(source.config), metadata.vision).outputs(cases)
+        answers = Oracle(source, family, metadata.vision).outputs(cases)
         yield Held(model, Expected(model, metadata, cases, answers), ordinary)
 
 

@@ -1,0 +1,106 @@
+"""Qwen3-Omni's thinker: its fields of config.json and its names, and what is left out of both by name."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
+from moevlm.export.model import CanonicalModel
+from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
+from tests.support.checkpoints import canonical, refused
+from tests.support.tiny import TinyCheckpoint, edit_tensors
+
+CHOICES = [
+    ("thinker_config.text_config.use_qk_norm", False, "true"),
+    ("thinker_config.text_config.hidden_act", "gelu", "silu"),
+    ("thinker_config.vision_config.apply_vit_abs_pos_embed", False, "true"),
+]
+MODEL = TinyCheckpoint("qwen3_omni_moe", text={"vocab_size": 96}, seed=35)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it is."""
+    return MODEL.save(tmp_path_factory.mktemp("omni") / "checkpoint")
+
+
+def with_field(checkpoint: Path, path: str, value: Any) -> dict[str, Any]:
+    config = json.loads((checkpoint / "config.json").read_text())
+    place, *keys = config, *path.split(".")
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    return config
+
+
+@pytest.mark.parametrize(("path", "value", "allowed"), CHOICES)
+def test_value_that_is_not_supported_is_refused_by_its_whole_name(
+    path: str, value: Any, allowed: str, checkpoint: Path
+) -> None:
+    config = with_field(checkpoint, path, value)
+    told = f"unsupported value in config.json: {path} = "
+    refused(UnsupportedModelError, told, f"(supported: {allowed})", act=lambda: family_for(config).config(config))
+
+
+@pytest.mark.parametrize(
+    "part", ["", "thinker_config.", "thinker_config.text_config.", "thinker_config.vision_config."]
+)
+def test_field_that_nobody_knows_is_refused_by_name(part: str, checkpoint: Path) -> None:
+    config = with_field(checkpoint, f"{part}talks_backwards", 3)
+    told = f"unsupported field in config.json: {part}talks_backwards = 3"
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+def test_size_that_does_not_fit_is_named_where_it_stands(checkpoint: Path) -> None:
+    config = with_field(checkpoint, "thinker_config.text_config.num_experts_per_tok", 9)
+    told = "thinker_config.text_config.num_experts_per_tok = 9"
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+def test_fields_of_sound_speech_and_video_change_nothing(checkpoint: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    more = copy.deepcopy(config) | {"talker_config": {"speaker_id": {"ethan": 2302}}, "code2wav_config": {"depth": 1}}
+    more |= {"system_token_id": 8948, "tts_pad_token_id": 7, "assistant_token_id": 9, "im_end_token_id": 2}
+    thinker = more["thinker_config"] = more["thinker_config"] | {"position_id_per_seconds": 13, "seconds_per_chunk": 2}
+    thinker |= {"audio_end_token_id": 92, "user_token_id": 872}
+    thinker["text_config"] |= {"use_qk_norm": True, "shared_expert_intermediate_size": 0, "sliding_window": None}
+    thinker["vision_config"] |= {"apply_vit_abs_pos_embed": True, "image_size": 768, "in_chans": 3}
+    thinker["vision_config"] |= {"spatial_patch_size": 16, "tokens_per_second": 2}
+    assert family_for(more).config(more) == family_for(config).config(config)
+
+
+def test_tensors_of_sound_and_speech_are_left_out_and_counted(checkpoint: Path) -> None:
+    with Checkpoint.open(checkpoint) as source:
+        left_out = CanonicalModel.of(source).left_out
+        names = list(source.tensors)
+    assert left_out == {
+        "^talker": sum(name.startswith("talker") for name in names),
+        "^code2wav": sum(name.startswith("code2wav") for name in names),
+        "^thinker.audio_tower": sum(name.startswith("thinker.audio_tower") for name in names),
+    }
+    assert min(left_out.values()) > 0
+
+
+def test_experts_one_by_one_and_fused_are_one_model(checkpoint: Path, save_checkpoint: Callable[..., Path]) -> None:
+    from tests.export.families.test_tensor_names import fuse_experts
+
+    for in_out in (False, True):
+        other = save_checkpoint(model_type="qwen3_omni_moe", text=MODEL.text, seed=MODEL.seed)
+        edit_tensors(other, lambda tensors, in_out=in_out: fuse_experts(tensors, in_out))
+        ours, theirs = canonical(other), canonical(checkpoint)
+        assert ours.keys() == theirs.keys()
+        for name, array in ours.items():
+            np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_missing_tensor_is_named(save_checkpoint: Callable[..., Path]) -> None:
+    directory = save_checkpoint(model_type="qwen3_omni_moe", text=MODEL.text)
+    name = "thinker.visual.merger.ln_q.bias"
+    edit_tensors(directory, lambda tensors: tensors.pop(name))
+    refused(CheckpointError, f"the checkpoint lacks tensor {name}", act=lambda: canonical(directory))
