@@ -292,7 +292,7 @@ def test_prompts_depend_on_the_seed_alone(tiny_bundle: Path) -> None:
 
 
 def test_a_prompt_is_longer_than_every_block_of_keys_that_a_kernel_takes() -> None:
-    plugins = Path(__file__).parents[3] / "plugins/cpu"
+    plugins = Path(__file__).parents[3] / "plugins/cpu/attention"
     source = "".join(path.read_text() for path in plugins.rglob("*") if path.suffix in (".h", ".cpp"))
     (block,) = re.findall(r"\bkBlock = (\d+)", source)
     assert max(int(block), PAGE_SIZE) < LONG_PROMPT
