@@ -27,6 +27,7 @@ RESULTS = ROOT / "bench" / "results"
 PARTS = {
     "checks": "every kernel variant against the spec in numpy",
     "attention": "times of paged attention against PyTorch's and the GPU's limits",
+    "delta": "times of the gated delta rule against the GPU's limits",
     "layers": "times of MoE layers against grouped_mm and the GPU's limits",
     "vision": "times of attention among patches against scaled_dot_product_attention, flex_attention and the peak",
     "candidates": "times of choosing a row's likeliest tokens against topk, logsumexp and the bandwidth",

@@ -145,6 +145,24 @@ def vision_table(entries: Sequence[Entry]) -> str:
     return table("attention among patches", ("images", "by", "us", "of peak", ""), rows)
 
 
+def delta_table(entries: Sequence[Entry]) -> str:
+    """A row per step."""
+    rows = [
+        (
+            " + ".join(
+                (f"{entry['decoded']} decoded",) * (entry["decoded"] > 0)
+                + (f"{entry['prompts']} x {entry['tokens']}",) * (entry["prompts"] > 0)
+            ),
+            _microseconds(entry["seconds"]),
+            _percent(entry["of_bandwidth"]),
+            _percent(entry["of_peak"]),
+        )
+        for entry in entries
+        if entry["kind"] == "delta" and "seconds" in entry and "error" not in entry
+    ]
+    return table("gated delta rule, a layer of Qwen3.5-35B-A3B", ("step", "us", "of bandwidth", "of peak"), rows)
+
+
 def candidates_table(entries: Sequence[Entry]) -> str:
     """A row per number of rows and kind of logits."""
     rows = [
@@ -243,7 +261,7 @@ def text_of(entries: Sequence[Entry]) -> str:
     parts += [f"{entry['kind']}: stopped {entry['stopped']}" for entry in entries if "stopped" in entry]
     parts += [correctness_table(entries), *(f"{entry['kind']}: {entry['skipped']}" for entry in left_out)]
     parts += [*attention_tables(entries), *layer_tables(entries), *host_experts_tables(entries)]
-    parts += [vision_table(entries), candidates_table(entries), tiles_text(entries)]
+    parts += [vision_table(entries), delta_table(entries), candidates_table(entries), tiles_text(entries)]
     for entry in entries:
         if entry["kind"] == "engine":
             told = entry.get("skipped") or entry.get("error") or _engine_text(entry)

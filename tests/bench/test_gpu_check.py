@@ -222,13 +222,15 @@ import json
 from bench.gpu import checks, launch
 from bench.gpu.cases import cases_of
 from bench.gpu.cases.experts import ExpertsCall
+from bench.gpu.cases.gated_delta import LengthsCall
 from bench.gpu.cases.paged_attention import SequencesCall
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
-from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, RouterSpec
+from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec, GatedDeltaSpec, RouterSpec
 calls = {
     ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32): [
         ExpertsCall(1), ExpertsCall(3), ExpertsCall(9), ExpertsCall(9, True)
@@ -238,6 +240,7 @@ calls = {
     PagedAttentionOp(AttentionSpec(2, 1, 16), 16, 16, "float16", "int8", has_norms=True): [
         SequencesCall(((70, 1),)), SequencesCall(((3, 5), (0, 1)))
     ],
+    GatedDeltaOp(GatedDeltaSpec(1, 2, 16, 16, 4), "float16"): [LengthsCall((1, 1), 1), LengthsCall((3, 1))],
     CandidatesOp(300): [1, 3],
 }
 for op, some in calls.items():
@@ -270,6 +273,7 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
         "MoERouter": "token 0 of 1 chooses",
         "SegmentAttention": "(4,): off by inf",
         "PagedAttention": "1 sequences: 70+1: off by inf",
+        "GatedDelta": "2 sequences: 1, 1: off by inf",
         "Candidates": "ids of row 0 at 0: ",
     }
     assert set(found) == set(wrong)

@@ -91,3 +91,28 @@ def test_candidates_are_timed_and_held_to_torch() -> None:
     assert not report.failures(entries)
     assert entries[1]["of_bandwidth"] == pytest.approx(3 * 900 * 4 / 1e-3 / 1e9)
     assert "3 of bfloat16" in report.text_of(entries)
+
+
+DELTA = """
+import json
+from bench.gpu import delta
+from bench.gpu.shapes import Limits
+from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
+from moevlm.plugins.ops.spec import GatedDeltaSpec
+from tests.support.interpreted_device import Interpreted
+delta.MOST_SETS = 1
+op, points = GatedDeltaOp(GatedDeltaSpec(1, 2, 16, 16, 4), "float16"), (delta.Point(2), delta.Point(1, 1, 20))
+print(json.dumps(list(delta.measure(op, points, Interpreted(90), Limits(1e9, 1e9)))))
+"""
+
+
+def test_the_gated_delta_rule_is_timed_against_the_limits() -> None:
+    decode, mixture = interpreted(DELTA)
+    assert not report.failures([decode, mixture])
+    kept = 2 * 16 * 16 + 3 * 64
+    assert decode["bytes"] == 2 * 2 * 4 * kept + 2 * (64 + 4 + 32) * 2
+    assert decode["of_bandwidth"] == pytest.approx(decode["bytes"] / 1e-3 / 1e9)
+    assert (decode["operations"], decode["of_peak"]) == (0, 0)
+    assert mixture["operations"] == 2 * 20 * 2 * (4 * 32 * 16 + 3 * 16 * 16 + 32 * 16)
+    text = report.text_of([decode, mixture])
+    assert "2 decoded" in text and "1 decoded + 1 x 20" in text

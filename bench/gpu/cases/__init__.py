@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from bench.gpu.cases.base import Cases
 from bench.gpu.cases.candidates import CandidatesCases
 from bench.gpu.cases.experts import ExpertsCases
+from bench.gpu.cases.gated_delta import GatedDeltaCases
 from bench.gpu.cases.paged_attention import PagedAttentionCases
 from bench.gpu.cases.router import RouterCases
 from bench.gpu.cases.segment_attention import SegmentAttentionCases
@@ -12,6 +13,7 @@ from moevlm.plugins.gpu.ops.base import KernelOp
 
 CASES: tuple[Cases, ...] = (
     PagedAttentionCases(),
+    GatedDeltaCases(),
     SegmentAttentionCases(),
     CandidatesCases(),
     ExpertsCases(),

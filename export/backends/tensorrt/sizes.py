@@ -1,13 +1,14 @@
 """Bytes of an engine that the model's config and the options tell, before anything is built."""
 
 from moevlm.export.backends.tensorrt.options import Options
-from moevlm.export.config import MLPConfig, ModelConfig, MoEConfig
+from moevlm.export.config import GatedDeltaConfig, MixerConfig, MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.graph.planned_cost import planned_cost
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
-from moevlm.runtime.core.manifest import CostMetadata, LayerMetadata
+from moevlm.runtime.core.manifest import CostMetadata
 
 _FLOAT32 = 4
+CHUNK = 32  # tokens of a chunk of the delta rule
 
 
 def cost_of(config: ModelConfig, options: Options, exact_router: bool) -> CostMetadata:
@@ -37,7 +38,7 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     """
     value, decoder, vision = DTYPES[options.activations].bytes, config.decoder, config.vision
     tower = vision.metadata()
-    mixed = max(_mixed(layer.mixer.metadata()) for layer in decoder.layers)
+    mixed = max(_mixed(layer.mixer) for layer in decoder.layers)
     fed = max(_fed(layer.feed_forward, decoder.hidden) for layer in decoder.layers)
     step = options.max_tokens * (2 * decoder.hidden + max(mixed, fed)) * value
     block = max(4 * vision.heads * vision.head_dim, vision.mlp.width * (3 if vision.mlp.gated else 2))
@@ -47,8 +48,16 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     return max(step, images) + features + options.max_logits * decoder.vocabulary * _FLOAT32
 
 
-def _mixed(layer: LayerMetadata) -> int:
-    """Values of a token in attention: queries, keys, values and the result."""
+def _mixed(mixer: MixerConfig) -> int:
+    """Values of a token in attention: queries, keys, values and the result.
+
+    Of the delta rule: its row before and after the convolution, and of each value head what its chunk does to a state,
+    see `plugins.gpu.ops.gated_delta`, and the result.
+    """
+    if isinstance(mixer, GatedDeltaConfig):
+        spec = mixer.spec
+        return 2 * (spec.channels + spec.value_heads) + spec.value_heads * (spec.key_dim + 2 * spec.value_dim + CHUNK)
+    layer = mixer.metadata()
     return layer.heads * (layer.key_dim + layer.value_dim) + layer.kv_heads * (layer.key_dim + layer.value_dim)
 
 

@@ -47,7 +47,9 @@ class SpecifiedKernels:
         bound = dict(zip((tensor.name for tensor in op.inputs), call.inputs, strict=True))
         caches = {tensor.name: bound[tensor.name] for tensor in op.inputs if tensor.written}
         arrays = {name: _array(memory, one, name not in caches) for name, one in bound.items()}
-        if caches:
+        if caches and op.name == "GatedDelta":
+            _write_states(memory, caches, arrays)
+        elif caches:
             _write_rows(memory, op, caches, arrays)
         for one, array in zip(call.outputs, _COMPUTED[op.name](None, op, arrays), strict=True):
             memory.write(one.address, array)
@@ -79,6 +81,16 @@ def _write_rows(memory: Memory, op: Any, caches: Mapping[str, Binding], step: Ma
                         raise MemoryFault(
                             f"{name} of sequence {n}: place {position}, in page {page}, was never written"
                         )
+
+
+def _write_states(memory: Memory, states: Mapping[str, Binding], step: Mapping[str, np.ndarray]) -> None:
+    """Note which rows a step writes. Raises MemoryFault if one was neither written nor cleared."""
+    rows = step["state_row"][np.diff(step["query_start"]) > 0]
+    for name, one in states.items():
+        flags = memory.written(one.address, one.size).reshape(one.shape[0], -1)
+        for row in rows[rows > 0].tolist():
+            if not flags[row].all():
+                raise MemoryFault(f"{name}: row {row} was never written")
 
 
 def _row_flags(written: np.ndarray, cache: Binding, kind: str) -> list[np.ndarray]:

@@ -76,8 +76,10 @@ class Typed(Pass):
             for i, made in enumerate(node.outputs):
                 if made.dtype is FLOAT and i not in _of(node, _EXACT_OUTPUTS):
                     made.type = ir.TensorType(own)
+        written = [cache for _, cache in kept]
+        written += [node.outputs[i] for node in nodes for i in _of(node, _EXACT_OUTPUTS)]
         for i, out in enumerate(graph.outputs):
-            if out.dtype is self.dtype and out.name not in FEATURES and all(out is not cache for _, cache in kept):
+            if out.dtype is self.dtype and out.name not in FEATURES and all(out is not state for state in written):
                 graph.outputs[i] = _widened(graph, out)
         return len(nodes)
 
