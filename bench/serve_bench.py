@@ -95,8 +95,9 @@ def by_hand(runtime: Runtime, prompts: Sequence[Prompt], new_tokens: int) -> flo
             query_start=starts.astype(np.int32),
             context_len=np.full(count, past, np.int32),
             page_table=table,
-            state_row=np.zeros(count, np.int32),
+            state_row=np.arange(1, count + 1, dtype=np.int32),
             logits_index=rows.astype(np.int32),
+            cleared=() if past else tuple(range(1, count + 1)),
         )
 
     ends = np.arange(count + 1) * PAST

@@ -12,6 +12,7 @@ import numpy as np
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.states import Recurrent
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import VisualFeatures, rows_between, step_features
@@ -77,7 +78,8 @@ class _Span:
 class Batch:
     """Prompts in an engine's pool, which it reserves: of an engine's batches only the last is of use.
 
-    A sequence's state row is one above its number. Its pages fall, so that none lies where its place would say.
+    A sequence's state row is one above its number, and another row waits for a copy of it. Its pages fall, so that none
+    lies where its place would say.
     """
 
     def __init__(
@@ -98,7 +100,8 @@ class Batch:
             own = np.arange(pages + count, pages, -1, dtype=np.int32)
             self._sequences.append(_Sequence(prompt, model, limits.steps, rows, own))
             rows, pages = rows + prompt.image_tokens, pages + count
-        engine.reserve(1 + pages, 1 + len(prompts))
+        self._recurrent = any(isinstance(state, Recurrent) for state in engine.states)
+        engine.reserve(1 + pages, 1 + 2 * len(prompts))
 
     def prefill(self, chunk_tokens: int | None = None, every_position: bool = False) -> Array:
         """Run the prompts through the decoder, `chunk_tokens` of each at a time (None: as many as a step takes).
@@ -110,10 +113,13 @@ class Batch:
         logits: Array | None = None
         for spans in self._chunks(chunk_tokens or self._limits.tokens):
             index, targets = places.of(spans)
-            # Where a step has no room for so many rows it is run again: it keeps the same keys and values each time.
-            for first in range(0, max(len(index), 1), self._limits.logits):
+            # Where a step has no room for so many rows it is run again: it keeps the same keys and values each time,
+            # and begins with the same recurrent states.
+            rounds = range(0, max(len(index), 1), self._limits.logits)
+            for first in rounds:
                 part = slice(first, first + self._limits.logits)
-                output = self._forward(spans, index[part])
+                copies = self._row_copies(spans, back=first > 0) if len(rounds) > 1 else ()
+                output = self._forward(spans, index[part], copies)
                 for i, target in enumerate(targets[part]):
                     row = output.logits(i)
                     logits = np.empty((places.total, len(row)), np.float32) if logits is None else logits
@@ -215,7 +221,15 @@ class Batch:
             count = (end if end - sequence.length <= free else start) - sequence.length
         return count
 
-    def _forward(self, spans: list[_Span], logits_index: Array) -> StepOutput:
+    def _row_copies(self, spans: list[_Span], back: bool) -> tuple[tuple[int, int], ...]:
+        """Of recurrent states with which these tokens begin: to rows of their own, or back from there."""
+        rows = [span.number + 1 for span in spans if self._recurrent and span.start > 0]
+        pairs = [(row, row + len(self._sequences)) for row in rows]
+        return tuple((spare, row) if back else (row, spare) for row, spare in pairs)
+
+    def _forward(
+        self, spans: list[_Span], logits_index: Array, row_copies: tuple[tuple[int, int], ...] = ()
+    ) -> StepOutput:
         parts = [(self._sequences[span.number], slice(span.start, span.stop)) for span in spans]
         table = np.zeros((len(spans), max(len(sequence.pages) for sequence, _ in parts)), np.int32)
         for row, (sequence, _) in zip(table, parts, strict=True):
@@ -239,6 +253,7 @@ class Batch:
             state_row=rows,
             logits_index=logits_index.astype(np.int32),
             cleared=tuple(int(row) for row, span in zip(rows, spans, strict=True) if span.start == 0),
+            row_copies=row_copies,
             visible_end=(
                 np.concatenate([sequence.visible_end[part] for sequence, part in parts]) if self._whole_images else None
             ),

@@ -12,6 +12,7 @@ from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.config import LayerConfig
 from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.debug_engine import DebugEngine
 from moevlm.export.parity.layer_reference import Rounding, layer_deviations
 from moevlm.export.parity.measures import relative_error
@@ -28,6 +29,7 @@ from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import Step
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.prompt import Prompt
 from tests.support.families.base import VOCABULARY
 from tests.support.hybrid import PlainModel, save
 from tests.support.hybrid.checkpoint import LAYERS
@@ -184,6 +186,21 @@ def test_sequences_go_on_from_a_copy_of_what_another_kept(target: str, bundle: B
             first = found
     np.testing.assert_array_equal(found, first)
     np.testing.assert_array_equal(kept.run({0: ids[30:]}), first)  # which was left as it was
+    engine.close()
+
+
+@pytest.mark.parametrize("target", ["reference", "cpu:int8"])
+def test_parity_asks_for_the_same_rows_in_few_or_many_steps(
+    target: str, bundle: Bundle, sequences: list[Array]
+) -> None:
+    engine, model = load_engine(bundle, target), bundle.manifest.model
+    prompts = [Prompt.from_ids(np.where(ids == model.image_token_id, 9, ids), [], model) for ids in sequences]
+    limits = BatchLimits.of(prompts, engine.limits)
+    found = [
+        Batch(engine, model, prompts, [], replace(limits, logits=logits)).prefill(40, every_position=True)
+        for logits in (limits.logits, 13)
+    ]
+    np.testing.assert_allclose(found[1], found[0], rtol=0, atol=1e-5 * np.abs(found[0]).max())
     engine.close()
 
 
