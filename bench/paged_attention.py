@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bench.visible_end import visible_ends
 from moevlm.export.formats.base import rounded
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.ops.attention import attention
@@ -51,6 +52,7 @@ def draw_inputs(op: PagedAttentionOp, sequences: Sequences, seed: int, shared: i
         "q_norm": random.uniform(0.5, 1.5, op.key_dim),
         "k_norm": random.uniform(0.5, 1.5, op.key_dim),
         "sinks": 2 * random.standard_normal(spec.heads),
+        "visible_end": visible_ends(sequences, np.random.RandomState(seed), longest=40),
     }
     return {t.name: inputs[t.name] if "int" in t.dtype else rounded(inputs[t.name], t.dtype) for t in op.inputs}
 
@@ -130,9 +132,9 @@ def deviation(op: PagedAttentionOp, inputs: Mapping[str, Array], results: Sequen
     tables = [inputs.get(name) for name in ("cos", "sin")]
     indices = [inputs[name] for name in ("query_start", "context_len", "page_table")]
     optional = [inputs.get(name) for name in ("q_norm", "k_norm", "sinks")]
-    value = None if spec.value_in_key else v
+    value, end = None if spec.value_in_key else v, inputs.get("visible_end")
     want, *_ = attention(
-        q, k, value, *tables, before["key_cache"], before.get("value_cache"), *indices, *optional, spec, stored
+        q, k, value, *tables, before["key_cache"], before.get("value_cache"), *indices, *optional, spec, stored, end
     )
     far = float(np.linalg.norm(y - want) / np.linalg.norm(want))
     return far if np.isfinite(far) else float("inf")

@@ -3,11 +3,11 @@
 Inputs come from `RandomState`, whose stream numpy has frozen (NEP 19), so a seed in a golden stays the same data.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from bench.visible_end import visible_ends
 from moevlm.plugins.ops.spec import AttentionSpec
 
 PAGE = 4  # tokens, so that a few of them take several pages
@@ -98,23 +98,3 @@ def attention_inputs(
         "page_table": table,
         **visible,
     }
-
-
-def visible_ends(sequences: Sequence[tuple[int, int]], random: np.random.RandomState, longest: int = 6) -> np.ndarray:
-    """[T] int32: text and images of 2 to `longest` tokens in turn.
-
-    Some ends lie below the token's own or beyond the step, which counts as the nearest that is possible.
-    """
-    ends = []
-    for context, length in sequences:
-        own, is_image = np.arange(context, context + length) + 1, random.rand() < 0.5
-        at = 0
-        while at < length:
-            stop = min(at + random.randint(2, longest + 1), length)
-            if is_image:
-                own[at:stop] = context + stop + (3 if stop == length and random.rand() < 0.3 else 0)
-            elif random.rand() < 0.3:
-                own[at:stop] = random.randint(-1, context + 1)
-            at, is_image = stop, not is_image
-        ends.append(own)
-    return np.concatenate([np.zeros(0, int), *ends]).astype(np.int32)

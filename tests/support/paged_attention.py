@@ -10,10 +10,10 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
+from bench.visible_end import visible_ends
 from moevlm.plugins.ops.attention import attention
 from moevlm.plugins.ops.spec import AttentionSpec
 from moevlm.runtime.backends import libraries as native
-from tests.support.attention_variants import visible_ends
 
 ONNX_TYPES = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8}
 INPUTS = {  # in the operator's order; the types of the caches are a case's

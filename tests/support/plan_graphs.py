@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx.reference import ReferenceEvaluator
 
+from bench.visible_end import visible_ends
 from moevlm.export.backends.tensorrt.passes.plugin_moe import expert_weights
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op
@@ -122,9 +123,12 @@ def random_step(
         "input_ids": rng.integers(0, 200, tokens),
         "visual_index": rng.integers(-1, visual, tokens),
         "logits_index": np.arange(tokens, dtype=np.int32),
+        "visible_end": visible_ends(sequences, np.random.RandomState(rng.integers(2**31))),
     }
     if any(value.name == "state_row" for value in model.graph.inputs):
         feeds["state_row"] = (1 + rng.permutation(len(sequences))).astype(np.int32)
+    wanted = {value.name for value in model.graph.inputs}
+    feeds = {name: array for name, array in feeds.items() if name in wanted}
     return feeds | _random_floats(model, feeds, sizes, rng)
 
 

@@ -21,7 +21,7 @@ class PagedAttentionOp:
     value_dim: of a value, in the key or not. dtype: of qkv and y, and of the caches where `cache` is "".
     key_cache [P, Hkv, page, W] and value_cache are written in place: W values of a head, or, with cache "int8" or "fp8"
     (e4m3), W = D + 4 bytes: a page's block of one head is then page_size * D codes, and page_size float32 scales.
-    Whatever query_start, context_len and page_table hold, nothing outside the inputs and outputs is touched.
+    Whatever the inputs in int32 hold, nothing outside the inputs and outputs is touched.
     """
 
     spec: AttentionSpec
@@ -32,6 +32,7 @@ class PagedAttentionOp:
     page_size: int = 64
     has_norms: bool = False
     has_sinks: bool = False
+    has_visible_end: bool = False
 
     name = "PagedAttention"
 
@@ -69,6 +70,8 @@ class PagedAttentionOp:
             tensors += [Tensor(name, "float32", (self.key_dim,)) for name in ("q_norm", "k_norm")]
         if self.has_sinks:
             tensors.append(Tensor("sinks", "float32", (spec.heads,)))
+        if self.has_visible_end:
+            tensors.append(Tensor("visible_end", "int32", (T,)))
         return tuple(tensors)
 
     @property

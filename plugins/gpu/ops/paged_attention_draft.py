@@ -47,9 +47,8 @@ class PagedAttentionDraft:
         if op.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
         self.op, self.sm = op, sm
-        self.heads = PagedHeads.of(
-            spec, op.key_dim, op.value_dim, op.cache, op.page_size, op.has_norms, op.has_sinks, sm
-        )
+        present = op.has_norms, op.has_sinks, op.has_visible_end
+        self.heads = PagedHeads.of(spec, op.key_dim, op.value_dim, op.cache, op.page_size, *present, sm)
         self.kernels: list[KernelSpec] = []
         self.places = {tensor.name: i for i, tensor in enumerate(op.inputs)}
 
@@ -74,6 +73,11 @@ class PagedAttentionDraft:
         tile = self.prefill_tile
         tiles = tokens // self._tokens(tile) + 1
         return self.multiprocessors // (tiles * self._slots(tile))
+
+    @property
+    def _widest(self) -> int:
+        """Dimensions of a padded key or value, the larger."""
+        return max(self.heads.first + self.heads.rest, self.heads.value_width)
 
     def _slots(self, tile: AttentionTile) -> int:
         """KV heads times tiles of query heads of each."""
@@ -135,7 +139,7 @@ class PagedAttentionDraft:
         return self._launch(
             "decode",
             (Count(Linear(**{places: 1})), fixed(self._slots(tile)), fixed(shares)),
-            (*_CACHED, "q_norm", "k_norm", "sinks", self.SUMS, self.STATES, *SYMBOLS, *limits),
+            (*_CACHED, "q_norm", "k_norm", "sinks", "visible_end", self.SUMS, self.STATES, *SYMBOLS, *limits),
             {"BY_SEQUENCE": places == "N", "TILE": tile},
             tile,
         )
@@ -147,7 +151,7 @@ class PagedAttentionDraft:
             "prefill",
             # No tile has tokens of two sequences.
             (Count(Linear(T=1, N=tokens), tokens), fixed(self._slots(tile)), fixed(shares)),
-            (*_CACHED, "q_norm", "sinks", "y", *partial, *SYMBOLS),
+            (*_CACHED, "q_norm", "sinks", "visible_end", "y", *partial, *SYMBOLS),
             {"LEAST": self._least(tile.BM, tile), "TILE": tile},
             tile,
         )
@@ -175,7 +179,8 @@ class PagedAttentionDraft:
         constants = {**constants, "H": self.heads, "OVERLAPS": self.sm >= HOPPER}
         if tile:
             constants["INTERPRETED"] = False
-        warps, stages = (tile.warps, tile.stages) if tile else (4, 1)
+        # Wider heads would not fit the registers of four warps where keys are written and shares merged.
+        warps, stages = (tile.warps, tile.stages) if tile else (8 if self._widest > 256 else 4, 1)
         spec = KernelSpec(function, types, tuple(sorted(constants.items())), warps, stages)
         if spec not in self.kernels:
             self.kernels.append(spec)
@@ -193,7 +198,8 @@ class PagedAttentionDraft:
         if argument in self.places:
             place = self.places[argument]
             return Argument("input", place), DTYPES[self.op.inputs[place].dtype].pointer
-        return Argument("null"), DTYPES[self._cache_dtype if argument == "value_cache" else "float32"].pointer
+        dtypes = {"value_cache": self._cache_dtype, "visible_end": "int32"}
+        return Argument("null"), DTYPES[dtypes.get(argument, "float32")].pointer
 
 
 def _falling(shares: Callable[[int], int]) -> Iterator[tuple[int, int]]:

@@ -27,6 +27,7 @@ class PagedHeads(Heads):
     window: int
     softcap: float
     has_sinks: bool
+    has_visible_end: bool
     cache: str
     page: int
     key_block: int
@@ -44,6 +45,7 @@ class PagedHeads(Heads):
         page: int,
         has_norms: bool,
         has_sinks: bool,
+        has_visible_end: bool,
         sm: int,
     ) -> "PagedHeads":
         """What follows from the attributes of the op, and from a GPU's."""
@@ -69,6 +71,7 @@ class PagedHeads(Heads):
             epsilon=spec.epsilon,
             has_norms=has_norms,
             has_sinks=has_sinks,
+            has_visible_end=has_visible_end,
             cache=cache,
             page=page,
             key_block=page * (key_dim + scales),

@@ -43,6 +43,8 @@ class DecodeStep:
         shapes["query_start"] = (size + 1,)
         if has_rows:
             shapes["state_row"] = (size,)
+        if model.bidirectional_images:  # zeros: a token sees itself at least, and nothing follows it
+            shapes["visible_end"] = (size,)
         for i, rope in enumerate(model.ropes):
             shapes |= dict.fromkeys((f"rope_cos.{i}", f"rope_sin.{i}"), (size, rope.dim // 2))
         execution.arrange(shapes)

@@ -48,6 +48,7 @@ class Decoder:
         self._states, self._features = states, features
         self._has_rows = any(isinstance(state, Recurrent) for state in states)
         self._kept: StateMemory | None = None
+        self._of_tokens = ("input_ids", "visual_index", *(["visible_end"] if model.bidirectional_images else []))
         self._one_each = np.arange(limits.max_sequences + 1, dtype=np.int32)
         self._resources = ExitStack()
         try:
@@ -170,7 +171,7 @@ class Decoder:
         self._tables.write(step.page_table, step.sequences)
         self._arrange(step.tokens, step.sequences, max(wanted, 1), seen)
         arrays = self._any.arrays
-        names = ["input_ids", "visual_index", "query_start", "context_len", *(["state_row"] if self._has_rows else [])]
+        names = [*self._of_tokens, "query_start", "context_len", *(["state_row"] if self._has_rows else [])]
         for name in names:
             arrays[name][...] = getattr(step, name)
         # No axis may be empty: where nothing is wanted, one row is computed and dropped.
@@ -187,7 +188,7 @@ class Decoder:
             self._any.bind(name, address, shape)
         self._any.bind("page_table", self._tables.address, (sequences, self._tables.columns))
         self._any.bind("logits", self._logits, (wanted, self._model.vocabulary))
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("input_ids", "visual_index"), (tokens,))
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self._of_tokens, (tokens,))
         shapes |= {"query_start": (sequences + 1,), "context_len": (sequences,), "logits_index": (wanted,)}
         if self._has_rows:
             shapes["state_row"] = (sequences,)

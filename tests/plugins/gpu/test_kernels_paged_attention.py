@@ -54,7 +54,11 @@ def agrees(
 
 @pytest.mark.parametrize(
     ("name", "step"),
-    [*product(ATTENTIONS, ("mixture",)), *product(("everything", "mla"), ("decode", "prefill", "empty sequences"))],
+    [
+        *product(ATTENTIONS, ("mixture",)),
+        *product(("everything", "mla"), ("decode", "prefill", "empty sequences")),
+        *product(("gemma4", "images without a window"), ("prefill", "long", "few tokens")),
+    ],
 )
 def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, name: str, step: str) -> None:
     variant = ATTENTIONS[name]
@@ -66,6 +70,7 @@ def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, nam
         page_size=16,
         has_norms=variant.norms,
         has_sinks=variant.sinks,
+        has_visible_end=variant.images,
     )
     agrees(triton_interpreter, op, STEPS[step])
 
@@ -85,8 +90,8 @@ def test_every_cache_agrees_with_the_spec(triton_interpreter: Interpreter, cache
         (16, 1, 80, 96),
         (5, 1, 128, 128),
         (4, 2, 192, 128),
-        (2, 1, 256, 256),
-        (2, 2, 512, 512),
+        (8, 1, 256, 256),  # Qwen3.5; two of them are a sliding layer of Gemma 4
+        (8, 1, 512, 512),  # a full layer of Gemma 4
     ],
     ids=str,
 )
@@ -119,12 +124,13 @@ def test_pages_of_64_past_a_share_with_shared_pages(triton_interpreter: Interpre
         check(op, inputs, triton_interpreter.run(op.draft(90), inputs))
 
 
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
 @pytest.mark.parametrize(("step", "shares"), [("decode", 8), ("few tokens", 8), ("mixture", 2), ("long", 2)])
 def test_each_launch_plan_is_right_for_all_that_it_admits(
-    triton_interpreter: Interpreter, step: str, shares: int
+    triton_interpreter: Interpreter, step: str, shares: int, images: bool
 ) -> None:
     spec = AttentionSpec(4, 1, 16, window=70)
-    op = PagedAttentionOp(spec, 16, 16, "float32", page_size=16, has_norms=True, has_sinks=True)
+    op = PagedAttentionOp(spec, 16, 16, "float32", "", 16, has_norms=True, has_sinks=True, has_visible_end=images)
     inputs = draw_inputs(op, STEPS[step], 0)
     sizes = sizes_of(op.inputs, [inputs[t.name].shape for t in op.inputs])
     draft = with_shares(op, 90, shares)
@@ -136,11 +142,12 @@ def test_each_launch_plan_is_right_for_all_that_it_admits(
 
 @pytest.mark.parametrize(("cache", "step"), [("", "decode"), ("int8", "mixture")])
 def test_made_up_inputs_touch_nothing_else(triton_interpreter: Interpreter, cache: str, step: str) -> None:
-    op = PagedAttentionOp(AttentionSpec(2, 1, 16, window=40), 16, 16, "float16", cache, page_size=16)
+    spec = AttentionSpec(2, 1, 16, window=40)
+    op = PagedAttentionOp(spec, 16, 16, "float16", cache, page_size=16, has_visible_end=True)
     inputs = draw_inputs(op, STEPS[step], 0)
     random = np.random.default_rng(0)
     extremes = np.array([-(1 << 31), -1, 0, 1, 17, 1 << 20, (1 << 31) - 1], np.int32)
-    indices = ("query_start", "context_len", "page_table")
+    indices = ("query_start", "context_len", "page_table", "visible_end")
     for names in (*((name,) for name in indices), *(indices,) * 5):
         made_up = {name: random.choice(extremes, inputs[name].shape) for name in names}
         triton_interpreter.run(with_shares(op, 80, 2), inputs | made_up)
@@ -185,6 +192,7 @@ def test_any_step(triton_interpreter: Interpreter, data: st.DataObject) -> None:
         16,
         has_norms=data.draw(st.booleans()),
         has_sinks=data.draw(st.booleans()),
+        has_visible_end=data.draw(st.booleans()),
     )
     lengths = st.one_of(st.integers(0, 2), st.integers(3, 40))
     sequences = data.draw(st.lists(st.tuples(st.integers(0, 70), lengths), min_size=1, max_size=5))

@@ -83,6 +83,7 @@ LAYERS = {
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
     "parallel": LayerConfig(WIDE, DENSE, norms="parallel"),
+    "images": LayerConfig(replace(WINDOWED, bidirectional_images=True), replace(SPARSE, expert_scale=True)),
 }
 
 _LAYER = "model.layers.{i}."
@@ -133,6 +134,7 @@ class Hybrid(Family):
                 *(f"feed_forward.{part}.weight" for part in ("router", "gate", "up", "down")),
                 "feed_forward.gate_up",
                 "feed_forward.down",
+                "feed_forward.expert_scale",
             )
         },
         **{

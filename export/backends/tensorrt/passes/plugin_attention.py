@@ -31,7 +31,7 @@ class PluginPagedAttention(PluginPass):
     def requires(self, model: ir.Model) -> Iterator[str]:
         """Gains of norms, sinks and rotary tables are float32."""
         for node in filter(self.matches, model.graph):
-            yield from rounded([*node.inputs[3:5], *node.inputs[10:]])
+            yield from rounded([*node.inputs[3:5], *node.inputs[10:13]])
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """No moevlm::PagedAttention is left, and no cache is an output."""
@@ -54,6 +54,7 @@ class PluginPagedAttention(PluginPass):
             PAGE_SIZE,
             has_norms=given.q_norm is not None,
             has_sinks=given.sinks is not None,
+            has_visible_end=given.visible_end is not None,
         )
         for cache in (given.key_cache, given.value_cache):
             if cache is None or cache.shape is None:

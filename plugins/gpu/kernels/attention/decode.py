@@ -1,7 +1,8 @@
 """Attention of single tokens: keys and values are read once, by programs that each walk a share of the sequence.
 
 The program of the last share norms, rotates and writes the new key and value too, and attends to them without reading
-them back. A token's predecessors in the same step are computed again by its own program, so none waits for another's.
+them back. Those of other tokens of the same step are computed again by a token's own program, so none waits for
+another's.
 """
 
 import triton
@@ -30,6 +31,7 @@ def decode(
     q_norm,  # [H.dim] float32 or null
     k_norm,
     sinks,  # [H.heads] float32 or null
+    visible_end,  # [T] int32 or null: the position where what a token sees ends
     sums,  # [places, shares, H.heads, H.value_dim] float32, written: sums of values
     states,  # [2, places, shares, H.heads] float32, written: their tops and totals
     tokens,
@@ -60,6 +62,7 @@ def decode(
             return
         token = clamped(start, 0, tokens - 1)
         first = token
+        stop_new = token + 1
     else:
         token = place
         n = tl.minimum(token, sequences - 1)
@@ -69,6 +72,10 @@ def decode(
             first, end = tl.load(query_start + n), tl.load(query_start + n + 1)
         if end - first > longest:
             return
+        stop_new = token + 1
+        if H.has_visible_end:  # told as a position; so many tokens of the step are those up to it
+            told = tl.load(visible_end + token) - tl.maximum(tl.load(context_len + n), 0)
+            stop_new = clamped(tl.minimum(told, tokens) + first, stop_new, clamped(end, stop_new, tokens))
         first = clamped(first, tl.maximum(token + 1 - longest, 0), token)
     context = clamped(tl.load(context_len + n), 0, columns * H.page)
     oldest = 0
@@ -90,7 +97,7 @@ def decode(
     head = slot // TILES
     if is_last:
         written = tl.where(slot % TILES == 0, token, -1)  # by the first tile of the KV head
-        for new in range(first, token + 1):
+        for new in range(first, stop_new):
             position = clamped(context + new - first, 0, columns * H.page - 1)
             page = page_of(page_table, n, position, columns, pages, H)
             one = tl.zeros([1], tl.int32)

@@ -27,6 +27,7 @@ def prefill(
     page_table,  # [N, M] int32
     q_norm,  # [H.dim] float32 or null
     sinks,  # [H.heads] float32 or null
+    visible_end,  # [T] int32 or null: the position where what a token sees ends
     y,  # [T, H.heads * H.value_dim], written if there is one share
     sums,  # [T, shares, H.heads, H.value_dim] float32, written if there are several: sums of values
     states,  # [2, T, shares, H.heads] float32: their tops and totals
@@ -54,7 +55,13 @@ def prefill(
         return
     stop = tl.minimum(first + TOKENS, end)
     before = clamped(tl.load(context_len + n), 0, columns * H.page) - start  # a token's position, less its number
+    query_head, token, mask = rows_of(slot, first, stop, TILE, H)
+    seen_end = before + token + 1
     newest = before + stop - 1
+    if H.has_visible_end:
+        told = tl.minimum(tl.load(visible_end + token, mask=mask, other=0), before + end)
+        seen_end = tl.maximum(seen_end, told)
+        newest = tl.maximum(newest, tl.max(told, 0) - 1)
     oldest = 0
     if H.window > 0:
         oldest = tl.maximum(before + first + 1 - H.window, 0)
@@ -62,7 +69,6 @@ def prefill(
     length = tl.maximum((blocks + shares - 1) // shares, LEAST)
     block = oldest // BN + share * length
     end_block = tl.minimum(block + length, newest // BN + 1)
-    query_head, token, mask = rows_of(slot, first, stop, TILE, H)
     state = (token * shares + share) * H.heads + query_head
     top, total = start_rows(sinks, query_head, mask, share == shares - 1, TILE.BM, H)
     if (block >= end_block) & (share < shares - 1):
@@ -76,11 +82,11 @@ def prefill(
     for i in range(block, end_block):
         following = page_of(page_table, n, (i + 1) * BN, columns, pages, H)
         position = i * BN + tl.arange(0, BN)
-        seen = position[None, :] <= (before + token)[:, None]
+        seen = position[None, :] < seen_end[:, None]
         cut = (i + 1) * BN > before + first + 1
         if H.window > 0:
             seen = seen & (position[None, :] > (before + token - H.window)[:, None])
-            cut = cut | (i * BN <= newest - H.window)
+            cut = cut | (i * BN < before + stop - H.window)
         top, total, acc = attend_block(
             query, rest, top, total, acc, key_cache, value_cache, page, head, i * BN % H.page,
             (position >= oldest) & (position <= newest), seen, cut, TILE, H, INTERPRETED,

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from bench import variants
+from bench.visible_end import visible_ends
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
 from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
@@ -26,7 +27,6 @@ from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, GatedDeltaSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
-from tests.support.attention_variants import visible_ends
 from tests.support.delta_variants import delta_inputs
 from tests.support.graphs import gemm, graph, matrix, rounded
 from tests.support.moe_cases import Case, assert_close, ops, session, value

@@ -141,12 +141,14 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 
 @pytest.mark.usefixtures("hybrid_family")
-def test_layers_of_every_kind_of_attention(tmp_path: Path) -> None:
-    canonical = hybrid(tmp_path / "checkpoint", "unturned", "local", "windowed sandwich", "parallel")
+@pytest.mark.parametrize("last", ["parallel", "images"])
+def test_layers_of_every_kind_of_attention(tmp_path: Path, last: str) -> None:
+    canonical = hybrid(tmp_path / "checkpoint", "unturned", "local", "windowed sandwich", last)
     moe = PluginMoE("float32", "", 32, named)
     model = lowered(canonical, PackProjections(PAGED_ATTENTION), *attention("float32"), moe)
     assert not [node for node in model.graph if node.op_type in ("Concat", "Split")]  # q, k and v are one product's
     feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng())
+    assert ("visible_end" in feeds) == (last == "images")
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
         assert error(got[name], want[name]) < 1e-5, name
@@ -250,7 +252,7 @@ def test_native_moe_equals_the_canonical_one(graphs: dict[str, ir.Model]) -> Non
 
 
 def test_native_moe_with_biases() -> None:
-    case = Case(MODELS["qwen3_vl_moe"], expert_biases=True)
+    case = Case(MODELS["qwen3_vl_moe"], expert_biases=True, router_scale=True)
     model = lowered(with_sizes(case), NativeMoE(), PluginMoE("float32", "", 32, named))
     inputs = case.inputs(5)
     assert error(evaluate(model, inputs)["y"], case.want(inputs)) < 1e-6

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from moevlm.export.build import build
+from moevlm.export.families import base as families
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.backends.tensorrt.engine import EngineFiles, TensorRTEngine
 from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
@@ -29,6 +31,8 @@ from moevlm.runtime.loading import load_engine, load_images, load_runtime
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.bundles import edit_manifest, rehash
 from tests.support.fakes.gpu import EXPERTS, LIMITS, TARGET, FakeGpu, fake_gpu, gpu_bundle
+from tests.support.hybrid import save
+from tests.support.hybrid.family import Hybrid
 
 TOLERANCE = 1e-5
 SIZES = (1, 2, 4, 5)  # of decode steps, for up to 5 sequences
@@ -103,6 +107,26 @@ def test_tokens_are_those_of_the_reference_engine(runtime, reference, messages) 
     expected = answer(reference, messages, 16)
     assert len(set(expected)) > 3
     assert answer(runtime, messages, 16) == expected
+
+
+@pytest.fixture(scope="module")
+def bundle_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with a layer in which an image's tokens see each other."""
+    folder = tmp_path_factory.mktemp("images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(families._REGISTRY, "hybrid_test", Hybrid)
+        build(save(folder / "checkpoint", ("wide", "images")), folder / "images.moevlm", ("reference",))
+    return gpu_bundle(folder / "images.moevlm", folder)
+
+
+def test_image_tokens_see_each_other_as_in_the_reference_engine(bundle_of_images: Path, gpu: FakeGpu) -> None:
+    seen = question("what is here?", picture(24, 16, 1))
+    expected = answer(load_runtime(bundle_of_images, "reference", LoadOptions(threads=1)), seen, 16)
+    with load_runtime(bundle_of_images, TARGET) as runtime:
+        steps = forwarded(runtime)
+        assert answer(runtime, seen, 16) == expected
+    assert any((step.visible_end > step.context_len[0] + np.arange(step.tokens) + 1).any() for step in steps)
+    assert not gpu.held()
 
 
 def ragged(runtime: Runtime) -> Sequence[Any]:
