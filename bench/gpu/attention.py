@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu.attention_inputs import QWEN_30B, QWEN_235B, Model, cached, draw, queries
+from bench.gpu.attention_inputs import GEMMA4, QWEN35, QWEN_30B, QWEN_235B, Model, cached, draw, queries
 from bench.gpu.device import Device, Runner
 from bench.gpu.layers import relative_norm
 from bench.gpu.limits import measure_limits
@@ -47,6 +47,8 @@ POINTS = (
     *(Point(QWEN_30B, "", 1, 0, tokens) for tokens in (2048, 8192, 32768)),
     Point(QWEN_30B, "", 1, 30720, 2048),
     *(Point(QWEN_30B, cache, n, past) for cache in ("int8", "fp8") for n in (1, 8, 64) for past in PAST),
+    *(Point(model, "", n, past) for model in (QWEN35, GEMMA4) for n in (1, 8) for past in (4096, 32768)),
+    *(Point(model, "", 1, 0, 8192) for model in (QWEN35, GEMMA4)),
     *(Point(QWEN_235B, "", n, past) for n in (1, 64) for past in (4096, 32768)),
     *(Point(QWEN_30B, cache, 1, 0, 8192) for cache in ("int8", "fp8")),
     Point(QWEN_30B, "", 1, 4096, flex=True),

@@ -30,6 +30,8 @@ class Model:
 
 QWEN_30B = Model("Qwen3-VL-30B-A3B", 32, 4, 128)
 QWEN_235B = Model("Qwen3-VL-235B-A22B", 64, 4, 128)
+QWEN35 = Model("Qwen3.5-35B-A3B", 16, 2, 256)  # which rotates a quarter of a head
+GEMMA4 = Model("Gemma-4-26B-A4B", 16, 2, 512)  # its layers without a window
 
 
 def draw(op: PagedAttentionOp, lengths: Lengths, device: str) -> dict[str, torch.Tensor]:

@@ -14,15 +14,19 @@ from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.paged_attention import CACHES, PagedAttentionOp
 from moevlm.plugins.ops.spec import AttentionSpec
 
-# Specs and sizes of a head, and whether there are norms and sinks: each attribute, and models by their sizes.
-SPECS = (
-    (AttentionSpec(8, 1, 128, epsilon=1e-6), 128, 128, True, False),  # 8 query heads to a KV head, as Qwen3-VL-30B
-    (AttentionSpec(32, 2, 128, epsilon=1e-6), 128, 128, True, False),  # 16, as Qwen3-VL-235B
-    (AttentionSpec(12, 1, 64), 128, 128, False, False),  # half rotated, as GLM-4.5V
-    (AttentionSpec(4, 4, 64, window=100), 64, 64, False, True),  # as gpt-oss
-    (AttentionSpec(4, 2, 256, window=70, softcap=50.0), 256, 256, False, False),  # as Gemma 2
-    (AttentionSpec(16, 1, 64, rotary_start=512, scale=0.07, value_in_key=True, value_dim=512), 576, 512, False, False),
-    (AttentionSpec(6, 2, 0, scale=0.1), 72, 96, False, False),
+NORMS, SINKS, IMAGES = ({f"has_{name}": True} for name in ("norms", "sinks", "visible_end"))
+# Specs, sizes of a key and a value, and optional inputs: each attribute, and models by their sizes.
+SPECS: tuple[tuple[AttentionSpec, int, int, dict[str, bool]], ...] = (
+    (AttentionSpec(8, 1, 128, epsilon=1e-6), 128, 128, NORMS),  # 8 query heads to a KV head, as Qwen3-VL-30B
+    (AttentionSpec(32, 2, 128, epsilon=1e-6), 128, 128, NORMS),  # 16, as Qwen3-VL-235B
+    (AttentionSpec(12, 1, 64), 128, 128, {}),  # half rotated, as GLM-4.5V
+    (AttentionSpec(4, 4, 64, window=100), 64, 64, SINKS),  # as gpt-oss
+    (AttentionSpec(4, 2, 256, window=70, softcap=50.0), 256, 256, {}),  # as Gemma 2
+    (AttentionSpec(8, 1, 64, epsilon=1e-6), 256, 256, NORMS),  # as Qwen3.5
+    (AttentionSpec(4, 2, 256, scale=0.1, window=70), 256, 256, NORMS | IMAGES),  # as Gemma 4 where it has a window
+    (AttentionSpec(8, 1, 128, scale=0.1), 512, 512, NORMS),  # and where it has none
+    (AttentionSpec(16, 1, 64, rotary_start=512, scale=0.07, value_in_key=True, value_dim=512), 576, 512, {}),
+    (AttentionSpec(6, 2, 0, scale=0.1), 72, 96, {}),
 )
 KEPT = (1, 63, 130, 64, 700)  # tokens of sequences that are decoded
 MIXED = ((3, 40), (0, 1), (5, 0), (64, 70), (700, 1))
@@ -54,9 +58,9 @@ class PagedAttentionCases:
         dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
         kinds = [(dtype, cache) for dtype in dtypes for cache in CACHES]
         return [
-            PagedAttentionOp(spec, key_dim, value_dim, dtype, cache, 64, has_norms, has_sinks)
+            PagedAttentionOp(spec, key_dim, value_dim, dtype, cache, 64, **inputs)
             for dtype, cache in kinds
-            for spec, key_dim, value_dim, has_norms, has_sinks in SPECS
+            for spec, key_dim, value_dim, inputs in SPECS
         ]
 
     def describe(self, op: PagedAttentionOp) -> str:
@@ -69,6 +73,7 @@ class PagedAttentionCases:
             f" softcap {spec.softcap:g}" if spec.softcap else "",
             " norms" if op.has_norms else "",
             " sinks" if op.has_sinks else "",
+            " images" if op.has_visible_end else "",
         )
         return "".join(parts)
 

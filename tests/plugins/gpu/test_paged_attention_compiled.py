@@ -34,6 +34,27 @@ def test_kernels_fit_their_gpu_keep_their_registers_and_decode_fits_twice() -> N
         assert 2 * kernel.registers * 32 * kernel.warps <= REGISTERS_PER_BLOCK
 
 
+WIDE = {
+    "qwen3_5": PagedAttentionOp(AttentionSpec(16, 2, 64), 256, 256, has_norms=True),
+    "gemma4": PagedAttentionOp(AttentionSpec(16, 2, 128, scale=1.0), 512, 512, cache="int8", has_norms=True),
+}
+
+
+@pytest.mark.parametrize(("model", "sm"), [("qwen3_5", 86), ("gemma4", 80), ("gemma4", 120)])
+def test_wide_heads_keep_their_registers(model: str, sm: int) -> None:
+    assert {kernel.entry: kernel.spilled for kernel in resources(WIDE[model], [sm])} == dict.fromkeys(
+        ("write_pages", "decode", "merge", "prefill"), 0
+    )
+
+
+def test_images_of_wide_heads_cost_loops_nothing() -> None:
+    spec = AttentionSpec(16, 8, 256, scale=1.0, window=1024)
+    op = PagedAttentionOp(spec, 256, 256, has_norms=True, has_visible_end=True)
+    assert all(kernel.spilled == 0 for kernel in resources(op, [86]))
+    kernels = {spec.function: spec for spec in op.draft(90).kernels}
+    assert waiting_loads(KERNELS, kernels["prefill"], 90) == []
+
+
 def test_launches_of_a_step_overlap_and_kernels_wait_before_they_touch_memory() -> None:
     draft = PagedAttentionOp(QWEN3, 128, 128, has_norms=True).draft(90)
     for variant in draft.variants:
