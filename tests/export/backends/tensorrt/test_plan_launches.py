@@ -54,7 +54,8 @@ def layers_of(found: list[Launch]) -> list[list[Launch]]:
 def only_the_plugin_touches_caches(decoder: bytes, layers: int) -> None:
     for found in launches(decoder):
         for launch in found:
-            own = [name for name in (*launch.inputs, *launch.outputs) if "_cache" in name or name == "page_table"]
+            named = (*launch.inputs, *launch.outputs)
+            own = [name for name in named if "_cache" in name or name in ("page_table", "visible_end")]
             assert not own or launch.plugin == "PagedAttention", launch
         assert not [launch for launch in found if launch.kind == "copy"]
         assert Counter(launch.plugin for launch in found)["PagedAttention"] == layers
@@ -65,11 +66,13 @@ def test_caches_and_page_tables_are_touched_by_the_plugin_alone(decoder: bytes) 
 
 
 @pytest.mark.usefixtures("hybrid_family")
-def test_window_softcap_sinks_and_other_value_sizes_are_the_plugin_s_in_quantized_caches(tmp_path: Path) -> None:
-    built = build(save(tmp_path / "hybrid", ("local", "wide")), tmp_path / "b", ["rtx:sm89"], kv_cache="int8")
+def test_every_kind_of_attention_is_the_plugin_s_in_quantized_caches(tmp_path: Path) -> None:
+    """Windows, softcap, sinks, values of another size than keys, images whose tokens see each other."""
+    layers = "local", "wide", "images"
+    built = build(save(tmp_path / "hybrid", layers), tmp_path / "b", ["rtx:sm89"], kv_cache="int8")
     engine = built.manifest.engines["rtx:sm89:bf16"]
-    assert [state.dtype for state in engine.states] == ["int8", "int8"]
-    only_the_plugin_touches_caches(built.path(engine.decoder).read_bytes(), layers=2)
+    assert [state.dtype for state in engine.states] == ["int8"] * len(layers)
+    only_the_plugin_touches_caches(built.path(engine.decoder).read_bytes(), len(layers))
 
 
 def test_attention_is_the_plugin_s_without_a_mask(decoder: bytes, vision: bytes) -> None:
