@@ -25,7 +25,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
-from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, GatedDeltaSpec, RouterSpec, attributes
+from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, ExpertsSpec, GatedDeltaSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 from tests.support.delta_variants import delta_inputs
 from tests.support.graphs import gemm, graph, matrix, rounded
@@ -80,6 +80,13 @@ def lowered(case: Case, scheme: IntFormat) -> ir.Model:
 @pytest.mark.parametrize("name", variants.MODELS)
 def test_router_and_experts_of_every_model(name, scheme):
     case = Case(variants.MODELS[name], router_bias=name.startswith(("deepseek_v3", "glm")), hidden=128, inner=72)
+    case.check(lowered(case, scheme), ACTIVATIONS)
+
+
+@pytest.mark.parametrize("scheme", [IntFormat(8, 32), IntFormat(4, 128)], ids=["int8-32", "int4-128"])
+def test_experts_as_many_and_as_wide_as_gemma_4_s(scheme):
+    """A width of 704 is five groups of 128 and a half."""
+    case = Case(RouterSpec(8), ExpertsSpec("gelu_tanh"), router_scale=True, experts=128, hidden=64, inner=704)
     case.check(lowered(case, scheme), ACTIVATIONS)
 
 
