@@ -74,6 +74,8 @@ def _spellings(name: str) -> Iterator[str]:
     yield _BASE + name  # the prefix of the base model once too often
     if name.startswith(_BASE):
         yield name.removeprefix(_BASE)  # the base model alone was saved
+    if ".experts." in name and ".mlp.experts." not in name:
+        yield name.replace(".experts.", ".moe.experts.")  # of Gemma 4, as tools that quantize name its experts
     if name.startswith(_TEXT):
         inner = name.removeprefix(_TEXT)
         yield f"{_TEXT}model.{inner}"

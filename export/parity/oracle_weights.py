@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig
 
 from moevlm.export.checkpoint.safetensors_file import Stored
+from moevlm.export.families.names import Tensors
 from moevlm.export.graph.weights import Concat, Stack, Weight, read
 from moevlm.export.modules.streaming import parts_of, stream
 from moevlm.runtime.core.errors import CheckpointError
@@ -86,17 +88,15 @@ class OracleWeights:
 
     def _fuse_experts(self) -> None:
         """Experts that lie one by one, which transformers does not read for every model that has them fused."""
-        for name in self._model.state_dict():
+        on_disk = Tensors(self._tensors)
+        for name, tensor in self._model.state_dict().items():
             base, _, last = name.rpartition(".")
             parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())
-            experts = [
-                [self._tensors.get(f"{base}.{e}.{part}.weight") for part in parts]
-                for e in range(self._model.state_dict()[name].shape[0] if parts else 0)
-            ]
-            whole = [[part for part in expert if part is not None] for expert in experts]
-            if name not in self._stored and whole and whole == experts:
-                self._tensors[name] = Stack([Concat(expert) for expert in whole])
-                self._stored[name] = [name]
+            experts = [[f"{base}.{e}.{part}.weight" for part in parts] for e in range(len(tensor) if parts else 0)]
+            if name in self._stored or not experts or not all(part in on_disk for part in chain(*experts)):
+                continue
+            self._tensors[name] = Stack([Concat([on_disk[part] for part in expert]) for expert in experts])
+            self._stored[name] = [name]
 
     def _compute_buffers(self) -> None:
         """Tensors that no checkpoint holds, such as rotary frequencies, stay in memory."""

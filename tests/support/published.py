@@ -116,13 +116,16 @@ def sized(model_type: str) -> dict[str, Any]:
         case "glm4v_moe":
             rope |= {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
             return sizes | {"n_routed_experts": 4, "head_dim": 32, "intermediate_size": 384, "rope_parameters": rope}
+        case "gemma4":
+            return sizes | {"num_experts": 4, "intermediate_size": 384}
     return sizes | {"num_experts": 4, "shared_expert_intermediate_size": 320}
 
 
 def floats(model_type: str, directory: Path, **text: Any) -> Path:
     """A float32 checkpoint of these sizes. text: fields of text_config that differ."""
     text = sized(model_type) | text
-    return TinyCheckpoint(model_type, text=text, vision={"out_hidden_size": 256}).save(directory)
+    vision = {} if model_type == "gemma4" else {"out_hidden_size": text["hidden_size"]}
+    return TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
 
 
 def _groups(format_: str, weights: dict[str, Any]) -> dict[str, Any]:

@@ -15,14 +15,16 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.graph.codes import CodeForm, coded, decode
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
-from tests.support.checkpoints import FAMILIES, canonical
+from tests.support.checkpoints import canonical
 from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections
 from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_ints
 
-QWEN, GLM, QWEN35 = FAMILIES
+QWEN, GLM, QWEN35, GEMMA = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4"
 OF_GLM = ("fp8-static-fused", "fp8-blocks-fused", "int4-128-zeros", "gptq-128", "awq-32", "nvfp4")
 OF_QWEN35 = ("fp8-blocks", "fp8-blocks-fused", "gptq-128", "awq-32", "nvfp4", "nvfp4-compressed")
-CASES = [(family, name) for family, names in ((QWEN, FORMATS), (GLM, OF_GLM), (QWEN35, OF_QWEN35)) for name in names]
+OF_GEMMA = ("nvfp4", "nvfp4-fused", "nvfp4-compressed", "int4-32", "awq-32")
+NAMES = {QWEN: FORMATS, GLM: OF_GLM, QWEN35: OF_QWEN35, GEMMA: OF_GEMMA}
+CASES = [(family, name) for family, names in NAMES.items() for name in names]
 LAYER = "model.language_model.layers.1."
 
 
@@ -30,7 +32,7 @@ LAYER = "model.language_model.layers.1."
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """float32 checkpoints, to be left as they are."""
     root = tmp_path_factory.mktemp("floats")
-    return {name: floats(name, root / name) for name in FAMILIES}
+    return {name: floats(name, root / name) for name in (QWEN, GLM, QWEN35, GEMMA)}
 
 
 @pytest.fixture
@@ -79,6 +81,19 @@ def test_experts_one_by_one_and_fused_are_one_model(publish: Callable[..., tuple
     assert f"{LAYER}mlp.experts.3.up_proj.weight_packed" in names[0]
     assert f"{LAYER}mlp.experts.gate_up_proj_packed" in names[1]
     same(canonical(one_by_one), canonical(fused))
+
+
+def test_experts_of_gemma_may_lie_in_a_module_called_moe(publish: Callable[..., tuple[Path, Path]]) -> None:
+    """Rule 1: both names are published for one family."""
+    quantized, plain = publish("nvfp4-compressed", GEMMA)
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name.replace(".experts.", ".moe.experts.")] = tensors.pop(name)
+
+    edit(quantized, rename)
+    assert "model.language_model.layers.0.moe.experts.3.up_proj.weight_packed" in load_file(quantized / WEIGHTS)
+    same(canonical(quantized), canonical(plain))
 
 
 def test_tensor_on_the_ignore_list_has_no_scale_and_stays(publish: Callable[..., tuple[Path, Path]]) -> None:
