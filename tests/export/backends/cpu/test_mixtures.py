@@ -16,15 +16,20 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.loading import load_engine
 from tests.support.packed_steps import Kept, reserved
+from tests.support.tiny import TinyCheckpoint
 
 DEMO = Path(__file__).parents[4] / "demo/checkpoint"
 TARGETS = ("cpu:int8", "cpu:int4")
 LONGEST = 150  # tokens
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return build(DEMO, tmp_path_factory.mktemp("rows") / "demo.moevlm", TARGETS)
+@pytest.fixture(scope="module", params=["demo", "recurrent states"])
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The demo; and layers whose states are rows, beside one of attention."""
+    folder = tmp_path_factory.mktemp("rows")
+    hybrid = TinyCheckpoint("qwen3_5_moe", text={"num_hidden_layers": 4, "layer_types": None})
+    checkpoint = DEMO if request.param == "demo" else hybrid.save(folder / "checkpoint")
+    return build(checkpoint, folder / "rows.moevlm", TARGETS)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
