@@ -1,4 +1,4 @@
-"""The gated delta rule of Qwen3.5-35B-A3B on a CPU, against ONNX Runtime's operators and transformers, in one run.
+"""The gated delta rule of Qwen3.5-35B-A3B on a CPU, against llama.cpp, ONNX Runtime and transformers, in one run.
 
     python -m bench.delta_bench [--repeats 9] [--threads 2] [--json bench/results/delta.json]
 
@@ -19,7 +19,10 @@ import msgspec
 import numpy as np
 
 from bench import machine
-from bench.delta_rules import RULES, Work
+from bench.delta_rules import RULES, Operator, Work
+from bench.peers.client import PeerError
+from bench.peers.ggml_delta import LlamaCpp
+from bench.peers.llama_cpp_setup import set_up
 from moevlm.plugins.ops.spec import GatedDeltaSpec
 from moevlm.runtime.cli.console import publish, table
 from moevlm.runtime.perf.machine import Machine, measure_machine
@@ -37,7 +40,7 @@ TOLERANCE = 1e-4  # of the largest result, between two systems
 
 def measure(work: Work, threads: int, repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Processor seconds of a layer and thread, by system. Raises ClickException if they do not compute the same."""
-    rules = [rule(work, threads) for rule in RULES]
+    rules = [rule(work, threads) for rule in (*RULES, LlamaCpp)]
     for rule in rules:
         rule.run()
         far = np.abs(rule.y() - rules[0].y()).max() / np.abs(rules[0].y()).max()
@@ -70,6 +73,11 @@ def rates(work: Work, seconds: float, limits: Machine) -> dict[str, float]:
 def main(repeats: int, threads: int, output: Path | None) -> None:
     """Measure the gated delta rule on this CPU."""
 
+    try:
+        set_up()
+    except PeerError as error:
+        raise click.ClickException(str(error)) from None
+
     def clock() -> float:
         return process_time() / threads
 
@@ -86,7 +94,7 @@ def main(repeats: int, threads: int, output: Path | None) -> None:
             entries.append({"work": name, "system": system, "seconds": seconds, "median": median(seconds)} | rate)
             (unit, value), (_, part) = rate.items()
             spread = f"{min(seconds) * 1e3:.3g} to {max(seconds) * 1e3:.3g}"
-            own, ratio = system == RULES[0].name, f"{median(seconds) / first:.2f} x"
+            own, ratio = system == Operator.name, f"{median(seconds) / first:.2f} x"
             measures = (f"{median(seconds) * 1e3:.3g} ms", spread, f"{value:.3g} {unit}", f"{part:.0%}")
             rows.append((name if own else "", system, *measures, "" if own else ratio))
     report = {
