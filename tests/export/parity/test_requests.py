@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from moevlm.export.build import build
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.requests import request_checks
 from moevlm.runtime.bundle.reader import Bundle
 from tests.support.bundles import copy_bundle, edit_manifest, rehash
-from tests.support.tiny import CHAT_TEMPLATE, edit_json
+from tests.support.tiny import CHAT_TEMPLATE, TinyCheckpoint, edit_json
 
 
 def checked(bundle: Path, checkpoint: Path) -> list[Check]:
@@ -29,6 +30,16 @@ def test_a_good_bundle_s_requests_are_those_of_transformers(tiny_bundle: Path, t
         "values of their patches",
     ]
     assert all(check.passed and not check.note and check.step == "requests" for check in found)
+
+
+def test_tokens_around_an_image_are_those_of_transformers_processor(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("gemma4", side_files=True).save(tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "gemma.moevlm", ["reference"]).directory
+    assert all(check.passed and not check.note for check in checked(bundle, checkpoint))
+    edit_manifest(bundle, lambda manifest: manifest["model"].update(image_end=[3]))
+    (failed,) = [check for check in checked(bundle, checkpoint) if not check.passed]
+    assert failed.quantity == "60 conversations whose ids differ"
+    assert failed.note == "text 0 about two images: token 10 is 3, of transformers 4"
 
 
 def plain_stop(tokenizer: dict[str, Any]) -> None:

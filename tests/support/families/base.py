@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +72,8 @@ class TinyFamily:
     configurations: options of `TinyCheckpoint` by name, at least four that vary what the family varies; all of them go
     through parity with transformers. values: what a tensor is filled with, from its name and standard normal numbers of
     its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.
-    image: what the chat template writes for an image. published: makes of what transformers saves what is published.
+    image: what the chat template writes for an image. named_tokens: of tokenizer_config.json.
+    published: makes of what transformers saves what is published.
     """
 
     fields: Fields
@@ -83,4 +84,5 @@ class TinyFamily:
     values: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda *_: None
     preprocessor: Callable[[Mapping[str, Any]], Mapping[str, Any]] = qwen2_vl_preprocessor
     image: str = "<|vision_start|><|image_pad|><|vision_end|>"
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
     published: Callable[[Path], None] = lambda _: None

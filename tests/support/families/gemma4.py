@@ -120,4 +120,5 @@ FAMILY = TinyFamily(
     values=values,
     preprocessor=preprocessor,
     image="<|image_pad|>",
+    named_tokens={"image_token": "<|image_pad|>", "boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>"},
 )
