@@ -21,6 +21,7 @@ from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedA
 from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
 from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.row_sums import RowSums
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.backends.tensorrt.product import NO_FLOAT32_GEMM, Product
@@ -192,7 +193,7 @@ class TensorRTTarget:
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
         run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
         delta = PluginGatedDelta(o.activations, programs)
-        run((*first, attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
+        run((*first, RowSums(), attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
         return graphs
 
     def _add_experts(self, build: BuildContext, experts: Mapping[str, Weight]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention
 from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
+from moevlm.export.backends.tensorrt.passes.row_sums import RowSums
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.profiles import max_rows
 from moevlm.export.checkpoint.directory import Checkpoint
@@ -53,6 +54,7 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ir.Model]:
 def lowered(canonical: ir.Model, dtype: str) -> ir.Model:
     model = canonical.clone()
     passes = [PackProjections(PAGED_ATTENTION, GATED_DELTA), *([] if dtype == "float32" else [Typed(dtype)])]
+    passes.append(RowSums())
     plugins = [PluginPagedAttention(dtype, "", named), PluginGatedDelta(dtype, named), PluginMoE(dtype, "", 32, named)]
     run([*passes, *plugins], model)
     assert not model.functions

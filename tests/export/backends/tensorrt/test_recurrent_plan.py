@@ -56,3 +56,15 @@ def test_what_is_around_the_plugin_is_fused(decoder: bytes) -> None:
         assert any(".qkv." in name and ".a." in name and ".b." in name for name in before.inputs)
         ops = [{layer.removeprefix("node_").rpartition("_")[0] for layer in one.layers} for one in (norm, gate, out)]
         assert ops == [{"RMSNormalization", "Reshape"}, {"Gemm", "Sigmoid", "Mul"}, {"Gemm", "Add"}]
+
+
+def test_a_shared_expert_takes_three_launches_and_its_gate_none(decoder: bytes) -> None:
+    """A product, the activation, a product with the gate and the sums; the gate comes with the norm before it."""
+    for found in launches(decoder):
+        (start,) = [i for i, launch in enumerate(found) if launch.plugin == "PagedAttention"]
+        (_, at) = [i for i, launch in enumerate(found) if launch.plugin == "MoEExperts"]
+        layer, shared = found[start:at], found[at + 1 : at + 4]
+        (norm,) = [launch for launch in layer if any("RMSNormalization" in name for name in launch.layers)]
+        assert any("ReduceSum" in name for name in norm.layers) and any("Sigmoid" in name for name in norm.layers)
+        assert [launch.kind for launch in shared] == ["fully_connected", "function", "runtime_fusion"]
+        assert sum("Add" in name for name in shared[-1].layers) == 2
