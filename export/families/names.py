@@ -3,6 +3,7 @@
 Source: transformers 5.24 `conversion_mapping.py` (the renamings "legacy") and `core_model_loading.rename_source_key`.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -14,6 +15,7 @@ from moevlm.runtime.core.errors import CheckpointError, one_line
 
 _WEIGHT = ".weight"
 _BASE, _TEXT = "model.", "model.language_model."
+_EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.")  # one expert's part
 _MOST_PREFIXES = 64  # that are tried to explain missing tensors
 
 
@@ -74,8 +76,9 @@ def _spellings(name: str) -> Iterator[str]:
     yield _BASE + name  # the prefix of the base model once too often
     if name.startswith(_BASE):
         yield name.removeprefix(_BASE)  # the base model alone was saved
-    if ".experts." in name and ".mlp.experts." not in name:
-        yield name.replace(".experts.", ".moe.experts.")  # of Gemma 4, as tools that quantize name its experts
+    if ".experts." in name:  # two more that tools that quantize write, the first for Gemma 4
+        yield name.replace(".experts.", ".moe.experts.")
+        yield _EXPERT.sub(r".experts.\2.\1.", name)
     if name.startswith(_TEXT):
         inner = name.removeprefix(_TEXT)
         yield f"{_TEXT}model.{inner}"

@@ -257,7 +257,7 @@ def _float16(array: np.ndarray) -> np.ndarray:
 
 def swap_last(source: Weight) -> Weight:
     """[e, m, n] -> [e, n, m], slice by slice."""
-    return Swapped(source)
+    return source.source if isinstance(source, Swapped) else Swapped(source)
 
 
 def _swapped(array: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,52 @@ def test_experts_of_gemma_may_lie_in_a_module_called_moe(publish: Callable[..., 
 
     edit(quantized, rename)
     assert "model.language_model.layers.0.moe.experts.3.up_proj.weight_packed" in load_file(quantized / WEIGHTS)
+    same(canonical(quantized), canonical(plain))
+
+
+def test_experts_may_be_counted_behind_the_name_of_their_part(publish: Callable[..., tuple[Path, Path]]) -> None:
+    """Rule 1: as ModelOpt names Qwen3-VL-MoE's."""
+    quantized, plain = publish("nvfp4")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[re.sub(r"\.experts\.(\d+)\.(\w+)\.", r".experts.\2.\1.", name)] = tensors.pop(name)
+
+    edit(quantized, rename)
+    assert "model.language_model.layers.0.mlp.experts.up_proj.3.weight_scale" in load_file(quantized / WEIGHTS)
+    same(canonical(quantized), canonical(plain))
+
+
+def test_fused_fp4_experts_may_be_packed_along_the_first_of_two_axes(
+    publish: Callable[..., tuple[Path, Path]],
+) -> None:
+    """[E, in / 2, out], as ModelOpt writes experts that are [E, in, out] in the model."""
+    quantized, plain = publish("nvfp4-fused")
+
+    def turn(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".experts." in name and tensors[name].dim() == 3]:
+            tensors[name] = tensors[name].view(torch.uint8).mT.contiguous().view(tensors[name].dtype)
+
+    edit(quantized, turn)
+    same(canonical(quantized), canonical(plain))
+    found = coded(model_of(quantized).decoder_weights["layers.1.feed_forward.down"])
+    assert found is not None
+    assert found.form == CodeForm("fp4", 16)
+
+
+def test_gate_and_up_may_have_global_scales_of_their_own(publish: Callable[..., tuple[Path, Path]]) -> None:
+    quantized, plain = publish("nvfp4-fused")
+    name = f"{LAYER}mlp.experts.gate_up_proj"
+
+    def split(tensors: dict[str, torch.Tensor]) -> None:
+        whole = tensors[f"{name}_weight_scale_2"]
+        tensors[f"{name}_weight_scale_2"] = torch.stack([whole, 2 * whole], 1)[..., None]
+
+    def double_up(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][:, 320:] *= 2
+
+    edit(quantized, split)
+    edit(plain, double_up)
     same(canonical(quantized), canonical(plain))
 
 
