@@ -5,7 +5,15 @@ Source: transformers 5.24 `models/qwen3_5_moe`.
 
 from typing import ClassVar
 
-from moevlm.export.config import DecoderConfig, GatedDeltaConfig, GQAConfig, LayerConfig, ModelConfig, MoEConfig
+from moevlm.export.config import (
+    DecoderConfig,
+    GatedDeltaConfig,
+    GQAConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    MoEConfig,
+)
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
@@ -31,6 +39,7 @@ class Qwen35Moe(Family):
         routing="softmax, renormalised, gated shared expert",
         vision="packed grid",
     )
+    model_type = "qwen3_5_moe"
     router_suffix = "mlp.gate"
     left_out = (*Family.left_out, r"^mtp.*")  # layers behind the last one: they predict a second token
     weights: ClassVar[shared.Weights] = {
@@ -60,14 +69,14 @@ class Qwen35Moe(Family):
         text, vision = fields.sub("text_config"), fields.sub("vision_config")
         text.get("tie_word_embeddings", False)  # the outer field decides
         return ModelConfig(
-            model_type="qwen3_5_moe",
+            model_type=self.model_type,
             decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False)),
             vision=qwen_vision.config(vision),
             **shared.token_ids(fields, text),
         )
 
     def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:
-        head_dim, moe = text.positive("head_dim", 256), self._moe(text)
+        head_dim, feed_forward = text.positive("head_dim", 256), self.feed_forward(text)
         rope = mrope(text, head_dim, interleaved=True, default_sections=(11, 11, 10), default_partial=0.25)
         text.choice("attn_output_gate", (True,), True)
         text.choice("output_gate_type", ("swish", "silu"), "swish")
@@ -94,16 +103,23 @@ class Qwen35Moe(Family):
         kinds = text.each("layer_types", _KINDS, usual)
         mixers = dict(zip(_KINDS, (delta, attention), strict=True))
         return shared.decoder(
-            text, epsilon=1e-6, tied=tied, rope=rope, layer=lambda i: LayerConfig(mixers[kinds[i]], moe)
+            text, epsilon=1e-6, tied=tied, rope=rope, layer=lambda i: LayerConfig(mixers[kinds[i]], feed_forward)
         )
 
-    def _moe(self, text: Fields) -> MoEConfig:
+    def feed_forward(self, text: Fields) -> MLPConfig | MoEConfig:
+        """Of every layer."""
         text.choice("norm_topk_prob", (True,), True)
         return MoEConfig(
             experts=text.aliased("num_experts", "num_local_experts"),
             width=text.positive("moe_intermediate_size"),
             router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
-            expert=ExpertsSpec(activation=text.choice("hidden_act", {"silu": "silu"})),
+            expert=ExpertsSpec(activation=activation(text)),
             shared_width=text.positive("shared_expert_intermediate_size"),
             shared_gate=True,
         )
+
+
+def activation(text: Fields) -> str:
+    """Of feed-forward layers, and of the convolution before the delta rule."""
+    found: str = text.choice("hidden_act", {"silu": "silu"})
+    return found

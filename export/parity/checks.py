@@ -114,7 +114,8 @@ def checks(
         yield error("deepstack features", values.deepstack, expected.deepstack)
     if inside is not None:
         assert isinstance(tolerance, Tolerance)
-        yield _routing(expected, step, inside, tolerance)
+        if expected.routing:
+            yield _routing(expected, step, inside, tolerance)
         if expected.hidden:
             yield _hidden(expected, step, inside, tolerance.features)
     choices = FirstChoices()

@@ -1,6 +1,6 @@
 """A quantized engine against canonical PyTorch on the weights that it stores, layer by layer; and what they cost."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -125,8 +125,13 @@ def _single_tokens(step: str, deviations: list[Deviation], tolerance: QuantizedT
 
 def _own_choices(
     expected: Expected, step: str, sequences: list[RecordedSequence], kernel_routes: bool, tolerance: QuantizedTolerance
-) -> Check:
-    """Experts that do not follow from the engine's own router logits: its router computes float32, as the spec does."""
+) -> Check | None:
+    """Experts that do not follow from the engine's own router logits: its router computes float32, as the spec does.
+
+    None for a model without experts.
+    """
+    if not expected.routing:
+        return None
     quantity, total, used, different, widest = "choices unlike its router logits", 0, 0, 0, 0.0
     for layer, bias in zip(expected.config.moe_layers, expected.biases, strict=True):
         spec = expected.config.moe[layer].router
@@ -160,12 +165,16 @@ def _inside(expected: Expected, step: str, sequences: list[RecordedSequence]) ->
         name: np.concatenate([s.values[name][: len(p.ids)] for s, p in zip(sequences, expected.prompts, strict=True)])
         for name in sequences[0].values
     }
-    flips = routing_flips(expected, taps)
-    note = ""
+    if expected.routing:
+        yield _routing(expected, step, taps)
+    last = f"layers.{len(expected.metadata.layers) - 1}.hidden"
+    yield Cost(step, "last hidden states", rms_error(taps[last], expected.hidden[-1]))
+
+
+def _routing(expected: Expected, step: str, taps: Mapping[str, Array]) -> Cost:
+    flips, note = routing_flips(expected, taps), ""
     if flips:
         margins = [flip.margin for flip in flips]
         note = f"widest margin {max(margins):.1e}, median {np.median(margins):.1e}"
     share = len(flips) / sum(map(len, expected.routing))
-    yield Cost(step, "share of routings that differ", share, note, flips)
-    last = f"layers.{len(expected.metadata.layers) - 1}.hidden"
-    yield Cost(step, "last hidden states", rms_error(taps[last], expected.hidden[-1]))
+    return Cost(step, "share of routings that differ", share, note, flips)

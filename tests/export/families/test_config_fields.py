@@ -55,7 +55,7 @@ def test_unsupported_model_type_lists_the_supported(config: dict[str, Any], told
         UnsupportedModelError,
         "model_type = ",
         told,
-        "supported: gemma4, glm4v_moe, qwen3_5_moe, qwen3_omni_moe, qwen3_vl_moe",
+        "supported: gemma4, glm4v_moe, qwen3_5, qwen3_5_moe, qwen3_omni_moe, qwen3_vl_moe",
         act=lambda: family_for(config),
     )
 

@@ -39,5 +39,6 @@ def test_canonical_pytorch_and_its_graph_are_transformers(family: str, name: str
         found += model.of(engine, "reference")
         engine.close()
     assert [check for check in found if not check.passed] == []
-    assert {check.quantity for check in found} >= {"decode logits", "routings that differ", "first choices that differ"}
+    routing = {"routings that differ"} if model.model.config.moe else set()
+    assert {check.quantity for check in found} >= {"decode logits", "first choices that differ", *routing}
     assert max(check.value for check in found) < EXACT.logits / 2  # a slow drift towards the limit shows here first

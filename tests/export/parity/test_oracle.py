@@ -59,7 +59,7 @@ def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp
         answers = Oracle(source, family_for(source.config), vision).outputs(cases)
     whole = by_from_pretrained(tmp_path / "checkpoint", vision, cases)
     for ours, theirs in zip(answers, whole, strict=True):
-        assert relative_error(logits(ours), theirs) < 1e-5
+        assert relative_error(logits(ours), theirs) < 5e-5  # chunks of the delta rule depend on how long a row is
 
 
 def alive(module: nn.Module) -> int:

@@ -150,7 +150,8 @@ def test_every_step_agrees_with_transformers(name: str, tmp_path: Path) -> None:
         *((engine, quantity) for engine in ("reference", "ort-cpu") for quantity in [*features, *INSIDE, *OUTPUTS]),
     ]
     # float32 on both sides: far below the limit, so that a slow drift towards it shows here first.
-    assert max(check.value for check in report.checks) < EXACT.logits / 10
+    # transformers' own chunks of the delta rule are the less exact side.
+    assert max(check.value for check in report.checks) < EXACT.logits / (2 if tiny.model_type == "qwen3_5_moe" else 10)
 
 
 @pytest.fixture
@@ -414,3 +415,12 @@ def test_table_names_the_first_failure() -> None:
 def test_relative_error_cannot_be_fooled_by_shape_nan_or_infinity(ours: list, theirs: list, error: float) -> None:
     value = relative_error(np.array(ours, np.float32), np.array(theirs, np.float32))
     assert value == error or (np.isinf(error) and value > 1e30)
+
+
+def test_a_model_without_experts_goes_through_parity(save_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(model_type="qwen3_5", text=SMALL)
+    bundle = build(checkpoint, tmp_path / "b", ["cpu:int4", "ort-cpu"]).directory
+    report = check_parity(bundle, checkpoint, quick=True)
+    assert [check for check in report.checks if not check.passed] == []
+    assert not any("rout" in check.quantity or "choices unlike" in check.quantity for check in report.checks)
+    assert {cost.quantity for cost in report.costs} == {"prefill KL", "decode KL", "last hidden states"}

@@ -19,7 +19,7 @@ from tests.support.tiny import TinyCheckpoint
 SIZES = ((8, 8), (24, 16), (40, 72), (104, 96), (200, 256))  # of images, in pixels
 
 
-@pytest.fixture(scope="module", params=(*ATTENDING, "gemma4"))
+@pytest.fixture(scope="module", params=(*ATTENDING, "gemma4", "qwen3_5_moe"))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = TinyCheckpoint(request.param, side_files=True).save(directory / "checkpoint")
