@@ -132,7 +132,7 @@ def deviation(op: PagedAttentionOp, inputs: Mapping[str, Array], results: Sequen
     tables = [inputs.get(name) for name in ("cos", "sin")]
     indices = [inputs[name] for name in ("query_start", "context_len", "page_table")]
     optional = [inputs.get(name) for name in ("q_norm", "k_norm", "sinks")]
-    value, end = None if spec.value_in_key else v, inputs.get("visible_end")
+    value, end = v if spec.has_values else None, inputs.get("visible_end")
     want, *_ = attention(
         q, k, value, *tables, before["key_cache"], before.get("value_cache"), *indices, *optional, spec, stored, end
     )

@@ -73,6 +73,8 @@ class GQAConfig(MixerConfig):
             window=self.window,
             softcap=self.softcap,
             epsilon=epsilon,
+            value_is_key=self.value_is_key,
+            value_norm=self.value_norm,
         )
 
     def states(self, layer: int) -> tuple[StateSpec, ...]:

@@ -98,12 +98,20 @@ SCALE = {
         q_scaled = Div (q_turned, root)""",
     True: "q_scaled = Mul (q_turned, scale)",
 }
-WRITE_VALUES = {
-    False: """
-        v_heads = Reshape (v, kv_split)
-        value_cache_out = ScatterND (value_cache, slot, v_heads)""",
-    True: "",
+VALUES = {
+    False: "v_heads = Reshape (v, kv_split)",
+    True: "v_heads = Identity (k_heads)",
 }
+VALUE_NORM = {
+    False: "v_normed = Identity (v_heads)",
+    True: """
+        v_squares = Mul (v_heads, v_heads)
+        v_mean = ReduceMean <keepdims = 1> (v_squares, minus_one_1)
+        v_more = Add (v_mean, v_epsilon)
+        v_root = Sqrt (v_more)
+        v_normed = Div (v_heads, v_root)""",
+}
+WRITE_VALUES = "value_cache_out = ScatterND (value_cache, slot, v_normed)"
 READ_VALUES = {
     False: """
         value_pages = Gather (value_cache_out, own_pages)
@@ -207,13 +215,15 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
     Raises ValueError for inputs that do not go together.
     """
     given = {name for name, there in zip(INPUTS, present, strict=False) if there}
-    useless = {"v", "value_cache"} if spec.value_in_key else set()
+    useless = {"value_cache"} if spec.value_in_key else set()
+    useless |= set() if spec.has_values else {"v"}
     useless |= set() if spec.rotary_dim else {"cos", "sin"}
     missing, norms = set(INPUTS[:10]) - useless - given, {"q_norm", "k_norm"} & given
     if missing or len(norms) == 1 or given & useless:
+        names = ", ".join(name for name in INPUTS if name in given)
         raise ValueError(
-            f"{PAGED_ATTENTION} with value_in_key = {int(spec.value_in_key)} and rotary_dim = {spec.rotary_dim} "
-            f"cannot have the inputs {', '.join(name for name in INPUTS if name in given)}"
+            f"{PAGED_ATTENTION} with value_in_key = {int(spec.value_in_key)}, value_is_key = {int(spec.value_is_key)}, "
+            f"rotary_dim = {spec.rotary_dim} cannot have the inputs {names}"
         )
     rotated = spec.rotary_dim > 0
     text = [PLACES, TABLES if rotated else ""]
@@ -221,7 +231,9 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
         text += [f"{x}_heads = Reshape ({x}, {'q' if x == 'q' else 'kv'}_split)"]
         text += [NORM[bool(norms)].format(x=x, epsilon=f"{spec.epsilon:.9g}"), ROTATE[rotated].format(x=x)]
     text += [SCALE[spec.scale > 0], "q_groups = Reshape (q_scaled, group_split)"]
-    text += ["key_cache_out = ScatterND (key_cache, slot, k_turned)", WRITE_VALUES[spec.value_in_key]]
+    text += ["key_cache_out = ScatterND (key_cache, slot, k_turned)"]
+    if not spec.value_in_key:
+        text += [VALUES[spec.value_is_key], VALUE_NORM[spec.value_norm], WRITE_VALUES]
     text += ["sink = Reshape (sinks, sink_shape)"] if "sinks" in given else []
     text += ["end = Cast <to = 7> (visible_end)"] if "visible_end" in given else []
     text += [
@@ -246,7 +258,7 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
         **{"group_split": [0, spec.kv_heads, group, -1], "sink_shape": [spec.kv_heads, group, 1, 1]},
         **{"turn_1": [start], "middle_1": [start + half], "turned_1": [start + 2 * half]},
         **{"scale": float(spec.scale), "softcap": float(spec.softcap), "window": spec.window},
-        "value_dim_1": [spec.value_dim],
+        **{"value_dim_1": [spec.value_dim], "v_epsilon": float(spec.epsilon)},
     }
     outputs = ["y", "key_cache_out"] + ([] if spec.value_in_key else ["value_cache_out"])
     return function(PAGED_ATTENTION, spec, list(INPUTS[: len(present)]), outputs, constants, text)

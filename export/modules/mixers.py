@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moevlm.export.config import GQAConfig, MixerConfig
 from moevlm.export.modules import ops
@@ -77,7 +76,7 @@ class Attention(nn.Module):
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         q, k = self.q(x), self.k(x)  # in the order in which a kernel takes them side by side
         y, *caches = ops.paged_attention(
-            *(q, k, self._value(k if self.v is None else self.v(x))),
+            *(q, k, None if self.v is None else self.v(x)),
             *(cos, sin, *states),
             *(step.query_start, step.context_len, step.page_table),
             *(q_norm, k_norm, self.sinks),
@@ -86,9 +85,3 @@ class Attention(nn.Module):
         )
         y = y if self.gate is None else y * torch.sigmoid(self.gate(x))
         return self.out(y), tuple(caches)
-
-    def _value(self, v: Tensor) -> Tensor:
-        if not self.config.value_norm:
-            return v
-        heads = v.unflatten(1, (self.config.kv_heads, -1))
-        return F.rms_norm(heads, heads.shape[2:], None, self.spec.epsilon).flatten(1)

@@ -139,11 +139,13 @@ def paged_attention(
     value_in_key: int,
     value_dim: int,
     epsilon: float,
+    value_is_key: int,
+    value_norm: int,
 ) -> list[Tensor]:
     """y [T, heads * Dv], then the caches with this step's tokens; see `plugins.ops.attention` and `AttentionSpec`."""
     spec = AttentionSpec(
         *(heads, kv_heads, rotary_dim, rotary_start, scale, window, softcap),
-        *(bool(value_in_key), value_dim, epsilon),
+        *(bool(value_in_key), value_dim, epsilon, bool(value_is_key), bool(value_norm)),
     )
     tensors = {
         **{"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "key_cache": key_cache, "value_cache": value_cache},

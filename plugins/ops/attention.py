@@ -36,7 +36,7 @@ def attention(
 
     A token at position p sees the tokens of its sequence up to itself, and those behind it that `visible_end` says.
 
-    q: [T, Hq * Dk]. k: [T, Hkv * Dk]. v: [T, Hkv * Dv], None where the value is in the key.
+    q: [T, Hq * Dk]. k: [T, Hkv * Dk]. v: [T, Hkv * Dv], None where the value is in the key or is the key.
     cos, sin: [T, rotary_dim / 2], None where rotary_dim is 0.
     key_cache: [pages, Hkv, page, Dk]. value_cache: [pages, Hkv, page, Dv], or None.
     query_start: [N + 1], sequence n has the rows query_start[n] to query_start[n + 1], the first of them at position
@@ -52,6 +52,9 @@ def attention(
     tokens, page, dtype = len(q), key_cache.shape[2], q.dtype
     q = q.reshape(tokens, spec.heads, -1).astype(np.float64)
     k = k.reshape(tokens, spec.kv_heads, -1).astype(np.float64)
+    values = k if v is None else v.reshape(tokens, spec.kv_heads, -1).astype(np.float64)
+    if spec.value_norm:
+        values = rms_norm(values, np.ones(1), spec.epsilon)
     if q_norm is not None and k_norm is not None:
         q, k = rms_norm(q, q_norm, spec.epsilon), rms_norm(k, k_norm, spec.epsilon)
     if spec.rotary_dim:
@@ -66,8 +69,8 @@ def attention(
         position[rows] = context_len[n] + np.arange(rows.stop - rows.start)
         pages[rows] = page_table[n, position[rows] // page]
     key_cache[pages, :, position % page] = stored(k.astype(key_cache.dtype))
-    if v is not None and value_cache is not None:
-        value_cache[pages, :, position % page] = stored(v.reshape(tokens, spec.kv_heads, -1))
+    if value_cache is not None:
+        value_cache[pages, :, position % page] = stored(values.astype(value_cache.dtype))
 
     y = []
     for n, rows in enumerate(_rows(query_start)):

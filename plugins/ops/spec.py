@@ -93,7 +93,9 @@ class AttentionSpec:
     scale: of the scores; 0 for key_dim**-0.5. window: tokens that a query sees, itself included; 0 for all before it.
     softcap: scores become softcap * tanh(scores / softcap); 0 for none.
     value_in_key: a value is the first value_dim dimensions of its key, and there is no value cache (MLA).
-    epsilon: of the norms of queries and keys, where there are any.
+    value_is_key: a value is its key before norm and rotation, and there are no rows of values (Gemma 4).
+    value_norm: an RMS norm of each value, without a gain.
+    epsilon: of the norms, where there are any.
     """
 
     heads: int
@@ -106,6 +108,8 @@ class AttentionSpec:
     value_in_key: bool = False
     value_dim: int = 0
     epsilon: float = 1e-6
+    value_is_key: bool = False
+    value_norm: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -117,6 +121,14 @@ class AttentionSpec:
                 raise FieldError(field, value, "0 or more")
         if self.value_in_key != (self.value_dim > 0):
             raise FieldError("value_dim", self.value_dim, "1 or more with value_in_key, else 0")
+        for field in ("value_is_key", "value_norm"):
+            if self.value_in_key and getattr(self, field):
+                raise FieldError(field, True, "false with value_in_key")
+
+    @property
+    def has_values(self) -> bool:
+        """Whether rows of values come beside queries and keys."""
+        return not (self.value_in_key or self.value_is_key)
 
 
 @dataclass(frozen=True)

@@ -38,10 +38,16 @@ ATTENTIONS: dict[str, AttentionVariant] = {
     "window": AttentionVariant(AttentionSpec(4, 2, 8, window=5)),
     "softcap": AttentionVariant(AttentionSpec(4, 2, 8, softcap=1.5)),
     "gpt_oss": AttentionVariant(AttentionSpec(4, 2, 8, window=3), sinks=True),
-    "gemma4": AttentionVariant(AttentionSpec(4, 2, 8, scale=1.0, window=5, epsilon=0.05), norms=True, images=True),
+    "gemma4": AttentionVariant(
+        AttentionSpec(4, 2, 8, scale=1.0, window=5, epsilon=0.05, value_norm=True), norms=True, images=True
+    ),
+    "gemma4, values from keys": AttentionVariant(
+        AttentionSpec(4, 2, 4, epsilon=0.05, value_is_key=True, value_norm=True), norms=True
+    ),
+    "values are keys": AttentionVariant(AttentionSpec(4, 1, 8, value_is_key=True)),
     "images without a window": AttentionVariant(AttentionSpec(4, 1, 8), images=True),
     "everything": AttentionVariant(
-        AttentionSpec(4, 2, 4, rotary_start=2, scale=0.5, window=6, softcap=2.0, epsilon=0.05),
+        AttentionSpec(4, 2, 4, rotary_start=2, scale=0.5, window=6, softcap=2.0, epsilon=0.05, value_norm=True),
         value_dim=6,
         norms=True,
         sinks=True,
@@ -87,7 +93,8 @@ def attention_inputs(
         "k_norm": random.uniform(0.5, 1.5, variant.key_dim),
         "sinks": random.standard_normal(spec.heads),
     }
-    absent = {"v", "value_cache"} if spec.value_in_key else set()
+    absent = {"value_cache"} if spec.value_in_key else set()
+    absent |= set() if spec.has_values else {"v"}
     absent |= set() if spec.rotary_dim else {"cos", "sin"}
     absent |= set() if variant.norms else {"q_norm", "k_norm"}
     absent |= set() if variant.sinks else {"sinks"}

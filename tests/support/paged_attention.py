@@ -53,6 +53,8 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     value_in_key: bool = False
+    value_is_key: bool = False
+    value_norm: bool = False
     norm: bool = False
     sinks: bool = False
     images: bool = False
@@ -76,6 +78,8 @@ class Case:
         names = ("heads", "kv_heads", "rotary_dim", "rotary_start", "scale", "window", "softcap", "epsilon")
         return {name: getattr(self, name) for name in names} | {
             "value_in_key": int(self.value_in_key),
+            "value_is_key": int(self.value_is_key),
+            "value_norm": int(self.value_norm),
             "value_dim": self.value_dim if self.value_in_key else 0,
         }
 
@@ -205,7 +209,7 @@ def make_inputs(case: Case, rng: np.random.Generator) -> dict[str, Array]:
         return to_pool(np.where(written[:, None, :, None], rows, nan), keys)
 
     angle = rng.uniform(0, 6, (case.tokens, case.rotary_dim // 2))
-    values = 0 if case.value_in_key else case.kv_heads * case.value_dim
+    values = 0 if case.value_in_key or case.value_is_key else case.kv_heads * case.value_dim
     inputs = {
         "qkv": normal(case.tokens, (case.heads + case.kv_heads) * case.key_dim + values),
         "cos": np.cos(angle).astype(np.float32),
@@ -227,7 +231,7 @@ def split(case: Case, inputs: dict[str, Array]) -> tuple[Array, Array, Array | N
     """q [T, Hq * Dk], k [T, Hkv * Dk] and v [T, Hkv * Dv], or None where it is in the key."""
     ends = np.cumsum([case.heads * case.key_dim, case.kv_heads * case.key_dim])
     q, k, v = np.split(inputs["qkv"], ends, axis=1)
-    return q, k, None if case.value_in_key else v
+    return q, k, None if case.value_in_key or case.value_is_key else v
 
 
 def check(case: Case, inputs: dict[str, Array], outputs: dict[str, Array], tolerance: float = 2e-6) -> None:

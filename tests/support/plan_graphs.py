@@ -124,9 +124,8 @@ def random_step(
         "visual_index": rng.integers(-1, visual, tokens),
         "logits_index": np.arange(tokens, dtype=np.int32),
         "visible_end": visible_ends(sequences, np.random.RandomState(rng.integers(2**31))),
+        "state_row": (1 + rng.permutation(len(sequences))).astype(np.int32),
     }
-    if any(value.name == "state_row" for value in model.graph.inputs):
-        feeds["state_row"] = (1 + rng.permutation(len(sequences))).astype(np.int32)
     wanted = {value.name for value in model.graph.inputs}
     feeds = {name: array for name, array in feeds.items() if name in wanted}
     return feeds | _random_floats(model, feeds, sizes, rng)

@@ -91,7 +91,7 @@ class PagedAttention(_Plugin):
         absent = dict.fromkeys(("cos", "sin", "value_cache", "q_norm", "k_norm", "sinks", "visible_end"))
         stored = (lambda rows: _rounded(rows, op.cache)[0]) if op.cache else (lambda rows: rows)
         given = absent | inputs | read
-        y, *written = attention(q, k, None if spec.value_in_key else v, spec=spec, stored=stored, **given)
+        y, *written = attention(q, k, v if spec.has_values else None, spec=spec, stored=stored, **given)
         for name, after in zip(("key_cache", "value_cache"), written, strict=True):
             if after is not None:
                 _write(caches[name], after, inputs, op)

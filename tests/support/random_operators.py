@@ -97,6 +97,8 @@ def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
         window=draw(st.sampled_from([0, 0, 1, 20, 250])),
         softcap=draw(st.sampled_from([0.0, 20.0])),
         value_in_key=value_in_key,
+        value_is_key=not value_in_key and key_dim == value_dim and draw(st.booleans()),
+        value_norm=not value_in_key and draw(st.booleans()),
         norm=draw(st.booleans()),
         sinks=draw(st.booleans()),
         images=draw(st.booleans()),

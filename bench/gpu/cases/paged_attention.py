@@ -23,8 +23,9 @@ SPECS: tuple[tuple[AttentionSpec, int, int, dict[str, bool]], ...] = (
     (AttentionSpec(4, 4, 64, window=100), 64, 64, SINKS),  # as gpt-oss
     (AttentionSpec(4, 2, 256, window=70, softcap=50.0), 256, 256, {}),  # as Gemma 2
     (AttentionSpec(8, 1, 64, epsilon=1e-6), 256, 256, NORMS),  # as Qwen3.5
-    (AttentionSpec(4, 2, 256, scale=0.1, window=70), 256, 256, NORMS | IMAGES),  # as Gemma 4 where it has a window
-    (AttentionSpec(8, 1, 128, scale=0.1), 512, 512, NORMS),  # and where it has none
+    # Gemma 4, where it has a window and where it has none.
+    (AttentionSpec(4, 2, 256, scale=0.1, window=70, value_norm=True), 256, 256, NORMS | IMAGES),
+    (AttentionSpec(8, 1, 512, scale=0.1, value_is_key=True, value_norm=True), 512, 512, NORMS),
     (AttentionSpec(16, 1, 64, rotary_start=512, scale=0.07, value_in_key=True, value_dim=512), 576, 512, {}),
     (AttentionSpec(6, 2, 0, scale=0.1), 72, 96, {}),
 )

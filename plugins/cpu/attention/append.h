@@ -8,15 +8,25 @@
 
 namespace moevlm::attention::MOEVLM_ISA {
 
+MOEVLM_INLINE float root_mean_square(const float* x, int64_t size, float epsilon) {
+  Vec squares = {};
+  for (int64_t d = 0; d < size; d += kLanes) squares = fma(load(x + d), load(x + d), squares);
+  return std::sqrt(sum(squares) / static_cast<float>(size) + epsilon);
+}
+
+// out = x [size], normalised without a gain.
+__attribute__((noinline)) inline void normalize(const float* x, int64_t size, float epsilon, float* out) {
+  const float factor = 1 / root_mean_square(x, size, epsilon);
+  for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(x + d) * factor);
+}
+
 // out = x [key_dim] of a token, normalised if there are weights, rotated, and scaled. Not inlined: of every path of the
 // code there is one copy, and one order of sums.
 __attribute__((noinline)) inline void prepare(
     const Call& call, const float* x, const float* norm, int64_t token, float scale, float* out) {
   const int64_t size = call.key_dim, half = call.rotary_dim / 2;
   if (norm) {
-    Vec squares = {};
-    for (int64_t d = 0; d < size; d += kLanes) squares = fma(load(x + d), load(x + d), squares);
-    const float factor = scale / std::sqrt(sum(squares) / static_cast<float>(size) + call.epsilon);
+    const float factor = scale / root_mean_square(x, size, call.epsilon);
     for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(x + d) * factor * load(norm + d));
   } else {
     for (int64_t d = 0; d < size; d += kLanes) store(out + d, load(x + d) * scale);
@@ -75,14 +85,21 @@ void append_strip(const Call& call, int64_t sequence, int64_t kv_head, int64_t b
   if (call.value_in_key) return;
   const Pages<T> values(call, call.value, call.value_dim, sequence, kv_head);
   T* const value_strip = values.strip(first / call.page, first % call.page);
-  row = call.qkv + token * call.width() + (call.heads + call.kv_heads) * call.key_dim + kv_head * call.value_dim;
+  if (!call.value_is_key) {
+    row = call.qkv + token * call.width() + (call.heads + call.kv_heads) * call.key_dim + kv_head * call.value_dim;
+  }
   for (int64_t j = 0; j < count; ++j, row += call.width()) {
     T* const to = value_strip + (lane + j) * call.value_dim;
+    const float* value = row;
+    if (call.value_norm) {
+      normalize(row, call.value_dim, call.epsilon, rows);
+      value = rows;
+    }
     if constexpr (Pages<T>::quantized) {
-      const float scale = quantize(row, call.value_dim, to);
+      const float scale = quantize(value, call.value_dim, to);
       std::memcpy(values.scales(value_strip) + 4 * (lane + j), &scale, sizeof scale);
     } else {
-      std::memcpy(to, row, call.value_dim * sizeof(float));
+      std::memcpy(to, value, call.value_dim * sizeof(float));
     }
   }
 }

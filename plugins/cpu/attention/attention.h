@@ -22,7 +22,7 @@ constexpr int64_t kStrip = 16;  // tokens whose keys lie transposed: see pages.h
 constexpr int64_t kBlockStrips = kBlock / kStrip;
 
 struct Call {
-  const float* qkv;     // [tokens, (heads + kv_heads) * key_dim + kv_heads * value_dim]; no values if value_in_key
+  const float* qkv;     // [tokens, (heads + kv_heads) * key_dim + kv_heads * value_dim]; no values if value_in_key or value_is_key
   const float* cos;     // [tokens, rotary_dim / 2]; null where rotary_dim is 0
   const float* sin;
   const float* q_norm;  // [key_dim], or null
@@ -39,10 +39,12 @@ struct Call {
   int64_t heads, kv_heads, key_dim, value_dim, rotary_dim, rotary_start;
   int64_t window;  // entries that a row sees, or 0: all
   float scale, softcap, epsilon;
-  bool quantized, value_in_key;
+  bool quantized, value_in_key, value_is_key, value_norm;
 
   int64_t group() const { return heads / kv_heads; }
-  int64_t width() const { return (heads + kv_heads) * key_dim + (value_in_key ? 0 : kv_heads * value_dim); }
+  int64_t width() const {
+    return (heads + kv_heads) * key_dim + (value_in_key || value_is_key ? 0 : kv_heads * value_dim);
+  }
   int64_t length(int64_t sequence) const { return query_start[sequence + 1] - query_start[sequence]; }
   int64_t entries(int64_t sequence) const { return context_len[sequence] + length(sequence); }
   // The first entry that a row at `position` sees.

@@ -35,7 +35,7 @@ struct AttentionOp {
       {"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache, ort::kOptional}};
   static constexpr bool quantized = Cache == ort::kInt8;
   static constexpr int64_t scale_bytes = quantized ? 4 : 0;
-  int64_t heads, kv_heads, rotary_dim, rotary_start, window, value_in_key, value_dim;
+  int64_t heads, kv_heads, rotary_dim, rotary_start, window, value_in_key, value_dim, value_is_key, value_norm;
   float scale, softcap, epsilon;
 
   explicit AttentionOp(const Attributes& a)
@@ -46,6 +46,8 @@ struct AttentionOp {
         window(a.integer_or("window", 0, 0, kMaxEntries)),
         value_in_key(a.integer_or("value_in_key", 0, 0, 1)),
         value_dim(a.integer_or("value_dim", 0, 0, kMaxValueDim)),
+        value_is_key(a.integer_or("value_is_key", 0, 0, value_in_key ? 0 : 1)),
+        value_norm(a.integer_or("value_norm", 0, 0, value_in_key ? 0 : 1)),
         scale(a.number_or("scale", 0)),
         softcap(a.number_or("softcap", 0)),
         epsilon(a.number_or("epsilon", 1e-6f)) {
@@ -73,6 +75,8 @@ struct AttentionOp {
     call.epsilon = epsilon;
     call.quantized = quantized;
     call.value_in_key = value_in_key;
+    call.value_is_key = value_is_key;
+    call.value_norm = value_norm;
     read_caches(in, call);
     call.scale = scale > 0 ? scale : 1 / std::sqrt(static_cast<float>(call.key_dim));
     if (rotary_start + rotary_dim > call.key_dim) {
@@ -83,8 +87,8 @@ struct AttentionOp {
     call.tokens = qkv.empty() ? 0 : qkv[0];
     if (call.tokens > kMaxTokens) invalid("qkv has shape ", text(qkv), " (allowed: up to ", kMaxTokens, " rows)");
     require(kQkv, {call.tokens, call.width()},
-            value_in_key ? "[T, (heads + kv_heads) * key_dim]"
-                         : "[T, (heads + kv_heads) * key_dim + kv_heads * value_dim]");
+            value_in_key || value_is_key ? "[T, (heads + kv_heads) * key_dim]"
+                                         : "[T, (heads + kv_heads) * key_dim + kv_heads * value_dim]");
     for (const Input table : {kCos, kSin}) {
       if ((rotary_dim > 0) != (in[table].data != nullptr)) {
         invalid(inputs[table].name, " is ", rotary_dim ? "missing" : "given", " (allowed with rotary_dim = ", rotary_dim,
@@ -134,6 +138,9 @@ struct AttentionOp {
                !std::equal(value.begin(), value.end() - 1, key.begin())) {
       invalid("value_cache has shape ", text(value), " (allowed for ", kind, ": [", key[0], ", ", key[1], ", ", key[2],
               ", value_dim", rest, "value_dim even, 2 to ", kMaxValueDim, ")");
+    }
+    if (value_is_key && call.value_dim != call.key_dim) {
+      invalid("value_cache has shape ", text(value), " (allowed with value_is_key: that of key_cache, ", text(key), ")");
     }
   }
 

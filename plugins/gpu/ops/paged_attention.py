@@ -17,7 +17,7 @@ CACHES = ("", "int8", "fp8")
 class PagedAttentionOp:
     """qkv [T, Hq*Dk + Hkv*Dk + Hkv*Dv] -> y [T, Hq*Dv]; see `moevlm.plugins.ops.attention.attention`.
 
-    A row of qkv has all queries, then all keys, then all values; without the values where spec.value_in_key.
+    A row of qkv has all queries, then all keys, then all values, where spec.has_values.
     value_dim: of a value, in the key or not. dtype: of qkv and y, and of the caches where `cache` is "".
     key_cache [P, Hkv, page, W] and value_cache are written in place: W values of a head, or, with cache "int8" or "fp8"
     (e4m3), W = D + 4 bytes: a page's block of one head is then page_size * D codes, and page_size float32 scales.
@@ -47,13 +47,15 @@ class PagedAttentionOp:
             raise FieldError("page_size", self.page_size, "a multiple of 16")
         if self.spec.value_in_key and self.value_dim != self.spec.value_dim:
             raise FieldError("value_dim", self.value_dim, f"the spec's {self.spec.value_dim}")
+        if self.spec.value_is_key and self.value_dim != self.key_dim:
+            raise FieldError("value_dim", self.value_dim, f"key_dim = {self.key_dim}, as a value is its key")
         if self.spec.rotary_start + self.spec.rotary_dim > self.key_dim:
             raise FieldError("rotary_dim", self.spec.rotary_dim, f"up to {self.key_dim - self.spec.rotary_start}")
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
         spec = self.spec
-        values = 0 if spec.value_in_key else spec.kv_heads * self.value_dim
+        values = spec.kv_heads * self.value_dim if spec.has_values else 0
         angles = (T, spec.rotary_dim // 2)
         tensors = [Tensor("qkv", self.dtype, (T, (spec.heads + spec.kv_heads) * self.key_dim + values))]
         if spec.rotary_dim:

@@ -23,6 +23,8 @@ class PagedHeads(Heads):
     value_dim: int
     value_width: int
     value_in_key: bool
+    value_is_key: bool
+    value_norm: bool
     scale: float
     window: int
     softcap: float
@@ -50,7 +52,7 @@ class PagedHeads(Heads):
     ) -> "PagedHeads":
         """What follows from the attributes of the op, and from a GPU's."""
         first, rest = parts(key_dim)
-        values = 0 if spec.value_in_key else spec.kv_heads * value_dim
+        values = spec.kv_heads * value_dim if spec.has_values else 0
         scales = SCALE_BYTES if cache else 0
         return cls(
             heads=spec.heads,
@@ -63,6 +65,8 @@ class PagedHeads(Heads):
             value_dim=value_dim,
             value_width=max(16, 1 << (value_dim - 1).bit_length()),
             value_in_key=spec.value_in_key,
+            value_is_key=spec.value_is_key,
+            value_norm=spec.value_norm,
             rotary_start=spec.rotary_start,
             half=spec.rotary_dim // 2,
             scale=spec.scale or key_dim**-0.5,

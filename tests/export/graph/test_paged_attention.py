@@ -109,11 +109,13 @@ def test_caches_may_be_written_in_place():
         (AttentionSpec(4, 1, 8, value_in_key=True, value_dim=4), {"q_norm", "k_norm", "sinks"}),
         (AttentionSpec(4, 2, 8), {"cos", "sin"}),
         (AttentionSpec(4, 2, 0), {"sinks"}),
+        (AttentionSpec(4, 2, 8, value_is_key=True), {"sinks"}),
     ],
-    ids=["no_values", "one_norm", "values_twice", "no_tables", "tables_for_nothing"],
+    ids=["no_values", "one_norm", "values_twice", "no_tables", "tables_for_nothing", "values_that_are_keys"],
 )
 def test_inputs_that_do_not_go_together_are_refused(spec, absent):
     with pytest.raises(
-        ValueError, match=r"PagedAttention with value_in_key = [01] and rotary_dim = [08] cannot have the inputs q, k"
+        ValueError,
+        match=r"PagedAttention with value_in_key = [01], value_is_key = [01], rotary_dim = [08] cannot have the inp",
     ):
         paged_attention_function(spec, tuple(name not in absent for name in INPUTS))

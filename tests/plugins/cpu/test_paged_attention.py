@@ -52,6 +52,9 @@ CASES = [
     Case(((0, 300), (100, 3)), images=True, longest=300, heads=40, kv_heads=2, softcap=30.0, sinks=True),
     Case(((200, 150), (30, 1)), images=True, longest=140, window=100, heads=4, key_dim=256, value_dim=256, scale=0.05),
     replace(MLA, sequences=((300, 1), (10, 200), (0, 1)), images=True),
+    Case(((300, 1), (10, 50)), value_norm=True, epsilon=0.1, key_dim=40, value_dim=24, norm=True),
+    Case(((100, 3), (0, 50)), value_is_key=True, value_norm=True, heads=16, key_dim=512, value_dim=512, norm=True),
+    Case(((100, 3), (0, 50)), value_is_key=True, rotary_dim=0),
     replace(MLA, sequences=((300, 1), (10, 200), (0, 1))),
     replace(MLA, sequences=((300, 1), (10, 20)), key_dim=576, value_dim=512, heads=16, rotary_start=512, rotary_dim=64),
     replace(MLA, sequences=((300, 1), (10, 20)), key_dim=26, value_dim=26, heads=40, rotary_start=10, rotary_dim=16),
@@ -102,6 +105,8 @@ def cases(draw: st.DrawFn) -> Case:
     value_in_key = draw(st.booleans())
     key_dim = draw(st.sampled_from([2, 8, 16, 24, 40, 64, 72, 96, 128]))
     value_dim = draw(st.sampled_from([dim for dim in (2, 8, 16, 32, 64, 128) if dim <= key_dim or not value_in_key]))
+    value_is_key = not value_in_key and draw(st.sampled_from([False, False, True]))
+    value_dim = key_dim if value_is_key else value_dim
     rotary_dim = 2 * draw(st.integers(0, key_dim // 2))
     return Case(
         sequences=draw(mixed_sequences()),
@@ -115,6 +120,8 @@ def cases(draw: st.DrawFn) -> Case:
         window=draw(st.sampled_from([0, 0, 1, 7, 64, 250])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.0, 50.0])),
         value_in_key=value_in_key,
+        value_is_key=value_is_key,
+        value_norm=not value_in_key and draw(st.booleans()),
         norm=draw(st.booleans()),
         sinks=draw(st.booleans()),
         images=draw(st.sampled_from([False, False, True])),
@@ -372,6 +379,7 @@ def test_bad_input_is_refused_by_name(name: str, value: np.ndarray, message: str
         ({"scale": float("nan")}, "scale = nan (allowed: 0 or more)"),
         ({"softcap": float("inf")}, "softcap = inf (allowed: 0 or more)"),
         ({"value_in_key": 2}, "value_in_key = 2 (allowed: 0 to 1)"),
+        ({"value_in_key": 1, "value_dim": 8, "value_norm": 1}, "value_norm = 1 (allowed: 0 to 0)"),
         ({"value_in_key": 1, "value_dim": 0}, "value_dim = 0 with value_in_key (allowed: even, 2 to 512)"),
         ({"rotary_dim": "all"}, "attribute rotary_dim is missing (an integer)"),
     ],
@@ -398,6 +406,12 @@ def test_bad_attribute_is_refused_by_name(attributes: dict[str, Any], message: s
         (Case(norm=True), {}, "k_norm", "k_norm is missing (allowed: both norms, or none)"),
         (Case(norm=True), {}, "q_norm", "q_norm is missing (allowed: both norms, or none)"),
         (MLA, {"value_dim": 98}, "", "value_dim = 98 (allowed: up to key_dim, 96)"),
+        (
+            Case(value_dim=16),
+            {"value_is_key": 1},
+            "",
+            "value_cache has shape [4, 2, 64, 16] (allowed with value_is_key: that of key_cache, [4, 2, 64, 32])",
+        ),
     ],
 )
 def test_attributes_and_inputs_that_do_not_fit_are_refused(

@@ -175,6 +175,8 @@ def test_shares_fill_a_gpu_and_never_are_few() -> None:
 def test_any_step(triton_interpreter: Interpreter, data: st.DataObject) -> None:
     kv_heads, group = data.draw(st.sampled_from((1, 2))), data.draw(st.integers(1, 16))
     key_dim, value_dim = (data.draw(st.integers(1, 40)) * 2 for _ in range(2))
+    value_is_key = data.draw(st.booleans())
+    value_dim = key_dim if value_is_key else value_dim
     spec = AttentionSpec(
         kv_heads * group,
         kv_heads,
@@ -182,6 +184,8 @@ def test_any_step(triton_interpreter: Interpreter, data: st.DataObject) -> None:
         rotary_start=data.draw(st.integers(0, key_dim // 2)),
         window=data.draw(st.sampled_from((0, 1, 9, 40))),
         softcap=data.draw(st.sampled_from((0.0, 2.0))),
+        value_is_key=value_is_key,
+        value_norm=data.draw(st.booleans()),
     )
     op = PagedAttentionOp(
         spec,

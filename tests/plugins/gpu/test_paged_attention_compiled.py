@@ -36,7 +36,9 @@ def test_kernels_fit_their_gpu_keep_their_registers_and_decode_fits_twice() -> N
 
 WIDE = {
     "qwen3_5": PagedAttentionOp(AttentionSpec(16, 2, 64), 256, 256, has_norms=True),
-    "gemma4": PagedAttentionOp(AttentionSpec(16, 2, 128, scale=1.0), 512, 512, cache="int8", has_norms=True),
+    "gemma4": PagedAttentionOp(
+        AttentionSpec(16, 2, 512, scale=1.0, value_is_key=True, value_norm=True), 512, 512, cache="int8", has_norms=True
+    ),
 }
 
 
@@ -48,7 +50,7 @@ def test_wide_heads_keep_their_registers(model: str, sm: int) -> None:
 
 
 def test_images_of_wide_heads_cost_loops_nothing() -> None:
-    spec = AttentionSpec(16, 8, 256, scale=1.0, window=1024)
+    spec = AttentionSpec(16, 8, 256, scale=1.0, window=1024, value_norm=True)
     op = PagedAttentionOp(spec, 256, 256, has_norms=True, has_visible_end=True)
     assert all(kernel.spilled == 0 for kernel in resources(op, [86]))
     kernels = {spec.function: spec for spec in op.draft(90).kernels}

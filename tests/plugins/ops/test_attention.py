@@ -166,6 +166,8 @@ def test_attention_agrees_with_hugging_face(name):
         for x, gain in ((q, "q_norm"), (k, "k_norm")):
             norm.weight.data = torch.from_numpy(inputs[gain])
             x.copy_(norm(x).detach())
+    if spec.value_norm:
+        v = modeling_gemma4.Gemma4RMSNorm(8, spec.epsilon, with_scale=False)(v)
     cos, sin = (torch.from_numpy(inputs[key]).repeat(1, 2)[None] for key in ("cos", "sin"))
     q, k = modeling_qwen3_vl_moe.apply_rotary_pos_emb(q, k, cos, sin)
     position = np.arange(11)
@@ -213,6 +215,10 @@ def test_images_see_their_own_patches_alone_and_all_of_them():
         ({"heads": 4, "kv_heads": 2, "rotary_dim": 8, "window": -1}, "window = -1"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_in_key": True}, "value_dim = 0"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_dim": 8}, "value_dim = 8"),
+        (
+            {"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_in_key": True, "value_dim": 8, "value_norm": True},
+            "value_norm = True",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

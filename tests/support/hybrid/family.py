@@ -66,6 +66,7 @@ LOCAL = GQAConfig(
 )
 # What targets without softcap and sinks have of it.
 WINDOWED = replace(LOCAL, softcap=0.0, sinks=False)
+IMAGES = replace(WINDOWED, value_dim=0, value_is_key=True, value_norm=True, bidirectional_images=True)
 # No rotation.
 UNTURNED = replace(WINDOWED, rotary_dim=0, window=0)
 ROPES = (
@@ -83,7 +84,7 @@ LAYERS = {
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
     "parallel": LayerConfig(WIDE, DENSE, norms="parallel"),
-    "images": LayerConfig(replace(WINDOWED, bidirectional_images=True), replace(SPARSE, expert_scale=True)),
+    "images": LayerConfig(IMAGES, replace(SPARSE, expert_scale=True)),
 }
 
 _LAYER = "model.layers.{i}."

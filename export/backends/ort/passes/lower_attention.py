@@ -77,9 +77,9 @@ class _Rewriter:
         b, spec = self._b, node_spec(node)
         b.before = node
         q, k, v, cos, sin, key_cache, value_cache, _, _, _, q_norm, k_norm, sinks, _ = inputs_of(node)
+        v = self._value(k if v is None else v, width(value_cache), spec)
         q = self._turned(q, spec.heads, width(key_cache), spec, q_norm, (cos, sin))
         k = self._turned(k, spec.kv_heads, width(key_cache), spec, k_norm, (cos, sin))
-        v = b.op("Unsqueeze", v, b.integers(0))
         inputs = [q, k, v, key_cache, value_cache, self._last, self._total]
         if sinks is not None:
             inputs += [*[None] * (_HEAD_SINK - len(inputs)), sinks]
@@ -89,6 +89,20 @@ class _Rewriter:
         attributes |= {"local_window_size": spec.window} if spec.window else {}
         y, *caches = b.ops("GroupQueryAttention", *inputs, outputs=3, domain=CONTRIB, **attributes)
         b.replace(node, [b.op("Squeeze", y, b.integers(0)), *caches])
+
+    def _value(self, v: ir.Value | None, dim: int, spec: AttentionSpec) -> ir.Value:
+        """v [T, kv_heads * dim], normed as far as the node does: [1, T, kv_heads * dim]."""
+        b = self._b
+        if spec.value_norm:
+            gain = b.array(f"ones.{dim}", np.ones(dim, np.float32))
+            v = self._normed(v, spec.kv_heads, dim, gain, spec.epsilon)
+        return b.op("Reshape", v, b.integers(1, -1, spec.kv_heads * dim))
+
+    def _normed(self, x: ir.Value | None, heads: int, dim: int, gain: ir.Value, epsilon: float) -> ir.Value:
+        """x [T, heads * dim] -> [T, heads, dim]."""
+        b = self._b
+        split = b.op("Reshape", x, b.integers(-1, heads, dim))
+        return b.op("RMSNormalization", split, gain, axis=-1, epsilon=epsilon)
 
     def _turned(
         self,
@@ -102,8 +116,7 @@ class _Rewriter:
         """x [T, heads * dim], normed and rotated as far as the node does: [1, T, heads * dim]."""
         b = self._b
         if norm is not None:
-            split = b.op("Reshape", x, b.integers(-1, heads, dim))
-            x = b.op("RMSNormalization", split, norm, axis=-1, epsilon=spec.epsilon)
+            x = self._normed(x, heads, dim, norm, spec.epsilon)
         x = b.op("Reshape", x, b.integers(1, -1, heads * dim))
         if not spec.rotary_dim:
             return x

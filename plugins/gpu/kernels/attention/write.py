@@ -79,8 +79,11 @@ def write_heads(
         value = load_heads(qkv, offset, mask, token, cos, sin, gain, 0, H.value_width, H)
         value = write_rows(block, row, writes, value, scale, 0, H.value_width, H.dim, H)
     else:
-        offset = start + (H.heads + H.kv_heads) * H.dim + head * H.value_dim
+        if H.value_is_key == 0:
+            offset = start + (H.heads + H.kv_heads) * H.dim + head * H.value_dim
         value = load_part(qkv, offset, mask, 0, H.value_width, H.value_dim)
+        if H.value_norm:
+            value *= tl.rsqrt(tl.sum(value * value, 1) / H.value_dim + H.epsilon)[:, None]
         block = value_cache + place * H.value_block
         scale = scale_of(tl.max(tl.abs(value), 1), H)
         if H.cache != "":

@@ -17,7 +17,7 @@ from tests.support.attention_variants import AttentionVariant
 
 CAPACITY = 24
 TOLERANCE = 2e-6  # float32 against float64
-OPTIONAL = ("cos", "sin", "q_norm", "k_norm", "sinks", "visible_end")
+OPTIONAL = ("v", "cos", "sin", "q_norm", "k_norm", "sinks", "visible_end")
 ONE_PAGE = {"page_table": np.zeros((1, 1), np.int32)}
 VARIANTS = {
     "plain": AttentionVariant(AttentionSpec(4, 4, 16), 16, 16),
@@ -30,6 +30,10 @@ VARIANTS = {
     "window of one": AttentionVariant(AttentionSpec(4, 2, 16, window=1), 16, 16),
     "softcap": AttentionVariant(AttentionSpec(4, 2, 16, softcap=1.5), 16, 16),
     "sinks": AttentionVariant(AttentionSpec(4, 2, 16, window=3), 16, 16, sinks=True),
+    "values normed": AttentionVariant(AttentionSpec(4, 2, 16, epsilon=0.05, value_norm=True), 16, 16, norms=True),
+    "values from keys": AttentionVariant(
+        AttentionSpec(4, 2, 16, epsilon=0.05, value_is_key=True, value_norm=True), 16, 16, norms=True
+    ),
     "everything": AttentionVariant(
         AttentionSpec(4, 2, 8, scale=0.5, window=6, softcap=2.0, epsilon=0.05), 16, 16, norms=True, sinks=True
     ),
@@ -62,7 +66,10 @@ def layers(variant: AttentionVariant, count: int = 1) -> ir.Model:
     dims = {"key": variant.key_dim, "value": variant.value_dim}
     for i in range(count):
         own = [value(f"q.{i}", ["tokens", spec.heads * variant.key_dim])]
-        own += [value(f"{k[0]}.{i}", ["tokens", spec.kv_heads * dim]) for k, dim in dims.items()]
+        own += [
+            value(f"{k[0]}.{i}", ["tokens", spec.kv_heads * dim]) if k == "key" or spec.has_values else None
+            for k, dim in dims.items()
+        ]
         caches = [value(f"{k}_cache.{i}", ["pages", spec.kv_heads, "page", dim]) for k, dim in dims.items()]
         norms = [value(f"{n}.{i}", [variant.key_dim]) for n in ("q_norm", "k_norm") if variant.norms]
         sinks = [value(f"sinks.{i}", [spec.heads])] if variant.sinks else []
@@ -71,7 +78,7 @@ def layers(variant: AttentionVariant, count: int = 1) -> ir.Model:
         made += [value(f"{k}_cache_out.{i}", ["pages", spec.kv_heads, "page", dim]) for k, dim in dims.items()]
         arguments = [*own, *ropes, *caches, *places, *(norms or [None, None]), *(sinks or [None]), *ends]
         nodes.append(ir.node("PagedAttention", arguments, attributes(spec), domain=DOMAIN, outputs=made))
-        inputs += [*own, *caches, *norms, *sinks, *ends]
+        inputs += [*filter(None, own), *caches, *norms, *sinks, *ends]
         outputs += made
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": ONNX_OPSET, DOMAIN: 1}, name="attention")
     return ir.Model(graph, ir_version=11)
@@ -100,7 +107,11 @@ def step_inputs(variant: AttentionVariant, context: int, tokens: int, rng: np.ra
     return tables | {
         "q": 3 * rng.standard_normal((tokens, spec.heads * variant.key_dim), np.float32),
         "k": rng.standard_normal((tokens, spec.kv_heads * variant.key_dim), np.float32),
-        "v": rng.standard_normal((tokens, spec.kv_heads * variant.value_dim), np.float32),
+        **(
+            {"v": rng.standard_normal((tokens, spec.kv_heads * variant.value_dim), np.float32)}
+            if spec.has_values
+            else {}
+        ),
         "query_start": np.array([0, tokens], np.int32),
         "context_len": np.array([context], np.int32),
         "page_table": np.array([[7]], np.int32),  # of some pool; the graph is given that page alone
