@@ -66,7 +66,7 @@ def test_random_sizes_and_budgets_are_those_of_transformers(seed: int) -> None:
             VISION, patch_size=fields["patch_size"], merge_size=fields["pooling_kernel_size"]
         )
         mode = str(rng.choice(["RGB", "L", "P", "RGBA", "1"]))
-        image = noise((width, height), seed, mode) if mode != "RGBA" else noise((width, height), seed)
+        image = noise((width, height), seed, mode)
         assert_as_transformers(image, vision, max_soft_tokens=int(rng.choice([70, 140, 280])), **fields)
 
 
@@ -189,6 +189,26 @@ def test_processors_of_other_towers_are_refused_by_name() -> None:
 
 def test_the_references_own_fields_are_taken() -> None:
     image_processor(Gemma4ImageProcessorPil().to_dict(), VISION)
+
+
+def test_fields_as_published_are_taken_and_size_says_nothing() -> None:
+    """google/gemma-4-26B-A4B-it, processor_config.json: image_processor."""
+    assert_as_transformers(
+        noise((310, 190)),
+        do_convert_rgb=True,
+        do_normalize=False,
+        do_rescale=True,
+        do_resize=True,
+        image_mean=[0.0, 0.0, 0.0],
+        image_seq_length=280,
+        image_std=[1.0, 1.0, 1.0],
+        max_soft_tokens=280,
+        patch_size=16,
+        pooling_kernel_size=3,
+        resample=3,
+        rescale_factor=1 / 255,
+        size={"height": 224, "width": 224},
+    )
 
 
 def test_a_prompt_is_what_transformers_processor_writes_around_images() -> None:
