@@ -14,7 +14,8 @@ Array = np.ndarray
 
 
 def draw_inputs(op: GatedDeltaOp, lengths: Sequence[int], seed: int, padding: int = 0) -> dict[str, Array]:
-    """Decays reach from none to nearly all of a state in one token; rows that no sequence has are NaN, row 0 too.
+    """Decays reach from none to nearly all of a state in one token; rows that no sequence has are NaN, row 0 too, and
+    so is what lies beside the op's own columns.
 
     lengths: new tokens of each sequence. padding: so many of the sequences, the last, have row 0.
     """
@@ -32,7 +33,7 @@ def draw_inputs(op: GatedDeltaOp, lengths: Sequence[int], seed: int, padding: in
     for state in states.values():
         state[unused] = np.nan
     inputs = states | {
-        "x": np.concatenate([qkv, 2 * gates], axis=1),
+        "x": np.concatenate([qkv, 2 * gates, np.full((tokens, op.beside), np.nan)], axis=1),
         "conv_weight": random.standard_normal((spec.channels, spec.kernel)),
         "rate": np.exp(random.uniform(-4, 2, heads)),
         "dt_bias": random.standard_normal(heads),
@@ -50,7 +51,7 @@ def deviation(op: GatedDeltaOp, inputs: Mapping[str, Array], results: Sequence[A
     """
     y, conv_state, delta_state = results
     spec, heads = op.spec, op.spec.value_heads
-    qkv, a, b = np.split(inputs["x"].astype(np.float64), [spec.channels, spec.channels + heads], axis=1)
+    qkv, a, b, _ = np.split(inputs["x"].astype(np.float64), spec.channels + heads * np.arange(3), axis=1)
     nobody = inputs["state_row"] == 0
     before = {name: inputs[name].astype(np.float64) for name in ("conv_state", "delta_state")}
     blank = [np.concatenate([state, np.zeros((nobody.sum(), *state.shape[1:]))]) for state in before.values()]

@@ -38,7 +38,7 @@ class PackProjections(Pass):
     def apply(self, model: ir.Model) -> int:
         packed = _groups(model.graph, self.readers)
         for nodes in packed:
-            _pack(model.graph, nodes)
+            pack(model.graph, nodes)
         return len(packed)
 
 
@@ -86,7 +86,8 @@ def _is_exact(user: ir.Node, place: int) -> bool:
     return is_op(user, ROUTER) or (is_op(user, GATED_DELTA) and place in _GATES)
 
 
-def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+def pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:
+    """Gemms on the same rows, all with a bias or all without -> one, and a Split behind it, in their order."""
     first, joined = nodes[0], []
     b = Builder(graph, first, "projections")
     for i in range(1, len(first.inputs)):

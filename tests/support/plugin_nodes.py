@@ -161,7 +161,8 @@ class GatedDelta(_Plugin):
 
     def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         spec = op.spec
-        qkv, a, b = np.split(inputs.pop("x"), [spec.channels, spec.channels + spec.value_heads], axis=1)
+        ends = spec.channels + spec.value_heads * np.arange(3)
+        qkv, a, b, _ = np.split(inputs.pop("x"), ends, axis=1)
         y, *after = gated_delta(qkv, a, b, spec=spec, **inputs)
         rows = inputs["state_row"][(np.diff(inputs["query_start"]) > 0) & (inputs["state_row"] > 0)]
         for name, state in zip(("conv_state", "delta_state"), after, strict=True):

@@ -42,7 +42,7 @@ class GatedDeltaCases:
     def ops(self, sm: int) -> list[GatedDeltaOp]:
         """Every dtype with every spec."""
         dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        return [GatedDeltaOp(spec, dtype) for dtype in dtypes for spec in SPECS]
+        return [GatedDeltaOp(spec, dtype, 16 * i) for dtype in dtypes for i, spec in enumerate(SPECS)]
 
     def describe(self, op: GatedDeltaOp) -> str:
         spec = op.spec

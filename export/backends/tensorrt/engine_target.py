@@ -16,6 +16,7 @@ from moevlm.export.backends.tensorrt.kernels_file import kernels_json
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
+from moevlm.export.backends.tensorrt.passes.pack_delta import PackDelta
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
 from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
 from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
@@ -36,7 +37,6 @@ from moevlm.export.backends.tensorrt.profiles import (
 from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
 from moevlm.export.graph.cost import cost
-from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
@@ -188,7 +188,7 @@ class TensorRTTarget:
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION, GATED_DELTA), typed)
+        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
         run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])

@@ -9,9 +9,8 @@ from moevlm.plugins.ops.spec import GatedDeltaSpec
 
 @dataclass(frozen=True)
 class DeltaHeads:
-    """group: value heads of a key head. channels: of the convolution. row: values in a row of the op's input.
-
-    key_width, value_width, head_width: what a key, a value or either is padded to.
+    """group: value heads of a key head. channels: of the convolution. row: values in a row of the op's input, `beside`
+    of them another's. key_width, value_width, head_width: what a key, a value or either is padded to.
     """
 
     key_heads: int
@@ -29,7 +28,7 @@ class DeltaHeads:
     epsilon: float
 
     @classmethod
-    def of(cls, spec: GatedDeltaSpec) -> Self:
+    def of(cls, spec: GatedDeltaSpec, beside: int) -> Self:
         """What follows from the attributes of the op."""
         key_width, value_width = (max(16, power_of_two(dim)) for dim in (spec.key_dim, spec.value_dim))
         return cls(
@@ -39,7 +38,7 @@ class DeltaHeads:
             key_dim=spec.key_dim,
             value_dim=spec.value_dim,
             channels=spec.channels,
-            row=spec.channels + 2 * spec.value_heads,
+            row=spec.channels + 2 * spec.value_heads + beside,
             key_width=key_width,
             value_width=value_width,
             head_width=max(key_width, value_width),

@@ -31,15 +31,16 @@ _STATES = ("conv_state", "delta_state")
 
 @dataclass(frozen=True)
 class GatedDeltaOp:
-    """x [T, C + 2 * Hv] -> y [T, Hv * Dv], both in `dtype`; see `moevlm.plugins.ops.gated_delta.gated_delta`.
+    """x [T, C + 2 * Hv + beside] -> y [T, Hv * Dv], both in `dtype`; see `moevlm.plugins.ops.gated_delta.gated_delta`.
 
-    A row of x has the C channels of qkv, then a, then b. The states, of P rows, are written in place; row 0 is
-    nobody's, neither read nor written. Whatever query_start and state_row hold, nothing outside the inputs and
-    outputs is touched. Tokens that no sequence has get no y.
+    A row of x has the C channels of qkv, then a, then b, then `beside` values of another's, such as the gate of y. The
+    states, of P rows, are written in place; row 0 is nobody's, neither read nor written. Whatever query_start and
+    state_row hold, nothing outside the inputs and outputs is touched. Tokens that no sequence has get no y.
     """
 
     spec: GatedDeltaSpec
     dtype: str = "bfloat16"
+    beside: int = 0
 
     name = "GatedDelta"
 
@@ -55,7 +56,7 @@ class GatedDeltaOp:
         spec = self.spec
         heads = spec.value_heads
         return (
-            Tensor("x", self.dtype, (T, spec.channels + 2 * heads)),
+            Tensor("x", self.dtype, (T, spec.channels + 2 * heads + self.beside)),
             Tensor("conv_weight", "float32", (spec.channels, spec.kernel)),
             Tensor("rate", "float32", (heads,)),
             Tensor("dt_bias", "float32", (heads,)),
@@ -83,7 +84,7 @@ class _GatedDeltaDraft:
 
     def __init__(self, op: GatedDeltaOp, sm: int) -> None:
         spec = op.spec
-        self.op, self.sm, self.heads = op, sm, DeltaHeads.of(spec)
+        self.op, self.sm, self.heads = op, sm, DeltaHeads.of(spec, op.beside)
         self.tiles = delta_tiles(DTYPES[op.dtype].bits, max(spec.key_dim, spec.value_dim), sm)
         self.kernels: list[KernelSpec] = []
 

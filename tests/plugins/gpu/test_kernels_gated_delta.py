@@ -40,6 +40,12 @@ def test_every_dtype_agrees_with_the_spec(triton_interpreter: Interpreter, step:
     agrees(triton_interpreter, op, op.draft(90), draw_inputs(op, STEPS[step], 1))
 
 
+def test_what_lies_beside_in_a_row_is_not_read(triton_interpreter: Interpreter) -> None:
+    op = GatedDeltaOp(SMALL, "float32", beside=24)
+    for step in ("decode", "mixed"):
+        agrees(triton_interpreter, op, op.draft(80), draw_inputs(op, STEPS[step], 6))
+
+
 @pytest.mark.parametrize("sm", FIRST_OF_FAMILY)
 def test_tiles_of_every_gpu(triton_interpreter: Interpreter, sm: int) -> None:
     op = GatedDeltaOp(replace(SMALL, key_dim=128, value_dim=128), "float16")

@@ -7,6 +7,7 @@ import onnx_ir as ir
 from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs, rounded, side_by_side
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.graph.weights import weight_of
 from moevlm.export.passes.base import left
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
@@ -16,6 +17,7 @@ from moevlm.runtime.core.errors import BuildError
 class PluginGatedDelta(PluginPass):
     """moevlm::GatedDelta -> a plugin on rows of qkv, a and b side by side, which writes into the states it is given.
 
+    What else a row has stays where it is, see `PackDelta`.
     States are inputs of the graph and no outputs: [rows, ...] float32.
     """
 
@@ -48,11 +50,30 @@ class PluginGatedDelta(PluginPass):
         return is_op(node, GATED_DELTA)
 
     def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
-        values = [value for value in node.inputs if value is not None]
-        return GatedDeltaOp(node_spec(node), self.dtype), [side_by_side(graph, node, values[:3]), *values[3:]]
+        values, spec = [value for value in node.inputs if value is not None], node_spec(node)
+        rows = _rows_of(*values[:3])
+        if rows is None:
+            return GatedDeltaOp(spec, self.dtype), [side_by_side(graph, node, values[:3]), *values[3:]]
+        columns = _columns(rows)
+        return GatedDeltaOp(spec, self.dtype, columns - spec.channels - 2 * spec.value_heads), [rows, *values[3:]]
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         for written in node.outputs[1:]:
             graph.outputs.remove(written)
         node.resize_outputs(1)
         super().replace(graph, node)
+
+
+def _rows_of(*parts: ir.Value) -> ir.Value | None:
+    """The product that was split into `parts` and others behind them, see `PackDelta`."""
+    split = parts[0].producer()
+    if split is None or split.op_type != "Split" or tuple(split.outputs[: len(parts)]) != parts:
+        return None
+    return split.inputs[0]
+
+
+def _columns(rows: ir.Value) -> int:
+    """Of a Gemm's result."""
+    product = rows.producer()
+    assert product is not None and product.inputs[1] is not None
+    return weight_of(product.inputs[1]).shape[0]

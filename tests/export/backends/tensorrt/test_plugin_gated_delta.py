@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from moevlm.export.backends.tensorrt.passes.pack_delta import PackDelta
 from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention
 from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
@@ -32,7 +33,7 @@ from tests.support.plan_graphs import (
     usual_error,
     with_stored_experts,
 )
-from tests.support.plugin_nodes import named
+from tests.support.plugin_nodes import named, op_named
 from tests.support.tiny import TinyCheckpoint
 
 STEPS = {
@@ -53,7 +54,7 @@ def canonical(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ir.Model]:
 
 def lowered(canonical: ir.Model, dtype: str) -> ir.Model:
     model = canonical.clone()
-    passes = [PackProjections(PAGED_ATTENTION, GATED_DELTA), *([] if dtype == "float32" else [Typed(dtype)])]
+    passes = [PackProjections(PAGED_ATTENTION), PackDelta(), *([] if dtype == "float32" else [Typed(dtype)])]
     passes.append(RowSums())
     plugins = [PluginPagedAttention(dtype, "", named), PluginGatedDelta(dtype, named), PluginMoE(dtype, "", 32, named)]
     run([*passes, *plugins], model)
@@ -83,12 +84,16 @@ def test_states_stay_float32_and_activations_do_not(canonical: ir.Model) -> None
         assert usual_error(*(in_question(name, outputs[name], feeds) for outputs in (got, want))) < 0.03, name
 
 
-def test_qkv_a_and_b_are_rows_of_one_product(canonical: ir.Model) -> None:
+def test_qkv_a_b_and_the_gate_are_rows_of_one_product(canonical: ir.Model) -> None:
     model = lowered(canonical, "bfloat16")
     (node,) = [node for node in model.graph if node.op_type == GATED_DELTA]
     product = node.inputs[0].producer()  # type: ignore[union-attr]
     assert product is not None and product.op_type == "Gemm"
-    assert [user.op_type for user in product.outputs[0].consumers()] == [GATED_DELTA]
+    op = op_named(node.attributes["program"].value)
+    assert op.beside == op.spec.value_heads * op.spec.value_dim
+    split, plugin = sorted((user for user in product.outputs[0].consumers()), key=lambda user: user.op_type != "Split")
+    assert plugin is node
+    assert [len(value.consumers()) for value in split.outputs] == [0, 0, 0, 2]  # z times its sigmoid
 
 
 @pytest.mark.usefixtures("hybrid_family")
@@ -98,6 +103,14 @@ def test_states_of_another_op_are_refused_by_name(tmp_path: Path) -> None:
         allowed = "caches of keys and values, states of the gated delta rule"
         with pytest.raises(BuildError, match=rf"cannot keep recurrence_state.1 \(supported: {allowed}\)$"):
             run([PluginGatedDelta("float32", named)], graph)
+
+
+def test_projections_that_are_not_one_product_are_joined(canonical: ir.Model) -> None:
+    model = canonical.clone()
+    run([PluginPagedAttention("float32", "", named), PluginGatedDelta("float32", named)], model)
+    (node,) = [node for node in model.graph if node.op_type == GATED_DELTA]
+    assert node.inputs[0].producer().op_type == "Concat"  # type: ignore[union-attr]
+    assert op_named(node.attributes["program"].value).beside == 0
 
 
 def test_rows_that_an_engine_takes_keep_tensors_below_2_to_the_31() -> None:
