@@ -13,7 +13,7 @@ from moevlm.export.dry_run import dry_run
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError
-from tests.support.command_line import call
+from tests.support.command_line import assert_refused, call
 from tests.support.published import FORMATS, floats
 from tests.support.tiny import edit_json
 
@@ -62,6 +62,17 @@ def test_config_of_modelopt_is_one_of_the_files_that_have_to_be_the_same(
         CheckpointError, match=r"hf_quant_config.json is not the file that the bundle was exported from"
     ):
         add_targets(copy, changed, ["ort-cpu"])
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "quark", "gguf", None])
+def test_method_that_is_not_read_is_one_line_on_the_command_line(
+    method: str | None, checkpoint: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    edit_json(other / "config.json", lambda config: config.update(quantization_config={"quant_method": method}))
+    for options in (["--dry-run"], ["-o", tmp_path / "out.moevlm"]):
+        assert_refused(call("build", other, *options), "quantization_config.quant_method = ", "(supported: fp8, ")
+    assert not (tmp_path / "out.moevlm").exists()
 
 
 def test_dry_run_says_what_a_checkpoint_and_what_a_config_alone_hold(checkpoint: Path, tmp_path: Path) -> None:
