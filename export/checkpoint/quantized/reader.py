@@ -166,24 +166,21 @@ def _refuse_scaled_floats(name: str, weight: str, stored: Mapping[str, Stored]) 
 
 def _described(form: Format, weight: Weight) -> str:
     """fp8 in blocks of 128 x 128; gptq int4 in groups of 128 with zero points"""
-    if not isinstance(weight, Coded):
-        return f"{form.name} with scattered groups"
-    codes, rows = weight.form, weight.form.block_rows
     if form.name in ("nvfp4", "mxfp4"):
         return form.name
-    if isinstance(weight, tiles.Tiles) and weight.scales.dtype.name in tiles.EXPONENTS and rows == 1:
+    if not isinstance(weight, Coded):
+        return f"{form.name} with scattered groups"
+    codes, (rows, columns) = weight.form, weight.shape[-2:]
+    if isinstance(weight, tiles.Tiles) and weight.scales.dtype.name in tiles.EXPONENTS and codes.block_rows == 1:
         return "mxfp8"
     kind = codes.kind if form.name in ("fp8", "int") else f"{form.name} {codes.kind}"
-    whole = codes.group_size >= weight.shape[-1]
-    if rows > 1:
-        return (
-            f"{kind} per tensor"
-            if whole and rows >= weight.shape[-2]
-            else f"{kind} in blocks of {rows} x {codes.group_size}"
-        )
-    if whole:
-        return f"{kind} per channel"
-    return f"{kind} in groups of {codes.group_size}" + (" with zero points" if codes.zeros else "")
+    whole = codes.group_size >= columns
+    if codes.block_rows == 1:
+        zeros = " with zero points" if codes.zeros else ""
+        return f"{kind} per channel{zeros}" if whole else f"{kind} in groups of {codes.group_size}{zeros}"
+    if whole and codes.block_rows >= rows:
+        return f"{kind} per tensor"
+    return f"{kind} in blocks of {codes.block_rows} x {codes.group_size}"
 
 
 def _told(name: str) -> str:

@@ -125,6 +125,7 @@ def test_fused_fp4_experts_may_be_packed_along_the_first_of_two_axes(
     found = coded(model_of(quantized).decoder_weights["layers.1.feed_forward.down"])
     assert found is not None
     assert found.form == CodeForm("fp4", 16)
+    assert model_of(quantized).stored_as == {"nvfp4": 12, "float32": 58}
 
 
 def test_gate_and_up_may_have_global_scales_of_their_own(publish: Callable[..., tuple[Path, Path]]) -> None:
