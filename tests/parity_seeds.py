@@ -21,6 +21,7 @@ TARGETS = ("cpu:int8", "cpu:int4", "ort-cpu:int8", "ort-cpu:int4")
 MODELS = {
     "qwen3_vl_moe": TinyCheckpoint(text={"moe_intermediate_size": 48}),
     "glm4v_moe": TinyCheckpoint("glm4v_moe", text={"moe_intermediate_size": 48}),
+    "qwen3_5_moe": TinyCheckpoint("qwen3_5_moe", text={"moe_intermediate_size": 48}),
     "9 of 130 experts": TinyCheckpoint(
         dtype="bfloat16",
         text={

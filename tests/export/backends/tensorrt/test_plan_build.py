@@ -28,6 +28,7 @@ from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeade
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError, BundleError
 from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.core.states import PagedKV, Recurrent
 from tests.export.backends.tensorrt.test_passes import with_sizes
 from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import assert_refused, call
@@ -151,6 +152,19 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
         "down_scale": ("float16", (8, 1, 32)),
     }
     assert header(built, engine.decoder).sms == (75,)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kinds"),
+    [("qwen3_5_moe", [Recurrent, Recurrent, PagedKV]), ("qwen3_omni_moe", [PagedKV, PagedKV])],
+)
+def test_decoder_and_tower_of_a_family_build(
+    model_type: str, kinds: list[type], tmp_path: Path, save_checkpoint: Callable[..., Path]
+) -> None:
+    built = build(save_checkpoint(model_type=model_type, text={"vocab_size": 96}), tmp_path / "b", ["rtx:sm89"])
+    engine = built.manifest.engines["rtx:sm89:bf16"]
+    assert [type(state) for state in engine.states] == kinds
+    assert header(built, engine.decoder).sms == header(built, engine.vision).sms == (89,)
 
 
 def test_demo_checkpoint_builds(tmp_path: Path) -> None:
