@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.quantized import Tensors, Writer, awq, fp8_tiles, gptq, mxfp4, nvfp4, packed_ints
+from tests.support.quantized import Tensors, Writer, awq, fp8_tiles, gptq, int8_rows, mxfp4, nvfp4, packed_ints
 from tests.support.tiny import TinyCheckpoint
 
 WEIGHTS = "model.safetensors"
@@ -181,6 +181,9 @@ FORMATS = {
         beside=("_activation_scale",),
     ),
     "fp8-channels": Published(fp8_tiles(1, 0, "_scale"), _groups("float-quantized", FP8), beside=(".input_scale",)),
+    "int8-channels": Published(
+        int8_rows, _groups("int-quantized", FP8 | {"type": "int"}), beside=(".input_zero_point",)
+    ),
     "fp8-modelopt": Published(
         fp8_tiles(0, 0, "_scale", torch.float32, ()), {"quant_method": "modelopt", "quant_algo": "FP8"}
     ),

@@ -59,6 +59,13 @@ def fp8_tiles(rows: int, columns: int, scale: str, dtype: torch.dtype = torch.bf
     return _each(write)
 
 
+def int8_rows(w: np.ndarray) -> tuple[Tensors, np.ndarray]:
+    """compressed-tensors int-quantized: signed codes, a scale for each row."""
+    scales = torch.from_numpy(np.abs(w).max(1, keepdims=True) / 127)
+    codes = (torch.from_numpy(w) / scales).round().to(torch.int8)
+    return {"": codes, "_scale": scales}, (codes.float() * scales).numpy()
+
+
 def _integers(
     w: np.ndarray, group: int, zeros: bool, bits: int = 4
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
