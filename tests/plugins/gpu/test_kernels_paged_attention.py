@@ -124,8 +124,10 @@ def test_pages_of_64_past_a_share_with_shared_pages(triton_interpreter: Interpre
         check(op, inputs, triton_interpreter.run(op.draft(90), inputs))
 
 
-@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
-@pytest.mark.parametrize(("step", "shares"), [("decode", 8), ("few tokens", 8), ("mixture", 2), ("long", 2)])
+@pytest.mark.parametrize(
+    ("step", "shares", "images"),
+    [("decode", 8, False), ("few tokens", 8, True), ("mixture", 2, False), ("long", 2, True)],
+)
 def test_each_launch_plan_is_right_for_all_that_it_admits(
     triton_interpreter: Interpreter, step: str, shares: int, images: bool
 ) -> None:
