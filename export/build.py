@@ -27,7 +27,7 @@ from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
-from moevlm.runtime.core.printable import stored_text
+from moevlm.runtime.core.printable import recoded_text, stored_text
 from moevlm.runtime.core.progress import Stages, silent
 
 Planned = Callable[[ModelMetadata, Mapping[str, EngineMetadata]], None]
@@ -73,7 +73,7 @@ def build(
         for pattern, count in model.left_out.items():
             note(f"left out {count} tensors {pattern}: {why_left_out(pattern)}")
         if model.stored_as:
-            note(f"the checkpoint is quantized: {stored_text(model.stored_as)}; targets round the decoded weights anew")
+            note(f"the checkpoint is quantized: {stored_text(model.stored_as)}")
         carried = request_files(source.directory, model.metadata())
         metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
         for text in carried.notes:
@@ -87,6 +87,9 @@ def build(
             for name in GRAPHS:
                 writer.add_structure(graphs[name], REFERENCE.path(name))
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
+        for name, engine in engines.items():
+            if engine.recoded:
+                note(f"{name}, of weights in codes: {recoded_text(engine.recoded)}")
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(

@@ -90,7 +90,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.graph.weights",
         "export.graph.codes",
     },
-    "export.formats": {"runtime.core", "plugins.gpu", "export.graph.weights"},
+    "export.formats": {"runtime.core", "plugins.gpu", "export.graph.weights", "export.graph.codes"},
     "export.families": {
         "runtime.core",
         "plugins.ops",
@@ -100,7 +100,14 @@ IMPORTS: dict[str, set[str]] = {
     },
     "export.modules": {"runtime.core", "plugins.ops", "export.config", "export.formats"},
     "export.graph": {"runtime.core", "plugins.ops", "export.config", "export.graph.weights", "export.modules"},
-    "export.passes": {"runtime.core", "plugins.ops", "export.graph.weights", "export.formats", "export.graph"},
+    "export.passes": {
+        "runtime.core",
+        "plugins.ops",
+        "export.graph.weights",
+        "export.graph.codes",
+        "export.formats",
+        "export.graph",
+    },
     "export.writing": {"runtime.core", "runtime.bundle", "export.graph.weights"},
     "export.backends": {
         "runtime.core",

@@ -13,6 +13,7 @@ from moevlm.export.backends.states import kept
 from moevlm.export.config import ModelConfig
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.sparsity import TWO_OF_FOUR
+from moevlm.export.formats.stored import recoded, weights_of
 from moevlm.export.graph.cost import cost
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
@@ -51,8 +52,14 @@ class OnnxTarget:
         passes = {graph: (PruneTwoOfFour(), *passes) for graph, passes in self.passes.items()}
         return replace(self, sparsity=TWO_OF_FOUR, passes=passes)
 
-    def metadata(self, cost: CostMetadata, canonical: Mapping[str, ir.Model], config: ModelConfig) -> EngineMetadata:
-        """What the manifest says of this engine. canonical: the graphs that it was made of, by name."""
+    def metadata(
+        self,
+        cost: CostMetadata,
+        canonical: Mapping[str, ir.Model],
+        lowered: Mapping[str, ir.Model],
+        config: ModelConfig,
+    ) -> EngineMetadata:
+        """What the manifest says of this engine. canonical, lowered: the graphs that it was made of, and is."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
         return EngineMetadata(
             vision=vision,
@@ -65,6 +72,7 @@ class OnnxTarget:
             operators=self.operators,
             sparsity=self.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
+            recoded=recoded(weight for graph in lowered.values() for weight in weights_of(graph)),
             cost=cost,
         )
 
@@ -83,7 +91,9 @@ class OnnxTarget:
         """As `Target.rehearse`."""
         lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
         found = cost(canonical, lowered, config.vision.metadata().patches_per_token)
-        return self.metadata(found, canonical, config), sum(data_bytes(plan(graph)) for graph in lowered.values())
+        return self.metadata(found, canonical, lowered, config), sum(
+            data_bytes(plan(graph)) for graph in lowered.values()
+        )
 
     def write(self, build: BuildContext) -> EngineMetadata:
         """As `Target.write`."""
@@ -91,7 +101,7 @@ class OnnxTarget:
         for name, graph in lowered.items():
             build.writer.add_model(graph, self.path(name), partial(build.progress, f"writing {self.name} {name}"))
         found = cost(build.canonical, lowered, build.config.vision.metadata().patches_per_token)
-        return self.metadata(found, build.canonical, build.config)
+        return self.metadata(found, build.canonical, lowered, build.config)
 
     def path(self, graph: str) -> str:
         """The path inside the bundle of the vision or the decoder graph."""

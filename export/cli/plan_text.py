@@ -8,7 +8,7 @@ from moevlm.runtime.cli.console import table
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.core.printable import bytes_text, recoded_text
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.perf.limits import cache_bytes_per_token, decode_work
 from moevlm.runtime.perf.memory import CONTEXT, memory_report
@@ -32,6 +32,9 @@ def plan_lines(source: Path, plan: "Plan") -> Iterator[str]:
     if possible:
         yield table("what would be built", _HEADS, [_row(plan.model, *each) for each in possible])
         yield f"read for a token: of weights and cache, at {CONTEXT:,} tokens"
+    for target, engine in possible:
+        if engine.recoded:
+            yield f"{target.name}, of weights in codes: {recoded_text(engine.recoded)}"
     for target, engine in possible:
         if (report := memory_report(plan.model, engine)) is not None:
             yield memory_text(target.name, report, plan.model)

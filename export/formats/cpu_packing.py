@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.stored import EncodedFrom, encoded
 from moevlm.export.graph.weights import Weight
 
 Array = np.ndarray
@@ -112,6 +113,10 @@ class PackedRows:
     scheme: IntFormat
 
     @property
+    def encoding(self) -> EncodedFrom:
+        return EncodedFrom(self.source, self.scheme)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.source.shape
         return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.group_size)
@@ -121,9 +126,8 @@ class PackedRows:
         return np.dtype(np.uint8)
 
     def rows(self, start: int, stop: int) -> Array:
-        rows = self.source.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
-        q, scales = self.scheme.encode(rows.astype(np.float32, copy=False))
-        return pack(q.reshape(len(rows), -1), scales, self.scheme.bits, self.scheme.group_size)
+        q, scales = encoded(self.source, self.scheme, start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        return pack(q.reshape(len(q), -1), scales, self.scheme.bits, self.scheme.group_size)
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ class PackedExperts:
     interleaved: bool
 
     @property
+    def encoding(self) -> EncodedFrom:
+        return EncodedFrom(self.source, self.scheme)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         experts, rows, columns = self.source.shape
         if self.interleaved:
@@ -168,7 +176,7 @@ class PackedExperts:
     def rows(self, start: int, stop: int) -> Array:
         make = pack_gate_up if self.interleaved else pack
         out = np.empty((stop - start, self.shape[1]), np.uint8)
-        for i, expert in enumerate(self.source.rows(start, stop)):
-            q, scales = self.scheme.encode(expert.astype(np.float32, copy=False))
-            out[i] = make(q.reshape(len(expert), -1), scales, self.scheme.bits, self.scheme.group_size).reshape(-1)
+        for i in range(stop - start):
+            q, scales = encoded(self.source, self.scheme, start + i, start + i + 1)
+            out[i] = make(q.reshape(len(q), -1), scales, self.scheme.bits, self.scheme.group_size).reshape(-1)
         return out

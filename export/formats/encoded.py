@@ -7,20 +7,21 @@ import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.sparsity import prune
+from moevlm.export.formats.stored import EncodedFrom, encoded
 from moevlm.export.graph.weights import PerRow, Weight
 
-Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Pack = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 Shaped = tuple[tuple[int, ...], np.dtype]
 
 
 def as_stored(weight: Weight, form: WeightFormat) -> Weight:
     """A weight [..., K] as kernels see it: encoded and decoded again, float32."""
 
-    def through(array: np.ndarray) -> np.ndarray:
-        rows = array.reshape(-1, array.shape[-1]).astype(np.float32, copy=False)
-        return form.decode(*form.encode(rows))[:, : rows.shape[1]].reshape(array.shape)
+    def rows(start: int, stop: int) -> np.ndarray:
+        decoded = form.decode(*encoded(weight, form, start, stop))
+        return decoded[:, : weight.shape[-1]].reshape(-1, *weight.shape[1:])
 
-    return PerRow(weight, weight.shape, np.dtype(np.float32), through)
+    return _Part(weight.shape, np.dtype(np.float32), rows)
 
 
 def pruned(weight: Weight) -> Weight:
@@ -35,16 +36,16 @@ class Encoded:
     are kept until they are written in turn, right afterwards.
     """
 
-    def __init__(self, source: Weight, encode: Encode, values: Shaped, scales: Shaped) -> None:
-        """encode: rows [n, K] float32 -> values and scales of n rows. values, scales: what the tensors will be."""
-        self._source, self._encode, self._values_of, self._scales_of = source, encode, values, scales
+    def __init__(self, source: Weight, form: WeightFormat, pack: Pack, values: Shaped, scales: Shaped) -> None:
+        """pack: codes and scales of n rows, as `form` encodes them, to their bytes. values, scales: of the tensors."""
+        self._source, self._form, self._pack = source, form, pack
+        self._values_of, self._scales_of = values, scales
         self._kept: np.ndarray | None = None
-        self.values: Weight = _Part(*values, self._values)
+        self.values: Weight = _Part(*values, self._values, EncodedFrom(source, form))
         self.scales: Weight = _Part(*scales, self._scales)
 
     def _both(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        piece = self._source.rows(start, stop)
-        found = self._encode(piece.reshape(-1, piece.shape[-1]).astype(np.float32, copy=False))
+        found = self._pack(*encoded(self._source, self._form, start, stop))
         values, scales = (
             array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
             for array, (shape, dtype) in zip(found, (self._values_of, self._scales_of), strict=True)
@@ -74,3 +75,4 @@ class _Part:
     shape: tuple[int, ...]
     dtype: np.dtype
     rows: Callable[[int, int], np.ndarray]
+    encoding: EncodedFrom | None = None

@@ -21,9 +21,5 @@ def packed(source: Weight, form: IntFormat, flat: bool = False) -> Encoded:
     groups, group_bytes = -(-width // form.group_size), form.group_size * form.bits // 8
     last = (groups * group_bytes,) if flat else (groups, group_bytes)
 
-    def encode(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        codes, scales = form.encode(rows)
-        return pack(codes, form.bits), scales
-
     shapes = ((*outer, *last), np.dtype(np.uint8)), ((*outer, groups), np.dtype(np.float32))
-    return Encoded(source, encode, *shapes)
+    return Encoded(source, form, lambda codes, scales: (pack(codes, form.bits), scales), *shapes)

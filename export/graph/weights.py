@@ -239,12 +239,31 @@ class Transposed:
         return np.ascontiguousarray(self.source.rows(0, self.source.shape[0])[:, start:stop].T)
 
 
+@dataclass(frozen=True)
+class Cast:
+    """The same values in another dtype."""
+
+    source: Weight
+    dtype: np.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        array = self.source.rows(start, stop)
+        return _float16(array) if self.dtype == np.float16 else array.astype(self.dtype)
+
+
 def cast(source: Weight, dtype: np.dtype) -> Weight:
     """The same values in another dtype. Reading raises ValueError for one that float16 cannot hold."""
     dtype = np.dtype(dtype)
-    if source.dtype == dtype:
-        return source
-    return PerRow(source, source.shape, dtype, _float16 if dtype == np.float16 else lambda a: a.astype(dtype))
+    return source if source.dtype == dtype else Cast(source, dtype)
+
+
+def uncast(weight: Weight) -> Weight:
+    """The values as they were before a cast."""
+    return uncast(weight.source) if isinstance(weight, Cast) else weight
 
 
 def _float16(array: np.ndarray) -> np.ndarray:

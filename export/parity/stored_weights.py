@@ -9,7 +9,9 @@ from moevlm.export.backends.onnx_target import EMBEDDING, VISION
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
 from moevlm.export.backends.ort.passes.quantize_experts import shared_scheme
 from moevlm.export.formats.encoded import as_stored
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import int_format
+from moevlm.export.formats.stored import shared_form
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.layers import ExactLinear
@@ -27,20 +29,26 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
     scheme = int_format(engine.dtype, engine.group_size, scales)
     vision, decoder = dict(model.vision_weights), dict(model.decoder_weights)
     for name in _projections(model.vision):
-        vision[name] = as_stored(vision[name], replace(VISION, scales=scales))
+        vision[name] = as_stored(vision[name], _form(replace(VISION, scales=scales), ours, vision[name]))
     for name in _projections(model.decoder):
-        decoder[name] = as_stored(decoder[name], scheme)
+        decoder[name] = as_stored(decoder[name], _form(scheme, ours, decoder[name]))
     for layer, moe in model.config.moe.items():
         if not ours and (moe.expert_scale or kernel_attributes(moe.expert) is None):
             continue  # `LowerMoE` leaves these experts as they are
         names = [f"layers.{layer}.feed_forward.{name}" for name in ("gate_up", "down")]
-        of_both = scheme if ours else shared_scheme(scheme, *(decoder[name].shape[-1] for name in names))
+        both = [decoder[name] for name in names]
+        of_both = shared_form(scheme, *both) if ours else shared_scheme(scheme, *(one.shape[-1] for one in both))
         assert of_both is not None  # the build would have failed
         for name in names:
             decoder[name] = as_stored(decoder[name], of_both)
-    decoder["head"] = as_stored(decoder.get("head", decoder["embedding"]), scheme)
+    head = decoder.get("head", decoder["embedding"])
+    decoder["head"] = as_stored(head, _form(scheme, ours, head))
     decoder["embedding"] = as_stored(decoder["embedding"], EMBEDDING)
     return vision, decoder
+
+
+def _form(scheme: IntFormat, ours: bool, weight: Weight) -> IntFormat:
+    return shared_form(scheme, weight) if ours else scheme
 
 
 def _projections(tower: nn.Module) -> Iterator[str]:

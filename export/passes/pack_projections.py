@@ -2,10 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from moevlm.export.graph.builder import Builder
+from moevlm.export.graph.codes import CodeForm, coded
 from moevlm.export.graph.gated_delta import GATED_DELTA, INPUTS
 from moevlm.export.graph.moe_functions import ROUTER
 from moevlm.export.graph.op import is_op
@@ -19,7 +21,8 @@ class PackProjections(Pass):
     """Gemms on the same rows (q, k and v; gate and up; in a parallel layer all) -> one Gemm on joined weights, a Split.
 
     The input is read once and the work handed to the threads once. Router logits and gates, of states and of shared
-    experts, stay apart: they are never quantized.
+    experts, stay apart: they are never quantized. So do weights that a checkpoint holds in different codes, which would
+    be lost.
     readers: with some, only Gemms that the same node of one of these moevlm ops reads, and nothing else does.
     """
 
@@ -31,7 +34,7 @@ class PackProjections(Pass):
         yield from replaced_deciders(model)
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
-        """Gemms that share an input differ in having a bias, or one is no projection."""
+        """Gemms that share an input differ in having a bias or in their codes, or one is no projection."""
         for nodes in _groups(model.graph, self.readers):
             yield f"{nodes[0].outputs[0].name} and {nodes[1].outputs[0].name} share their input"
 
@@ -52,12 +55,19 @@ def whole(*parts: ir.Value) -> ir.Value | None:
 
 def _groups(graph: ir.Graph, readers: tuple[str, ...]) -> list[list[ir.Node]]:
     """Projections of one input and reader, all with a bias or all without, where there are several."""
-    groups: dict[tuple[ir.Value | None, bool, ir.Node | None], list[ir.Node]] = defaultdict(list)
+    groups: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in graph:
         reader = _reader(node, readers)
         if has_stored_weight(node) if reader else is_projection(node) and not readers:
-            groups[node.inputs[0], len(node.inputs) > 2, reader].append(node)
+            groups[node.inputs[0], len(node.inputs) > 2, reader, None if reader else _form(node)].append(node)
     return [nodes for nodes in groups.values() if len(nodes) > 1]
+
+
+def _form(node: ir.Node) -> CodeForm | None:
+    """Of the codes that a checkpoint holds the weight in; None for floats."""
+    assert node.inputs[1] is not None
+    own = coded(weight_of(node.inputs[1]))
+    return None if own is None else replace(own.form, block_rows=1)
 
 
 def _reader(node: ir.Node, readers: tuple[str, ...]) -> ir.Node | None:

@@ -86,7 +86,7 @@ def _attention(model: ModelMetadata) -> str:
 def _metadata(bundle: Bundle, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import table
     from moevlm.runtime.cli.memory_text import memory_text
-    from moevlm.runtime.core.printable import bytes_text, stored_text
+    from moevlm.runtime.core.printable import bytes_text, recoded_text, stored_text
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
     from moevlm.runtime.request.sampling import SamplingParams
 
@@ -123,8 +123,9 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     ]
     heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
     text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
+    fates = [f"{e.target}, of weights in codes: {recoded_text(e.recoded)}" for e in report.engines if e.recoded]
     memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
-    return "\n\n".join((text + _tables(bundle), *memory))
+    return "\n\n".join(("\n".join((text + _tables(bundle), *fates)), *memory))
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:

@@ -28,6 +28,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     group_size: int = 0
     kv_cache: str = "float32"
     sparsity: str = ""
+    recoded: dict[str, int] = {}
     tensorrt: TensorRTMetadata | None = None
     problems: list[str] = []
     kernels: KernelsReport | None = None
@@ -85,6 +86,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 cache_bytes_per_token=cache_bytes_per_token(engine),
                 built=engine.built,
                 sparsity=engine.sparsity,
+                recoded=engine.recoded,
                 tensorrt=engine.tensorrt,
                 problems=backends.of(engine).problems(bundle, engine),
                 kernels=backends.of(engine).kernels(bundle, engine),

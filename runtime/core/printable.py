@@ -53,3 +53,8 @@ def count_text(count: int) -> str:
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return str(count)
+
+
+def recoded_text(recoded: Mapping[str, int]) -> str:
+    """What became of weights in codes, see `EngineMetadata.recoded`: 96 int4 kept, 2 fp4 to int8."""
+    return ", ".join(f"{count} {fate}" for fate, count in recoded.items())

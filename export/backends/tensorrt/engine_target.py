@@ -36,6 +36,7 @@ from moevlm.export.backends.tensorrt.profiles import (
 )
 from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
+from moevlm.export.formats.stored import recoded, weights_of
 from moevlm.export.graph.cost import cost
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
@@ -99,10 +100,12 @@ class TensorRTTarget:
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
         graphs = self._lowered(canonical, lambda _: b"")
-        found = cost(canonical, graphs, config.vision.metadata().patches_per_token)
+        found, known = cost(canonical, graphs, config.vision.metadata().patches_per_token), _recoded(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
-        return self._fitted(config)._metadata(config, image_patches, found), dense + found.expert_bytes * experts
+        return self._fitted(config)._metadata(
+            config, image_patches, found, recoded=known
+        ), dense + found.expert_bytes * experts
 
     def _fitted(self, config: ModelConfig) -> Self:
         chunk = min(self.options.chunk_tokens, config.decoder.context)
@@ -115,8 +118,9 @@ class TensorRTTarget:
         costs: CostMetadata,
         version: str = "",
         pruned_weights: int = 0,
+        recoded: Mapping[str, int] | None = None,
     ) -> EngineMetadata:
-        """version: of TensorRT; "" before anything is built."""
+        """version: of TensorRT; "" before anything is built. The others: as in EngineMetadata."""
         o, unit = self.options, config.vision.metadata().patches_per_token
         states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(unit, image_patches)
         return EngineMetadata(
@@ -128,6 +132,7 @@ class TensorRTTarget:
             page_size=PAGE_SIZE,
             sparsity=o.sparsity,
             pruned_weights=pruned_weights,
+            recoded=dict(recoded or {}),
             cost=costs,
             tensorrt=TensorRTMetadata(
                 product=self.product.module,
@@ -170,7 +175,7 @@ class TensorRTTarget:
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
         found = cost(canonical, graphs, unit)
-        return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned)
+        return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned, _recoded(graphs))
 
     def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
         try:
@@ -231,6 +236,11 @@ class TensorRTTarget:
             return worker.run(job, progress)
 
         return writer.add_built(self.path(name), build)
+
+
+def _recoded(graphs: Mapping[str, ir.Model]) -> dict[str, int]:
+    inside = [weight for graph in graphs.values() for weight in weights_of(graph)]
+    return recoded([*inside, *expert_weights(graphs["decoder"]).values()])
 
 
 class _Programs:

@@ -36,7 +36,8 @@ from tests.support.tiny import TinyCheckpoint
 matrices = st.tuples(st.integers(1, 6), st.integers(1, 9)).flatmap(
     lambda size: arrays(np.float32, (size[0], 4 * size[1]), elements=st.integers(-3, 3).map(np.float32))
 )
-KEPT = ("embedding", "head", "router")  # and what is no matrix: norms, biases, routed experts
+GATES = ("attention.a.", "attention.b.", "attention.conv", "shared_gate")  # of states and of shared experts
+KEPT = ("embedding", "head", "router", *GATES)  # and what is no matrix: norms, biases, routed experts
 
 
 @given(matrices)

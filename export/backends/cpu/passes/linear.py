@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
+from moevlm.export.formats.stored import shared_form
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, left, replaced_deciders, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
@@ -13,17 +14,21 @@ from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
 class CpuLinear(ProjectionPass):
-    """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it."""
+    """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it.
+
+    Integers of a checkpoint stay as they are, whatever the scheme of the others.
+    """
 
     domain = CPU
 
     def replace(self, graph: ir.Graph, node: ir.Node) -> None:
         x, weight, *bias = node.inputs
         assert weight is not None
-        rows, width = weight_of(weight).shape
-        packed = initializer(f"{weight.name}.int{self.scheme.bits}", PackedRows(weight_of(weight), self.scheme))
+        source = weight_of(weight)
+        (rows, width), form = source.shape, shared_form(self.scheme, source)
+        packed = initializer(f"{weight.name}.int{form.bits}", PackedRows(source, form))
         graph.register_initializer(packed)
-        attributes = {"N": rows, "K": width, "bits": self.scheme.bits, "block_size": self.scheme.group_size}
+        attributes = {"N": rows, "K": width, "bits": form.bits, "block_size": form.group_size}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
         substitute(graph, node, new)
 

@@ -1,0 +1,198 @@
+"""Codes of quantized checkpoints in engines: kept bit for bit where a target holds their format, else rounded anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moevlm.export.backends.registry import targets
+from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
+from moevlm.export.backends.tensorrt.passes.typed import Typed
+from moevlm.export.build import build, traced
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.dry_run import dry_run
+from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interleave, unpack
+from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
+from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.registry import weight_format
+from moevlm.export.formats.stored import encoded, kept_form, own_codes, recoded
+from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded
+from moevlm.export.graph.weights import Constant, read
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.run import check_parity
+from moevlm.export.passes.base import run
+from tests.support.published import FORMATS, floats, projections
+
+INT4 = ("int4-32", "gptq-128")
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return floats("qwen3_vl_moe", tmp_path_factory.mktemp("floats") / "checkpoint")
+
+
+@pytest.fixture
+def graph_of(original: Path, tmp_path: Path):
+    def make(name: str, chosen=projections) -> ir.Model:
+        quantized = FORMATS[name].publish(original, tmp_path / name / "q", tmp_path / name / "plain", chosen)
+        with Checkpoint.open(quantized) as source:
+            return traced(CanonicalModel.of(source), lambda *_: None)["decoder"]
+
+    return make
+
+
+def lowered(graph: ir.Model, target: str) -> dict[str, PackedRows | PackedExperts]:
+    (found,) = targets([target], {})
+    values = found.lower(graph, "decoder").graph.initializers.values()
+    recipes = {str(value.name): getattr(value.const_value, "weight", None) for value in values}
+    return {name: recipe for name, recipe in recipes.items() if isinstance(recipe, PackedRows | PackedExperts)}
+
+
+def unpacked(recipe: PackedRows | PackedExperts) -> np.ndarray:
+    """The values of a weight from the bytes in an engine's file."""
+    form, (*_, rows, width) = recipe.scheme, recipe.source.shape
+    packed = read(recipe)
+    if isinstance(recipe, PackedRows):
+        return form.decode(*_grouped(*unpack(packed, rows, width, form.bits, form.group_size), form))[:, :width]
+    order = interleave(np.arange(rows)[:, None])[:, 0] if recipe.interleaved else np.arange(rows)
+    found = []
+    for expert in packed:
+        panels = expert.reshape(-(-len(order) // 32), -1)
+        values = form.decode(*_grouped(*unpack(panels, len(order), width, form.bits, form.group_size), form))
+        back = np.empty((rows, width), np.float32)
+        back[order] = values[:, :width]
+        found.append(back)
+    return np.stack(found)
+
+
+def _grouped(q: np.ndarray, scales: np.ndarray, form: IntFormat) -> tuple[np.ndarray, np.ndarray]:
+    filled = np.pad(q, ((0, 0), (0, -q.shape[1] % form.group_size)))
+    return filled.reshape(len(q), -1, form.group_size), scales
+
+
+def test_build_says_what_became_of_codes(original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS["gptq-128"].publish(original, tmp_path / "q", tmp_path / "plain")
+    notes: list[str] = []
+    built = build(quantized, tmp_path / "b", ["cpu:int8", "ort-cpu"], note=notes.append)
+    kept, decoded = (built.manifest.engines[name].recoded for name in ("cpu:int8", "ort-cpu"))
+    assert kept.keys() == {"int4 kept"}
+    assert decoded.keys() == {"int4 to float32"}
+    assert f"cpu:int8, of weights in codes: {kept['int4 kept']} int4 kept" in notes
+    assert check_parity(built.directory, quantized, ["cpu:int8"], quick=True).passed
+    planned = dry_run(quantized, ["cpu:int8"]).targets[0].engine
+    assert planned is not None
+    assert planned.recoded == kept
+
+
+@pytest.mark.parametrize("target", ["cpu:int8", "cpu:int4"])
+@pytest.mark.parametrize("name", INT4)
+def test_integers_lie_in_the_engine_as_in_the_checkpoint(name: str, target: str, graph_of) -> None:
+    recipes = lowered(graph_of(name), target)
+    kept = {n: recipe for n, recipe in recipes.items() if recipe.encoding.own}
+    assert {n.removesuffix(f".int{recipes[n].scheme.bits}") for n in recipes.keys() - kept.keys()} == {"head"}
+    assert len([n for n in kept if "feed_forward" in n]) >= 4
+    for recipe in kept.values():
+        assert recipe.scheme.bits == 4
+        np.testing.assert_array_equal(unpacked(recipe), read(recipe.source))
+
+
+def test_weights_in_other_codes_are_not_joined(graph_of) -> None:
+    graph = graph_of("int4-32", lambda name: projections(name) and "k_proj" not in name)
+    recipes = lowered(graph, "cpu:int8")
+    (joined,) = (recipe for n, recipe in recipes.items() if "layers.0.attention.q" in n)
+    (alone,) = (recipe for n, recipe in recipes.items() if "layers.0.attention.k" in n)
+    assert joined.encoding.own
+    assert joined.source.shape[0] > alone.source.shape[0]
+    assert not alone.encoding.own
+    assert alone.scheme.bits == 8
+
+
+@pytest.mark.parametrize("name", ["awq-32", "gptq-32-zeros", "gptq-act-order", "nvfp4", "fp8-blocks"])
+def test_what_the_integers_of_a_cpu_cannot_hold_is_rounded_anew(name: str, graph_of) -> None:
+    recipes = lowered(graph_of(name), "cpu:int8")
+    assert not any(recipe.encoding.own for recipe in recipes.values())
+    for recipe in recipes.values():
+        exact = read(recipe.source)
+        assert np.abs(unpacked(recipe) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "group_size", "dtype"),
+    [
+        ("int4-32", "int4", 32, "bfloat16"),
+        ("gptq-128", "int4", 32, "float16"),
+        ("gptq-128", "int4", 128, "float16"),
+        ("fp8-blocks", "fp8", 128, "bfloat16"),
+        ("fp8-blocks-fused-transposed", "fp8", 128, "bfloat16"),
+        ("fp8-channels", "fp8", 128, "bfloat16"),
+        ("fp8-static-fused", "fp8", 32, "bfloat16"),
+    ],
+)
+def test_experts_on_a_gpu_have_the_codes_of_the_checkpoint(
+    name: str, weights: str, group_size: int, dtype: str, graph_of
+) -> None:
+    graph = graph_of(name)
+    exact = {n: read(v.const_value.weight) for n, v in graph.graph.initializers.items() if "feed_forward" in n}
+    run((Typed(dtype), PluginMoE(dtype, weights, group_size, lambda _: b"")), graph)
+    form, stored = weight_format(weights, group_size, dtype), expert_weights(graph)
+    assert sum(name.endswith("_scale") for name in stored) >= 4
+    for scale in (name for name in stored if name.endswith("_scale")):
+        part = scale.removesuffix("_scale")
+        assert stored[part].encoding.own
+        values, scales = read(stored[part]), read(stored[scale]).astype(np.float32)
+        np.testing.assert_array_equal(unpack_gpu(values, scales, form, exact[part].shape[-1]), exact[part])
+
+
+def test_forms_that_kernels_take_and_those_that_they_do_not() -> None:
+    def form(kind: str, group: int, width: int = 512, zeros: bool = False) -> IntFormat | None:
+        return kept_form(_Held(CodeForm(kind, group, 1, zeros), width), IntFormat(8, 32))
+
+    assert form("int4", 32) == IntFormat(4, 32)
+    assert form("int4", 128) == IntFormat(4, 128)
+    assert form("int8", 48, 480) == IntFormat(8, 48)
+    assert form("int4", 512) == IntFormat(4, 32)  # one scale for a row
+    assert form("int4", 512, 1024) == IntFormat(4, 32)
+    assert form("int4", 8) is None
+    assert form("int4", 32, zeros=True) is None
+    assert form("fp8", 128) is None
+    assert kept_form(Constant(np.ones((2, 64), np.float32)), IntFormat(4, 32)) is None
+
+
+def test_a_row_s_one_scale_fills_groups_of_any_size() -> None:
+    weight, exact = _Held(CodeForm("int4", 80), 80), Constant(np.ones((2, 64), np.float32))
+    assert own_codes(weight, IntFormat(4, 32)) is not None
+    codes, scales = encoded(weight, IntFormat(4, 32), 1, 3)
+    assert codes.shape == (2, 3, 32)
+    assert (codes[:, 2, 16:] == 8).all()
+    np.testing.assert_array_equal(IntFormat(4, 32).decode(codes, scales)[:, :80], read(weight)[1:3])
+    assert coded(weight) is weight
+    assert recoded([weight, PackedRows(weight, IntFormat(4, 32)), PackedRows(weight, IntFormat(8, 32)), exact]) == {
+        "int4 kept": 1,
+        "int4 to float32": 1,
+        "int4 to int8": 1,
+    }
+
+
+class _Held(Coded):
+    """Four rows of codes."""
+
+    def __init__(self, form: CodeForm, width: int) -> None:
+        self._form, self._shape = form, (4, width)
+
+    @property
+    def form(self) -> CodeForm:
+        return self._form
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def codes(self, start: int, stop: int) -> Codes:
+        rng = np.random.RandomState(0)
+        groups, size = -(-self.shape[1] // self.form.group_size), self.form.group_size
+        codes = rng.randint(0, 16, (4, groups, size)).astype(np.uint8)
+        scales = rng.randint(1, 9, (4, groups)).astype(np.float32) / 64
+        return Codes(codes[start:stop], scales[start:stop])
