@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.families import Family
 from moevlm.export.parity.cases import Case
+from moevlm.export.parity.dequantized import dequantized
 from moevlm.export.parity.oracle_adapter import merge_when_run
 from moevlm.export.parity.oracle_images import Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
@@ -54,7 +54,7 @@ class Oracle:
                 self.model = transformers.AutoModelForImageTextToText.from_config(
                     config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
                 ).eval()
-            self.weights = OracleWeights(self.model, plain_tensors(checkpoint).tensors)
+            self.weights = OracleWeights(self.model, dequantized(checkpoint))
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
             raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
 

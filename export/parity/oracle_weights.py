@@ -19,6 +19,7 @@ from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.families.names import Tensors
 from moevlm.export.graph.weights import Concat, Stack, Weight, read
 from moevlm.export.modules.streaming import parts_of, stream
+from moevlm.export.parity.dequantized import Dequantized
 from moevlm.runtime.core.errors import CheckpointError
 
 
@@ -54,7 +55,8 @@ class OracleWeights:
             for name, on_disk in (pair for target in targets for pair in self._on_disk(target).items()):
                 tensor = self._tensors[on_disk]
                 if not isinstance(tensor, Stored):
-                    state[name] = torch.from_numpy(read(tensor))
+                    whole = tensor.make().float() if isinstance(tensor, Dequantized) else torch.from_numpy(read(tensor))
+                    state[name] = whole
                     continue
                 path = tensor.path
                 if path not in files:  # and closed behind this part: pages of a map count as memory in use

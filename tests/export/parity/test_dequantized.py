@@ -1,0 +1,49 @@
+"""Parity's own reading of quantized checkpoints: what the definitions say, and a fault of the loader shows in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moevlm.export.build import build
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.checkpoint.quantized import awq, nvfp4
+from moevlm.export.checkpoint.quantized.reader import plain_tensors
+from moevlm.export.graph.weights import read
+from moevlm.export.parity.dequantized import dequantized
+from moevlm.export.parity.run import check_parity
+from tests.support.published import FORMATS, floats
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return floats("qwen3_vl_moe", tmp_path_factory.mktemp("floats") / "checkpoint")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_readers_that_share_nothing_agree(name: str, original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain")
+    with Checkpoint.open(quantized) as source, Checkpoint.open(tmp_path / "plain") as plain:
+        found, loaded = dequantized(source), plain_tensors(source).tensors
+        for tensor in plain.tensors.values():
+            wanted = tensor.rows(0, tensor.shape[0])
+            for reader in (found, loaded):
+                assert reader[tensor.name].shape == tensor.shape, tensor.name
+                np.testing.assert_allclose(read(reader[tensor.name]), wanted, rtol=2e-7, err_msg=tensor.name)
+
+
+@pytest.mark.parametrize("fault", ["none", "order of nibbles", "global scale turned over"])
+def test_a_faulty_loader_fails_parity(
+    fault: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "awq-32" if fault == "order of nibbles" else "nvfp4"
+    quantized = FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain")
+    if fault == "order of nibbles":
+        monkeypatch.setattr(awq, "_NIBBLE", tuple(range(8)))
+    elif fault != "none":
+        right = nvfp4.NVFP4._of_all
+        monkeypatch.setattr(nvfp4.NVFP4, "_of_all", lambda *arguments: 1 / right(*arguments))
+    built = build(quantized, tmp_path / "b", ["reference"])
+    assert check_parity(built.directory, quantized, quick=True).passed == (fault == "none")
