@@ -17,7 +17,7 @@ _MOST = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 1 << 12),
     **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim", "image_size"), 1 << 14),
     **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels"), 1 << 10),
-    "spatial_merge_size": 16,
+    **dict.fromkeys(("spatial_merge_size", "pooling_kernel_size"), 16),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
     **dict.fromkeys(("vocab_size", "image_token_id", "eos_token_id", "num_position_embeddings"), 1 << 24),
     "max_position_embeddings": (1 << 31) - 1,

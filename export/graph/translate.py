@@ -200,13 +200,13 @@ def _sigmoid(t: Translator, x: ir.Value) -> ir.Value:
 
 
 @_rule(aten.add.Tensor)
-def _add(t: Translator, a: ir.Value, b: ir.Value | float) -> ir.Value:
-    return t.op("Add", a, b if isinstance(b, ir.Value) else t.constant(b, np.float32))
+def _add(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
+    return t.op("Add", a, b)
 
 
 @_rule(aten.sub.Tensor)
-def _sub(t: Translator, a: ir.Value, b: ir.Value | float) -> ir.Value:
-    return t.op("Sub", a, b if isinstance(b, ir.Value) else t.constant(b, np.float32))
+def _sub(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
+    return t.op("Sub", a, b)
 
 
 @_rule(aten.mul.Tensor)

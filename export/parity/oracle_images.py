@@ -54,7 +54,10 @@ class _GridImages(OracleImages):
 
 
 class _PlacedImages(OracleImages):
-    """Towers that take an image in a row as long as the longest, and where each of its patches is (Gemma 4)."""
+    """Towers that take an image in a row as long as the longest, and where each of its patches is (Gemma 4).
+
+    What transformers gives such a tower are pixels from 0 to 1.
+    """
 
     def watch(self, model: Any, found: Callable[[Features], None]) -> None:
         model.model.embed_vision.register_forward_hook(lambda _m, _i, output: found((output, ())))
@@ -63,7 +66,7 @@ class _PlacedImages(OracleImages):
         grids = [grid for case in cases for grid in case.grids]
         sizes = [h * w for h, w in grids]
         rows, columns = block_order(grids, vision.merge_size)
-        values = np.concatenate([case.patches for case in cases])
+        values = (np.concatenate([case.patches for case in cases]) + 1) / 2
         patches = np.zeros((len(sizes), max(sizes), values.shape[1]), np.float32)
         places = np.full((len(sizes), max(sizes), 2), -1, np.int64)
         for image, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
@@ -75,7 +78,7 @@ class _PlacedImages(OracleImages):
     def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:
         width, height = (int(side) + 1 for side in processed["image_position_ids"][0].max(axis=0))
         rows, columns = block_order([(height, width)], vision.merge_size)
-        return (height, width), processed["pixel_values"][0][rows * width + columns]
+        return (height, width), 2 * processed["pixel_values"][0][rows * width + columns] - 1
 
 
 _KINDS: dict[type[Tower], OracleImages] = {GridTower: _GridImages(), PooledTower: _PlacedImages()}

@@ -111,7 +111,7 @@ class GridTower(Tower, frozen=True, kw_only=True, tag="grid"):
 class PooledTower(Tower, frozen=True, kw_only=True, tag="pooled"):
     """A learned table of positions for each axis, and a mean over each block of patches at the end (Gemma 4).
 
-    position_table: rows of each table; an image has at most as many patches a side.
+    Its pixels are from -1 to 1. position_table: rows of each table; an image has at most as many patches a side.
     """
 
     position_table: int

@@ -63,7 +63,7 @@ class PooledVision(nn.Module):
         self, pixel_patches: Tensor, position_index: Tensor, rope_cos: Tensor, rope_sin: Tensor, image_start: Tensor
     ) -> tuple[Tensor, None]:
         """Embeds [V, H], and no deepstack; inputs as `PooledTower` says."""
-        x = self.patch_embedding(pixel_patches * 2 - 1) + F.embedding(position_index, self.position_embedding).sum(1)
+        x = self.patch_embedding(pixel_patches) + F.embedding(position_index, self.position_embedding).sum(1)
         for block in self.blocks:
             x = block(x, rope_cos, rope_sin, image_start)
         # Patches of a token follow each other. Their mean times the root of the width may be beyond float16.

@@ -40,7 +40,8 @@ class Gemma4Images(ImageProcessor):
         self._longest = vision.position_table // vision.merge_size  # side of an image, in visual tokens
         if self._budget > self._longest:
             refuse("max_soft_tokens", self._budget, f"up to {self._longest}, for the sides of images")
-        self._values = pixel_values(self._fields, False, (0.0,) * 3, (1.0,) * 3)
+        # From -1 to 1: the reference's tower does that to values from 0 to 1, its processor does not.
+        self._values = 2 * pixel_values(self._fields, False, (0.0,) * 3, (1.0,) * 3) - 1
 
     @property
     def max_patches(self) -> int:

@@ -28,6 +28,7 @@ from moevlm.export.graph.trace import trace_vision
 from moevlm.export.graph.weights import Constant, Flat, Reordered, read
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
+from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.runtime.backends.libraries import operators_path, plugin_path
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
@@ -44,11 +45,11 @@ def made(name: str = "standardized", seed: int = 0) -> TinyTower:
 
 
 def images(tower: TinyTower, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 1) -> VisionInputs:
-    """Random pixels from 0 to 1. sizes: in visual tokens."""
+    """Random pixels from -1 to 1. sizes: in visual tokens."""
     merge = tower.metadata.merge_size
     grids = [(h * merge, w * merge) for h, w in sizes]
     patches = sum(h * w for h, w in grids)
-    pixels = np.random.default_rng(seed).random((patches, tower.metadata.patch_width), np.float32)
+    pixels = 2 * np.random.default_rng(seed).random((patches, tower.metadata.patch_width), np.float32) - 1
     return pack(pixels, grids, tower.metadata)
 
 
@@ -59,7 +60,10 @@ def in_transformers(tower: TinyTower, inputs: VisionInputs) -> np.ndarray:
     places = np.full((len(sizes), sizes.max(), 2), -1, np.int64)
     for image, size in enumerate(sizes):
         part = inputs.part(image, image + 1)
-        patches[image, :size], places[image, :size] = part.pixel_patches, part.rows["position_index"] - [0, table]
+        patches[image, :size], places[image, :size] = (
+            (part.pixel_patches + 1) / 2,
+            part.rows["position_index"] - [0, table],
+        )
     return tower.wanted(patches, places)
 
 
@@ -129,6 +133,12 @@ def test_graphs_for_tensorrt_cost_their_rounding(dtype: str, limit: float) -> No
     run((*([] if dtype == "float32" else [Typed(dtype)]), PluginSegmentAttention(dtype, named)), graph)
     assert not graph.functions
     assert relative_error(evaluate(graph, inputs.arrays)["visual_embeds"], in_torch(tower, inputs)) < limit
+
+
+def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
+    tower = made("heads of 72 as published")
+    blocks = {name for name in tower.weights if name.startswith("blocks") and len(tower.weights[name].shape) == 2}
+    assert {value.name for value in prunable(traced(tower))} == blocks | {"projection.weight"}
 
 
 def test_tensorrt_rtx_builds_a_plan_of_it(tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ def assert_as_transformers(image: Image.Image, vision: PooledTower = VISION, **f
     assert mine.tokens(image) == vision.tokens((height, width)) == wanted["num_soft_tokens_per_image"][0]
     rows, columns = block_order([(height, width)], vision.merge_size)
     order = rows * width + columns
-    np.testing.assert_array_equal(inputs.pixel_patches, wanted["pixel_values"][0][real][order])
+    pixels = 2 * (wanted["pixel_values"][0][real][order] - np.float32(0.5))  # as the tower does it
+    np.testing.assert_array_equal(inputs.pixel_patches, pixels)
     np.testing.assert_array_equal(np.stack([columns, rows], axis=1), places[real][order])
     index = inputs.rows["position_index"]
     np.testing.assert_array_equal(index - [0, vision.position_table], places[real][order])
