@@ -41,13 +41,15 @@ class SimulatedBundle:
     ops: dict[bytes, KernelOp]
 
 
-def with_simulated_engine(bundle: Path, checkpoint: Path, folder: Path) -> SimulatedBundle:
+def with_simulated_engine(
+    bundle: Path, checkpoint: Path, folder: Path, sequences: int = 8, chunk_tokens: int = 128
+) -> SimulatedBundle:
     """A copy of a bundle, in a new folder, with an engine whose activations are float32: rounding hides nothing."""
     copy = Path(shutil.copytree(bundle, folder / "simulated.moevlm"))
     graphs = folder / "graphs"
     graphs.mkdir()
     with simulated_build(graphs, exact=True) as ops:
-        add_targets(copy, checkpoint, ["rtx:sm89"], dtype="fp16", max_sequences=8, chunk_tokens=128)
+        add_targets(copy, checkpoint, ["rtx:sm89"], dtype="fp16", max_sequences=sequences, chunk_tokens=chunk_tokens)
     return SimulatedBundle(copy, ops)
 
 
