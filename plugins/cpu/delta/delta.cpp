@@ -108,7 +108,9 @@ class Blocks {
 
   void advance() const {
     const int64_t heads = static_cast<int64_t>(pieces_.size()) * call_.value_heads;
-    const int64_t wanted = ceil_div(kTasksPerThread * pool_.threads, heads);
+    // A state that is passed over twice is read from memory, in whole rows 1.4 times as fast as in quarters of them.
+    const bool alone = static_cast<int64_t>(pieces_.size()) == block_.tokens;
+    const int64_t wanted = ceil_div((alone ? 1 : kTasksPerThread) * pool_.threads, heads);
     const int64_t units = ceil_div(call_.value_dim, kernels_.columns), shares = std::min(wanted, units);
     parallel_for(pool_, heads * shares, [&](int64_t i) {
       const int64_t share = i % shares, head = i / shares % call_.value_heads;
