@@ -17,6 +17,9 @@ KNOWN = {
 WITHOUT_EFFECT = {
     *("processor_class", "feature_extractor_type", "auto_map", "transformers_version", "default_to_square"),
     *("data_format", "input_data_format", "return_tensors", "device", "disable_grouping", "image_seq_length"),
+    # Of sound: transformers' WhisperFeatureExtractor shares the file of Qwen3-Omni.
+    *("feature_size", "sampling_rate", "hop_length", "chunk_length", "n_fft", "n_samples", "nb_max_frames", "dither"),
+    *("padding_side", "padding_value", "return_attention_mask"),
 }
 
 

@@ -13,6 +13,7 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.request.images.registry import image_processor
 from tests.support.checkpoints import canonical, refused
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
@@ -104,3 +105,19 @@ def test_missing_tensor_is_named(save_checkpoint: Callable[..., Path]) -> None:
     name = "thinker.visual.merger.ln_q.bias"
     edit_tensors(directory, lambda tensors: tensors.pop(name))
     refused(CheckpointError, f"the checkpoint lacks tensor {name}", act=lambda: canonical(directory))
+
+
+def test_preprocessor_as_published_is_understood(checkpoint: Path) -> None:
+    """It is a file that images share with sound."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    vision = family_for(config).config(config).metadata().vision
+    image_mean = image_std = [0.5, 0.5, 0.5]
+    images = {"image_processor_type": "Qwen2VLImageProcessor", "image_mean": image_mean, "image_std": image_std}
+    images |= {"min_pixels": 3136, "max_pixels": 12845056, "merge_size": 2, "patch_size": 4, "temporal_patch_size": 2}
+    sound = {
+        **{"feature_extractor_type": "WhisperFeatureExtractor", "processor_class": "Qwen3OmniMoeProcessor"},
+        **{"feature_size": 128, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 300, "n_fft": 400},
+        **{"n_samples": 4800000, "nb_max_frames": 30000, "dither": 0.0, "padding_side": "left", "padding_value": 0.0},
+        "return_attention_mask": True,
+    }
+    assert image_processor(images | sound, vision).max_patches == image_processor(images, vision).max_patches
