@@ -22,6 +22,7 @@ MODELS = {
     "qwen3_vl_moe": TinyCheckpoint(text={"moe_intermediate_size": 48}),
     "glm4v_moe": TinyCheckpoint("glm4v_moe", text={"moe_intermediate_size": 48}),
     "qwen3_5_moe": TinyCheckpoint("qwen3_5_moe", text={"moe_intermediate_size": 48}),
+    "gemma4": TinyCheckpoint("gemma4", text={"moe_intermediate_size": 48}),
     "9 of 130 experts": TinyCheckpoint(
         dtype="bfloat16",
         text={

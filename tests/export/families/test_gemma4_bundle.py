@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from moevlm.export.build import build
+from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
@@ -16,6 +17,7 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.command_line import call
+from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.tiny import TinyCheckpoint
 
 TOKENS = 6
@@ -26,7 +28,7 @@ PARAMS = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True, logprobs=3)
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("gemma4")
     checkpoint = TinyCheckpoint("gemma4", side_files=True, seed=3).save(folder / "checkpoint")
-    return build(checkpoint, folder / "tiny.moevlm", ["cpu:int8"])
+    return build(checkpoint, folder / "tiny.moevlm", ["reference", "cpu:int8"])
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,26 @@ def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, ru
 def test_what_is_left_out_of_the_model_is_refused_in_a_request(kind: str, runtime: Runtime) -> None:
     with pytest.raises(RequestError, match=rf'\.type = .?"?{kind}.* \(supported: image, '):
         runtime.prompt(asked({"type": kind, kind: "file"}))
+
+
+def test_steps_on_a_gpu_are_given_what_image_tokens_see(bundle: Bundle, tmp_path: Path) -> None:
+    """On a fake GPU that evaluates the canonical graphs."""
+    requests = [asked("hi"), asked("on ", picture(1, 12), " and ", picture(2, 9), "?"), asked(picture(3, 16), " is?")]
+    forced = np.random.default_rng(5).integers(7, 200, (3, len(requests)))
+
+    def logits(runtime: Runtime) -> list[np.ndarray]:
+        prompts = [runtime.prompt(request) for request in requests]
+        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
+        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
+        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
+
+    directory = gpu_bundle(bundle.directory, tmp_path)
+    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
+        expected = logits(runtime)
+    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
+        found = logits(runtime)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:

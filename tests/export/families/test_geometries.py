@@ -49,7 +49,42 @@ class Draw:
         second = self.upto(total - first + 1) - 1
         return [first, second, total - first - second]
 
+    def gemma4(self) -> TinyCheckpoint:
+        kv_heads, experts, wide = self.one_of(1, 2, 3), self.one_of(1, 2, 7, 70), 2 * (3 + self.upto(140))
+        turned = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": self.one_of(0.25, 0.5, 1.0)}
+        text = {
+            "hidden_size": self.width(),
+            "num_attention_heads": kv_heads * self.one_of(1, 2, 7),
+            "num_key_value_heads": kv_heads,
+            "num_global_key_value_heads": self.one_of(1, kv_heads),
+            "head_dim": 2 * self.upto(140),
+            "global_head_dim": wide,
+            "attention_k_eq_v": self.one_of(True, False),
+            "sliding_window": self.upto(12),
+            "intermediate_size": self.width(),
+            "moe_intermediate_size": self.width(),
+            "num_experts": experts,
+            "top_k_experts": self.one_of(experts, self.upto(experts)),
+            "vocab_size": 7 + self.upto(300),
+            "eos_token_id": 2,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": turned,
+            },
+        }
+        heads = self.one_of(1, 2, 3)
+        vision = {
+            "hidden_size": self.width(),
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "head_dim": 4 * self.upto(20),
+            "intermediate_size": self.width(),
+        }
+        return TinyCheckpoint("gemma4", text=text, vision=vision)
+
     def checkpoint(self, model_type: str) -> TinyCheckpoint:
+        if model_type == "gemma4":
+            return self.gemma4()
         hidden, kv_heads, partial = self.width(), self.one_of(1, 2, 3, 5), model_type == "glm4v_moe"
         head_dim = self.one_of(4, 12, 20, 24, 64, 72, 100, 144, 192, 256) if partial else 2 * self.upto(140)
         rope = {
@@ -97,7 +132,9 @@ def answers(engine: Engine, model: ModelMetadata, cases: list[Case]) -> np.ndarr
     return np.concatenate([batch.prefill(every_position=True), batch.decode([6, 3])])
 
 
-@pytest.mark.parametrize(("model_type", "seed"), [("qwen3_vl_moe", 1), ("qwen3_vl_moe", 2), ("glm4v_moe", 3)])
+@pytest.mark.parametrize(
+    ("model_type", "seed"), [("qwen3_vl_moe", 1), ("qwen3_vl_moe", 2), ("glm4v_moe", 3), ("gemma4", 4)]
+)
 def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     model_type: str, seed: int, tmp_path: Path
 ) -> None:

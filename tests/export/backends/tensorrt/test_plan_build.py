@@ -129,6 +129,22 @@ def test_second_engine_of_a_precision_shares_the_experts(tiny_checkpoint: Path, 
     assert [name for name in grown.manifest.files if name.startswith("experts/")] == ["experts/bf16.safetensors"]
 
 
+def test_plans_of_gemma4_with_fp8_experts_and_an_int8_cache(
+    tmp_path: Path, save_checkpoint: Callable[..., Path]
+) -> None:
+    """Heads of two sizes, image tokens that see each other, a factor for each expert, a tower that pools."""
+    out = tmp_path / "gemma4.moevlm"
+    built = build(save_checkpoint(model_type="gemma4"), out, ["rtx:sm89"], experts="fp8", kv_cache="int8")
+    (name,) = built.manifest.engines
+    engine = built.manifest.engines[name]
+    for plan in (engine.vision, engine.decoder):
+        assert header(built, plan).sms == (89,)
+    ops = Counter(op["op"] for op in json.loads(built.read_bytes(f"engines/{name.replace(':', '-')}/kernels.json")))
+    found = {"SegmentAttention": 1, "PagedAttention": 2, "MoERouter": 1, "MoEExperts": 1, "Candidates": 1}
+    assert ops == found
+    assert {state.key_dim for state in engine.states} == {16, 32}
+
+
 def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
     checkpoint = save_checkpoint(model_type="glm4v_moe", text={"max_position_embeddings": 262144})
     out = tmp_path / "glm.moevlm"
