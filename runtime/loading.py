@@ -19,9 +19,12 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.perf.process_limits import available_memory, cores, cpu_quota
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION, released_sampling
+from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.tokenizer import Tokenizer
+from moevlm.runtime.request.videos.processor import VideoProcessor
+from moevlm.runtime.request.videos.registry import video_processor
 
 
 def load_runtime(
@@ -51,6 +54,7 @@ def load_runtime(
         chat,
         engine,
         images,
+        load_videos(bundle, images),
         chunk_tokens=options.chunk_tokens,
         target=name,
         sampling=sampling,
@@ -81,6 +85,14 @@ def load_images(
         return None
     preprocessor = json_object(bundle.read_text("preprocessor.json"), "preprocessor.json", BundleError)
     return image_processor(preprocessor, bundle.manifest.model.vision, max_pixels, max_tokens)
+
+
+def load_videos(bundle: Bundle, images: ImageProcessor | None) -> VideoProcessor | None:
+    """The bundle's video preprocessing; None if its model or its checkpoint has none. Raises BundleError."""
+    if images is None or bundle.manifest.model.video is None or VIDEO_FILE not in bundle.manifest.files:
+        return None
+    preprocessor = json_object(bundle.read_text(VIDEO_FILE), VIDEO_FILE, BundleError)
+    return video_processor(preprocessor, bundle.manifest.model.vision, images)
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

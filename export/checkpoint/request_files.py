@@ -9,15 +9,23 @@ from typing import Any
 from moevlm.export.checkpoint.end_tokens import end_tokens
 from moevlm.export.checkpoint.files import optional_json
 from moevlm.export.checkpoint.generation_config import GENERATION_CONFIG, sampling_defaults
-from moevlm.export.checkpoint.side_files import FoundPreprocessor, FoundTemplate, chat_template, preprocessor
+from moevlm.export.checkpoint.side_files import (
+    FoundPreprocessor,
+    FoundTemplate,
+    chat_template,
+    preprocessor,
+    video_preprocessor,
+)
 from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION
+from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.tokenizer import Tokenizer
+from moevlm.runtime.request.videos.registry import video_processor
 
 _WORDS = "two plus three"
 _PARTS: list[dict[str, Any]] = [{"type": "text", "text": _WORDS}]
@@ -27,6 +35,7 @@ _TURNS = [
     {"role": "assistant", "content": [{"type": "text", "text": "five"}]},
     {"role": "user", "content": [*_PICTURES, *_PARTS]},
 ]
+_VIDEO: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "video"}, *_PARTS]}]
 _SYSTEM = [{"role": "system", "content": [{"type": "text", "text": "short answers"}]}]
 
 
@@ -62,15 +71,21 @@ def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
     if tokens:
         files["tokenizer.json"] = tokens.text.encode()
     if images:
-        _processor(images, model)
+        processor = _processor(images, model)
         files["preprocessor.json"] = json.dumps(images.fields, indent=1).encode()
+        if model.video is not None and (videos := video_preprocessor(directory)):
+            try:
+                video_processor(videos.fields, model.vision, processor)
+                files[VIDEO_FILE] = json.dumps(videos.fields, indent=1).encode()
+            except BundleError as error:
+                notes.append(f"this bundle takes no videos: {videos.file}: {error}")
     if template:
         opened = _opened(template, variables)
         files["chat_template.jinja"] = template.text.encode()
         if template.others:
             notes.append(f"of the chat templates the default is taken, not {', '.join(template.others)}")
         if tokenizer:
-            notes += _try(template, opened, tokenizer, model, images is not None)
+            notes += _try(template, opened, tokenizer, model, images is not None, VIDEO_FILE in files)
     if sampling.fields:
         files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
     return RequestFiles(files, variables, ends.ids, tuple(notes))
@@ -141,7 +156,12 @@ def _opened(template: FoundTemplate, variables: Mapping[str, str]) -> ChatTempla
 
 
 def _try(
-    template: FoundTemplate, opened: ChatTemplate, tokenizer: Tokenizer, model: ModelMetadata, images: bool
+    template: FoundTemplate,
+    opened: ChatTemplate,
+    tokenizer: Tokenizer,
+    model: ModelMetadata,
+    images: bool,
+    videos: bool,
 ) -> Iterator[str]:
     """Render conversations of each kind; yields what the template refuses. Raises CheckpointError if it cannot work.
 
@@ -166,6 +186,13 @@ def _try(
                 f"the chat template of {template.file} writes {found} image placeholders for the {expected} images of "
                 f"{name} (allowed: one {tokenizer.token(model.image_token_id)} for each)"
             )
+    if videos and model.video is not None:
+        try:
+            found = tokenizer.encode(opened.render(_VIDEO)).count(model.video.placeholder)
+        except RequestError:
+            found = 0
+        if found != 1:
+            yield f"no videos: the chat template of {template.file} writes {found} placeholders for one"
 
 
 def _samples(images: bool) -> Iterator[tuple[str, list[dict[str, Any]], bool]]:

@@ -14,6 +14,7 @@ from moevlm.runtime.core.errors import CheckpointError
 
 PROCESSOR = "processor_config.json"
 PREPROCESSOR = "preprocessor_config.json"
+VIDEO_PREPROCESSOR = "video_preprocessor_config.json"
 _JINJA = "chat_template.jinja"
 _JSON = "chat_template.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -31,7 +32,7 @@ class FoundTemplate:
 
 @dataclass(frozen=True)
 class FoundPreprocessor:
-    """The image processor's fields. file: where they stood."""
+    """The fields of an image or a video processor. file: where they stood."""
 
     fields: Mapping[str, Any]
     file: str
@@ -76,14 +77,21 @@ def preprocessor(directory: Path) -> FoundPreprocessor | None:
 
     Raises CheckpointError for a file of another shape.
     """
-    nested = optional_json(directory, PROCESSOR).get("image_processor")
+    return _preprocessor(directory, "image_processor", PREPROCESSOR)
+
+
+def video_preprocessor(directory: Path) -> FoundPreprocessor | None:
+    """As `preprocessor`, of videos. An image processor's own file is not taken for one."""
+    return _preprocessor(directory, "video_processor", VIDEO_PREPROCESSOR)
+
+
+def _preprocessor(directory: Path, part: str, file: str) -> FoundPreprocessor | None:
+    nested = optional_json(directory, PROCESSOR).get(part)
     if nested is not None:
         if not isinstance(nested, dict):
-            raise CheckpointError(f"{directory / PROCESSOR}: image_processor is not an object")
-        return FoundPreprocessor(nested, f"{PROCESSOR}: image_processor")
-    return (
-        FoundPreprocessor(read_json(directory, PREPROCESSOR), PREPROCESSOR) if find(directory, PREPROCESSOR) else None
-    )
+            raise CheckpointError(f"{directory / PROCESSOR}: {part} is not an object")
+        return FoundPreprocessor(nested, f"{PROCESSOR}: {part}")
+    return FoundPreprocessor(read_json(directory, file), file) if find(directory, file) else None
 
 
 def _in_folder(directory: Path) -> list[str]:

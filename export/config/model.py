@@ -8,7 +8,7 @@ from moevlm.export.config.mixers import MixerConfig
 from moevlm.export.config.vision import VisionConfig
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VideoMetadata
 from moevlm.runtime.core.states import StateSpec
 
 NORMS = ("pre", "sandwich", "parallel")
@@ -104,7 +104,7 @@ class DecoderConfig:
 class ModelConfig:
     """A whole model: both towers, and the token ids that join them.
 
-    image_begin, image_end: see `runtime.core.manifest.ModelMetadata`.
+    image_begin, image_end, video: see `runtime.core.manifest.ModelMetadata`.
     """
 
     model_type: str
@@ -114,6 +114,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     image_begin: tuple[int, ...] = ()
     image_end: tuple[int, ...] = ()
+    video: VideoMetadata | None = None
 
     def __post_init__(self) -> None:
         if self.vision.out != self.decoder.hidden:
@@ -123,6 +124,16 @@ class ModelConfig:
             raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
         if self.image_token_id >= self.decoder.vocabulary:
             raise FieldError("image_token_id", self.image_token_id, f"up to {self.decoder.vocabulary - 1}")
+        for name, token_id in (
+            ()
+            if self.video is None
+            else (
+                ("video_token_id", self.video.placeholder),
+                *(("token ids around a video", token_id) for token_id in (*self.video.begin, *self.video.end)),
+            )
+        ):
+            if token_id >= self.decoder.vocabulary:
+                raise FieldError(name, token_id, f"up to {self.decoder.vocabulary - 1}")
 
     @property
     def moe(self) -> dict[int, MoEConfig]:
@@ -149,6 +160,7 @@ class ModelConfig:
             vision=self.vision.metadata(),
             image_begin=self.image_begin,
             image_end=self.image_end,
+            video=self.video,
         )
 
 

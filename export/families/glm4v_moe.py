@@ -75,6 +75,7 @@ class Glm4vMoe(Family):
             model_type="glm4v_moe",
             decoder=self._decoder(text, any(tied)),
             vision=self._vision(vision),
+            video=shared.video(fields, "image_start_token_id", "image_end_token_id", token="image_token_id"),
             **shared.token_ids(fields, text),
         )
 

@@ -72,6 +72,7 @@ class Qwen35Moe(Family):
             model_type=self.model_type,
             decoder=self._decoder(text, tied=fields.flag("tie_word_embeddings", False)),
             vision=qwen_vision.config(vision),
+            video=shared.video(fields, "vision_start_token_id", "vision_end_token_id"),
             **shared.token_ids(fields, text),
         )
 

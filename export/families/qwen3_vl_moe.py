@@ -50,6 +50,7 @@ class Qwen3VLMoe(Family):
                 renormalize=text.choice("norm_topk_prob", (True,), True),
             ),
             vision=qwen_vision.config(vision, vision.counts("deepstack_visual_indexes")),
+            video=shared.video(fields, "vision_start_token_id", "vision_end_token_id"),
             **shared.token_ids(fields, text),
         )
 

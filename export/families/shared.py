@@ -7,7 +7,7 @@ from moevlm.export.config import DecoderConfig, LayerConfig
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Experts, Source
-from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.manifest import RopeMetadata, VideoMetadata
 
 Weights = Mapping[str, str | Source]
 
@@ -96,3 +96,18 @@ def token_ids(fields: Fields, text: Fields) -> dict[str, Any]:
         "image_token_id": fields.count("image_token_id"),
         "eos_token_ids": fields.ids("eos_token_id", text.ids("eos_token_id")),
     }
+
+
+def video(fields: Fields, begin: str, end: str, token: str = "video_token_id") -> VideoMetadata | None:
+    """Ids of a video's tokens; None where config.json does not name all of them.
+
+    begin, end: fields of the ids around a slice. token: of that of a visual token.
+    """
+    if any(name not in fields for name in ("video_token_id", token, begin, end)):
+        return None
+    return VideoMetadata(
+        placeholder=fields.count("video_token_id"),
+        token_id=fields.count(token),
+        begin=(fields.count(begin),),
+        end=(fields.count(end),),
+    )

@@ -44,7 +44,7 @@ class Text:
         ids, size, model = ids[:max_tokens], min(WINDOW, capacity), bundle.manifest.model
         if len(ids) < min(SHORTEST, size):
             raise RequestError(f"{path} has {len(ids)} tokens (allowed: {SHORTEST} or more)")
-        wrong = next((i for i in ids if i >= model.vocabulary or i == model.image_token_id), None)
+        wrong = next((i for i in ids if i >= model.vocabulary or i in model.visual_token_ids), None)
         if wrong is not None:
             raise RequestError(f"{path} has the token {wrong} (allowed: text tokens below {model.vocabulary})")
         windows = [np.array(ids[start : start + size]) for start in range(0, len(ids), size)]

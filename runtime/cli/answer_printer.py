@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moevlm.runtime.core.towers import VisionMetadata
     from moevlm.runtime.engine.answer import Answer, Piece
     from moevlm.runtime.engine.generate import Runtime
+    from moevlm.runtime.request.images.slices import Slice
     from moevlm.runtime.request.sampling import SamplingParams
 
 
@@ -80,7 +81,7 @@ class AnswerPrinter:
             )
 
 
-def _tell_large_images(images: Sequence[Image], vision: VisionMetadata) -> None:
+def _tell_large_images(images: Sequence[Image | Slice], vision: VisionMetadata) -> None:
     """On a terminal, before they are encoded: it may take long, and how to make it short."""
     from moevlm.runtime.cli.console import console
 

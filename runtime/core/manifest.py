@@ -50,11 +50,24 @@ class LayerMetadata(_Metadata, frozen=True):
     top_k: int = 0
 
 
+class VideoMetadata(_Metadata, frozen=True):
+    """Token ids of a video, which a prompt holds slice by slice, a text with the time beside each.
+
+    placeholder: what the chat template writes for a whole video. token_id: of each visual token. begin, end: around
+    the visual tokens of a slice.
+    """
+
+    placeholder: int
+    token_id: int
+    begin: tuple[int, ...]
+    end: tuple[int, ...]
+
+
 class ModelMetadata(_Metadata, frozen=True):
     """Shapes and token ids. ropes: of rope groups 0, 1, ...
 
     image_token_id: the placeholder of an image, and of each of its visual tokens. image_begin, image_end: token ids
-    around them, which take the placeholder's place with them.
+    around them, which take the placeholder's place with them. video: None for a model that takes none.
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
     everything else.
     """
@@ -70,8 +83,14 @@ class ModelMetadata(_Metadata, frozen=True):
     vision: VisionMetadata
     image_begin: tuple[int, ...] = ()
     image_end: tuple[int, ...] = ()
+    video: VideoMetadata | None = None
     parameters: int = 0
     active_parameters: int = 0
+
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """Ids in whose place the decoder takes visual features."""
+        return (self.image_token_id,) if self.video is None else (self.image_token_id, self.video.token_id)
 
     @property
     def bidirectional_images(self) -> bool:

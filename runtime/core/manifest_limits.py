@@ -50,11 +50,16 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     """(field, value, what is allowed) of every value that is not."""
     model = manifest.model
     yield from _outside("model", model, _MODEL)
+    known, video = (0, model.vocabulary - 1), model.video
     for field, ids, (low, high) in (
         ("eos_token_ids", model.eos_token_ids, _ID),
-        ("image_token_id", (model.image_token_id,), (0, model.vocabulary - 1)),
-        ("image_begin", model.image_begin, (0, model.vocabulary - 1)),
-        ("image_end", model.image_end, (0, model.vocabulary - 1)),
+        ("image_token_id", (model.image_token_id,), known),
+        ("image_begin", model.image_begin, known),
+        ("image_end", model.image_end, known),
+        ("video.placeholder", () if video is None else (video.placeholder,), known),
+        ("video.token_id", () if video is None else (video.token_id,), known),
+        ("video.begin", () if video is None else video.begin, known),
+        ("video.end", () if video is None else video.end, known),
     ):
         for number in ids:
             if not low <= number <= high:

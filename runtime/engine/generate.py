@@ -38,6 +38,7 @@ from moevlm.runtime.request.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moevlm.runtime.request.images.processor import ImageProcessor
+    from moevlm.runtime.request.videos.processor import VideoProcessor
 
 CACHE = "cache's"  # what limits the context
 
@@ -55,6 +56,7 @@ class Runtime:
         template: ChatTemplate | None,
         engine: Engine,
         images: ImageProcessor | None = None,
+        videos: VideoProcessor | None = None,
         *,
         chunk_tokens: int | None = None,
         target: str = "",
@@ -85,7 +87,7 @@ class Runtime:
         self._whose = "model's" if self.context == model.context else "engine's"
         if (size.pages - 1) * limits.page_size < self.context:
             self.context, self._whose = (size.pages - 1) * limits.page_size, CACHE
-        self._prompts = PromptBuilder(model, tokenizer, template, images) if tokenizer and template else None
+        self._prompts = PromptBuilder(model, tokenizer, template, images, videos) if tokenizer and template else None
         self._encoder = ImageEncoder(engine, images, model.vision) if images else None
         engine.reserve(size.pages, size.rows)
         scheduler = Scheduler(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from moevlm.runtime.request.images.processor import ImageProcessor
+    from moevlm.runtime.request.images.slices import Slice
 
 # Images are encoded together up to so many patches: enough for full speed, few enough for a bounded memory and for a
 # cancellation to be heard between two calls.
@@ -30,11 +31,11 @@ class ImageEncoder:
     def __init__(self, engine: Engine, processor: ImageProcessor, vision: VisionMetadata) -> None:
         self._engine, self._processor, self._vision = engine, processor, vision
 
-    def tokens(self, image: Image) -> int:
-        """How many rows of features a resized image has."""
+    def tokens(self, image: Image | Slice) -> int:
+        """How many rows of features a resized image, or a slice of a video, has."""
         return self._vision.tokens(self._processor.grid(image))
 
-    def check(self, images: Sequence[Image]) -> None:
+    def check(self, images: Sequence[Image | Slice]) -> None:
         """Raises RequestError for an image that the engine cannot take."""
         most = self._engine.limits.max_patches
         for number, image in enumerate(images, 1):
@@ -45,7 +46,7 @@ class ImageEncoder:
                     f"({SMALLER_IMAGES}: at most {most // self._vision.patches_per_token} here)"
                 )
 
-    def encode(self, images: Sequence[Image], cancellation: Cancellation) -> Iterator[VisualFeatures]:
+    def encode(self, images: Sequence[Image | Slice], cancellation: Cancellation) -> Iterator[VisualFeatures]:
         """Features of each of the images, call by call. Raises Cancelled."""
         for group in self._groups(images):
             cancellation.check()
@@ -56,10 +57,10 @@ class ImageEncoder:
                 raise EngineError(f"{features.rows} visual features for {sum(rows)} image tokens")
             yield from features.split(rows)
 
-    def _groups(self, images: Sequence[Image]) -> Iterator[list[Image]]:
+    def _groups(self, images: Sequence[Image | Slice]) -> Iterator[list[Image | Slice]]:
         """Consecutive images that are encoded in one call."""
         most = self._engine.limits.max_patches or ENCODED_PATCHES
-        group: list[Image] = []
+        group: list[Image | Slice] = []
         patches = 0
         for image in images:
             size = math.prod(self._processor.grid(image))

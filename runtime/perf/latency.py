@@ -25,8 +25,7 @@ def random_prompt(
 ) -> Prompt:
     """A random square image of image_size pixels a side (0: none), then random text. Raises RequestError."""
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, model.vocabulary, text_tokens)
-    ids = np.where(ids == model.image_token_id, (ids + 1) % model.vocabulary, ids)
+    ids = rng.choice(np.setdiff1d(np.arange(model.vocabulary), model.visual_token_ids), text_tokens)
     if not image_size:
         return Prompt.from_ids(ids, [], model)
     if images is None:

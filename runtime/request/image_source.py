@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import stat
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -48,30 +48,42 @@ def read_source(source: ImageSource, most: int) -> tuple[Image.Image | bytes, st
         return _limited(source if isinstance(source, bytes) else bytes(source), most, "image"), "image"
     if isinstance(source, os.PathLike):
         path = os.fsdecode(source)
-        name = f"image {_path_name(path)}"
+        name = f"image {path_name(path)}"
         return _limited(_read_file(path, most, name), most, name), name
     if hasattr(source, "read"):
-        return _limited(_read_stream(source, most), most, "image"), "image"
+        return read_stream(source, most, "image"), "image"
     kind = "the text " if isinstance(source, str) else ""
     raise RequestError(f"an image is {kind}{shown(source)} (allowed: {_ALLOWED})")
 
 
-def _read_file(path: str, most: int, name: str) -> bytes:
-    """The content of a regular file: opening waits for nobody, as that of a pipe would."""
+def open_regular(path: str, most: int, name: str) -> BinaryIO:
+    """A regular file, open: opening waits for nobody, as that of a pipe would. RequestError as `read_source`."""
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                raise RequestError(f"{name} is not a file")
-            if found.st_size > most:
-                raise _too_large(name, most)
-            return file.read(most + 1) or b""  # None of a file in /proc that has nothing yet
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except (OSError, ValueError) as error:  # ValueError: a null character
-        if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError) or _URL.match(path):
-            raise RequestError(f"{name} {_absent(path)}") from error
-        if error.errno in (errno.EISDIR, errno.ENXIO):  # ENXIO: a socket
-            raise RequestError(f"{name} is not a file") from error
-        raise RequestError(f"{name} cannot be read: {error.strerror}") from error
+        raise _unreadable(path, name, error) from error
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+        return file
+    file.close()
+    raise _too_large(name, most) if stat.S_ISREG(found.st_mode) else RequestError(f"{name} is not a file")
+
+
+def _read_file(path: str, most: int, name: str) -> bytes:
+    """The content of a regular file."""
+    with open_regular(path, most, name) as file:
+        try:
+            return file.read(most + 1) or b""  # None of a file in /proc that has nothing yet
+        except OSError as error:
+            raise _unreadable(path, name, error) from error
+
+
+def _unreadable(path: str, name: str, error: OSError | ValueError) -> RequestError:
+    if isinstance(error, FileNotFoundError | NotADirectoryError | ValueError) or _URL.match(path):
+        return RequestError(f"{name} {_absent(path)}")
+    if error.errno in (errno.EISDIR, errno.ENXIO):  # ENXIO: a socket
+        return RequestError(f"{name} is not a file")
+    return RequestError(f"{name} cannot be read: {error.strerror}")
 
 
 def _absent(path: str) -> str:
@@ -83,14 +95,20 @@ def _absent(path: str) -> str:
     return "is not a file: URLs are not fetched"
 
 
-def _read_stream(stream: Readable, most: int) -> bytes:
+def read_stream(stream: Readable, most: int, what: str) -> bytes:
+    """The bytes of a binary stream, at most `most`. what: in messages. Raises RequestError."""
     try:
         content = stream.read(most + 1)
     except Exception as error:  # a stream of the caller's own may fail in any way
-        raise RequestError(f"an image's stream cannot be read: {one_line(error)}") from error
+        raise RequestError(f"{_article(what)}'s stream cannot be read: {one_line(error)}") from error
     if not isinstance(content, bytes):
-        raise RequestError(f"an image's stream gives {type(content).__name__} (allowed: bytes, of a file opened as rb)")
-    return content
+        kind = type(content).__name__
+        raise RequestError(f"{_article(what)}'s stream gives {kind} (allowed: bytes, of a file opened as rb)")
+    return _limited(content, most, what)
+
+
+def _article(what: str) -> str:
+    return f"an {what}" if what == "image" else f"a {what}"
 
 
 def _limited(content: bytes, most: int, name: str) -> bytes:
@@ -103,5 +121,6 @@ def _too_large(name: str, most: int) -> RequestError:
     return RequestError(f"{name} has more than {most} bytes (the most that is allowed)")
 
 
-def _path_name(path: str) -> str:
+def path_name(path: str) -> str:
+    """A path for a message: quoted, and not too long."""
     return repr(path) if len(path) <= 200 else repr(path[:60]) + "..."

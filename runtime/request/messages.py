@@ -1,4 +1,4 @@
-"""Messages of a request: every field checked by name, text for the template, images for the preprocessor."""
+"""Messages of a request: every field checked by name, text for the template, images and videos for preprocessing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moevlm.runtime.core.errors import RequestError, one_line, shown
+from moevlm.runtime.core.errors import RequestError, one_line, require_positive, shown
 from moevlm.runtime.request.image_limits import ImageLimits
 
 Message = Mapping[str, Any]
@@ -18,6 +18,7 @@ _PART_FIELDS = {
     "image": ("type", "image", "min_pixels", "max_pixels"),
     "image_url": ("type", "image_url", "min_pixels", "max_pixels"),
     "text": ("type", "text"),
+    "video": ("type", "video", "fps", "max_frames", "max_pixels"),
 }
 
 
@@ -29,8 +30,23 @@ class GivenImage:
     limits: ImageLimits
 
 
+@dataclass(frozen=True)
+class GivenVideo:
+    """A video of a request. fps: frames a second of a list of images, None for the reference's number.
+
+    max_frames: the most that are taken, None for the model's number. limits: how large a frame may become.
+    """
+
+    source: Any
+    fps: float | None
+    max_frames: int | None
+    limits: ImageLimits
+
+
 def plain_messages(messages: Sequence[Message], most: int = MAX_CHARACTERS) -> list[dict[str, Any]]:
     """Checked copies of role and content that hold only str, list and dict; an image part becomes {"type": "image"}.
+
+    A video part becomes {"type": "video"}.
 
     A template sees nothing else: no image objects, whose methods a sandbox cannot judge. most: messages and parts in
     all, counted before anything is copied.
@@ -61,19 +77,33 @@ def texts_of(content: str | list[dict[str, str]]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
-def images_of(messages: Sequence[Message]) -> list[GivenImage]:
-    """Images in the order of their placeholders.
+def require_no_video(plain: Sequence[Mapping[str, Any]]) -> None:
+    """Raise RequestError for a video part, as for any kind of part that the model does not take."""
+    for i, message in enumerate(plain):
+        for j, part in enumerate(message["content"] if isinstance(message["content"], list) else ()):
+            if part["type"] == "video":
+                raise RequestError(
+                    f"unsupported value messages[{i}].content[{j}].type = 'video' "
+                    f"(supported: {', '.join(kind for kind in _PART_FIELDS if kind != 'video')})"
+                )
+
+
+def visuals_of(messages: Sequence[Message]) -> list[GivenImage | GivenVideo]:
+    """Images and videos in the order of their placeholders.
 
     messages: checked by `plain_messages`. A URL must be a data: URI. Nothing is fetched, and no text from a URL is
     ever taken for a file's name. A detail of "low" allows an image the pixels of 512 x 512; "high" and "auto" change
     nothing.
     """
-    images = []
+    visuals: list[GivenImage | GivenVideo] = []
     for i, message in enumerate(messages):
         content = message.get("content")
         for j, part in enumerate(content if isinstance(content, (list, tuple)) else ()):
             where = f"messages[{i}].content[{j}]"
             if part["type"] == "text":
+                continue
+            if part["type"] == "video":
+                visuals.append(_video(part, where))
                 continue
             low = False
             if part["type"] == "image":
@@ -83,8 +113,19 @@ def images_of(messages: Sequence[Message]) -> list[GivenImage]:
             else:
                 source, low = _data_uri(part.get("image_url"), f"{where}.image_url")
             limits = ImageLimits(part.get("min_pixels"), part.get("max_pixels"), low_detail=low)
-            images.append(GivenImage(source, limits))
-    return images
+            visuals.append(GivenImage(source, limits))
+    return visuals
+
+
+def _video(part: Mapping[str, Any], where: str) -> GivenVideo:
+    fps, frames = part.get("fps"), part.get("max_frames")
+    if part.get("video") is None:
+        raise RequestError(f"{where}.video is missing")
+    if fps is not None and not (isinstance(fps, (int, float)) and not isinstance(fps, bool) and 1e-3 <= fps <= 1e4):
+        raise RequestError(f"unsupported value {where}.fps = {shown(fps)} (allowed: a number from 0.001 to 10000)")
+    if frames is not None:
+        require_positive(f"{where}.max_frames", frames)
+    return GivenVideo(part["video"], fps, frames, ImageLimits(max_pixels=part.get("max_pixels")))
 
 
 def _require_count(messages: Sequence[Message], most: int) -> None:
@@ -121,7 +162,7 @@ def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
         if kind == "text":
             parts.append({"type": "text", "text": _plain_text(part.get("text"), f"{where}[{j}].text")})
         else:
-            parts.append({"type": "image"})
+            parts.append({"type": "video" if kind == "video" else "image"})
     return parts
 
 

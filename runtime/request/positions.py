@@ -29,7 +29,7 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
 
     Text advances all axes by one per token. An image's tokens, row by row after the merge, share the start position
     and add (0, row, column) to it; what follows the image starts max(rows, columns) later. Where no rope has sections,
-    every token advances by one, those of images, too.
+    every token advances by one, those of images, too. A slice of a video counts as an image.
 
     ids: [S] integer, the prompt with one image token per merged patch. grids: (h, w) in patches for each image.
     Returns (positions [3, S] int64, the position of the token after the prompt).
@@ -38,7 +38,7 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
     merge = model.vision.merge_size
     shapes = [(h // merge, w // merge) for h, w in grids]
     ends = np.cumsum([rows * columns for rows, columns in shapes], dtype=np.int64)
-    image_at = np.flatnonzero(np.asarray(ids) == model.image_token_id)
+    image_at = np.flatnonzero(np.isin(ids, model.visual_token_ids))
     wanted = int(ends[-1]) if shapes else 0
     if len(image_at) != wanted:
         raise RequestError(

@@ -12,7 +12,15 @@ from moevlm.runtime.core.errors import BundleError, RequestError, require_positi
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
-from moevlm.runtime.request.messages import GivenImage, Message, images_of, plain_messages, texts_of
+from moevlm.runtime.request.messages import (
+    GivenImage,
+    GivenVideo,
+    Message,
+    plain_messages,
+    require_no_video,
+    texts_of,
+    visuals_of,
+)
 from moevlm.runtime.request.positions import rope_positions
 from moevlm.runtime.request.special_tokens import ControlGuard, control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
@@ -21,6 +29,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from moevlm.runtime.request.images.processor import ImageProcessor
+    from moevlm.runtime.request.images.slices import Slice
+    from moevlm.runtime.request.videos.processor import PlannedVideo, VideoProcessor
 
 MAX_SIDE = 1 << 20  # patches; products of two such fit into int64
 
@@ -33,14 +43,14 @@ class Prompt:
 
     ids: [S] int64. visual_index: [S] int64, running row of this prompt's visual features, -1 for text.
     positions: [3, S] int64, on the time, height and width axes. next_position: of the first generated token.
-    images: resized to whole patches, in the order of their tokens.
+    images: resized to whole patches, in the order of their tokens; a video is several slices.
     """
 
     ids: np.ndarray
     visual_index: np.ndarray
     positions: np.ndarray
     next_position: int
-    images: tuple[Image, ...] = ()
+    images: tuple[Image | Slice, ...] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -48,13 +58,17 @@ class Prompt:
 
     @classmethod
     def from_ids(
-        cls, ids: Sequence[int] | np.ndarray, grids: Sequence[Grid], model: ModelMetadata, images: Sequence[Image] = ()
+        cls,
+        ids: Sequence[int] | np.ndarray,
+        grids: Sequence[Grid],
+        model: ModelMetadata,
+        images: Sequence[Image | Slice] = (),
     ) -> Prompt:
-        """ids: [S], images already expanded. grids: each image's (h, w) in patches. Raises RequestError."""
+        """ids: [S], images already expanded. grids: (h, w) in patches of each image and slice. Raises RequestError."""
         tokens = _token_ids(ids, model)
         _require_room(len(tokens), model)
         _check_grids(grids, model)
-        is_image = tokens == model.image_token_id
+        is_image = np.isin(tokens, model.visual_token_ids)
         visual_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
         positions, next_position = rope_positions(tokens, list(grids), model)
         return cls(tokens, visual_index, positions, next_position, tuple(images))
@@ -64,92 +78,144 @@ class PromptBuilder:
     """Messages to prompts, for one bundle."""
 
     def __init__(
-        self, model: ModelMetadata, tokenizer: Tokenizer, template: ChatTemplate, images: ImageProcessor | None
+        self,
+        model: ModelMetadata,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        images: ImageProcessor | None,
+        videos: VideoProcessor | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._template = template
         self._images = images
-        placeholder = tokenizer.token(model.image_token_id)
-        if placeholder is None or tokenizer.added.get(placeholder) != model.image_token_id:
-            raise BundleError(f"tokenizer.json has no added token for image_token_id = {model.image_token_id}")
-        self._placeholder = placeholder
+        self._videos = videos
+        # What the template writes for an image and for a video, by the kind of part.
+        self._placeholders = {"image": model.image_token_id}
+        if model.video is not None:
+            self._placeholders["video"] = model.video.placeholder
+        for kind, token_id in self._placeholders.items():
+            text = tokenizer.token(token_id)
+            if text is None or tokenizer.added.get(text) != token_id:
+                raise BundleError(f"tokenizer.json has no added token for {kind}_token_id = {token_id}")
         self._guard = ControlGuard(tokenizer, control_tokens(tokenizer, template, model.eos_token_ids))
 
     def build(
         self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING, max_image_tokens: int | None = None
     ) -> Prompt:
-        """options: variables of the chat template. max_image_tokens: the most for an image; larger ones are reduced.
+        """options: variables of the chat template. max_image_tokens: the most for an image or a slice of a video;
+        larger ones are reduced.
 
-        Raises RequestError for messages, images or lengths that the model cannot take.
+        Raises RequestError for messages, images, videos or lengths that the model cannot take.
         """
         if max_image_tokens is not None:
             require_positive("max_image_tokens", max_image_tokens)
-        plain_messages(messages, self._model.context)  # so that images_of meets messages in good order
-        given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in images_of(messages)]
+        # First, so that visuals_of meets messages in good order.
+        self._refuse_video(plain_messages(messages, self._model.context))
+        given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in visuals_of(messages)]
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
         counted = self._counted(given)
-        ids = self.prompt_ids(messages, [image_ids(tokens, self._model) for _, tokens in counted], options)
+        ids = self.prompt_ids(messages, [self._ids(one) for one in counted], options)
         _require_room(len(ids), self._model, bool(given))
-        images: list[Image] = []
+        images: list[Image | Slice] = []
         grids: list[Grid] = []
-        for one, tokens in counted:
+        for one in counted:
             assert self._images is not None
-            images.append(self._images.fit(self._images.open(one.source), one.limits))
-            grids.append(self._images.grid(images[-1]))
-            if self._model.vision.tokens(grids[-1]) != tokens:
+            found = one.slices() if not isinstance(one, _CountedImage) else [one.resized(self._images)]
+            images += found
+            grids += [self._images.grid(image) for image in found]
+            if sum(self._model.vision.tokens(grid) for grid in grids[-len(found) :]) != one.tokens:
                 raise RequestError(f"image {len(images)} changed while it was read")
         return Prompt.from_ids(ids, grids, self._model, images)
 
-    def _counted(self, images: Sequence[GivenImage]) -> list[tuple[GivenImage, int]]:
-        """Each image, to be decoded later, and how many visual tokens it has."""
-        counted: list[tuple[GivenImage, int]] = []
+    def _counted(self, given: Sequence[GivenImage | GivenVideo]) -> list[_CountedImage | PlannedVideo]:
+        """Each image and video, to be decoded later, and how many visual tokens it has."""
+        counted: list[_CountedImage | PlannedVideo] = []
         total = 0
-        if self._images is not None:
-            for image in images:
-                kept = replace(image, source=self._images.repeatable(image.source))
-                counted.append((kept, self._images.tokens(kept.source, kept.limits)))
-                total += counted[-1][1]
-                if total > self._model.context:
-                    raise RequestError(
-                        f"the first {len(counted)} of the prompt's {len(images)} images have {total} tokens, "
-                        f"the model's context {self._model.context} ({SMALLER_IMAGES})"
-                    )
+        for one in given:
+            if isinstance(one, GivenVideo):
+                if self._videos is None:
+                    raise RequestError("the prompt has a video, and the bundle's checkpoint had no video preprocessing")
+                counted.append(self._videos.plan(one))
+            elif self._images is not None:
+                kept = replace(one, source=self._images.repeatable(one.source))
+                counted.append(_CountedImage(kept, self._images.tokens(kept.source, kept.limits)))
+            total += counted[-1].tokens
+            if total > self._model.context:
+                raise RequestError(
+                    f"the first {len(counted)} of the prompt's {len(given)} images have {total} tokens, "
+                    f"the model's context {self._model.context} ({SMALLER_IMAGES})"
+                )
         return counted
+
+    def _ids(self, one: _CountedImage | PlannedVideo) -> list[int]:
+        """The token ids that take a placeholder's place."""
+        if isinstance(one, _CountedImage):
+            return image_ids(one.tokens, self._model)
+        ids: list[int] = []
+        video = self._model.video
+        assert video is not None
+        for before, tokens, behind in one.texts():
+            ids += self._tokenizer.encode(before) if before else []
+            ids += [*video.begin, *[video.token_id] * tokens, *video.end]
+            ids += self._tokenizer.encode(behind) if behind else []
+        return ids
 
     def prompt_ids(
         self, messages: Sequence[Message], images: Sequence[Sequence[int]], options: Mapping[str, Any] = NOTHING
     ) -> list[int]:
-        """Token ids, with images[n] in the place of the n-th image placeholder.
+        """Token ids, with images[n] in the place of the n-th placeholder of an image or a video.
 
         Raises RequestError for an empty prompt, for a placeholder typed as text, and unless the template wrote one
-        placeholder for each image.
+        placeholder for each image and each video, in their order.
         """
         plain = plain_messages(messages, self._model.context)
         if not any(_has_content(message["content"]) for message in plain):
             raise RequestError("the prompt is empty: no message has text or an image")
+        self._refuse_video(plain)
         self._refuse_placeholder(plain)
         text = self._template.render(plain, options)
         if self._tokenizer.exceeds(text, self._model.context):
             raise RequestError(f"the prompt has more tokens than the model's context of {self._model.context}")
         ids = self._guard.encode(text)
-        found = ids.count(self._model.image_token_id)
-        if found != len(images):
+        kinds = {token_id: kind for kind, token_id in self._placeholders.items()}
+        found = [kinds[token] for token in ids if token in kinds]
+        wanted = [part["type"] for message in plain for part in _parts(message["content"]) if part["type"] != "text"]
+        if len(found) != len(images):
             raise RequestError(
-                f"the prompt has {found} image placeholders, {len(images)} images (allowed: one for each)"
+                f"the prompt has {len(found)} image placeholders, {len(images)} images (allowed: one for each)"
             )
+        if found != wanted:
+            raise RequestError("the chat template writes images and videos in another order than the messages")
         each = iter(images)
-        return [t for token in ids for t in (next(each) if token == self._model.image_token_id else [token])]
+        return [t for token in ids for t in (next(each) if token in kinds else [token])]
+
+    def _refuse_video(self, plain: Sequence[dict[str, Any]]) -> None:
+        if self._model.video is None:
+            require_no_video(plain)
 
     def _refuse_placeholder(self, plain: Sequence[dict[str, Any]]) -> None:
         # The guard would make it text like any other; but who types it wants an image there and would get none.
-        for i, message in enumerate(plain):
-            if any(self._placeholder in text for text in texts_of(message["content"])):
-                raise RequestError(
-                    f"messages[{i}].content has {self._placeholder} as text (give images as parts of type image)"
-                )
+        for kind, token_id in self._placeholders.items():
+            placeholder = str(self._tokenizer.token(token_id))
+            for i, message in enumerate(plain):
+                if any(placeholder in text for text in texts_of(message["content"])):
+                    raise RequestError(
+                        f"messages[{i}].content has {placeholder} as text (give {kind}s as parts of type {kind})"
+                    )
+
+
+@dataclass(frozen=True)
+class _CountedImage:
+    """An image, to be decoded later, and how many visual tokens it has."""
+
+    given: GivenImage
+    tokens: int
+
+    def resized(self, images: ImageProcessor) -> Image:
+        return images.fit(images.open(self.given.source), self.given.limits)
 
 
 def image_ids(tokens: int, model: ModelMetadata) -> list[int]:
@@ -188,7 +254,11 @@ def _require_room(tokens: int, model: ModelMetadata, images: bool = False) -> No
         raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}{remedy}")
 
 
+def _parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    return [] if isinstance(content, str) else content
+
+
 def _has_content(content: str | list[dict[str, str]]) -> bool:
     if isinstance(content, str):
         return bool(content)
-    return any(part["type"] == "image" or part["text"] for part in content)
+    return any(part["type"] != "text" or part["text"] for part in content)

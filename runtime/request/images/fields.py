@@ -8,6 +8,7 @@ from PIL import Image
 
 from moevlm.runtime.core.errors import BundleError, one_line, quoted
 
+IMAGE_FILE, VIDEO_FILE = "preprocessor.json", "video_preprocessor.json"  # of a bundle
 _MOST = 1e6  # that means and scales may be, and what deviations may divide by: results are far inside of float32
 KNOWN = {
     *("image_processor_type", "resample", "rescale_factor", "image_mean", "image_std"),
@@ -23,44 +24,49 @@ WITHOUT_EFFECT = {
 }
 
 
-def check_fields(fields: Mapping[str, Any], known: set[str]) -> None:
+def check_fields(fields: Mapping[str, Any], known: set[str], file: str = IMAGE_FILE) -> None:
     """Refuse what no processor does, and a field that is neither shared by all nor one of `known`.
 
-    Absent fields have the reference's defaults.
+    Absent fields have the reference's defaults. file: what errors name.
     """
     for name, value in fields.items():
         if name not in KNOWN | WITHOUT_EFFECT | known and value is not False:
-            refuse(name, value, "absent")
+            refuse(name, value, "absent", file)
     for name in ("do_resize", "do_convert_rgb"):
         if fields.get(name, True) is not True:
-            refuse(name, fields[name], "true")
+            refuse(name, fields[name], "true", file)
     for name in ("do_rescale", "do_normalize"):
         if not isinstance(fields.get(name, True), bool):
-            refuse(name, fields[name], "true, false")
+            refuse(name, fields[name], "true, false", file)
     if fields.get("resample", 3) not in list(Image.Resampling):
-        refuse("resample", fields["resample"], ", ".join(str(int(one)) for one in sorted(Image.Resampling)))
+        allowed = ", ".join(str(int(one)) for one in sorted(Image.Resampling))
+        refuse("resample", fields["resample"], allowed, file)
 
 
 def pixel_values(
-    fields: Mapping[str, Any], normalize: bool, means: tuple[float, ...], deviations: tuple[float, ...]
+    fields: Mapping[str, Any],
+    normalize: bool,
+    means: tuple[float, ...],
+    deviations: tuple[float, ...],
+    file: str = IMAGE_FILE,
 ) -> np.ndarray:
     """What each byte becomes: [3, 256] float32. The scale is applied in double precision, the rest in single.
 
-    normalize, means, deviations: where the fields do not say.
+    normalize, means, deviations: where the fields do not say. file: what errors name.
     """
     value = np.arange(256, dtype=np.float64)
     if fields.get("do_rescale", True):
-        value = value * _numbers(fields, "rescale_factor", 1 / 255)[0]
+        value = value * _numbers(fields, "rescale_factor", 1 / 255, file)[0]
     table = np.repeat(value.astype(np.float32)[None], 3, axis=0)
     if fields.get("do_normalize", normalize):
-        mean, std = _numbers(fields, "image_mean", means), _numbers(fields, "image_std", deviations)
+        mean, std = _numbers(fields, "image_mean", means, file), _numbers(fields, "image_std", deviations, file)
         if not (np.abs(std) > 1 / _MOST).all():
-            refuse("image_std", fields["image_std"], f"numbers of more than {1 / _MOST:g}")
+            refuse("image_std", fields["image_std"], f"numbers of more than {1 / _MOST:g}", file)
         table = (table - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
     return table
 
 
-def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float, ...]) -> np.ndarray:
+def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float, ...], file: str) -> np.ndarray:
     """A number, or one per channel, as [3] float64."""
     value = fields.get(name, default)
     try:
@@ -68,11 +74,9 @@ def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float,
     except (TypeError, ValueError):
         numbers = np.full(3, np.nan)
     if not (np.abs(numbers) < _MOST).all():  # null makes NaN, which is not less either
-        refuse(name, value, f"a number or three, below {_MOST:g}")
+        refuse(name, value, f"a number or three, below {_MOST:g}", file)
     return numbers
 
 
-def refuse(field: str, value: Any, supported: str) -> NoReturn:
-    raise BundleError(
-        f"unsupported value in preprocessor.json: {one_line(field, 60)} = {quoted(value)} (supported: {supported})"
-    )
+def refuse(field: str, value: Any, supported: str, file: str = IMAGE_FILE) -> NoReturn:
+    raise BundleError(f"unsupported value in {file}: {one_line(field, 60)} = {quoted(value)} (supported: {supported})")

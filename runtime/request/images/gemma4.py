@@ -44,6 +44,10 @@ class Gemma4Images(ImageProcessor):
         self._values = 2 * pixel_values(self._fields, False, (0.0,) * 3, (1.0,) * 3) - 1
 
     @property
+    def values(self) -> np.ndarray:
+        return self._values
+
+    @property
     def max_patches(self) -> int:
         return self._budget * self._vision.patches_per_token
 
@@ -78,7 +82,7 @@ class Gemma4Images(ImageProcessor):
                     f"to {most})"
                 )
             budget = limits.max_pixels // block
-        if (most_tokens := self._most_tokens(limits)) is not None:
+        if (most_tokens := self.most_tokens(limits)) is not None:
             budget = min(budget, most_tokens)
         return max(1, min(budget, LOW_DETAIL_PIXELS // block)) if limits.low_detail else budget
 
@@ -86,4 +90,4 @@ class Gemma4Images(ImageProcessor):
         size = self._vision.patch_size
         written = patches.reshape(-1, size, size, 3)
         for channel in range(3):
-            written[..., channel] = self._values[channel][pixels[channel]]
+            written[..., channel] = self._values[channel][pixels[channel, :, 0]]

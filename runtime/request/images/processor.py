@@ -16,6 +16,7 @@ from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.image_pixels import upright_rgb
 from moevlm.runtime.request.image_source import ImageSource, read_source
 from moevlm.runtime.request.images.fields import KNOWN, check_fields, refuse
+from moevlm.runtime.request.images.slices import Slice, frames_of
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 
 # Bytes that an encoded image may have: no allowed one needs more, but for its metadata.
@@ -89,22 +90,28 @@ class ImageProcessor(ABC):
         height, width = self._resized(image.height, image.width, limits)
         return image.resize((width, height), self._resample)
 
-    def grid(self, image: Image.Image) -> Grid:
-        """Rows and columns of patches that an image from `fit` is cut into."""
+    def grid(self, image: Image.Image | Slice) -> Grid:
+        """Rows and columns of patches that an image from `fit`, or a slice, is cut into."""
         return image.height // self._vision.patch_size, image.width // self._vision.patch_size
 
-    def pack(self, images: Sequence[Image.Image]) -> tuple[VisionInputs, list[Grid]]:
-        """Inputs of one vision call for images from `fit`, and the (h, w) grid of each."""
+    def pack(self, images: Sequence[Image.Image | Slice]) -> tuple[VisionInputs, list[Grid]]:
+        """Inputs of one vision call for images from `fit` and slices of videos, and the (h, w) grid of each."""
         grids = [self.grid(image) for image in images]
         size, merge = self._vision.patch_size, self._vision.merge_size
         patches = np.empty((sum(h * w for h, w in grids), self._vision.patch_width), np.float32)
         begin = 0
         for image, (h, w) in zip(images, grids, strict=True):
-            blocks = np.asarray(image).reshape(h // merge, merge, size, w // merge, merge, size, 3)
-            blocks = blocks.transpose(6, 0, 3, 1, 4, 2, 5).reshape(3, h * w, size, size)
+            frames = np.stack([np.asarray(frame) for frame in frames_of(image)])
+            blocks = frames.reshape(len(frames), h // merge, merge, size, w // merge, merge, size, 3)
+            blocks = blocks.transpose(7, 1, 4, 2, 5, 0, 3, 6).reshape(3, h * w, len(frames), size, size)
             self._write(blocks, patches[begin : begin + h * w])
             begin += h * w
         return pack(patches, grids, self._vision), grids
+
+    @property
+    @abstractmethod
+    def values(self) -> np.ndarray:
+        """What each byte of a pixel becomes, by channel: [3, 256] float32."""
 
     @property
     @abstractmethod
@@ -117,7 +124,10 @@ class ImageProcessor(ABC):
 
     @abstractmethod
     def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        """Write the values of pixels [3, P, size, size] uint8 into patches [P, patch_width] float32."""
+        """Write the values of pixels [3, P, frames, size, size] uint8 into patches [P, patch_width] float32.
+
+        frames: 1 of an image, the temporal patch size of a slice.
+        """
 
     @property
     def _block(self) -> int:
@@ -129,7 +139,8 @@ class ImageProcessor(ABC):
         """The most bytes of an encoded image."""
         return max(_FILE_BYTES, _BYTES_PER_PIXEL * self._max_pixels)
 
-    def _most_tokens(self, limits: ImageLimits) -> int | None:
+    def most_tokens(self, limits: ImageLimits) -> int | None:
+        """The most visual tokens of an image, where a request or whoever made this says so. Raises RequestError."""
         given = [n for n in (self._max_tokens, limits.max_tokens) if n is not None]
         for most in given:
             require_positive("max_image_tokens", most)

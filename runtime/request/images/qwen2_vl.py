@@ -48,6 +48,10 @@ class Qwen2VLImages(ImageProcessor):
         self._values = pixel_values(self._fields, True, _CLIP_MEAN, _CLIP_STD)
 
     @property
+    def values(self) -> np.ndarray:
+        return self._values
+
+    @property
     def max_patches(self) -> int:
         return self._longest // (self._frames * self._block**2) * self._vision.patches_per_token
 
@@ -64,7 +68,7 @@ class Qwen2VLImages(ImageProcessor):
         size = self._vision.patch_size
         written = patches.reshape(-1, 3, self._copies, size, size)
         for channel in range(3):
-            written[:, channel] = self._values[channel][pixels[channel]][:, None]
+            written[:, channel] = self._values[channel][pixels[channel]]  # an image is copied
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         """The size nearest to (height, width) with sides of whole merge blocks and an area within the edges.
@@ -74,7 +78,7 @@ class Qwen2VLImages(ImageProcessor):
         block = self._block
         frames = self._frames
         shortest, longest = self._limited_edges(limits, frames)
-        most = self._most_tokens(limits)
+        most = self.most_tokens(limits)
         size = f"image is {width} x {height} pixels"
         height, width = self._enlarged(height, width)
         if max(height, width) / min(height, width) > _MAX_ASPECT:
@@ -106,7 +110,7 @@ class Qwen2VLImages(ImageProcessor):
                 )
         if limits.max_pixels is not None:
             longest = frames * limits.max_pixels
-        if (most := self._most_tokens(limits)) is not None:
+        if (most := self.most_tokens(limits)) is not None:
             longest = min(longest, most * least)
         if limits.low_detail:
             longest = max(least, min(longest, frames * LOW_DETAIL_PIXELS))

@@ -46,9 +46,9 @@ def template(folder: Path, text: str) -> None:
     (folder / "chat_template.jinja").write_text(text)
 
 
-def test_a_good_checkpoint_has_three_files_and_no_notes(folder: Path, model: ModelMetadata) -> None:
+def test_a_good_checkpoint_has_four_files_and_no_notes(folder: Path, model: ModelMetadata) -> None:
     found = request_files(folder, model)
-    assert set(found.files) == {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
+    assert set(found.files) == {"tokenizer.json", "chat_template.jinja", "preprocessor.json", "video_preprocessor.json"}
     assert found.notes == ()
 
 

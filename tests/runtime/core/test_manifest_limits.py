@@ -31,6 +31,8 @@ VALUES: list[tuple[str, Any]] = [
     ("model.layers[1].window", -1),
     ("model.image_token_id", -1),
     ("model.image_token_id", 10**6),
+    ("model.video.placeholder", 10**6),
+    ("model.video.end", [10**6]),
     ("model.eos_token_ids", [-1]),
     ("model.eos_token_ids", [10**23]),
     *(("model.ropes[0].dim", value) for value in (-2, 0, 31, 10**12)),

@@ -16,7 +16,7 @@ from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetad
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
-from moevlm.runtime.request.messages import images_of
+from moevlm.runtime.request.messages import visuals_of
 from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -295,7 +295,7 @@ def test_images_come_in_order_from_all_turns_and_both_spellings():
         {"role": "assistant", "content": "yes"},
         *_user({"type": "image", "image": b"JPEG"}),
     ]
-    assert [image.source for image in images_of(messages)] == [Path("cat.png"), b"PNG...", b"JPEG"]
+    assert [image.source for image in visuals_of(messages)] == [Path("cat.png"), b"PNG...", b"JPEG"]
     assert ChatTemplate(PLAIN).render(messages).count("<|image_pad|>") == 3
 
 
@@ -313,12 +313,12 @@ def test_images_come_in_order_from_all_turns_and_both_spellings():
 )
 def test_urls_other_than_inline_images_are_refused(url):
     with pytest.raises(RequestError, match=r"messages\[0\].content\[0\].image_url.url"):
-        images_of(_user({"type": "image_url", "image_url": {"url": url}}))
+        visuals_of(_user({"type": "image_url", "image_url": {"url": url}}))
 
 
 def test_image_part_without_an_image_is_refused():
     with pytest.raises(RequestError, match=r"messages\[0\].content\[1\].image is missing"):
-        images_of(_user("a", {"type": "image"}))
+        visuals_of(_user("a", {"type": "image"}))
 
 
 def test_limits_of_an_image_part_are_kept_and_others_are_refused():
@@ -328,7 +328,7 @@ def test_limits_of_an_image_part_are_kept_and_others_are_refused():
         {"type": "image_url", "image_url": {"url": url, "detail": "low"}, "max_pixels": 7},
         *({"type": "image_url", "image_url": {"url": url, "detail": detail}} for detail in ("high", "auto", None)),
     )
-    assert [image.limits for image in images_of(messages)] == [
+    assert [image.limits for image in visuals_of(messages)] == [
         ImageLimits(min_pixels=5, max_pixels=9),
         ImageLimits(max_pixels=7, low_detail=True),
         *[ImageLimits()] * 3,

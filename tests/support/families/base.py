@@ -73,6 +73,7 @@ class TinyFamily:
     through parity with transformers. values: what a tensor is filled with, from its name and standard normal numbers of
     its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.
     image: what the chat template writes for an image. named_tokens: of tokenizer_config.json.
+    video_processor: its name, for a family that takes videos.
     published: makes of what transformers saves what is published.
     """
 
@@ -85,4 +86,5 @@ class TinyFamily:
     preprocessor: Callable[[Mapping[str, Any]], Mapping[str, Any]] = qwen2_vl_preprocessor
     image: str = "<|vision_start|><|image_pad|><|vision_end|>"
     named_tokens: Mapping[str, str] = field(default_factory=dict)
+    video_processor: str = ""
     published: Callable[[Path], None] = lambda _: None

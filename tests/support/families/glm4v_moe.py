@@ -73,4 +73,5 @@ FAMILY = TinyFamily(
             seed=11,
         ),
     },
+    video_processor="Glm4vVideoProcessor",
 )

@@ -93,4 +93,5 @@ FAMILY = TinyFamily(
         ),
     },
     values=values,
+    video_processor="Qwen3VLVideoProcessor",
 )

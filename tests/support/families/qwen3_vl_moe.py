@@ -60,4 +60,5 @@ FAMILY = TinyFamily(
             seed=7,
         ),
     },
+    video_processor="Qwen3VLVideoProcessor",
 )
