@@ -64,7 +64,7 @@ class Pages:
         self._size = runtime.engine.limits.page_size
         self._memory = gpu.machine.memory
         self._forward = runtime.engine.forward
-        self._caches = runtime.engine._decoder._pages.caches
+        self._caches = runtime.engine._decoder._kept.tensors
 
     def forward(self, step: Step, *rest: Any) -> Any:
         before = self._rows()
