@@ -1,16 +1,19 @@
 """Weights in the order that the CPU kernels read.
 
 Quantized: panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes
-(plugins/cpu/matmul/packing.h). Floats: panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
+(plugins/cpu/matmul/packing.h); behind the groups of a panel, the zeros of its rows, where they have their own. Floats:
+panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
 A panel depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.stored import EncodedFrom, encoded
+from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import Weight
 
 Array = np.ndarray
@@ -18,20 +21,22 @@ PANEL = 32
 BITS = (4, 8)
 
 
-def panel_bytes(columns: int, bits: int, group_size: int) -> int:
+def panel_bytes(columns: int, bits: int, group_size: int, zeros: bool = False) -> int:
     """Size of 32 packed rows of `columns` values."""
-    return -(-columns // group_size) * PANEL * (2 + group_size * bits // 8)
+    groups = -(-columns // group_size)
+    return groups * PANEL * (2 + group_size * bits // 8) + (-(-groups // 2) * 2 * PANEL if zeros else 0)
 
 
-def packed_bytes(rows: int, columns: int, bits: int, group_size: int) -> int:
+def packed_bytes(rows: int, columns: int, bits: int, group_size: int, zeros: bool = False) -> int:
     """Size of a packed weight."""
-    return -(-rows // PANEL) * panel_bytes(columns, bits, group_size)
+    return -(-rows // PANEL) * panel_bytes(columns, bits, group_size, zeros)
 
 
-def pack(q: Array, scales: Array, bits: int, group_size: int) -> Array:
+def pack(q: Array, scales: Array, bits: int, group_size: int, zeros: Array | None = None) -> Array:
     """Values and scales -> packed bytes [panels, panel_bytes].
 
-    q: [N, K] uint8; a weight is scale * (q - 2**(bits - 1)). scales: [N, ceil(K / group_size)], rounded to fp16 here.
+    q: [N, K] uint8; a weight is scale * (q - zero). scales: [N, ceil(K / group_size)], rounded to fp16 here. zeros: of
+    that shape, uint8, or None for 2**(bits - 1).
     Rows are padded to a multiple of 32 with scale 0, columns to a multiple of the group size with the zero point.
     """
     _check(bits, group_size)
@@ -56,13 +61,29 @@ def pack(q: Array, scales: Array, bits: int, group_size: int) -> Array:
         values = np.ascontiguousarray(q).view(np.uint32).reshape(panels, PANEL, groups, group_size // 4)
     lines = out[..., 2 * PANEL :].view(np.uint32).reshape(panels, groups, values.shape[3], PANEL)
     lines[:] = values.transpose(0, 2, 3, 1)
-    return out.reshape(panels, -1)
+    packed = out.reshape(panels, -1)
+    return packed if zeros is None else np.concatenate([packed, _panels_of_zeros(zeros, panels, groups)], 1)
+
+
+def _panels_of_zeros(zeros: Array, panels: int, groups: int) -> Array:
+    """[N, groups] -> [panels, bytes]: 32 of a group side by side, an even number of groups."""
+    filled = np.full((panels * PANEL, groups + groups % 2), 8, np.uint8)
+    filled[: len(zeros), :groups] = zeros
+    return filled.reshape(panels, PANEL, -1).transpose(0, 2, 1).reshape(panels, -1)
+
+
+def unpack_zeros(packed: Array, rows: int, columns: int, bits: int, group_size: int) -> Array:
+    """Of a weight that was packed with zeros: [rows, groups] uint8."""
+    panels, groups = -(-rows // PANEL), -(-columns // group_size)
+    behind = packed.reshape(panels, -1)[:, panel_bytes(columns, bits, group_size) :]
+    return behind.reshape(panels, -1, PANEL).transpose(0, 2, 1).reshape(panels * PANEL, -1)[:rows, :groups]
 
 
 def unpack(packed: Array, rows: int, columns: int, bits: int, group_size: int) -> tuple[Array, Array]:
     """The inverse of `pack`: q [rows, columns] uint8 and scales [rows, ceil(columns / group_size)] float16."""
     _check(bits, group_size)
     panels, groups = -(-rows // PANEL), -(-columns // group_size)
+    packed = packed.reshape(panels, -1)[:, : panel_bytes(columns, bits, group_size)]  # without zeros
     parts = packed.reshape(panels, groups, PANEL * (2 + group_size * bits // 8))
     scales = np.ascontiguousarray(parts[..., : 2 * PANEL]).view(np.float16).transpose(0, 2, 1)
     lines = np.ascontiguousarray(parts[..., 2 * PANEL :]).reshape(panels, groups, -1, PANEL, 4)
@@ -86,9 +107,10 @@ def interleave(gate_up: Array) -> Array:
     return panels.swapaxes(0, 1).reshape(-1, *gate_up.shape[1:])
 
 
-def pack_gate_up(q: Array, scales: Array, bits: int, group_size: int) -> Array:
+def pack_gate_up(q: Array, scales: Array, bits: int, group_size: int, zeros: Array | None = None) -> Array:
     """`pack` for the gate_up weight of a gated expert: q [2I, K], gate rows first, then up rows."""
-    return pack(interleave(q), interleave(scales), bits, group_size)
+    zeros = None if zeros is None else interleave(zeros)
+    return pack(interleave(q), interleave(scales), bits, group_size, zeros)
 
 
 def pack_floats(weight: Array) -> Array:
@@ -119,15 +141,15 @@ class PackedRows:
     @property
     def shape(self) -> tuple[int, ...]:
         rows, columns = self.source.shape
-        return -(-rows // PANEL), panel_bytes(columns, self.scheme.bits, self.scheme.group_size)
+        return -(-rows // PANEL), panel_bytes(columns, *_layout(self.scheme))
 
     @property
     def dtype(self) -> np.dtype:
         return np.dtype(np.uint8)
 
     def rows(self, start: int, stop: int) -> Array:
-        q, scales = encoded(self.source, self.scheme, start * PANEL, min(stop * PANEL, self.source.shape[0]))
-        return pack(q.reshape(len(q), -1), scales, self.scheme.bits, self.scheme.group_size)
+        found = encoded(self.source, self.scheme, start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        return _packed(pack, found, self.scheme)
 
 
 @dataclass(frozen=True)
@@ -167,7 +189,7 @@ class PackedExperts:
         experts, rows, columns = self.source.shape
         if self.interleaved:
             rows = -(-rows // PANEL) * PANEL
-        return experts, packed_bytes(rows, columns, self.scheme.bits, self.scheme.group_size)
+        return experts, packed_bytes(rows, columns, *_layout(self.scheme))
 
     @property
     def dtype(self) -> np.dtype:
@@ -177,6 +199,15 @@ class PackedExperts:
         make = pack_gate_up if self.interleaved else pack
         out = np.empty((stop - start, self.shape[1]), np.uint8)
         for i in range(stop - start):
-            q, scales = encoded(self.source, self.scheme, start + i, start + i + 1)
-            out[i] = make(q.reshape(len(q), -1), scales, self.scheme.bits, self.scheme.group_size).reshape(-1)
+            found = encoded(self.source, self.scheme, start + i, start + i + 1)
+            out[i] = _packed(make, found, self.scheme).reshape(-1)
         return out
+
+
+def _layout(scheme: IntFormat) -> tuple[int, int, bool]:
+    return scheme.bits, scheme.group_size, scheme.zeros
+
+
+def _packed(make: Callable[..., Array], found: Codes, scheme: IntFormat) -> Array:
+    codes = found.codes.reshape(len(found.codes), -1)
+    return make(codes, found.scales, scheme.bits, scheme.group_size, found.zeros)

@@ -18,7 +18,9 @@ def as_stored(weight: Weight, form: WeightFormat) -> Weight:
     """A weight [..., K] as kernels see it: encoded and decoded again, float32."""
 
     def rows(start: int, stop: int) -> np.ndarray:
-        decoded = form.decode(*encoded(weight, form, start, stop))
+        found = encoded(weight, form, start, stop)
+        zeros = {} if found.zeros is None else {"zeros": found.zeros}
+        decoded = form.decode(found.codes, found.scales, **zeros)
         return decoded[:, : weight.shape[-1]].reshape(-1, *weight.shape[1:])
 
     return _Part(weight.shape, np.dtype(np.float32), rows)
@@ -45,7 +47,8 @@ class Encoded:
         self.scales: Weight = _Part(*scales, self._scales)
 
     def _both(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self._pack(*encoded(self._source, self._form, start, stop))
+        rows = encoded(self._source, self._form, start, stop)
+        found = self._pack(rows.codes, rows.scales)
         values, scales = (
             array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
             for array, (shape, dtype) in zip(found, (self._values_of, self._scales_of), strict=True)

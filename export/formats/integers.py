@@ -23,11 +23,15 @@ CHUNK = 1 << 17  # values at a time: large enough to hide numpy's calls, small e
 
 @dataclass(frozen=True)
 class IntFormat:
-    """A `WeightFormat` of integers. bits: 4 or 8."""
+    """A `WeightFormat` of integers. bits: 4 or 8.
+
+    zeros: each group has a zero of its own, which only a checkpoint's codes come with: `encode` is symmetric.
+    """
 
     bits: int
     group_size: int
     scales: str = "float32"
+    zeros: bool = False
 
     @property
     def name(self) -> str:
@@ -52,9 +56,15 @@ class IntFormat:
             raise ValueError("values that are infinite or not a number cannot be quantized")
         return codes.reshape(groups.shape), held(scales, self.scales).reshape(groups.shape[:2])
 
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """As `WeightFormat.decode`."""
-        values = (codes.astype(np.float32) - (1 << (self.bits - 1))) * scales.astype(np.float32)[..., None]
+    @property
+    def zero(self) -> int:
+        """The code of 0, in a group without a zero of its own."""
+        return 1 << (self.bits - 1)
+
+    def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:
+        """As `WeightFormat.decode`. zeros: [..., groups]."""
+        zero = np.float32(self.zero) if zeros is None else zeros.astype(np.float32)[..., None]
+        values = (codes.astype(np.float32) - zero) * scales.astype(np.float32)[..., None]
         return values.reshape(*scales.shape[:-1], -1)
 
 

@@ -3,11 +3,12 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.formats.base import Array, WeightFormat, held
+from moevlm.export.formats.base import WeightFormat, held
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, grouped
@@ -51,16 +52,18 @@ def _fate(weight: Weight) -> str:
     return f"{own.form.kind}{zeros} to {weight.dtype.name if encoding is None else encoding.form.name}"
 
 
-def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> tuple[Array, Array]:
+def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:
     """Rows [start:stop] of the first axis of [..., K] as `WeightFormat.encode` gives them, all outer axes as one.
 
-    Codes that a checkpoint has stay as they are, see `own_codes`; scales are rounded to the format's dtype.
+    With zeros where the format has them. Codes that a checkpoint has stay as they are, see `own_codes`; scales are
+    rounded to the format's dtype.
     """
     own = own_codes(weight, form)
     if own is not None:
         return _regrouped(own.codes(start, stop), own, form)
     rows = weight.rows(start, stop)
-    return form.encode(rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False))
+    codes, scales = form.encode(rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False))
+    return Codes(codes, scales, np.full(scales.shape, form.zero, np.uint8) if _has_zeros(form) else None)
 
 
 def own_codes(weight: Weight, form: WeightFormat) -> Coded | None:
@@ -75,7 +78,7 @@ def kept_form(weight: Weight, scheme: IntFormat) -> IntFormat | None:
     scheme: of weights that have no codes; its group size is taken where the checkpoint's is too large.
     """
     own = coded(weight)
-    if own is None or own.form.kind not in INTEGERS or own.form.zeros:
+    if own is None or own.form.kind not in INTEGERS or (own.form.zeros and own.form.bits != 4):
         return None
     size, width = own.form.group_size, weight.shape[-1]
     if size >= width or size > LARGEST_GROUP:  # a scale for the whole row fits groups of any size
@@ -83,30 +86,39 @@ def kept_form(weight: Weight, scheme: IntFormat) -> IntFormat | None:
         size = next((small for small in fitting if size >= width or size % small == 0), 0)
     if not size or size % SMALLEST_GROUP:
         return None
-    return replace(scheme, bits=INTEGERS[own.form.kind], group_size=size)
+    return replace(scheme, bits=INTEGERS[own.form.kind], group_size=size, zeros=own.form.zeros)
 
 
 def shared_form(scheme: IntFormat, *weights: Weight) -> IntFormat:
     """One format for weights that a kernel reads with the same: one that keeps most codes, else the scheme.
 
-    Of several group sizes the smallest, where it divides the others.
+    Of several group sizes the smallest, where it divides the others; zeros if one of them has some.
     """
     forms = [form for weight in weights if (form := kept_form(weight, scheme)) is not None]
-    return min(forms, key=lambda form: (-form.bits, form.group_size), default=scheme)
+    best = min(forms, key=lambda form: (-form.bits, form.group_size), default=scheme)
+    return replace(best, zeros=best.bits == 4 and any(form.zeros for form in forms))
+
+
+def _has_zeros(form: WeightFormat) -> TypeGuard[IntFormat]:
+    return isinstance(form, IntFormat) and form.zeros
 
 
 def _holds(form: WeightFormat, own: CodeForm, width: int) -> bool:
     fits = own.group_size % form.group_size == 0 or own.group_size >= width
-    return own.kind == form.name and not own.zeros and fits
+    return own.kind == form.name and fits and (_has_zeros(form) or not own.zeros)
 
 
-def _regrouped(found: Codes, own: Coded, form: WeightFormat) -> tuple[Array, Array]:
+def _regrouped(found: Codes, own: Coded, form: WeightFormat) -> Codes:
     """Codes in the format's smaller groups, whose scales are those of the groups that they were part of."""
     size, width = found.codes.shape[-1], own.shape[-1]
     codes = found.codes.reshape(-1, found.codes.shape[-2] * size)[:, :width]
     if width % form.group_size:
         filled = np.full((len(codes), -width % form.group_size), own.form.code_of_zero, np.uint8)
         codes = np.concatenate([codes, filled], 1)
-    starts = np.arange(0, width, form.group_size)
-    scales = found.scales.reshape(len(codes), -1)[:, starts // size]
-    return grouped(np.ascontiguousarray(codes), form.group_size), held(scales, form.scales)
+    from_group = np.arange(0, width, form.group_size) // size
+    scales = held(found.scales.reshape(len(codes), -1)[:, from_group], form.scales)
+    zeros = None
+    if _has_zeros(form):
+        own_zeros = np.full(found.scales.shape, form.zero, np.uint8) if found.zeros is None else found.zeros
+        zeros = own_zeros.reshape(len(codes), -1)[:, from_group]
+    return Codes(grouped(np.ascontiguousarray(codes), form.group_size), scales, zeros)

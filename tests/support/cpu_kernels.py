@@ -66,11 +66,14 @@ class Kernels:
         )
         return rows
 
-    def linear(self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int) -> Array:
+    def linear(
+        self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int, zeros: bool = False
+    ) -> Array:
         y = np.full((len(x), n), np.nan, np.float32)
         sizes = _sizes(n, x.shape[1], len(x))
         arrays = map(_pointer, (x, packed, bias, y))
-        self.library.run_linear(self.instruction_set, *_sizes(self.threads), bits, block, *sizes, *arrays)
+        layout = bits, block, int(zeros)
+        self.library.run_linear(self.instruction_set, *_sizes(self.threads), *layout, *sizes, *arrays)
         return y
 
     def float_linear(self, x: Array, packed: Array, bias: Array | None, n: int) -> Array:
@@ -92,6 +95,7 @@ class Kernels:
         block: int,
         gate_up_bias: Array | None = None,
         down_bias: Array | None = None,
+        zeros: bool = False,
     ) -> tuple[Array, int]:
         """y, and where the first index stands that is no expert (or how many indices there are)."""
         y = np.full(x.shape, np.nan, np.float32)
@@ -101,6 +105,7 @@ class Kernels:
             *_sizes(self.threads),
             bits,
             block,
+            int(zeros),
             *_sizes(len(gate_up), x.shape[1], width),
             *settings,
             ctypes.c_float(spec.alpha),

@@ -15,10 +15,16 @@ inline __m256i broadcast_four(const uint8_t* p) {
 
 // 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out.
 // 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k.
+// zeros: of these rows, or null.
 template <int Rows>
-inline void products4(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
+inline void products4(const uint8_t* w, const uint8_t* zeros, const uint8_t* const* x, int64_t at, int group_size,
+                      __m256i* total) {
   const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   for (int r = 0; r < Rows; ++r) total[r] = broadcast_four(x[r] + at + 4);
+  if (zeros != nullptr) {
+    const __m256i own = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+    for (int r = 0; r < Rows; ++r) total[r] = _mm256_mullo_epi32(own, _mm256_srai_epi32(total[r], 3));
+  }
   for (int k = 0; k < group_size; k += 32) {
     const int stop = k + 32 < group_size ? k + 32 : group_size;
     __m256i words[Rows];
@@ -53,12 +59,13 @@ inline void products8(const uint8_t* w, const uint8_t* const* x, int64_t at, int
   }
 }
 
-template <int Bits, int Rows>
+template <int Bits, bool Zeros, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size,
                   float* out) {
   const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
   for (int i = 0; i < Rows * kPanel; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   const uint8_t* const end = w + groups * group_bytes;
+  const uint8_t* zeros = end;
   constexpr int64_t kAhead = 2048;
   for (int64_t at = 0; w != end; w += group_bytes, at += group_size + kActivationHeader) {
     const uint8_t* far = w + kAhead < end ? w + kAhead : ahead + (w + kAhead - end);
@@ -67,7 +74,7 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
       const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * part)));
       __m256i total[Rows];
       if (Bits == 4) {
-        products4<Rows>(w + 64 + 32 * part, x, at, group_size, total);
+        products4<Rows>(w + 64 + 32 * part, Zeros ? zeros + 8 * part : nullptr, x, at, group_size, total);
       } else {
         products8<Rows>(w + 64 + 32 * part, x, at, group_size, total);
       }
@@ -79,22 +86,26 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
         _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r]), both, _mm256_loadu_ps(sum)));
       }
     }
+    if (Zeros) zeros += kPanel;
   }
 }
 
-template <int Bits>
+template <int Bits, bool Zeros>
 inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
                        int group_size, float* out) {
   switch (rows) {
-    case 1: return panel<Bits, 1>(w, ahead, x, groups, group_size, out);
-    case 2: return panel<Bits, 2>(w, ahead, x, groups, group_size, out);
-    case 3: return panel<Bits, 3>(w, ahead, x, groups, group_size, out);
-    case 4: return panel<Bits, 4>(w, ahead, x, groups, group_size, out);
-    case 5: return panel<Bits, 5>(w, ahead, x, groups, group_size, out);
-    case 6: return panel<Bits, 6>(w, ahead, x, groups, group_size, out);
+    case 1: return panel<Bits, Zeros, 1>(w, ahead, x, groups, group_size, out);
+    case 2: return panel<Bits, Zeros, 2>(w, ahead, x, groups, group_size, out);
+    case 3: return panel<Bits, Zeros, 3>(w, ahead, x, groups, group_size, out);
+    case 4: return panel<Bits, Zeros, 4>(w, ahead, x, groups, group_size, out);
+    case 5: return panel<Bits, Zeros, 5>(w, ahead, x, groups, group_size, out);
+    case 6: return panel<Bits, Zeros, 6>(w, ahead, x, groups, group_size, out);
   }
 }
 
-inline PanelKernel choose_panel(Packing packing) { return packing.bits == 4 ? panel_rows<4> : panel_rows<8>; }
+inline PanelKernel choose_panel(Packing packing) {
+  if (packing.bits == 8) return panel_rows<8, false>;
+  return packing.zeros ? panel_rows<4, true> : panel_rows<4, false>;
+}
 
 }  // namespace moevlm::matmul::avx2

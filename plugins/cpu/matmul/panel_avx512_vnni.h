@@ -23,7 +23,7 @@ constexpr int64_t kAhead = 3072;  // bytes to prefetch ahead: what one core read
 
 // GroupSize = 0: known at run time only. With one row or two, the values of k with an even and an odd number of four
 // are summed apart: one chain of products that wait for each other would take longer than memory takes for the weights.
-template <int Bits, int GroupSize, int Rows>
+template <int Bits, bool Zeros, int GroupSize, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* rows, int64_t groups, int size_given,
                   float* out) {
   constexpr int Chains = Rows <= 2 ? 2 : 1;
@@ -38,6 +38,7 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   }
   const uint8_t* const end = w + groups * group_bytes;
+  const uint8_t* zeros = end;
   int64_t at = 0;  // in each row of activations
   while (w != end) {
     const uint8_t* far = w + kAhead < end ? w + kAhead : ahead + (w + kAhead - end);
@@ -50,6 +51,15 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
     for (int r = 0; r < Rows; ++r) {
       acc[r][0][0] = acc[r][1][0] = broadcast_four(x[r] + at + 4);
       if (Chains == 2) acc[r][0][Chains - 1] = acc[r][1][Chains - 1] = _mm512_setzero_si512();
+    }
+    if (Zeros) {
+      for (int t = 0; t < 2; ++t) {
+        const auto* own = reinterpret_cast<const __m128i*>(zeros + 16 * t);
+        const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(own));
+#pragma GCC unroll 6
+        for (int r = 0; r < Rows; ++r) acc[r][t][0] = _mm512_mullo_epi32(zero, _mm512_srai_epi32(acc[r][t][0], 3));
+      }
+      zeros += kPanel;
     }
     const int steps = group_size / 8;
     for (int s = 0; s < steps; ++s) {
@@ -104,27 +114,29 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
   }
 }
 
-template <int Bits, int GroupSize>
+template <int Bits, bool Zeros, int GroupSize>
 inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
                        int group_size, float* out) {
   switch (rows) {
-    case 1: return panel<Bits, GroupSize, 1>(w, ahead, x, groups, group_size, out);
-    case 2: return panel<Bits, GroupSize, 2>(w, ahead, x, groups, group_size, out);
-    case 3: return panel<Bits, GroupSize, 3>(w, ahead, x, groups, group_size, out);
-    case 4: return panel<Bits, GroupSize, 4>(w, ahead, x, groups, group_size, out);
-    case 5: return panel<Bits, GroupSize, 5>(w, ahead, x, groups, group_size, out);
-    case 6: return panel<Bits, GroupSize, 6>(w, ahead, x, groups, group_size, out);
+    case 1: return panel<Bits, Zeros, GroupSize, 1>(w, ahead, x, groups, group_size, out);
+    case 2: return panel<Bits, Zeros, GroupSize, 2>(w, ahead, x, groups, group_size, out);
+    case 3: return panel<Bits, Zeros, GroupSize, 3>(w, ahead, x, groups, group_size, out);
+    case 4: return panel<Bits, Zeros, GroupSize, 4>(w, ahead, x, groups, group_size, out);
+    case 5: return panel<Bits, Zeros, GroupSize, 5>(w, ahead, x, groups, group_size, out);
+    case 6: return panel<Bits, Zeros, GroupSize, 6>(w, ahead, x, groups, group_size, out);
   }
 }
 
+template <int Bits, bool Zeros>
+inline PanelKernel of_size(int group_size) {
+  return group_size == 32    ? panel_rows<Bits, Zeros, 32>
+         : group_size == 128 ? panel_rows<Bits, Zeros, 128>
+                             : panel_rows<Bits, Zeros, 0>;
+}
+
 inline PanelKernel choose_panel(Packing packing) {
-  if (packing.bits == 4)
-    return packing.group_size == 32    ? panel_rows<4, 32>
-           : packing.group_size == 128 ? panel_rows<4, 128>
-                                       : panel_rows<4, 0>;
-  return packing.group_size == 32    ? panel_rows<8, 32>
-         : packing.group_size == 128 ? panel_rows<8, 128>
-                                     : panel_rows<8, 0>;
+  if (packing.bits == 8) return of_size<8, false>(packing.group_size);
+  return packing.zeros ? of_size<4, true>(packing.group_size) : of_size<4, false>(packing.group_size);
 }
 
 }  // namespace moevlm::matmul::avx512_vnni

@@ -23,11 +23,12 @@ struct Four {
   }
 };
 
-template <int Bits>
+template <int Bits, bool Zeros>
 inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int rows, int64_t groups, int group_size,
                   float* out) {
   std::memset(out, 0, sizeof(float) * rows * kPanel);
   int64_t at = 0;
+  const uint8_t* zeros = w + groups * kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
   for (int64_t b = 0; b < groups; ++b, at += group_size + kActivationHeader) {
     float scales[kPanel];
     for (int i = 0; i < kPanel; ++i) {
@@ -43,7 +44,7 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
       std::memcpy(&row_scale, x[r] + at, 4);
       std::memcpy(&start, x[r] + at + 4, 4);
       int32_t total[kPanel];
-      for (int i = 0; i < kPanel; ++i) total[i] = start;
+      for (int i = 0; i < kPanel; ++i) total[i] = Zeros ? start / 8 * zeros[i] : start;
       const uint8_t* line = w;
       for (int k = 0; k < group_size; k += step, line += 128) {
         const uint8_t* q = x[r] + at + kActivationHeader + k;
@@ -61,9 +62,13 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
       for (int i = 0; i < kPanel; ++i) sum[i] += static_cast<float>(total[i]) * (scales[i] * row_scale);
     }
     w += kPanel * static_cast<int64_t>(group_size) * Bits / 8;
+    if (Zeros) zeros += kPanel;
   }
 }
 
-inline PanelKernel choose_panel(Packing packing) { return packing.bits == 4 ? panel<4> : panel<8>; }
+inline PanelKernel choose_panel(Packing packing) {
+  if (packing.bits == 8) return panel<8, false>;
+  return packing.zeros ? panel<4, true> : panel<4, false>;
+}
 
 }  // namespace moevlm::matmul::baseline

@@ -10,16 +10,17 @@ namespace moevlm::matmul {
 namespace {
 
 // No size of a packed weight or of scratch memory that these limits allow is more than 64 bits hold.
-constexpr Packing kWorst{8, 16};
+constexpr Packing kWorst{8, 16};  // 4 bits with zeros are fewer
 static_assert(kMaxExperts <= INT64_MAX / (2 * kWorst.bytes(kMaxWidth, kMaxWidth)));
 static_assert(kMaxTokens <= INT64_MAX / (2 * kWorst.activation_bytes(kMaxWidth)));
 
 Packing read_packing(const Attributes& attributes) {
   const Packing packing{static_cast<int>(attributes.integer("bits", 4, 8)),
-                        static_cast<int>(attributes.integer("block_size", 16, kMaxGroup))};
+                        static_cast<int>(attributes.integer("block_size", 16, kMaxGroup)),
+                        attributes.integer_or("zeros", 0, 0, 1) != 0};
   if (!packing.valid()) {
-    invalid("bits = ", packing.bits, ", block_size = ", packing.group_size,
-            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxGroup, ")");
+    invalid("bits = ", packing.bits, ", block_size = ", packing.group_size, ", zeros = ", int{packing.zeros},
+            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxGroup, ", zeros with 4 bits)");
   }
   return packing;
 }

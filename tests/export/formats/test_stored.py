@@ -14,7 +14,7 @@ from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.build import build, traced
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.dry_run import dry_run
-from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interleave, unpack
+from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interleave, unpack, unpack_zeros
 from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
@@ -26,7 +26,7 @@ from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
 from tests.support.published import FORMATS, floats, projections
 
-INT4 = ("int4-32", "gptq-128")
+INT4 = ("int4-32", "gptq-128", "awq-32", "gptq-32-zeros", "int4-128-zeros")
 
 
 @pytest.fixture(scope="module")
@@ -56,30 +56,32 @@ def unpacked(recipe: PackedRows | PackedExperts) -> np.ndarray:
     form, (*_, rows, width) = recipe.scheme, recipe.source.shape
     packed = read(recipe)
     if isinstance(recipe, PackedRows):
-        return form.decode(*_grouped(*unpack(packed, rows, width, form.bits, form.group_size), form))[:, :width]
+        return _decoded(packed, rows, width, form)
     order = interleave(np.arange(rows)[:, None])[:, 0] if recipe.interleaved else np.arange(rows)
     found = []
     for expert in packed:
         panels = expert.reshape(-(-len(order) // 32), -1)
-        values = form.decode(*_grouped(*unpack(panels, len(order), width, form.bits, form.group_size), form))
         back = np.empty((rows, width), np.float32)
-        back[order] = values[:, :width]
+        back[order] = _decoded(panels, len(order), width, form)
         found.append(back)
     return np.stack(found)
 
 
-def _grouped(q: np.ndarray, scales: np.ndarray, form: IntFormat) -> tuple[np.ndarray, np.ndarray]:
-    filled = np.pad(q, ((0, 0), (0, -q.shape[1] % form.group_size)))
-    return filled.reshape(len(q), -1, form.group_size), scales
+def _decoded(packed: np.ndarray, rows: int, width: int, form: IntFormat) -> np.ndarray:
+    sizes = rows, width, form.bits, form.group_size
+    q, scales = unpack(packed, *sizes)
+    filled = np.pad(q, ((0, 0), (0, -width % form.group_size))).reshape(rows, -1, form.group_size)
+    return form.decode(filled, scales, unpack_zeros(packed, *sizes) if form.zeros else None)[:, :width]
 
 
-def test_build_says_what_became_of_codes(original: Path, tmp_path: Path) -> None:
-    quantized = FORMATS["gptq-128"].publish(original, tmp_path / "q", tmp_path / "plain")
+@pytest.mark.parametrize("name", ["gptq-128", "awq-32"])
+def test_build_says_what_became_of_codes(name: str, original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain")
     notes: list[str] = []
     built = build(quantized, tmp_path / "b", ["cpu:int8", "ort-cpu"], note=notes.append)
     kept, decoded = (built.manifest.engines[name].recoded for name in ("cpu:int8", "ort-cpu"))
     assert kept.keys() == {"int4 kept"}
-    assert decoded.keys() == {"int4 to float32"}
+    assert decoded.keys() == {"int4 to float32" if name == "gptq-128" else "int4 with zeros to float32"}
     assert f"cpu:int8, of weights in codes: {kept['int4 kept']} int4 kept" in notes
     assert check_parity(built.directory, quantized, ["cpu:int8"], quick=True).passed
     planned = dry_run(quantized, ["cpu:int8"]).targets[0].engine
@@ -110,7 +112,7 @@ def test_weights_in_other_codes_are_not_joined(graph_of) -> None:
     assert alone.scheme.bits == 8
 
 
-@pytest.mark.parametrize("name", ["awq-32", "gptq-32-zeros", "gptq-act-order", "nvfp4", "fp8-blocks"])
+@pytest.mark.parametrize("name", ["int8-128-zeros", "gptq-act-order", "nvfp4", "fp8-blocks"])
 def test_what_the_integers_of_a_cpu_cannot_hold_is_rounded_anew(name: str, graph_of) -> None:
     recipes = lowered(graph_of(name), "cpu:int8")
     assert not any(recipe.encoding.own for recipe in recipes.values())
@@ -156,7 +158,8 @@ def test_forms_that_kernels_take_and_those_that_they_do_not() -> None:
     assert form("int4", 512) == IntFormat(4, 32)  # one scale for a row
     assert form("int4", 512, 1024) == IntFormat(4, 32)
     assert form("int4", 8) is None
-    assert form("int4", 32, zeros=True) is None
+    assert form("int4", 32, zeros=True) == IntFormat(4, 32, zeros=True)
+    assert form("int8", 32, zeros=True) is None
     assert form("fp8", 128) is None
     assert kept_form(Constant(np.ones((2, 64), np.float32)), IntFormat(4, 32)) is None
 
@@ -164,10 +167,11 @@ def test_forms_that_kernels_take_and_those_that_they_do_not() -> None:
 def test_a_row_s_one_scale_fills_groups_of_any_size() -> None:
     weight, exact = _Held(CodeForm("int4", 80), 80), Constant(np.ones((2, 64), np.float32))
     assert own_codes(weight, IntFormat(4, 32)) is not None
-    codes, scales = encoded(weight, IntFormat(4, 32), 1, 3)
-    assert codes.shape == (2, 3, 32)
-    assert (codes[:, 2, 16:] == 8).all()
-    np.testing.assert_array_equal(IntFormat(4, 32).decode(codes, scales)[:, :80], read(weight)[1:3])
+    found = encoded(weight, IntFormat(4, 32), 1, 3)
+    assert found.codes.shape == (2, 3, 32)
+    assert (found.codes[:, 2, 16:] == 8).all()
+    assert found.zeros is None
+    np.testing.assert_array_equal(IntFormat(4, 32).decode(found.codes, found.scales)[:, :80], read(weight)[1:3])
     assert coded(weight) is weight
     assert recoded([weight, PackedRows(weight, IntFormat(4, 32)), PackedRows(weight, IntFormat(8, 32)), exact]) == {
         "int4 kept": 1,

@@ -5,12 +5,18 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.stored import shared_form
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, left, replaced_deciders, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
 from moevlm.export.passes.projection_pass import ProjectionPass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
+
+
+def packing_attributes(form: IntFormat) -> dict[str, int]:
+    """How a node's weight is packed; zeros only where there are some."""
+    return {"bits": form.bits, "block_size": form.group_size} | ({"zeros": 1} if form.zeros else {})
 
 
 class CpuLinear(ProjectionPass):
@@ -28,7 +34,7 @@ class CpuLinear(ProjectionPass):
         (rows, width), form = source.shape, shared_form(self.scheme, source)
         packed = initializer(f"{weight.name}.int{form.bits}", PackedRows(source, form))
         graph.register_initializer(packed)
-        attributes = {"N": rows, "K": width, "bits": form.bits, "block_size": form.group_size}
+        attributes = {"N": rows, "K": width, **packing_attributes(form)}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)
         substitute(graph, node, new)
 

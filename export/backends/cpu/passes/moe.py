@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from moevlm.export.backends.cpu.passes.linear import packing_attributes
 from moevlm.export.formats.cpu_packing import PackedExperts
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.stored import shared_form
@@ -54,6 +55,6 @@ class CpuMoE(NodePass):
             packed.append(initializer(f"{value.name}.int{form.bits}", recipe))
             graph.register_initializer(packed[-1])
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        attributes |= {"hidden": hidden, "width": width, "bits": form.bits, "block_size": form.group_size}
+        attributes |= {"hidden": hidden, "width": width, **packing_attributes(form)}
         new = ir.node(EXPERTS, [x, index, weight, *packed, *biases], attributes=attributes, domain=CPU)
         substitute(graph, node, new)
