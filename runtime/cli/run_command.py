@@ -36,6 +36,14 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Image file to put before the text; repeatable.",
 )
+@click.option(
+    "--video",
+    "videos",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Video file to put before the text, behind images; repeatable.",
+)
 @click.option("--system", help="Text of a system message before it.")
 @click.option(
     "--messages", metavar="FILE", type=InputFile(), help="JSON file with a whole conversation: [{role, content}, ...]."
@@ -116,6 +124,7 @@ def run(
     bundle: Path,
     prompt: str | None,
     images: tuple[Path, ...],
+    videos: tuple[Path, ...],
     system: str | None,
     messages: Any,
     template_options: tuple[str, ...],
@@ -151,12 +160,14 @@ def run(
         raise click.UsageError("--verbose is for streamed text: --json has these numbers")
     at_a_terminal = sys.stdin is not None and sys.stdin.isatty()
     chatting = prompt is None and messages is None and not as_json and at_a_terminal
-    if max_image_tokens is not None and not images and messages is None and not chatting:
+    if max_image_tokens is not None and not (images or videos) and messages is None and not chatting:
         raise click.UsageError("--max-image-tokens needs an image: --image FILE")
+    if chatting and videos:
+        raise click.UsageError("--video needs --prompt: a conversation in the terminal takes images only")
     pixels = _pixels(max_image_megapixels)
     SamplingParams(**sampling | {"temperature": sampling["temperature"] or 1})  # before anything is opened
     options = template_options_of(template_options)
-    conversation = [] if chatting else conversation_of(prompt, images, system, messages)
+    conversation = [] if chatting else conversation_of(prompt, images, videos, system, messages)
     opened = Bundle.open(bundle)
     released = released_sampling(opened.optional_text(GENERATION))
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:

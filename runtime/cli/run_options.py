@@ -14,14 +14,14 @@ from moevlm.runtime.core.errors import RequestError
 
 
 def conversation_of(
-    prompt: str | None, images: tuple[Path, ...], system: str | None, messages: Any
+    prompt: str | None, images: tuple[Path, ...], videos: tuple[Path, ...], system: str | None, messages: Any
 ) -> list[dict[str, Any]]:
     """Messages for Runtime.generate. Raises a usage error or RequestError for options that make none.
 
     prompt: "-" for standard input. messages: an open file of JSON, instead of all the others.
     """
     if messages is not None:
-        if prompt is not None or images or system is not None:
+        if prompt is not None or images or videos or system is not None:
             raise click.UsageError("--messages stands alone: it holds the prompt, the images and the system message")
         try:
             return json.load(messages, object_hook=_with_path)
@@ -32,15 +32,20 @@ def conversation_of(
     text = _standard_input() if prompt == "-" else _argument("--prompt", prompt)
     if not text.strip():
         raise RequestError("the prompt is empty")
-    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
+    shown = [(kind, path) for kind, paths in (("image", images), ("video", videos)) for path in paths]
+    content = [*({"type": kind, kind: path} for kind, path in shown), {"type": "text", "text": text}]
     said = [{"role": "system", "content": _argument("--system", system)}] if system else []
     return [*said, {"role": "user", "content": content}]
 
 
 def _with_path(part: dict[str, Any]) -> dict[str, Any]:
-    """An image part of the user's own file may name an image file."""
-    if part.get("type") == "image" and isinstance(part.get("image"), str):
-        return {**part, "image": Path(part["image"])}
+    """An image part of the user's own file may name an image file, a video part a video file or images."""
+    for kind in ("image", "video"):
+        source = part.get(kind) if part.get("type") == kind else None
+        if isinstance(source, str):
+            return {**part, kind: Path(source)}
+        if kind == "video" and isinstance(source, list):
+            return {**part, kind: [Path(frame) if isinstance(frame, str) else frame for frame in source]}
     return part
 
 

@@ -38,4 +38,5 @@ FAMILY = TinyFamily(
         ),
     },
     values=values,
+    video_processor="Qwen3VLVideoProcessor",
 )
