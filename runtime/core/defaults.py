@@ -8,6 +8,7 @@ CHUNK_TOKENS = 512  # the most prompt tokens in one step
 MAX_IMAGE_PIXELS = 50_000_000
 MAX_VIDEO_FRAMES = 768  # that are taken of a video; more are left out evenly
 MAX_LISTED_FRAMES = 1 << 14  # of a video that is a list of images
+MAX_FILE_FRAMES = 1 << 20  # of a video file, most of them left out
 MAX_VIDEO_PIXELS = 4096 * 2304  # of a frame of a video file
 MAX_VIDEO_BYTES = 1 << 30  # of a video file
 VIDEO_SECONDS = 120  # that reading and decoding a video file may take

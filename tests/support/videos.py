@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -45,9 +48,24 @@ def processor_of(fields: dict[str, Any]) -> Any:
     from transformers.models.glm4v.video_processing_glm4v import Glm4vVideoProcessor
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
-    kinds = {"Glm4vVideoProcessor": Glm4vVideoProcessor, "Qwen3VLVideoProcessor": Qwen3VLVideoProcessor}
+    kinds = {
+        "Glm46VVideoProcessor": _glm46v(),
+        "Glm4vVideoProcessor": Glm4vVideoProcessor,
+        "Qwen3VLVideoProcessor": Qwen3VLVideoProcessor,
+    }
     own = {name: value for name, value in fields.items() if name != "video_processor_type"}
     return kinds[fields["video_processor_type"]](**own)
+
+
+def _glm46v() -> Any:
+    """Its module imports torchvision without asking whether it is there; nothing that is called here uses it."""
+    names = ("torchvision", "torchvision.transforms", "torchvision.transforms.v2")
+    absent = {name: ModuleType(name) for name in names if importlib.util.find_spec("torchvision") is None}
+    if absent:
+        absent[names[-1]].functional = None  # type: ignore[attr-defined]
+    with mock.patch.dict(sys.modules, absent):
+        from transformers.models.glm46v.video_processing_glm46v import Glm46VVideoProcessor
+    return Glm46VVideoProcessor
 
 
 def metadata_of(theirs: Any, frames: int, fps: float, seconds: float | None = None) -> Any:
@@ -62,9 +80,11 @@ def metadata_of(theirs: Any, frames: int, fps: float, seconds: float | None = No
 def expansion_of(theirs: Any, metadata: Any, grid: tuple[int, int, int]) -> str:
     """What the processor writes for a video's placeholder, in the tiny vocabulary's words. grid: (t, h, w)."""
     from transformers.models.glm4v.processing_glm4v import Glm4vProcessor
+    from transformers.models.glm46v.processing_glm46v import Glm46VProcessor
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
-    kind = Glm4vProcessor if type(theirs).__name__.startswith("Glm") else Qwen3VLProcessor
+    kinds = {"Glm4v": Glm4vProcessor, "Glm46V": Glm46VProcessor, "Qwen3VL": Qwen3VLProcessor}
+    kind = kinds[type(theirs).__name__.removesuffix("VideoProcessor")]
     processor = SimpleNamespace(
         video_processor=theirs,
         video_token="<|video_pad|>",

@@ -13,6 +13,7 @@ from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 # By image_processor_type, without the suffix of the implementation.
 _PROCESSORS: dict[str, type[ImageProcessor]] = {
     "Gemma4ImageProcessor": Gemma4Images,
+    "Glm46VImageProcessor": Glm4vImages,
     "Glm4vImageProcessor": Glm4vImages,
     "Qwen2VLImageProcessor": Qwen2VLImages,
 }

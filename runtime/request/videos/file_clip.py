@@ -52,8 +52,8 @@ class FileClip:
             width, height = clip._allowed(stream.width, stream.height)
             # Some formats do not say how many frames there are: each packet holds one.
             frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-        if frames < 1:
-            raise RequestError(f"{clip.name} has no frames")
+        if not 1 <= frames <= defaults.MAX_FILE_FRAMES:
+            raise RequestError(f"{clip.name} has {frames} frames (allowed: 1 to {defaults.MAX_FILE_FRAMES})")
         return replace(clip, frames=frames, fps=float(stream.average_rate), size=(width, height))
 
     @property

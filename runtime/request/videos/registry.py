@@ -6,11 +6,12 @@ from typing import Any
 from moevlm.runtime.core.towers import GridTower, VisionMetadata
 from moevlm.runtime.request.images.fields import VIDEO_FILE, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
-from moevlm.runtime.request.videos.glm4v import Glm4vVideos
+from moevlm.runtime.request.videos.glm4v import Glm4vVideos, Glm46VVideos
 from moevlm.runtime.request.videos.processor import VideoProcessor
 from moevlm.runtime.request.videos.qwen3_vl import Qwen3VLVideos
 
 _PROCESSORS: dict[str, type[VideoProcessor]] = {
+    "Glm46VVideoProcessor": Glm46VVideos,
     "Glm4vVideoProcessor": Glm4vVideos,
     "Qwen3VLVideoProcessor": Qwen3VLVideos,
 }

@@ -184,7 +184,7 @@ def test_processors_of_other_towers_are_refused_by_name() -> None:
         position_grid=4,
         position_resampling="bilinear",
     )
-    with pytest.raises(BundleError, match=r"\(supported: Glm4vImageProcessor, Qwen2VLImageProcessor\)"):
+    with pytest.raises(BundleError, match=r"\(supported: Glm46VImageProcessor, Glm4vImageProcessor, Qwen2VL"):
         image_processor(KIND, grid)
 
 

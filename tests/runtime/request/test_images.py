@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 from transformers.image_utils import load_image
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from moevlm.runtime.core.errors import BundleError, RequestError
@@ -57,7 +58,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "image_std": [0.26862954, 0.26130258, 0.27577711],
     },
 }
-ORACLES = {"qwen": Qwen2VLImageProcessorPil, "glm": Glm4vImageProcessorPil}
+CONFIGS["glm46"] = CONFIGS["glm"] | {"image_processor_type": "Glm46VImageProcessor"}
+ORACLES = {"qwen": Qwen2VLImageProcessorPil, "glm": Glm4vImageProcessorPil, "glm46": Glm46VImageProcessorPil}
 CHINA, FLOWER = (Image.fromarray(photo) for photo in load_sample_images().images)
 
 

@@ -15,12 +15,17 @@ from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.messages import GivenVideo
 from moevlm.runtime.request.videos.clip import FrameList
+from moevlm.runtime.request.videos.file_clip import FileClip
 from moevlm.runtime.request.videos.processor import PlannedVideo, VideoProcessor
 from moevlm.runtime.request.videos.registry import video_processor
 from tests.support.videos import expansion_of, metadata_of, moving_square, patches_of, processor_of
 
-KINDS = {"Qwen3VLVideoProcessor": "Qwen2VLImageProcessor", "Glm4vVideoProcessor": "Glm4vImageProcessor"}
-CLIPS = [(2, 1.0), (7, 24.0), (9, 2.0), (25, 12.5), (60, 29.97), (400, 10.0), (3000, 25.0), (20000, 59.94)]
+KINDS = {
+    "Qwen3VLVideoProcessor": "Qwen2VLImageProcessor",
+    "Glm4vVideoProcessor": "Glm4vImageProcessor",
+    "Glm46VVideoProcessor": "Glm46VImageProcessor",
+}
+CLIPS = [(2, 1.0), (7, 24.0), (9, 2.0), (25, 12.5), (60, 29.97), (400, 10.0), (3000, 25.0)]
 
 
 def fields_of(kind: str, **own: Any) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def planned(ours: VideoProcessor, frames: int, fps: float, size: tuple[int, int]
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize(("frames", "fps"), [clip for clip in CLIPS if clip[0] < 10000])
+@pytest.mark.parametrize(("frames", "fps"), CLIPS)
 def test_frames_and_times_are_those_of_transformers(kind: str, copies: int, frames: int, fps: float) -> None:
     fields = fields_of(kind, temporal_patch_size=copies)
     if kind.startswith("Glm"):
@@ -75,6 +80,22 @@ def test_frames_and_times_are_those_of_transformers(kind: str, copies: int, fram
     found = "".join(f"{a}<|vision_start|>{token * n}<|vision_end|>{b}" for a, n, b in plan.texts())
     assert found == text
     assert tokens == width * height // 64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("frames", "fps"), [*CLIPS, (20_000, 59.94), (100_000, 25.0), (10, 0.01)])
+def test_frames_of_a_file_are_those_of_transformers(
+    kind: str, frames: int, fps: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose header says how long it is."""
+    clip = FileClip(b"", "video", frames, fps, (40, 24))
+    monkeypatch.setattr(FileClip, "of", lambda _: clip)
+    ours, theirs = (make(fields_of(kind)) for make in (ours_of, processor_of))
+    plan, metadata = ours.plan(GivenVideo(b"", None, None, NO_LIMITS)), metadata_of(theirs, frames, fps, frames / fps)
+    wanted = list(metadata.frames_indices)
+    assert list(plan.indices) == wanted + [wanted[-1]] * (len(wanted) % 2)
+    text = expansion_of(theirs, metadata, (len(plan.times), plan.size[1] // 4, plan.size[0] // 4))
+    assert all(time in text for time in plan.times)
 
 
 @pytest.mark.parametrize("kind", KINDS)
