@@ -17,7 +17,6 @@ from moevlm.export.backends.ort.target import REFERENCE
 from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
-from moevlm.export.checkpoint.quantized.reader import why_left_out
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.config import ModelConfig
 from moevlm.export.graph.functions import add_functions
@@ -27,7 +26,7 @@ from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
-from moevlm.runtime.core.printable import recoded_text, stored_text
+from moevlm.runtime.core.printable import recoded_text
 from moevlm.runtime.core.progress import Stages, silent
 
 Planned = Callable[[ModelMetadata, Mapping[str, EngineMetadata]], None]
@@ -70,13 +69,9 @@ def build(
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         for target in chosen:
             target.sizes.require(model.config, target.name)
-        for pattern, count in model.left_out.items():
-            note(f"left out {count} tensors {pattern}: {why_left_out(pattern)}")
-        if model.stored_as:
-            note(f"the checkpoint is quantized: {stored_text(model.stored_as)}")
         carried = request_files(source.directory, model.metadata())
         metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
-        for text in carried.notes:
+        for text in (*model.notes, *carried.notes):
             note(text)
         for path, data in carried.files.items():
             writer.add_bytes(path, data)

@@ -17,7 +17,6 @@ from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import BuildError, CheckpointError
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.printable import stored_text
 from moevlm.runtime.core.progress import Stages, silent
 
 
@@ -112,11 +111,8 @@ def _read(source: Path, expert_layout: str, ignored_config: Sequence[str], lora:
         with Checkpoint.open(source, lora) as checkpoint:
             model = CanonicalModel.of(checkpoint, expert_layout, ignored_config)
             carried = request_files(source, model.metadata())
-            notes = [f"leaves out {count} tensors {pattern}" for pattern, count in model.left_out.items()]
-            if model.stored_as:
-                notes.append(f"the checkpoint is quantized: {stored_text(model.stored_as)}")
             patches = image_patches(source, model.metadata())
-            return _Source(model, len(checkpoint.tensors), patches, (*notes, *carried.notes))
+            return _Source(model, len(checkpoint.tensors), patches, (*model.notes, *carried.notes))
     elif not (source / CONFIG).is_file():
         raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}")
     if lora is not None:

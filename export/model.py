@@ -22,14 +22,16 @@ from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.streaming import set_tensor
 from moevlm.export.modules.vision import vision_tower
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.printable import counted, stored_text
 
 
 @dataclass(frozen=True)
 class CanonicalModel:
     """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name.
 
-    left_out: how many tensors of the checkpoint have no part in a forward pass, by pattern of their names.
+    left_out: how many tensors of the checkpoint have no part in a forward pass, by the part of names that they share.
     stored_as: how many weights the checkpoint holds in which format, where it is quantized.
+    notes: both for people, in a line each.
     """
 
     config: ModelConfig
@@ -39,6 +41,7 @@ class CanonicalModel:
     decoder_weights: Mapping[str, Weight]
     left_out: Mapping[str, int]
     stored_as: Mapping[str, int]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -61,11 +64,13 @@ class CanonicalModel:
         plain = plain_tensors(checkpoint, ignored_config)
         bound = family.bind(parameters, plain.tensors, expert_layout, plain.ignorable, updates)
         stored_as = plain.counted(bound.used)
+        notes = [f"left out {counted(n, 'tensor')} {name}: {bound.why[name]}" for name, n in bound.left_out.items()]
+        notes += [f"the checkpoint is quantized: {stored_text(stored_as)}"] if stored_as else []
         vision_weights, decoder_weights = (
             {name.removeprefix(part): weight for name, weight in bound.weights.items() if name.startswith(part)}
             for part in ("vision.", "decoder.")
         )
-        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out, stored_as)
+        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out, stored_as, tuple(notes))
 
     @classmethod
     def of_config(

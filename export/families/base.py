@@ -62,13 +62,15 @@ def family_for(config: Mapping[str, Any]) -> "Family":
 
 @dataclass(frozen=True)
 class Binding:
-    """weights: a recipe by canonical parameter name. left_out: how many tensors by the pattern that they fit.
+    """weights: a recipe by canonical parameter name. left_out: how many tensors by the part of names that they share.
 
-    used: names of the checkpoint's tensors that the weights are made of.
+    why: nothing needs those that are left out, by the same. used: names of the checkpoint's tensors that the weights
+    are made of.
     """
 
     weights: Mapping[str, Weight]
     left_out: Mapping[str, int]
+    why: Mapping[str, str]
     used: Collection[str]
 
 
@@ -79,7 +81,7 @@ class Family(ABC):
     router_suffix: how the names of transformers' router modules end; they return (scores, weights, indices).
     config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
     the usual one.
-    left_out: patterns of tensors that have no part in text and images, or that transformers does not load.
+    left_out: patterns of tensors that have no part in text and images, or that transformers does not load, and why.
     part: of config.json, what describes the model of text and images, where there is more; else empty.
     """
 
@@ -88,7 +90,7 @@ class Family(ABC):
     router_suffix: ClassVar[str]
     part: ClassVar[str] = ""
     config_names: ClassVar[Mapping[str, str]] = {}
-    left_out: ClassVar[tuple[str, ...]] = (r"rotary_emb\.inv_freq",)  # computed, and once saved with each layer
+    left_out: ClassVar[Mapping[str, str]] = {r"rotary_emb\.inv_freq": "they follow from config.json"}
 
     def router_logits(self, scores: np.ndarray) -> np.ndarray:
         """The scores [T, E] that transformers' router modules return first, as logits."""
@@ -121,14 +123,14 @@ class Family(ABC):
         parameters: Mapping[str, tuple[int, ...]],
         on_disk: Mapping[str, Weight],
         expert_layout: str = "auto",
-        ignorable: Sequence[str] = (),
+        ignorable: Mapping[str, str] | None = None,
         updates: Mapping[str, Sequence[Update]] | None = None,
     ) -> Binding:
         """A float32 recipe for every canonical parameter (name -> shape).
 
-        ignorable: patterns of tensors that may be left out, beside the family's own. updates: of an adapter, by the
-        module's name in transformers. Raises CheckpointError for a tensor that is absent, has another shape or no float
-        dtype, or is left over, and for an update with no place in the model.
+        ignorable: patterns of tensors that may be left out, and why, beside the family's own. updates: of an adapter,
+        by the module's name in transformers. Raises CheckpointError for a tensor that is absent, has another shape or
+        no float dtype, or is left over, and for an update with no place in the model.
         """
         if expert_layout not in LAYOUTS:
             raise CheckpointError(f'expert_layout = "{expert_layout}" (allowed: {", ".join(LAYOUTS)})')
@@ -149,7 +151,9 @@ class Family(ABC):
             self._check_tied_head(tensors, bound["decoder.embedding"])
         _require_merged(updates or {}, tensors.merged)
         unused = on_disk.keys() - tensors.used
-        return Binding(bound, _counted(unused, (*self.left_out, *ignorable)), tensors.used)
+        patterns = {**self.left_out, **(ignorable or {})}
+        why = {_told(pattern): reason for pattern, reason in patterns.items()}
+        return Binding(bound, _counted(unused, patterns), why, tensors.used)
 
     def _check_tied_head(self, tensors: Mapping[str, Weight], embedding: Weight) -> None:
         """A tied checkpoint may still carry its head, but transformers ties only a head that equals the embedding."""
@@ -179,14 +183,19 @@ def _require_field(values: Mapping[str, Any], name: str) -> None:
         place = place[key]
 
 
-def _counted(unused: Collection[str], patterns: Sequence[str]) -> dict[str, int]:
+def _counted(unused: Collection[str], patterns: Collection[str]) -> dict[str, int]:
     """Count the tensors that fit each pattern. Raises CheckpointError for one that fits none."""
     found = {name: next((p for p in patterns if re.search(p, name)), None) for name in sorted(unused)}
     strangers = [name for name, pattern in found.items() if pattern is None]
     if strangers:
         first = one_line(strangers[0], 80)
         raise CheckpointError(f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}")
-    return dict(Counter(str(pattern).replace("\\", "").removesuffix("$") for pattern in found.values()))
+    return dict(Counter(_told(str(pattern)) for pattern in found.values()))
+
+
+def _told(pattern: str) -> str:
+    """The part of names that a pattern asks for: audio_tower for ^audio_tower\\..*"""
+    return pattern.replace("\\", "").removeprefix("^").rstrip("$.*")
 
 
 def _require_merged(updates: Mapping[str, Sequence[Update]], merged: Collection[Update]) -> None:

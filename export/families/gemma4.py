@@ -39,7 +39,7 @@ class Gemma4(Family):
     )
     router_suffix = ".router"
     config_names: ClassVar = {"top_k": "text_config.top_k_experts", "rotary_dim": "text_config.head_dim"}
-    left_out = (*Family.left_out, r"audio_tower\.", r"embed_audio\.")
+    left_out: ClassVar = {**Family.left_out, **dict.fromkeys((r"audio_tower\.", r"embed_audio\."), shared.AUDIO)}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_THEIRS}experts", per_expert=False)),
         **shared.renamed(

@@ -39,7 +39,10 @@ class Glm4vMoe(Family):
     )
     router_suffix = "mlp.gate"
     # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
-    left_out = (*Family.left_out, r"model\.layers\.92.*", r"model\.layers\.46.*")
+    left_out: ClassVar = {
+        **Family.left_out,
+        **dict.fromkeys((r"model\.layers\.92.*", r"model\.layers\.46.*"), shared.NEXT_TOKENS),
+    }
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts("model.language_model.layers.{i}.mlp.experts", per_expert=True)),
         "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_embed.proj.weight"),

@@ -41,7 +41,7 @@ class Qwen35Moe(Family):
     )
     model_type = "qwen3_5_moe"
     router_suffix = "mlp.gate"
-    left_out = (*Family.left_out, r"^mtp.*")  # layers behind the last one: they predict a second token
+    left_out: ClassVar = {**Family.left_out, r"^mtp.*": shared.NEXT_TOKENS}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_MLP}experts", per_expert=False), _MODEL),
         "decoder.norm.weight": plus_one(f"{_MODEL}norm.weight"),
@@ -102,6 +102,8 @@ class Qwen35Moe(Family):
         interval, layers = text.positive("full_attention_interval", 4), text.positive("num_hidden_layers")
         usual = tuple(_KINDS[(i + 1) % interval == 0] for i in range(layers))
         kinds = text.each("layer_types", _KINDS, usual)
+        if "full_attention" not in kinds:  # engines keep pages of some layer
+            raise text.invalid("layer_types", list(kinds), "one full_attention or more")
         mixers = dict(zip(_KINDS, (delta, attention), strict=True))
         return shared.decoder(
             text, epsilon=1e-6, tied=tied, rope=rope, layer=lambda i: LayerConfig(mixers[kinds[i]], feed_forward)

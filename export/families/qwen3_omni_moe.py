@@ -28,7 +28,11 @@ class Qwen3OmniMoe(Qwen3VLMoe):
         vision="packed grid, deepstack",
     )
     part = "thinker_config"
-    left_out = (*Family.left_out, r"^talker", r"^code2wav", r"^thinker\.audio_tower")
+    left_out: ClassVar = {
+        **Family.left_out,
+        **dict.fromkeys((r"^talker", r"^code2wav"), "speech is not supported"),
+        r"^thinker\.audio_tower": shared.AUDIO,
+    }
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_MODEL}layers.{{i}}.mlp.experts", per_expert=True), _MODEL),
         "decoder.head": "thinker.lm_head.weight",

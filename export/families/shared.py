@@ -13,6 +13,9 @@ Weights = Mapping[str, str | Source]
 
 GATED = ("gate", "up", "down")  # of a gated feed-forward layer
 BOTH = ("weight", "bias")
+# Why tensors are left out.
+AUDIO = "audio is not supported"
+NEXT_TOKENS = "layers that predict further tokens, which transformers does not load either"
 
 
 def renamed(modules: Mapping[str, str], parts: Iterable[str] = ("weight",)) -> dict[str, str]:

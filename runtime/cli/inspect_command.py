@@ -74,13 +74,23 @@ def _experts(model: ModelMetadata) -> str:
 
 def _attention(model: ModelMetadata) -> str:
     """32 heads on 4 key-value heads of 128; where layers differ, how many are of each kind."""
+    from moevlm.runtime.core.printable import counted
+
     kinds: Counter[str] = Counter()
     for layer in model.layers:
         size = str(layer.key_dim) if layer.value_dim == layer.key_dim else f"{layer.key_dim} and {layer.value_dim}"
         window = f", window {layer.window}" if layer.window else ""
-        text = f"{layer.heads} heads on {layer.kv_heads} key-value heads of {size}{window}" if layer.heads else "none"
+        text = (
+            f"{layer.heads} heads on {layer.kv_heads} key-value heads of {size}{window}"
+            if layer.heads
+            else "a recurrent state"
+        )
         kinds[text] += 1
-    return next(iter(kinds)) if len(kinds) == 1 else "; ".join(f"{n} layers: {text}" for text, n in kinds.items())
+    return (
+        next(iter(kinds))
+        if len(kinds) == 1
+        else "; ".join(f"{counted(n, 'layer')}: {text}" for text, n in kinds.items())
+    )
 
 
 def _metadata(bundle: Bundle, report: InspectReport) -> str:
@@ -130,7 +140,9 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
 
 def left_out_text(left_out: Mapping[str, int]) -> str:
     """2 tensors rotary_emb.inv_freq"""
-    return ", ".join(f"{count} tensors {pattern}" for pattern, count in left_out.items())
+    from moevlm.runtime.core.printable import counted
+
+    return ", ".join(f"{counted(count, 'tensor')} {name}" for name, count in left_out.items())
 
 
 def _tables(bundle: Bundle) -> str:

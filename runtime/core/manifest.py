@@ -220,7 +220,7 @@ class Manifest(_Metadata, frozen=True):
 
     expert_layout: how the checkpoint's fused experts were read; every engine of the bundle has to read them so.
     ignored_config: dotted names of fields of config.json that were left out of account at the user's word.
-    left_out: how many of the checkpoint's tensors have no part in a forward pass, by pattern of their names.
+    left_out: how many of the checkpoint's tensors have no part in a forward pass, by the part of names that they share.
     stored_as: how many weights the checkpoint holds in which format, in words; empty where it is not quantized.
     template_variables: names that the chat template may use, the tokenizer's eos_token and the like, and their texts.
     digest: of all the other fields, see `digest_of`; it finds damage, not forgery.

@@ -31,6 +31,11 @@ def escape_unencodable(stream: TextIO | None) -> None:
         reconfigure(errors="backslashreplace")
 
 
+def counted(count: int, noun: str) -> str:
+    """1 tensor, 2 tensors"""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def stored_text(stored_as: Mapping[str, int]) -> str:
     """7 weights fp8 in blocks of 128 x 128, 5 bfloat16"""
     first, *others = stored_as.items()

@@ -37,22 +37,16 @@ IGNORED: Mapping[str, str] = {
 }
 
 
-def why_left_out(pattern: str) -> str:
-    """Why nothing reads the tensors of this pattern, as `left_out` has it."""
-    told = {name.replace("\\", "").removesuffix("$"): reason for name, reason in IGNORED.items()}
-    return told.get(pattern, "transformers does not load them either")
-
-
 @dataclass(frozen=True)
 class Plain:
     """tensors: by the names that an unquantized checkpoint would have. formats: of those in codes, in words, by name.
 
-    ignorable: expressions for names of tensors that need not be used, see IGNORED.
+    ignorable: patterns of names of tensors that need not be used, and why, see IGNORED.
     """
 
     tensors: Mapping[str, Weight]
     formats: Mapping[str, str]
-    ignorable: tuple[str, ...]
+    ignorable: Mapping[str, str]
 
     def counted(self, names: Iterable[str]) -> dict[str, int]:
         """How many of these tensors are in which format or dtype; nothing where none is in codes."""
@@ -69,7 +63,7 @@ def plain_tensors(checkpoint: Checkpoint, ignored_config: Sequence[str] = ()) ->
     """
     settings = settings_of(checkpoint.directory, checkpoint.config, ignored_config)
     if not settings.method:
-        return Plain(checkpoint.tensors, {}, ())
+        return Plain(checkpoint.tensors, {}, {})
     return _plain(checkpoint.tensors, settings)
 
 
@@ -94,7 +88,7 @@ def _plain(stored: Mapping[str, Stored], settings: Settings) -> Plain:
         elif name not in parts:
             _refuse_alone(name, stored)
             weights[name] = tensor
-    return Plain(weights, formats, tuple(IGNORED))
+    return Plain(weights, formats, IGNORED)
 
 
 def _found(name: str, stored: Mapping[str, Stored], settings: Settings) -> tuple[Format, Spelling] | None:

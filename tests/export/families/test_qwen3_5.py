@@ -57,13 +57,20 @@ def test_fields_of_experts_are_refused_by_name(field: str, save_checkpoint: Call
     refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
 
 
+def test_model_without_any_attention_is_refused_by_name(save_checkpoint: Callable[..., Path]) -> None:
+    config = json.loads((save_checkpoint(model_type="qwen3_5") / "config.json").read_text())
+    config["text_config"]["layer_types"] = ["linear_attention"] * 2
+    told = "text_config.layer_types = ['linear_attention', 'linear_attention'] (one full_attention or more)"
+    refused(CheckpointError, told, act=lambda: family_for(config).config(config))
+
+
 def test_layers_that_predict_another_token_are_left_out_and_others_are_not(
     save_checkpoint: Callable[..., Path],
 ) -> None:
     directory = save_checkpoint(model_type="qwen3_5")
     edit_tensors(directory, lambda tensors: tensors.update({"mtp.layers.0.mlp.up_proj.weight": torch.zeros(4, 4)}))
     with Checkpoint.open(directory) as checkpoint:
-        assert CanonicalModel.of(checkpoint).left_out == {"^mtp.*": 1}
+        assert CanonicalModel.of(checkpoint).left_out == {"mtp": 1}
     extra = "model.language_model.layers.0.mlp.shared_expert_gate.weight"
     edit_tensors(directory, lambda tensors: tensors.update({extra: torch.zeros(1, 32)}))
     refused(CheckpointError, "have no place", extra, act=lambda: canonical(directory))

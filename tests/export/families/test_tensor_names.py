@@ -411,7 +411,7 @@ def test_tensors_that_transformers_does_not_load_are_left_out_and_counted(
     expected = {"rotary_emb.inv_freq": 2}
     if model_type == "glm4v_moe":
         extra += [f"{text}layers.46.{name}.weight" for name in ("enorm", "hnorm", "eh_proj")]
-        expected["model.layers.46.*"] = 3
+        expected["model.layers.46"] = 3
     if model_type == "qwen3_5_moe":
         parts = (
             "fc.weight",
@@ -420,7 +420,7 @@ def test_tensors_that_transformers_does_not_load_are_left_out_and_counted(
             "layers.0.mlp.experts.7.up_proj.weight",
         )
         extra += [f"mtp.{name}" for name in parts]
-        expected["^mtp.*"] = 4
+        expected["mtp"] = 4
     edit_tensors(directory, lambda tensors: tensors.update({name: torch.zeros(8) for name in extra}))
     assert_same(canonical(directory), canonical(saved[model_type]))
     assert left_out(directory) == expected
