@@ -22,7 +22,7 @@ from moevlm.runtime.backends.libraries import OPERATORS, PLUGIN
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("export", "plugins", "runtime")
-EXTRAS = {"cpu", "dev", "plot", "export", "kernels", "rtx", "trt"}
+EXTRAS = {"cpu", "dev", "plot", "export", "kernels", "rtx", "trt", "video"}
 COMMANDS = {"bench", "build", "families", "doctor", "inspect", "parity", "run"}
 
 
@@ -55,7 +55,8 @@ def test_wheel_has_every_module_and_the_type_marker_and_nothing_else(wheel: Path
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     modules = {f"moevlm/{path.relative_to(ROOT).as_posix()}" for part in PARTS for path in (ROOT / part).rglob("*.py")}
     libraries = {f"moevlm/runtime/{name}.so" for name in (OPERATORS, PLUGIN)}
-    assert names == modules | libraries | {"moevlm/runtime/py.typed", "moevlm/plugins/gpu/tiles.json"}
+    data = {"moevlm/runtime/py.typed", "moevlm/plugins/gpu/tiles.json", "moevlm/export/families/measured.json"}
+    assert names == modules | libraries | data
     assert "moevlm/__init__.py" not in names  # a namespace: other wheels may add parts
 
 

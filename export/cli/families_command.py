@@ -10,7 +10,9 @@ from moevlm.runtime.cli.console import console, table
 def families() -> None:
     """List the model families that can be built, by the model_type of their config.json."""
     require("torch", "export")
-    from moevlm.export.families.table import HEADS, rows
+    from moevlm.export.families.table import HEADS, rows, targets
 
     console().print(table("families", HEADS, list(rows())))
+    console().print("held to transformers: tiny random models in float32, the largest relative difference of logits")
+    console().print(f"built and checked for: {', '.join(targets())} (not run on a GPU)")
     console().print("next, for a checkpoint or its config.json: moevlm build CHECKPOINT --dry-run")
