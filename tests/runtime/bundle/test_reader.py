@@ -27,8 +27,8 @@ MODEL = {
     "layers": [{"heads": 1, "kv_heads": 1, "key_dim": 4, "value_dim": 4, "experts": 2, "top_k": 1}],
     "ropes": [{"dim": 2, "theta": 1e4, "sections": [1, 0, 0], "interleaved": False}],
     "vision": {
-        "patch_size": 2, "temporal_patch_size": 1, "merge_size": 1, "channels": 3, "head_dim": 2, "rope_theta": 1e4,
-        "position_grid": 2, "position_resampling": "bilinear", "deepstack": 0,
+        "kind": "grid", "patch_size": 2, "temporal_patch_size": 1, "merge_size": 1, "channels": 3, "head_dim": 2,
+        "rope_theta": 1e4, "position_grid": 2, "position_resampling": "bilinear", "deepstack": 0,
     },
 }  # fmt: skip
 
