@@ -52,7 +52,7 @@ class Row:
 def prompt_of(runtime: Runtime, tokens: int, seed: int) -> Prompt:
     """Random text."""
     ids = np.random.default_rng(seed).integers(0, runtime.model.vocabulary - 64, tokens)
-    ids[ids == runtime.model.image_token_id] = 0
+    ids[np.isin(ids, runtime.model.visual_token_ids)] = 0
     return Prompt.from_ids(ids, [], runtime.model)
 
 
