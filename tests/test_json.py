@@ -112,6 +112,7 @@ GOLDEN = {
         "engines[].parity": "string",
         "engines[].group_size": "integer",
         "engines[].kv_cache": "string",
+        "engines[].state_bytes": "integer",
         "engines[].sparsity": "string",
         "engines[].problems": "array of string",
         "engines[].tensorrt": "object or null",

@@ -60,8 +60,9 @@ class PlanTolerance:
 class RoundingTolerance:
     """What storing a plan's experts in blocks may cost canonical PyTorch: four times the worst that was found.
 
-    On thirty random checkpoints of both families, in blocks of 32 and 128. The small trained model of the demo stays
-    within a fifth of the limits, but how far a rounded weight carries differs from model to model: hence the room.
+    On thirty random checkpoints of Qwen3-VL-MoE and GLM-4.5V, in blocks of 32 and 128. The small trained model of the
+    demo stays within a fifth of the limits, but how far a rounded weight carries differs from model to model: hence the
+    room.
 
     kl, usual_kl: as in PlanTolerance, against the same weights unrounded.
     """

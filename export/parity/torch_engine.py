@@ -242,6 +242,8 @@ def _run_layer(decoder: Decoder, i: int, layer: Layer, pools: Sequence[NotedPool
         for noted in pool.steps:
             for n in recurrent:  # a layer with such a state has no pages, so specs and tensors are one to one
                 states[n][list(noted.step.cleared)] = 0
+                for source, target in noted.step.row_copies:
+                    states[n][target] = states[n][source]
             noted.x, rows, states = layer.mix(noted.x, tensors_of(noted.step), states)
             normed.append(rows)
     # Behind the mixer no token sees another, so each expert is used once for all of them.

@@ -125,14 +125,14 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
             e.kv_cache,
             bytes_text(e.bytes),
             bytes_text(e.cache_bytes_per_token),
-            bytes_text(e.bytes + e.cache_bytes_per_token * model.context),
+            bytes_text(e.bytes + e.cache_bytes_per_token * model.context + e.state_bytes),
             e.built.replace("T", " ").removesuffix("Z") or "-",
             e.parity,
         )
         for e in report.engines
     ]
     heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
-    text += table("engines, with the memory that weights and the cache of one sequence need", heads, engines)
+    text += table("engines, with the memory that weights and one sequence need", heads, engines)
     fates = [f"{e.target}, of weights in codes: {recoded_text(e.recoded)}" for e in report.engines if e.recoded]
     memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
     return "\n\n".join(("\n".join((text + _tables(bundle), *fates)), *memory))

@@ -9,6 +9,7 @@ from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
 from moevlm.runtime.core.reports import Report
+from moevlm.runtime.core.states import row_bytes
 from moevlm.runtime.perf.limits import cache_bytes_per_token
 from moevlm.runtime.perf.memory import MemoryReport, memory_report
 from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_sampling
@@ -17,8 +18,9 @@ from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_
 class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineMetadata`.
 
-    cache_bytes_per_token: of one sequence, all layers. problems: what its plans say that the manifest does not, a line
-    each. kernels: None if the bundle does not say. memory: of an engine on a GPU.
+    cache_bytes_per_token: of one sequence, all layers. state_bytes: of its recurrent states. problems: what its plans
+    say that the manifest does not, a line each. kernels: None if the bundle does not say. memory: of an engine on a
+    GPU.
     """
 
     target: str
@@ -33,6 +35,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     problems: list[str] = []
     kernels: KernelsReport | None = None
     cache_bytes_per_token: int = 0
+    state_bytes: int = 0
     built: str = ""
     memory: MemoryReport | None = None
 
@@ -84,6 +87,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 group_size=engine.group_size,
                 kv_cache=engine.kv_cache,
                 cache_bytes_per_token=cache_bytes_per_token(engine),
+                state_bytes=row_bytes(engine.states),
                 built=engine.built,
                 sparsity=engine.sparsity,
                 recoded=engine.recoded,

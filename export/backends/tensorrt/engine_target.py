@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import onnx_ir as ir
 
 from moevlm.export.backends.base import BuildContext
-from moevlm.export.backends.sizes import ANY_SIZE, Sizes
+from moevlm.export.backends.sizes import Sizes
 from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt import machine, worker
 from moevlm.export.backends.tensorrt.kernels_file import kernels_json
@@ -47,6 +47,7 @@ from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
 from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.gated_delta import HEAD_DIMS
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.core.errors import BuildError, FieldError
@@ -62,7 +63,7 @@ class TensorRTTarget:
     product: Product
     sms: tuple[int, ...]
     options: Options
-    sizes: ClassVar[Sizes] = ANY_SIZE  # TensorRT itself refuses what it cannot build
+    sizes: ClassVar[Sizes] = Sizes(delta_dim=HEAD_DIMS[-1])  # TensorRT itself refuses what else it cannot build
 
     @property
     def name(self) -> str:

@@ -597,8 +597,9 @@ def test_which_layers_are_sparse(saved: dict[str, Path]) -> None:
 
 def test_eos_token_may_be_one_several_or_none(saved: dict[str, Path]) -> None:
     for given, expected in ((7, (7,)), ([7, 8], (7, 8)), (None, ())):
-        for directory in saved.values():
-            assert parse(directory, text_config={"eos_token_id": given}).eos_token_ids == expected
+        for model_type, directory in saved.items():
+            part, text = family_for({"model_type": model_type}).part, {"text_config": {"eos_token_id": given}}
+            assert parse(directory, **({part: text} if part else text)).eos_token_ids == expected, model_type
 
 
 @families
