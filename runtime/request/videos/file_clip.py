@@ -102,12 +102,12 @@ class FileClip:
                 if not container.streams.video:
                     raise RequestError(f"{self.name} has no pictures")
                 stream = container.streams.video[0]
-                if stream.codec_context.name not in _CODECS.split(","):
-                    raise RequestError(
-                        f"{self.name} is coded as {one_line(stream.codec_context.name, 40)} (supported: {_CODECS})"
-                    )
+                codec = stream.codec_context  # None of a coding that FFmpeg does not know
+                if codec is None or codec.name not in _CODECS.split(","):
+                    coding = one_line(codec.name, 40) if codec else "nothing that is known"
+                    raise RequestError(f"{self.name} is coded as {coding} (supported: {_CODECS})")
                 # The decoder keeps frames with wide borders; what it may take at all is bounded here.
-                stream.codec_context.options = {"max_pixels": str(4 * defaults.MAX_VIDEO_PIXELS)}
+                codec.options = {"max_pixels": str(4 * defaults.MAX_VIDEO_PIXELS)}
                 yield container, stream, file
         except MoevlmError:
             raise

@@ -111,3 +111,21 @@ def test_without_pyav_a_file_is_refused_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
     refused(mp4, "a video file needs PyAV (pip install ", "[video]")
+
+
+@pytest.mark.parametrize(("kind", "codec"), KINDS)
+def test_changed_bytes_are_decoded_or_refused(kind: str, codec: str) -> None:
+    rng, content = np.random.default_rng(1), encoded(moving_square(12, 64, 48), kind, codec)
+    outcomes = set()
+    for _ in range(150):
+        data = bytearray(content)
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.choice([0, 127, 128, 255])
+        try:
+            clip = FileClip.of(bytes(data))
+            list(clip.read([0, clip.frames - 1]))
+            outcomes.add("decoded")
+        except RequestError as error:
+            assert "\n" not in str(error)
+            outcomes.add("refused")
+    assert "refused" in outcomes
