@@ -25,7 +25,7 @@ from tests.support.command_line import assert_refused, call
 from tests.support.families.base import END, STOP
 from tests.support.tiny import edit_json, edit_tensors
 
-SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json"}
+SIDE_FILES = {"tokenizer.json", "chat_template.jinja", "preprocessor.json", "video_preprocessor.json"}
 GRAPHS = {"graphs/vision.onnx", "graphs/decoder.onnx"}
 REFERENCE = GRAPHS | {f"{path}.data" for path in GRAPHS}
 ORT_CPU = {path.replace("graphs/", "engines/ort-cpu/") for path in REFERENCE}
