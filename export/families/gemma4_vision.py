@@ -13,7 +13,8 @@ from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Shape, Source, named, rooted
-from moevlm.export.graph.weights import Concat, Flat, PerRow, Reordered, Weight, cast
+from moevlm.export.graph.rearranged import Flat, Reordered
+from moevlm.export.graph.weights import Concat, PerRow, Weight, cast
 
 Tensors = Mapping[str, Weight]
 Indices = Mapping[str, str]

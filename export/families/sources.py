@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.weights import Concat, PerRow, RowBlocks, Stack, Weight, cast, reshape, swap_last
+from moevlm.export.graph.rearranged import RowBlocks, reshape, swap_last
+from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 

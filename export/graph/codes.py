@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from moevlm.export.graph.weights import Concat, Picked, RowBlocks, Stack, Swapped, Weight
+from moevlm.export.graph.rearranged import Picked, RowBlocks, Swapped
+from moevlm.export.graph.weights import Concat, Stack, Weight
 
 FLOAT = np.dtype(np.float32)
 _MINIFLOATS = {"fp8": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2, "fp4": ml_dtypes.float4_e2m1fn}

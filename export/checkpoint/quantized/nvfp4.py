@@ -13,7 +13,8 @@ from moevlm.export.checkpoint.quantized.layout import Format, Parts, Spelling, m
 from moevlm.export.checkpoint.quantized.nibbles import nibbles
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.graph.codes import FLOAT, Coded, CodeForm, Codes, grouped
-from moevlm.export.graph.weights import Swapped, Weight
+from moevlm.export.graph.rearranged import Swapped
+from moevlm.export.graph.weights import Weight
 
 _GROUP = 16
 

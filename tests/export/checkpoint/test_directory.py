@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.safetensors_file import Stored
-from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices, swap_last
+from moevlm.export.graph.rearranged import swap_last
+from moevlm.export.graph.weights import SLICE_BYTES, Concat, Constant, PerRow, Stack, read, slices
 from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.towers import GridTower

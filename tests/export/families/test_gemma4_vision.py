@@ -24,8 +24,9 @@ from moevlm.export.backends.tensorrt.profiles import vision_profiles
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import gemma4_tower, image_marks
 from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.rearranged import Flat, Reordered
 from moevlm.export.graph.trace import trace_vision
-from moevlm.export.graph.weights import Constant, Flat, Reordered, read
+from moevlm.export.graph.weights import Constant, read
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.export.passes.prune_2_4 import prunable

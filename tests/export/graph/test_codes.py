@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, decode
-from moevlm.export.graph.weights import Concat, Constant, Picked, RowBlocks, Stack, Weight, cast, read, swap_last
+from moevlm.export.graph.rearranged import Picked, RowBlocks, swap_last
+from moevlm.export.graph.weights import Concat, Constant, Stack, Weight, cast, read
 
 E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
 

@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from moevlm.export.graph.gated_delta import GATED_DELTA, INPUTS
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import Transposed, initializer, weight_of
+from moevlm.export.graph.rearranged import Transposed
+from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, left, substitute
 from moevlm.plugins.ops.spec import attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU

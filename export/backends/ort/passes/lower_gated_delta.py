@@ -8,7 +8,8 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import PerRow, initializer, reshape, weight_of
+from moevlm.export.graph.rearranged import reshape
+from moevlm.export.graph.weights import PerRow, initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, left
 from moevlm.plugins.ops.spec import GatedDeltaSpec
 

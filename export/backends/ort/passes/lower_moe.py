@@ -9,7 +9,8 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import Picked, initializer, weight_of
+from moevlm.export.graph.rearranged import Picked
+from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import CONTRIB, Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import BuildError

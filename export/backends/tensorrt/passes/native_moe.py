@@ -7,7 +7,8 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
-from moevlm.export.graph.weights import Picked, cast, initializer, swap_last, weight_of
+from moevlm.export.graph.rearranged import Picked, swap_last
+from moevlm.export.graph.weights import cast, initializer, weight_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
