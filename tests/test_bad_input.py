@@ -148,7 +148,11 @@ def test_not_a_number_in_a_small_tensor(name: str, checkpoint: Path) -> None:
 
 def test_unsupported_architecture(checkpoint: Path) -> None:
     edit_json(checkpoint / "config.json", lambda fields: fields.update(model_type="llama"))
-    build(checkpoint, 'model_type = "llama"', "supported: gemma4, glm4v_moe, qwen3_5_moe, qwen3_vl_moe")
+    build(
+        checkpoint,
+        'model_type = "llama"',
+        "supported: gemma4, glm4v_moe, qwen3_5, qwen3_5_moe, qwen3_omni_moe, qwen3_vl_moe",
+    )
 
 
 @pytest.mark.parametrize(
@@ -284,7 +288,7 @@ def test_directory_that_is_not_a_bundle(tiny_checkpoint: Path) -> None:
 
 
 USED = (
-    *("tokenizer.json", "chat_template.jinja", "preprocessor.json"),
+    *("tokenizer.json", "chat_template.jinja", "preprocessor.json", "video_preprocessor.json"),
     *("engines/ort-cpu/vision.onnx", "engines/ort-cpu/vision.onnx.data"),
     *("engines/ort-cpu/decoder.onnx", "engines/ort-cpu/decoder.onnx.data"),
 )

@@ -35,7 +35,7 @@ def test_pixel_limits_of_a_request_equal_hugging_face_s_with_the_same_limits(
     block = BLOCK[kind] ** 2
     most = max(most, block)
     least = least and max(least, block)
-    frames = 2 if kind == "glm" else 1
+    frames = 2 if kind.startswith("glm") else 1
     shortest = CONFIGS[kind]["size"]["shortest_edge"] if least is None else frames * least
     if shortest > frames * most:
         shortest = frames * block
