@@ -84,7 +84,7 @@ def build(
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
         for name, engine in engines.items():
             if engine.recoded:
-                note(f"{name}, of weights in codes: {recoded_text(engine.recoded)}")
+                note(f"{name}, weights made of tensors in codes: {recoded_text(engine.recoded)}")
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(

@@ -34,7 +34,7 @@ def plan_lines(source: Path, plan: "Plan") -> Iterator[str]:
         yield f"read for a token: of weights and cache, at {CONTEXT:,} tokens"
     for target, engine in possible:
         if engine.recoded:
-            yield f"{target.name}, of weights in codes: {recoded_text(engine.recoded)}"
+            yield f"{target.name}, weights made of tensors in codes: {recoded_text(engine.recoded)}"
     for target, engine in possible:
         if (report := memory_report(plan.model, engine)) is not None:
             yield memory_text(target.name, report, plan.model)

@@ -202,4 +202,4 @@ def _require_merged(updates: Mapping[str, Sequence[Update]], merged: Collection[
     left = [update for each in updates.values() for update in each if update not in merged]
     if left:
         first = f"{one_line(left[0].module, 80)}, {list(left[0].shape)}"
-        raise CheckpointError(f"{len(left)} updates of the adapter have no place in the model, first: {first}")
+        raise CheckpointError(f"the adapter has updates without a place in the model: {len(left)}, first {first}")

@@ -41,7 +41,7 @@ def bundle(checkpoint: Path, notes: list[str], tmp_path_factory: pytest.TempPath
 
 def test_manifest_and_inspect_say_how_the_weights_were_held(bundle: Bundle, notes: list[str]) -> None:
     assert bundle.manifest.stored_as == STORED_AS
-    assert any(note.startswith("the checkpoint is quantized: 32 weights nvfp4, 58 float32") for note in notes)
+    assert any(note.startswith("the checkpoint is quantized: 32 tensors nvfp4, 58 float32") for note in notes)
     assert re.search(r"checkpoint +32 weights nvfp4, 58 float32", call("inspect", bundle.directory).out)
 
 
@@ -76,7 +76,7 @@ def test_method_that_is_not_read_is_one_line_on_the_command_line(
 
 
 def test_dry_run_says_what_a_checkpoint_and_what_a_config_alone_hold(checkpoint: Path, tmp_path: Path) -> None:
-    assert "the checkpoint is quantized: 32 weights nvfp4, 58 float32" in dry_run(checkpoint, ["cpu:int8"]).notes
+    assert "the checkpoint is quantized: 32 tensors nvfp4, 58 float32" in dry_run(checkpoint, ["cpu:int8"]).notes
     for name in ("config.json", "hf_quant_config.json"):
         shutil.copy(checkpoint / name, tmp_path)
     told = [note for note in dry_run(tmp_path, ["cpu:int8"]).notes if note.startswith("the checkpoint is quantized")]

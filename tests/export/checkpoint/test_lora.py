@@ -174,7 +174,7 @@ def test_update_without_a_place_is_refused_by_name(copy: Path, checkpoint: Path)
             moved = "base_model.model.model.language_model.layers.9.self_attn.q_proj."
             own = tensors[f"base_model.model.model.language_model.layers.0.self_attn.q_proj.{end}"]
             tensors[moved + end] = own.clone()
-    with pytest.raises(CheckpointError, match="1 updates of the adapter have no place in the model, first: model"):
+    with pytest.raises(CheckpointError, match="updates without a place in the model: 1, first model"):
         weights(checkpoint, copy)
 
 

@@ -82,7 +82,7 @@ def test_build_says_what_became_of_codes(name: str, original: Path, tmp_path: Pa
     kept, decoded = (built.manifest.engines[name].recoded for name in ("cpu:int8", "ort-cpu"))
     assert kept.keys() == {"int4 kept"}
     assert decoded.keys() == {"int4 to float32" if name == "gptq-128" else "int4 with zeros to float32"}
-    assert f"cpu:int8, of weights in codes: {kept['int4 kept']} int4 kept" in notes
+    assert f"cpu:int8, weights made of tensors in codes: {kept['int4 kept']} int4 kept" in notes
     assert check_parity(built.directory, quantized, ["cpu:int8"], quick=True).passed
     planned = dry_run(quantized, ["cpu:int8"]).targets[0].engine
     assert planned is not None
