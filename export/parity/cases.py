@@ -104,6 +104,7 @@ def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
     reserved = {
         value for key, value in _described(config).items() if key.endswith("_token_id") and isinstance(value, int)
     }
+    reserved |= {*model.visual_token_ids}
     return np.array([i for i in range(model.vocabulary) if i not in reserved])
 
 

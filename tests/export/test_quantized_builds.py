@@ -42,7 +42,7 @@ def bundle(checkpoint: Path, notes: list[str], tmp_path_factory: pytest.TempPath
 def test_manifest_and_inspect_say_how_the_weights_were_held(bundle: Bundle, notes: list[str]) -> None:
     assert bundle.manifest.stored_as == STORED_AS
     assert any(note.startswith("the checkpoint is quantized: 32 tensors nvfp4, 58 float32") for note in notes)
-    assert re.search(r"checkpoint +32 weights nvfp4, 58 float32", call("inspect", bundle.directory).out)
+    assert re.search(r"checkpoint +32 tensors nvfp4, 58 float32", call("inspect", bundle.directory).out)
 
 
 def test_engines_pass_parity(bundle: Bundle, checkpoint: Path) -> None:

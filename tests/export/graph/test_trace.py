@@ -60,7 +60,7 @@ def canonical(tiny: TinyCheckpoint, weight: Callable[[tuple[int, ...]], Weight] 
     with torch.device("meta"):
         towers = vision_tower(config.vision).eval(), Decoder(config.decoder).eval()
     weights = ({name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in towers)
-    return CanonicalModel(config, *towers, *weights, {})
+    return CanonicalModel(config, *towers, *weights, {}, {})
 
 
 def random_weights(seed: int) -> Callable[[tuple[int, ...]], Weight]:
@@ -229,7 +229,7 @@ def in_torch(model: CanonicalModel, name: str, feeds: dict[str, np.ndarray]) -> 
         layers = range(len(model.config.decoder.layers))
         states = [(tensors.pop(f"key_cache.{i}"), tensors.pop(f"value_cache.{i}")) for i in layers]
         ropes = [(tensors.pop("rope_cos.0"), tensors.pop("rope_sin.0"))]
-        absent = dict.fromkeys(("deepstack_embeds", "state_row"))
+        absent = dict.fromkeys(("deepstack_embeds", "visible_end", "state_row"))
         logits, states = decoder(**absent | tensors, ropes=ropes, states=states)
     return [logits.numpy(), *(tensor.numpy() for pair in states for tensor in pair)]
 
