@@ -81,9 +81,10 @@ def _read(parts: Parts) -> Coded:
     tiles += [parts.settings.block or BLOCK, BLOCK, (n, k), (1, k), (1, BLOCK[1])]
     if outer:
         tiles.append((n, 1))  # experts [E, in, out], a scale for each output
+    scalars = not (outer and parts.settings.block)  # one number cannot be for the blocks of many matrices
     by_shape: dict[tuple[int, ...], tuple[int, int]] = {}
     for tile in tiles:
-        for shape in _shapes(outer, -(-n // tile[0]), -(-k // tile[1])):
+        for shape in _shapes(outer, -(-n // tile[0]), -(-k // tile[1]), scalars):
             by_shape.setdefault(shape, tile)
     if scales.shape not in by_shape:
         blocks = parts.settings.block or BLOCK
@@ -94,12 +95,15 @@ def _read(parts: Parts) -> Coded:
     return Tiles(values, scales, (rows, min(columns, k)))  # codes are filled up to whole tiles
 
 
-def _shapes(outer: tuple[int, ...], rows: int, columns: int) -> list[tuple[int, ...]]:
-    """How a grid of scales may be stored: axes of 1 at the end may be left out."""
+def _shapes(outer: tuple[int, ...], rows: int, columns: int, scalars: bool) -> list[tuple[int, ...]]:
+    """How a grid of scales may be stored: axes of 1 at the end may be left out.
+
+    scalars: whether one number may stand for all, outer axes included.
+    """
     shapes = [(*outer, rows, columns)]
     while len(shapes[-1]) > len(outer) and shapes[-1][-1:] == (1,):
         shapes.append(shapes[-1][:-1])
-    if rows == columns == 1:
+    if rows == columns == 1 and scalars:
         shapes += [(), (1,)]
     return shapes
 

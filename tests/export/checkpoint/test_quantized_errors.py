@@ -16,7 +16,8 @@ from tests.support.tiny import edit_json, edit_tensors
 
 Tensors = dict[str, torch.Tensor]
 Q = "model.language_model.layers.0.self_attn.q_proj"
-UP = "model.language_model.layers.1.mlp.experts.2.up_proj"
+EXPERTS = "model.language_model.layers.1.mlp.experts"
+UP = f"{EXPERTS}.2.up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,11 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], object], tuple[str, ...]]] = {
         "fp8-blocks",
         replaced(f"{Q}.weight_scale_inv", lambda _: torch.ones(3, 2)),
         (f"tensor {Q}.weight_scale_inv has shape [3, 2] (allowed: [1, 2] for blocks of 128 x 128, [128, 1] for rows",),
+    ),
+    "one-scale-for-blocks-of-experts": (
+        "fp8-blocks-fused",
+        replaced(f"{EXPERTS}.down_proj_scale_inv", lambda _: torch.tensor(1.0)),
+        (f"tensor {EXPERTS}.down_proj_scale_inv has shape [] (allowed: [8, 2, 3] for blocks of 128 x 128, ",),
     ),
     "shape-of-scale-nvfp4": (
         "nvfp4",
