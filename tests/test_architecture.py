@@ -159,6 +159,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.config",
         "export.checkpoint",
         "export.checkpoint.quantized",
+        "export.families",
         "export.graph",
         "export.writing",
         "export.backends",
@@ -200,6 +201,7 @@ IMPORTS: dict[str, set[str]] = {
     "export.cli": {
         "runtime.core",
         "runtime.bundle",
+        "runtime.request",
         "runtime.perf",
         "runtime.cli",
         "export.families",

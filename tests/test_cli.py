@@ -396,11 +396,23 @@ def test_targets_are_added_to_a_bundle_then_parity_passes_and_is_noted(tiny_chec
     proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--json", output)
     assert proved.status == 0
     assert "parity: passed" in proved.out
+    assert f'next: moevlm run {bundle} --prompt "..." --image FILE' in proved.out
     assert "running transformers" in proved.err
     report = decode(output.read_text(), ParityReport)
     assert report.passed
     assert {check.step for check in report.checks} == {"requests", "canonical PyTorch", "ort-cpu"}
     assert decode(call("inspect", bundle, "--json").out, InspectReport).engines[0].parity == "passed"
+
+
+def test_parity_suggests_no_image_for_a_bundle_that_takes_none(
+    tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    for name in ("preprocessor.json", "video_preprocessor.json"):
+        (bundle / name).unlink()
+        edit_manifest(bundle, lambda manifest, name=name: manifest["files"].pop(name))
+    proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu", "--quick")
+    assert proved.out.splitlines()[-1] == f'next: moevlm run {bundle} --prompt "..."'
 
 
 def test_parity_exits_with_1_and_names_the_engine_that_differs(

@@ -58,7 +58,9 @@ def parity(
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
     from moevlm.export.parity.report import table_of
     from moevlm.export.parity.run import check_parity
+    from moevlm.runtime.bundle.reader import Bundle
     from moevlm.runtime.core.reports import to_json
+    from moevlm.runtime.request.images.fields import IMAGE_FILE
 
     with progress_bar() as progress:
         options: Any = {"lora": lora, "seed": seed, "quick": quick, "text": text, "progress": progress}
@@ -69,4 +71,5 @@ def parity(
     if not report.passed:
         click.get_current_context().exit(1)
     if str(output) != "-":
-        console().print(f'next: moevlm run {bundle} --prompt "..." --image FILE')
+        image = " --image FILE" if IMAGE_FILE in Bundle.open(bundle).manifest.files else ""
+        console().print(f'next: moevlm run {bundle} --prompt "..."{image}')
