@@ -19,12 +19,13 @@ from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.config import ModelConfig
+from moevlm.export.families import family_for
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.errors import BuildError, FieldError
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
 from moevlm.runtime.core.printable import recoded_text
 from moevlm.runtime.core.progress import Stages, silent
@@ -68,7 +69,7 @@ def build(
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         for target in chosen:
-            target.sizes.require(model.config, target.name)
+            require_sizes(target, model.config)
         carried = request_files(source.directory, model.metadata())
         metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
         for text in (*model.notes, *carried.notes):
@@ -130,7 +131,7 @@ def add_targets(
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
         for target in chosen:
-            target.sizes.require(model.config, target.name)
+            require_sizes(target, model.config)
         patches = image_patches(source.directory, existing.manifest.model)
         _plan(chosen, model.config, existing.manifest.model, patches, planned)
         graphs = traced(model, progress)
@@ -164,6 +165,15 @@ def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str,
     built = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     engines = {target.name: target.write(context) for target in chosen}
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
+
+
+def require_sizes(target: Target, config: ModelConfig) -> None:
+    """Raise BuildError, by its field of config.json, for a size that the target's kernels do not take."""
+    try:
+        target.sizes.require(config)
+    except FieldError as error:
+        field = family_for({"model_type": config.model_type}).field_name(error.field)
+        raise BuildError(f"{target.name} cannot run this model: {error.named(field)}") from error
 
 
 def traced(model: CanonicalModel, progress: Stages) -> dict[str, ir.Model]:

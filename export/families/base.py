@@ -18,16 +18,25 @@ from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
 
-# What the canonical config calls a field -> its name in config.json, which is the same in every family.
+# What the canonical config calls a field -> its name in config.json in most families.
 _CONFIG_NAMES = {
     "deepstack layers": "vision_config.deepstack_visual_indexes",
+    "experts": "text_config.num_experts",
+    "head_dim": "text_config.head_dim",
+    "head_dim without a window": "text_config.head_dim",
+    "heads": "text_config.num_attention_heads",
+    "hidden": "text_config.hidden_size",
+    "key_dim": "text_config.linear_key_head_dim",
     "key_heads": "text_config.linear_num_key_heads",
     "kernel": "text_config.linear_conv_kernel_dim",
     "kv_heads": "text_config.num_key_value_heads",
     "top_k": "text_config.num_experts_per_tok",
     "topk_group": "text_config.topk_group",
+    "value_dim": "text_config.linear_value_head_dim",
+    "value_heads": "text_config.linear_num_value_heads",
     "vision head_dim": "vision_config.head_dim",
     "vision heads": "vision_config.num_heads",
+    "width of experts": "text_config.moe_intermediate_size",
     "width of visual tokens": "vision_config.out_hidden_size",
 }
 
@@ -112,11 +121,15 @@ class Family(ABC):
         try:
             config = self.translate(fields)
         except FieldError as error:  # from the canonical config or a spec
-            name = {**_CONFIG_NAMES, **self.config_names}.get(error.field, error.field)
-            told = error.named(f"{self.part}.{name}" if self.part else name)
+            told = error.named(self.field_name(error.field))
             raise UnsupportedModelError(f"unsupported value in config.json: {told}") from error
         fields.refuse_unread()
         return config
+
+    def field_name(self, field: str) -> str:
+        """The dotted name in config.json of what the canonical config calls `field`."""
+        name = {**_CONFIG_NAMES, **self.config_names}.get(field, field)
+        return f"{self.part}.{name}" if self.part else name
 
     def bind(
         self,

@@ -38,7 +38,11 @@ class Gemma4(Family):
         vision="packed grid, pooled; an image's tokens see each other",
     )
     router_suffix = ".router"
-    config_names: ClassVar = {"top_k": "text_config.top_k_experts", "rotary_dim": "text_config.head_dim"}
+    config_names: ClassVar = {
+        "head_dim without a window": "text_config.global_head_dim",
+        "rotary_dim": "text_config.head_dim",
+        "top_k": "text_config.top_k_experts",
+    }
     left_out: ClassVar = {**Family.left_out, **dict.fromkeys((r"audio_tower\.", r"embed_audio\."), shared.AUDIO)}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_THEIRS}experts", per_expert=False)),

@@ -38,6 +38,7 @@ class Glm4vMoe(Family):
         vision="packed grid, gated merger",
     )
     router_suffix = "mlp.gate"
+    config_names: ClassVar = {"experts": "text_config.n_routed_experts"}
     # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
     left_out: ClassVar = {
         **Family.left_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from moevlm.export.backends.registry import targets
-from moevlm.export.build import build
+from moevlm.export.build import build, require_sizes
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.config import GatedDeltaConfig
 from moevlm.export.families import family_for
@@ -147,7 +148,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     built = []
     for name in (*EXACT, *ROUNDED):
         try:
-            targets([name], {})[0].sizes.require(model.config, name)
+            require_sizes(targets([name], {})[0], model.config)
         except BuildError:
             with pytest.raises(BuildError, match=f"{name} cannot run this model"):
                 build(checkpoint, tmp_path / "refused", [name])
@@ -169,7 +170,7 @@ HEADS, HEAD_DIM, EXPERTS = cpu_limits.HEADS, cpu_limits.VALUE_DIM, cpu_limits.EX
 TOO_MUCH = [
     ("cpu:int8", {"num_attention_heads": HEADS + 2}, f"num_attention_heads = {HEADS + 2} (allowed: up to {HEADS})"),
     ("cpu:int4", {"head_dim": HEAD_DIM + 2}, f"head_dim = {HEAD_DIM + 2} (allowed: a multiple of 2, up to {HEAD_DIM})"),
-    ("cpu:int8", {"num_experts": EXPERTS + 1}, f"number of experts = {EXPERTS + 1} (allowed: up to {EXPERTS})"),
+    ("cpu:int8", {"num_experts": EXPERTS + 1}, f"text_config.num_experts = {EXPERTS + 1} (allowed: up to {EXPERTS})"),
     ("ort-cpu", {"head_dim": 20}, "text_config.head_dim = 20 (allowed: a multiple of 8)"),
     ("ort-cpu:int8", {"head_dim": 20}, "text_config.head_dim = 20 (allowed: a multiple of 8)"),
     ("ort-cpu:int4", {"hidden_size": 40}, "text_config.hidden_size = 40 (allowed: a multiple of 16)"),
@@ -188,10 +189,34 @@ def test_size_that_a_target_cannot_run_is_named_with_what_is_allowed(
     values = TinyCheckpoint(text=plain | text, vision=vision).config().to_dict()
     config = family_for(values).config(values)
     with pytest.raises(BuildError) as raised:
-        targets([name], {})[0].sizes.require(config, name)
+        require_sizes(targets([name], {})[0], config)
     assert str(raised.value).startswith(f"{name} cannot run this model: ")
     assert told in str(raised.value)
-    targets(["reference"], {})[0].sizes.require(config, "reference")
+    require_sizes(targets(["reference"], {})[0], config)
+
+
+WHERE_A_FAMILY_HAS_IT = [
+    ("qwen3_omni_moe", {"num_attention_heads": 2 * HEADS}, "thinker_config.text_config.num_attention_heads = "),
+    ("gemma4", {"head_dim": 2 * HEAD_DIM}, "text_config.head_dim = "),
+    ("gemma4", {"global_head_dim": 2 * HEAD_DIM}, "text_config.global_head_dim = "),
+    ("glm4v_moe", {"n_routed_experts": 2 * EXPERTS}, "text_config.n_routed_experts = "),
+    ("qwen3_5_moe", {"linear_key_head_dim": 2 * cpu_limits.DELTA_DIM}, "text_config.linear_key_head_dim = "),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "text", "told"), WHERE_A_FAMILY_HAS_IT, ids=[t for *_, t in WHERE_A_FAMILY_HAS_IT]
+)
+def test_size_is_named_as_its_family_names_it(
+    model_type: str, text: dict[str, int], told: str, saved: dict[str, Path]
+) -> None:
+    values = json.loads((saved[model_type] / "config.json").read_text())
+    inner = values.get("thinker_config", values)["text_config"]
+    inner.pop("per_layer_config", None)  # as transformers 5.24 writes Gemma's heads
+    inner |= text
+    with pytest.raises(BuildError) as raised:
+        require_sizes(targets(["cpu:int8"], {})[0], family_for(values).config(values))
+    assert str(raised.value).startswith(f"cpu:int8 cannot run this model: {told}")
 
 
 DIM, KERNEL = cpu_limits.DELTA_DIM, cpu_limits.CONVOLUTION
@@ -211,5 +236,5 @@ def test_size_of_linear_attention_that_cpu_cannot_run_is_named(changed: dict[str
     layers = tuple(replace(layer, mixer=mixer) for layer in config.decoder.layers)
     config = replace(config, decoder=replace(config.decoder, layers=layers))
     with pytest.raises(BuildError) as raised:
-        targets(["cpu:int8"], {})[0].sizes.require(config, "cpu:int8")
+        require_sizes(targets(["cpu:int8"], {})[0], config)
     assert told in str(raised.value)
