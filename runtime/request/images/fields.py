@@ -7,8 +7,11 @@ import numpy as np
 from PIL import Image
 
 from moevlm.runtime.core.errors import BundleError, one_line, quoted
+from moevlm.runtime.core.towers import Tower
 
 IMAGE_FILE, VIDEO_FILE = "preprocessor.json", "video_preprocessor.json"  # of a bundle
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP, by colour
+CLIP_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 _MOST = 1e6  # that means and scales may be, and what deviations may divide by: results are far inside of float32
 KNOWN = {
     *("image_processor_type", "resample", "rescale_factor", "image_mean", "image_std"),
@@ -24,7 +27,38 @@ WITHOUT_EFFECT = {
 }
 
 
-def check_fields(fields: Mapping[str, Any], known: set[str], file: str = IMAGE_FILE) -> None:
+def grid_sizes(patch: int) -> Mapping[str, tuple[int, str]]:
+    """SIZES of a processor for a GridTower. patch: side of a patch where the fields do not say."""
+    return {
+        "patch_size": (patch, "patch_size"),
+        "merge_size": (2, "merge_size"),
+        "temporal_patch_size": (2, "temporal_patch_size"),
+    }
+
+
+def read_fields(
+    preprocessor: Mapping[str, Any],
+    known: set[str],
+    sizes: Mapping[str, tuple[int, str]],
+    vision: Tower,
+    file: str = IMAGE_FILE,
+) -> dict[str, Any]:
+    """A preprocessor's fields, those that are null left out.
+
+    known: beside those of all. sizes: see ImageProcessor. file: what errors name. Raises BundleError for a field that
+    cannot be reproduced or that contradicts the manifest.
+    """
+    # A null is as good as absent, but not where the reference takes it for false or fails on it.
+    strict = KNOWN | sizes.keys()
+    fields = {name: value for name, value in preprocessor.items() if value is not None or name in strict}
+    _check_fields(fields, known | sizes.keys(), file)
+    for name, (default, called) in sizes.items():
+        if (value := fields.get(name, default)) != getattr(vision, called):
+            refuse(name, value, f"{getattr(vision, called)}, as in manifest.json", file)
+    return fields
+
+
+def _check_fields(fields: Mapping[str, Any], known: set[str], file: str) -> None:
     """Refuse what no processor does, and a field that is neither shared by all nor one of `known`.
 
     Absent fields have the reference's defaults. file: what errors name.

@@ -15,7 +15,7 @@ from moevlm.runtime.request.image_file import open_encoded
 from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.image_pixels import upright_rgb
 from moevlm.runtime.request.image_source import ImageSource, read_source
-from moevlm.runtime.request.images.fields import KNOWN, check_fields, refuse
+from moevlm.runtime.request.images.fields import read_fields
 from moevlm.runtime.request.images.slices import Slice, frames_of
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 
@@ -46,13 +46,7 @@ class ImageProcessor(ABC):
         max_tokens: int | None = None,
     ) -> None:
         """See `registry.image_processor`."""
-        # A null is as good as absent, but not where the reference takes it for false or fails on it.
-        strict = KNOWN | self.SIZES.keys()
-        self._fields = {n: v for n, v in preprocessor.items() if v is not None or n in strict}
-        check_fields(self._fields, {*self.KNOWN, *self.SIZES})
-        for name, (default, called) in self.SIZES.items():
-            if (value := self._fields.get(name, default)) != getattr(vision, called):
-                refuse(name, value, f"{getattr(vision, called)}, as in manifest.json")
+        self._fields = read_fields(preprocessor, self.KNOWN, self.SIZES, vision)
         if vision.channels != 3:
             raise BundleError(f"unsupported value in manifest.json: vision.channels = {vision.channels} (supported: 3)")
         self._vision = vision

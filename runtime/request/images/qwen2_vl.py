@@ -13,12 +13,10 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
-from moevlm.runtime.request.images.fields import pixel_values, refuse
+from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes, pixel_values, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 
 _MAX_ASPECT = 200
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # In pixels. Every image is enlarged to the first; the second is as large as a float counts exactly.
 _MAX_EDGES = {"shortest_edge": 1 << 26, "longest_edge": 1 << 53}
 
@@ -28,11 +26,7 @@ class Qwen2VLImages(ImageProcessor):
 
     TOWER = GridTower
     KNOWN: ClassVar = {"size", "min_pixels", "max_pixels"}
-    SIZES: ClassVar = {
-        "patch_size": (14, "patch_size"),
-        "merge_size": (2, "merge_size"),
-        "temporal_patch_size": (2, "temporal_patch_size"),
-    }
+    SIZES: ClassVar = grid_sizes(14)
     EDGES: ClassVar = (56 * 56, 28 * 28 * 1280)
 
     def __init__(
@@ -45,7 +39,7 @@ class Qwen2VLImages(ImageProcessor):
         super().__init__(preprocessor, vision, max_pixels, max_tokens)
         self._copies = vision.temporal_patch_size
         self._shortest, self._longest = _edges(self._fields, self.EDGES)
-        self._values = pixel_values(self._fields, True, _CLIP_MEAN, _CLIP_STD)
+        self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
 
     @property
     def values(self) -> np.ndarray:

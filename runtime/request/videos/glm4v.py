@@ -1,6 +1,6 @@
 """The video processors of GLM-4V: a frame each half second or by the length of the clip, the time behind each slice.
 
-Numerically that of Hugging Face transformers 5.24.
+Numerically those of Hugging Face transformers 5.24.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moevlm.runtime.core.towers import GridTower
+from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.videos.clip import Clip
 from moevlm.runtime.request.videos.processor import VideoProcessor
 
-_RATES = (
-    (30, 3.0),
-    (300, 1.0),
-    (2400, 0.5),
-)  # slices a second of clips up to so many seconds, the last for longer ones
+# Slices a second of clips of up to so many seconds; the last is for longer ones, too.
+_RATES = ((30, 3.0), (300, 1.0), (2400, 0.5))
 _MOST_FRAMES = 640
 
 
@@ -29,13 +27,9 @@ class Glm4vVideos(VideoProcessor):
 
     KNOWN: ClassVar = {"max_duration"}
     EDGES: ClassVar = (112 * 112, 28 * 28 * 2 * 30000)
-    SIZES: ClassVar = {
-        "patch_size": (14, "patch_size"),
-        "merge_size": (2, "merge_size"),
-        "temporal_patch_size": (2, "temporal_patch_size"),
-    }
-    MEAN: ClassVar = (0.48145466, 0.4578275, 0.40821073)
-    DEVIATION: ClassVar = (0.26862954, 0.26130258, 0.27577711)
+    SIZES: ClassVar = grid_sizes(14)
+    MEAN: ClassVar = CLIP_MEAN
+    DEVIATION: ClassVar = CLIP_DEVIATION
     TEXT_FIRST: ClassVar = False
 
     def __init__(self, preprocessor: Mapping[str, Any], vision: GridTower, images: ImageProcessor) -> None:
@@ -43,8 +37,7 @@ class Glm4vVideos(VideoProcessor):
         self._max_seconds = self._number("max_duration", 300)
 
     def _sampled(self, clip: Clip, most: int) -> list[int]:
-        last = clip.frames - 1
-        seconds = clip.seconds or round(last / clip.fps) + 1
+        last, seconds = clip.frames - 1, _seconds(clip)
         if seconds <= self._max_seconds:
             count = max(math.floor(seconds * self._fps), 1)
             found = [min(last, math.ceil(i * clip.fps / self._fps)) for i in range(count)]
@@ -68,21 +61,26 @@ class Glm46VVideos(Glm4vVideos):
     """Glm46VVideoProcessor: the longer a clip, the fewer frames a second."""
 
     def _sampled(self, clip: Clip, most: int) -> list[int]:
-        last, seconds = clip.frames - 1, clip.seconds or round((clip.frames - 1) / clip.fps) + 1
+        last, seconds = clip.frames - 1, _seconds(clip)
         rate = next((rate for length, rate in _RATES if seconds <= length), _RATES[-1][1])
         count = min(int(min(seconds, _RATES[-1][0]) * rate * self._copies), _MOST_FRAMES)
         found: list[int] = []
         if clip.frames >= count:
             found = _spaced(clip, 1 / (self._copies * rate), int(seconds))
             if len(found) < count:
-                first, last = (found[0], found[-1]) if found else (0, last)
-                found = [int(i) for i in np.linspace(first, last, count, dtype=int)]
+                first, end = (found[0], found[-1]) if found else (0, last)
+                found = [int(i) for i in np.linspace(first, end, count, dtype=int)]
         if clip.frames < count or len(found) > count:
-            found = [int(i) for i in np.linspace(0, clip.frames - 1, count, dtype=int)]
+            found = [int(i) for i in np.linspace(0, last, count, dtype=int)]
         return _even(found, most)
 
     def _said(self, seconds: float) -> str:
         return f"{seconds:.1f} seconds"
+
+
+def _seconds(clip: Clip) -> float:
+    """How long a clip is: as it says, or else by the time of its last frame, as the reference counts it."""
+    return clip.seconds or round((clip.frames - 1) / clip.fps) + 1
 
 
 def _spaced(clip: Clip, gap: float, end: int) -> list[int]:

@@ -15,7 +15,7 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.image_limits import ImageLimits
-from moevlm.runtime.request.images.fields import KNOWN, VIDEO_FILE, check_fields, pixel_values, refuse
+from moevlm.runtime.request.images.fields import VIDEO_FILE, pixel_values, read_fields, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.slices import Slice
 from moevlm.runtime.request.messages import GivenVideo
@@ -65,8 +65,8 @@ class PlannedVideo:
 class VideoProcessor(ABC):
     """Plans videos; made by `registry.video_processor`. Frames become patches as the image processor's do.
 
-    KNOWN: fields of its own. EDGES: shortest_edge and longest_edge of a whole video's area where the fields do not say.
-    MEAN, DEVIATION: of pixels, likewise. TEXT_FIRST: see PlannedVideo.
+    KNOWN: fields of its own. SIZES: see ImageProcessor. EDGES: shortest_edge and longest_edge of a whole video's area
+    where the fields do not say. MEAN, DEVIATION: of pixels, likewise. TEXT_FIRST: see PlannedVideo.
     """
 
     KNOWN: ClassVar[set[str]]
@@ -78,13 +78,8 @@ class VideoProcessor(ABC):
 
     def __init__(self, preprocessor: Mapping[str, Any], vision: GridTower, images: ImageProcessor) -> None:
         """See `registry.video_processor`."""
-        strict = KNOWN | self.SIZES.keys()
-        self._fields = {n: v for n, v in preprocessor.items() if (v is not None or n in strict)}
-        known = {n: v for n, v in self._fields.items() if n not in _WITHOUT_EFFECT}
-        check_fields(known, {*_FIELDS, *self.KNOWN, *self.SIZES}, VIDEO_FILE)
-        for name, (default, called) in self.SIZES.items():
-            if (value := self._fields.get(name, default)) != getattr(vision, called):
-                refuse(name, value, f"{getattr(vision, called)}, as in manifest.json", VIDEO_FILE)
+        given = {name: value for name, value in preprocessor.items() if name not in _WITHOUT_EFFECT}
+        self._fields = read_fields(given, _FIELDS | self.KNOWN, self.SIZES, vision, VIDEO_FILE)
         if self._fields.get("do_sample_frames", True) is not True:
             refuse("do_sample_frames", self._fields["do_sample_frames"], "true", VIDEO_FILE)
         self._vision, self.images = vision, images
@@ -156,7 +151,8 @@ class VideoProcessor(ABC):
             scale = max(block / height, block / width)
             height, width = int(height * scale), int(width * scale)
         if max(height, width) / min(height, width) > _MAX_ASPECT:
-            raise RequestError(f"{clip.name} is {clip.size[0]} x {clip.size[1]} pixels: one side is too long")
+            size = f"{clip.name} is {clip.size[0]} x {clip.size[1]} pixels"
+            raise RequestError(f"{size}: one side is more than {_MAX_ASPECT} times the other")
         rows, columns = round(height / block), round(width / block)
         area = round(frames / copies) * copies * rows * columns * block**2
         if area > longest:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moevlm.runtime.core.towers import GridTower
-from moevlm.runtime.request.images.fields import VIDEO_FILE, refuse
+from moevlm.runtime.request.images.fields import VIDEO_FILE, grid_sizes, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.videos.clip import Clip
 from moevlm.runtime.request.videos.processor import VideoProcessor
@@ -22,11 +22,7 @@ class Qwen3VLVideos(VideoProcessor):
 
     KNOWN: ClassVar = {"min_frames", "max_frames", "cap_pixels_per_frame", "max_video_tokens"}
     EDGES: ClassVar = (128 * 32 * 32, 32 * 32 * 768)
-    SIZES: ClassVar = {
-        "patch_size": (16, "patch_size"),
-        "merge_size": (2, "merge_size"),
-        "temporal_patch_size": (2, "temporal_patch_size"),
-    }
+    SIZES: ClassVar = grid_sizes(16)
     MEAN: ClassVar = (0.5, 0.5, 0.5)
     DEVIATION: ClassVar = (0.5, 0.5, 0.5)
     TEXT_FIRST: ClassVar = True
