@@ -12,7 +12,7 @@ namespace moevlm::tensorrt {
 // 128 bits hold a sum of products of a program's 64-bit numbers and sizes.
 __extension__ using Wide = __int128;
 
-// T: tokens, patches or rows. N: sequences or images. M: columns of a page table. P: pages.
+// T: tokens, patches or rows. N: sequences or images. M: columns of a page table. P: pages, or rows of states.
 constexpr char kSymbols[] = {'T', 'N', 'M', 'P'};
 constexpr size_t kSymbolCount = sizeof kSymbols;
 // What each may be, whatever a variant's bounds; kernels take them as int32. As LARGEST_SIZES of plugins/gpu/sizes.py.

@@ -53,16 +53,16 @@ class StepPacker:
     def pack(self, parts: Items[Part]) -> tuple[Step, tuple[FeatureRows, ...]]:
         """One step of all parts, and the rows of visual features that it reads. Their images must have been encoded."""
         visual: tuple[FeatureRows, ...] = ()
-        visible_end: np.ndarray | None
+        visible_end: np.ndarray | None = None
         if all(part.last and part.stop - part.start == 1 and part.sequence.generated for part in parts):
             starts, visual_index = self._single(len(parts))
             last = starts[:-1]
             later = [part.sequence for part in parts]
             ids = np.array([one.generated[-1] for one in later], np.int64)
             rope = self.text(np.array([one.prompt.next_position + len(one.generated) - 1 for one in later], np.int64))
-            visible_end = np.array([part.stop for part in parts], np.int32)
+            if self._whole_images:
+                visible_end = np.array([part.stop for part in parts], np.int32)
         else:
-            visible_end = None
             ends = np.cumsum([part.stop - part.start for part in parts])
             starts, last = (
                 np.append(0, ends).astype(np.int32),
@@ -88,7 +88,7 @@ class StepPacker:
             copies=tuple(copy for part in parts for copy in part.copies),
             cleared=tuple(row for part in parts for row in part.cleared),
             row_copies=tuple(copy for part in parts for copy in part.row_copies),
-            visible_end=visible_end if self._whole_images else None,
+            visible_end=visible_end,
         )
         return step, visual
 

@@ -120,7 +120,7 @@ def _check_row_copies(step: Step, rows: int) -> None:
     taken = {*sources, *step.cleared}
     for target in targets:
         if target in taken:
-            raise EngineError(f"row_copies has the target {target} (allowed: a row that is nothing else in them)")
+            raise EngineError(f"row_copies has the target {target} (allowed: neither a source nor cleared, and once)")
         taken.add(target)
     if wrong := {*sources} & {*step.cleared}:
         raise EngineError(f"row_copies has the source {min(wrong)} (allowed: a row that is not cleared)")

@@ -35,21 +35,11 @@ class Pool(Protocol):
         ...
 
 
-class SharedPages:
-    """Pages of a fixed size: any sequence of a step has any of them. Memory is taken when it is first written."""
+class _Rows:
+    """Rows of recurrent states."""
 
-    def __init__(self, new: NewBinding, states: tuple[StateSpec, ...], pages: int, rows: int, page_size: int) -> None:
-        self._binding = new()
+    def __init__(self, states: tuple[StateSpec, ...], rows: int) -> None:
         self._rows = _state_rows(states, rows)
-        self._pages = _caches(states, pages, page_size)
-        _bind(self._binding, self._rows | self._pages)
-
-    def bound(self, step: Step) -> Binding:  # noqa: ARG002 - every step's pages are here
-        return self._binding
-
-    def copy(self, source: int, target: int) -> None:
-        for array in self._pages.values():
-            array[target] = array[source]
 
     def clear(self, row: int) -> None:
         for array in self._rows.values():
@@ -60,12 +50,29 @@ class SharedPages:
             array[target] = array[source]
 
 
-class SequencePages:
+class SharedPages(_Rows):
+    """Pages of a fixed size: any sequence of a step has any of them. Memory is taken when it is first written."""
+
+    def __init__(self, new: NewBinding, states: tuple[StateSpec, ...], pages: int, rows: int, page_size: int) -> None:
+        self._binding = new()
+        super().__init__(states, rows)
+        self._pages = _caches(states, pages, page_size)
+        _bind(self._binding, self._rows | self._pages)
+
+    def bound(self, step: Step) -> Binding:  # noqa: ARG002 - every step's pages are here
+        return self._binding
+
+    def copy(self, source: int, target: int) -> None:
+        for array in self._pages.values():
+            array[target] = array[source]
+
+
+class SequencePages(_Rows):
     """A page for each sequence, which grows with it: a graph that takes one sequence a step reads no page table."""
 
     def __init__(self, new: NewBinding, states: tuple[StateSpec, ...], rows: int, context: int) -> None:
         self._new, self._states, self._context = new, states, context
-        self._rows = _state_rows(states, rows)
+        super().__init__(states, rows)
         self._pages: dict[int, _Page] = {}
 
     def bound(self, step: Step) -> Binding:
@@ -89,14 +96,6 @@ class SequencePages:
         given = self._pages[source]
         self._pages[target] = copied = self._page(given.capacity)
         copied.take(given, given.capacity)
-
-    def clear(self, row: int) -> None:
-        for array in self._rows.values():
-            array[row] = 0
-
-    def copy_row(self, source: int, target: int) -> None:
-        for array in self._rows.values():
-            array[target] = array[source]
 
 
 class _Page:

@@ -25,6 +25,7 @@ from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.progress import Progress, silent
+from moevlm.runtime.core.states import row_bytes
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Step, StepOutput
@@ -140,7 +141,7 @@ class TensorRTEngine:
     def reserve(self, pages: int, rows: int) -> None:
         """See the protocol. The memory is taken at once."""
         check_reserve(self.states, pages, rows)
-        rows = rows if self._metadata.max_rows else 0
+        rows = rows if row_bytes(self.states) else 0
         for name, count, most in (("pages", pages, self._metadata.max_pages), ("rows", rows, self._metadata.max_rows)):
             if count > most:
                 raise EngineError(f"unsupported value {name} = {count} (allowed: up to {most})")

@@ -31,9 +31,18 @@ STEP = Step(
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"row_copies": ((0, 1),)}, "row_copies has 0 (allowed: 1 to 4)"),
     ({"row_copies": ((3, 5),)}, "row_copies has 5 (allowed: 1 to 4)"),
-    ({"row_copies": ((3, 1), (4, 1))}, "row_copies has the target 1 (allowed: a row that is nothing else in them)"),
-    ({"row_copies": ((3, 1), (1, 4))}, "row_copies has the target 1 (allowed: a row that is nothing else in them)"),
-    ({"row_copies": ((3, 2),)}, "row_copies has the target 2 (allowed: a row that is nothing else in them)"),
+    (
+        {"row_copies": ((3, 1), (4, 1))},
+        "row_copies has the target 1 (allowed: neither a source nor cleared, and once)",
+    ),
+    (
+        {"row_copies": ((3, 1), (1, 4))},
+        "row_copies has the target 1 (allowed: neither a source nor cleared, and once)",
+    ),
+    (
+        {"row_copies": ((3, 2),)},
+        "row_copies has the target 2 (allowed: neither a source nor cleared, and once)",
+    ),
     ({"row_copies": ((2, 1),)}, "row_copies has the source 2 (allowed: a row that is not cleared)"),
     ({"visible_end": None}, "visible_end has the shape None (allowed: [6])"),
     ({"visible_end": np.zeros(5, np.int32)}, "visible_end has the shape [5] (allowed: [6])"),
