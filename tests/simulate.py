@@ -19,14 +19,11 @@ from PIL import Image
 from bench.plugin_harness import compile_harness, compile_library
 from moevlm.export.build import build
 from moevlm.runtime.engine.answer import Completion
-from moevlm.runtime.load_options import LoadOptions
-from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
 from tests.plugins.gpu.interpreter import interpreter
 from tests.plugins.tensorrt.fake_cuda import compile_driver
 from tests.support.simulator.bundle import simulated_build
 from tests.support.simulator.libraries import Libraries
-from tests.support.simulator.run import Report, answer, interpret
+from tests.support.simulator.run import Report, answer, cpu_answers, interpret
 from tests.support.simulator.specified import SpecifiedKernels
 
 DEMO = Path(__file__).parents[1] / "demo"
@@ -72,9 +69,7 @@ def main(dtype: str, experts: str, kv_cache: str, new_tokens: int) -> None:
         click.echo(f"{target}: {time.perf_counter() - started:.0f} s, steps of (tokens, sequences) {found.steps}")
         click.echo(f"{found.replays} recorded steps replayed, kernels that ran: {found.launches}")
         if experts == kv_cache == "same":
-            with load_runtime(bundle.directory, "ort-cpu", LoadOptions(threads=1)) as runtime:
-                params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, logprobs=2)
-                expected = runtime.generate_many(_requests(), params=params)
+            expected = cpu_answers(bundle.directory, "ort-cpu", _requests(), new_tokens)
         else:
             kernels = SpecifiedKernels(ops)
             expected = answer(*given, kernels, kernels.launches, _requests(), new_tokens).answers

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from bench.plugin_harness import PluginLibrary, compile_harness, compile_library
+from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.tensorrt.fake_cuda import FakeCuda, compile_driver
-from tests.support.simulator.bundle import SimulatedBundle, with_simulated_engine
+from tests.support.simulator.bundle import TARGET, SimulatedBundle, with_simulated_engine
 from tests.support.simulator.libraries import Libraries
+from tests.support.simulator.run import Messages, Report, interpret
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +44,19 @@ def shared_library(libraries: Libraries) -> PluginLibrary:
 def simulated(tiny_checkpoint: Path, tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> SimulatedBundle:
     """The tiny bundle with a simulated engine, too. To be left as it is."""
     return with_simulated_engine(tiny_bundle, tiny_checkpoint, tmp_path_factory.mktemp("simulated"))
+
+
+@pytest.fixture(scope="session")
+def interpreted(
+    libraries: Libraries, triton_interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[SimulatedBundle, Sequence[Messages], int], Report]:
+    """Has a simulated engine answer all requests at once, so many tokens each, by interpreted kernels."""
+
+    def run(bundle: SimulatedBundle, requests: Sequence[Messages], new_tokens: int) -> Report:
+        folder = tmp_path_factory.mktemp("gpu")
+        return triton_interpreter.call(interpret, bundle.path, TARGET, folder, libraries, requests, new_tokens)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ programs of a launch that meet without atomics.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,8 @@ import pytest
 from PIL import Image
 
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
-from moevlm.runtime.load_options import LoadOptions
-from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
-from tests.plugins.gpu.interpreter import Interpreter
-from tests.support.simulator.bundle import TARGET, SimulatedBundle
-from tests.support.simulator.libraries import Libraries
-from tests.support.simulator.run import Report, interpret
+from tests.support.simulator.bundle import SimulatedBundle
+from tests.support.simulator.run import Report, cpu_answers
 
 NEW_TOKENS = 6
 
@@ -47,32 +43,19 @@ REQUESTS = [
 
 
 @pytest.fixture(scope="module")
-def report(
-    simulated: SimulatedBundle,
-    libraries: Libraries,
-    triton_interpreter: Interpreter,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Report:
-    """Of all requests at once."""
-    folder = tmp_path_factory.mktemp("gpu")
-    return triton_interpreter.call(interpret, simulated.path, TARGET, folder, libraries, REQUESTS, NEW_TOKENS)
+def report(simulated: SimulatedBundle, interpreted: Callable[..., Report]) -> Report:
+    return interpreted(simulated, REQUESTS, NEW_TOKENS)
 
 
 def test_eight_requests_at_once_get_the_tokens_of_the_cpu(simulated: SimulatedBundle, report: Report) -> None:
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
-    with load_runtime(simulated.path, "ort-cpu", LoadOptions(threads=1)) as runtime:
-        expected = runtime.generate_many(REQUESTS, params=params)
+    expected = cpu_answers(simulated.path, "ort-cpu", REQUESTS, NEW_TOKENS)
     assert len({answer.token_ids for answer in expected}) > len(REQUESTS) // 2
-    for got, want in zip(report.answers, expected, strict=True):
-        assert got.token_ids == want.token_ids
-        for one, other in zip(got.sampled, want.sampled, strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    report.assert_answers(expected)
 
 
 def test_steps_were_shared_recorded_and_given_back(report: Report) -> None:
     assert max(sequences for _, sequences in report.steps) == len(REQUESTS)
-    decodes = [tokens for tokens, sequences in report.steps if tokens == sequences]
-    assert (report.graphs, report.replays) == ("replayed", len(decodes))
+    assert (report.graphs, report.replays) == ("replayed", report.decodes)
     assert not report.held
 
 

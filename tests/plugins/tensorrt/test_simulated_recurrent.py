@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from moevlm.export.build import build
-from moevlm.runtime.load_options import LoadOptions
-from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
-from tests.plugins.gpu.interpreter import Interpreter
 from tests.plugins.tensorrt.test_simulated_engine import request
-from tests.support.simulator.bundle import TARGET, SimulatedBundle, with_simulated_engine
-from tests.support.simulator.libraries import Libraries
-from tests.support.simulator.run import Report, interpret
+from tests.support.simulator.bundle import SimulatedBundle, with_simulated_engine
+from tests.support.simulator.run import Report, cpu_answers
 from tests.support.tiny import TinyCheckpoint
 
 NEW_TOKENS = 3
@@ -28,30 +25,17 @@ def recurrent(tmp_path_factory: pytest.TempPathFactory) -> SimulatedBundle:
 
 
 @pytest.fixture(scope="module")
-def report(
-    recurrent: SimulatedBundle,
-    libraries: Libraries,
-    triton_interpreter: Interpreter,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Report:
-    """Of all requests at once."""
-    folder = tmp_path_factory.mktemp("gpu")
-    return triton_interpreter.call(interpret, recurrent.path, TARGET, folder, libraries, REQUESTS, NEW_TOKENS)
+def report(recurrent: SimulatedBundle, interpreted: Callable[..., Report]) -> Report:
+    return interpreted(recurrent, REQUESTS, NEW_TOKENS)
 
 
 def test_requests_at_once_get_the_tokens_of_the_cpu(recurrent: SimulatedBundle, report: Report) -> None:
-    params = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, logprobs=2)
-    with load_runtime(recurrent.path, "reference", LoadOptions(threads=1)) as runtime:
-        expected = runtime.generate_many(REQUESTS, params=params)
+    expected = cpu_answers(recurrent.path, "reference", REQUESTS, NEW_TOKENS)
     assert len({round(answer.sampled[0].logprob, 3) for answer in expected}) == len(REQUESTS)
-    for got, want in zip(report.answers, expected, strict=True):
-        assert got.token_ids == want.token_ids
-        for one, other in zip(got.sampled, want.sampled, strict=True):
-            assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
+    report.assert_answers(expected)
 
 
 def test_steps_were_recorded_and_every_kernel_of_the_rule_ran(report: Report) -> None:
-    decodes = [tokens for tokens, sequences in report.steps if tokens == sequences]
-    assert (report.graphs, report.replays) == ("replayed", len(decodes))
+    assert (report.graphs, report.replays) == ("replayed", report.decodes)
     assert not report.held
     assert set(report.launches) >= {"convolve", "delta_recurrent", "delta_chunks", "delta_scan"}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moevlm.runtime.engine.answer import Completion
+from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.simulator.device import simulated_gpu
@@ -30,6 +31,24 @@ class Report:
     replays: int
     graphs: str
     held: dict[str, int]
+
+    @property
+    def decodes(self) -> int:
+        """How many steps had one token of each sequence."""
+        return sum(tokens == sequences for tokens, sequences in self.steps)
+
+    def assert_answers(self, expected: Sequence[Completion]) -> None:
+        """The same tokens, with log-probabilities within 1e-4."""
+        for got, want in zip(self.answers, expected, strict=True):
+            assert got.token_ids == want.token_ids
+            for one, other in zip(got.sampled, want.sampled, strict=True):
+                assert abs(one.logprob - other.logprob) <= 1e-4
+
+
+def cpu_answers(bundle: Path, target: str, requests: Sequence[Messages], new_tokens: int) -> list[Completion]:
+    """Greedy answers of an engine on the CPU to all requests at once."""
+    with load_runtime(bundle, target, LoadOptions(threads=1)) as runtime:
+        return runtime.generate_many(requests, params=_params(new_tokens))
 
 
 def interpret(
@@ -54,7 +73,6 @@ def answer(
 ) -> Report:
     """Greedy answers to all requests at once."""
     steps: list[tuple[int, int]] = []
-    params = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, logprobs=2)
     with simulated_gpu(folder, libraries, kernels) as gpu:
         with load_runtime(bundle, target) as runtime:
             forward = runtime.engine.forward
@@ -64,6 +82,10 @@ def answer(
                 return forward(step, *rest)
 
             runtime.engine.forward = noted  # type: ignore[method-assign]
-            answers = runtime.generate_many(requests, params=params)
+            answers = runtime.generate_many(requests, params=_params(new_tokens))
             graphs = runtime.engine.graphs
         return Report(answers, dict(launches), steps, gpu.gpu.driver.replays, graphs, gpu.gpu.held())
+
+
+def _params(new_tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=new_tokens, ignore_eos=True, logprobs=2)

@@ -7,7 +7,6 @@ import inspect
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,23 +18,6 @@ from moevlm.runtime.core.errors import EngineError
 from tests.support.fakes.cuda_driver import Driver
 
 ROOT = Path(__file__).parents[4]
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    fake = Driver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)  # type: ignore[arg-type]
-    return fake
-
-
-@pytest.fixture
-def device(driver: Driver) -> Iterator[Device]:
-    opened = Device()
-    with opened:
-        yield opened
-    opened.close()
-    opened.close()
-    assert not driver.leaks()
 
 
 @pytest.mark.skipif(ctypes.util.find_library("cuda") is not None, reason="this machine has an NVIDIA driver")

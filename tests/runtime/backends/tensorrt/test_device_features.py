@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -17,13 +16,6 @@ from tests.support.fakes.cuda_driver import Driver
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 HIDDEN = 6
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    found = Driver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", found)  # type: ignore[arg-type]
-    return found
 
 
 @pytest.fixture(params=[(name, levels) for name in DTYPES for levels in (0, 3)], ids=str)

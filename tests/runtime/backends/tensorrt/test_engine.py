@@ -6,7 +6,7 @@ import gc
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,19 +42,6 @@ Ids = list[int]
 @pytest.fixture(scope="module")
 def bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gpu_bundle(tiny_bundle, tmp_path_factory.mktemp("gpu"))
-
-
-@pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[FakeGpu]:
-    with fake_gpu(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def runtime(bundle: Path, gpu: FakeGpu) -> Iterator[Runtime]:
-    with load_runtime(bundle, TARGET) as loaded:
-        yield loaded
-    assert not gpu.held()
 
 
 @pytest.fixture

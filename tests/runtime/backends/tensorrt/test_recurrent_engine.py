@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from tests.support.bundles import edit_manifest
-from tests.support.fakes.gpu import LIMITS, TARGET, FakeGpu, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import LIMITS, TARGET, FakeGpu, gpu_bundle
 from tests.support.packed_steps import Kept
 from tests.support.tiny import TinyCheckpoint
 
@@ -29,19 +28,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recurrent")
     checkpoint = TinyCheckpoint("qwen3_5_moe", side_files=True).save(folder / "checkpoint")
     return gpu_bundle(build(checkpoint, folder / "b.moevlm", ["reference"]).directory, folder)
-
-
-@pytest.fixture
-def gpu(tmp_path: Path) -> Iterator[FakeGpu]:
-    with fake_gpu(tmp_path) as found:
-        yield found
-
-
-@pytest.fixture
-def runtime(bundle: Path, gpu: FakeGpu) -> Iterator[Runtime]:
-    with load_runtime(bundle, TARGET) as loaded:
-        yield loaded
-    assert not gpu.held()
 
 
 def answers(runtime: Runtime, prompts: tuple[str, ...], tokens: int) -> list[tuple[int, ...]]:
@@ -99,7 +85,6 @@ def test_memory_is_for_pages_and_rows(runtime: Runtime) -> None:
 def test_an_engine_with_other_rows_than_the_manifest_says_is_refused(
     bundle: Path, gpu: FakeGpu, tmp_path: Path
 ) -> None:
-
     copy = Path(shutil.copytree(bundle, tmp_path / "copy.moevlm"))
 
     def widen(manifest: dict) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 
 from moevlm.runtime.backends.tensorrt import state_memory
-from moevlm.runtime.backends.tensorrt.cuda import Device
 from moevlm.runtime.backends.tensorrt.decode_step import sizes
 from moevlm.runtime.backends.tensorrt.page_tables import PageTables
 from moevlm.runtime.backends.tensorrt.state_memory import Pool, StateMemory, page_shapes, row_shapes
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.engine.step import Step
-from tests.support.fakes.cuda_driver import CopiedRows, Driver
+from tests.support.fakes.cuda_driver import CopiedRows
 
 PAGES, SIZE = 5, 8
 DELTA = tuple(
@@ -27,22 +23,6 @@ DELTA = tuple(
 ALIKE = tuple(PagedKV(layer=i, kv_heads=2, key_dim=8, value_dim=8, dtype="bfloat16") for i in range(3))
 WIDER = PagedKV(layer=3, kv_heads=1, key_dim=24, value_dim=4, dtype="float16")
 LATENT = PagedKV(layer=3, kv_heads=1, key_dim=40, value_dim=32, value_in_key=True, dtype="int8")
-
-
-@pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    found = Driver()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", found)  # type: ignore[arg-type]
-    return found
-
-
-@pytest.fixture
-def device(driver: Driver) -> Iterator[Device]:
-    found = Device()
-    with found:
-        yield found
-    found.close()
-    assert not driver.leaks()
 
 
 def test_caches_lie_whole_and_apart_in_one_piece_of_memory(device, driver) -> None:
