@@ -165,15 +165,15 @@ def counted(runtime: Runtime, spent: list[float]) -> Iterator[None]:
     def timed(*arguments: object) -> object:
         started = perf_counter()
         try:
-            return forward(*arguments)  # type: ignore[arg-type]
+            return forward(*arguments)
         finally:
             spent.append(perf_counter() - started)
 
-    runtime.engine.forward = timed  # type: ignore[method-assign,assignment]
+    runtime.engine.forward = timed
     try:
         yield
     finally:
-        del runtime.engine.forward  # type: ignore[misc]
+        del runtime.engine.forward
 
 
 def share(runtime: Runtime) -> float:

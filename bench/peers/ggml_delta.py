@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from bench.delta_rules import Array, Rule, Work
+from bench.peers.client import PeerError
 from bench.peers.llama_cpp_setup import FOLDER
 
-LIBRARIES = FOLDER / "venv/lib/python3.11/site-packages/llama_cpp/lib"
 FLOAT32 = 0  # ggml_type
 NODES = 4096  # of a graph, at most
 
@@ -29,7 +29,8 @@ class Ggml:
 
     def __init__(self) -> None:
         names = ("libggml-base.so", "libggml-cpu.so", "libggml.so")
-        self._libraries = [ctypes.CDLL(str(LIBRARIES / name), ctypes.RTLD_GLOBAL) for name in names]
+        (folder,) = FOLDER.glob("venv/lib/python3.*/site-packages/llama_cpp/lib")
+        self._libraries = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL) for name in names]
 
     def __call__(self, name: str, *arguments: Any, result: Any = c_void_p) -> Any:
         """Call `ggml_{name}`. Python integers are int64_t; other types are given as ctypes."""
@@ -97,7 +98,8 @@ class LlamaCpp(Rule):
                 result=None,
             )
         allocator = c_void_p(g("gallocr_new", buffer_type))
-        assert g("gallocr_alloc_graph", allocator, graph, result=c_bool)
+        if not g("gallocr_alloc_graph", allocator, graph, result=c_bool):
+            raise PeerError("ggml has no memory for the graph")
         self._graph, self._backend = graph, c_void_p(g("backend_cpu_init"))
         g("backend_cpu_set_n_threads", self._backend, c_int(threads), result=None)
 
@@ -137,7 +139,9 @@ class LlamaCpp(Rule):
         self._y_at, self._y_shape = found, (sequences * tokens, heads, dim)
 
     def run(self) -> None:
-        ggml()("backend_graph_compute", self._backend, self._graph, result=c_int)
+        status = ggml()("backend_graph_compute", self._backend, self._graph, result=c_int)
+        if status != 0:
+            raise PeerError(f"ggml_backend_graph_compute gave {status} (allowed: 0)")
 
     def y(self) -> Array:
         y = np.empty(self._y_shape, np.float32)

@@ -67,7 +67,7 @@ class ExpertsCases:
     def allowed(self, op: ExpertsOp) -> float:
         return ALLOWED[op.dtype]
 
-    def calls(self, op: ExpertsOp, draft: Draft) -> list[ExpertsCall]:  # noqa: ARG002
+    def calls(self, op: ExpertsOp, draft: Draft) -> list[ExpertsCall]:  # noqa: ARG002 - the draft says all
         """The last variant has tokens beyond the others' limits."""
         limits = [variant.max_tokens for variant in draft.variants][:-1]
         counts = sorted({1, 5, *limits, *(limit + 1 for limit in limits), max([0, *limits]) + BEYOND})

@@ -81,7 +81,7 @@ class PagedAttentionCases:
     def allowed(self, op: PagedAttentionOp) -> float:
         return ALLOWED[op.dtype]
 
-    def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002
+    def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002 - the draft says all
         """Of each number of shares: decode of as many sequences, a prompt of as many tokens, and a mixture of as many
         sequences with a longer prompt.
         """
