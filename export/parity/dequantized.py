@@ -59,20 +59,19 @@ def _readings(name: str, stored: Mapping[str, Stored], settings: Mapping[str, An
     dtype = stored[name].dtype.name
 
     def beside(base: str, optional: tuple[str, ...] = (), **ends: str) -> dict[str, str] | None:
-        parts = {part: base + end for part, end in ends.items()}
-        return parts if all(part in stored or key in optional for key, part in parts.items()) else None
-
-    def there(parts: dict[str, str] | None) -> dict[str, str]:
-        return {part: of for part, of in (parts or {}).items() if of in stored}
+        found = {part: base + end for part, end in ends.items() if base + end in stored}
+        return found if ends.keys() <= {*found, *optional} else None
 
     if name.endswith(".qweight"):
-        base = name.removesuffix("qweight")
-        parts = beside(base, ("g_idx",), codes="qweight", scale="scales", zero="qzeros", g_idx="g_idx")
-        yield f"{base}weight", there(parts), _awq if settings.get("quant_method") == "awq" else _gptq
+        base, is_awq = name.removesuffix("qweight"), settings.get("quant_method") == "awq"
+        ends = {"codes": "qweight", "scale": "scales", "zero": "qzeros", "g_idx": "g_idx"}
+        if parts := beside(base, ("zero", "g_idx") if is_awq else ("g_idx",), **ends):
+            yield f"{base}weight", parts, _awq if is_awq else _gptq
     elif name.endswith("_packed") and dtype == "int32":
         base, optional = name.removesuffix("_packed"), ("zero", "g_idx")
         ends = {"codes": "_packed", "scale": "_scale", "shape": "_shape", "zero": "_zero_point", "g_idx": "_g_idx"}
-        yield base, there(beside(base, optional, **ends)), _packed
+        if parts := beside(base, optional, **ends):
+            yield base, parts, _packed
     elif name.endswith("_packed"):
         base = name.removesuffix("_packed")
         if parts := beside(base, codes="_packed", scale="_scale", divisor="_global_scale"):
@@ -88,8 +87,11 @@ def _readings(name: str, stored: Mapping[str, Stored], settings: Mapping[str, An
             if parts := beside(name, codes="", scale=scale, factor=f"{scale}_2"):
                 yield name, parts, _nvfp4
     elif dtype in ("float8_e4m3fn", "float8_e5m2", "int8"):
-        for scale in ("_scale_inv", "_scale"):
+        for scale in ("_scale_inv", "_scale", "_weight_scale"):
             if parts := beside(name, codes="", scale=scale):
+                yield name, parts, _scaled
+        for scale in ("qscale_weight", "scale"):
+            if parts := beside(name.removesuffix("weight"), codes="weight", scale=scale):
                 yield name, parts, _scaled
 
 
@@ -124,11 +126,10 @@ def _shape(
 def _scaled(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     values, scale = parts["codes"].double(), parts["scale"]
     factor = torch.exp2(scale.double() - 127) if scale.dtype is torch.uint8 else scale.double()
-    if factor.dim() == 1 and values.dim() == 2 and factor.numel() == len(values):
-        factor = factor[:, None]
-    if factor.dim() == values.dim():
-        block = settings.get("weight_block_size") or (1, 32) if scale.dtype is torch.uint8 else (128, 128)
-        for axis, size in zip((-2, -1), settings.get("weight_block_size") or block, strict=True):
+    if factor.numel() > 1:
+        factor = factor.reshape(*factor.shape, *(1 for _ in range(values.dim() - factor.dim())))
+        block = settings.get("weight_block_size") or ((1, 32) if scale.dtype is torch.uint8 else (128, 128))
+        for axis, size in zip((-2, -1), block, strict=True):
             if factor.shape[axis] not in (1, values.shape[axis]):
                 factor = factor.repeat_interleave(size, axis).narrow(axis, 0, values.shape[axis])
     return values * factor
@@ -162,7 +163,8 @@ def _packed(parts: Parts, _: Mapping[str, Any]) -> Tensor:
 def _gptq(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
     bits, scales = settings.get("bits", 4), parts["scale"].double()
     codes = _words(parts["codes"].T.contiguous(), bits).double()  # [N, K]
-    zeros = _words(parts["zero"], bits).double() + (settings.get("checkpoint_format") != "gptq_v2")
+    stated = settings.get("checkpoint_format") or settings.get("format")
+    zeros = _words(parts["zero"], bits).double() + (stated != "gptq_v2")
     k = codes.shape[1]
     groups = parts["g_idx"].long() if "g_idx" in parts else _groups(k, len(scales))
     return (codes - zeros[groups].T) * scales[groups].T
@@ -172,7 +174,8 @@ def _awq(parts: Parts, _: Mapping[str, Any]) -> Tensor:
     def numbers(words: Tensor) -> Tensor:  # [R, W] -> [R, 8 W]
         return _words(words, 4).unflatten(-1, (-1, 8))[..., list(_AWQ_PLACES)].flatten(-2).double()
 
-    codes, zeros, scales = numbers(parts["codes"]), numbers(parts["zero"]), parts["scale"].double()
+    codes, scales = numbers(parts["codes"]), parts["scale"].double()
+    zeros = numbers(parts["zero"]) if "zero" in parts else torch.full_like(scales, 8)
     groups = _groups(len(codes), len(scales))
     return ((codes - zeros[groups]) * scales[groups]).T
 
@@ -199,8 +202,8 @@ def _mxfp4_blocks(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
 
 def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The quantization config, wherever it stands."""
-    for place in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(place.get(key), dict):
-                return place[key]
-    return {}
+    for key in ("quantization_config", "compression_config"):
+        if isinstance(config.get(key), dict):
+            return config[key]
+    inner = (_settings(part) for part in config.values() if isinstance(part, dict))
+    return next((found for found in inner if found), {})

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
@@ -15,6 +16,7 @@ from moevlm.export.graph.weights import read
 from moevlm.export.parity.dequantized import dequantized
 from moevlm.export.parity.run import check_parity
 from tests.support.published import FORMATS, floats
+from tests.support.tiny import edit_json, edit_tensors
 
 
 @pytest.fixture(scope="module")
@@ -24,14 +26,40 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_two_readers_that_share_nothing_agree(name: str, original: Path, tmp_path: Path) -> None:
-    quantized = FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain")
-    with Checkpoint.open(quantized) as source, Checkpoint.open(tmp_path / "plain") as plain:
+    assert_agree(FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain"), tmp_path / "plain")
+
+
+def assert_agree(quantized: Path, floats: Path) -> None:
+    with Checkpoint.open(quantized) as source, Checkpoint.open(floats) as plain:
         found, loaded = dequantized(source), plain_tensors(source).tensors
         for tensor in plain.tensors.values():
             wanted = tensor.rows(0, tensor.shape[0])
             for reader in (found, loaded):
                 assert reader[tensor.name].shape == tensor.shape, tensor.name
                 np.testing.assert_allclose(read(reader[tensor.name]), wanted, rtol=2e-7, err_msg=tensor.name)
+
+
+@pytest.mark.parametrize("ending", [".qscale_weight", ".scale"])
+def test_scales_have_several_names(ending: str, original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS["fp8-modelopt"].publish(original, tmp_path / "q", tmp_path / "plain")
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            tensors[name.replace(".weight_scale", ending)] = tensors.pop(name)
+
+    edit_tensors(quantized, rename)
+    assert_agree(quantized, tmp_path / "plain")
+
+
+def test_awq_without_zeros_is_symmetric(original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS["awq-32"].publish(original, tmp_path / "q", tmp_path / "plain")
+    edit_json(quantized / "config.json", lambda config: config["quantization_config"].update(zero_point=False))
+    edit_tensors(quantized, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(".qzeros")])
+    with Checkpoint.open(quantized) as source:
+        found, loaded = dequantized(source), plain_tensors(source).tensors
+        assert found.keys() == loaded.keys()
+        for name, weight in loaded.items():
+            np.testing.assert_allclose(read(found[name]), read(weight), rtol=2e-7, err_msg=name)
 
 
 @pytest.mark.parametrize("fault", ["none", "order of nibbles", "global scale turned over"])
