@@ -122,18 +122,19 @@ class ModelConfig:
         if self.decoder.deepstack > len(self.decoder.layers):
             levels, layers = list(self.vision.deepstack_layers), len(self.decoder.layers)
             raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
-        if self.image_token_id >= self.decoder.vocabulary:
-            raise FieldError("image_token_id", self.image_token_id, f"up to {self.decoder.vocabulary - 1}")
-        for name, token_id in (
-            ()
-            if self.video is None
-            else (
-                ("video_token_id", self.video.placeholder),
-                *(("token ids around a video", token_id) for token_id in (*self.video.begin, *self.video.end)),
-            )
-        ):
-            if token_id >= self.decoder.vocabulary:
-                raise FieldError(name, token_id, f"up to {self.decoder.vocabulary - 1}")
+        for field, token_ids in self._token_ids().items():
+            for token_id in token_ids:
+                if token_id >= self.decoder.vocabulary:
+                    raise FieldError(field, token_id, f"up to {self.decoder.vocabulary - 1}")
+
+    def _token_ids(self) -> dict[str, tuple[int, ...]]:
+        """The ids that stand for images and videos, and around them, by field."""
+        found: dict[str, tuple[int, ...]] = {"image_token_id": (self.image_token_id,)}
+        found |= {"image_begin": self.image_begin, "image_end": self.image_end}
+        if self.video is not None:
+            found |= {"video_token_id": (self.video.placeholder,)}
+            found |= {"video_begin": self.video.begin, "video_end": self.video.end}
+        return found
 
     @property
     def moe(self) -> dict[int, MoEConfig]:

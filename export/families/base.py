@@ -34,6 +34,8 @@ _CONFIG_NAMES = {
     "topk_group": "text_config.topk_group",
     "value_dim": "text_config.linear_value_head_dim",
     "value_heads": "text_config.linear_num_value_heads",
+    "video_begin": "vision_start_token_id",
+    "video_end": "vision_end_token_id",
     "vision head_dim": "vision_config.head_dim",
     "vision heads": "vision_config.num_heads",
     "width of experts": "text_config.moe_intermediate_size",

@@ -40,6 +40,8 @@ class Gemma4(Family):
     router_suffix = ".router"
     config_names: ClassVar = {
         "head_dim without a window": "text_config.global_head_dim",
+        "image_begin": "boi_token_id",
+        "image_end": "eoi_token_id",
         "rotary_dim": "text_config.head_dim",
         "top_k": "text_config.top_k_experts",
     }

@@ -38,7 +38,11 @@ class Glm4vMoe(Family):
         vision="packed grid, gated merger",
     )
     router_suffix = "mlp.gate"
-    config_names: ClassVar = {"experts": "text_config.n_routed_experts"}
+    config_names: ClassVar = {
+        "experts": "text_config.n_routed_experts",
+        "video_begin": "image_start_token_id",
+        "video_end": "image_end_token_id",
+    }
     # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
     left_out: ClassVar = {
         **Family.left_out,
