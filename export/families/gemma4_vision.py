@@ -14,7 +14,7 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Shape, Source, named, rooted
 from moevlm.export.graph.rearranged import Flat, Reordered
-from moevlm.export.graph.weights import Concat, PerRow, Weight, cast
+from moevlm.export.graph.weights import Concat, Weight
 
 Tensors = Mapping[str, Weight]
 Indices = Mapping[str, str]
@@ -78,17 +78,12 @@ def _qkv(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weigh
 
 def _head_norm(pattern: str, scores: bool = False) -> Source:
     """The gain of a norm by head. scores: it takes away the scale of the scores, which theirs are without."""
+    gain = rooted(pattern, 1) if scores else named(pattern)
 
     def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        gain = _axial(named(pattern)(tensors, indices, shape, layout), shape[0])
-        return _times(gain, np.sqrt(shape[0])) if scores else gain
+        return _axial(gain(tensors, indices, shape, layout), shape[0])
 
     return source
-
-
-def _times(weight: Weight, factor: float) -> Weight:
-    exact = cast(weight, np.dtype(np.float32))
-    return PerRow(exact, exact.shape, exact.dtype, lambda a: a * np.float32(factor))
 
 
 def _positions(tensors: Tensors, _: Indices, shape: Shape, layout: str) -> Weight:

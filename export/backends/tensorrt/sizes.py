@@ -8,7 +8,7 @@ from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.manifest import CostMetadata
 
 _FLOAT32 = 4
-CHUNK = 32  # tokens of a chunk of the delta rule
+_CHUNK = 32  # tokens of a chunk of the delta rule, at most: see `plugins.gpu.tiles`
 
 
 def cost_of(config: ModelConfig, options: Options, exact_router: bool) -> CostMetadata:
@@ -56,7 +56,7 @@ def _mixed(mixer: MixerConfig) -> int:
     """
     if isinstance(mixer, GatedDeltaConfig):
         spec = mixer.spec
-        return 2 * (spec.channels + spec.value_heads) + spec.value_heads * (spec.key_dim + 2 * spec.value_dim + CHUNK)
+        return 2 * (spec.channels + spec.value_heads) + spec.value_heads * (spec.key_dim + 2 * spec.value_dim + _CHUNK)
     layer = mixer.metadata()
     return layer.heads * (layer.key_dim + layer.value_dim) + layer.kv_heads * (layer.key_dim + layer.value_dim)
 

@@ -1,6 +1,6 @@
 """One object of a quantization config, with a memory: what was read is supported, what is left over has to be known."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from moevlm.export.checkpoint.directory import CONFIG
@@ -77,8 +77,10 @@ class Entry:
             raise self.refused(key, value, "an object")
         return Entry(value, f"{self.path}.{key}", self._ignored)
 
-    def keys(self) -> Sequence[str]:
-        return list(self._values)
+    def entries(self, key: str) -> Iterator[tuple[str, "Entry | None"]]:
+        """The objects in an object, by name; none where it is not there."""
+        if (outer := self.entry(key)) is not None:
+            yield from ((name, outer.entry(name)) for name in outer._values)
 
     def refuse_unread(self) -> None:
         """Raise UnsupportedModelError for a field that was not read and is not known to leave weights as they are."""

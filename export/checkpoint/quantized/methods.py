@@ -93,9 +93,8 @@ def _compressed_tensors(entry: Entry) -> Settings:
         inner = entry.get(key)
         if inner and not (isinstance(inner, Mapping) and inner.get("format") == "dense"):
             raise entry.refused(key, inner, "none")
-    groups, schemes, block = entry.entry("config_groups"), [], None
-    for name in groups.keys() if groups is not None else ():
-        group = groups.entry(name) if groups is not None else None
+    schemes, block = [], None
+    for _, group in entry.entries("config_groups"):
         if group is None:
             continue
         group.choice("format", *_FORMATS)
@@ -192,11 +191,10 @@ def _exceptions(entry: Entry) -> Iterator[tuple[Matches, Entry | None]]:
     expression.
     """
     for key in ("dynamic", "extra_config"):
-        listed, place = entry.entry(key), f"{entry.path}.{key}"
-        for pattern in listed.keys() if listed is not None else ():
-            expression = pattern.removeprefix("-:").removeprefix("+:")
+        for pattern, other in entry.entries(key):
+            expression, place = pattern.removeprefix("-:").removeprefix("+:"), f"{entry.path}.{key}"
             fits = matches(place, [expression], expressions=key == "dynamic" or any(c in pattern for c in "*\\^$("))
-            yield fits, None if pattern.startswith("-:") or listed is None else listed.entry(pattern)
+            yield fits, None if pattern.startswith("-:") else other
 
 
 def _modelopt(entry: Entry) -> Settings:
