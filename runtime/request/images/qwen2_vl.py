@@ -3,7 +3,6 @@
 Numerically those of Hugging Face transformers 5.24 on their Pillow backend.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -13,12 +12,9 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
-from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes, pixel_values, refuse
+from moevlm.runtime.request.images.edges import blocks_within, enlarged, read_edges, require_aspect
+from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes, pixel_values
 from moevlm.runtime.request.images.processor import ImageProcessor
-
-_MAX_ASPECT = 200
-# In pixels. Every image is enlarged to the first; the second is as large as a float counts exactly.
-_MAX_EDGES = {"shortest_edge": 1 << 26, "longest_edge": 1 << 53}
 
 
 class Qwen2VLImages(ImageProcessor):
@@ -38,7 +34,7 @@ class Qwen2VLImages(ImageProcessor):
     ) -> None:
         super().__init__(preprocessor, vision, max_pixels, max_tokens)
         self._copies = vision.temporal_patch_size
-        self._shortest, self._longest = _edges(self._fields, self.EDGES)
+        self._shortest, self._longest = read_edges(self._fields, self.EDGES)
         self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
 
     @property
@@ -65,28 +61,12 @@ class Qwen2VLImages(ImageProcessor):
             written[:, channel] = self._values[channel][pixels[channel]]  # an image is copied
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
-        """The size nearest to (height, width) with sides of whole merge blocks and an area within the edges.
-
-        The reference rounds in double precision, halves to even; so does this.
-        """
-        block = self._block
-        frames = self._frames
-        shortest, longest = self._limited_edges(limits, frames)
-        most = self.most_tokens(limits)
+        block, frames, most = self._block, self._frames, self.most_tokens(limits)
+        edges = self._limited_edges(limits, frames)
         size = f"image is {width} x {height} pixels"
         height, width = self._enlarged(height, width)
-        if max(height, width) / min(height, width) > _MAX_ASPECT:
-            raise RequestError(f"{size}: one side is more than {_MAX_ASPECT} times the other")
-        rows, columns = round(height / block), round(width / block)
-        area = frames * rows * columns * block * block
-        if area > longest:
-            shrink = math.sqrt(frames * height * width / longest)
-            rows, columns = (max(1, math.floor(side / shrink / block)) for side in (height, width))
-        elif area < shortest:
-            grow = math.sqrt(shortest / (frames * height * width))
-            rows, columns = (math.ceil(side * grow / block) for side in (height, width))
-            if most is not None and rows * columns > most:
-                rows, columns = (max(1, math.floor(side * grow / block)) for side in (height, width))
+        require_aspect(height, width, size)
+        rows, columns = blocks_within(height, width, block, edges, frames, most=most)
         if most is not None and rows * columns > most:
             raise RequestError(f"{size}, which is too elongated for max_image_tokens = {most}")
         return rows * block, columns * block
@@ -130,23 +110,4 @@ class Glm4vImages(Qwen2VLImages):
 
     def _enlarged(self, height: int, width: int) -> tuple[int, int]:
         """An image with a side shorter than a block is enlarged first."""
-        block = self._block
-        if min(height, width) >= block:
-            return height, width
-        scale = max(block / height, block / width)
-        return int(height * scale), int(width * scale)
-
-
-def _edges(fields: Mapping[str, Any], default: tuple[int, int]) -> tuple[int, int]:
-    """Smallest and largest area, by either spelling; min_pixels and max_pixels win over size."""
-    size = fields.get("size", dict(zip(("shortest_edge", "longest_edge"), default, strict=True)))
-    if not isinstance(size, Mapping):
-        refuse("size", size, "an object with shortest_edge and longest_edge")
-    edges = []
-    for edge, pixels in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        value = fields.get(pixels, size.get(edge))
-        most = _MAX_EDGES[edge]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            refuse(pixels if pixels in fields else f"size.{edge}", value, f"a whole number from 1 to {most}")
-        edges.append(value)
-    return edges[0], edges[1]
+        return enlarged(height, width, self._block)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.image_limits import ImageLimits
+from moevlm.runtime.request.images.edges import blocks_within, enlarged, read_edges, require_aspect
 from moevlm.runtime.request.images.fields import VIDEO_FILE, pixel_values, read_fields, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.slices import Slice
@@ -22,7 +22,6 @@ from moevlm.runtime.request.messages import GivenVideo
 from moevlm.runtime.request.videos.clip import USUAL_FPS, Clip, FrameList
 from moevlm.runtime.request.videos.file_clip import FileClip
 
-_MAX_ASPECT = 200
 _MAX_EDGE = 1 << 53
 _FIELDS = {"video_processor_type", "size", "fps", "do_sample_frames", "num_frames", "max_image_size"}
 # Either about what is returned, or what the reference's classes of other models read.
@@ -88,10 +87,7 @@ class VideoProcessor(ABC):
         self._resample = Image.Resampling(self._fields.get("resample", Image.Resampling.BICUBIC))
         if self._resample not in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC):
             refuse("resample", int(self._resample), "2, 3", VIDEO_FILE)
-        size = self._fields.get("size", dict(zip(("shortest_edge", "longest_edge"), self.EDGES, strict=True)))
-        if not isinstance(size, Mapping):
-            refuse("size", size, "an object with shortest_edge and longest_edge", VIDEO_FILE)
-        self._shortest, self._longest = (_edge(size, name) for name in ("shortest_edge", "longest_edge"))
+        self._shortest, self._longest = read_edges(self._fields, self.EDGES, VIDEO_FILE)
         values = pixel_values(self._fields, True, self.MEAN, self.DEVIATION, VIDEO_FILE)
         if not np.array_equal(values, images.values):  # one encoder takes both
             refuse("image_mean, image_std, rescale_factor", "others", "those of preprocessor.json", VIDEO_FILE)
@@ -137,30 +133,18 @@ class VideoProcessor(ABC):
         return FileClip.of(given.source)
 
     def _resized(self, frames: int, clip: Clip, limits: ImageLimits) -> tuple[int, int]:
-        """The size nearest to the clip's with sides of whole blocks and an area of all frames within the edges.
-
-        The reference rounds in double precision, halves to even; so does this.
-        """
+        """The size nearest to the clip's with sides of whole blocks and an area of all frames within the edges."""
         block, copies = self._block, self._copies
         width, height = clip.size
         shortest, longest = self._shortest, self._longest_of(frames)
         if (most := self._most_pixels(limits)) is not None:
             longest = min(longest, most * frames)
             shortest = min(shortest, longest)
-        if min(height, width) < block:  # enlarged first
-            scale = max(block / height, block / width)
-            height, width = int(height * scale), int(width * scale)
-        if max(height, width) / min(height, width) > _MAX_ASPECT:
-            size = f"{clip.name} is {clip.size[0]} x {clip.size[1]} pixels"
-            raise RequestError(f"{size}: one side is more than {_MAX_ASPECT} times the other")
-        rows, columns = round(height / block), round(width / block)
-        area = round(frames / copies) * copies * rows * columns * block**2
-        if area > longest:
-            shrink = math.sqrt(frames * height * width / longest)
-            rows, columns = (max(1, math.floor(side / shrink / block)) for side in (height, width))
-        elif area < shortest:
-            grow = math.sqrt(shortest / (frames * height * width))
-            rows, columns = (math.ceil(side * grow / block) for side in (height, width))
+        size = f"{clip.name} is {width} x {height} pixels"
+        height, width = enlarged(height, width, block)
+        require_aspect(height, width, size)
+        counted = round(frames / copies) * copies
+        rows, columns = blocks_within(height, width, block, (shortest, longest), frames, counted)
         if most is not None and rows * columns * block**2 > most:
             rows, columns = self._within(rows, columns, most // block**2)
         return columns * block, rows * block
@@ -197,10 +181,3 @@ class VideoProcessor(ABC):
         if value != int(value):
             refuse(name, value, "a whole number", VIDEO_FILE)
         return int(value)
-
-
-def _edge(size: Mapping[str, Any], name: str) -> int:
-    value = size.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_EDGE:
-        refuse(f"size.{name}", value, f"a whole number from 1 to {_MAX_EDGE}", VIDEO_FILE)
-    return value
