@@ -72,7 +72,6 @@ def rates(work: Work, seconds: float, limits: Machine) -> dict[str, float]:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Also write the results here.")
 def main(repeats: int, threads: int, output: Path | None) -> None:
     """Measure the gated delta rule on this CPU."""
-
     try:
         set_up()
     except PeerError as error:

@@ -158,6 +158,9 @@ class GatedDeltaSpec:
     def __post_init__(self) -> None:
         if self.key_heads < 1 or self.value_heads % self.key_heads:
             raise FieldError("key_heads", self.key_heads, f"a divisor of the {self.value_heads} value heads")
+        for field in ("value_heads", "key_dim", "value_dim"):
+            if (value := getattr(self, field)) < 1:
+                raise FieldError(field, value, "1 or more")
         if self.kernel < 2:
             raise FieldError("kernel", self.kernel, "2 or more")
 

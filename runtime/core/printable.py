@@ -39,7 +39,7 @@ def counted(count: int, noun: str) -> str:
 def stored_text(stored_as: Mapping[str, int]) -> str:
     """7 tensors fp8 in blocks of 128 x 128, 5 bfloat16"""
     first, *others = stored_as.items()
-    return ", ".join([f"{first[1]} tensors {first[0]}", *(f"{count} {name}" for name, count in others)])
+    return ", ".join([f"{counted(first[1], 'tensor')} {first[0]}", *(f"{count} {name}" for name, count in others)])
 
 
 def bytes_text(count: int) -> str:

@@ -1,5 +1,6 @@
 """The numpy spec of the gated delta rule: a case computed by hand, Hugging Face's own layer, and steps of all kinds."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -85,5 +86,8 @@ def test_a_prompt_in_chunks_equals_the_whole_prompt(variant):
 def test_heads_and_kernels_that_do_not_fit_are_refused():
     with pytest.raises(FieldError, match="key_heads = 2"):
         GatedDeltaSpec(key_heads=2, value_heads=3, key_dim=8, value_dim=8, kernel=4)
+    for field in ("value_heads", "key_dim", "value_dim"):
+        with pytest.raises(FieldError, match=f"{field} = 0"):
+            replace(DELTAS["plain"], **{field: 0})
     with pytest.raises(FieldError, match="kernel = 1"):
         GatedDeltaSpec(key_heads=1, value_heads=1, key_dim=8, value_dim=8, kernel=1)
