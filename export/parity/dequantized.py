@@ -112,14 +112,15 @@ def _shape(
 ) -> tuple[int, ...]:
     *outer, last = stored[parts["codes"]].shape or (0,)
     if values is _packed:
-        n, k = _tensor(stored[parts["shape"]]).tolist()
-        return n, k
+        return (*outer[:-1], *_stated(_tensor(stored[parts["shape"]])))
     if values is _awq:
         return 8 * last, outer[0]
     if values is _gptq:
         return last, outer[0] * 32 // settings.get("bits", 4)
     if values is _mxfp4_blocks:
         return (*outer[:-1], outer[-1] * 2 * last)
+    if values is _nvfp4 and _is_turned(stored[parts["codes"]], stored[parts["scale"]]):
+        return (*outer[:-1], 2 * outer[-1], last)
     return (*outer, last) if values is _scaled else (*outer, 2 * last)
 
 
@@ -148,16 +149,22 @@ def _groups(width: int, count: int) -> Tensor:
 
 
 def _packed(parts: Parts, _: Mapping[str, Any]) -> Tensor:
-    n, k = parts["shape"].tolist()
-    bits = -(-32 * parts["codes"].shape[1] // k)
+    n, k = _stated(parts["shape"])
+    bits = -(-32 * parts["codes"].shape[-1] // k)
     bits = 4 if bits <= 4 else 8
-    codes = _words(parts["codes"], bits)[:, :k].double()
-    scale = parts["scale"].double().reshape(n, -1)
+    codes = _words(parts["codes"], bits)[..., :k].double()
+    scale = parts["scale"].double()
     zero = torch.full_like(scale, 1 << bits - 1)
     if "zero" in parts:
-        zero = _words(parts["zero"].T.contiguous(), bits)[:, :n].T.double()
-    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(k, scale.shape[1])
-    return (codes - zero[:, groups]) * scale[:, groups]
+        zero = _words(parts["zero"].mT.contiguous(), bits)[..., :n].mT.double()
+    groups = parts["g_idx"].long() if "g_idx" in parts else _groups(k, scale.shape[-1])
+    return (codes - zero[..., groups]) * scale[..., groups]
+
+
+def _stated(shape: Tensor) -> tuple[int, int]:
+    """Rows and columns of a matrix, of each of several, or behind the number of those."""
+    n, k = shape.flatten()[-2:].tolist()
+    return n, k
 
 
 def _gptq(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
@@ -185,10 +192,22 @@ def _fp4(packed: Tensor) -> Tensor:
 
 
 def _nvfp4(parts: Parts, _: Mapping[str, Any]) -> Tensor:
-    values, scale = _fp4(parts["codes"]), parts["scale"].double()
+    packed, scale, turned = parts["codes"], parts["scale"].double(), _is_turned(parts["codes"], parts["scale"])
+    if turned:
+        packed, scale = packed.mT, scale.mT
+    values = _fp4(packed)
     of_all = parts["factor"].double() if "factor" in parts else 1 / parts["divisor"].double()
-    each = scale * (of_all.reshape(-1, *(1 for _ in scale.shape[1:])) if of_all.numel() > 1 else of_all)
-    return values * each.repeat_interleave(16, -1)[..., : values.shape[-1]]
+    if of_all.numel() == 2 * len(scale):  # of gate rows and up rows
+        of_all = of_all.reshape(-1, 2).repeat_interleave(scale.shape[1] // 2, 1)[..., None]
+    elif of_all.numel() > 1:
+        of_all = of_all.reshape(-1, *(1 for _ in scale.shape[1:]))
+    values = values * (scale * of_all).repeat_interleave(16, -1)[..., : values.shape[-1]]
+    return values.mT if turned else values
+
+
+def _is_turned(packed: Tensor | Stored, scale: Tensor | Stored) -> bool:
+    """Whether experts are [E, in / 2, out], with scales [E, in / 16, out]."""
+    return packed.shape[-2] != scale.shape[-2]
 
 
 def _mxfp4(parts: Parts, _: Mapping[str, Any]) -> Tensor:

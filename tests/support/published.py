@@ -190,6 +190,7 @@ FORMATS = {
     "mxfp8": Published(fp8_tiles(1, 32, "_scale_inv", torch.uint8), {"quant_method": "fp8", "scale_fmt": "ue8m0"}),
     "int4-32": Published(packed_ints(32), _int4(32, True)),
     "int4-128-zeros": Published(packed_ints(128, zeros=True), _int4(128, False)),
+    "int4-32-zeros-fused": Published(packed_ints(32, zeros=True), _int4(32, False), fused=packed_ints(32, zeros=True)),
     "int4-compression-config": Published(packed_ints(32), _int4(32, True), path=("compression_config",)),
     "int8-128-zeros": Published(
         packed_ints(128, zeros=True, bits=8),

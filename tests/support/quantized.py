@@ -108,7 +108,7 @@ def packed_ints(group: int, zeros: bool = False, bits: int = 4) -> Writer:
         values = (codes - points.repeat(group, 1)[:, : w.shape[1]]).astype(np.float32) * exact
         return tensors | ({"_zero_point": _words(points.T, bits).T} if zeros else {}), values
 
-    return write
+    return _each(write)
 
 
 def gptq(group: int, zeros: bool = False, act_order: bool = False, offset: int = 1, bits: int = 4) -> Writer:

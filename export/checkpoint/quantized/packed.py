@@ -35,19 +35,15 @@ class Packed(Coded):
     def _zeros(self, start: int, stop: int) -> np.ndarray | None:
         if self.zeros is None:
             return None
-        per_word, first = PER_WORD[self.form.bits], 0
-        if len(self.shape) == 3:
-            words = self.zeros.rows(start, stop)
-            stop = self.shape[1]
+        if len(self.shape) == 3:  # all rows of some experts
+            words, rows = self.zeros.rows(start, stop), slice(self.shape[1])
         else:
+            per_word = PER_WORD[self.form.bits]
             first = start // per_word
-            words, start, stop = (
-                self.zeros.rows(first, -(-stop // per_word)),
-                start - first * per_word,
-                stop - first * per_word,
-            )
+            words = self.zeros.rows(first, -(-stop // per_word))
+            rows = slice(start - first * per_word, stop - first * per_word)
         along = from_words(words.swapaxes(-1, -2), self.form.bits).swapaxes(-1, -2)
-        return np.ascontiguousarray(along[..., start if len(self.shape) == 2 else 0 : stop, :])
+        return np.ascontiguousarray(along[..., rows, :])
 
 
 def _read(parts: Parts) -> Weight:

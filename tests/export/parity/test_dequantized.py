@@ -62,6 +62,26 @@ def test_awq_without_zeros_is_symmetric(original: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(read(found[name]), read(weight), rtol=2e-7, err_msg=name)
 
 
+def test_fused_fp4_experts_may_be_turned_and_have_two_scales(original: Path, tmp_path: Path) -> None:
+    """As ModelOpt writes experts that are [E, in, out], gate and up apart."""
+    quantized = FORMATS["nvfp4-fused"].publish(original, tmp_path / "q", tmp_path / "plain")
+    name = "model.language_model.layers.1.mlp.experts.gate_up_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for part in (name, f"{name}_weight_scale"):
+            tensors[part] = tensors[part].view(torch.uint8).mT.contiguous().view(tensors[part].dtype)
+        whole = tensors[f"{name}_weight_scale_2"]
+        tensors[f"{name}_weight_scale_2"] = torch.stack([whole, 2 * whole], 1)[..., None]
+
+    edit_tensors(quantized, change)
+    with Checkpoint.open(quantized) as source, Checkpoint.open(tmp_path / "plain") as plain:
+        wanted = read(plain.tensors[name]).swapaxes(1, 2).copy()
+        wanted[..., wanted.shape[2] // 2 :] *= 2
+        for tensors in (dequantized(source), plain_tensors(source).tensors):
+            assert tensors[name].shape == wanted.shape
+            np.testing.assert_allclose(read(tensors[name]), wanted, rtol=2e-7)
+
+
 @pytest.mark.parametrize("fault", ["none", "order of nibbles", "global scale turned over"])
 def test_a_faulty_loader_fails_parity(
     fault: str, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
