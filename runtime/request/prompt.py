@@ -134,6 +134,7 @@ class PromptBuilder:
         """Each image and video, to be decoded later, and how many visual tokens it has."""
         counted: list[_CountedImage | PlannedVideo] = []
         total = 0
+        kinds = "images and videos" if any(isinstance(one, GivenVideo) for one in given) else "images"
         for one in given:
             if isinstance(one, GivenVideo):
                 if self._videos is None:
@@ -145,7 +146,7 @@ class PromptBuilder:
             total += counted[-1].tokens
             if total > self._model.context:
                 raise RequestError(
-                    f"the first {len(counted)} of the prompt's {len(given)} images have {total} tokens, "
+                    f"the first {len(counted)} of the prompt's {len(given)} {kinds} have {total} tokens, "
                     f"the model's context {self._model.context} ({SMALLER_IMAGES})"
                 )
         return counted

@@ -114,6 +114,15 @@ def test_a_video_and_an_image_stand_where_the_message_has_them(loaded: Loaded) -
     assert len(logprobs(loaded.runtime, question(frames, {"type": "image", "image": frames[0]}))) == TOKENS
 
 
+def test_videos_of_more_tokens_than_the_context_are_refused_before_they_are_decoded(loaded: Loaded) -> None:
+    frames, context = moving_square(4), loaded.runtime.model.context
+    each = loaded.runtime.prompt(question(frames)).image_tokens
+    unread = [frames[0], *["no image"] * 3]
+    more = [{"type": "video", "video": unread, "fps": FPS}] * (context // each)
+    with pytest.raises(RequestError, match=rf"prompt's {1 + len(more)} images and videos have .* context {context} "):
+        loaded.runtime.prompt(question(frames, *more))
+
+
 def test_a_checkpoint_without_video_preprocessing_takes_no_videos(tmp_path: Path) -> None:
     checkpoint = TinyCheckpoint(side_files=True).save(tmp_path / "checkpoint")
     (checkpoint / "video_preprocessor_config.json").unlink()
