@@ -209,7 +209,7 @@ def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], t
         click.echo(printable(line), err=True)
 
     with suppress(ImportError):  # not everywhere: lines are then typed without history
-        import readline  # noqa: F401
+        import readline  # noqa: F401 - input() edits lines with it
 
     say(f"{target}; /help lists the commands, Ctrl-D leaves")
     chat = TerminalChat(lambda messages: "".join(piece.text for piece in answer(messages)), say, system)

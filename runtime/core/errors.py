@@ -106,7 +106,7 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxother = 2, 20, 20, 60
 
-    def repr_str(self, x: str, level: int) -> str:  # noqa: ARG002
+    def repr_str(self, x: str, level: int) -> str:  # noqa: ARG002 - reprlib's signature
         return repr(x[:60])  # the beginning of a text tells more than its two ends
 
 

@@ -197,7 +197,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return template_text.character(obj, argument)
         return super().getitem(obj, argument)
 
-    def wrap_str_format(self, value: Any) -> None:  # noqa: ARG002
+    def wrap_str_format(self, value: Any) -> None:  # noqa: ARG002 - Jinja's signature
         return None  # `call` knows no format
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

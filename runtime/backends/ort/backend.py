@@ -50,13 +50,13 @@ class OrtBackend:
             operators=operators_for(engine),
         )
 
-    def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:  # noqa: ARG002
+    def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:  # noqa: ARG002 - see Backend
         return []
 
-    def kernels(self, bundle: Bundle, engine: EngineMetadata) -> KernelsReport | None:  # noqa: ARG002
+    def kernels(self, bundle: Bundle, engine: EngineMetadata) -> KernelsReport | None:  # noqa: ARG002 - see Backend
         return None
 
-    def table(self, bundle: Bundle, engines: Mapping[str, EngineMetadata]) -> Table | None:  # noqa: ARG002
+    def table(self, bundle: Bundle, engines: Mapping[str, EngineMetadata]) -> Table | None:  # noqa: ARG002 - see Backend
         return None
 
 

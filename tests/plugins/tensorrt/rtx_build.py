@@ -84,7 +84,7 @@ def model(program: Program, experts: int | None, is_tensor: bool) -> bytes:
 def main(links: Path) -> None:
     trt = load(links)
 
-    class Logger(trt.ILogger):  # type: ignore[name-defined, misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             super().__init__()
             self.messages: list[str] = []

@@ -48,7 +48,7 @@ def launching(
 
 def with_tensor(**changes: object) -> Program:
     program = router_program()
-    logits = replace(program.inputs[0], **changes)  # type: ignore[arg-type]
+    logits = replace(program.inputs[0], **changes)
     return replace(program, inputs=(logits, program.inputs[1]))
 
 
@@ -57,7 +57,7 @@ def mapping(sms: tuple[int, ...] = (90,), which: int = 0, **changes: object) -> 
     program = mapped_program(sms)
     (variant,) = program.images[0].variants
     maps = [*variant.maps]
-    maps[which] = replace(maps[which], **changes)  # type: ignore[arg-type]
+    maps[which] = replace(maps[which], **changes)
     variants = (replace(variant, maps=tuple(maps)),)
     return replace(program, images=tuple(replace(image, variants=variants) for image in program.images))
 

@@ -134,7 +134,7 @@ def test_every_write_is_inside_its_page_and_what_is_read_was_written(
         memory = PAGES * page_bytes(states, PAGE_SIZE)
         with load_runtime(bundle, TARGET, LoadOptions(cache_memory=memory)) as runtime:
             pages = Pages(runtime, gpu)
-            runtime.engine.forward = pages.forward  # type: ignore[method-assign]
+            runtime.engine.forward = pages.forward
             ended = list(served(runtime, np.random.default_rng(0)))
             for prompt, request in ended:
                 assert request.error is None

@@ -172,7 +172,7 @@ def test_full_and_lean_tensorrt_by_version(monkeypatch, installed, metadata, exp
     for name in ("tensorrt", "tensorrt_lean"):
         module = ModuleType(name) if name in installed else None
         if module is not None:
-            module.__version__ = installed[name]  # type: ignore[attr-defined]
+            module.__version__ = installed[name]
         monkeypatch.setitem(sys.modules, name, module)
     wanted = msgspec.structs.replace(RTX, product="tensorrt", **metadata)
     if expected is not None:

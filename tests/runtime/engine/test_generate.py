@@ -241,7 +241,7 @@ def test_prompt_places_images_and_text():
 def test_another_image_gives_another_answer():
     other = [
         {"role": "user", "content": [*TWO_IMAGES[0]["content"][:3], {"type": "image", "image": _picture(8, 32, 3)}]}
-    ]  # type: ignore[index]
+    ]
     same = [{"role": "user", "content": TWO_IMAGES[0]["content"]}]
     answers = [_ids(list(_runtime().generate(m, max_new_tokens=16))) for m in (same, other, same)]
     assert answers[0] == answers[2] != answers[1]

@@ -25,7 +25,7 @@ from tests.support.tiny import TinyCheckpoint
 @pytest.fixture(scope="module", params=["hybrid", "qwen3_5_moe"])
 def bundle(
     request: pytest.FixtureRequest,
-    hybrid_family: None,  # noqa: ARG001
+    hybrid_family: None,  # noqa: ARG001 - which it registers
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """cpu:int8 of the family made for tests, and of Qwen3.5."""
@@ -145,7 +145,7 @@ def test_a_thousand_random_steps_in_a_small_cache_change_no_answer(runtime: Runt
                 raise (EngineError if steps % 2 else KeyboardInterrupt)("broken")
             return forward(step, *rest)
 
-        small.engine.forward = failing  # type: ignore[method-assign]
+        small.engine.forward = failing
         while steps < 1000:
             choice = rng.random()
             if choice < 0.1 and sum(one.status != "ended" for one, *_ in asked) < 6:

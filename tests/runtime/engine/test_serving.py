@@ -54,7 +54,7 @@ TARGETS = ["cpu:int8", "reference", "ort-cpu"]
 
 @pytest.fixture(scope="module")
 def bundles(
-    hybrid_family: None,  # noqa: ARG001
+    hybrid_family: None,  # noqa: ARG001 - which it registers
     tiny_checkpoint: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
@@ -228,7 +228,7 @@ def test_a_deadline_in_seconds_ends_plain_answers_too(runtime: Runtime) -> None:
         runtime.generate_many([messages(0), messages(1)], params=params(0, 400), deadline=0.05)
     for wrong in (0, -1, float("nan"), "1", True):
         with pytest.raises(RequestError, match=r"^unsupported value deadline = "):
-            runtime.generate(messages(0), deadline=wrong)  # type: ignore[arg-type]
+            runtime.generate(messages(0), deadline=wrong)
     assert len(runtime.generate_many([messages(0)], params=params(0), deadline=60)[0].token_ids) > 0
     assert runtime.loop.used_pages == 0
 

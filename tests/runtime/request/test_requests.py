@@ -199,8 +199,8 @@ def test_path_of_a_bundle_is_checked(path: Any) -> None:
 
 
 def test_other_arguments_of_load_are_checked() -> None:
-    assert "target = 5" in refusal(lambda: moevlm.runtime.load("x", target=5))  # type: ignore[arg-type]
-    assert "spinning = 'no'" in refusal(lambda: moevlm.runtime.load("x", spinning="no"))  # type: ignore[arg-type]
+    assert "target = 5" in refusal(lambda: moevlm.runtime.load("x", target=5))
+    assert "spinning = 'no'" in refusal(lambda: moevlm.runtime.load("x", spinning="no"))
 
 
 def test_public_names_are_listed() -> None:

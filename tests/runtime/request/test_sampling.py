@@ -227,8 +227,8 @@ def test_bad_value_is_refused_in_one_line_with_field_value_and_range(field, valu
 
 
 def test_one_stop_string_or_a_list_becomes_a_tuple():
-    assert SamplingParams(stop="\n\n").stop == ("\n\n",)  # type: ignore[arg-type]
-    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+    assert SamplingParams(stop="\n\n").stop == ("\n\n",)
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
 
 
 def test_none_stands_for_the_default():

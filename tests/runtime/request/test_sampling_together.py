@@ -34,7 +34,7 @@ OTHERS = [
 
 
 def params(options: Iterable[dict[str, float]]) -> list[SamplingParams]:
-    return [SamplingParams(**{"temperature": 1.0, "seed": n} | one) for n, one in enumerate(options)]  # type: ignore[arg-type]
+    return [SamplingParams(**{"temperature": 1.0, "seed": n} | one) for n, one in enumerate(options)]
 
 
 def rows(rng: np.random.Generator, count: int) -> tuple[np.ndarray, list[CandidateRow]]:

@@ -80,7 +80,7 @@ def forwarded(runtime: Runtime) -> list[Step]:
     """Steps of the engine from now on."""
     steps: list[Step] = []
     forward = runtime.engine.forward
-    runtime.engine.forward = lambda step, *more: steps.append(step) or forward(step, *more)  # type: ignore[method-assign]
+    runtime.engine.forward = lambda step, *more: steps.append(step) or forward(step, *more)
     return steps
 
 
@@ -596,7 +596,7 @@ def test_without_a_device_nothing_of_tensorrt_is_made(bundle, tmp_path) -> None:
         opened = Bundle.open(bundle)
         metadata = opened.manifest.engines[TARGET]
         with pytest.raises(EngineError, match="no NVIDIA GPU that this process may use"):
-            TensorRTEngine(EngineFiles(None, None, None), opened.manifest.model, metadata)  # type: ignore[arg-type]
+            TensorRTEngine(EngineFiles(None, None, None), opened.manifest.model, metadata)
         assert "logger" not in gpu.trt.state
         assert not gpu.trt.state["libraries"]
 
@@ -604,7 +604,7 @@ def test_without_a_device_nothing_of_tensorrt_is_made(bundle, tmp_path) -> None:
 @pytest.mark.parametrize("which", ["decoder", "vision", "experts"])
 def test_a_changed_byte_is_refused_before_anything_is_deserialised(copy, gpu, which) -> None:
     engine = Bundle.open(copy).manifest.engines[TARGET]
-    name = engine.tensorrt.experts if which == "experts" else getattr(engine, which)  # type: ignore[union-attr]
+    name = engine.tensorrt.experts if which == "experts" else getattr(engine, which)
     data = bytearray((copy / name).read_bytes())
     data[-1] ^= 1
     (copy / name).write_bytes(data)

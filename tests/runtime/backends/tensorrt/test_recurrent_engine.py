@@ -40,7 +40,7 @@ def test_requests_together_get_the_tokens_of_the_reference_engine(runtime: Runti
     expected = answers(load_runtime(bundle, "reference", LoadOptions(threads=1)), PROMPTS, 12)
     assert len(set(expected)) == len(PROMPTS)
     assert answers(runtime, PROMPTS, 12) == expected
-    assert runtime.engine.graphs == "replayed"  # type: ignore[attr-defined]
+    assert runtime.engine.graphs == "replayed"
     assert answers(runtime, PROMPTS[:2], 12) == expected[:2]  # in rows that others have had
 
 
