@@ -34,8 +34,8 @@ class Sizes:
         for mixer in dict.fromkeys(layer.mixer for layer in config.decoder.layers):
             if isinstance(mixer, GatedDeltaConfig):
                 _require("value_heads", mixer.value_heads, self.heads)
-                for field in ("key_dim", "value_dim"):
-                    _require(field, getattr(mixer, field), self.delta_dim, self.delta_dim_multiple)
+                for field, dim in (("delta key_dim", mixer.key_dim), ("delta value_dim", mixer.value_dim)):
+                    _require(field, dim, self.delta_dim, self.delta_dim_multiple)
                 _require("kernel", mixer.kernel, self.convolution)
         for moe in dict.fromkeys(config.moe.values()):
             _require("hidden", config.decoder.hidden, multiple=self.expert_multiple)

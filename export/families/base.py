@@ -21,18 +21,18 @@ from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedM
 # What the canonical config calls a field -> its name in config.json in most families.
 _CONFIG_NAMES = {
     "deepstack layers": "vision_config.deepstack_visual_indexes",
+    "delta key_dim": "text_config.linear_key_head_dim",
+    "delta value_dim": "text_config.linear_value_head_dim",
     "experts": "text_config.num_experts",
     "head_dim": "text_config.head_dim",
     "head_dim without a window": "text_config.head_dim",
     "heads": "text_config.num_attention_heads",
     "hidden": "text_config.hidden_size",
-    "key_dim": "text_config.linear_key_head_dim",
     "key_heads": "text_config.linear_num_key_heads",
     "kernel": "text_config.linear_conv_kernel_dim",
     "kv_heads": "text_config.num_key_value_heads",
     "top_k": "text_config.num_experts_per_tok",
     "topk_group": "text_config.topk_group",
-    "value_dim": "text_config.linear_value_head_dim",
     "value_heads": "text_config.linear_num_value_heads",
     "video_begin": "vision_start_token_id",
     "video_end": "vision_end_token_id",
@@ -73,10 +73,9 @@ def family_for(config: Mapping[str, Any]) -> "Family":
 
 @dataclass(frozen=True)
 class Binding:
-    """weights: a recipe by canonical parameter name. left_out: how many tensors by the part of names that they share.
+    """weights: a recipe by canonical parameter name. used: names of the checkpoint's tensors that they are made of.
 
-    why: nothing needs those that are left out, by the same. used: names of the checkpoint's tensors that the weights
-    are made of.
+    left_out: how many tensors nothing needs, by a part of their names. why: the reason for that, by the same part.
     """
 
     weights: Mapping[str, Weight]
@@ -93,7 +92,7 @@ class Family(ABC):
     config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
     the usual one.
     left_out: patterns of tensors that have no part in text and images, or that transformers does not load, and why.
-    part: of config.json, what describes the model of text and images, where there is more; else empty.
+    part: the object of config.json that describes the model of text and images; empty for config.json itself.
     """
 
     weights: ClassVar[Mapping[str, str | Source]]

@@ -222,7 +222,7 @@ class Batch:
         return count
 
     def _row_copies(self, spans: list[_Span], back: bool) -> tuple[tuple[int, int], ...]:
-        """Of recurrent states with which these tokens begin: to rows of their own, or back from there."""
+        """Copies of the recurrent states that these tokens begin with: to spare rows, or back from there."""
         rows = [span.number + 1 for span in spans if self._recurrent and span.start > 0]
         pairs = [(row, row + len(self._sequences)) for row in rows]
         return tuple((spare, row) if back else (row, spare) for row, spare in pairs)

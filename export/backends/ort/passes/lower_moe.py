@@ -38,7 +38,7 @@ class LowerMoE(Pass):
     beta 1. Its silu is ungated silu, and its gelu is the tanh form (measured on [-6, 6]: within 4.3e-7 of tanh, 4.7e-4
     away from erf). Gated gelu_tanh has no form there: those nodes keep their bodies, a loop over the chosen experts
     that takes 1.4 times the kernel's time for 1 token, 1.1 times for 256 (H 1024, I 384, 8 of 64 experts, 1 thread).
-    So do those whose router has factors for its experts: a factor may be negative, which no softmax is.
+    So do those whose router has factors for its experts: a factor may be negative, and no weight of a softmax is.
     """
 
     def requires(self, model: ir.Model) -> Iterator[str]:
