@@ -116,7 +116,8 @@ def _shape(
     if values is _awq:
         return 8 * last, outer[0]
     if values is _gptq:
-        return last, outer[0] * 32 // settings.get("bits", 4)
+        words, index = stored[parts["codes"]], stored.get(parts.get("g_idx", ""))
+        return last, outer[0] * 32 // _gptq_bits(words, index, settings)
     if values is _mxfp4_blocks:
         return (*outer[:-1], outer[-1] * 2 * last)
     if values is _nvfp4 and _is_turned(stored[parts["codes"]], stored[parts["scale"]]):
@@ -168,13 +169,18 @@ def _stated(shape: Tensor) -> tuple[int, int]:
 
 
 def _gptq(parts: Parts, settings: Mapping[str, Any]) -> Tensor:
-    bits, scales = settings.get("bits", 4), parts["scale"].double()
+    bits, scales = _gptq_bits(parts["codes"], parts.get("g_idx"), settings), parts["scale"].double()
     codes = _words(parts["codes"].T.contiguous(), bits).double()  # [N, K]
     stated = settings.get("checkpoint_format") or settings.get("format")
     zeros = _words(parts["zero"], bits).double() + (stated != "gptq_v2")
     k = codes.shape[1]
     groups = parts["g_idx"].long() if "g_idx" in parts else _groups(k, len(scales))
     return (codes - zeros[groups].T) * scales[groups].T
+
+
+def _gptq_bits(words: Tensor | Stored, index: Tensor | Stored | None, settings: Mapping[str, Any]) -> int:
+    """Of a code. Modules may differ from what the config says of all: an index has a number for each input."""
+    return int(settings.get("bits", 4)) if index is None else 32 * words.shape[0] // index.shape[0]
 
 
 def _awq(parts: Parts, _: Mapping[str, Any]) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
@@ -15,7 +16,7 @@ from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.graph.weights import read
 from moevlm.export.parity.dequantized import dequantized
 from moevlm.export.parity.run import check_parity
-from tests.support.published import FORMATS, floats
+from tests.support.published import FORMATS, WEIGHTS, floats
 from tests.support.tiny import edit_json, edit_tensors
 
 
@@ -49,6 +50,20 @@ def test_scales_have_several_names(ending: str, original: Path, tmp_path: Path) 
 
     edit_tensors(quantized, rename)
     assert_agree(quantized, tmp_path / "plain")
+
+
+def test_modules_of_gptq_may_have_other_bits(original: Path, tmp_path: Path) -> None:
+    layer = "model.language_model.layers.1."
+    for name in ("gptq-128", "gptq-8-bits"):
+        FORMATS[name].publish(original, tmp_path / name / "q", tmp_path / name / "plain")
+    for part in ("q", "plain"):
+        theirs = load_file(tmp_path / "gptq-8-bits" / part / WEIGHTS)
+        eight = {name: tensor for name, tensor in theirs.items() if name.startswith(layer)}
+        edit_tensors(tmp_path / "gptq-128" / part, lambda tensors, eight=eight: tensors.update(eight))
+    quantized = tmp_path / "gptq-128" / "q"
+    other = {"+:.*layers\\.1\\..*": {"bits": 8, "group_size": 64}}
+    edit_json(quantized / "config.json", lambda config: config["quantization_config"].update(dynamic=other))
+    assert_agree(quantized, tmp_path / "gptq-128" / "plain")
 
 
 def test_awq_without_zeros_is_symmetric(original: Path, tmp_path: Path) -> None:
