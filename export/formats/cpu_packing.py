@@ -1,7 +1,7 @@
 """Weights in the order that the CPU kernels read.
 
 Quantized: panels of 32 rows; in a panel, groups along K; in a group, 32 fp16 scales, then lines of 32 rows x 4 bytes
-(plugins/cpu/matmul/packing.h); behind the groups of a panel, the zeros of its rows, where they have their own. Floats:
+then, where rows have zeros of their own, 32 bytes of these (plugins/cpu/matmul/packing.h). Floats:
 panels of 32 rows; in a panel, K lines of 32 values (float_linear.h beside it).
 A panel depends on its own 32 rows only, so a weight may be packed, and written, some panels at a time.
 """
@@ -23,8 +23,7 @@ BITS = (4, 8)
 
 def panel_bytes(columns: int, bits: int, group_size: int, zeros: bool = False) -> int:
     """Size of 32 packed rows of `columns` values."""
-    groups = -(-columns // group_size)
-    return groups * PANEL * (2 + group_size * bits // 8) + (-(-groups // 2) * 2 * PANEL if zeros else 0)
+    return -(-columns // group_size) * PANEL * (2 + group_size * bits // 8 + zeros)
 
 
 def packed_bytes(rows: int, columns: int, bits: int, group_size: int, zeros: bool = False) -> int:
@@ -49,7 +48,8 @@ def pack(q: Array, scales: Array, bits: int, group_size: int, zeros: Array | Non
         padded[:rows, :columns] = q
         q = padded
         scales = np.concatenate([scales, np.zeros((panels * PANEL - rows, groups), scales.dtype)])
-    out = np.empty((panels, groups, PANEL * (2 + group_size * bits // 8)), np.uint8)
+    behind = 2 * PANEL + PANEL * group_size * bits // 8  # the lines
+    out = np.empty((panels, groups, behind + (PANEL if zeros is not None else 0)), np.uint8)
     if np.abs(scales).max(initial=0) > np.finfo(np.float16).max:
         raise ValueError(f"a scale is {np.abs(scales).max():.3g} (allowed: up to {np.finfo(np.float16).max}, for fp16)")
     out[..., : 2 * PANEL].view(np.float16)[:] = scales.reshape(panels, PANEL, groups).transpose(0, 2, 1)
@@ -59,34 +59,29 @@ def pack(q: Array, scales: Array, bits: int, group_size: int, zeros: Array | Non
         values = (word | (word >> np.uint64(28))).astype(np.uint32)
     else:
         values = np.ascontiguousarray(q).view(np.uint32).reshape(panels, PANEL, groups, group_size // 4)
-    lines = out[..., 2 * PANEL :].view(np.uint32).reshape(panels, groups, values.shape[3], PANEL)
+    lines = out[..., 2 * PANEL : behind].view(np.uint32).reshape(panels, groups, values.shape[3], PANEL)
     lines[:] = values.transpose(0, 2, 3, 1)
-    packed = out.reshape(panels, -1)
-    return packed if zeros is None else np.concatenate([packed, _panels_of_zeros(zeros, panels, groups)], 1)
-
-
-def _panels_of_zeros(zeros: Array, panels: int, groups: int) -> Array:
-    """[N, groups] -> [panels, bytes]: 32 of a group side by side, an even number of groups."""
-    filled = np.full((panels * PANEL, groups + groups % 2), 8, np.uint8)
-    filled[: len(zeros), :groups] = zeros
-    return filled.reshape(panels, PANEL, -1).transpose(0, 2, 1).reshape(panels, -1)
+    if zeros is not None:
+        filled = np.concatenate([zeros, np.zeros((panels * PANEL - rows, groups), np.uint8)])
+        out[..., behind:] = filled.reshape(panels, PANEL, groups).transpose(0, 2, 1)
+    return out.reshape(panels, -1)
 
 
 def unpack_zeros(packed: Array, rows: int, columns: int, bits: int, group_size: int) -> Array:
     """Of a weight that was packed with zeros: [rows, groups] uint8."""
+    _check(bits, group_size)
     panels, groups = -(-rows // PANEL), -(-columns // group_size)
-    behind = packed.reshape(panels, -1)[:, panel_bytes(columns, bits, group_size) :]
-    return behind.reshape(panels, -1, PANEL).transpose(0, 2, 1).reshape(panels * PANEL, -1)[:rows, :groups]
+    behind = packed.reshape(panels, groups, -1)[..., -PANEL:]
+    return behind.transpose(0, 2, 1).reshape(panels * PANEL, groups)[:rows]
 
 
 def unpack(packed: Array, rows: int, columns: int, bits: int, group_size: int) -> tuple[Array, Array]:
     """The inverse of `pack`: q [rows, columns] uint8 and scales [rows, ceil(columns / group_size)] float16."""
     _check(bits, group_size)
     panels, groups = -(-rows // PANEL), -(-columns // group_size)
-    packed = packed.reshape(panels, -1)[:, : panel_bytes(columns, bits, group_size)]  # without zeros
-    parts = packed.reshape(panels, groups, PANEL * (2 + group_size * bits // 8))
+    parts, behind = packed.reshape(panels, groups, -1), 2 * PANEL + PANEL * group_size * bits // 8
     scales = np.ascontiguousarray(parts[..., : 2 * PANEL]).view(np.float16).transpose(0, 2, 1)
-    lines = np.ascontiguousarray(parts[..., 2 * PANEL :]).reshape(panels, groups, -1, PANEL, 4)
+    lines = np.ascontiguousarray(parts[..., 2 * PANEL : behind]).reshape(panels, groups, -1, PANEL, 4)
     if bits == 4:
         lines = np.concatenate([lines & 15, lines >> 4], axis=4)
     q = lines.transpose(0, 3, 1, 2, 4).reshape(panels * PANEL, groups * group_size)

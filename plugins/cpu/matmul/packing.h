@@ -11,8 +11,7 @@
 //                    4 bits: group_size / 8 times, 32 rows x 4 bytes: row r, byte j holds q[r, 8 line + j] in its low
 //                            half, q[r, 8 line + 4 + j] in its high half
 //
-// With zeros (4 bits only) each row has a zero point of its own in each group; behind the last group of a panel lie 32
-// bytes for each group, one per row, and what fills up a cache line.
+// With zeros (4 bits only) each row has a zero point of its own in each group: 32 bytes, one per row, behind its lines.
 //
 // Rows past N and columns past K hold the zero point, with scale 0 in rows past N. In the gate_up weight of a gated
 // expert panel p holds the 16 gate rows, then the 16 up rows, of channels 16 p to 16 p + 15.
@@ -44,9 +43,8 @@ struct Packing {
   }
   constexpr int zero_point() const { return bits == 4 ? 8 : 128; }
   constexpr int64_t groups(int64_t k) const { return ceil_div(k, group_size); }
-  constexpr int64_t group_bytes() const { return kPanel * (2 + int64_t{group_size} * bits / 8); }
-  constexpr int64_t zero_bytes(int64_t k) const { return zeros ? ceil_div(groups(k), 2) * 2 * kPanel : 0; }
-  constexpr int64_t panel_bytes(int64_t k) const { return groups(k) * group_bytes() + zero_bytes(k); }
+  constexpr int64_t group_bytes() const { return kPanel * (2 + int64_t{group_size} * bits / 8 + zeros); }
+  constexpr int64_t panel_bytes(int64_t k) const { return groups(k) * group_bytes(); }
   constexpr int64_t bytes(int64_t n, int64_t k) const { return ceil_div(n, kPanel) * panel_bytes(k); }
   constexpr int64_t activation_bytes(int64_t k) const { return groups(k) * (group_size + kActivationHeader); }
 };

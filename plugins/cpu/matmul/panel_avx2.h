@@ -15,16 +15,10 @@ inline __m256i broadcast_four(const uint8_t* p) {
 
 // 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out.
 // 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k.
-// zeros: of these rows, or null.
 template <int Rows>
-inline void products4(const uint8_t* w, const uint8_t* zeros, const uint8_t* const* x, int64_t at, int group_size,
-                      __m256i* total) {
+inline void products4(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
   const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
   for (int r = 0; r < Rows; ++r) total[r] = broadcast_four(x[r] + at + 4);
-  if (zeros != nullptr) {
-    const __m256i own = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
-    for (int r = 0; r < Rows; ++r) total[r] = _mm256_mullo_epi32(own, _mm256_srai_epi32(total[r], 3));
-  }
   for (int k = 0; k < group_size; k += 32) {
     const int stop = k + 32 < group_size ? k + 32 : group_size;
     __m256i words[Rows];
@@ -62,21 +56,29 @@ inline void products8(const uint8_t* w, const uint8_t* const* x, int64_t at, int
 template <int Bits, bool Zeros, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size,
                   float* out) {
-  const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
+  const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8 + Zeros);
   for (int i = 0; i < Rows * kPanel; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   const uint8_t* const end = w + groups * group_bytes;
-  const uint8_t* zeros = end;
   constexpr int64_t kAhead = 2048;
   for (int64_t at = 0; w != end; w += group_bytes, at += group_size + kActivationHeader) {
     const uint8_t* far = w + kAhead < end ? w + kAhead : ahead + (w + kAhead - end);
     for (int64_t i = 0; i < group_bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(far + i), _MM_HINT_T0);
+    const uint8_t* zeros = w + group_bytes - kPanel;
     for (int part = 0; part < 4; ++part) {
       const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * part)));
       __m256i total[Rows];
       if (Bits == 4) {
-        products4<Rows>(w + 64 + 32 * part, Zeros ? zeros + 8 * part : nullptr, x, at, group_size, total);
+        products4<Rows>(w + 64 + 32 * part, x, at, group_size, total);
       } else {
         products8<Rows>(w + 64 + 32 * part, x, at, group_size, total);
+      }
+      if (Zeros) {  // in place of the 8 that `start` took out: (8 - zero) * sum(q)
+        const __m256i own = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros + 8 * part)));
+        const __m256i less = _mm256_sub_epi32(own, _mm256_set1_epi32(8));
+        for (int r = 0; r < Rows; ++r) {
+          const __m256i start = _mm256_srai_epi32(broadcast_four(x[r] + at + 4), 3);
+          total[r] = _mm256_add_epi32(total[r], _mm256_mullo_epi32(less, start));
+        }
       }
       for (int r = 0; r < Rows; ++r) {
         float row_scale;
@@ -86,7 +88,6 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
         _mm256_storeu_ps(sum, _mm256_fmadd_ps(_mm256_cvtepi32_ps(total[r]), both, _mm256_loadu_ps(sum)));
       }
     }
-    if (Zeros) zeros += kPanel;
   }
 }
 

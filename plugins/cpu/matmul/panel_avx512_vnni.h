@@ -28,7 +28,7 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
                   float* out) {
   constexpr int Chains = Rows <= 2 ? 2 : 1;
   const int group_size = GroupSize ? GroupSize : size_given;
-  const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
+  const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8 + Zeros);
   const __m512i low_half = _mm512_set1_epi8(15);
   const uint8_t* x[Rows];
   __m512 sum[Rows][2];
@@ -38,7 +38,6 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
     sum[r][0] = sum[r][1] = _mm512_setzero_ps();
   }
   const uint8_t* const end = w + groups * group_bytes;
-  const uint8_t* zeros = end;
   int64_t at = 0;  // in each row of activations
   while (w != end) {
     const uint8_t* far = w + kAhead < end ? w + kAhead : ahead + (w + kAhead - end);
@@ -54,12 +53,11 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
     }
     if (Zeros) {
       for (int t = 0; t < 2; ++t) {
-        const auto* own = reinterpret_cast<const __m128i*>(zeros + 16 * t);
+        const auto* own = reinterpret_cast<const __m128i*>(w + group_bytes - kPanel + 16 * t);
         const __m512i zero = _mm512_cvtepu8_epi32(_mm_loadu_si128(own));
 #pragma GCC unroll 6
         for (int r = 0; r < Rows; ++r) acc[r][t][0] = _mm512_mullo_epi32(zero, _mm512_srai_epi32(acc[r][t][0], 3));
       }
-      zeros += kPanel;
     }
     const int steps = group_size / 8;
     for (int s = 0; s < steps; ++s) {

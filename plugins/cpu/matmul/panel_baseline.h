@@ -28,7 +28,6 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
                   float* out) {
   std::memset(out, 0, sizeof(float) * rows * kPanel);
   int64_t at = 0;
-  const uint8_t* zeros = w + groups * kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8);
   for (int64_t b = 0; b < groups; ++b, at += group_size + kActivationHeader) {
     float scales[kPanel];
     for (int i = 0; i < kPanel; ++i) {
@@ -37,6 +36,7 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
       scales[i] = half_to_float(half);
     }
     w += 2 * kPanel;
+    const uint8_t* zeros = w + kPanel * static_cast<int64_t>(group_size) * Bits / 8;
     const int step = Bits == 4 ? 8 : 4;  // values of k in a line
     for (int r = 0; r < rows; ++r) {
       float row_scale;
@@ -61,8 +61,7 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
       float* sum = out + r * kPanel;
       for (int i = 0; i < kPanel; ++i) sum[i] += static_cast<float>(total[i]) * (scales[i] * row_scale);
     }
-    w += kPanel * static_cast<int64_t>(group_size) * Bits / 8;
-    if (Zeros) zeros += kPanel;
+    w = zeros + (Zeros ? kPanel : 0);
   }
 }
 

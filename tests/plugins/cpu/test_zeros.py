@@ -32,7 +32,6 @@ def test_unpack_undoes_pack(rng, group, columns):
     q, scales, zeros, _ = weight(rng, 70, columns, group)
     packed = cpu_packing.pack(q, scales, 4, group, zeros)
     assert packed.nbytes == cpu_packing.packed_bytes(70, columns, 4, group, zeros=True)
-    assert packed.shape[1] % 64 == 0  # panels begin at cache lines
     found = cpu_packing.unpack(packed, 70, columns, 4, group)
     for back, array in zip(
         (*found, cpu_packing.unpack_zeros(packed, 70, columns, 4, group)), (q, scales, zeros), strict=True
