@@ -1,7 +1,8 @@
 """Updates of an adapter added to weights as they are read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -9,49 +10,21 @@ from moevlm.export.checkpoint.lora.adapter import Update
 from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.errors import CheckpointError, one_line
 
-_FLOAT32 = np.dtype(np.float32)
-
 
 @dataclass(frozen=True)
 class Merged:
-    """A matrix [out, in] and its update, float32."""
+    """A weight and what is added to it, float32. change: of rows [start:stop] of the first axis."""
 
     source: Weight
-    update: Update
+    change: Callable[[int, int], np.ndarray]
+    dtype = np.dtype(np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.source.shape
 
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
-
     def rows(self, start: int, stop: int) -> np.ndarray:
-        return self.source.rows(start, stop).astype(np.float32, copy=False) + self.update.rows(start, stop)
-
-
-@dataclass(frozen=True)
-class MergedExperts:
-    """All experts of a layer [E, out, in] and their updates, float32. swapped: these are [E, in, out]."""
-
-    source: Weight
-    update: Update
-    swapped: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        return _FLOAT32
-
-    def rows(self, start: int, stop: int) -> np.ndarray:
-        change = self.update.of_experts(start, stop)
-        return self.source.rows(start, stop).astype(np.float32, copy=False) + (
-            change.swapaxes(1, 2) if self.swapped else change
-        )
+        return self.source.rows(start, stop).astype(np.float32, copy=False) + self.change(start, stop)
 
 
 def merge(weight: Weight, updates: Sequence[Update]) -> Weight:
@@ -59,7 +32,7 @@ def merge(weight: Weight, updates: Sequence[Update]) -> Weight:
     for update in updates:
         if update.experts != 1 or update.shape != weight.shape:
             raise _misfit(update, weight)
-        weight = Merged(weight, update)
+        weight = Merged(weight, update.rows)
     return weight
 
 
@@ -72,8 +45,12 @@ def fits_experts(update: Update, weight: Weight) -> bool:
 def merge_experts(weight: Weight, updates: Sequence[Update]) -> Weight:
     """Experts [E, out, in] with updates that fit them. Older releases of PEFT took experts to lie as [E, in, out]."""
     for update in updates:
-        weight = MergedExperts(weight, update, swapped=update.shape != weight.shape[1:])
+        weight = Merged(weight, update.of_experts if update.shape == weight.shape[1:] else partial(_turned, update))
     return weight
+
+
+def _turned(update: Update, start: int, stop: int) -> np.ndarray:
+    return update.of_experts(start, stop).swapaxes(1, 2)
 
 
 def _misfit(update: Update, weight: Weight) -> CheckpointError:

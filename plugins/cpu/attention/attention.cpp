@@ -18,17 +18,14 @@ namespace avx512 { extern const Kernels kernels; }
 
 namespace {
 
-// Those with the widest vectors that divide a head.
-const Kernels& kernels_for(const Call& call) {
-  const auto fitting = [&](const Kernels& kernels) {
-    return call.key_dim % kernels.lanes || call.value_dim % kernels.lanes ? nullptr : &kernels;
-  };
-  const Kernels* const narrow = fitting(baseline::kernels) ? &baseline::kernels : &pairs::kernels;
 #if defined(__x86_64__)
-  return fastest<Kernels>({narrow, fitting(avx2::kernels), fitting(avx512::kernels)}, instruction_set());
+constexpr const Kernels* kTables[4] = {&baseline::kernels, &avx2::kernels, &avx512::kernels};
 #else
-  return fastest<Kernels>({narrow}, instruction_set());
+constexpr const Kernels* kTables[4] = {&baseline::kernels};
 #endif
+
+const Kernels& kernels_for(const Call& call) {
+  return fastest_for_heads(pairs::kernels, kTables, call.key_dim, call.value_dim, instruction_set());
 }
 
 // As many tokens of a sequence as a task takes. There are `lanes` rows of tasks for them: one for each key/value head

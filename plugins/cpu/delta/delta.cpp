@@ -24,17 +24,14 @@ namespace {
 constexpr int64_t kBlock = 64;
 constexpr int64_t kTasksPerThread = 4;
 
-// Those with the widest vectors that divide a head.
-const Kernels& kernels_for(const Call& call) {
-  const auto fitting = [&](const Kernels& kernels) {
-    return call.key_dim % kernels.lanes || call.value_dim % kernels.lanes ? nullptr : &kernels;
-  };
-  const Kernels* const narrow = fitting(baseline::kernels) ? &baseline::kernels : &pairs::kernels;
 #if defined(__x86_64__)
-  return fastest<Kernels>({narrow, fitting(avx2::kernels), fitting(avx512::kernels)}, instruction_set());
+constexpr const Kernels* kTables[4] = {&baseline::kernels, &avx2::kernels, &avx512::kernels};
 #else
-  return fastest<Kernels>({narrow}, instruction_set());
+constexpr const Kernels* kTables[4] = {&baseline::kernels};
 #endif
+
+const Kernels& kernels_for(const Call& call) {
+  return fastest_for_heads(pairs::kernels, kTables, call.key_dim, call.value_dim, instruction_set());
 }
 
 struct Aligned {

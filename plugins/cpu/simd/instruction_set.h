@@ -1,5 +1,6 @@
 // The instruction sets that kernels are compiled for, and the one that this process uses.
 #pragma once
+#include <cstdint>
 
 namespace moevlm {
 
@@ -20,6 +21,20 @@ const Kernels& fastest(const Kernels* const (&tables)[4], InstructionSet set) {
   int i = static_cast<int>(set);
   while (!tables[i]) --i;
   return *tables[i];
+}
+
+// Of such tables, whose kernels take heads in vectors of `lanes`, the last whose vectors divide both sizes of a head;
+// `pairs` where none does.
+template <class Kernels>
+const Kernels& fastest_for_heads(const Kernels& pairs, const Kernels* const (&tables)[4], int64_t key_dim,
+                                 int64_t value_dim, InstructionSet set) {
+  const auto fitting = [&](int i) {
+    const Kernels* const table = tables[i];
+    return table && key_dim % table->lanes == 0 && value_dim % table->lanes == 0 ? table : nullptr;
+  };
+  const Kernels* const first = fitting(0) ? fitting(0) : &pairs;
+  const Kernels* const found[4] = {first, fitting(1), fitting(2), fitting(3)};
+  return fastest(found, set);
 }
 
 }  // namespace moevlm
