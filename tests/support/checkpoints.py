@@ -26,7 +26,7 @@ def refused(kind: type[MoevlmError], *words: str, act: Callable[[], Any]) -> Non
     message = str(raised.value)
     assert "\n" not in message
     for word in words:
-        assert word in message
+        assert word in message, message
 
 
 def canonical(directory: Path, layout: str = "auto") -> dict[str, np.ndarray]:

@@ -117,7 +117,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], object], tuple[str, ...]]] = {
     "one-scale-for-blocks-of-experts": (
         "fp8-blocks-fused",
         replaced(f"{EXPERTS}.down_proj_scale_inv", lambda _: torch.tensor(1.0)),
-        (f"tensor {EXPERTS}.down_proj_scale_inv has shape [] (allowed: [8, 2, 3] for blocks of 128 x 128, ",),
+        (f"tensor {EXPERTS}.down_proj_scale_inv has shape [] (allowed: [4, 2, 3] for blocks of 128 x 128, ",),
     ),
     "shape-of-scale-nvfp4": (
         "nvfp4",
