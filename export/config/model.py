@@ -27,7 +27,8 @@ class MLPConfig:
 class MoEConfig:
     """A sparse feed-forward layer.
 
-    correction_bias: [experts] added for the choice. expert_scale: [experts], factor on a chosen expert's weight.
+    router_bias: [experts], part of the logits. correction_bias: [experts] added to scores for the choice alone.
+    expert_scale: [experts], factor on a chosen expert's weight. expert_biases: both projections of an expert have one.
     shared_width: of an expert that always runs; 0 for none.
     shared_gate: what the shared expert returns is multiplied by the sigmoid of a projection to one number.
     dense_width: of a dense layer beside the experts, each side with norms of its own (Gemma 4); 0 for none.
@@ -37,8 +38,10 @@ class MoEConfig:
     width: int
     router: RouterSpec
     expert: ExpertsSpec
+    router_bias: bool = False
     correction_bias: bool = False
     expert_scale: bool = False
+    expert_biases: bool = False
     shared_width: int = 0
     shared_gate: bool = False
     dense_width: int = 0

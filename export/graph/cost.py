@@ -13,6 +13,7 @@ from moevlm.runtime.core.manifest import CostMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
 _SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
+_DOWN = 4  # of the inputs of EXPERTS; biases follow
 
 
 def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], patches_per_token: int) -> CostMetadata:
@@ -21,7 +22,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
     Both by name, vision and decoder. patches_per_token: that become a visual token.
     """
     read = _sum(lowered["decoder"], _bytes)
-    multiplied = _sum(canonical["decoder"], _elements)
+    multiplied = _sum(canonical["decoder"], _multiplied)
     return CostMetadata(
         dense_bytes=read["dense"],
         expert_bytes=read["expert"],
@@ -72,6 +73,12 @@ def _is_weight(value: ir.Value, sparse: bool) -> bool:
 def _bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     return _elements(value) * int(value.dtype.bitwidth) // 8
+
+
+def _multiplied(value: ir.Value) -> int:
+    """Elements that a token is multiplied with: all but biases of experts, a row for each."""
+    is_bias = any(is_op(node, EXPERTS) and place > _DOWN for node, place in value.uses())
+    return 0 if is_bias else _elements(value)
 
 
 def _elements(value: ir.Value) -> int:

@@ -26,7 +26,7 @@ def planned_cost(
     with torch.device("meta"):
         decoder, vision = Decoder(config.decoder), vision_tower(config.vision)
     sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
-    routed = [parameter for moe in sparse for parameter in (moe.gate_up, moe.down)]
+    routed = [parameter for moe in sparse for parameter in moe.of_experts]
     routers = sum(moe.router.weight.numel() for moe in sparse)
     head = config.decoder.vocabulary * config.decoder.hidden
     tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]

@@ -18,13 +18,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ExactLinear(nn.Linear):
-    """A projection without bias to few numbers that decide much: which experts are chosen, what a state keeps.
+    """A projection to few numbers that decide much: which experts are chosen, what a state keeps.
 
     No target rounds its weight or what it reads.
     """
 
-    def __init__(self, size: int, out: int) -> None:
-        super().__init__(size, out, bias=False)
+    def __init__(self, size: int, out: int, bias: bool = False) -> None:
+        super().__init__(size, out, bias=bias)
 
 
 class RMSNorm(nn.Module):
@@ -58,26 +58,34 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """A router, E experts of which k run for each token, and an optional shared expert that always runs.
 
-    x [T, H] -> [T, H]. gate_up [E, 2I, H]: gate rows first. down [E, H, I].
+    x [T, H] -> [T, H]. gate_up [E, 2I, H]: gate rows first. down [E, H, I]. Their biases: [E, 2I] and [E, H].
     """
 
     def __init__(self, size: int, config: MoEConfig, name: str) -> None:
         super().__init__()
         self.config, self.name = config, name
         rows = 2 * config.width if config.expert.gated else config.width
-        self.router = ExactLinear(size, config.experts)
+        self.router = ExactLinear(size, config.experts, config.router_bias)
         self.correction_bias = nn.Parameter(torch.empty(config.experts)) if config.correction_bias else None
         self.expert_scale = nn.Parameter(torch.empty(config.experts)) if config.expert_scale else None
         self.gate_up = nn.Parameter(torch.empty(config.experts, rows, size))
         self.down = nn.Parameter(torch.empty(config.experts, size, config.width))
+        self.gate_up_bias = nn.Parameter(torch.empty(config.experts, rows)) if config.expert_biases else None
+        self.down_bias = nn.Parameter(torch.empty(config.experts, size)) if config.expert_biases else None
         shared = MLPConfig(config.shared_width, config.expert.activation)
         self.shared = MLP(size, shared) if config.shared_width else None
         self.shared_gate = ExactLinear(size, 1) if config.shared_gate else None
 
     @property
+    def of_experts(self) -> list[nn.Parameter]:
+        """Weights and biases of all experts."""
+        given = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [parameter for parameter in given if parameter is not None]
+
+    @property
     def idle_parameters(self) -> int:
         """Weights of the experts that a token is not sent to."""
-        each = (self.gate_up.numel() + self.down.numel()) // self.config.experts
+        each = sum(parameter.numel() for parameter in self.of_experts) // self.config.experts
         return each * (self.config.experts - self.config.router.top_k)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,7 +100,8 @@ class MoE(nn.Module):
         logits = ops.tap(self.router(router_rows), f"{self.name}.router_logits")
         index, weight = ops.router(logits, self.correction_bias, self.expert_scale, **attributes(self.config.router))
         index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
-        return ops.experts(x, index, weight, self.gate_up, self.down, **attributes(self.config.expert))
+        weights = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return ops.experts(x, index, weight, *weights, **attributes(self.config.expert))
 
 
 class MoEBesideMLP(MoE):

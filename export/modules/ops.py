@@ -91,6 +91,8 @@ def experts(
     expert_weight: Tensor,
     gate_up: Tensor,
     down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
     activation: str,
     gated: int,
     weight_on: str,
@@ -105,7 +107,10 @@ def experts(
         return rounded(rows, group_size) if group_size else rows
 
     routing, weights = (expert_index.numpy(), expert_weight.numpy()), (gate_up.detach().numpy(), down.detach().numpy())
-    return torch.from_numpy(reference_experts(through(x.numpy()), *routing, *weights, spec, between=through))
+    biases = (None if bias is None else bias.detach().numpy() for bias in (gate_up_bias, down_bias))
+    up_bias, out_bias = biases
+    y = reference_experts(through(x.numpy()), *routing, *weights, spec, up_bias, out_bias, between=through)
+    return torch.from_numpy(y)
 
 
 @experts.register_fake

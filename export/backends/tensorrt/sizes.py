@@ -25,6 +25,7 @@ def cost_of(config: ModelConfig, options: Options, exact_router: bool) -> CostMe
             options.activations,
             options.weights,
             options.group_size,
+            moe.expert_biases,
         ).weight_bytes
 
     return planned_cost(config, width, _FLOAT32 if exact_router else width, expert_bytes)

@@ -61,21 +61,23 @@ def test_linear_equals_numpy_on_the_same_rounded_activations(kernels, rng, group
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-6 * np.abs(values).sum(1).max())
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biases"])
 @pytest.mark.parametrize("gated", [True, False])
-def test_experts_take_zeros_in_both_matrices(kernels, rng, gated):
+def test_experts_take_zeros_in_both_matrices(kernels, rng, gated, biased):
     hidden, width, experts, group = 72, 40, 4, 32
     rows = 2 * width if gated else width
     pack = cpu_packing.pack_gate_up if gated else cpu_packing.pack
     up, down = ([weight(rng, n, k, group) for _ in range(experts)] for n, k in ((rows, hidden), (hidden, width)))
     x, spec = rng.standard_normal((5, hidden)).astype(np.float32), ExpertsSpec(gated=gated)
     index, share = rng.integers(0, experts, (5, 2), dtype=np.int32), rng.uniform(0.1, 1, (5, 2)).astype(np.float32)
+    biases = [rng.standard_normal((experts, n)).astype(np.float32) if biased else None for n in (rows, hidden)]
 
     def run(zeros: bool, banks) -> np.ndarray:
         packed = [
             np.stack([make(q, s, 4, group, z if zeros else None) for q, s, z, _ in bank])
             for make, bank in zip((pack, cpu_packing.pack), banks, strict=True)
         ]
-        return kernels.experts(x, index, share, *packed, spec, width, 4, group, zeros=zeros)[0]
+        return kernels.experts(x, index, share, *packed, spec, width, 4, group, *biases, zeros=zeros)[0]
 
     symmetric = [[(q, s, np.full_like(z, 8), v) for q, s, z, v in bank] for bank in (up, down)]
     assert run(True, symmetric).tobytes() == run(False, symmetric).tobytes()

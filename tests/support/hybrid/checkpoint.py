@@ -52,4 +52,6 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> to
         return 1 + 0.2 * values if name.endswith("weight") else 0.2 * values
     if name.endswith("sinks") or name == "embedding":
         return values
-    return 0.2 * values if len(shape) < 2 else values / shape[-1] ** 0.5
+    if len(shape) < 2 or name.endswith("_bias"):
+        return 0.2 * values
+    return values / shape[-1] ** 0.5

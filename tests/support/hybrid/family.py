@@ -75,11 +75,20 @@ ROPES = (
 )
 DENSE = MLPConfig(40, "silu")
 SPARSE = MoEConfig(8, 24, RouterSpec(top_k=2), ExpertsSpec())
+# Biases everywhere (gpt-oss); the limit clamps some values.
+BIASED = MoEConfig(
+    8,
+    24,
+    RouterSpec(top_k=2, scoring="softmax_after_topk", renormalize=False),
+    ExpertsSpec("swiglu_clamped", limit=0.75),
+    router_bias=True,
+    expert_biases=True,
+)
 LAYERS = {
     "wide": LayerConfig(WIDE, SPARSE),
     "local": LayerConfig(LOCAL, SPARSE),
     "windowed": LayerConfig(WINDOWED, SPARSE),
-    "unturned": LayerConfig(UNTURNED, SPARSE),
+    "unturned": LayerConfig(UNTURNED, BIASED),
     "recurrent": LayerConfig(RecurrenceConfig(CHANNELS), DENSE),
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
@@ -133,8 +142,8 @@ class Hybrid(Family):
                 "attention_norm.weight",
                 "feed_forward_norm.weight",
                 *(f"feed_forward.{part}.weight" for part in ("router", "gate", "up", "down")),
-                "feed_forward.gate_up",
-                "feed_forward.down",
+                "feed_forward.router.bias",
+                *(f"feed_forward.{part}{kind}" for part in ("gate_up", "down") for kind in ("", "_bias")),
                 "feed_forward.expert_scale",
             )
         },

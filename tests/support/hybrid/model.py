@@ -11,6 +11,7 @@ _UNTURNED = (2, 1, 32, 24, 0, 1.0, None, None, 0.25)
 # Heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale.
 ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE, "unturned": _UNTURNED}
 TOP_K = 2
+LIMIT = 0.75  # of gates and ups of experts with biases
 
 
 class PlainModel:
@@ -97,10 +98,18 @@ def _dense(x: Tensor, own: dict[str, Tensor]) -> Tensor:
 
 def _sparse(x: Tensor, own: dict[str, Tensor]) -> Tensor:
     shares = torch.softmax(_linear(x, own, "feed_forward.router"), -1)
-    y = torch.zeros_like(x)
+    y, biased = torch.zeros_like(x), "feed_forward.down_bias" in own
     for t, row in enumerate(x):
         weights, chosen = shares[t].topk(TOP_K)
         for weight, expert in zip(weights / weights.sum(), chosen, strict=True):
-            gate, up = (own["feed_forward.gate_up"][expert] @ row).chunk(2)
-            y[t] += weight * (own["feed_forward.down"][expert] @ (F.silu(gate) * up))
+            inner = own["feed_forward.gate_up"][expert] @ row
+            if biased:
+                gate, up = (inner + own["feed_forward.gate_up_bias"][expert]).chunk(2)
+                gate, up = gate.clamp(max=LIMIT), up.clamp(-LIMIT, LIMIT)
+                y[t] += weight * own["feed_forward.down_bias"][expert]
+                inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+            else:
+                gate, up = inner.chunk(2)
+                inner = F.silu(gate) * up
+            y[t] += weight * (own["feed_forward.down"][expert] @ inner)
     return y

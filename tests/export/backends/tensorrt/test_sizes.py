@@ -21,8 +21,9 @@ from moevlm.export.families import family_for
 from moevlm.export.graph.cost import cost
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.cli.memory_text import memory_text
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
 from moevlm.runtime.perf.memory import DRIVER_BYTES, MemoryReport, memory_report
+from tests.support.hybrid import save
 
 DOCS = Path(__file__).parents[4] / "docs/gpu.md"
 LARGEST_IMAGE = 65536  # patches
@@ -98,12 +99,28 @@ def test_the_page_on_gpus_shows_these_numbers() -> None:
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe"])
 @pytest.mark.parametrize(("experts", "group_size"), [("same", 32), ("int4", 32), ("int8", 128)])
 def test_planned_sizes_are_those_of_the_lowered_graphs(save_checkpoint, family, experts, group_size) -> None:
-    with Checkpoint.open(save_checkpoint(model_type=family)) as source:
+    assert_planned(save_checkpoint(model_type=family), Options(experts=experts, group_size=group_size))
+
+
+@pytest.mark.usefixtures("hybrid_family")
+@pytest.mark.parametrize("experts", ["same", "int4"])
+def test_planned_sizes_count_biases_of_experts(experts: str, tmp_path: Path) -> None:
+    plain, biased = (
+        assert_planned(save(tmp_path / kind, (kind,)), Options(experts=experts)) for kind in ("windowed", "unturned")
+    )
+    assert biased.expert_bytes == plain.expert_bytes + 2 * (2 * 24 + 32)  # bfloat16
+    assert biased.expert_macs == plain.expert_macs == 3 * 24 * 32
+
+
+def assert_planned(checkpoint: Path, options: Options) -> CostMetadata:
+    """The cost of an engine of this checkpoint, planned and of its graphs."""
+    with Checkpoint.open(checkpoint) as source:
         model = CanonicalModel.of(source)
-        target = TensorRTTarget(RTX, (86, 89), Options(experts=experts, group_size=group_size))
+        target = TensorRTTarget(RTX, (86, 89), options)
         lowered = target.lower(model.graphs, lambda _: b"")
-        planned = target.planned(model.config, None)
-        assert planned.cost == cost(model.graphs, lowered, model.config.vision.metadata().patches_per_token)
+        found = cost(model.graphs, lowered, model.config.vision.metadata().patches_per_token)
+        assert target.planned(model.config, None).cost == found
+        return found
 
 
 class Stopped(Exception):
