@@ -8,7 +8,13 @@ from moevlm.export.config.model import (
     ModelConfig,
     MoEConfig,
 )
-from moevlm.export.config.vision import GridVisionConfig, MergerConfig, PooledVisionConfig, VisionConfig
+from moevlm.export.config.vision import (
+    GridVisionConfig,
+    MergerConfig,
+    PooledVisionConfig,
+    RotaryVisionConfig,
+    VisionConfig,
+)
 
 __all__ = [
     "DecoderConfig",
@@ -22,5 +28,6 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "PooledVisionConfig",
+    "RotaryVisionConfig",
     "VisionConfig",
 ]

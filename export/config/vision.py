@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.towers import GridTower, PooledTower, VisionMetadata
+from moevlm.runtime.core.towers import GridTower, PooledTower, RotaryTower, VisionMetadata
 
 if TYPE_CHECKING:
     from moevlm.export.config.model import MLPConfig
@@ -108,4 +108,31 @@ class PooledVisionConfig(VisionConfig):
             head_dim=self.head_dim,
             rope_theta=self.rope_theta,
             position_table=self.position_table,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryVisionConfig(VisionConfig):
+    """The tower of Pixtral: RMS norms, no biases; patches are normed, joined to one of their width, then projected.
+
+    joined_epsilon: of the norm before patches are joined. projector_activation, projector_bias: of the two projections
+    to visual tokens.
+    """
+
+    joined_epsilon: float
+    projector_activation: str
+    projector_bias: bool
+
+    def __post_init__(self) -> None:
+        if self.hidden != self.heads * self.head_dim:
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
+        super().__post_init__()
+
+    def metadata(self) -> RotaryTower:
+        return RotaryTower(
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            channels=self.channels,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
         )

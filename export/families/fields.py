@@ -16,7 +16,7 @@ _MOST = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 12),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 1 << 12),
     **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim", "image_size"), 1 << 14),
-    **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels"), 1 << 10),
+    **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels", "num_channels"), 1 << 10),
     **dict.fromkeys(("spatial_merge_size", "pooling_kernel_size"), 16),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
     **dict.fromkeys(

@@ -62,7 +62,7 @@ def one_axis(rope: Fields, head_dim: int) -> RopeMetadata:
 def axial_theta(vision: Fields, default: float = 10000.0) -> float:
     """The base of the vision tower's 2-axis rope. default: where config.json has none, as before transformers 5."""
     if "rope_parameters" not in vision:
-        return default
+        return vision.number("rope_theta", default)
     rope = vision.sub("rope_parameters")
     _check_type(rope, ("axial", "default"))  # transformers reads "default" as axial here
     return rope.number("rope_theta", default)

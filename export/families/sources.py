@@ -34,9 +34,10 @@ def _expect(name: str, weight: Weight, shape: Shape) -> Weight:
     return weight
 
 
-def _expect_rank(name: str, weight: Weight, rank: int) -> Weight:
-    if len(weight.shape) != rank:
-        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the model asks for {rank} dimensions")
+def _expect_rank(name: str, weight: Weight, *ranks: int) -> Weight:
+    if len(weight.shape) not in ranks:
+        asked = " or ".join(map(str, ranks))
+        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the model asks for {asked} dimensions")
     return weight
 
 
@@ -107,11 +108,11 @@ def rooted(pattern: str, power: int) -> Source:
 
 
 def flattened(pattern: str) -> Source:
-    """A 3-D convolution over non-overlapping patches as a matrix: [out, in, t, h, w] -> [out, in * t * h * w]."""
+    """A convolution over non-overlapping patches as a matrix: [out, in, (t,) h, w] -> [out, in * (t *) h * w]."""
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        weight = _expect_rank(name, _get(tensors, name), 5)
+        weight = _expect_rank(name, _get(tensors, name), 4, 5)
         return _expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
 
     return source
@@ -131,6 +132,22 @@ def channels_last(pattern: str) -> Source:
             lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).reshape(len(a), -1),
         )
         return _expect(name, rows, shape)
+
+    return source
+
+
+def unfolded(pattern: str) -> Source:
+    """A projection of blocks of patches to the width of one, on rows of patches: [C, C * k] -> [C, k * C]."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        weight = named(pattern)(tensors, indices, shape, layout)
+        split = (shape[0], shape[1] // shape[0])
+        return PerRow(
+            weight,
+            shape,
+            weight.dtype,
+            lambda a: np.ascontiguousarray(a.reshape(-1, *split).swapaxes(1, 2)).reshape(len(a), -1),
+        )
 
     return source
 

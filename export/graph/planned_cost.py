@@ -1,7 +1,7 @@
 """What an engine with dense weights of one dtype will cost, from the model's config alone; nothing is traced."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -31,8 +31,8 @@ def planned_cost(
     head = config.decoder.vocabulary * config.decoder.hidden
     tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
-    positions = vision.get_parameter("position_embedding")
-    patches = dict(_matrices(vision, (positions,)))
+    positions = [table for name, table in vision.named_parameters() if name == "position_embedding"]
+    patches = dict(_matrices(vision, positions))
     per_token = config.vision.metadata().patches_per_token
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
@@ -47,11 +47,11 @@ def planned_cost(
         ),
         patch_pair_macs=config.vision.depth * 2 * config.vision.heads * config.vision.head_dim,
         state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
-        lookup_bytes=(decoder.embedding.numel() + positions.numel()) * weight,
+        lookup_bytes=sum(table.numel() for table in (decoder.embedding, *positions)) * weight,
     )
 
 
-def _matrices(module: nn.Module, left_out: tuple[nn.Parameter, ...]) -> Iterator[tuple[str, int]]:
+def _matrices(module: nn.Module, left_out: Sequence[nn.Parameter]) -> Iterator[tuple[str, int]]:
     """Name and elements of each matrix of a module."""
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 and all(parameter is not other for other in left_out):

@@ -123,4 +123,17 @@ class PooledTower(Tower, frozen=True, kw_only=True, tag="pooled"):
         return {"pixel_patches": (self.patch_width, "float32"), "position_index": (2, "int64"), **self._ropes()}
 
 
-VisionMetadata = GridTower | PooledTower
+class RotaryTower(Tower, frozen=True, kw_only=True, tag="rotary"):
+    """No table of positions: rotary embedding alone says where a patch is (Pixtral).
+
+    Its axes share one series of head_dim / 2 frequencies: rows have the first, the third, ..., columns the others.
+    """
+
+    LIMITS: ClassVar[Ranges] = _SHARED
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        return {"pixel_patches": (self.patch_width, "float32"), **self._ropes()}
+
+
+VisionMetadata = GridTower | PooledTower | RotaryTower

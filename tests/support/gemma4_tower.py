@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,13 +11,11 @@ from torch import nn
 from transformers import Gemma4TextConfig, Gemma4VisionConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder, Gemma4VisionModel
 
-from moevlm.export.families.base import Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower
-from moevlm.export.graph.weights import Constant, Weight
-from moevlm.export.model import load
-from moevlm.export.modules.vision import vision_tower
+from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.towers import PooledTower
+from tests.support.vision_towers import bound, filled
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -49,16 +47,6 @@ OUT = 24
 SIZES = [(1, 1), (2, 3), (4, 1), (1, 5)]  # of images, in visual tokens
 
 
-class _Tower(Family):
-    """The tower's weights alone."""
-
-    weights: ClassVar = {**GEMMA4_TOWER, "decoder.head": "lm_head.weight"}
-    router_suffix = ""
-
-    def translate(self, fields: Fields) -> Any:
-        raise NotImplementedError
-
-
 @dataclass(frozen=True)
 class TinyTower:
     """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
@@ -77,18 +65,9 @@ class TinyTower:
         torch.manual_seed(seed)
         tower = Gemma4VisionModel(config).eval()
         projector = Gemma4MultimodalEmbedder(config, Gemma4TextConfig(hidden_size=OUT)).eval()
-        on_disk: dict[str, Weight] = {"lm_head.weight": Constant(np.zeros((1, 1), np.float32))}
-        for prefix, module in (("model.vision_tower.", tower), ("model.embed_vision.", projector)):
-            for name, tensor in module.state_dict().items():
-                tensor.copy_(_filled(name, tensor.shape))
-                on_disk[prefix + name] = Constant(tensor.numpy())
+        on_disk = filled({"model.vision_tower.": tower, "model.embed_vision.": projector}, _values)
         ours = gemma4_tower(Fields(values), OUT)
-        with torch.device("meta"):
-            module = vision_tower(ours).eval()
-        shapes = {f"vision.{name}": tuple(p.shape) for name, p in module.named_parameters()}
-        bound = _Tower().bind(shapes | {"decoder.head": (1, 1)}, on_disk)
-        weights = {name.removeprefix("vision."): weight for name, weight in bound.weights.items()}
-        load(module, weights)
+        module, weights = bound(ours, GEMMA4_TOWER, on_disk)
         return cls((tower, projector), module, weights, ours.metadata())
 
     @torch.no_grad()
@@ -99,10 +78,9 @@ class TinyTower:
         return projector(tower(pixel_values=given[0], pixel_position_ids=given[1]).last_hidden_state).numpy()
 
 
-def _filled(name: str, shape: torch.Size) -> torch.Tensor:
-    values = torch.randn(shape)
+def _values(name: str, normal: torch.Tensor) -> torch.Tensor:
     if name.endswith(("q_norm.weight", "k_norm.weight")):  # scores have no scale: these keep them from being extreme
-        return 0.35 + 0.1 * values
+        return 0.35 + 0.1 * normal
     if name.endswith(("norm.weight", "std_scale")):
-        return 1 + 0.3 * values
-    return values * (0.5 if "std" in name or "position" in name else shape[-1] ** -0.5)
+        return 1 + 0.3 * normal
+    return normal * (0.5 if "std" in name or "position" in name else normal.shape[-1] ** -0.5)

@@ -9,7 +9,7 @@ from moevlm.export.config import VisionConfig
 
 # A tower keeps its config as `config`. Its forward takes the inputs that its metadata names, and image_start. It
 # returns embeds [V, H], and deepstack [L, V, H] or None. Its modules patch_embedding and blocks see every patch, the
-# others a visual token; position_embedding is its learned table of positions.
+# others a visual token; position_embedding is its learned table of positions, where it has one.
 Maker = Callable[[Any], nn.Module]
 
 _MAKERS: dict[type[VisionConfig], Maker] = {}

@@ -5,45 +5,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moevlm.export.config import GridVisionConfig, MLPConfig
-from moevlm.export.modules import ops
 from moevlm.export.modules.layers import MLP, RMSNorm
 from moevlm.export.modules.vision.base import register
+from moevlm.export.modules.vision.block import VisionBlock
 
 LAYER_NORM_EPSILON = 1e-6  # of Qwen's mergers; GLM's merger keeps torch's default
-
-
-def _norm(config: GridVisionConfig) -> nn.Module:
-    kind = {"layer": nn.LayerNorm, "rms": RMSNorm}[config.norm]
-    return kind(config.hidden, config.epsilon)
-
-
-class VisionAttention(nn.Module):
-    """Attention inside each image; q, k and v are packed in one projection."""
-
-    def __init__(self, config: GridVisionConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.hidden, 3 * config.hidden, bias=config.qkv_bias)
-        self.out = nn.Linear(config.hidden, config.hidden, bias=config.out_bias)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        return self.out(ops.segment_attention(q, k, v, cos, sin, image_start, self.heads))
-
-
-class VisionBlock(nn.Module):
-    """Pre-norm attention and feed-forward."""
-
-    def __init__(self, config: GridVisionConfig) -> None:
-        super().__init__()
-        self.attention_norm = _norm(config)
-        self.attention = VisionAttention(config)
-        self.mlp_norm = _norm(config)
-        self.mlp = MLP(config.hidden, config.mlp)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, image_start)
-        return x + self.mlp(self.mlp_norm(x))
 
 
 class MLPMerger(nn.Module):
@@ -88,7 +54,10 @@ class GridVision(nn.Module):
         self.patch_embedding = nn.Linear(config.metadata().patch_width, config.hidden)
         self.position_embedding = nn.Parameter(torch.empty(config.position_grid**2, config.hidden))
         self.first_norm = RMSNorm(config.hidden, config.epsilon) if config.outer_norms else nn.Identity()
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        norm = {"layer": nn.LayerNorm, "rms": RMSNorm}[config.norm]
+        self.blocks = nn.ModuleList(
+            VisionBlock(config, norm, config.qkv_bias, config.out_bias) for _ in range(config.depth)
+        )
         self.last_norm = RMSNorm(config.hidden, config.epsilon) if config.outer_norms else nn.Identity()
         self.merger = GatedMerger(config) if config.merger.kind == "gated" else MLPMerger(config, norm_joined=False)
         self.deepstack_mergers = nn.ModuleList(MLPMerger(config, norm_joined=True) for _ in config.deepstack_layers)

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
-import torch
 
-from moevlm.export.backends.onnx_target import OnnxTarget
-from moevlm.export.backends.registry import known_targets
-from moevlm.export.backends.tensorrt import worker
-from moevlm.export.backends.tensorrt.onnx_file import write_onnx
-from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
-from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginSegmentAttention
-from moevlm.export.backends.tensorrt.passes.typed import Typed
-from moevlm.export.backends.tensorrt.plan_builder import Job
-from moevlm.export.backends.tensorrt.profiles import vision_profiles
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import gemma4_tower, image_marks
-from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.rearranged import Flat, Reordered
-from moevlm.export.graph.trace import trace_vision
 from moevlm.export.graph.weights import Constant, read
 from moevlm.export.parity.measures import relative_error
-from moevlm.export.passes.base import run
 from moevlm.export.passes.prune_2_4 import prunable
-from moevlm.plugins.gpu.compiler import compile_program
-from moevlm.runtime.backends.libraries import operators_path, plugin_path
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
-from moevlm.runtime.request.vision_inputs import VisionInputs, pack
+from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.gemma4_tower import BASE, CONFIGURATIONS, OUT, SIZES, TinyTower
-from tests.support.plan_graphs import evaluate
-from tests.support.plugin_nodes import named
+from tests.support.vision_towers import (
+    as_on_gpus,
+    assert_builds_a_plan,
+    in_onnxruntime,
+    in_torch,
+    lowered,
+    random_images,
+    traced,
+)
 
 towers = pytest.mark.parametrize("name", CONFIGURATIONS)
 
@@ -45,13 +34,8 @@ def made(name: str = "standardized", seed: int = 0) -> TinyTower:
     return TinyTower.of(seed, **CONFIGURATIONS[name])
 
 
-def images(tower: TinyTower, sizes: Sequence[tuple[int, int]] = SIZES, seed: int = 1) -> VisionInputs:
-    """Random pixels from -1 to 1. sizes: in visual tokens."""
-    merge = tower.metadata.merge_size
-    grids = [(h * merge, w * merge) for h, w in sizes]
-    patches = sum(h * w for h, w in grids)
-    pixels = 2 * np.random.default_rng(seed).random((patches, tower.metadata.patch_width), np.float32) - 1
-    return pack(pixels, grids, tower.metadata)
+def images(tower: TinyTower) -> VisionInputs:
+    return random_images(tower.metadata, SIZES)
 
 
 def in_transformers(tower: TinyTower, inputs: VisionInputs) -> np.ndarray:
@@ -68,34 +52,11 @@ def in_transformers(tower: TinyTower, inputs: VisionInputs) -> np.ndarray:
     return tower.wanted(patches, places)
 
 
-@torch.no_grad()
-def in_torch(tower: TinyTower, inputs: VisionInputs) -> np.ndarray:
-    embeds, deepstack = tower.ours(**{name: torch.from_numpy(array) for name, array in inputs.arrays.items()})
-    assert deepstack is None
-    return embeds.numpy()
-
-
-def traced(tower: TinyTower) -> ir.Model:
-    with torch.device("meta"):
-        meta = type(tower.ours)(tower.ours.config).eval()
-    graph = trace_vision(meta, tower.weights)
-    add_functions(graph)
-    return graph
-
-
-def in_onnxruntime(graph: ir.Model, inputs: VisionInputs) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.register_custom_ops_library(str(operators_path()))
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options)
-    return session.run(None, inputs.arrays)[0]
-
-
 @towers
 def test_images_of_different_sizes_in_one_call_are_those_of_transformers(name: str) -> None:
     tower = made(name)
     inputs = images(tower)
-    ours = in_torch(tower, inputs)
+    ours = in_torch(tower.ours, inputs)
     assert ours.shape == (sum(h * w for h, w in SIZES), OUT)
     assert relative_error(ours, in_transformers(tower, inputs)) < 1e-5
 
@@ -104,25 +65,22 @@ def test_images_of_different_sizes_in_one_call_are_those_of_transformers(name: s
 def test_images_of_different_sizes_in_one_call_equal_single_calls(name: str) -> None:
     tower = made(name, seed=1)
     inputs = images(tower)
-    singles = [in_torch(tower, inputs.part(image, image + 1)) for image in range(len(SIZES))]
-    assert relative_error(in_torch(tower, inputs), np.concatenate(singles)) < 1e-6
+    singles = [in_torch(tower.ours, inputs.part(image, image + 1)) for image in range(len(SIZES))]
+    assert relative_error(in_torch(tower.ours, inputs), np.concatenate(singles)) < 1e-6
 
 
 @towers
 def test_the_graph_has_the_modules_numbers(name: str) -> None:
     tower = made(name, seed=2)
-    inputs, graph = images(tower), traced(tower)
+    inputs, graph = images(tower), traced(tower.ours, tower.weights)
     assert {value.name for value in graph.graph.inputs} == {*tower.metadata.inputs, "image_start"}
-    assert relative_error(in_onnxruntime(graph, inputs), in_torch(tower, inputs)) < 1e-5
+    assert relative_error(in_onnxruntime(graph, inputs), in_torch(tower.ours, inputs)) < 1e-5
 
 
 @pytest.mark.parametrize(("target", "limit"), [("ort-cpu", 1e-5), ("cpu:int8", 0.03), ("ort-cpu:int4", 0.03)])
 def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
     tower = made("heads of 72 as published", seed=3)
-    (found,) = known_targets([target], {})
-    assert isinstance(found, OnnxTarget)
-    graph = found.lower(traced(tower), "vision")
-    add_functions(graph)
+    graph = lowered(traced(tower.ours, tower.weights), target)
     inputs = images(tower)
     assert relative_error(in_onnxruntime(graph, inputs), in_transformers(tower, inputs)) < limit
 
@@ -130,37 +88,20 @@ def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
 def test_graphs_for_tensorrt_cost_their_rounding(dtype: str, limit: float) -> None:
     tower = made(seed=4)
-    inputs, graph = images(tower), traced(tower)
-    run((*([] if dtype == "float32" else [Typed(dtype)]), PluginSegmentAttention(dtype, named)), graph)
-    assert not graph.functions
-    assert relative_error(evaluate(graph, inputs.arrays)["visual_embeds"], in_torch(tower, inputs)) < limit
+    inputs, graph = images(tower), traced(tower.ours, tower.weights)
+    assert relative_error(as_on_gpus(graph, dtype, inputs), in_torch(tower.ours, inputs)) < limit
 
 
 def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
     tower = made("heads of 72 as published")
     blocks = {name for name in tower.weights if name.startswith("blocks") and len(tower.weights[name].shape) == 2}
-    assert {value.name for value in prunable(traced(tower))} == blocks | {"projection.weight"}
+    assert {value.name for value in prunable(traced(tower.ours, tower.weights))} == blocks | {"projection.weight"}
 
 
 def test_tensorrt_rtx_builds_a_plan_of_it(tmp_path: Path) -> None:
     tower = made("heads of 72 as published", seed=5)
-    graph = traced(tower)
-    run(
-        (Typed("bfloat16"), PluginSegmentAttention("bfloat16", lambda op: compile_program(op, (89,)).to_bytes())), graph
-    )
-    write_onnx(graph, tmp_path / "vision.onnx")
-    job = Job(
-        product="tensorrt_rtx",
-        onnx=str(tmp_path / "vision.onnx"),
-        plan=str(tmp_path / "vision.plan"),
-        sms=(89,),
-        profiles=vision_profiles(graph, tower.metadata.patches_per_token, 4095),
-        links=str(tmp_path),
-        plugins=str(plugin_path()),
-        plugin_layers=sum(node.domain == DOMAIN for node in graph.graph),
-    )
-    assert job.plugin_layers == tower.ours.config.depth
-    assert worker.run(job, lambda *_: None).file.size == (tmp_path / "vision.plan").stat().st_size
+    graph = traced(tower.ours, tower.weights)
+    assert_builds_a_plan(graph, tower.metadata, tower.ours.config.depth, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,21 @@
+"""The tables of a RotaryTower: rotary angles on two axes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from moevlm.runtime.core.towers import Grid, RotaryTower
+from moevlm.runtime.request.images.blocks import block_order, rope_of_axes
+from moevlm.runtime.request.positions import inverse_frequencies
+
+
+def pack_rotary(grids: Sequence[Grid], vision: RotaryTower) -> Mapping[str, np.ndarray]:
+    """Inputs of the graph for the patches of images, by name.
+
+    grids: (h, w) in patches, whole blocks. rope_cos, rope_sin: [P, head_dim / 2] float32, first the row's frequencies,
+    then the column's.
+    """
+    rows, columns = block_order(grids, vision.merge_size)
+    frequencies = inverse_frequencies(vision.head_dim, vision.rope_theta)
+    cos, sin = rope_of_axes((rows, frequencies[0::2]), (columns, frequencies[1::2]))
+    return {"rope_cos": cos, "rope_sin": sin}

@@ -1,0 +1,142 @@
+"""Tiny vision towers alone: with transformers' weights, as graphs, and through ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from torch import nn
+
+from moevlm.export.backends.onnx_target import OnnxTarget
+from moevlm.export.backends.registry import known_targets
+from moevlm.export.backends.tensorrt import worker
+from moevlm.export.backends.tensorrt.onnx_file import write_onnx
+from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
+from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.typed import Typed
+from moevlm.export.backends.tensorrt.plan_builder import Job
+from moevlm.export.backends.tensorrt.profiles import vision_profiles
+from moevlm.export.config import VisionConfig
+from moevlm.export.families.base import Family
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.shared import Weights
+from moevlm.export.graph.functions import add_functions
+from moevlm.export.graph.trace import trace_vision
+from moevlm.export.graph.weights import Constant, Weight
+from moevlm.export.model import load
+from moevlm.export.modules.vision import vision_tower
+from moevlm.export.passes.base import run
+from moevlm.plugins.gpu.compiler import compile_program
+from moevlm.runtime.backends.libraries import operators_path, plugin_path
+from moevlm.runtime.core.towers import VisionMetadata
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack
+from tests.support.plan_graphs import evaluate
+from tests.support.plugin_nodes import named
+
+
+def filled(modules: Mapping[str, nn.Module], values: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, Weight]:
+    """Fill every parameter and saved buffer of transformers' modules in place; what a checkpoint has of them.
+
+    modules: by the prefix of their tensors. values: from a tensor's name and standard normal numbers of its shape.
+    """
+    on_disk: dict[str, Weight] = {}
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            tensor.copy_(values(name, torch.randn(tensor.shape)))
+            on_disk[prefix + name] = Constant(tensor.numpy())
+    return on_disk
+
+
+def bound(config: VisionConfig, table: Weights, on_disk: Mapping[str, Weight]) -> tuple[nn.Module, dict[str, Weight]]:
+    """Our module with the weights that a family's table finds on disk, and these by its names."""
+
+    class Tower(Family):
+        weights: ClassVar = {**table, "decoder.head": "lm_head.weight"}
+        router_suffix = ""
+
+        def translate(self, fields: Fields) -> Any:
+            raise NotImplementedError
+
+    with torch.device("meta"):
+        module = vision_tower(config).eval()
+    shapes = {f"vision.{name}": tuple(p.shape) for name, p in module.named_parameters()}
+    head = {"lm_head.weight": Constant(np.zeros((1, 1), np.float32))}
+    found = Tower().bind(shapes | {"decoder.head": (1, 1)}, {**on_disk, **head})
+    weights = {name.removeprefix("vision."): found.weights[name] for name in shapes}
+    load(module, weights)
+    return module, weights
+
+
+def random_images(vision: VisionMetadata, sizes: Sequence[tuple[int, int]], seed: int = 1) -> VisionInputs:
+    """Random pixels from -1 to 1. sizes: of images, in visual tokens."""
+    grids = [(h * vision.merge_size, w * vision.merge_size) for h, w in sizes]
+    patches = sum(h * w for h, w in grids)
+    pixels = 2 * np.random.default_rng(seed).random((patches, vision.patch_width), np.float32) - 1
+    return pack(pixels, grids, vision)
+
+
+@torch.no_grad()
+def in_torch(module: nn.Module, inputs: VisionInputs) -> np.ndarray:
+    """Visual tokens [V, H] of a tower without deepstack."""
+    embeds, deepstack = module(**{name: torch.from_numpy(array) for name, array in inputs.arrays.items()})
+    assert deepstack is None
+    return embeds.numpy()
+
+
+def traced(module: nn.Module, weights: Mapping[str, Weight]) -> ir.Model:
+    """The graph of a tower, with the bodies of its operators."""
+    with torch.device("meta"):
+        meta = type(module)(module.config).eval()
+    graph = trace_vision(meta, weights)
+    add_functions(graph)
+    return graph
+
+
+def in_onnxruntime(graph: ir.Model, inputs: VisionInputs) -> np.ndarray:
+    """Visual tokens [V, H]."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.register_custom_ops_library(str(operators_path()))
+    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options)
+    return session.run(None, inputs.arrays)[0]
+
+
+def lowered(graph: ir.Model, target: str) -> ir.Model:
+    """The graph of a CPU's engine."""
+    (found,) = known_targets([target], {})
+    assert isinstance(found, OnnxTarget)
+    graph = found.lower(graph, "vision")
+    add_functions(graph)
+    return graph
+
+
+def as_on_gpus(graph: ir.Model, dtype: str, inputs: VisionInputs) -> np.ndarray:
+    """Visual tokens [V, H] of the graph that TensorRT gets, evaluated by its operators' references."""
+    run((*([] if dtype == "float32" else [Typed(dtype)]), PluginSegmentAttention(dtype, named)), graph)
+    assert not graph.functions
+    return evaluate(graph, inputs.arrays)["visual_embeds"]
+
+
+def assert_builds_a_plan(graph: ir.Model, vision: VisionMetadata, depth: int, folder: Path) -> None:
+    """TensorRT-RTX builds an engine of the graph, with an attention of the plugin in each of its blocks."""
+    run(
+        (Typed("bfloat16"), PluginSegmentAttention("bfloat16", lambda op: compile_program(op, (89,)).to_bytes())), graph
+    )
+    write_onnx(graph, folder / "vision.onnx")
+    job = Job(
+        product="tensorrt_rtx",
+        onnx=str(folder / "vision.onnx"),
+        plan=str(folder / "vision.plan"),
+        sms=(89,),
+        profiles=vision_profiles(graph, vision.patches_per_token, 4095),
+        links=str(folder),
+        plugins=str(plugin_path()),
+        plugin_layers=sum(node.domain == DOMAIN for node in graph.graph),
+    )
+    assert job.plugin_layers == depth
+    assert worker.run(job, lambda *_: None).file.size == (folder / "vision.plan").stat().st_size
