@@ -25,6 +25,11 @@ class MixerConfig(ABC):
         """How many dimensions of a head it rotates, by rope group; none here."""
         return {}
 
+    @property
+    def scales_queries(self) -> bool:
+        """Whether queries are multiplied by a factor of their places, `DecoderConfig.query_scale`."""
+        return False
+
 
 @dataclass(frozen=True)
 class GQAConfig(MixerConfig):
@@ -34,6 +39,7 @@ class GQAConfig(MixerConfig):
     qk_norm: an RMS norm of each query and key. value_norm: one of each value, without a gain.
     value_is_key: a value is its key before norm and rotation, and has no projection (Gemma 4).
     bidirectional_images: a query of an image also sees the tokens of its image that follow it.
+    query_scale: queries are multiplied by a factor of their places, see `DecoderConfig`; without norms of them.
     output_gate: what a head returns is multiplied by the sigmoid of another projection, as wide as the queries' one.
     window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
     """
@@ -55,11 +61,14 @@ class GQAConfig(MixerConfig):
     value_is_key: bool = False
     bidirectional_images: bool = False
     output_gate: bool = False
+    query_scale: bool = False
 
     def __post_init__(self) -> None:
         self.spec(0.0)
         if self.value_is_key and self.value_dim not in (0, self.head_dim):
             raise FieldError("value_dim", self.value_dim, f"0 or head_dim = {self.head_dim}, as a value is its key")
+        if self.query_scale and self.qk_norm:  # the norm, inside the op, would undo it
+            raise FieldError("query_scale", True, "false with norms of queries and keys")
         if self.rotary_dim > self.head_dim:
             raise FieldError("rotary_dim", self.rotary_dim, f"even, 0 to head_dim = {self.head_dim}")
 
@@ -94,6 +103,10 @@ class GQAConfig(MixerConfig):
 
     def rotations(self) -> Mapping[int, int]:
         return {self.rope: self.rotary_dim} if self.rotary_dim else {}
+
+    @property
+    def scales_queries(self) -> bool:
+        return self.query_scale
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,13 @@ from moevlm.export.config.mixers import MixerConfig
 from moevlm.export.config.vision import VisionConfig
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata, VideoMetadata
+from moevlm.runtime.core.manifest import (
+    LayerMetadata,
+    ModelMetadata,
+    QueryScaleMetadata,
+    RopeMetadata,
+    VideoMetadata,
+)
 from moevlm.runtime.core.states import StateSpec
 
 NORMS = ("pre", "sandwich", "parallel")
@@ -76,7 +82,7 @@ class DecoderConfig:
     """The language model. ropes: by rope group. deepstack: visual levels added after the first layers.
 
     embedding_scale: factor on the rows of text tokens. logit_softcap: logits become softcap * tanh(logits / softcap);
-    0 for none.
+    0 for none. query_scale: of the layers whose mixers scale queries by their place; None if there are none.
     """
 
     vocabulary: int
@@ -89,8 +95,11 @@ class DecoderConfig:
     deepstack: int = 0
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0
+    query_scale: QueryScaleMetadata | None = None
 
     def __post_init__(self) -> None:
+        if any(layer.mixer.scales_queries for layer in self.layers) != (self.query_scale is not None):
+            raise FieldError("query_scale", self.query_scale, "given if, and only if, a layer scales its queries")
         for group, dim in (found for layer in self.layers for found in layer.mixer.rotations().items()):
             if not 0 <= group < len(self.ropes):
                 raise FieldError("rope", group, f"one of the {len(self.ropes)} rope groups")
@@ -165,6 +174,7 @@ class ModelConfig:
             image_begin=self.image_begin,
             image_end=self.image_end,
             video=self.video,
+            query_scale=decoder.query_scale,
         )
 
 

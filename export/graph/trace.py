@@ -38,6 +38,8 @@ def decoder_inputs(decoder: DecoderConfig) -> Inputs:
         inputs["page_table"] = (("sequences", "table"), torch.int32)
     if any(layer.mixer.metadata().bidirectional_images for layer in decoder.layers):
         inputs["visible_end"] = (("tokens",), torch.int32)
+    if decoder.query_scale is not None:
+        inputs["query_scale"] = (("tokens",), torch.float32)
     if any(isinstance(state, Recurrent) for state in states):
         inputs["state_row"] = (("sequences",), torch.int32)
     inputs["logits_index"] = (("logits",), torch.int32)

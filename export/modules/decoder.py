@@ -86,6 +86,7 @@ class Decoder(nn.Module):
         context_len: Tensor | None,
         page_table: Tensor | None,
         visible_end: Tensor | None,
+        query_scale: Tensor | None,
         state_row: Tensor | None,
         logits_index: Tensor,
         states: list[States],
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
 
         Returns logits [L, vocabulary] and the states after the step.
         """
-        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row, visible_end)
+        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row, visible_end, query_scale)
         visual = visual_rows(visual_index)
         x = self.embed(input_ids, visual_embeds, visual)
         updated = []

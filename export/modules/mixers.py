@@ -28,6 +28,12 @@ class StepTensors:
     page_table: Tensor | None
     state_row: Tensor | None
     visible_end: Tensor | None = None
+    query_scale: Tensor | None = None
+
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries [T, N] times the factor of their places."""
+        assert self.query_scale is not None
+        return q * self.query_scale.unsqueeze(1)
 
 
 # The module of a mixer: made from the width of rows, its config and the epsilon of norms. Its forward takes x [T, H],
@@ -75,6 +81,7 @@ class Attention(nn.Module):
         cos, sin = step.ropes[self.config.rope] if self.spec.rotary_dim else (None, None)
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
         q, k = self.q(x), self.k(x)  # in the order in which a kernel takes them side by side
+        q = step.scaled(q) if self.config.query_scale else q
         y, *caches = ops.paged_attention(
             *(q, k, None if self.v is None else self.v(x)),
             *(cos, sin, *states),

@@ -17,7 +17,7 @@ from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import VisualFeatures, rows_between, step_features
 from moevlm.runtime.request.image_runs import ImageRuns
-from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.positions import query_scales, rope_tables
 from moevlm.runtime.request.prompt import Prompt
 
 Array = np.ndarray
@@ -49,9 +49,9 @@ class BatchLimits:
 class _Sequence:
     """A prompt and the tokens that will follow it, as steps take them.
 
-    ids, visual_index: [S] int64. visible_end: [S] int32. ropes: by rope group cos and sin, each [S, R / 2] float32.
-    runs: of its images' tokens. prompt: how many of the S tokens it has. length: how many went through the engine.
-    pages: [M] int32.
+    ids, visual_index: [S] int64. visible_end: [S] int32. query_scale: [S] float32, or None.
+    ropes: by rope group cos and sin, each [S, R / 2] float32. runs: of its images' tokens.
+    prompt: how many of the S tokens it has. length: how many went through the engine. pages: [M] int32.
     """
 
     def __init__(self, prompt: Prompt, model: ModelMetadata, steps: int, first_visual: int, pages: Array) -> None:
@@ -61,6 +61,8 @@ class _Sequence:
         index = np.where(prompt.visual_index < 0, -1, prompt.visual_index + first_visual)
         self.visual_index = np.concatenate([index, np.full(steps, -1)])
         self.visible_end = self.runs.visible_end(0, len(self.ids))
+        scale = model.query_scale
+        self.query_scale = None if scale is None else query_scales(np.arange(len(self.ids)), scale)
         after = np.broadcast_to(prompt.next_position + np.arange(steps), (3, steps))
         positions = np.concatenate([prompt.positions, after], axis=1)
         self.ropes = {str(group): rope_tables(positions, rope) for group, rope in enumerate(model.ropes)}
@@ -231,6 +233,7 @@ class Batch:
         self, spans: list[_Span], logits_index: Array, row_copies: tuple[tuple[int, int], ...] = ()
     ) -> StepOutput:
         parts = [(self._sequences[span.number], slice(span.start, span.stop)) for span in spans]
+        scales = [sequence.query_scale[part] for sequence, part in parts if sequence.query_scale is not None]
         table = np.zeros((len(spans), max(len(sequence.pages) for sequence, _ in parts)), np.int32)
         for row, (sequence, _) in zip(table, parts, strict=True):
             row[: len(sequence.pages)] = sequence.pages
@@ -257,6 +260,7 @@ class Batch:
             visible_end=(
                 np.concatenate([sequence.visible_end[part] for sequence, part in parts]) if self._whole_images else None
             ),
+            query_scale=np.concatenate(scales) if scales else None,
         )
         output = self._engine.forward(step, visual)
         for sequence, part in parts:

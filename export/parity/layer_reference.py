@@ -211,8 +211,11 @@ def _whole(sequence: RecordedSequence, config: DecoderConfig) -> StepTensors:
         torch.tensor(values, dtype=torch.int32) for values in ([0, len(tables[0][0])], [0], [[1]], [1])
     )
     ropes = tuple((torch.from_numpy(cos), torch.from_numpy(sin)) for cos, sin in tables)
-    end = sequence.values.get("visible_end")
-    return StepTensors(ropes, start, kept, table, row, None if end is None else torch.from_numpy(end))
+    end, scale = (
+        None if (found := sequence.values.get(name)) is None else torch.from_numpy(found)
+        for name in ("visible_end", "query_scale")
+    )
+    return StepTensors(ropes, start, kept, table, row, end, scale)
 
 
 def _head(

@@ -86,6 +86,8 @@ class RecordedEngine:
         values = {"input_ids": step.input_ids, "visual_index": step.visual_index, **output.outputs}
         if step.visible_end is not None:
             values["visible_end"] = step.visible_end
+        if step.query_scale is not None:
+            values["query_scale"] = step.query_scale
         for group, (cos, sin) in step.rope.items():
             values |= {f"rope_cos.{group}": cos, f"rope_sin.{group}": sin}
         for n, row in enumerate(step.state_row.tolist()):

@@ -218,7 +218,7 @@ def zeros(states: Sequence[StateSpec], pages: int, rows: int, page: int) -> Stat
 def tensors_of(step: Step) -> StepTensors:
     """What mixers see of a step."""
     ropes = [step.rope[group] for group in sorted(step.rope, key=int)]
-    ends = None if step.visible_end is None else _tensor(step.visible_end)
+    ends, scales = (None if array is None else _tensor(array) for array in (step.visible_end, step.query_scale))
     return StepTensors(
         tuple((_tensor(cos), _tensor(sin)) for cos, sin in ropes),
         _tensor(step.query_start),
@@ -226,6 +226,7 @@ def tensors_of(step: Step) -> StepTensors:
         _tensor(step.page_table),
         _tensor(step.state_row),
         ends,
+        scales,
     )
 
 

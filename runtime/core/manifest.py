@@ -31,6 +31,18 @@ class RopeMetadata(_Metadata, frozen=True):
     turning: int = 0
 
 
+class QueryScaleMetadata(_Metadata, frozen=True):
+    """The factor on a token's queries at place p of its sequence: 1 + beta * log(1 + floor((p + offset) / original)).
+
+    Source: transformers 5.24 `models/llama4` and `models/mistral4`. original: tokens that the model was first trained
+    with; up to there the factor is 1.
+    """
+
+    beta: float
+    original: int
+    offset: int = 0
+
+
 class LayerMetadata(_Metadata, frozen=True):
     """Shapes of one decoder layer.
 
@@ -68,6 +80,7 @@ class ModelMetadata(_Metadata, frozen=True):
 
     image_token_id: the placeholder of an image, and of each of its visual tokens. image_begin, image_end: token ids
     around them, which take the placeholder's place with them. video: None for a model that takes none.
+    query_scale: None where no layer scales queries by their place.
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
     everything else.
     """
@@ -84,6 +97,7 @@ class ModelMetadata(_Metadata, frozen=True):
     image_begin: tuple[int, ...] = ()
     image_end: tuple[int, ...] = ()
     video: VideoMetadata | None = None
+    query_scale: QueryScaleMetadata | None = None
     parameters: int = 0
     active_parameters: int = 0
 

@@ -26,6 +26,7 @@ _LAYER: dict[str, tuple[float, float]] = {
 }
 _ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA}
 _ROPES = (1, 1 << 10)
+_QUERY_SCALE: dict[str, tuple[float, float]] = {"beta": (0.0, 1e3), "original": _TOKENS, "offset": (0, 1 << 30)}
 _PAGED: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("kv_heads", "key_dim", "value_dim"), (1, 1 << 16)),
     "window": _WINDOW,
@@ -72,6 +73,8 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     widest = max(layer.key_dim for layer in model.layers)
     for i, rope in enumerate(model.ropes):
         yield from _rope(f"model.ropes[{i}]", rope, widest)
+    if model.query_scale is not None:
+        yield from _outside("model.query_scale", model.query_scale, _QUERY_SCALE)
     yield from _outside("model.vision", model.vision, model.vision.LIMITS)
     for field, value, allowed in model.vision.refused():
         yield f"model.vision.{field}", value, allowed

@@ -96,7 +96,7 @@ class Runtime:
             vocabulary=model.vocabulary,
             chunk_tokens=self.chunk_tokens,
         )
-        packer = StepPacker(model.ropes, whole_images=model.bidirectional_images)
+        packer = StepPacker(model.ropes, whole_images=model.bidirectional_images, query_scale=model.query_scale)
         self.loop = EngineLoop(engine, scheduler, packer, self._encoder, FeatureCache(feature_memory))
 
     def prompt(

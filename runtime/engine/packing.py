@@ -6,11 +6,11 @@ from collections.abc import Sequence as Items
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata
 from moevlm.runtime.engine.scheduler import Part
 from moevlm.runtime.engine.step import Step
 from moevlm.runtime.engine.visual import FeatureRows, step_features
-from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.positions import query_scales, rope_tables
 
 _FIRST_ROWS = 256
 _PAGE_COLUMNS = 8  # page tables grow by so many columns: few different shapes
@@ -40,9 +40,15 @@ class RopeRows:
 class StepPacker:
     """Makes steps for one model."""
 
-    def __init__(self, ropes: Items[RopeMetadata], *, whole_images: bool = False) -> None:
-        """whole_images: a step holds all tokens of an image, which see each other."""
-        self._ropes, self._whole_images = tuple(ropes), whole_images
+    def __init__(
+        self,
+        ropes: Items[RopeMetadata],
+        *,
+        whole_images: bool = False,
+        query_scale: QueryScaleMetadata | None = None,
+    ) -> None:
+        """whole_images: a step holds all tokens of an image, which see each other. query_scale: of the model."""
+        self._ropes, self._whole_images, self._query_scale = tuple(ropes), whole_images, query_scale
         self._rows = tuple(RopeRows(rope) for rope in ropes)
         self._singles: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -89,6 +95,7 @@ class StepPacker:
             cleared=tuple(row for part in parts for row in part.cleared),
             row_copies=tuple(copy for part in parts for copy in part.row_copies),
             visible_end=visible_end,
+            query_scale=None if self._query_scale is None else query_scales(_places(parts), self._query_scale),
         )
         return step, visual
 
@@ -97,6 +104,11 @@ class StepPacker:
         if count not in self._singles:
             self._singles[count] = np.arange(count + 1, dtype=np.int32), np.full(count, -1, np.int64)
         return self._singles[count]
+
+
+def _places(parts: Items[Part]) -> np.ndarray:
+    """[T] int64: where each token of a step stands in its sequence."""
+    return np.concatenate([np.arange(part.start, part.stop) for part in parts])
 
 
 def _page_table(parts: Items[Part]) -> np.ndarray:

@@ -111,6 +111,10 @@ def check_step(
         _check_row_copies(step, rows)
     if model.bidirectional_images:
         _check_visible_end(step.visible_end, starts, kept)
+    if model.query_scale is not None:
+        shape = None if step.query_scale is None else step.query_scale.shape
+        if shape != (tokens,):
+            raise EngineError(f"query_scale has the shape {shape and list(shape)} (allowed: {[tokens]})")
 
 
 def _check_row_copies(step: Step, rows: int) -> None:

@@ -51,6 +51,7 @@ class Step:
     row_copies: (source, target) state rows copied before the step; none of them is cleared, no target is a source.
     visible_end: [T] int32, where the places in its sequence end that a token may see: behind the last token of its
     image, or else behind itself. None where no layer lets an image's tokens see later ones.
+    query_scale: [T] float32, the factor on each token's queries. None where no layer scales queries by their place.
     """
 
     input_ids: np.ndarray
@@ -65,6 +66,7 @@ class Step:
     cleared: tuple[int, ...] = ()
     row_copies: tuple[tuple[int, int], ...] = ()
     visible_end: np.ndarray | None = None
+    query_scale: np.ndarray | None = None
 
     @property
     def sequences(self) -> int:

@@ -6,7 +6,7 @@ from functools import lru_cache
 import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import ModelMetadata, RopeMetadata
+from moevlm.runtime.core.manifest import ModelMetadata, QueryScaleMetadata, RopeMetadata
 
 # Tokens per step of the table computation: the angles of one step stay in the L2 cache.
 _CHUNK = 4096
@@ -83,6 +83,15 @@ def rope_tables(positions: np.ndarray, rope: RopeMetadata) -> tuple[np.ndarray, 
         np.sin(angle, out=sin[piece])
     shape = (*positions.shape[1:], spread.shape[1])
     return cos.reshape(shape), sin.reshape(shape)
+
+
+def query_scales(places: np.ndarray, scale: QueryScaleMetadata) -> np.ndarray:
+    """The factor on the queries of tokens at these places of their sequences; see `QueryScaleMetadata`.
+
+    places: [T] integer. Returns [T] float32; each step is rounded to float32, like PyTorch's.
+    """
+    passed = (places + scale.offset) // scale.original
+    return np.float32(1) + np.float32(scale.beta) * np.log(np.float32(1) + passed.astype(np.float32))
 
 
 @lru_cache(maxsize=16)  # decoding asks for it at every token

@@ -28,7 +28,7 @@ from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import Step
 from moevlm.runtime.loading import load_engine
-from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.positions import query_scales, rope_tables
 from moevlm.runtime.request.prompt import Prompt
 from tests.support.families.base import VOCABULARY
 from tests.support.hybrid import PlainModel, save
@@ -97,6 +97,7 @@ def logits_of(
             state_row=np.array([3 - n for n, _ in parts], np.int32),
             logits_index=np.arange(len(positions), dtype=np.int32),
             cleared=tuple(3 - n for n, part in parts if part.start == 0),
+            query_scale=None if model.query_scale is None else query_scales(positions, model.query_scale),
         )
         output = engine.forward(step)
         found = iter(range(len(positions)))

@@ -10,7 +10,7 @@ import numpy as np
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import Step, StepOutput
-from moevlm.runtime.request.positions import rope_tables
+from moevlm.runtime.request.positions import query_scales, rope_tables
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Kept:
             page_table=np.array([self.pages[n] for n in ids], np.int32),
             state_row=np.array([n + 1 for n in ids], np.int32),
             logits_index=np.arange(len(tokens), dtype=np.int32),
+            query_scale=None if self.model.query_scale is None else query_scales(places, self.model.query_scale),
         )
 
     def run(self, ids: Mapping[int, Sequence[int]] | Sequence[int]) -> np.ndarray:

@@ -28,7 +28,10 @@ from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 # Fields of a step that are inputs of the graph as they are, where it has them.
-_PLAIN = ("input_ids", "visual_index", "query_start", "context_len", "state_row", "logits_index", "visible_end")
+_PLAIN = (
+    *("input_ids", "visual_index", "query_start", "context_len", "state_row", "logits_index"),
+    *("visible_end", "query_scale"),
+)
 
 
 class OrtEngine:

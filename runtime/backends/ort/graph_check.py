@@ -41,6 +41,8 @@ def check_decoder_graph(session: Any, model: ModelMetadata, metadata: EngineMeta
         sequences["state_row"] = _INT32, (None,)
     if model.bidirectional_images:
         sequences["visible_end"] = _INT32, (None,)
+    if model.query_scale is not None:
+        sequences["query_scale"] = _FLOAT, (None,)
     ropes = {
         f"rope_{name}.{group}": (_FLOAT, (None, (rope.dim + 1) // 2))
         for group, rope in enumerate(model.ropes)

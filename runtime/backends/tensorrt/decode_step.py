@@ -45,6 +45,8 @@ class DecodeStep:
             shapes["state_row"] = (size,)
         if model.bidirectional_images:  # zeros: a token sees itself at least, and nothing follows it
             shapes["visible_end"] = (size,)
+        if model.query_scale is not None:
+            shapes["query_scale"] = (size,)
         for i, rope in enumerate(model.ropes):
             shapes |= dict.fromkeys((f"rope_cos.{i}", f"rope_sin.{i}"), (size, rope.dim // 2))
         execution.arrange(shapes)
@@ -55,6 +57,7 @@ class DecodeStep:
         arrays["query_start"][...] = np.arange(size + 1)
         self._ids, self._kept, self._wanted = (arrays[n] for n in ("input_ids", "context_len", "logits_index"))
         self._rows = arrays["state_row"] if has_rows else None
+        self._scales = arrays["query_scale"] if model.query_scale is not None else None
         self._ropes = [(str(i), arrays[f"rope_cos.{i}"], arrays[f"rope_sin.{i}"]) for i in range(len(model.ropes))]
         self._found = [arrays[name] for name in CANDIDATE_OUTPUTS]
 
@@ -87,6 +90,8 @@ class DecodeStep:
         self._kept[:count] = step.context_len
         if self._rows is not None:
             self._rows[:count] = step.state_row
+        if self._scales is not None:
+            self._scales[:count] = step.query_scale
         self._wanted[:wanted] = step.logits_index
         for group, cos, sin in self._ropes:
             cos[:count], sin[:count] = step.rope[group]

@@ -48,7 +48,11 @@ class Decoder:
         self._states, self._features = states, features
         self._has_rows = any(isinstance(state, Recurrent) for state in states)
         self._kept: StateMemory | None = None
-        self._of_tokens = ("input_ids", "visual_index", *(["visible_end"] if model.bidirectional_images else []))
+        self._of_tokens = (
+            *("input_ids", "visual_index"),
+            *(("visible_end",) if model.bidirectional_images else ()),
+            *(("query_scale",) if model.query_scale is not None else ()),
+        )
         self._one_each = np.arange(limits.max_sequences + 1, dtype=np.int32)
         self._resources = ExitStack()
         try:

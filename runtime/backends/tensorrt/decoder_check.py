@@ -28,6 +28,7 @@ def check_decoder(
     step = ["input_ids", "visual_index", "visual_embeds", *ropes, "query_start", "context_len", "page_table"]
     step += ["logits_index", *(["deepstack_embeds"] if model.vision.deepstack else [])]
     step += ["visible_end"] if model.bidirectional_images else []
+    step += ["query_scale"] if model.query_scale is not None else []
     step += ["state_row"] if rows else []
     kept = {**pages, **rows}
     for names, given, kind in (

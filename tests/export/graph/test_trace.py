@@ -229,7 +229,7 @@ def in_torch(model: CanonicalModel, name: str, feeds: dict[str, np.ndarray]) -> 
         layers = range(len(model.config.decoder.layers))
         states = [(tensors.pop(f"key_cache.{i}"), tensors.pop(f"value_cache.{i}")) for i in layers]
         ropes = [(tensors.pop("rope_cos.0"), tensors.pop("rope_sin.0"))]
-        absent = dict.fromkeys(("deepstack_embeds", "visible_end", "state_row"))
+        absent = dict.fromkeys(("deepstack_embeds", "visible_end", "query_scale", "state_row"))
         logits, states = decoder(**absent | tensors, ropes=ropes, states=states)
     return [logits.numpy(), *(tensor.numpy() for pair in states for tensor in pair)]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from moevlm.runtime.core.errors import EngineError
+from moevlm.runtime.core.manifest import QueryScaleMetadata
 from moevlm.runtime.engine.protocol import check_step
 from moevlm.runtime.engine.step import EngineLimits, Step
 from tests.support.paged_engine import MODEL, SEEING_MODEL
@@ -60,6 +62,15 @@ def test_a_step_that_contradicts_itself_is_refused(change: dict[str, Any], words
     with pytest.raises(EngineError) as raised:
         check_step(replace(STEP, **change), (), LIMITS, SEEING_MODEL, 4, 5)
     assert str(raised.value) == words
+
+
+@pytest.mark.parametrize(("scale", "shape"), [(None, "None"), (np.ones(5, np.float32), "[5]")], ids=["none", "too-few"])
+def test_factors_of_queries_are_as_many_as_tokens(scale: np.ndarray | None, shape: str) -> None:
+    model = msgspec.structs.replace(MODEL, query_scale=QueryScaleMetadata(beta=0.1, original=4))
+    check_step(replace(STEP, query_scale=np.ones(6, np.float32)), (), LIMITS, model, 4, 5)
+    with pytest.raises(EngineError) as raised:
+        check_step(replace(STEP, query_scale=scale), (), LIMITS, model, 4, 5)
+    assert str(raised.value) == f"query_scale has the shape {shape} (allowed: [6])"
 
 
 def test_a_model_without_such_layers_needs_neither() -> None:

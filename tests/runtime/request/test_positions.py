@@ -6,12 +6,13 @@ import torch
 from transformers import Gemma4TextConfig, Glm4vMoeConfig, Qwen3VLMoeConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextRotaryEmbedding
 from transformers.models.glm4v_moe.modeling_glm4v_moe import Glm4vMoeModel, Glm4vMoeTextRotaryEmbedding
+from transformers.models.mistral4.modeling_mistral4 import get_llama_4_attn_scale
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel, Qwen3VLMoeTextRotaryEmbedding
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, QueryScaleMetadata, RopeMetadata
 from moevlm.runtime.core.towers import GridTower
-from moevlm.runtime.request.positions import inverse_frequencies, rope_positions, rope_tables
+from moevlm.runtime.request.positions import inverse_frequencies, query_scales, rope_positions, rope_tables
 
 IMAGE = 9
 INTERLEAVED = RopeMetadata(dim=128, theta=5e6, sections=(24, 20, 20), interleaved=True)
@@ -192,3 +193,17 @@ def test_sections_that_do_not_cover_the_frequencies_are_refused() -> None:
     rope = RopeMetadata(dim=64, theta=1e4, sections=(8, 12, 11), interleaved=False)
     with pytest.raises(BundleError, match=r"model\.ropes\.sections = \[8, 12, 11\].*add up to dim / 2 = 32"):
         rope_tables(np.zeros((3, 1), np.int64), rope)
+
+
+PLACES = np.unique(np.concatenate([np.arange(40000), *(8192 * np.arange(1, 129)[:, None] + [-2, -1, 0, 1]).T]))
+
+
+def test_factors_of_queries_are_those_of_mistral_4_and_of_llama_4() -> None:
+    places = torch.from_numpy(PLACES)
+    mistral = get_llama_4_attn_scale(places[None], 0.1, 8192).flatten().numpy()
+    np.testing.assert_array_max_ulp(query_scales(PLACES, QueryScaleMetadata(beta=0.1, original=8192)), mistral, 1)
+    # As in `Llama4TextAttention.forward`, where it is not a function of its own.
+    llama = (torch.log1p(torch.floor((places.float() + 1.0) / 8192)) * 0.1 + 1.0).numpy()
+    scale = QueryScaleMetadata(beta=0.1, original=8192, offset=1)
+    np.testing.assert_array_max_ulp(query_scales(PLACES, scale), llama, 1)
+    assert query_scales(np.array([8190, 8191]), scale).tolist()[0] == 1.0 < query_scales(np.array([8191]), scale)[0]

@@ -21,7 +21,7 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.sources import Source, plus_one
 from moevlm.export.modules.vision import vision_tower
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata
 from tests.support.hybrid.mixer import RecurrenceConfig
 
 HIDDEN, CHANNELS = 32, 48
@@ -67,8 +67,10 @@ LOCAL = GQAConfig(
 # What targets without softcap and sinks have of it.
 WINDOWED = replace(LOCAL, softcap=0.0, sinks=False)
 IMAGES = replace(WINDOWED, value_dim=0, value_is_key=True, value_norm=True, bidirectional_images=True)
-# No rotation.
+# No rotation; and with queries that grow with their place.
 UNTURNED = replace(WINDOWED, rotary_dim=0, window=0)
+SCALED = replace(UNTURNED, query_scale=True)
+QUERY_SCALE = QueryScaleMetadata(beta=0.5, original=8, offset=1)
 ROPES = (
     RopeMetadata(dim=16, theta=1e4, sections=(8, 0, 0), interleaved=False),
     RopeMetadata(dim=16, theta=500.0, sections=(8, 0, 0), interleaved=False),
@@ -89,6 +91,7 @@ LAYERS = {
     "local": LayerConfig(LOCAL, SPARSE),
     "windowed": LayerConfig(WINDOWED, SPARSE),
     "unturned": LayerConfig(UNTURNED, BIASED),
+    "scaled": LayerConfig(SCALED, BIASED),
     "recurrent": LayerConfig(RecurrenceConfig(CHANNELS), DENSE),
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
@@ -111,7 +114,8 @@ class Hybrid(Family):
     router_suffix = "router"
 
     def translate(self, fields: Fields) -> ModelConfig:
-        kinds = fields["layers"]
+        layers = tuple(LAYERS[kind] for kind in fields["layers"])
+        scaled = any(layer.mixer.scales_queries for layer in layers)
         return ModelConfig(
             model_type="hybrid_test",
             decoder=DecoderConfig(
@@ -121,7 +125,8 @@ class Hybrid(Family):
                 epsilon=EPSILON,
                 tied_head=False,
                 ropes=ROPES,
-                layers=tuple(LAYERS[kind] for kind in kinds),
+                layers=layers,
+                query_scale=QUERY_SCALE if scaled else None,
             ),
             vision=VISION,
             image_token_id=fields.count("image_token_id"),

@@ -9,7 +9,7 @@ _WIDE = (4, 2, 16, 16, 16, 1e4, None, None, 16**-0.5)
 _LOCAL = (2, 1, 32, 24, 16, 500.0, 16, 4.0, 0.25)
 _UNTURNED = (2, 1, 32, 24, 0, 1.0, None, None, 0.25)
 # Heads, kv_heads, size of keys, of values and of what is rotated, base, window, softcap, scale.
-ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE, "unturned": _UNTURNED}
+ATTENTION = {"wide": _WIDE, "local": _LOCAL, "sandwich": _LOCAL, "parallel": _WIDE, "scaled": _UNTURNED}
 TOP_K = 2
 LIMIT = 0.75  # of gates and ups of experts with biases
 
@@ -59,6 +59,8 @@ def _attention(x: Tensor, own: dict[str, Tensor], kind: str) -> Tensor:
     )
     if "attention.q_norm.weight" in own:
         q, k = _norm(q, own["attention.q_norm.weight"]), _norm(k, own["attention.k_norm.weight"])
+    if kind == "scaled":
+        q = q * (1 + 0.5 * torch.log(1 + torch.floor((torch.arange(length) + 1) / 8)))[:, None, None]
     angle = torch.arange(length)[:, None] * base ** -(torch.arange(0, rotated, 2) / rotated).double()
     q, k = (_rotated(t, angle) for t in (q, k))
     y = torch.empty(length, heads, value_dim, dtype=torch.float64)

@@ -152,12 +152,15 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 
 @pytest.mark.usefixtures("hybrid_family")
-@pytest.mark.parametrize("last", ["parallel", "images"])
+@pytest.mark.parametrize("last", ["parallel", "images", "scaled"])
 def test_layers_of_every_kind_of_attention(tmp_path: Path, last: str) -> None:
     canonical = hybrid(tmp_path / "checkpoint", "unturned", "local", "windowed sandwich", last)
     moe = PluginMoE("float32", "", 32, named)
     model = lowered(canonical, PackProjections(PAGED_ATTENTION), *attention("float32"), moe)
-    assert not [node for node in model.graph if node.op_type in ("Concat", "Split")]  # q, k and v are one product's
+    # q, k and v are one product's, unless q is scaled behind its own.
+    assert [node.op_type for node in model.graph if node.op_type in ("Concat", "Split")] == (
+        ["Split", "Concat"] if last == "scaled" else []
+    )
     feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng())
     assert ("visible_end" in feeds) == (last == "images")
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)

@@ -98,11 +98,11 @@ def test_tokens_are_those_of_the_reference_engine(runtime, reference, messages) 
 
 @pytest.fixture(scope="module")
 def bundle_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model with a layer in which an image's tokens see each other."""
+    """Of a model with a layer in which an image's tokens see each other, and one that scales its queries."""
     folder = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families._REGISTRY, "hybrid_test", Hybrid)
-        build(save(folder / "checkpoint", ("wide", "images")), folder / "images.moevlm", ("reference",))
+        build(save(folder / "checkpoint", ("wide", "images", "scaled")), folder / "images.moevlm", ("reference",))
     return gpu_bundle(folder / "images.moevlm", folder)
 
 
@@ -113,6 +113,7 @@ def test_image_tokens_see_each_other_as_in_the_reference_engine(bundle_of_images
         steps = forwarded(runtime)
         assert answer(runtime, seen, 16) == expected
     assert any((step.visible_end > step.context_len[0] + np.arange(step.tokens) + 1).any() for step in steps)
+    assert len({float(step.query_scale[-1]) for step in steps}) > 2
     assert not gpu.held()
 
 
