@@ -7,6 +7,7 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.gemma4 import Gemma4Images
+from moevlm.runtime.request.images.pixtral import PixtralImages
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 
@@ -15,6 +16,7 @@ _PROCESSORS: dict[str, type[ImageProcessor]] = {
     "Gemma4ImageProcessor": Gemma4Images,
     "Glm46VImageProcessor": Glm4vImages,
     "Glm4vImageProcessor": Glm4vImages,
+    "PixtralImageProcessor": PixtralImages,
     "Qwen2VLImageProcessor": Qwen2VLImages,
 }
 
