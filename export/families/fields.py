@@ -22,7 +22,7 @@ _MOST = {
     **dict.fromkeys(
         ("vocab_size", "image_token_id", "video_token_id", "eos_token_id", "num_position_embeddings"), 1 << 24
     ),
-    "max_position_embeddings": (1 << 31) - 1,
+    **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (1 << 31) - 1),
 }
 _MOST_OF_OTHERS = 1 << 20
 _MOST_ITEMS, _LARGEST_ITEM = 1 << 12, (1 << 31) - 1  # of a list
@@ -92,9 +92,16 @@ class Fields:
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A positive number that float32 holds."""
         value = self.get(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not _SMALLEST <= value <= _LARGEST:
+        if not _is_number(value):
             raise self.invalid(key, value, f"a number from {_SMALLEST} to {_LARGEST}")
         return float(value)
+
+    def numbers(self, key: str, length: int) -> tuple[float, ...]:
+        """A list of `length` positive numbers that float32 holds."""
+        value = self.get(key)
+        if not isinstance(value, list | tuple) or len(value) != length or not all(map(_is_number, value)):
+            raise self.invalid(key, value, f"{length} numbers from {_SMALLEST} to {_LARGEST}")
+        return tuple(map(float, value))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false."""
@@ -161,6 +168,10 @@ class Fields:
 
     def _name(self, key: str) -> str:
         return f"{self._path}.{key}" if self._path else key
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and _SMALLEST <= value <= _LARGEST
 
 
 def _is_count(value: Any) -> bool:

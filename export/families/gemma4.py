@@ -116,7 +116,7 @@ class Gemma4(Family):
         window, images = text.positive("sliding_window", 512), "use_bidirectional_attention"
         bidirectional = images in text and text.choice(images, ("vision",)) == "vision"
         rope, heads = text.sub("rope_parameters", _ROPES), self._heads(text, kinds, keyed)
-        ropes = tuple(one_axis(rope.sub(kind), head_dim) for kind, (head_dim, _) in heads.items())
+        ropes = tuple(one_axis(text, head_dim, rope=rope.sub(kind)) for kind, (head_dim, _) in heads.items())
         rope.get(_SLIDING, None)  # there may be no such layer
         return ropes, {
             kind: GQAConfig(

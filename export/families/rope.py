@@ -1,7 +1,23 @@
 """Rotary embedding fields of config.json: the new `rope_parameters` and the older `rope_scaling` with `rope_theta`."""
 
+import numpy as np
+from msgspec import structs
+
 from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope_scaling import KINDS, Rope
 from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.rotary import inverse_frequencies
+
+
+def one_axis(
+    text: Fields, head_dim: int, *, rope: Fields | None = None, default_partial: float | None = None
+) -> RopeMetadata:
+    """Rope on counted positions, plain or scaled.
+
+    rope: where its fields stand, if a model has several; else they are those of `text`. default_partial: see `mrope`.
+    """
+    rope = rope_fields(text) if rope is None else rope
+    return _rope(text, rope, head_dim, default_partial)
 
 
 def mrope(
@@ -12,51 +28,23 @@ def mrope(
     default_sections: tuple[int, int, int],
     default_partial: float | None = None,
 ) -> RopeMetadata:
-    """Multimodal rope with (time, height, width) sections. Raises UnsupportedModelError for a scaled variant.
+    """Multimodal rope with (time, height, width) sections, plain or scaled.
 
     default_partial: `partial_rotary_factor` where config.json has none; None for a family that rotates whole heads.
     """
-    rope = text.sub("rope_parameters") if "rope_parameters" in text else text.sub("rope_scaling", {})
-    if "rope_theta" in rope:
-        theta = rope.number("rope_theta")
-        text.choice("rope_theta", (theta,), theta)  # the older place, beside the new one
-    else:
-        theta = text.number("rope_theta")
-    _check_type(rope, ("default",))
+    rope = rope_fields(text)
     for name in ("mrope_interleaved", "interleaved"):
         rope.choice(name, (interleaved,), interleaved)
-    if default_partial is None:
-        partial = 1.0
-        for part in (rope, text):
-            part.choice("partial_rotary_factor", (partial,), partial)
-    else:
-        partial = rope.number("partial_rotary_factor", text.number("partial_rotary_factor", default_partial))
-    dim = int(head_dim * partial)
-    if dim % 2 or not 0 < dim <= head_dim:
-        rotated = f"{dim} of its dimensions rotate, allowed: an even number from 2 to {head_dim}"
-        raise text.invalid("head_dim", head_dim, rotated)
+    plain = _rope(text, rope, head_dim, default_partial)
     sections = rope.counts("mrope_section", default_sections)
-    if len(sections) != 3 or sum(sections) != dim // 2:
-        raise rope.invalid("mrope_section", list(sections), f"three numbers that add up to {dim // 2}")
-    return RopeMetadata(dim=dim, theta=theta, sections=sections, interleaved=interleaved)
+    if len(sections) != 3 or sum(sections) != plain.dim // 2:
+        raise rope.invalid("mrope_section", list(sections), f"three numbers that add up to {plain.dim // 2}")
+    return structs.replace(plain, sections=sections, interleaved=interleaved)
 
 
-def one_axis(rope: Fields, head_dim: int) -> RopeMetadata:
-    """Rope on counted positions: of whole heads, or "proportional" (partial_rotary_factor of the frequencies turn).
-
-    Raises UnsupportedModelError for a scaled variant.
-    """
-    proportional = rope.choice("rope_type", ("default", "proportional"), "default") == "proportional"
-    if not proportional:
-        rope.choice("partial_rotary_factor", (1.0,), 1.0)
-    rope.choice("factor", (1.0,), 1.0)
-    partial = rope.number("partial_rotary_factor", 1.0)
-    turning = int(partial * head_dim // 2)
-    if not 0 < turning <= head_dim // 2:
-        raise rope.invalid(
-            "partial_rotary_factor", partial, f"1 to {head_dim // 2} frequencies turn, and not {turning}"
-        )
-    return RopeMetadata(dim=head_dim, theta=rope.number("rope_theta"), turning=turning % (head_dim // 2))
+def rope_fields(text: Fields) -> Fields:
+    """The object with a text model's rope, which is empty if only its theta is said."""
+    return text.sub("rope_parameters") if "rope_parameters" in text else text.sub("rope_scaling", {})
 
 
 def axial_theta(vision: Fields, default: float = 10000.0) -> float:
@@ -64,11 +52,43 @@ def axial_theta(vision: Fields, default: float = 10000.0) -> float:
     if "rope_parameters" not in vision:
         return vision.number("rope_theta", default)
     rope = vision.sub("rope_parameters")
-    _check_type(rope, ("axial", "default"))  # transformers reads "default" as axial here
+    _kind(rope, ("axial", "default"))  # transformers reads "default" as axial here
     return rope.number("rope_theta", default)
 
 
-def _check_type(rope: Fields, allowed: tuple[str, ...]) -> None:
+def _rope(text: Fields, rope: Fields, head_dim: int, default_partial: float | None) -> RopeMetadata:
+    kind, theta = _kind(rope, tuple(KINDS)), _theta(text, rope)
+    dim = head_dim
+    if kind != "proportional":
+        dim = int(head_dim * _partial(text, rope, default_partial))
+        if dim % 2 or not 0 < dim <= head_dim:
+            rotated = f"{dim} of its dimensions rotate, allowed: an even number from 2 to {head_dim}"
+            raise text.invalid("head_dim", head_dim, rotated)
+    frequencies, factor = KINDS[kind](Rope(rope, text, dim, theta))
+    if frequencies is None or np.array_equal(frequencies, inverse_frequencies(dim, theta)):
+        return RopeMetadata(dim=dim, theta=theta, factor=factor)
+    return RopeMetadata(dim=dim, theta=theta, frequencies=tuple(frequencies.tolist()), factor=factor)
+
+
+def _theta(text: Fields, rope: Fields) -> float:
+    if "rope_theta" not in rope:
+        return text.number("rope_theta")
+    theta = rope.number("rope_theta")
+    text.choice("rope_theta", (theta,), theta)  # the older place, beside the new one
+    return theta
+
+
+def _partial(text: Fields, rope: Fields, default: float | None) -> float:
+    """How much of a head rotates."""
+    if default is not None:
+        return rope.number("partial_rotary_factor", text.number("partial_rotary_factor", default))
+    for part in (rope, text):
+        part.choice("partial_rotary_factor", (1.0,), 1.0)
+    return 1.0
+
+
+def _kind(rope: Fields, allowed: tuple[str, ...]) -> str:
     """`type` is the older name of rope_type; beside a rope_type, transformers does not read it."""
-    rope.choice("rope_type" if "rope_type" in rope else "type", allowed, "default")
+    found: str = rope.choice("rope_type" if "rope_type" in rope else "type", allowed, "default")
     rope.get("type", None)
+    return found

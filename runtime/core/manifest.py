@@ -21,14 +21,16 @@ class RopeMetadata(_Metadata, frozen=True):
     dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
     (time, height, width) axes; interleaved: t,h,w,t,h,w,... (Qwen3-VL) instead of one block per axis (GLM-4V).
     Without sections there is one axis, and positions count tokens, those of images like those of text (Gemma 4).
-    turning: how many frequencies turn, the first ones; the others are 0 (proportional rope). 0 for all of them.
+    frequencies: the R/2 inverse frequencies, in radians a position, where they are not theta's own (scaled rope); each
+    is the value of a float32. factor: on every cosine and sine (yarn's attention factor).
     """
 
     dim: int
     theta: float
     sections: tuple[int, ...] = ()
     interleaved: bool = False
-    turning: int = 0
+    frequencies: tuple[float, ...] = ()
+    factor: float = 1.0
 
 
 class QueryScaleMetadata(_Metadata, frozen=True):

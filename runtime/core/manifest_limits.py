@@ -24,7 +24,8 @@ _LAYER: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("heads", "kv_heads", "key_dim", "value_dim", "experts", "top_k"), (0, 1 << 16)),
     "window": _WINDOW,
 }
-_ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA}
+_ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA, "factor": (1e-3, 1e3)}
+_FREQUENCY = 1 << 20
 _ROPES = (1, 1 << 10)
 _QUERY_SCALE: dict[str, tuple[float, float]] = {"beta": (0.0, 1e3), "original": _TOKENS, "offset": (0, 1 << 30)}
 _PAGED: dict[str, tuple[float, float]] = {
@@ -111,8 +112,11 @@ def _rope(where: str, rope: RopeMetadata, widest: int) -> Iterator[tuple[str, An
     covered = rope.dim // 2 <= sum(rope.sections) <= pairs
     if rope.sections and (len(rope.sections) != 3 or min(rope.sections) < 0 or not covered):
         yield f"{where}.sections", list(rope.sections), f"none, or three numbers that add up to dim / 2 = {pairs}"
-    if not 0 <= rope.turning <= pairs:
-        yield f"{where}.turning", rope.turning, f"0 to dim / 2 = {pairs}"
+    if rope.frequencies and len(rope.frequencies) != pairs:
+        yield f"the number of {where}.frequencies", len(rope.frequencies), f"0 or dim / 2 = {pairs}"
+    for i, frequency in enumerate(rope.frequencies):
+        if not 0 <= frequency <= _FREQUENCY:
+            yield f"{where}.frequencies[{i}]", frequency, f"0 to {_FREQUENCY}"
 
 
 def _state(where: str, state: StateSpec, layers: int) -> Iterator[tuple[str, Any, str]]:

@@ -7,21 +7,10 @@ import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError
 from moevlm.runtime.core.manifest import ModelMetadata, QueryScaleMetadata, RopeMetadata
+from moevlm.runtime.core.rotary import inverse_frequencies
 
 # Tokens per step of the table computation: the angles of one step stay in the L2 cache.
 _CHUNK = 4096
-
-
-def inverse_frequencies(dim: int, theta: float) -> np.ndarray:
-    """theta ** -(2i / dim) for i < dim / 2 (RoFormer, section 3.2.2), [ceil(dim / 2)] float32.
-
-    Exponent, power and reciprocal are each rounded to float32, like PyTorch's: an angle is position * frequency, so
-    one more digit here would move far positions away from what the model was trained with. The power itself is
-    correctly rounded, which PyTorch's is for all but a few frequencies (there it is one unit in the last place off).
-    """
-    exponent = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
-    power = np.power(np.float64(theta), exponent.astype(np.float64)).astype(np.float32)
-    return np.float32(1) / power
 
 
 def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: ModelMetadata) -> tuple[np.ndarray, int]:
@@ -69,6 +58,8 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
 def rope_tables(positions: np.ndarray, rope: RopeMetadata) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine for each token and frequency, every frequency turned by the position on its own axis.
 
+    Both are multiplied by rope.factor.
+
     positions: [3, ...] integer, any shape behind the axes. Returns (cos, sin), each [..., rope.dim / 2] float32.
     Raises BundleError if the sections do not cover the frequencies.
     """
@@ -81,6 +72,9 @@ def rope_tables(positions: np.ndarray, rope: RopeMetadata) -> tuple[np.ndarray, 
         angle = tokens[piece] @ spread
         np.cos(angle, out=cos[piece])
         np.sin(angle, out=sin[piece])
+    if rope.factor != 1:
+        cos *= np.float32(rope.factor)
+        sin *= np.float32(rope.factor)
     shape = (*positions.shape[1:], spread.shape[1])
     return cos.reshape(shape), sin.reshape(shape)
 
@@ -100,8 +94,8 @@ def _spread(rope: RopeMetadata) -> np.ndarray:
 
     The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
     """
-    frequencies = inverse_frequencies(rope.dim, rope.theta)
-    frequencies[rope.turning or len(frequencies) :] = 0
+    own = inverse_frequencies(rope.dim, rope.theta)
+    frequencies = np.array(rope.frequencies, np.float32) if rope.frequencies else own
     spread = np.zeros((3, len(frequencies)), np.float32)
     spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
     spread.setflags(write=False)

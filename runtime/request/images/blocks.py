@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moevlm.runtime.core.rotary import inverse_frequencies
 from moevlm.runtime.core.towers import Grid, Tower
-from moevlm.runtime.request.positions import inverse_frequencies
 
 
 def block_order(grids: Sequence[Grid], merge: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,12 +60,13 @@ def test_unsupported_model_type_lists_the_supported(config: dict[str, Any], told
     )
 
 
+ROPES = "default, linear, dynamic, yarn, longrope, llama3, proportional"
 CHOICES = [
     ("qwen3_vl_moe", "text_config.hidden_act", "gelu", "silu"),
     ("qwen3_vl_moe", "text_config.norm_topk_prob", False, "true"),
     ("qwen3_vl_moe", "text_config.use_sliding_window", True, "false"),
-    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "yarn", "default"),
-    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "mrope", "default"),
+    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "su", ROPES),
+    ("qwen3_vl_moe", "text_config.rope_parameters.rope_type", "mrope", ROPES),
     ("qwen3_vl_moe", "text_config.rope_parameters.partial_rotary_factor", 0.5, "1.0"),
     ("qwen3_vl_moe", "text_config.partial_rotary_factor", 0.5, "1.0"),
     ("qwen3_vl_moe", "text_config.rope_theta", 5000000, "10000.0"),
@@ -74,7 +75,7 @@ CHOICES = [
     ("qwen3_vl_moe", "vision_config.rope_parameters.rope_type", "linear", "axial, default"),
     ("glm4v_moe", "text_config.hidden_act", ["silu"], "silu"),
     ("glm4v_moe", "text_config.use_qk_norm", True, "false"),
-    ("glm4v_moe", "text_config.rope_parameters.rope_type", "dynamic", "default"),
+    ("glm4v_moe", "text_config.rope_parameters.rope_type", "ntk", ROPES),
     ("glm4v_moe", "text_config.rope_parameters.mrope_interleaved", True, "false"),
     ("glm4v_moe", "vision_config.hidden_act", "gelu", "silu"),
     ("glm4v_moe", "vision_config.rope_parameters.rope_type", "yarn", "axial, default"),
@@ -82,14 +83,13 @@ CHOICES = [
     ("qwen3_5_moe", "text_config.norm_topk_prob", False, "true"),
     ("qwen3_5_moe", "text_config.attn_output_gate", False, "true"),
     ("qwen3_5_moe", "text_config.output_gate_type", "sigmoid", "swish, silu"),
-    ("qwen3_5_moe", "text_config.rope_parameters.rope_type", "yarn", "default"),
+    ("qwen3_5_moe", "text_config.rope_parameters.rope_type", "su", ROPES),
     ("qwen3_5_moe", "text_config.rope_parameters.mrope_interleaved", False, "true"),
     ("gemma4", "text_config.hidden_size_per_layer_input", 256, "0"),
     ("gemma4", "text_config.num_kv_shared_layers", 1, "0"),
     ("gemma4", "text_config.use_bidirectional_attention", "all", "vision"),
     ("gemma4", "text_config.hidden_activation", "silu", "gelu_pytorch_tanh"),
-    ("gemma4", "text_config.rope_parameters.full_attention.rope_type", "yarn", "default, proportional"),
-    ("gemma4", "text_config.rope_parameters.full_attention.factor", 8.0, "1.0"),
+    ("gemma4", "text_config.rope_parameters.full_attention.rope_type", "su", ROPES),
     ("gemma4", "text_config.rope_parameters.sliding_attention.partial_rotary_factor", 0.5, "1.0"),
     ("gemma4", "vision_config.use_clipped_linears", True, "false"),
     ("gemma4", "vision_config.hidden_activation", "silu", "gelu_pytorch_tanh"),
@@ -120,8 +120,7 @@ def test_every_choice_is_listed_here() -> None:
     folder = Path(__file__).parents[3] / "export" / "families"
     made = sum(path.read_text().count(".choice(") for path in folder.glob("*.py"))
     listed = [path for _, path, _, _ in CHOICES] + [path for path, _, _ in OMNI_CHOICES if not path.endswith("_act")]
-    # One file for all families, with a function for positions on three axes and one for counted ones.
-    in_rope = {("_attention." in path, path.split(".")[-1]) for path in listed if re.search("rope|rotary", path)}
+    in_rope = {path.split(".")[-1] for path in listed if re.search("rope|rotary", path)}  # one file for all families
     elsewhere = [path for path in listed if not re.search("rope|rotary", path)]
     assert made == len(in_rope) + len(elsewhere)
 
@@ -406,7 +405,7 @@ def test_mrope_is_no_rope_type_here_or_in_transformers(
     text |= {place: rope | {name: "mrope"}, "rope_theta": rope["rope_theta"]}
     refused(
         UnsupportedModelError,
-        f'text_config.{place}.{name} = "mrope" (supported: default)',
+        f'text_config.{place}.{name} = "mrope" (supported: {ROPES})',
         act=lambda: family_for(config).config(config),
     )
     with torch.device("meta"), pytest.raises(KeyError, match="mrope"):

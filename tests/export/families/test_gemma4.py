@@ -138,7 +138,8 @@ def test_published_config_is_understood_whole() -> None:
     assert (local.value_is_key, full.value_is_key, local.value_norm) == (False, True, True)
     assert (local.bidirectional_images, full.bidirectional_images) == (True, False)
     assert [i for i, layer in enumerate(decoder.layers) if not layer.mixer.window] == [5, 11, 17, 23, 29]
-    assert [(rope.dim, rope.theta, rope.turning) for rope in decoder.ropes] == [(256, 1e4, 0), (512, 1e6, 64)]
+    assert [(rope.dim, rope.theta, len(rope.frequencies)) for rope in decoder.ropes] == [(256, 1e4, 0), (512, 1e6, 256)]
+    assert np.count_nonzero(decoder.ropes[1].frequencies) == 64
     moe = decoder.layers[0].feed_forward
     assert isinstance(moe, MoEConfig)
     assert (moe.experts, moe.router.top_k, moe.width, moe.dense_width, moe.expert_scale) == (128, 8, 704, 2112, True)

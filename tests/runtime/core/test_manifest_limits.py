@@ -38,9 +38,10 @@ VALUES: list[tuple[str, Any]] = [
     *(("model.ropes[0].dim", value) for value in (-2, 0, 31, 10**12)),
     *(("model.ropes[0].theta", value) for value in (0.0, -1.0)),
     *(("model.ropes[0].sections", value) for value in ([-3, -3, 14], [1, 1, 1], [10**9, 0, 0], [8])),
-    *(("model.ropes[0].turning", value) for value in (-1, 10**9)),
     *(("model.query_scale", {"beta": 0.1, "original": 8, field: -1}) for field in ("beta", "offset")),
     ("model.query_scale", {"beta": 0.1, "original": 0}),
+    *(("model.ropes[0].factor", value) for value in (0.0, -1.0, 1e9)),
+    *(("model.ropes[0].frequencies", value) for value in ([1.0], [-1.0] * 8, [1e30] * 8)),
     *((f"model.vision.{field}", value) for field in ("patch_size", "merge_size", "temporal_patch_size", "channels")
       for value in (0, -1, 10**9)),
     *(("model.vision.position_grid", value) for value in (0, -1, 2**65)),

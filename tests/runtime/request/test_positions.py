@@ -11,8 +11,9 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeMod
 
 from moevlm.runtime.core.errors import BundleError, RequestError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, QueryScaleMetadata, RopeMetadata
+from moevlm.runtime.core.rotary import inverse_frequencies
 from moevlm.runtime.core.towers import GridTower
-from moevlm.runtime.request.positions import inverse_frequencies, query_scales, rope_positions, rope_tables
+from moevlm.runtime.request.positions import query_scales, rope_positions, rope_tables
 
 IMAGE = 9
 INTERLEAVED = RopeMetadata(dim=128, theta=5e6, sections=(24, 20, 20), interleaved=True)
@@ -155,7 +156,8 @@ def test_tables_of_short_prompts_equal_the_unchanged_module(rope: RopeMetadata) 
 def test_tables_of_counted_positions_equal_gemmas_module(kind: str, turning: int) -> None:
     module = Gemma4TextRotaryEmbedding(Gemma4TextConfig(head_dim=32, global_head_dim=64, num_hidden_layers=6))
     dim, theta = (64, 1e6) if turning else (32, 1e4)
-    rope = RopeMetadata(dim=dim, theta=theta, turning=turning)
+    turns = np.append(inverse_frequencies(dim, theta)[:turning], np.zeros(dim // 2 - turning, np.float32))
+    rope = RopeMetadata(dim=dim, theta=theta, frequencies=tuple(turns.tolist()) if turning else ())
     positions = np.random.default_rng(8).integers(0, 4_096, 500)
     theirs = module(torch.zeros(1), torch.from_numpy(positions)[None], kind)
     tolerance = 1.2e-7 * (1 + 4_096 * inverse_frequencies(dim, theta))

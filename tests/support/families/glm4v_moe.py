@@ -29,6 +29,13 @@ FIELDS: Fields = {
     },
 }
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
@@ -66,9 +73,10 @@ FAMILY = TinyFamily(
             top={"tie_word_embeddings": True},
             seed=10,
         ),
-        "odd patches, merge of 3, whole groups, scaled": dict(
+        "odd patches, merge of 3, whole groups, scaled, rope of Llama 3": dict(
             text=SMALL
-            | {"num_experts_per_tok": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_hidden_layers": 3},
+            | {"num_experts_per_tok": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "num_hidden_layers": 3}
+            | {"rope_parameters": FIELDS["text"]["rope_parameters"] | LLAMA3},
             vision={"patch_size": 3, "temporal_patch_size": 1, "spatial_merge_size": 3, "image_size": 15},
             seed=11,
         ),

@@ -84,10 +84,10 @@ FAMILY = TinyFamily(
             vision={"depth": 3, "spatial_merge_size": 3, "num_heads": 4, "num_position_embeddings": 9},
             seed=24,
         ),
-        "attention in every layer, whole heads turned, odd patches": dict(
+        "attention in every layer, whole heads turned, linear rope, odd patches": dict(
             text=SMALL
             | {"layer_types": ["full_attention"] * 2}
-            | {"rope_parameters": rope([3, 3, 2], partial_rotary_factor=1.0)},
+            | {"rope_parameters": rope([3, 3, 2], partial_rotary_factor=1.0, rope_type="linear", factor=4.0)},
             vision={"patch_size": 3, "temporal_patch_size": 1},
             seed=25,
         ),

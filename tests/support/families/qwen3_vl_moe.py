@@ -22,6 +22,7 @@ def rope(sections: list[int], **fields: object) -> dict[str, object]:
     return FIELDS["text"]["rope_parameters"] | {"mrope_section": sections} | fields
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 8.0, "original_max_position_embeddings": 64}
 SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
@@ -44,8 +45,8 @@ FAMILY = TinyFamily(
             | {"num_hidden_layers": 3, "decoder_sparse_step": 2, "attention_bias": True, "num_key_value_heads": 1},
             seed=4,
         ),
-        "no deepstack, wide heads, odd patches": dict(
-            text=SMALL | {"head_dim": 32, "num_key_value_heads": 4, "rope_parameters": rope([6, 5, 5], rope_theta=5e6)},
+        "no deepstack, wide heads, odd patches, yarn": dict(
+            text=SMALL | {"head_dim": 32, "num_key_value_heads": 4, "rope_parameters": rope([6, 5, 5], **YARN)},
             vision={"deepstack_visual_indexes": [], "patch_size": 3, "temporal_patch_size": 1},
             seed=5,
         ),
