@@ -75,7 +75,7 @@ GOLDEN = {
         "model.layers": "array of object",
         **{
             f"model.layers[].{field}": "integer"
-            for field in ("heads", "kv_heads", "key_dim", "value_dim", "window", "experts", "top_k")
+            for field in ("heads", "kv_heads", "key_dim", "value_dim", "window", "chunk", "experts", "top_k")
         },
         "model.layers[].bidirectional_images": "boolean",
         "model.eos_token_ids": "array of integer",

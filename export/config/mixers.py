@@ -41,7 +41,7 @@ class GQAConfig(MixerConfig):
     bidirectional_images: a query of an image also sees the tokens of its image that follow it.
     query_scale: queries are multiplied by a factor of their places, see `DecoderConfig`; without norms of them.
     output_gate: what a head returns is multiplied by the sigmoid of another projection, as wide as the queries' one.
-    window, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
+    window, chunk, softcap, sinks, scale: as in `plugins.ops.spec.AttentionSpec`; sinks is a parameter of each head.
     """
 
     heads: int
@@ -62,6 +62,7 @@ class GQAConfig(MixerConfig):
     bidirectional_images: bool = False
     output_gate: bool = False
     query_scale: bool = False
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         self.spec(0.0)
@@ -84,12 +85,20 @@ class GQAConfig(MixerConfig):
             epsilon=epsilon,
             value_is_key=self.value_is_key,
             value_norm=self.value_norm,
+            chunk=self.chunk,
         )
 
     def states(self, layer: int) -> tuple[StateSpec, ...]:
-        heads, dim = self.kv_heads, self.head_dim
-        value_dim = self.value_dim or dim
-        return (PagedKV(layer=layer, kv_heads=heads, key_dim=dim, value_dim=value_dim, window=self.window),)
+        return (
+            PagedKV(
+                layer=layer,
+                kv_heads=self.kv_heads,
+                key_dim=self.head_dim,
+                value_dim=self.value_dim or self.head_dim,
+                window=self.window,
+                chunk=self.chunk,
+            ),
+        )
 
     def metadata(self) -> LayerMetadata:
         return LayerMetadata(
@@ -98,6 +107,7 @@ class GQAConfig(MixerConfig):
             key_dim=self.head_dim,
             value_dim=self.value_dim or self.head_dim,
             window=self.window,
+            chunk=self.chunk,
             bidirectional_images=self.bidirectional_images,
         )
 

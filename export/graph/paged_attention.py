@@ -138,11 +138,19 @@ VISIBLE = {
         visible = Or (causal, before_end)""",
 }
 WINDOW = {
-    False: "seen = Identity (visible)",
+    False: "near = Identity (visible)",
     True: """
         key_end = Add (key_position, window)
-        near = Greater (key_end, query_position)
-        seen = And (visible, near)""",
+        in_window = Greater (key_end, query_position)
+        near = And (visible, in_window)""",
+}
+CHUNK = {
+    False: "seen = Identity (near)",
+    True: """
+        chunk_number = Div (query_position, chunk)
+        chunk_start = Mul (chunk_number, chunk)
+        in_chunk = GreaterOrEqual (key_position, chunk_start)
+        seen = And (near, in_chunk)""",
 }
 SOFTMAX = {
     False: "weights = Softmax <axis = -1> (masked)",
@@ -197,6 +205,7 @@ LOOP = """
         key_position = Range (zero, length, one)
         {visible}
         {window}
+        {chunk}
         masked = Where (seen, capped, minus_inf)
         {softmax}
         values_4d = Unsqueeze (values, one_1)
@@ -245,6 +254,7 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
             softcap=SOFTCAP[spec.softcap > 0],
             visible=VISIBLE["visible_end" in given],
             window=WINDOW[spec.window > 0],
+            chunk=CHUNK[spec.chunk > 0],
             softmax=SOFTMAX["sinks" in given],
         ),
     ]
@@ -257,7 +267,7 @@ def paged_attention_function(spec: AttentionSpec, present: tuple[bool, ...]) -> 
         **{"q_split": [0, spec.heads, -1], "kv_split": [0, spec.kv_heads, -1]},
         **{"group_split": [0, spec.kv_heads, group, -1], "sink_shape": [spec.kv_heads, group, 1, 1]},
         **{"turn_1": [start], "middle_1": [start + half], "turned_1": [start + 2 * half]},
-        **{"scale": float(spec.scale), "softcap": float(spec.softcap), "window": spec.window},
+        **{"scale": float(spec.scale), "softcap": float(spec.softcap), "window": spec.window, "chunk": spec.chunk},
         **{"value_dim_1": [spec.value_dim], "v_epsilon": float(spec.epsilon)},
     }
     outputs = ["y", "key_cache_out"] + ([] if spec.value_in_key else ["value_cache_out"])

@@ -146,11 +146,12 @@ def paged_attention(
     epsilon: float,
     value_is_key: int,
     value_norm: int,
+    chunk: int,
 ) -> list[Tensor]:
     """y [T, heads * Dv], then the caches with this step's tokens; see `plugins.ops.attention` and `AttentionSpec`."""
     spec = AttentionSpec(
         *(heads, kv_heads, rotary_dim, rotary_start, scale, window, softcap),
-        *(bool(value_in_key), value_dim, epsilon, bool(value_is_key), bool(value_norm)),
+        *(bool(value_in_key), value_dim, epsilon, bool(value_is_key), bool(value_norm), chunk),
     )
     tensors = {
         **{"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "key_cache": key_cache, "value_cache": value_cache},

@@ -46,7 +46,8 @@ def attention(
     stored: applied to keys and values [T, Hkv, D] on their way into the caches.
     visible_end: [T], where what a token sees ends, exclusive, as a position of its sequence: the end of its image where
     the tokens of an image see each other (Gemma 4), p + 1 for text. What is below p + 1 counts as that, and what is
-    beyond the sequence's tokens in this step as their end. A window limits what lies before a token, as ever.
+    beyond the sequence's tokens in this step as their end. A window or a chunk limits what lies before a token, as
+    ever.
     Returns y [T, Hq * Dv] in the dtype of q, and new caches.
     """
     tokens, page, dtype = len(q), key_cache.shape[2], q.dtype
@@ -125,6 +126,8 @@ def _attend(
     seen = key_position < end[:, None]
     if spec.window:
         seen &= position[:, None] - key_position < spec.window
+    if spec.chunk:
+        seen &= key_position >= (position // spec.chunk * spec.chunk)[:, None]
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     total = 0.0

@@ -96,6 +96,7 @@ class AttentionSpec:
     value_is_key: a value is its key before norm and rotation, and there are no rows of values (Gemma 4).
     value_norm: an RMS norm of each value, without a gain.
     epsilon: of the norms, where there are any.
+    chunk: positions are cut into chunks of so many, and a query sees those of its own (Llama 4); 0 for one chunk.
     """
 
     heads: int
@@ -110,13 +111,14 @@ class AttentionSpec:
     epsilon: float = 1e-6
     value_is_key: bool = False
     value_norm: bool = False
+    chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise FieldError("kv_heads", self.kv_heads, f"a divisor of the {self.heads} heads")
         if self.rotary_dim < 0 or self.rotary_dim % 2:
             raise FieldError("rotary_dim", self.rotary_dim, "even, 0 or more")
-        for field in ("rotary_start", "scale", "window", "softcap"):
+        for field in ("rotary_start", "scale", "window", "softcap", "chunk"):
             if (value := getattr(self, field)) < 0:
                 raise FieldError(field, value, "0 or more")
         if self.value_in_key != (self.value_dim > 0):

@@ -80,6 +80,7 @@ def _attention(model: ModelMetadata) -> str:
     for layer in model.layers:
         size = str(layer.key_dim) if layer.value_dim == layer.key_dim else f"{layer.key_dim} and {layer.value_dim}"
         window = f", window {layer.window}" if layer.window else ""
+        window += f", chunks of {layer.chunk}" if layer.chunk else ""
         text = (
             f"{layer.heads} heads on {layer.kv_heads} key-value heads of {size}{window}"
             if layer.heads

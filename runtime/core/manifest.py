@@ -50,6 +50,7 @@ class LayerMetadata(_Metadata, frozen=True):
 
     heads: of queries; 0, as all that follow, for a layer without attention. kv_heads: of keys and values. key_dim,
     value_dim: of a head. window: tokens that a query sees, itself included; 0 for all before it.
+    chunk: positions are cut into chunks of so many, and a query sees its own; 0 for one chunk.
     bidirectional_images: an image's tokens see those of their image that follow, too.
     experts: routed ones; 0 for a dense layer. top_k: experts that a token is sent to.
     """
@@ -59,6 +60,7 @@ class LayerMetadata(_Metadata, frozen=True):
     key_dim: int = 0
     value_dim: int = 0
     window: int = 0
+    chunk: int = 0
     bidirectional_images: bool = False
     experts: int = 0
     top_k: int = 0

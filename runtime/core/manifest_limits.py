@@ -22,7 +22,7 @@ _LAYERS = (1, 1 << 14)
 _WINDOW = (0, 1 << 30)
 _LAYER: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("heads", "kv_heads", "key_dim", "value_dim", "experts", "top_k"), (0, 1 << 16)),
-    "window": _WINDOW,
+    **dict.fromkeys(("window", "chunk"), _WINDOW),
 }
 _ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA, "factor": (1e-3, 1e3)}
 _FREQUENCY = 1 << 20
@@ -30,7 +30,7 @@ _ROPES = (1, 1 << 10)
 _QUERY_SCALE: dict[str, tuple[float, float]] = {"beta": (0.0, 1e3), "original": _TOKENS, "offset": (0, 1 << 30)}
 _PAGED: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("kv_heads", "key_dim", "value_dim"), (1, 1 << 16)),
-    "window": _WINDOW,
+    **dict.fromkeys(("window", "chunk"), _WINDOW),
 }
 _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {

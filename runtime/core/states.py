@@ -18,8 +18,9 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Keys and values of one layer's tokens, in pages that the sequences of a step share one pool of.
 
     key_dim, value_dim: of a head. value_in_key: a value is the first value_dim dimensions of its key, and there is no
-    value cache (MLA). window: how many tokens back a query sees, itself included; 0 for all. dtype: float32, bfloat16,
-    float16, or int8 or float8_e4m3fn with a float32 scale for each token and head.
+    value cache (MLA). window: how many tokens back a query sees, itself included; 0 for all. chunk: of positions, of
+    which a query sees its own alone; 0 for one. dtype: float32, bfloat16, float16, or int8 or float8_e4m3fn with a
+    float32 scale for each token and head.
     """
 
     layer: int
@@ -28,6 +29,7 @@ class PagedKV(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     value_dim: int
     value_in_key: bool = False
     window: int = 0
+    chunk: int = 0
     dtype: str = "float32"
 
     @property

@@ -37,7 +37,7 @@ def prefill_work(model: ModelMetadata, cost: CostMetadata, tokens: int) -> Work:
     return Work(
         cost.dense_bytes + cost.head_bytes + experts_read(model, tokens) * cost.expert_bytes,
         tokens * active + cost.head_macs,
-        tokens * cost.state_macs + sum(_pair_macs(n) * _causal_pairs(tokens, n.window) for n in model.layers),
+        tokens * cost.state_macs + sum(_pair_macs(n) * _causal_pairs(tokens, n) for n in model.layers),
     )
 
 
@@ -45,7 +45,7 @@ def decode_work(model: ModelMetadata, engine: EngineMetadata, cost: CostMetadata
     """One more token for each of `batch` sequences that have `context` tokens already."""
     active = _experts_used(model) * cost.expert_macs + cost.dense_macs + cost.head_macs
     cached = sum(_state_bytes(state, context) for state in engine.states)
-    attention = cost.state_macs + sum(_pair_macs(n) * _seen(context + 1, n.window) for n in model.layers)
+    attention = cost.state_macs + sum(_pair_macs(n) * _seen(context + 1, n) for n in model.layers)
     weights = cost.dense_bytes + cost.head_bytes + experts_read(model, batch) * cost.expert_bytes
     return Work(weights + batch * cached, batch * active, batch * attention)
 
@@ -79,7 +79,7 @@ def cache_bytes_per_token(engine: EngineMetadata) -> int:
 def _state_bytes(state: StateSpec, context: int) -> int:
     """Bytes of a layer's state that one more token reads, and writes if it is recurrent."""
     if isinstance(state, PagedKV):
-        return state.token_bytes * _seen(context, state.window)
+        return state.token_bytes * (_seen(context + 1, state) - 1)
     return 2 * state.row_bytes
 
 
@@ -99,12 +99,19 @@ def _pair_macs(layer: LayerMetadata) -> int:
     return layer.heads * (layer.key_dim + layer.value_dim)
 
 
-def _seen(tokens: int, window: int) -> int:
+def _seen(tokens: int, layer: LayerMetadata | PagedKV) -> int:
     """Of `tokens` up to a query, itself included, those that it sees."""
-    return min(tokens, window) if window else tokens
+    if layer.chunk:
+        tokens = (tokens - 1) % layer.chunk + 1
+    return min(tokens, layer.window) if layer.window else tokens
 
 
-def _causal_pairs(tokens: int, window: int) -> float:
+def _causal_pairs(tokens: int, layer: LayerMetadata) -> float:
     """Pairs of a query and a key that it sees, in a prompt."""
-    full = _seen(tokens, window)
+    chunks, rest = divmod(tokens, layer.chunk or tokens or 1)
+    return chunks * _pairs_of_chunk(layer.chunk or tokens, layer.window) + _pairs_of_chunk(rest, layer.window)
+
+
+def _pairs_of_chunk(tokens: int, window: int) -> float:
+    full = min(tokens, window) if window else tokens
     return full * (full + 1) / 2 + (tokens - full) * full

@@ -44,10 +44,14 @@ ATTENTIONS: dict[str, AttentionVariant] = {
     "gemma4, values from keys": AttentionVariant(
         AttentionSpec(4, 2, 4, epsilon=0.05, value_is_key=True, value_norm=True), norms=True
     ),
+    "chunk": AttentionVariant(AttentionSpec(4, 2, 8, chunk=6)),
+    "window in a chunk": AttentionVariant(AttentionSpec(4, 1, 8, window=3, chunk=7)),
     "values are keys": AttentionVariant(AttentionSpec(4, 1, 8, value_is_key=True)),
     "images without a window": AttentionVariant(AttentionSpec(4, 1, 8), images=True),
     "everything": AttentionVariant(
-        AttentionSpec(4, 2, 4, rotary_start=2, scale=0.5, window=6, softcap=2.0, epsilon=0.05, value_norm=True),
+        AttentionSpec(
+            4, 2, 4, rotary_start=2, scale=0.5, window=6, softcap=2.0, epsilon=0.05, value_norm=True, chunk=8
+        ),
         value_dim=6,
         norms=True,
         sinks=True,

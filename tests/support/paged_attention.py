@@ -51,6 +51,7 @@ class Case:
     rotary_start: int = 0
     scale: float = 0.0
     window: int = 0
+    chunk: int = 0
     softcap: float = 0.0
     value_in_key: bool = False
     value_is_key: bool = False
@@ -75,7 +76,7 @@ class Case:
 
     @property
     def attributes(self) -> dict[str, Any]:
-        names = ("heads", "kv_heads", "rotary_dim", "rotary_start", "scale", "window", "softcap", "epsilon")
+        names = ("heads", "kv_heads", "rotary_dim", "rotary_start", "scale", "window", "chunk", "softcap", "epsilon")
         return {name: getattr(self, name) for name in names} | {
             "value_in_key": int(self.value_in_key),
             "value_is_key": int(self.value_is_key),

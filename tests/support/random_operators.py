@@ -95,6 +95,7 @@ def attentions(draw: st.DrawFn, rng: np.random.Generator) -> Node:
         rotary_dim=rotary_dim,
         rotary_start=draw(st.integers(0, key_dim - rotary_dim)),
         window=draw(st.sampled_from([0, 0, 1, 20, 250])),
+        chunk=draw(st.sampled_from([0, 0, 1, 20, 250])),
         softcap=draw(st.sampled_from([0.0, 20.0])),
         value_in_key=value_in_key,
         value_is_key=not value_in_key and key_dim == value_dim and draw(st.booleans()),

@@ -23,6 +23,7 @@ SPECS: tuple[tuple[AttentionSpec, int, int, dict[str, bool]], ...] = (
     (AttentionSpec(4, 4, 64, window=100), 64, 64, SINKS),  # as gpt-oss
     (AttentionSpec(4, 2, 256, window=70, softcap=50.0), 256, 256, {}),  # as Gemma 2
     (AttentionSpec(8, 1, 64, epsilon=1e-6), 256, 256, NORMS),  # as Qwen3.5
+    (AttentionSpec(10, 2, 128, chunk=100), 128, 128, {}),  # as Llama 4
     # Gemma 4, where it has a window and where it has none.
     (AttentionSpec(4, 2, 256, scale=0.1, window=70, value_norm=True), 256, 256, NORMS | IMAGES),
     (AttentionSpec(8, 1, 512, scale=0.1, value_is_key=True, value_norm=True), 512, 512, NORMS),
@@ -71,6 +72,7 @@ class PagedAttentionCases:
             f"paged attention {spec.heads} heads on {spec.kv_heads} of {sizes} {op.dtype}",
             f" cache {op.cache}" if op.cache else "",
             f" window {spec.window}" if spec.window else "",
+            f" chunk {spec.chunk}" if spec.chunk else "",
             f" softcap {spec.softcap:g}" if spec.softcap else "",
             " norms" if op.has_norms else "",
             " sinks" if op.has_sinks else "",

@@ -38,6 +38,7 @@ struct Call {
   int64_t tokens, sequences, pages, page, table_width;
   int64_t heads, kv_heads, key_dim, value_dim, rotary_dim, rotary_start;
   int64_t window;  // entries that a row sees, or 0: all
+  int64_t chunk;   // a row sees those of its own chunk of so many entries; or 0: all
   float scale, softcap, epsilon;
   bool quantized, value_in_key, value_is_key, value_norm;
 
@@ -48,7 +49,11 @@ struct Call {
   int64_t length(int64_t sequence) const { return query_start[sequence + 1] - query_start[sequence]; }
   int64_t entries(int64_t sequence) const { return context_len[sequence] + length(sequence); }
   // The first entry that a row at `position` sees.
-  int64_t first_seen(int64_t position) const { return window && position >= window ? position - window + 1 : 0; }
+  int64_t first_seen(int64_t position) const {
+    const int64_t first = window && position >= window ? position - window + 1 : 0;
+    const int64_t start = chunk ? position - position % chunk : 0;
+    return start > first ? start : first;
+  }
   // The entry behind the last that a row of `token`, which is at `position`, sees of a sequence of so many.
   int64_t end_seen(int64_t token, int64_t position, int64_t entries) const {
     const int64_t wanted = visible_end ? visible_end[token] : 0, most = wanted < entries ? wanted : entries;

@@ -35,7 +35,7 @@ struct AttentionOp {
       {"y", ort::kFloat}, {"key_cache_out", Cache}, {"value_cache_out", Cache, ort::kOptional}};
   static constexpr bool quantized = Cache == ort::kInt8;
   static constexpr int64_t scale_bytes = quantized ? 4 : 0;
-  int64_t heads, kv_heads, rotary_dim, rotary_start, window, value_in_key, value_dim, value_is_key, value_norm;
+  int64_t heads, kv_heads, rotary_dim, rotary_start, window, chunk, value_in_key, value_dim, value_is_key, value_norm;
   float scale, softcap, epsilon;
 
   explicit AttentionOp(const Attributes& a)
@@ -44,6 +44,7 @@ struct AttentionOp {
         rotary_dim(a.integer("rotary_dim", 0, kMaxKeyDim)),
         rotary_start(a.integer_or("rotary_start", 0, 0, kMaxKeyDim)),
         window(a.integer_or("window", 0, 0, kMaxEntries)),
+        chunk(a.integer_or("chunk", 0, 0, kMaxEntries)),
         value_in_key(a.integer_or("value_in_key", 0, 0, 1)),
         value_dim(a.integer_or("value_dim", 0, 0, kMaxValueDim)),
         value_is_key(a.integer_or("value_is_key", 0, 0, value_in_key ? 0 : 1)),
@@ -71,6 +72,7 @@ struct AttentionOp {
     call.rotary_dim = rotary_dim;
     call.rotary_start = rotary_start;
     call.window = window;
+    call.chunk = chunk;
     call.softcap = softcap;
     call.epsilon = epsilon;
     call.quantized = quantized;

@@ -27,6 +27,7 @@ class PagedHeads(Heads):
     value_norm: bool
     scale: float
     window: int
+    chunk: int
     softcap: float
     has_sinks: bool
     has_visible_end: bool
@@ -71,6 +72,7 @@ class PagedHeads(Heads):
             half=spec.rotary_dim // 2,
             scale=spec.scale or key_dim**-0.5,
             window=spec.window,
+            chunk=spec.chunk,
             softcap=spec.softcap,
             epsilon=spec.epsilon,
             has_norms=has_norms,

@@ -43,6 +43,10 @@ CASES = [
     Case(((300, 1), (10, 200), (300, 17)), window=16),
     Case(((300, 1), (10, 400), (700, 17)), window=300, heads=3, kv_heads=3),
     Case(((300, 1), (10, 50)), window=1),
+    Case(((300, 1), (10, 200), (300, 17)), chunk=16),
+    Case(((900, 1), (10, 400), (600, 80)), chunk=300, heads=3, kv_heads=3),
+    Case(((900, 1), (512, 1), (500, 80), (511, 1)), chunk=256, heads=8, kv_heads=1),
+    Case(((700, 1), (10, 400)), chunk=100, window=30, images=True, longest=90, sinks=True),
     Case(((300, 1), (10, 50)), softcap=2.0, sinks=True, scale=0.5),
     Case(((300, 1), (10, 50)), softcap=30.0, window=100, norm=True, sinks=True),
     Case(((600, 1), (10, 50)), sinks=True, heads=6, scale=0.01),
@@ -118,6 +122,7 @@ def cases(draw: st.DrawFn) -> Case:
         rotary_start=draw(st.integers(0, key_dim - rotary_dim)),
         scale=draw(st.sampled_from([0.0, 0.3])),
         window=draw(st.sampled_from([0, 0, 1, 7, 64, 250])),
+        chunk=draw(st.sampled_from([0, 0, 1, 9, 64, 250])),
         softcap=draw(st.sampled_from([0.0, 0.0, 1.0, 50.0])),
         value_in_key=value_in_key,
         value_is_key=value_is_key,
@@ -249,6 +254,17 @@ def test_pages_before_the_window_may_be_gone(rng: np.random.Generator) -> None:
         run(case, inputs)
 
 
+def test_pages_before_the_chunk_may_be_gone(rng: np.random.Generator) -> None:
+    case = Case(((300, 5),), chunk=150)
+    inputs = make_inputs(case, rng)
+    expected = run(case, inputs)["y"]
+    inputs["page_table"][0, :4] = -1
+    np.testing.assert_array_equal(run(case, inputs)["y"], expected)
+    inputs["page_table"][0, 4] = -1
+    with pytest.raises(Exception, match=r"page_table\[0, 4\] = -1"):
+        run(case, inputs)
+
+
 def test_large_scores_do_not_overflow(rng: np.random.Generator) -> None:
     case = Case(((500, 1), (300, 40)), key_dim=64, value_dim=64, rotary_dim=0)
     inputs = make_inputs(case, rng)
@@ -375,6 +391,7 @@ def test_bad_input_is_refused_by_name(name: str, value: np.ndarray, message: str
         ({"rotary_dim": -2}, "rotary_dim = -2 (allowed: 0 to 576)"),
         ({"rotary_start": -1}, "rotary_start = -1 (allowed: 0 to 576)"),
         ({"window": -1}, "window = -1 (allowed: 0 to 1073741824)"),
+        ({"chunk": -1}, "chunk = -1 (allowed: 0 to 1073741824)"),
         ({"epsilon": -1.0}, "epsilon = -1 (allowed: 0 or more)"),
         ({"scale": float("nan")}, "scale = nan (allowed: 0 or more)"),
         ({"softcap": float("inf")}, "softcap = inf (allowed: 0 or more)"),

@@ -58,6 +58,7 @@ def agrees(
         *product(ATTENTIONS, ("mixture",)),
         *product(("everything", "mla"), ("decode", "prefill", "empty sequences")),
         *product(("gemma4", "images without a window"), ("prefill", "long", "few tokens")),
+        *product(("chunk", "window in a chunk"), ("decode", "prefill", "long")),
     ],
 )
 def test_every_variant_agrees_with_the_spec(triton_interpreter: Interpreter, name: str, step: str) -> None:
@@ -185,6 +186,7 @@ def test_any_step(triton_interpreter: Interpreter, data: st.DataObject) -> None:
         rotary_dim=2 * data.draw(st.integers(0, key_dim // 4)),
         rotary_start=data.draw(st.integers(0, key_dim // 2)),
         window=data.draw(st.sampled_from((0, 1, 9, 40))),
+        chunk=data.draw(st.sampled_from((0, 0, 1, 11, 48))),
         softcap=data.draw(st.sampled_from((0.0, 2.0))),
         value_is_key=value_is_key,
         value_norm=data.draw(st.booleans()),

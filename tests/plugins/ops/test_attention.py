@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import masking_utils
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gpt_oss import modeling_gpt_oss
@@ -40,11 +41,11 @@ def kept(cache: Array, pages: Array, length: int) -> Array:
 
 def by_hand(q: list, k: list, v: list, sinks: list | None = None, visible: list | None = None, **spec: object) -> Array:
     cos, sin = np.ones((len(q), 1), np.float32), np.zeros((len(q), 1), np.float32)
-    pool = np.full((3, 1, PAGE, 2), np.nan, np.float32)
+    pool = np.full((4, 1, PAGE, 2), np.nan, np.float32)
     made = AttentionSpec(1, 1, 2, scale=1.0, **spec)
     q, k, v = (np.array(x, np.float32) for x in (q, k, v))
     sink = None if sinks is None else np.array(sinks, np.float32)
-    steps = np.array([0, len(q)], np.int32), np.array([0], np.int32), np.array([[2, 1]], np.int32)
+    steps = np.array([0, len(q)], np.int32), np.array([0], np.int32), np.array([[2, 1, 3]], np.int32)
     end = None if visible is None else np.array(visible, np.int32)
     return attention(q, k, v, cos, sin, pool, pool, *steps, None, None, sink, made, visible_end=end)[0]
 
@@ -71,6 +72,24 @@ def test_softcap_bends_scores():
 def test_window_counts_the_token_itself(window, last):
     y = by_hand([[0, 0]] * 3, [[0, 0]] * 3, [[1, 0], [2, 0], [3, 0]], window=window)
     np.testing.assert_allclose(y[2], [last, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk", "window", "last"), [(0, 0, 2.5), (3, 0, 4.0), (2, 0, 3.5), (2, 1, 4.0), (1, 0, 4.0)])
+def test_chunks_are_cut_where_positions_divide(chunk, window, last):
+    values = [[float(i), 0] for i in range(1, 5)]
+    y = by_hand([[0, 0]] * 4, [[0, 0]] * 4, values, chunk=chunk, window=window)
+    np.testing.assert_allclose(y[3], [last, 0], rtol=1e-6)
+
+
+def test_chunks_are_those_of_hugging_face():
+    """The mask of a layer with chunks, also beside padding in front: positions count from a sequence's first token."""
+    sees = masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 3]))
+    for batch, padding in enumerate((0, 3)):
+        place = padding + torch.arange(11)
+        seen = sees(batch, 0, place[:, None], place[None]).numpy()
+        values = np.stack([np.arange(11.0), np.ones(11)], axis=1)
+        got = by_hand(np.zeros((11, 2)), np.zeros((11, 2)), values, chunk=4)
+        np.testing.assert_allclose(got, seen @ values / seen.sum(1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +232,7 @@ def test_images_see_their_own_patches_alone_and_all_of_them():
         ({"heads": 4, "kv_heads": 2, "rotary_dim": 7}, "rotary_dim = 7"),
         ({"heads": 4, "kv_heads": 2, "rotary_dim": -2}, "rotary_dim = -2"),
         ({"heads": 4, "kv_heads": 2, "rotary_dim": 8, "window": -1}, "window = -1"),
+        ({"heads": 4, "kv_heads": 2, "rotary_dim": 8, "chunk": -1}, "chunk = -1"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_in_key": True}, "value_dim = 0"),
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_dim": 8}, "value_dim = 8"),
         (

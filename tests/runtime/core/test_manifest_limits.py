@@ -29,6 +29,7 @@ VALUES: list[tuple[str, Any]] = [
     ("model.layers[1].top_k", 9),
     ("model.layers[1].kv_heads", 3),
     ("model.layers[1].window", -1),
+    ("model.layers[1].chunk", -1),
     ("model.image_token_id", -1),
     ("model.image_token_id", 10**6),
     ("model.video.placeholder", 10**6),

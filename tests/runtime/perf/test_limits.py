@@ -101,12 +101,24 @@ def test_layers_differ() -> None:
         Recurrent(layer=2, name="delta", shape=(2, 8)),
     )
     metadata = msgspec.structs.replace(engine(), states=states)
-    for context, seen in ((5, 5), (100, 10)):
+    for context, seen in ((5, 5), (100, 9)):
         work = decode_work(mixed, metadata, COST, context)
         assert work.bytes == pytest.approx(1050 + 2 * 300 + context * 2 * 32 * 4 + seen * 12 * 4 + 2 * 2 * 8 * 4)
         assert work.attention_macs == (context + 1) * 4 * 32 + min(context + 1, 10) * 2 * 12
     assert prefill_work(mixed, COST, 30).attention_macs == 465 * 4 * 32 + (55 + 20 * 10) * 2 * 12
     assert work.weight_macs == 2000 + 2 * 600 + 100  # of the layers that have experts
+
+
+def test_a_chunk_ends_what_a_query_sees() -> None:
+    layer = LayerMetadata(heads=1, kv_heads=1, key_dim=8, value_dim=8, chunk=10)
+    chunked = msgspec.structs.replace(MODEL, layers=(layer,))
+    kept = PagedKV(layer=0, kv_heads=1, key_dim=8, value_dim=8, chunk=10)
+    metadata = msgspec.structs.replace(engine(), states=(kept,))
+    for context, seen in ((4, 4), (9, 9), (10, 0), (25, 5)):
+        work = decode_work(chunked, metadata, COST, context)
+        assert (work.bytes - 1050, work.attention_macs) == (seen * 16 * 4, (seen + 1) * 16)
+    for tokens, pairs in ((0, 0), (7, 28), (10, 55), (23, 55 + 55 + 6)):
+        assert prefill_work(chunked, COST, tokens).attention_macs == pairs * 16
 
 
 def test_recurrent_states_are_multiplied_by_each_token() -> None:

@@ -26,7 +26,7 @@ class LowerAttention(Pass):
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """Where a PagedAttention is left, keys and values differ in size, share a cache, or rotate other dimensions, or
-        tokens see later ones.
+        tokens see later ones or their chunk alone.
         """
         for node in (node for node in model.graph if is_op(node, PAGED_ATTENTION)):
             table = inputs_of(node).page_table
@@ -55,7 +55,7 @@ class LowerAttention(Pass):
 def _expressible(node: ir.Node) -> bool:
     spec: AttentionSpec = node_spec(node)
     inputs = inputs_of(node)
-    if spec.value_in_key or spec.rotary_start or inputs.visible_end is not None:
+    if spec.value_in_key or spec.rotary_start or spec.chunk or inputs.visible_end is not None:
         return False
     return width(inputs.key_cache) == width(inputs.value_cache)
 

@@ -11,6 +11,7 @@ import triton.language as tl
 from moevlm.plugins.gpu.kernels.attention.blocks import attend_block
 from moevlm.plugins.gpu.kernels.attention.pages import page_of
 from moevlm.plugins.gpu.kernels.attention.queries import load_queries, rows_of, tiles_of
+from moevlm.plugins.gpu.kernels.attention.seen import first_seen
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, segment_of
 from moevlm.plugins.gpu.kernels.attention.shares import store_state, store_sums
 from moevlm.plugins.gpu.kernels.attention.softmax import include, scores_of, start_rows
@@ -78,9 +79,7 @@ def decode(
             stop_new = clamped(tl.minimum(told, tokens) + first, stop_new, clamped(end, stop_new, tokens))
         first = clamped(first, tl.maximum(token + 1 - longest, 0), token)
     context = clamped(tl.load(context_len + n), 0, columns * H.page)
-    oldest = 0
-    if H.window > 0:
-        oldest = tl.maximum(context + token - first + 1 - H.window, 0)
+    oldest = first_seen(context + token - first, H)
     blocks = (context + BN - 1) // BN - oldest // BN
     length = tl.maximum((blocks + shares - 1) // shares, least)
     block = oldest // BN + share * length
@@ -97,7 +96,7 @@ def decode(
     head = slot // TILES
     if is_last:
         written = tl.where(slot % TILES == 0, token, -1)  # by the first tile of the KV head
-        for new in range(first, stop_new):
+        for new in range(tl.maximum(first, first + oldest - context), stop_new):
             position = clamped(context + new - first, 0, columns * H.page - 1)
             page = page_of(page_table, n, position, columns, pages, H)
             one = tl.zeros([1], tl.int32)
@@ -109,8 +108,6 @@ def decode(
             if H.rest > 0:
                 product += tl.sum(rest.to(tl.float32) * key_rest, 1)
             score = scores_of(product, H)[:, None]
-            if H.window > 0:
-                score = tl.where(token - new < H.window, score, float("-inf"))
             power, top, total, shrink = include(score, top, total)
             acc = acc * shrink[:, None] + power * value
     # The page of a block is read one block ahead: keys that wait for it would be copied ahead less far.

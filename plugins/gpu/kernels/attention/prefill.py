@@ -9,6 +9,7 @@ import triton.language as tl
 from moevlm.plugins.gpu.kernels.attention.blocks import attend_block
 from moevlm.plugins.gpu.kernels.attention.pages import page_of
 from moevlm.plugins.gpu.kernels.attention.queries import lines_of, load_queries, rows_of, store_results, tiles_of
+from moevlm.plugins.gpu.kernels.attention.seen import first_seen
 from moevlm.plugins.gpu.kernels.attention.segments import clamped, rows_of_tile
 from moevlm.plugins.gpu.kernels.attention.shares import store_state, store_sums
 from moevlm.plugins.gpu.kernels.attention.softmax import start_rows
@@ -62,9 +63,7 @@ def prefill(
         told = tl.minimum(tl.load(visible_end + token, mask=mask, other=0), before + end)
         seen_end = tl.maximum(seen_end, told)
         newest = tl.maximum(newest, tl.max(told, 0) - 1)
-    oldest = 0
-    if H.window > 0:
-        oldest = tl.maximum(before + first + 1 - H.window, 0)
+    oldest = first_seen(before + first, H)
     blocks = newest // BN + 1 - oldest // BN
     length = tl.maximum((blocks + shares - 1) // shares, LEAST)
     block = oldest // BN + share * length
@@ -84,9 +83,9 @@ def prefill(
         position = i * BN + tl.arange(0, BN)
         seen = position[None, :] < seen_end[:, None]
         cut = (i + 1) * BN > before + first + 1
-        if H.window > 0:
-            seen = seen & (position[None, :] > (before + token - H.window)[:, None])
-            cut = cut | (i * BN < before + stop - H.window)
+        if H.window > 0 or H.chunk > 0:
+            seen = seen & (position[None, :] >= first_seen(before + token, H)[:, None])
+            cut = cut | (i * BN < first_seen(before + stop - 1, H))
         top, total, acc = attend_block(
             query, rest, top, total, acc, key_cache, value_cache, page, head, i * BN % H.page,
             (position >= oldest) & (position <= newest), seen, cut, TILE, H, INTERPRETED,

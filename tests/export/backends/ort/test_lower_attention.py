@@ -193,8 +193,9 @@ def test_nothing_behind_the_last_token_is_seen() -> None:
         AttentionVariant(AttentionSpec(4, 2, 16), 32, 16),
         AttentionVariant(AttentionSpec(4, 2, 8, rotary_start=8), 16, 16),
         AttentionVariant(AttentionSpec(4, 2, 16, window=3), 16, 16, images=True),
+        AttentionVariant(AttentionSpec(4, 2, 16, chunk=5), 16, 16),
     ],
-    ids=["values of another size", "rotated behind", "images"],
+    ids=["values of another size", "rotated behind", "images", "chunks"],
 )
 def test_what_the_kernel_cannot_express_keeps_its_body_and_reads_the_one_page(variant: AttentionVariant) -> None:
     model = layers(variant)
