@@ -1,12 +1,12 @@
 """Where canonical weights come from: a checkpoint tensor as it is, or several of them rearranged, always lazily."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.rearranged import RowBlocks, reshape, swap_last
-from moevlm.export.graph.weights import Concat, PerRow, Stack, Weight, cast
+from moevlm.export.graph.rearranged import Reordered, RowBlocks, reshape, swap_last
+from moevlm.export.graph.weights import Concat, Constant, PerRow, Stack, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -49,6 +49,29 @@ def named(pattern: str) -> Source:
         return _expect(name, _get(tensors, name), shape)
 
     return source
+
+
+def ones(_tensors: Mapping[str, Weight], _indices: Mapping[str, str], shape: Shape, _layout: str) -> Weight:
+    """The gain of a norm that has none."""
+    return Constant(np.ones(shape, np.float32))
+
+
+def reordered(pattern: str, order: Sequence[int]) -> Source:
+    """Rows of a matrix, or numbers of a bias, each group of len(order) of them in this order."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        return Reordered(named(pattern)(tensors, indices, shape, layout), order)
+
+    return source
+
+
+def halves(dim: int, start: int = 0, size: int = 0) -> tuple[int, ...]:
+    """The order of a head's rows in which dimensions that turn in pairs of neighbours turn as two halves.
+
+    dim: how many turn. start: the first of them. size: of the head, 0 where all of it turns.
+    """
+    turning = (*range(start, start + dim, 2), *range(start + 1, start + dim, 2))
+    return (*range(start), *turning, *range(start + dim, size or dim))
 
 
 def plus_one(pattern: str) -> Source:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 
-from moevlm.export.graph.rearranged import Picked, RowBlocks, Swapped
+from moevlm.export.graph.rearranged import Picked, Reordered, RowBlocks, Swapped
 from moevlm.export.graph.weights import Concat, Stack, Weight
 
 FLOAT = np.dtype(np.float32)
@@ -172,6 +172,9 @@ def coded(weight: Weight) -> Coded | None:
         case RowBlocks(source):
             whole = coded(source)
             return _RowBlocks(whole, weight) if whole is not None and len(weight.shape) == 2 else None
+        case Reordered(source):
+            whole = coded(source)
+            return _Reordered(whole, weight) if whole is not None and len(weight.shape) == 2 else None
     return None
 
 
@@ -285,6 +288,33 @@ class _RowBlocks(Coded):
 
     def codes(self, start: int, stop: int) -> Codes:
         return _together([self.part.codes(a, b) for a, b in self.blocks.places(start, stop)], np.concatenate)
+
+
+@dataclass(frozen=True)
+class _Reordered(Coded):
+    """Each group of so many rows of a matrix in another order."""
+
+    part: Coded
+    reordered: Reordered
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.part.shape
+
+    @property
+    def form(self) -> CodeForm:
+        form = self.part.form
+        stays = form.block_rows % len(self.reordered.order) == 0  # each row, in its block
+        return form if stays else replace(form, block_rows=1)
+
+    def codes(self, start: int, stop: int) -> Codes:
+        first, last = self.reordered.groups(start, stop)
+        found = self.part.codes(first, last)
+
+        def turned(array: np.ndarray) -> np.ndarray:
+            return self.reordered.turned(array)[start - first : stop - first]
+
+        return Codes(turned(found.codes), turned(found.scales), None if found.zeros is None else turned(found.zeros))
 
 
 def _together(pieces: list[Codes], join: Callable[[list[np.ndarray]], np.ndarray]) -> Codes:

@@ -49,10 +49,18 @@ class Reordered:
         return self.source.dtype
 
     def rows(self, start: int, stop: int) -> np.ndarray:
+        first, last = self.groups(start, stop)
+        return self.turned(self.source.rows(first, last))[start - first : stop - first]
+
+    def groups(self, start: int, stop: int) -> tuple[int, int]:
+        """Where the whole groups begin and end that rows [start:stop] are of."""
         size = len(self.order)
-        first, last = start // size * size, -(-stop // size) * size
-        groups = self.source.rows(first, last).reshape(-1, size, *self.shape[1:])
-        return groups[:, list(self.order)].reshape(-1, *self.shape[1:])[start - first : stop - first]
+        return start // size * size, -(-stop // size) * size
+
+    def turned(self, array: np.ndarray) -> np.ndarray:
+        """Whole groups of an array in the new order."""
+        groups = array.reshape(-1, len(self.order), *array.shape[1:])
+        return groups[:, list(self.order)].reshape(array.shape)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
-from moevlm.export.families.sources import plus_one
+from moevlm.export.families.sources import halves, plus_one, reordered
 from moevlm.export.graph.weights import Constant, read
+from moevlm.plugins.ops.attention import rotate
 
 
 def test_one_is_added_in_float32_and_not_in_the_dtype_that_is_stored() -> None:
@@ -12,3 +14,32 @@ def test_one_is_added_in_float32_and_not_in_the_dtype_that_is_stored() -> None:
     gain = plus_one("layers.{i}.norm")({"layers.3.norm": Constant(offset)}, {"i": "3"}, (3,), "auto")
     assert gain.dtype == np.float32
     np.testing.assert_array_equal(read(gain), np.array([1 + 2.0**-12, 0.5, 1.0], np.float32))
+
+
+@pytest.mark.parametrize(
+    ("order", "wanted"),
+    [
+        (halves(6), [0, 2, 4, 1, 3, 5]),
+        (halves(4, start=2), [0, 1, 2, 4, 3, 5]),
+        (halves(4, start=1, size=7), [0, 1, 3, 2, 4, 5, 6]),
+    ],
+    ids=["whole heads", "behind others", "between others"],
+)
+def test_pairs_of_neighbours_become_halves(order: tuple[int, ...], wanted: list[int]) -> None:
+    assert list(order) == wanted
+
+
+def test_heads_turned_as_halves_are_those_turned_in_pairs() -> None:
+    rng, heads, dim = np.random.default_rng(0), 3, 8
+    weight, bias = rng.standard_normal((heads * dim, 5)), rng.standard_normal(heads * dim)
+    tensors = {"q.0.weight": Constant(weight), "q.0.bias": Constant(bias)}
+    ours = [
+        read(reordered(f"q.{{i}}.{part}", halves(dim))(tensors, {"i": "0"}, tensors[f"q.0.{part}"].shape, "auto"))
+        for part in ("weight", "bias")
+    ]
+    x, angle = rng.standard_normal((4, 5)), rng.uniform(0, 6, (4, dim // 2))
+    turned = rotate((x @ ours[0].T + ours[1]).reshape(4, heads, dim), np.cos(angle), np.sin(angle))
+    pairs = (x @ weight.T + bias).reshape(4, heads, dim // 2, 2).view(np.complex128)[..., 0] * np.exp(1j * angle)[
+        :, None
+    ]
+    np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], axis=-1), atol=1e-12)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, decode
-from moevlm.export.graph.rearranged import Picked, RowBlocks, swap_last
+from moevlm.export.graph.rearranged import Picked, Reordered, RowBlocks, swap_last
 from moevlm.export.graph.weights import Concat, Constant, Stack, Weight, cast, read
 
 E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
@@ -81,6 +81,10 @@ RECIPES: dict[str, tuple[Weight, CodeForm]] = {
     "rows-across-blocks": (Picked(held(5, 12, 20, form=BLOCKS), range(2, 12)), CodeForm("fp8", 8)),
     "rows-in-turn": (Picked(held(5, 12, 20, form=ROWS), [0, 6, 1, 7]), ROWS),
     "rows-of-heads": (RowBlocks(held(24, 20, form=BLOCKS), 4, 8, 4), BLOCKS),
+    "heads-turned": (Reordered(held(24, 20, form=BLOCKS), [0, 2, 1, 3]), BLOCKS),
+    "halves-of-a-block-turned": (Reordered(held(24, 20, form=BLOCKS), [1, 0]), BLOCKS),
+    "heads-of-blocks-turned": (Reordered(held(24, 20, form=BLOCKS), [0, 2, 4, 6, 1, 3, 5, 7]), CodeForm("fp8", 8)),
+    "rows-turned": (Reordered(held(24, 20, form=ROWS), [0, 2, 4, 1, 3, 5]), ROWS),
     "rows-of-small-heads": (RowBlocks(held(24, 20, form=BLOCKS), 2, 4, 2), CodeForm("fp8", 8)),
     "cast-to-what-it-is": (cast(held(7, 20, form=ROWS), np.dtype(np.float32)), ROWS),
 }
