@@ -11,6 +11,7 @@ from moevlm.export.config.model import (
 from moevlm.export.config.vision import (
     GridVisionConfig,
     MergerConfig,
+    MoonVisionConfig,
     PooledVisionConfig,
     RotaryVisionConfig,
     VisionConfig,
@@ -27,6 +28,7 @@ __all__ = [
     "MixerConfig",
     "MoEConfig",
     "ModelConfig",
+    "MoonVisionConfig",
     "PooledVisionConfig",
     "RotaryVisionConfig",
     "VisionConfig",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.towers import GridTower, PooledTower, RotaryTower, VisionMetadata
+from moevlm.runtime.core.towers import GridTower, MoonTower, PooledTower, RotaryTower, VisionMetadata
 
 if TYPE_CHECKING:
     from moevlm.export.config.model import MLPConfig
@@ -108,6 +108,32 @@ class PooledVisionConfig(VisionConfig):
             head_dim=self.head_dim,
             rope_theta=self.rope_theta,
             position_table=self.position_table,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoonVisionConfig(VisionConfig):
+    """MoonViT of Kimi-K2.5: layer norms and biases throughout, a table of positions resampled to the image.
+
+    projector_epsilon: of the norm before patches are joined, behind the tower's last one.
+    """
+
+    position_grid: int
+    projector_epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.hidden != self.heads * self.head_dim:
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
+        super().__post_init__()
+
+    def metadata(self) -> MoonTower:
+        return MoonTower(
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            channels=self.channels,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+            position_grid=self.position_grid,
         )
 
 

@@ -123,6 +123,31 @@ class PooledTower(Tower, frozen=True, kw_only=True, tag="pooled"):
         return {"pixel_patches": (self.patch_width, "float32"), "position_index": (2, "int64"), **self._ropes()}
 
 
+class MoonTower(Tower, frozen=True, kw_only=True, tag="moon"):
+    """A learned table of positions, resampled to each image's grid; a patch has one frame (MoonViT of Kimi-K2.5).
+
+    position_grid: side of the table, [position_grid**2, hidden]. Resampling is bicubic, as in `GridTower`.
+    """
+
+    position_grid: int
+
+    LIMITS: ClassVar[Ranges] = _SHARED | {"position_grid": (1, 1 << 14)}
+
+    @property
+    def position_resampling(self) -> str:
+        return "bicubic"
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        taps = _TAPS[self.position_resampling]
+        return {
+            "pixel_patches": (self.patch_width, "float32"),
+            "position_index": (taps, "int64"),
+            "position_weight": (taps, "float32"),
+            **self._ropes(),
+        }
+
+
 class RotaryTower(Tower, frozen=True, kw_only=True, tag="rotary"):
     """No table of positions: rotary embedding alone says where a patch is (Pixtral).
 
@@ -136,4 +161,4 @@ class RotaryTower(Tower, frozen=True, kw_only=True, tag="rotary"):
         return {"pixel_patches": (self.patch_width, "float32"), **self._ropes()}
 
 
-VisionMetadata = GridTower | PooledTower | RotaryTower
+VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower

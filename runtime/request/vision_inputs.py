@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.towers import Grid, GridTower, PooledTower, RotaryTower, Tower, VisionMetadata
+from moevlm.runtime.core.towers import Grid, GridTower, MoonTower, PooledTower, RotaryTower, Tower, VisionMetadata
 from moevlm.runtime.request.images.axis_tables import pack_axes
 from moevlm.runtime.request.images.grid_tables import pack_grids
 from moevlm.runtime.request.images.rotary_tables import pack_rotary
@@ -14,6 +14,7 @@ from moevlm.runtime.request.images.rotary_tables import pack_rotary
 # What a tower wants beside pixel_patches, from the grids of images: arrays of a row for each patch, by input.
 _TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarray]]] = {
     GridTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
+    MoonTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     PooledTower: pack_axes,
     RotaryTower: pack_rotary,
 }

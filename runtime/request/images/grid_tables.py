@@ -1,4 +1,4 @@
-"""The tables of a GridTower: learned positions resampled to each image's grid, rotary angles."""
+"""The tables of a GridTower and of a MoonTower: learned positions resampled to each image's grid, rotary angles."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.towers import GridTower
+from moevlm.runtime.core.towers import GridTower, MoonTower
 from moevlm.runtime.request.images.blocks import axial_rope, block_order
 
 # Keys' cubic kernel (1981, eq. 4) with the free parameter that PyTorch uses.
@@ -26,7 +26,7 @@ class PatchTables(NamedTuple):
     rope_sin: np.ndarray
 
 
-def pack_grids(grids: Sequence[tuple[int, int]], vision: GridTower) -> PatchTables:
+def pack_grids(grids: Sequence[tuple[int, int]], vision: GridTower | MoonTower) -> PatchTables:
     """Tables for one packed vision call.
 
     grids: (h, w) in patches for each image, both multiples of the merge size; no image gives tables of no rows.
@@ -56,7 +56,7 @@ def _starts(lengths: Sequence[int]) -> np.ndarray:
     return np.cumsum([0, *lengths], dtype=np.int64)[:-1]
 
 
-def _axis_taps(sides: Sequence[int], vision: GridTower) -> tuple[np.ndarray, np.ndarray]:
+def _axis_taps(sides: Sequence[int], vision: GridTower | MoonTower) -> tuple[np.ndarray, np.ndarray]:
     """Resample one axis of the position table to each of `sides` lengths, one after the other.
 
     Returns (tap, weight), [sum(sides), 2 or 4], int64 and float32: table rows, clamped to the border, and their share.

@@ -1,0 +1,145 @@
+"""MoonViT and the projector of Kimi-K2.5: fields of config.json, and where its weights lie.
+
+Source: transformers 5.24 `models/kimi_k25`, and its renamings of what is published (`conversion_mapping.py`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moevlm.export.config import MLPConfig, MoonVisionConfig
+from moevlm.export.families import shared
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope import axial_theta
+from moevlm.export.families.sources import Shape, Source, flattened, named
+from moevlm.export.graph.rearranged import Flat, Reordered, RowBlocks
+from moevlm.export.graph.weights import Concat, Weight
+
+_TOWER, _PROJECTOR = "model.vision_tower.", "model.mm_projector."
+_BLOCK, _PUBLISHED = f"{_TOWER}layers.{{i}}.", f"{_TOWER}encoder.blocks.{{i}}."
+_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# What the published config.json says of a tower for images, and transformers does not ask.
+_ONLY = {
+    "merge_type": ("sd2_tpool",),
+    "mm_projector_type": ("patchmerger",),
+    "pos_emb_type": ("divided_fixed",),
+    "projector_hidden_act": ("gelu",),
+    "video_attn_type": ("spatial_temporal",),
+}
+
+
+def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
+    """The tower of config.json's vision_config; the projector's fields lie beside that. out: width of the decoder."""
+    hidden = _either(vision, "hidden_size", "vt_hidden_size", 1152)
+    heads = _either(vision, "num_attention_heads", "vt_num_attention_heads", 16)
+    side = _either(vision, "pos_emb_height", "init_pos_emb_height", 64)
+    if (width := _either(vision, "pos_emb_width", "init_pos_emb_width", 64)) != side:
+        raise vision.invalid("pos_emb_width", width, f"pos_emb_height = {side}")
+    for key in ("pos_emb_time", "init_pos_emb_time"):  # of videos
+        vision.get(key, None)
+    for key, allowed in _ONLY.items():
+        vision.choice(key, allowed, allowed[0])
+    for part, key in ((fields, "projection_hidden_size"), (vision, "mm_hidden_size")):
+        part.choice(key, (hidden,), hidden)
+    vision.choice("text_hidden_size", (out,), out)
+    return MoonVisionConfig(
+        hidden=hidden,
+        depth=_either(vision, "num_hidden_layers", "vt_num_hidden_layers", 27),
+        heads=heads,
+        head_dim=hidden // heads,
+        mlp=MLPConfig(
+            _either(vision, "intermediate_size", "vt_intermediate_size", 4304),
+            vision.choice("hidden_act", _ACTIVATIONS, "gelu_pytorch_tanh"),
+            gated=False,
+        ),
+        epsilon=1e-5,
+        patch_size=vision.positive("patch_size", 14),
+        merge_size=_merge(vision),
+        channels=3,
+        rope_theta=axial_theta(vision),
+        out=out,
+        position_grid=side,
+        projector_epsilon=fields.number("projection_layer_norm_eps", vision.number("projector_ln_eps", 1e-5)),
+    )
+
+
+def _either(vision: Fields, key: str, published: str, default: int) -> int:
+    if key in vision or published in vision:
+        return vision.aliased(key, published)
+    return default
+
+
+def _merge(vision: Fields) -> int:
+    sides = vision.counts("merge_kernel_size", (2, 2))
+    if len(sides) != 2 or sides[0] != sides[1] or not 1 <= sides[0] <= 16:
+        raise vision.invalid("merge_kernel_size", list(sides), "the same number twice, from 1 to 16")
+    return sides[0]
+
+
+def _spelt(*patterns: str) -> Source:
+    """The tensor under the first of these names that there is."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        there = [pattern for pattern in patterns if pattern.format(**indices) in tensors]
+        return named([*there, patterns[0]][0])(tensors, indices, shape, layout)
+
+    return source
+
+
+def _qkv(part: str, head_dim: int) -> Source:
+    """Three projections, or all in one as published; dimensions of queries and keys turn as `axial_rope` has them.
+
+    A pair of dimensions turns by the column, the next one by the row. Published pairs lie side by side, a pair of
+    transformers' lies half a head apart. part: weight or bias.
+    """
+    pairs = np.arange(head_dim // 2).reshape(-1, 2)[:, ::-1].T.reshape(-1)  # of rows, then of columns
+    published = [*(2 * pairs), *(2 * pairs + 1)]
+    halves = [*pairs, *(pairs + head_dim // 2)]
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        whole, size = f"{_PUBLISHED}wqkv.{part}", shape[0] // 3
+        if whole.format(**indices) in tensors:
+            packed = named(whole)(tensors, indices, shape, layout)
+            parts: Sequence[Weight] = [RowBlocks(packed, size, 3 * size, first) for first in (0, size, 2 * size)]
+        else:
+            one = (size, *shape[1:])
+            parts = [named(f"{_BLOCK}attn.{name}_proj.{part}")(tensors, indices, one, layout) for name in "qkv"]
+        order = [int(row) for row in (published if whole.format(**indices) in tensors else halves)]
+        return Concat([*(Reordered(rows, order) for rows in parts[:2]), parts[2]])
+
+    return source
+
+
+def _positions(tensors: Mapping[str, Weight], _: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+    side = int(shape[0] ** 0.5)
+    name = f"{_TOWER}patch_embed.pos_emb."
+    table = _spelt(f"{name}position_embeddings", f"{name}weight")(tensors, {}, (side, side, shape[1]), layout)
+    return Flat(table)
+
+
+def moon_weights(config: MoonVisionConfig) -> shared.Weights:
+    """By canonical names; each tensor under transformers' name or the published one."""
+    modules = {
+        "vision.blocks.{i}.attention_norm": (f"{_BLOCK}norm1", f"{_PUBLISHED}norm0"),
+        "vision.blocks.{i}.attention.out": (f"{_BLOCK}attn.proj", f"{_PUBLISHED}wo"),
+        "vision.blocks.{i}.mlp_norm": (f"{_BLOCK}norm2", f"{_PUBLISHED}norm1"),
+        "vision.blocks.{i}.mlp.up": (f"{_BLOCK}mlp.fc1", f"{_PUBLISHED}mlp.fc0"),
+        "vision.blocks.{i}.mlp.down": (f"{_BLOCK}mlp.fc2", f"{_PUBLISHED}mlp.fc1"),
+        "vision.last_norm": (f"{_TOWER}final_layernorm", f"{_TOWER}encoder.final_layernorm"),
+        "vision.projector_norm": (f"{_PROJECTOR}pre_norm",),
+        "vision.projector.up": (f"{_PROJECTOR}in_proj", f"{_PROJECTOR}proj.0"),
+        "vision.projector.down": (f"{_PROJECTOR}out_proj", f"{_PROJECTOR}proj.2"),
+    }
+    table: dict[str, Any] = {
+        f"{ours}.{part}": _spelt(*(f"{name}.{part}" for name in theirs))
+        for ours, theirs in modules.items()
+        for part in shared.BOTH
+    }
+    return {
+        "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_embed.proj.weight"),
+        "vision.patch_embedding.bias": f"{_TOWER}patch_embed.proj.bias",
+        "vision.position_embedding": _positions,
+        **{f"vision.blocks.{{i}}.attention.qkv.{part}": _qkv(part, config.head_dim) for part in shared.BOTH},
+        **table,
+    }
