@@ -19,7 +19,7 @@ from moevlm.export.backends.registry import targets
 from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.config import ModelConfig
-from moevlm.export.families import family_for
+from moevlm.export.families import Family
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
@@ -69,7 +69,7 @@ def build(
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         for target in chosen:
-            require_sizes(target, model.config)
+            require_sizes(target, model.config, model.family)
         carried = request_files(source.directory, model.metadata())
         metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
         for text in (*model.notes, *carried.notes):
@@ -131,7 +131,7 @@ def add_targets(
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
         for target in chosen:
-            require_sizes(target, model.config)
+            require_sizes(target, model.config, model.family)
         patches = image_patches(source.directory, existing.manifest.model)
         _plan(chosen, model.config, existing.manifest.model, patches, planned)
         graphs = traced(model, progress)
@@ -167,13 +167,13 @@ def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str,
     return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
 
 
-def require_sizes(target: Target, config: ModelConfig) -> None:
+def require_sizes(target: Target, config: ModelConfig, family: Family) -> None:
     """Raise BuildError, by its field of config.json, for a size that the target's kernels do not take."""
     try:
         target.sizes.require(config)
     except FieldError as error:
-        field = family_for({"model_type": config.model_type}).field_name(error.field)
-        raise BuildError(f"{target.name} cannot run this model: {error.named(field)}") from error
+        told = error.named(family.field_name(error.field))
+        raise BuildError(f"{target.name} cannot run this model: {told}") from error
 
 
 def traced(model: CanonicalModel, progress: Stages) -> dict[str, ir.Model]:

@@ -69,7 +69,7 @@ def dry_run(
         progress(f"planning {name}", 0, 0)
         try:
             for target in known_targets([name], counting(name, options)):
-                require_sizes(target, found.model.config)
+                require_sizes(target, found.model.config, found.model.family)
                 engine, size = target.rehearse(graphs, found.model.config, found.patches)
                 planned.append(PlannedTarget(target.name, engine, size, elsewhere=_missing(target)))
         except BuildError as error:

@@ -14,7 +14,7 @@ from torch import nn
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.config import ModelConfig
-from moevlm.export.families import family_for
+from moevlm.export.families import Family, family_for
 from moevlm.export.graph.trace import trace_decoder, trace_vision
 from moevlm.export.graph.weights import Weight, read
 from moevlm.export.modules.decoder import Decoder
@@ -27,13 +27,15 @@ from moevlm.runtime.core.printable import counted, stored_text
 
 @dataclass(frozen=True)
 class CanonicalModel:
-    """config: the canonical config. vision, decoder: modules on the meta device. weights: recipes by parameter name.
+    """family: that config and names are of. config: the canonical one. vision, decoder: modules on the meta device.
 
+    weights: recipes by parameter name.
     left_out: how many tensors of the checkpoint have no part in a forward pass, by the part of names that they share.
     stored_as: how many weights the checkpoint holds in which format, where it is quantized.
     notes: both for people, in a line each.
     """
 
+    family: Family
     config: ModelConfig
     vision: nn.Module
     decoder: Decoder
@@ -70,19 +72,21 @@ class CanonicalModel:
             {name.removeprefix(part): weight for name, weight in bound.weights.items() if name.startswith(part)}
             for part in ("vision.", "decoder.")
         )
-        return cls(config, vision, decoder, vision_weights, decoder_weights, bound.left_out, stored_as, tuple(notes))
+        weights = vision_weights, decoder_weights
+        return cls(family, config, vision, decoder, *weights, bound.left_out, stored_as, tuple(notes))
 
     @classmethod
     def of_config(
         cls, config: Mapping[str, Any], weight: Callable[[tuple[int, ...]], Weight], ignored_config: Sequence[str] = ()
     ) -> "CanonicalModel":
         """Of config.json alone. weight: a recipe for a parameter of that shape. Raises UnsupportedModelError."""
-        canonical = family_for(config).config(config, ignored_config)
+        family = family_for(config)
+        canonical = family.config(config, ignored_config)
         vision, decoder = _towers(canonical)
         recipes = [
             {name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in (vision, decoder)
         ]
-        return cls(canonical, vision, decoder, recipes[0], recipes[1], left_out={}, stored_as={})
+        return cls(family, canonical, vision, decoder, recipes[0], recipes[1], left_out={}, stored_as={})
 
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:

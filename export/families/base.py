@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -42,6 +42,9 @@ _CONFIG_NAMES = {
     "width of visual tokens": "vision_config.out_hidden_size",
 }
 
+# Of every family.
+LEFT_OUT = {r"rotary_emb\.inv_freq": "they follow from config.json"}
+
 _REGISTRY: dict[str, type["Family"]] = {}
 
 
@@ -68,7 +71,7 @@ def family_for(config: Mapping[str, Any]) -> "Family":
         raise UnsupportedModelError(
             f"unsupported value in config.json: model_type = {quoted(model_type)} (supported: {known})"
         )
-    return _REGISTRY[model_type]()
+    return _REGISTRY[model_type].of(config)
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,34 @@ class Family(ABC):
     part: the object of config.json that describes the model of text and images; empty for config.json itself.
     """
 
-    weights: ClassVar[Mapping[str, str | Source]]
     about: ClassVar[About]
-    router_suffix: ClassVar[str]
     part: ClassVar[str] = ""
-    config_names: ClassVar[Mapping[str, str]] = {}
-    left_out: ClassVar[Mapping[str, str]] = {r"rotary_emb\.inv_freq": "they follow from config.json"}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """The family of a parsed config.json, which may say more of it than its name."""
+        del values
+        return cls()
+
+    @property
+    @abstractmethod
+    def weights(self) -> Mapping[str, str | Source]:
+        """See above."""
+
+    @property
+    @abstractmethod
+    def router_suffix(self) -> str:
+        """See above."""
+
+    @property
+    def config_names(self) -> Mapping[str, str]:
+        """See above."""
+        return {}
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """See above."""
+        return LEFT_OUT
 
     def router_logits(self, scores: np.ndarray) -> np.ndarray:
         """The scores [T, E] that transformers' router modules return first, as logits."""

@@ -11,7 +11,7 @@ import numpy as np
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
-from moevlm.export.families.base import Family, register
+from moevlm.export.families.base import LEFT_OUT, Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower, image_marks
 from moevlm.export.families.rope import one_axis
@@ -45,7 +45,7 @@ class Gemma4(Family):
         "rotary_dim": "text_config.head_dim",
         "top_k": "text_config.top_k_experts",
     }
-    left_out: ClassVar = {**Family.left_out, **dict.fromkeys((r"audio_tower\.", r"embed_audio\."), shared.AUDIO)}
+    left_out: ClassVar = {**LEFT_OUT, **dict.fromkeys((r"audio_tower\.", r"embed_audio\."), shared.AUDIO)}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_THEIRS}experts", per_expert=False)),
         **shared.renamed(

@@ -17,7 +17,7 @@ from moevlm.export.config import (
 )
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
-from moevlm.export.families.base import Family, register
+from moevlm.export.families.base import LEFT_OUT, Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import Experts, channels_last, flattened
@@ -45,7 +45,7 @@ class Glm4vMoe(Family):
     }
     # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
     left_out: ClassVar = {
-        **Family.left_out,
+        **LEFT_OUT,
         **dict.fromkeys((r"model\.layers\.92.*", r"model\.layers\.46.*"), shared.NEXT_TOKENS),
     }
     weights: ClassVar[shared.Weights] = {

@@ -16,7 +16,7 @@ from moevlm.export.config import (
 )
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
-from moevlm.export.families.base import Family, register
+from moevlm.export.families.base import LEFT_OUT, Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import Experts, depthwise, exponential, halves_of_heads, plus_one
@@ -41,7 +41,7 @@ class Qwen35Moe(Family):
     )
     model_type = "qwen3_5_moe"
     router_suffix = "mlp.gate"
-    left_out: ClassVar = {**Family.left_out, r"^mtp.*": shared.NEXT_TOKENS}
+    left_out: ClassVar = {**LEFT_OUT, r"^mtp.*": shared.NEXT_TOKENS}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts(f"{_MLP}experts", per_expert=False), _MODEL),
         "decoder.norm.weight": plus_one(f"{_MODEL}norm.weight"),

@@ -8,7 +8,7 @@ from typing import ClassVar
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
-from moevlm.export.families.base import Family, register
+from moevlm.export.families.base import LEFT_OUT, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.qwen3_vl_moe import Qwen3VLMoe
 from moevlm.export.families.sources import Experts
@@ -29,7 +29,7 @@ class Qwen3OmniMoe(Qwen3VLMoe):
     )
     part = "thinker_config"
     left_out: ClassVar = {
-        **Family.left_out,
+        **LEFT_OUT,
         **dict.fromkeys((r"^talker", r"^code2wav"), "speech is not supported"),
         r"^thinker\.audio_tower": shared.AUDIO,
     }

@@ -5,21 +5,14 @@ Source: transformers 5.24 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-
 
 from typing import ClassVar
 
-from moevlm.export.config import (
-    DecoderConfig,
-    GQAConfig,
-    LayerConfig,
-    MLPConfig,
-    ModelConfig,
-    MoEConfig,
-)
+from moevlm.export.config import DecoderConfig, ModelConfig
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import Experts
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.export.families.text.qwen3_moe import qwen3_decoder
 
 
 @register("qwen3_vl_moe")
@@ -56,35 +49,6 @@ class Qwen3VLMoe(Family):
 
     def decoder(self, text: Fields, *, tied: bool, vision: Fields, renormalize: bool) -> DecoderConfig:
         """The language model."""
-        heads, head_dim = text.positive("num_attention_heads"), shared.head_dim(text)
-        rope = mrope(text, head_dim, interleaved=True, default_sections=(24, 20, 20))
-        activation = text.choice("hidden_act", {"silu": "silu"})
-        text.choice("use_sliding_window", (False,), False)
-        text.get("max_window_layers", None)  # how many layers would have a window
-        bias = text.flag("attention_bias", False)
-        attention = GQAConfig(
-            heads=heads,
-            kv_heads=text.positive("num_key_value_heads", heads),
-            head_dim=head_dim,
-            rotary_dim=rope.dim,
-            qk_norm=True,
-            qkv_bias=bias,
-            out_bias=bias,
-        )
-        moe = MoEConfig(
-            experts=text.aliased("num_experts", "num_local_experts"),
-            width=text.positive("moe_intermediate_size"),
-            router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=renormalize),
-            expert=ExpertsSpec(activation=activation),
-        )
-        dense = MLPConfig(text.positive("intermediate_size", 4 * text.positive("hidden_size")), activation)
-        dense_layers, step = text.counts("mlp_only_layers", ()), text.positive("decoder_sparse_step", 1)
-        shared.all_attend(text)
-        return shared.decoder(
-            text,
-            epsilon=1e-6,
-            tied=tied,
-            rope=rope,
-            layer=lambda i: LayerConfig(attention, dense if i in dense_layers or (i + 1) % step else moe),
-            deepstack=len(vision.counts("deepstack_visual_indexes")),
-        )
+        rope = mrope(text, shared.head_dim(text), interleaved=True, default_sections=(24, 20, 20))
+        levels = len(vision.counts("deepstack_visual_indexes"))
+        return qwen3_decoder(text, tied=tied, rope=rope, renormalize=renormalize, deepstack=levels)

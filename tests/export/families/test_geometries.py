@@ -148,7 +148,7 @@ def test_drawn_sizes_build_and_run_or_are_refused_before_they_are_traced(
     built = []
     for name in (*EXACT, *ROUNDED):
         try:
-            require_sizes(targets([name], {})[0], model.config)
+            require_sizes(targets([name], {})[0], model.config, model.family)
         except BuildError:
             with pytest.raises(BuildError, match=f"{name} cannot run this model"):
                 build(checkpoint, tmp_path / "refused", [name])
@@ -189,10 +189,10 @@ def test_size_that_a_target_cannot_run_is_named_with_what_is_allowed(
     values = TinyCheckpoint(text=plain | text, vision=vision).config().to_dict()
     config = family_for(values).config(values)
     with pytest.raises(BuildError) as raised:
-        require_sizes(targets([name], {})[0], config)
+        require_sizes(targets([name], {})[0], config, family_for(values))
     assert str(raised.value).startswith(f"{name} cannot run this model: ")
     assert told in str(raised.value)
-    require_sizes(targets(["reference"], {})[0], config)
+    require_sizes(targets(["reference"], {})[0], config, family_for(values))
 
 
 WHERE_A_FAMILY_HAS_IT = [
@@ -215,7 +215,7 @@ def test_size_is_named_as_its_family_names_it(
     inner.pop("per_layer_config", None)  # as transformers 5.24 writes Gemma's heads
     inner |= text
     with pytest.raises(BuildError) as raised:
-        require_sizes(targets(["cpu:int8"], {})[0], family_for(values).config(values))
+        require_sizes(targets(["cpu:int8"], {})[0], family_for(values).config(values), family_for(values))
     assert str(raised.value).startswith(f"cpu:int8 cannot run this model: {told}")
 
 
@@ -236,5 +236,5 @@ def test_size_of_linear_attention_that_cpu_cannot_run_is_named(changed: dict[str
     layers = tuple(replace(layer, mixer=mixer) for layer in config.decoder.layers)
     config = replace(config, decoder=replace(config.decoder, layers=layers))
     with pytest.raises(BuildError) as raised:
-        require_sizes(targets(["cpu:int8"], {})[0], config)
+        require_sizes(targets(["cpu:int8"], {})[0], config, family_for(values))
     assert told in str(raised.value)

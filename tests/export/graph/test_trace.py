@@ -56,11 +56,12 @@ class Unread:
 def canonical(tiny: TinyCheckpoint, weight: Callable[[tuple[int, ...]], Weight] = Unread) -> CanonicalModel:
     """A model whose weights come from `weight` instead of from a checkpoint."""
     values = tiny.config().to_dict()
-    config = family_for(values).config(values)
+    family = family_for(values)
+    config = family.config(values)
     with torch.device("meta"):
         towers = vision_tower(config.vision).eval(), Decoder(config.decoder).eval()
     weights = ({name: weight(tuple(p.shape)) for name, p in tower.named_parameters()} for tower in towers)
-    return CanonicalModel(config, *towers, *weights, {}, {})
+    return CanonicalModel(family, config, *towers, *weights, {}, {})
 
 
 def random_weights(seed: int) -> Callable[[tuple[int, ...]], Weight]:

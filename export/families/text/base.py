@@ -1,0 +1,59 @@
+"""What a text model is: a decoder by its own model_type, for families that take one of several before their tower."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from typing import ClassVar
+
+import numpy as np
+
+from moevlm.export.config import DecoderConfig
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.shared import Weights
+
+_REGISTRY: dict[str, type["TextModel"]] = {}
+
+
+class TextModel(ABC):
+    """mixer, routing: what people are told, see `about.About`.
+
+    router_suffix, left_out: as in `base.Family`. config_names: too, by the fields' names inside of the text's object.
+    """
+
+    mixer: ClassVar[str]
+    routing: ClassVar[str]
+    router_suffix: ClassVar[str]
+    config_names: ClassVar[Mapping[str, str]] = {}
+    left_out: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
+        """The canonical config of the text's fields. tied: the head is the embedding."""
+
+    @abstractmethod
+    def weights(self, model: str, head: str) -> Weights:
+        """Where the decoder's weights lie. model: the prefix of all, such as "model.". head: the name of the head's."""
+
+    def router_logits(self, scores: np.ndarray) -> np.ndarray:
+        """As in `base.Family`."""
+        return scores
+
+
+def register_text(model_type: str) -> Callable[[type[TextModel]], type[TextModel]]:
+    """Class decorator: the text model of this `model_type`."""
+
+    def add(text: type[TextModel]) -> type[TextModel]:
+        _REGISTRY[model_type] = text
+        return text
+
+    return add
+
+
+def text_models() -> dict[str, type[TextModel]]:
+    """All text models, by model_type."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def text_model(text: Fields, allowed: Collection[str]) -> TextModel:
+    """The text model that an object of config.json names. Raises UnsupportedModelError for one that is not allowed."""
+    model_type: str = text.choice("model_type", sorted(allowed))
+    return _REGISTRY[model_type]()

@@ -1,0 +1,52 @@
+"""Families that join a tower to a text model that config.json names by its own model_type."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from moevlm.export.families.base import LEFT_OUT, Family
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.shared import Weights
+from moevlm.export.families.text.base import TextModel, text_model
+
+
+class Wrapper(Family):
+    """texts: the model types that text_config may have. tower: where the weights of the vision part lie.
+
+    model, head: the prefix of the text model's tensors, and the name of its head's.
+    own_left_out, own_names: left_out and config_names of the family, without the text's.
+    """
+
+    texts: ClassVar[tuple[str, ...]]
+    tower: ClassVar[Weights]
+    model: ClassVar[str] = "model.language_model."
+    head: ClassVar[str] = "lm_head.weight"
+    own_left_out: ClassVar[Mapping[str, str]] = {}
+    own_names: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(self, text: TextModel) -> None:
+        self.text = text
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        return cls(text_model(Fields(values).sub("text_config"), cls.texts))
+
+    @property
+    def weights(self) -> Weights:
+        return {**self.text.weights(self.model, self.head), **self.tower}
+
+    @property
+    def router_suffix(self) -> str:
+        return self.text.router_suffix
+
+    @property
+    def config_names(self) -> Mapping[str, str]:
+        return {field: f"text_config.{name}" for field, name in self.text.config_names.items()} | {**self.own_names}
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {**LEFT_OUT, **self.text.left_out, **self.own_left_out}
+
+    def router_logits(self, scores: np.ndarray) -> np.ndarray:
+        return self.text.router_logits(scores)
