@@ -13,7 +13,9 @@ from moevlm.export.config.vision import (
     MergerConfig,
     MoonVisionConfig,
     PooledVisionConfig,
+    ProjectorConfig,
     RotaryVisionConfig,
+    TileVisionConfig,
     VisionConfig,
 )
 
@@ -30,6 +32,8 @@ __all__ = [
     "ModelConfig",
     "MoonVisionConfig",
     "PooledVisionConfig",
+    "ProjectorConfig",
     "RotaryVisionConfig",
+    "TileVisionConfig",
     "VisionConfig",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.towers import GridTower, MoonTower, PooledTower, RotaryTower, VisionMetadata
+from moevlm.runtime.core.towers import GridTower, MoonTower, PooledTower, RotaryTower, TileTower, VisionMetadata
 
 if TYPE_CHECKING:
     from moevlm.export.config.model import MLPConfig
@@ -161,4 +161,51 @@ class RotaryVisionConfig(VisionConfig):
             channels=self.channels,
             head_dim=self.head_dim,
             rope_theta=self.rope_theta,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """Joined patches to a visual token: one projection after the other, an activation between them.
+
+    widths: between the projections. norm: a layer norm before the first. bias: of all projections.
+    """
+
+    widths: tuple[int, ...]
+    activation: str
+    norm: bool
+    bias: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileVisionConfig(VisionConfig):
+    """The towers of InternVL and Llama 4: images of one size, a class token behind the patches of each.
+
+    side: of an image, in patches. norm: layer or rms, of blocks. qk_norm: queries and keys are normed, a whole row at
+    once. first_norm, last_norm: layer norms before the first block and after the last. rope_theta: 0 for none.
+    """
+
+    side: int
+    norm: str
+    patch_bias: bool
+    qkv_bias: bool
+    out_bias: bool
+    qk_norm: bool
+    first_norm: bool
+    last_norm: bool
+    projector: ProjectorConfig
+
+    def __post_init__(self) -> None:
+        if self.hidden != self.heads * self.head_dim:
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
+        super().__post_init__()
+
+    def metadata(self) -> TileTower:
+        return TileTower(
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            channels=self.channels,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+            side=self.side,
         )

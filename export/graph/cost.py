@@ -9,6 +9,7 @@ from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import head_of
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.modules.vision.base import PER_PATCH
 from moevlm.runtime.core.manifest import CostMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
@@ -31,7 +32,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
         expert_macs=multiplied["expert"],
         head_macs=multiplied["head"],
         vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
-        patch_macs=_patch_macs(canonical["vision"], patches_per_token),
+        patch_macs=patch_macs(canonical["vision"], patches_per_token),
         patch_pair_macs=_patch_pair_macs(canonical["vision"]),
         lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
         state_macs=sum(node_spec(node).state_macs for node in canonical["decoder"].graph if is_op(node, GATED_DELTA)),
@@ -86,13 +87,14 @@ def _elements(value: ir.Value) -> int:
     return math.prod(value.shape.numpy())
 
 
-def _patch_macs(vision: ir.Model, patches_per_token: int) -> int:
+def patch_macs(vision: ir.Model, patches_per_token: int) -> int:
+    """Multiplications of projections for each patch, those of visual tokens in parts."""
     total = 0
     for node in vision.graph:
         if node.op_type == "Gemm":
-            weight, rows = node.inputs[1], (node.outputs[0].shape or [None])[0]
+            weight = node.inputs[1]
             assert weight is not None
-            per_patch = 1 if str(rows) == "patches" else 1 / patches_per_token
+            per_patch = 1 if str(weight.name).startswith(PER_PATCH) else 1 / patches_per_token
             total += math.ceil(_elements(weight) * per_patch)
     return total
 

@@ -11,9 +11,8 @@ from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.gated_delta import GatedDelta
 from moevlm.export.modules.layers import MoE
 from moevlm.export.modules.vision import vision_tower
+from moevlm.export.modules.vision.base import PER_PATCH
 from moevlm.runtime.core.manifest import CostMetadata
-
-_PER_PATCH = ("patch_embedding", "blocks")  # of the vision tower; its other modules see a visual token at a time
 
 
 def planned_cost(
@@ -33,7 +32,8 @@ def planned_cost(
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
     positions = [table for name, table in vision.named_parameters() if name == "position_embedding"]
     patches = dict(_matrices(vision, positions))
-    per_token = config.vision.metadata().patches_per_token
+    tower, places = config.vision.metadata(), sum(table.numel() for table in positions)
+    looked_up = places if "position_index" in tower.inputs else 0
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
         expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in sparse),
@@ -41,13 +41,14 @@ def planned_cost(
         dense_macs=dense,
         expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in sparse),
         head_macs=head,
-        vision_bytes=sum(patches.values()) * weight,
+        vision_bytes=(sum(patches.values()) + places - looked_up) * weight,
         patch_macs=sum(
-            size if name.startswith(_PER_PATCH) else math.ceil(size / per_token) for name, size in patches.items()
+            size if name.startswith(PER_PATCH) else math.ceil(size / tower.patches_per_token)
+            for name, size in patches.items()
         ),
         patch_pair_macs=config.vision.depth * 2 * config.vision.heads * config.vision.head_dim,
         state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
-        lookup_bytes=sum(table.numel() for table in (decoder.embedding, *positions)) * weight,
+        lookup_bytes=(decoder.embedding.numel() + looked_up) * weight,
     )
 
 

@@ -68,7 +68,7 @@ def trace_vision(module: torch.nn.Module, weights: Mapping[str, Weight]) -> ir.M
     assert isinstance(config, VisionConfig)
     inputs = vision_inputs(config)
     # So many patches are joined to a row, so their number is a multiple of that.
-    unit = config.metadata().patches_per_token
+    unit = config.metadata().unit
     examples, sizes = (
         {"patches": 6 * unit, "starts": 3},
         {"patches": unit * Dim("merged", min=1), "starts": Dim("starts")},

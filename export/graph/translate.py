@@ -269,7 +269,7 @@ def _chunk(t: Translator, x: ir.Value, chunks: int, axis: int) -> list[ir.Value]
     return t.op("Split", x, outputs=chunks, axis=axis, num_outputs=chunks)
 
 
-@_rule(aten.view.default)
+@_rule(aten.view.default, aten.reshape.default)
 def _view(t: Translator, x: ir.Value, shape: list[int]) -> ir.Value:
     return t.op("Reshape", x, t.constant(shape))
 
@@ -283,6 +283,26 @@ def _unflatten(t: Translator, x: ir.Value, _: int, sizes: list[int]) -> ir.Value
 @_rule(aten.flatten.using_ints)
 def _flatten(t: Translator, x: ir.Value, start: int = 0, *_: int) -> ir.Value:
     return t.op("Reshape", x, t.constant([0] * start + [-1]))
+
+
+@_rule(aten.slice.Tensor)
+def _slice(t: Translator, x: ir.Value, axis: int, start: int, end: int) -> ir.Value:
+    return t.op("Slice", x, t.constant([start]), t.constant([end]), t.constant([axis]))
+
+
+@_rule(aten.pad.default)
+def _pad(t: Translator, x: ir.Value, sizes: list[int], _: str = "constant", value: float = 0.0) -> ir.Value:
+    """sizes: before and after, the last axis first."""
+    assert x.shape is not None
+    before, after = ([0] * (len(x.shape) - len(sizes) // 2) + sizes[i::2][::-1] for i in range(2))
+    return t.op("Pad", x, t.constant([*before, *after]), t.constant(value, np.float32))
+
+
+@_rule(aten.floor_divide.default)
+def _floor_divide(t: Translator, x: ir.Value, divisor: int) -> ir.Value:
+    """Of integers that are not negative."""
+    assert x.dtype is not None
+    return t.op("Div", x, t.constant(divisor, x.dtype.numpy().type))
 
 
 @_rule(moe.tap.default)

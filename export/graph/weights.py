@@ -61,6 +61,46 @@ class PerRow:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """Two weights of one shape, added in float32."""
+
+    first: Weight
+    second: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.first.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        first, second = (part.rows(start, stop).astype(np.float32) for part in (self.first, self.second))
+        return first + second
+
+
+@dataclass(frozen=True)
+class ScaledRows:
+    """Each row times its factor, in float32. factors: [rows of the source]."""
+
+    source: Weight
+    factors: Weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        source, factors = (part.rows(start, stop).astype(np.float32) for part in (self.source, self.factors))
+        return source * factors.reshape(-1, *[1] * (source.ndim - 1))
+
+
+@dataclass(frozen=True)
 class Concat:
     """Sources one after the other along the first axis."""
 

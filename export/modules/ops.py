@@ -187,12 +187,13 @@ def _(
 
 @torch.library.custom_op("moevlm::segment_attention", mutates_args=())
 def segment_attention(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, image_start: Tensor, heads: int
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, image_start: Tensor, heads: int
 ) -> Tensor:
     """Attention among the patches of each image; see `plugins.ops.attention.segment_attention`."""
-    tensors = {"q": q, "k": k, "v": v, "cos": cos, "sin": sin, "image_start": image_start}
-    arrays = {name: tensor.detach().numpy() for name, tensor in tensors.items()}
-    return torch.from_numpy(reference_segment_attention(**arrays, heads=heads))
+    turn = [None if table is None else table.detach().numpy() for table in (cos, sin)]
+    rows = [tensor.detach().numpy() for tensor in (q, k, v)]
+    y = reference_segment_attention(rows[0], rows[1], rows[2], turn[0], turn[1], image_start.numpy(), heads)
+    return torch.from_numpy(y)
 
 
 @segment_attention.register_fake

@@ -140,14 +140,18 @@ def _attend(
     return y.transpose(2, 0, 1, 3).reshape(len(q), spec.heads * values.shape[-1])
 
 
-def segment_attention(q: Array, k: Array, v: Array, cos: Array, sin: Array, image_start: Array, heads: int) -> Array:
-    """Attention among the patches of each image, with rotary embedding.
+def segment_attention(
+    q: Array, k: Array, v: Array, cos: Array | None, sin: Array | None, image_start: Array, heads: int
+) -> Array:
+    """Attention among the patches of each image, with rotary embedding where there are tables of it.
 
-    q, k, v: [P, heads * D]. cos, sin: [P, D / 2]. image_start: [images + 1], image i has the patches image_start[i] to
-    image_start[i + 1]. Returns y [P, heads * D] in the dtype of q.
+    q, k, v: [P, heads * D]. cos, sin: [P, D / 2], or neither. image_start: [images + 1], image i has the patches
+    image_start[i] to image_start[i + 1]. Returns y [P, heads * D] in the dtype of q.
     """
-    turned = [rotate(x.reshape(len(x), heads, -1).astype(np.float64), cos, sin) for x in (q, k)]
-    split = [x.swapaxes(0, 1) for x in (*turned, v.reshape(len(v), heads, -1).astype(np.float64))]
+    split = [x.reshape(len(x), heads, -1).astype(np.float64) for x in (q, k, v)]
+    if cos is not None and sin is not None:
+        split[:2] = (rotate(x, cos, sin) for x in split[:2])
+    split = [x.swapaxes(0, 1) for x in split]
     y = np.zeros(q.shape)
     for rows in _rows(image_start):
         queries, keys, values = (x[:, rows] for x in split)

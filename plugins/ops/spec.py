@@ -135,7 +135,7 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class SegmentAttentionSpec:
-    """Attention among the patches of one image. The field is the op's attribute."""
+    """Attention among the patches of an image, rotated where there are cos and sin. The field is the op's attribute."""
 
     heads: int
 

@@ -49,6 +49,11 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Patches, one after the other, that become one visual token."""
         return self.merge_size**2
 
+    @property
+    def unit(self) -> int:
+        """Patches that every image is a multiple of."""
+        return self.patches_per_token
+
     def tokens(self, grid: Grid) -> int:
         """Visual tokens of an image."""
         return grid[0] * grid[1] // self.patches_per_token
@@ -161,4 +166,28 @@ class RotaryTower(Tower, frozen=True, kw_only=True, tag="rotary"):
         return {"pixel_patches": (self.patch_width, "float32"), **self._ropes()}
 
 
-VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower
+class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
+    """Images of one size with a class token each, a row of a table for each patch (InternVL, Llama 4).
+
+    side: of an image, in patches. rope_theta: 0 without a rotary embedding; its places count from 1.
+    """
+
+    side: int
+
+    LIMITS: ClassVar[Ranges] = _SHARED | {"rope_theta": (0, 1e30), "side": (1, 1 << 10)}
+
+    @property
+    def unit(self) -> int:
+        return self.side**2
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        return {"pixel_patches": (self.patch_width, "float32"), **(self._ropes() if self.rope_theta else {})}
+
+    def refused(self) -> Iterator[tuple[str, Any, str]]:
+        if self.side % self.merge_size:
+            yield "side", self.side, f"a multiple of merge_size = {self.merge_size}"
+        yield from super().refused()
+
+
+VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | TileTower

@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from moevlm.runtime.core.towers import Grid, GridTower, MoonTower, PooledTower, RotaryTower, Tower, VisionMetadata
+from moevlm.runtime.core.towers import (
+    Grid,
+    GridTower,
+    MoonTower,
+    PooledTower,
+    RotaryTower,
+    TileTower,
+    Tower,
+    VisionMetadata,
+)
 from moevlm.runtime.request.images.axis_tables import pack_axes
 from moevlm.runtime.request.images.grid_tables import pack_grids
 from moevlm.runtime.request.images.rotary_tables import pack_rotary
+from moevlm.runtime.request.images.tile_tables import pack_tiles
 
 # What a tower wants beside pixel_patches, from the grids of images: arrays of a row for each patch, by input.
 _TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarray]]] = {
@@ -17,6 +27,7 @@ _TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarr
     MoonTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     PooledTower: pack_axes,
     RotaryTower: pack_rotary,
+    TileTower: pack_tiles,
 }
 
 

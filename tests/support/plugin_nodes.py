@@ -153,7 +153,8 @@ def encoded(cache: np.ndarray, kind: str) -> np.ndarray:
 class SegmentAttention(_Plugin):
     def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
         q, k, v = np.split(inputs.pop("qkv"), 3, axis=1)
-        return (segment_attention(q, k, v, heads=op.heads, **inputs),)
+        tables = {"cos": None, "sin": None}
+        return (segment_attention(q, k, v, heads=op.heads, **tables | inputs),)
 
 
 class GatedDelta(_Plugin):

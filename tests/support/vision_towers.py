@@ -33,7 +33,8 @@ from moevlm.export.modules.vision import vision_tower
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.runtime.backends.libraries import operators_path, plugin_path
-from moevlm.runtime.core.towers import VisionMetadata
+from moevlm.runtime.core.towers import TileTower, VisionMetadata
+from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 from tests.support.plan_graphs import evaluate
 from tests.support.plugin_nodes import named
@@ -52,11 +53,17 @@ def filled(modules: Mapping[str, nn.Module], values: Callable[[str, torch.Tensor
     return on_disk
 
 
-def bound(config: VisionConfig, table: Weights, on_disk: Mapping[str, Weight]) -> tuple[nn.Module, dict[str, Weight]]:
-    """Our module with the weights that a family's table finds on disk, and these by its names."""
+def bound(
+    config: VisionConfig, table: Weights, on_disk: Mapping[str, Weight], spare: Mapping[str, str] | None = None
+) -> tuple[nn.Module, dict[str, Weight]]:
+    """Our module with the weights that a family's table finds on disk, and these by its names.
+
+    spare: the family's `left_out`.
+    """
 
     class Tower(Family):
         weights: ClassVar = {**table, "decoder.head": "lm_head.weight"}
+        left_out: ClassVar = spare or {}
         router_suffix = ""
 
         def translate(self, fields: Fields) -> Any:
@@ -133,10 +140,20 @@ def assert_builds_a_plan(graph: ir.Model, vision: VisionMetadata, depth: int, fo
         onnx=str(folder / "vision.onnx"),
         plan=str(folder / "vision.plan"),
         sms=(89,),
-        profiles=vision_profiles(graph, vision.patches_per_token, 4095),
+        profiles=vision_profiles(graph, vision.unit, 4095 // vision.unit * vision.unit),
         links=str(folder),
         plugins=str(plugin_path()),
         plugin_layers=sum(node.domain == DOMAIN for node in graph.graph),
     )
     assert job.plugin_layers == depth
     assert worker.run(job, lambda *_: None).file.size == (folder / "vision.plan").stat().st_size
+
+
+def tiles_of(inputs: VisionInputs, vision: TileTower) -> np.ndarray:
+    """Pixels of images of one size, [images, channels, height, width]."""
+    rows, columns = block_order([(vision.side, vision.side)], vision.merge_size)
+    size, count = vision.patch_size, len(inputs.image_start) - 1
+    patches = inputs.pixel_patches.reshape(count, vision.side**2, vision.channels, size, size)
+    placed = np.empty((count, vision.side, vision.side, vision.channels, size, size), np.float32)
+    placed[:, rows, columns] = patches
+    return placed.transpose(0, 3, 1, 4, 2, 5).reshape(count, vision.channels, vision.side * size, -1)

@@ -19,12 +19,17 @@ class SegmentAttentionCases:
     kind, step = SegmentAttentionOp, 4
 
     def ops(self, sm: int) -> list[SegmentAttentionOp]:
-        """Every dtype with heads of many sizes."""
+        """Every dtype with heads of many sizes, and with heads that are not rotated."""
         dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        return [SegmentAttentionOp(heads, head_dim, dtype) for head_dim, heads in HEADS.items() for dtype in dtypes]
+        still = [SegmentAttentionOp(2, 64, dtype, rotates=False) for dtype in dtypes]
+        return [
+            *(SegmentAttentionOp(heads, head_dim, dtype) for head_dim, heads in HEADS.items() for dtype in dtypes),
+            *still,
+        ]
 
     def describe(self, op: SegmentAttentionOp) -> str:
-        return f"segment attention {op.heads} heads of {op.head_dim} {op.dtype}"
+        still = "" if op.rotates else ", not rotated"
+        return f"segment attention {op.heads} heads of {op.head_dim} {op.dtype}{still}"
 
     def allowed(self, op: SegmentAttentionOp) -> float:
         return ALLOWED[op.dtype]
@@ -36,13 +41,9 @@ class SegmentAttentionCases:
         random, start = np.random.default_rng(seed), np.cumsum([0, *call]).astype(np.int32)
         angle = random.uniform(0, 6, (sum(call), op.head_dim // 2))
         qkv = random.standard_normal((sum(call), 3 * op.heads * op.head_dim), np.float32)
-        inputs = {
-            "qkv": rounded(qkv, op.dtype),
-            "cos": np.cos(angle).astype(np.float32),
-            "sin": np.sin(angle).astype(np.float32),
-            "image_start": start,
-        }
+        tables = {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+        inputs = {"qkv": rounded(qkv, op.dtype), **(tables if op.rotates else {}), "image_start": start}
         parts = np.split(inputs["qkv"].astype(np.float64), 3, axis=1)
-        y = segment_attention(*parts, inputs["cos"], inputs["sin"], start, op.heads)
+        y = segment_attention(*parts, inputs.get("cos"), inputs.get("sin"), start, op.heads)
         given = [torch.from_numpy(inputs[tensor.name]).to(getattr(torch, tensor.dtype)) for tensor in op.inputs]
         return Case(given, lambda found: worst(found, [y]))

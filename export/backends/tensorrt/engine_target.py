@@ -122,7 +122,7 @@ class TensorRTTarget:
         recoded: Mapping[str, int] | None = None,
     ) -> EngineMetadata:
         """version: of TensorRT; "" before anything is built. The others: as in EngineMetadata."""
-        o, unit = self.options, config.vision.metadata().patches_per_token
+        o, unit = self.options, config.vision.metadata().unit
         states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(unit, image_patches)
         return EngineMetadata(
             vision=self.path("vision"),
@@ -162,12 +162,12 @@ class TensorRTTarget:
             self._add_experts(build, experts)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
-        o, unit = self.options, config.vision.metadata().patches_per_token
-        patches = max_patches(unit, build.image_patches)
+        o, tower = self.options, config.vision.metadata()
+        patches = max_patches(tower.unit, build.image_patches)
         columns = -(-config.decoder.context // PAGE_SIZE)
         states = kept(config.decoder.states, o.cache_dtype)
         profiles = {
-            "vision": vision_profiles(graphs["vision"], unit, patches),
+            "vision": vision_profiles(graphs["vision"], tower.unit, patches),
             "decoder": decoder_profiles(graphs["decoder"], o, columns, max_pages(states), max_rows(states)),
         }
         built = {
@@ -175,7 +175,7 @@ class TensorRTTarget:
             for name, graph in graphs.items()
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
-        found = cost(canonical, graphs, unit)
+        found = cost(canonical, graphs, tower.patches_per_token)
         return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned, _recoded(graphs))
 
     def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:

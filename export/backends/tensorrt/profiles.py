@@ -42,7 +42,8 @@ def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: i
 
 def vision_profiles(vision: ir.Model, unit: int, patches: int) -> list[Profile]:
     """For one packed call of any images; every image is a multiple of `unit` patches. patches: at most."""
-    sizes = {"patches": (unit, USUAL_PATCHES // unit * unit, patches), "starts": (2, 2, patches // unit + 1)}
+    usual = max(1, min(USUAL_PATCHES, patches) // unit) * unit
+    sizes = {"patches": (unit, usual, patches), "starts": (2, 2, patches // unit + 1)}
     return [_profile(vision, sizes)]
 
 
@@ -52,7 +53,7 @@ def max_patches(unit: int, image_patches: int | None) -> int:
     image_patches: of the largest image that the checkpoint's preprocessing makes.
     """
     most = min(image_patches or MOST_PATCHES, MOST_PATCHES)
-    return max(most, SEVERAL_IMAGES) // unit * unit
+    return max(most, SEVERAL_IMAGES, unit) // unit * unit
 
 
 def max_pages(states: Iterable[StateSpec]) -> int:

@@ -8,8 +8,9 @@ from torch import nn
 from moevlm.export.config import VisionConfig
 
 # A tower keeps its config as `config`. Its forward takes the inputs that its metadata names, and image_start. It
-# returns embeds [V, H], and deepstack [L, V, H] or None. Its modules patch_embedding and blocks see every patch, the
-# others a visual token; position_embedding is its learned table of positions, where it has one.
+# returns embeds [V, H], and deepstack [L, V, H] or None. Its modules of PER_PATCH see every patch, the others a visual
+# token; position_embedding is its learned table of positions, where it has one.
+PER_PATCH = ("patch_embedding", "blocks")
 Maker = Callable[[Any], nn.Module]
 
 _MAKERS: dict[type[VisionConfig], Maker] = {}

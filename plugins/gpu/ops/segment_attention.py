@@ -23,12 +23,14 @@ class SegmentAttentionOp:
     """qkv [T, 3 * heads * D] -> y [T, heads * D]; see `moevlm.plugins.ops.attention.segment_attention`.
 
     A row of qkv has all queries, then all keys, then all values. T: patches, N: images. dtype: of qkv and y.
+    rotates: whether queries and keys are, by cos and sin.
     Patches that no image has get no y. Whatever image_start holds, nothing outside the inputs and outputs is touched.
     """
 
     heads: int
     head_dim: int
     dtype: str = "bfloat16"
+    rotates: bool = True
 
     name = "SegmentAttention"
 
@@ -42,10 +44,10 @@ class SegmentAttentionOp:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        angles = (T, self.head_dim // 2)
+        tables = ("cos", "sin") if self.rotates else ()
         return (
             Tensor("qkv", self.dtype, (T, 3 * self.heads * self.head_dim)),
-            *(Tensor(name, "float32", angles) for name in ("cos", "sin")),
+            *(Tensor(name, "float32", (T, self.head_dim // 2)) for name in tables),
             Tensor("image_start", "int32", (N + 1,)),
         )
 
@@ -58,7 +60,8 @@ class SegmentAttentionOp:
         if self.dtype == "bfloat16" and sm < 80:
             raise ValueError(f"dtype = bfloat16 on sm{sm} (allowed: float16)")
         first, rest = parts(self.head_dim)
-        heads = Heads(self.head_dim, first, rest, rotary_start=0, half=self.head_dim // 2, epsilon=0, has_norms=False)
+        half = self.head_dim // 2 if self.rotates else 0
+        heads = Heads(self.head_dim, first, rest, rotary_start=0, half=half, epsilon=0, has_norms=False)
         tile = segment_tile(DTYPES[self.dtype].bits, first + rest, sm)
         given = DTYPES[self.dtype].pointer
         shape = (("HEADS", self.heads), ("H", heads), ("OVERLAPS", sm >= 90))
@@ -75,7 +78,8 @@ class SegmentAttentionOp:
             tile.warps,
             tile.stages,
         )
-        qkv, cos, sin, image_start = (Argument("input", i) for i in range(4))
+        qkv, *tables, image_start = (Argument("input", i) for i in range(len(self.inputs)))
+        cos, sin = tables or (image_start, image_start)  # of no half a head nothing is read
         steps = (
             Launch(
                 0,

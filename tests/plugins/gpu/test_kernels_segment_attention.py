@@ -24,11 +24,9 @@ Array = np.ndarray
 def draw_inputs(op: SegmentAttentionOp, patches: int, seed: int) -> dict[str, Array]:
     random = np.random.default_rng(seed)
     angle = random.uniform(0, 6, (patches, op.head_dim // 2))
-    return {
-        "qkv": rounded(random.standard_normal((patches, 3 * op.heads * op.head_dim)).astype(np.float32), op.dtype),
-        "cos": np.cos(angle).astype(np.float32),
-        "sin": np.sin(angle).astype(np.float32),
-    }
+    qkv = rounded(random.standard_normal((patches, 3 * op.heads * op.head_dim)).astype(np.float32), op.dtype)
+    tables = {"cos": np.cos(angle).astype(np.float32), "sin": np.sin(angle).astype(np.float32)}
+    return {"qkv": qkv, **(tables if op.rotates else {})}
 
 
 def run(interpreter: Interpreter, op: SegmentAttentionOp, inputs: dict[str, Array], start: Array, sm: int) -> Array:
@@ -42,7 +40,7 @@ def agrees(
     start = np.concatenate([[0], np.cumsum(lengths)])
     inputs = draw_inputs(op, start[-1], seed)
     y = run(interpreter, op, inputs, start, sm)
-    want = segment_attention(*np.split(inputs["qkv"], 3, 1), inputs["cos"], inputs["sin"], start, op.heads)
+    want = segment_attention(*np.split(inputs["qkv"], 3, 1), inputs.get("cos"), inputs.get("sin"), start, op.heads)
     assert np.linalg.norm(y - want) <= TOLERANCES[op.dtype] * np.linalg.norm(want)
 
 
@@ -61,6 +59,11 @@ def test_every_tile_agrees_with_the_spec(triton_interpreter: Interpreter, sm: in
 
 def test_many_images(triton_interpreter: Interpreter) -> None:
     agrees(triton_interpreter, SegmentAttentionOp(1, 8, "float16"), [3, 0, 0, 5] * 10)
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, "float16"), (20, "float32")])
+def test_without_tables_nothing_is_rotated(triton_interpreter: Interpreter, head_dim: int, dtype: str) -> None:
+    agrees(triton_interpreter, SegmentAttentionOp(2, head_dim, dtype, rotates=False), [17, 1, 33])
 
 
 def test_an_image_gets_what_it_gets_alone(triton_interpreter: Interpreter) -> None:
@@ -88,12 +91,12 @@ def test_whatever_the_images_are_nothing_is_touched_out_of_bounds(
 
 
 def test_kernels_fit_every_gpu_and_spill_nothing() -> None:
-    op = SegmentAttentionOp(16, 72, "float16")
-    found = resources(op, DEVICES)
-    assert [(each.entry, each.sm) for each in found] == [
-        (entry, sm) for sm in DEVICES for entry in ("rotate_patches", "segment_attention")
-    ]
-    assert not any(each.spilled for each in found)
+    for op in (SegmentAttentionOp(16, 72, "float16"), SegmentAttentionOp(16, 64, "float16", rotates=False)):
+        found = resources(op, DEVICES)
+        assert [(each.entry, each.sm) for each in found] == [
+            (entry, sm) for sm in DEVICES for entry in ("rotate_patches", "segment_attention")
+        ]
+        assert not any(each.spilled for each in found)
 
 
 @pytest.mark.parametrize(("head_dim", "sms"), [(128, (80, 90, 100)), (256, (86, 90))])

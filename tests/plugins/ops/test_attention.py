@@ -225,6 +225,13 @@ def test_images_see_their_own_patches_alone_and_all_of_them():
         np.testing.assert_allclose(y[rows], want.numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_without_tables_patches_are_not_rotated():
+    q, k, v = np.random.RandomState(6).standard_normal((3, 7, 8)).astype(np.float32)
+    still, start = (np.ones((7, 2)), np.zeros((7, 2))), np.array([0, 3, 7])
+    y = segment_attention(q, k, v, None, None, start, 2)
+    np.testing.assert_array_equal(y, segment_attention(q, k, v, *still, start, 2))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -96,5 +96,5 @@ class PluginSegmentAttention(PluginPass):
     def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
         values = [value for value in node.inputs if value is not None]
         heads = node_spec(node).heads
-        op = SegmentAttentionOp(heads, width(values[0]) // heads, self.dtype)
+        op = SegmentAttentionOp(heads, width(values[0]) // heads, self.dtype, rotates=len(values) == 6)
         return op, [side_by_side(graph, node, values[:3]), *values[3:]]

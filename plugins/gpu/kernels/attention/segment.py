@@ -36,7 +36,7 @@ def rotate_part(
 @triton.jit
 def rotate_patches(
     qkv,  # [T, 3 * HEADS * H.dim]
-    cos,  # [T, H.dim / 2] float32
+    cos,  # [T, H.half] float32
     sin,
     turned,  # [2 * HEADS, T, H.dim], written: queries times SCALE, then keys
     patches,

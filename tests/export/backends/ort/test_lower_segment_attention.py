@@ -12,22 +12,25 @@ from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.plugins.ops.attention import segment_attention
 from moevlm.plugins.ops.spec import DOMAIN
+from moevlm.runtime.core.errors import UnsupportedModelError
 
 HEADS, HEAD_DIM = 4, 16
 # float32 on both sides, sums in another order.
 TOLERANCE = 2e-6
 
 
-def graph() -> ir.Model:
+def graph(rotates: bool = True) -> ir.Model:
     widths = dict.fromkeys("qkv", HEADS * HEAD_DIM) | dict.fromkeys(("cos", "sin"), HEAD_DIM // 2)
     values = [
         ir.Value(name=name, shape=ir.Shape(["patches", width]), type=ir.TensorType(ir.DataType.FLOAT))
         for name, width in widths.items()
     ]
     values.append(ir.Value(name="image_start", shape=ir.Shape(["starts"]), type=ir.TensorType(ir.DataType.INT32)))
-    node = ir.node("SegmentAttention", values, attributes={"heads": HEADS}, domain=DOMAIN)
+    inputs = [value if rotates or value.name not in ("cos", "sin") else None for value in values]
+    node = ir.node("SegmentAttention", inputs, attributes={"heads": HEADS}, domain=DOMAIN)
     node.outputs[0].name = "y"
     node.outputs[0].type, node.outputs[0].shape = values[0].type, values[0].shape
+    values = [value for value in inputs if value is not None]
     model = ir.Model(
         ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": ONNX_OPSET, DOMAIN: 1}), ir_version=11
     )
@@ -49,8 +52,8 @@ def outputs_of(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
     return onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
 
 
-def lowered() -> ir.Model:
-    model = graph()
+def lowered(rotates: bool = True) -> ir.Model:
+    model = graph(rotates)
     assert run([LowerSegmentAttention()], model) == {"LowerSegmentAttention": 1}
     return model
 
@@ -60,6 +63,21 @@ def lowered() -> ir.Model:
 def test_images_of_any_sizes_agree_with_the_spec(sizes, form):
     inputs = feeds(sizes, seed=sum(sizes))
     assert relative_error(outputs_of(form(), inputs), segment_attention(**inputs, heads=HEADS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("form", [graph, lowered])
+def test_without_tables_nothing_is_rotated(form):
+    inputs = feeds([4, 4, 9], seed=2)
+    del inputs["cos"], inputs["sin"]
+    want = segment_attention(**inputs, cos=None, sin=None, heads=HEADS)
+    assert relative_error(outputs_of(form(rotates=False), inputs), want) <= TOLERANCE
+
+
+def test_one_table_is_refused():
+    model = graph()
+    model.graph.node(0).replace_input_with(4, None)
+    with pytest.raises(UnsupportedModelError, match="has q, k, v and image_start, and cos and sin or neither"):
+        add_functions(model)
 
 
 def test_an_image_sees_nothing_of_its_neighbours():

@@ -1,0 +1,126 @@
+"""InternVL's tower and projector against transformers, and the engines' graphs of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.internvl_vision import internvl_tower
+from moevlm.export.graph.cost import patch_macs
+from moevlm.export.parity.measures import relative_error
+from moevlm.export.passes.prune_2_4 import prunable
+from moevlm.runtime.core.errors import CheckpointError, EngineError, FieldError, UnsupportedModelError
+from moevlm.runtime.request.vision_inputs import VisionInputs, pack
+from tests.support.internvl_tower import CONFIGURATIONS, OUT, VISION, TinyTower
+from tests.support.vision_towers import (
+    as_on_gpus,
+    assert_builds_a_plan,
+    in_onnxruntime,
+    in_torch,
+    lowered,
+    random_images,
+    traced,
+)
+
+towers = pytest.mark.parametrize("name", CONFIGURATIONS)
+IMAGES = 3
+
+
+def images(tower: TinyTower) -> VisionInputs:
+    tokens = tower.metadata.side // tower.metadata.merge_size
+    return random_images(tower.metadata, [(tokens, tokens)] * IMAGES)
+
+
+@towers
+def test_images_in_one_call_are_those_of_transformers(name: str) -> None:
+    tower = TinyTower.of(name)
+    inputs = images(tower)
+    ours = in_torch(tower.ours, inputs)
+    assert ours.shape == (IMAGES * (tower.metadata.side // tower.metadata.merge_size) ** 2, OUT)
+    assert relative_error(ours, tower.wanted(inputs)) < 1e-5
+
+
+@towers
+def test_the_graph_has_the_modules_numbers(name: str) -> None:
+    tower = TinyTower.of(name, seed=2)
+    inputs, graph = images(tower), traced(tower.ours, tower.weights)
+    assert {value.name for value in graph.graph.inputs} == {*tower.metadata.inputs, "image_start"}
+    wanted = in_torch(tower.ours, inputs)
+    assert relative_error(in_onnxruntime(graph, inputs), wanted) < 1e-5
+    tokens = len(wanted) // IMAGES
+    assert relative_error(in_onnxruntime(graph, inputs.part(1, 2)), wanted[tokens : 2 * tokens]) < 1e-5
+
+
+@pytest.mark.parametrize(("target", "limit"), [("ort-cpu", 1e-5), ("cpu:int8", 0.05), ("ort-cpu:int4", 0.05)])
+def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
+    tower = TinyTower.of("heads of 64", seed=3)
+    graph, inputs = lowered(traced(tower.ours, tower.weights), target), images(tower)
+    assert relative_error(in_onnxruntime(graph, inputs), tower.wanted(inputs)) < limit
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
+@pytest.mark.parametrize("name", ["as the small ones", "as the large ones"])
+def test_graphs_for_tensorrt_cost_their_rounding(name: str, dtype: str, limit: float) -> None:
+    tower = TinyTower.of(name, seed=4)
+    inputs, graph = images(tower), traced(tower.ours, tower.weights)
+    assert relative_error(as_on_gpus(graph, dtype, inputs), in_torch(tower.ours, inputs)) < limit
+
+
+def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
+    tower = TinyTower.of("heads of 64")
+    found = {value.name for value in prunable(traced(tower.ours, tower.weights))}
+    matrices = {name for name, parameter in tower.ours.named_parameters() if parameter.dim() == 2}
+    assert found == matrices - {"patch_embedding.weight", "position_embedding"}
+
+
+@pytest.mark.parametrize("name", ["heads of 64", "as the large ones"])
+def test_tensorrt_rtx_builds_a_plan_of_it(name: str, tmp_path: Path) -> None:
+    tower = TinyTower.of(name, seed=5)
+    assert_builds_a_plan(traced(tower.ours, tower.weights), tower.metadata, tower.ours.config.depth, tmp_path)
+
+
+def test_costs_count_blocks_by_the_patch_and_the_projector_by_the_token() -> None:
+    tower = TinyTower.of("heads of 64")
+    graph, hidden, merged = traced(tower.ours, tower.weights), 128, 4 * 128
+    per_patch = 2 * (4 * hidden * hidden + 2 * hidden * 64) + hidden * tower.metadata.patch_width
+    assert patch_macs(graph, 4) == per_patch + merged * OUT // 4 + OUT * OUT // 4
+
+
+def test_an_image_of_another_size_is_refused() -> None:
+    vision = TinyTower.of("as the small ones").metadata
+    with pytest.raises(EngineError, match=r"^an image has 4 x 8 patches \(the model takes 4 x 4\)$"):
+        pack(np.zeros((32, vision.patch_width), np.float32), [(4, 8)], vision)
+
+
+@pytest.mark.parametrize(
+    ("vision", "top", "error", "words"),
+    [
+        ({"num_attention_heads": 3}, {}, FieldError, "vision heads"),
+        ({"hidden_act": "relu"}, {}, UnsupportedModelError, 'hidden_act = "relu"'),
+        ({"norm_type": "group"}, {}, UnsupportedModelError, 'norm_type = "group"'),
+        ({"image_size": [16, 32]}, {}, CheckpointError, r"image_size = \[16, 32\] \(a number from 1 to"),
+        ({"image_size": 18}, {}, CheckpointError, r"image_size = 18 \(a multiple of 8, the side of a vis"),
+        ({"use_absolute_position_embeddings": False}, {}, UnsupportedModelError, "use_absolute_position_embeddings"),
+        ({}, {"downsample_ratio": 0.3}, UnsupportedModelError, r"downsample_ratio = 0.3 \(supported: 1.0, 0.5, 0.25"),
+        ({}, {"vision_feature_layer": -2}, UnsupportedModelError, r"vision_feature_layer = -2 \(supported: -1, 2\)"),
+        ({}, {"vision_feature_select_strategy": "full"}, UnsupportedModelError, 'select_strategy = "full"'),
+        ({}, {"projector_hidden_act": "relu"}, UnsupportedModelError, 'projector_hidden_act = "relu"'),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
+)
+def test_other_towers_are_refused_by_name(
+    vision: dict[str, Any], top: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        internvl_tower(Fields(VISION | vision), Fields(top), OUT)
+
+
+def test_fields_have_the_references_defaults() -> None:
+    config = internvl_tower(Fields({}), Fields({}), OUT)
+    assert (config.hidden, config.depth, config.heads, config.head_dim, config.mlp.width) == (1024, 24, 16, 64, 4096)
+    assert (config.side, config.patch_size, config.merge_size, config.epsilon) == (32, 14, 2, 1e-6)
+    assert (config.norm, config.qkv_bias, config.qk_norm, config.last_norm) == ("layer", False, False, False)
