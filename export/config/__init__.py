@@ -1,6 +1,6 @@
 """The canonical description of a MoE VLM: what every family's config.json is translated into."""
 
-from moevlm.export.config.mixers import GatedDeltaConfig, GQAConfig, MixerConfig
+from moevlm.export.config.mixers import GatedDeltaConfig, GQAConfig, MixerConfig, MLAConfig
 from moevlm.export.config.model import (
     DecoderConfig,
     LayerConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "GatedDeltaConfig",
     "GridVisionConfig",
     "LayerConfig",
+    "MLAConfig",
     "MLPConfig",
     "MergerConfig",
     "MixerConfig",

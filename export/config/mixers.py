@@ -120,6 +120,65 @@ class GQAConfig(MixerConfig):
 
 
 @dataclass(frozen=True)
+class MLAConfig(MixerConfig):
+    """Multi-head latent attention (DeepSeek-V2): a token keeps one latent and one rotated key for all heads.
+
+    q_rank: of the queries' latent; 0 for queries made at once. kv_rank: of the latent of keys and values.
+    nope_dim, rope_dim: of a head's query and key, without rotation and with it. value_dim: of a value's head.
+    bias: of both projections to latents and of the last one. epsilon: of the latents' norms.
+    rope: the rope group. scale: of the scores; 0 for (nope_dim + rope_dim)**-0.5.
+    query_scale: queries are multiplied by a factor of their places, see `DecoderConfig`.
+    """
+
+    heads: int
+    q_rank: int
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    bias: bool = False
+    epsilon: float = 1e-6
+    rope: int = 0
+    scale: float = 0.0
+    query_scale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise FieldError("rope_dim", self.rope_dim, "even, 2 or more")
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """The op's attributes: all heads on one key, whose first kv_rank dimensions are the value."""
+        return AttentionSpec(
+            self.heads,
+            1,
+            self.rope_dim,
+            rotary_start=self.kv_rank,
+            scale=self.scale or (self.nope_dim + self.rope_dim) ** -0.5,
+            value_in_key=True,
+            value_dim=self.kv_rank,
+        )
+
+    @property
+    def key_dim(self) -> int:
+        """What a token keeps, in values."""
+        return self.kv_rank + self.rope_dim
+
+    def states(self, layer: int) -> tuple[StateSpec, ...]:
+        return (PagedKV(layer=layer, kv_heads=1, key_dim=self.key_dim, value_dim=self.kv_rank, value_in_key=True),)
+
+    def metadata(self) -> LayerMetadata:
+        return LayerMetadata(heads=self.heads, kv_heads=1, key_dim=self.key_dim, value_dim=self.kv_rank)
+
+    def rotations(self) -> Mapping[int, int]:
+        return {self.rope: self.rope_dim}
+
+    @property
+    def scales_queries(self) -> bool:
+        return self.query_scale
+
+
+@dataclass(frozen=True)
 class GatedDeltaConfig(MixerConfig):
     """The gated delta rule behind a short convolution, and a gated norm (Yang et al. 2025).
 

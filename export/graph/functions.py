@@ -3,7 +3,13 @@
 import onnx
 import onnx_ir as ir
 
-from moevlm.export.graph import gated_delta, moe_functions, paged_attention, segment_attention  # noqa: F401 - for ops
+from moevlm.export.graph import (  # noqa: F401 - for ops
+    gated_delta,
+    head_linear,
+    moe_functions,
+    paged_attention,
+    segment_attention,
+)
 from moevlm.export.graph.op import OPS, node_spec
 from moevlm.plugins.ops.spec import DOMAIN, OPSET_VERSION
 from moevlm.runtime.core.errors import UnsupportedModelError

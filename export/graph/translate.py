@@ -264,6 +264,16 @@ def _stack(t: Translator, tensors: list[ir.Value], axis: int = 0) -> ir.Value:
     return t.op("Concat", *(_unsqueeze(t, x, axis) for x in tensors), axis=axis)
 
 
+@_rule(aten.cat.default)
+def _cat(t: Translator, tensors: list[ir.Value], axis: int = 0) -> ir.Value:
+    return t.op("Concat", *tensors, axis=axis)
+
+
+@_rule(aten.split_with_sizes.default)
+def _split(t: Translator, x: ir.Value, sizes: list[int], axis: int = 0) -> list[ir.Value]:
+    return t.op("Split", x, t.constant(sizes), outputs=len(sizes), axis=axis)
+
+
 @_rule(aten.chunk.default)
 def _chunk(t: Translator, x: ir.Value, chunks: int, axis: int) -> list[ir.Value]:
     return t.op("Split", x, outputs=chunks, axis=axis, num_outputs=chunks)

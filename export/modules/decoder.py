@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, MLPConfig, MoEConfig
-from moevlm.export.modules import gated_delta, ops  # noqa: F401 - gated_delta registers its mixer
+from moevlm.export.modules import gated_delta, mla, ops  # noqa: F401 - the first two register their mixers
 from moevlm.export.modules.layers import MLP, MoE, MoEBesideMLP, RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, mixer
 

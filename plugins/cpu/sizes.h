@@ -7,6 +7,7 @@ namespace moevlm {
 
 constexpr int64_t kMaxHeads = 1024;
 constexpr int64_t kMaxKeyDim = 576, kMaxValueDim = 512;  // of PagedAttention: a latent of 512 and 64 rotated dimensions
+constexpr int64_t kMaxHeadDim = 1 << 14;  // of HeadLinear, in and out
 constexpr int64_t kMaxDeltaDim = 256, kMaxConvolution = 16;  // of GatedDelta: of keys and values, and tokens
 constexpr int64_t kMaxEntries = 1 << 30;                 // of a sequence
 constexpr int64_t kMaxWidth = 1 << 24;                   // of a row of activations or of a weight

@@ -134,6 +134,13 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class HeadLinearSpec:
+    """A matrix for each head. The field is the op's attribute."""
+
+    heads: int
+
+
+@dataclass(frozen=True)
 class SegmentAttentionSpec:
     """Attention among the patches of an image, rotated where there are cos and sin. The field is the op's attribute."""
 

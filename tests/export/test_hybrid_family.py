@@ -208,14 +208,15 @@ def test_parity_asks_for_the_same_rows_in_few_or_many_steps(
 def test_manifest_says_what_each_layer_keeps(bundle: Bundle) -> None:
     for target in TARGETS:
         states = bundle.manifest.engines[target].states
-        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, PagedKV, PagedKV, PagedKV]
-        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16, 0, 0]
+        assert [type(state) for state in states] == [PagedKV, Recurrent, PagedKV, Recurrent, *[PagedKV] * 4]
+        assert [state.window for state in states if isinstance(state, PagedKV)] == [0, 16, 16, 0, 0, 0]
+        assert [state.value_in_key for state in states if isinstance(state, PagedKV)] == [*[False] * 5, True]
     shapes = [
         (layer.heads, layer.kv_heads, layer.key_dim, layer.value_dim, layer.experts)
         for layer in bundle.manifest.model.layers
     ]
     wide, recurrent, local, parallel = (4, 2, 16, 16, 8), (0, 0, 0, 0, 0), (2, 1, 32, 24, 8), (4, 2, 16, 16, 0)
-    assert shapes == [wide, recurrent, local, recurrent, local, parallel, local]
+    assert shapes == [wide, recurrent, local, recurrent, local, parallel, local, (4, 1, 48, 32, 8)]
 
 
 def test_norms_in_another_place_are_refused() -> None:

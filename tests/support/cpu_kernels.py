@@ -82,6 +82,12 @@ class Kernels:
         self.library.run_float_linear(self.instruction_set, *sizes, *map(_pointer, (x, packed, bias, y)))
         return y
 
+    def head_linear(self, x: Array, packed: Array, heads: int, n: int) -> Array:
+        y = np.full((len(x), heads * n), np.nan, np.float32)
+        sizes = _sizes(self.threads, heads, n, x.shape[1] // heads, len(x))
+        self.library.run_head_linear(self.instruction_set, *sizes, *map(_pointer, (x, packed, y)))
+        return y
+
     def experts(
         self,
         x: Array,

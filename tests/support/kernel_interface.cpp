@@ -56,6 +56,11 @@ void run_float_linear(int set, int64_t threads, int64_t n, int64_t k, int64_t to
   float_linear({n, k}, chosen(set), pool_of(threads), x, tokens, weight, bias, y);
 }
 
+void run_head_linear(int set, int64_t threads, int64_t heads, int64_t n, int64_t k, int64_t tokens, const float* x,
+                     const float* weight, float* y) {
+  float_linear({n, k, heads}, chosen(set), pool_of(threads), x, tokens, weight, nullptr, y);
+}
+
 int64_t run_experts(int set, int64_t threads, int bits, int group_size, int zeros, int64_t experts_count, int64_t hidden,
                    int64_t width, int activation, int gated, int weight_on_input, float alpha, float limit, int64_t tokens,
                    int64_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,

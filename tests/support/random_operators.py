@@ -153,6 +153,14 @@ def float_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 
 
 @st.composite
+def head_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
+    heads, n, k, tokens = draw(st.integers(1, 9)), draw(sizes), draw(sizes), draw(rows)
+    weight = np.stack([cpu_packing.pack_floats(head) for head in rng.standard_normal((heads, n, k), np.float32)])
+    inputs = {"x": rng.standard_normal((tokens, heads * k), np.float32), "weight": weight}
+    return Node("HeadLinear", {"heads": heads, "N": n, "K": k}, inputs, {"y": "float32"})
+
+
+@st.composite
 def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     experts, hidden, width = draw(st.integers(1, 9)), draw(sizes), draw(sizes)
     tokens, top_k, packed = draw(rows), draw(st.integers(1, 4)), packing(draw)
@@ -270,7 +278,11 @@ def break_shape(draw: st.DrawFn, node: Node) -> bool:
 def nodes(draw: st.DrawFn) -> tuple[Node, bool, bool, int]:
     """A node; whether it must be refused; whether its results can be checked; and threads."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    make = draw(st.sampled_from([attentions, attentions, deltas, linears, float_linears, banks, routers, candidates]))
+    make = draw(
+        st.sampled_from(
+            [attentions, attentions, deltas, linears, float_linears, head_linears, banks, routers, candidates]
+        )
+    )
     node, kind = draw(make(rng)), draw(st.integers(0, 8))
     refused = False
     if kind in (0, 1):

@@ -5,6 +5,7 @@ from moevlm.export.backends.cpu.options import Options
 from moevlm.export.backends.cpu.passes.attention import CpuAttention
 from moevlm.export.backends.cpu.passes.candidates import CpuCandidates
 from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
+from moevlm.export.backends.cpu.passes.head_linear import CpuHeadLinear
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION, OnnxTarget
@@ -63,6 +64,7 @@ def _passes(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
             *linear,
             CpuFloatLinear(),
             attention,
+            CpuHeadLinear(),
             CpuGatedDelta(),
             CpuMoE(scheme),
             FuseSkipNorm(),

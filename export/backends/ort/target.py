@@ -15,6 +15,7 @@ from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, int_format
 from moevlm.export.passes.base import Pass
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
+from moevlm.export.passes.lower_head_linear import LowerHeadLinear
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.export.passes.quantize_linear import QuantizeLinear
@@ -53,7 +54,7 @@ def _passes(scheme: IntFormat | None) -> dict[str, tuple[Pass, ...]]:
     vision = (QuantizeLinear(VISION),) if scheme else ()
     linear = (QuantizeLinear(scheme), QuantizeEmbedding(EMBEDDING)) if scheme else ()
     experts = (QuantizeExperts(scheme),) if scheme else ()
-    mixers = (LowerAttention(), LowerGatedDelta())
+    mixers = (LowerAttention(), LowerGatedDelta(), LowerHeadLinear())
     return {
         "vision": (*vision, LowerSegmentAttention(), FuseSkipNorm()),
         "decoder": (PackProjections(), *linear, *mixers, FuseSkipNorm(), LowerMoE(), *experts),

@@ -42,6 +42,7 @@ from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
 from moevlm.export.passes.base import Pass, run
+from moevlm.export.passes.lower_head_linear import LowerHeadLinear
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.bundle_writer import BundleWriter
@@ -194,7 +195,7 @@ class TensorRTTarget:
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), typed)
+        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), LowerHeadLinear(), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
         run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])

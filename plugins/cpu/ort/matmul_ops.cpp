@@ -87,6 +87,29 @@ struct FloatLinearOp {
   }
 };
 
+struct HeadLinearOp {
+  static constexpr const char* name = "HeadLinear";
+  static constexpr Port inputs[] = {{"x", ort::kFloat}, {"weight", ort::kFloat}};
+  static constexpr Port outputs[] = {{"y", ort::kFloat}};
+
+  FloatLinearShape shape;
+
+  explicit HeadLinearOp(const Attributes& a)
+      : shape{a.integer("N", 1, kMaxHeadDim), a.integer("K", 1, kMaxHeadDim), a.integer("heads", 1, kMaxHeads)} {}
+
+  void compute(Call& call) const {
+    const auto [x, weight] = read_inputs(call, inputs);
+    require_rows("x", x, shape.heads * shape.k, "[T, heads * K]");
+    if (weight.elements() != shape.weights()) {
+      invalid("weight has shape ", text(weight.shape), ", ", weight.elements(), " values (allowed: ", shape.weights(),
+              " for these attributes)");
+    }
+    float* y = call.output<float>(0, {x.shape[0], shape.heads * shape.n});
+    float_linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), x.shape[0], weight.as<float>(), nullptr,
+                 y);
+  }
+};
+
 struct ExpertsOp {
   static constexpr const char* name = "MoEExperts";
   static constexpr Port inputs[] = {{"x", ort::kFloat},
@@ -188,10 +211,11 @@ struct RouterOp {
 
 const Operator<LinearOp> linear_operator;
 const Operator<FloatLinearOp> float_linear_operator;
+const Operator<HeadLinearOp> head_linear_operator;
 const Operator<ExpertsOp> experts_operator;
 const Operator<RouterOp> router_operator;
-const ort::CustomOp* const all[] = {&linear_operator, &float_linear_operator, &experts_operator, &router_operator,
-                                    nullptr};
+const ort::CustomOp* const all[] = {&linear_operator,  &float_linear_operator, &head_linear_operator,
+                                    &experts_operator, &router_operator,       nullptr};
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// The operators Linear, FloatLinear, MoEExperts and MoERouter of domain moevlm.cpu.
+// The operators Linear, FloatLinear, HeadLinear, MoEExperts and MoERouter of domain moevlm.cpu.
 #pragma once
 #include "ort/abi.h"
 

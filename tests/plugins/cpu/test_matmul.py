@@ -11,6 +11,7 @@ from bench import variants
 from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.plugins.ops.experts import activate, linear
+from moevlm.plugins.ops.head_linear import head_linear
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from tests.support.cpu_kernels import Kernels
@@ -163,6 +164,17 @@ def test_float_linear_is_the_product(kernels, rng, n, k):
         expected = linear(x.astype(np.float64), weight.astype(np.float64), bias)
         magnitude = np.abs(x) @ np.abs(weight).T + (0 if bias is None else np.abs(bias))
         assert (np.abs(kernels.float_linear(x, packed, bias, n) - expected) <= 2 * ROUNDING * magnitude).all()
+
+
+@pytest.mark.parametrize(("heads", "n", "k"), [(1, 40, 70), (5, 16, 130), (3, 33, 8), (40, 32, 16)])
+def test_head_linear_is_each_head_s_product(kernels, rng, heads, n, k):
+    weight = normal(rng, heads, n, k) / np.float32(k**0.5)
+    packed = np.stack([cpu_packing.pack_floats(head) for head in weight])
+    for tokens in (0, 1, 13, 61):
+        x = normal(rng, tokens, heads * k)
+        expected = head_linear(x.astype(np.float64), weight.astype(np.float64))
+        magnitude = head_linear(np.abs(x), np.abs(weight))
+        assert (np.abs(kernels.head_linear(x, packed, heads, n) - expected) <= 2 * ROUNDING * magnitude).all()
 
 
 # Experts.

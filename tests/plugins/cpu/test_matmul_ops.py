@@ -1,4 +1,4 @@
-"""Linear, FloatLinear, MoEExperts and MoERouter in ONNX Runtime: results, biases, shapes and refusals."""
+"""Linear, FloatLinear, HeadLinear, MoEExperts and MoERouter in ONNX Runtime: results, biases, shapes and refusals."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from moevlm.export.formats import cpu_packing
 from moevlm.plugins.cpu import limits as cpu_limits
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.experts import linear
+from moevlm.plugins.ops.head_linear import head_linear
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec, attributes
 from moevlm.runtime.backends import libraries as native
@@ -82,6 +83,34 @@ def test_float_linear_in_a_session(rng, tokens, has_bias):
     inputs = {"x": x, "weight": cpu_packing.pack_floats(weight), "bias": bias}
     (y,) = run("FloatLinear", inputs, {"N": 50, "K": 72})
     np.testing.assert_allclose(y, linear(x, weight, bias), atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+def test_head_linear_in_a_session(rng, tokens):
+    weight, x = normal(rng, 3, 50, 72), normal(rng, tokens, 3 * 72)
+    packed = np.stack([cpu_packing.pack_floats(head) for head in weight])
+    (y,) = run("HeadLinear", {"x": x, "weight": packed}, {"heads": 3, "N": 50, "K": 72})
+    np.testing.assert_allclose(y, head_linear(x, weight), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("values", "columns", "message"),
+    [
+        ({"heads": 0}, 216, r"HeadLinear: heads = 0 \(allowed: 1 to 1024\)"),
+        ({"K": 20000}, 216, r"HeadLinear: K = 20000 \(allowed: 1 to 16384\)"),
+        ({}, 215, r"HeadLinear: x has shape \[2, 215\] \(allowed: \[T, heads \* K\] with 216 columns\)"),
+        (
+            {"N": 65},
+            216,
+            r"HeadLinear: weight has shape \[3, 4608\], 13824 values \(allowed: 20736 for these attributes",
+        ),
+    ],
+    ids=["heads", "width", "rows", "weight"],
+)
+def test_head_linear_refuses_what_does_not_fit(rng, values, columns, message):
+    inputs = {"x": normal(rng, 2, columns), "weight": normal(rng, 3, 64 * 72)}
+    with pytest.raises(Exception, match=message):
+        run("HeadLinear", inputs, {"heads": 3, "N": 50, "K": 72} | values)
 
 
 @pytest.mark.parametrize("has_biases", [False, True])

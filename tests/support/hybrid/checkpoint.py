@@ -13,7 +13,7 @@ from tests.support.families.base import END, IMAGE, STOP, VOCABULARY
 from tests.support.hybrid.family import Hybrid
 from tests.support.tiny import write_side_files
 
-LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel", "scaled")
+LAYERS = ("wide", "recurrent", "local", "recurrent", "sandwich", "parallel", "scaled", "latent")
 _PREPROCESSOR = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 

@@ -12,6 +12,7 @@ from moevlm.export.config import (
     GridVisionConfig,
     LayerConfig,
     MergerConfig,
+    MLAConfig,
     MLPConfig,
     ModelConfig,
     MoEConfig,
@@ -70,6 +71,10 @@ IMAGES = replace(WINDOWED, value_dim=0, value_is_key=True, value_norm=True, bidi
 # No rotation; and with queries that grow with their place.
 UNTURNED = replace(WINDOWED, rotary_dim=0, window=0)
 SCALED = replace(UNTURNED, query_scale=True)
+# One latent for all heads.
+LATENT = MLAConfig(
+    heads=4, q_rank=24, kv_rank=32, nope_dim=8, rope_dim=16, value_dim=12, bias=True, rope=1, query_scale=True
+)
 QUERY_SCALE = QueryScaleMetadata(beta=0.5, original=8, offset=1)
 ROPES = (
     RopeMetadata(dim=16, theta=1e4, sections=(8, 0, 0), interleaved=False),
@@ -92,6 +97,7 @@ LAYERS = {
     "windowed": LayerConfig(WINDOWED, SPARSE),
     "unturned": LayerConfig(UNTURNED, BIASED),
     "scaled": LayerConfig(SCALED, BIASED),
+    "latent": LayerConfig(LATENT, SPARSE),
     "recurrent": LayerConfig(RecurrenceConfig(CHANNELS), DENSE),
     "sandwich": LayerConfig(LOCAL, SPARSE, norms="sandwich"),
     "windowed sandwich": LayerConfig(WINDOWED, SPARSE, norms="sandwich"),
@@ -142,6 +148,10 @@ class Hybrid(Family):
             for name in (
                 *(f"attention.{part}.{kind}" for part in _ATTENTION for kind in ("weight", "bias")),
                 "attention.sinks",
+                *(f"attention.{part}.{kind}" for part in ("q_down", "kv_down") for kind in ("weight", "bias")),
+                *(f"attention.{part}.weight" for part in ("q_up", "kv_norm")),
+                "attention.key_up",
+                "attention.value_up",
                 *(f"attention.{part}.weight" for part in ("inner", "gate")),
                 "attention.decay",
                 "attention_norm.weight",

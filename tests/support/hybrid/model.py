@@ -27,7 +27,8 @@ class PlainModel:
         for i, kind in enumerate(self.layers):
             own = {k.removeprefix(f"model.layers.{i}."): v for k, v in self.weights.items() if f".layers.{i}." in k}
             normed = _norm(x, own["attention_norm.weight"])
-            y = _recurrence(normed, own) if kind == "recurrent" else _attention(normed, own, kind)
+            mixer = {"recurrent": _recurrence, "latent": _latent}.get(kind)
+            y = mixer(normed, own) if mixer else _attention(normed, own, kind)
             if kind == "parallel":
                 x = x + y + _dense(normed, own)
             elif kind == "sandwich":
@@ -60,7 +61,7 @@ def _attention(x: Tensor, own: dict[str, Tensor], kind: str) -> Tensor:
     if "attention.q_norm.weight" in own:
         q, k = _norm(q, own["attention.q_norm.weight"]), _norm(k, own["attention.k_norm.weight"])
     if kind == "scaled":
-        q = q * (1 + 0.5 * torch.log(1 + torch.floor((torch.arange(length) + 1) / 8)))[:, None, None]
+        q = q * _growth(length)
     angle = torch.arange(length)[:, None] * base ** -(torch.arange(0, rotated, 2) / rotated).double()
     q, k = (_rotated(t, angle) for t in (q, k))
     y = torch.empty(length, heads, value_dim, dtype=torch.float64)
@@ -75,6 +76,28 @@ def _attention(x: Tensor, own: dict[str, Tensor], kind: str) -> Tensor:
                 scores = torch.cat([scores, own["attention.sinks"][head, None]])
             y[t, head] = torch.softmax(scores, 0)[: t + 1 - first] @ v[first : t + 1, own_head]
     return _linear(y.flatten(1), own, "attention.out")
+
+
+def _latent(x: Tensor, own: dict[str, Tensor]) -> Tensor:
+    """With the keys and values of each head, as the method is explained."""
+    length, heads, nope, rotated, latent = len(x), 4, 8, 16, 32
+    q = _norm(_linear(x, own, "attention.q_down"), own["attention.q_norm.weight"])
+    q = _linear(q, own, "attention.q_up").view(length, heads, nope + rotated) * _growth(length)
+    c, turned = _linear(x, own, "attention.kv_down").split([latent, rotated], 1)
+    c = _norm(c, own["attention.kv_norm.weight"])
+    angle = torch.arange(length)[:, None] * 500.0 ** -(torch.arange(0, rotated, 2) / rotated).double()
+    q = torch.cat([q[..., :nope], _rotated(q[..., nope:], angle)], -1)
+    own_keys = torch.einsum("tc,hcn->thn", c, own["attention.key_up"])
+    k = torch.cat([own_keys, _rotated(turned[:, None], angle).expand(-1, heads, -1)], -1)
+    v = torch.einsum("tc,hvc->thv", c, own["attention.value_up"])
+    scores = torch.einsum("thd,shd->hts", q, k) * (nope + rotated) ** -0.5
+    shares = scores.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf).softmax(-1)
+    return _linear(torch.einsum("hts,shv->thv", shares, v).flatten(1), own, "attention.out")
+
+
+def _growth(length: int) -> Tensor:
+    """The factor on queries by place, [S, 1, 1]."""
+    return (1 + 0.5 * torch.log(1 + torch.floor((torch.arange(length) + 1) / 8)))[:, None, None]
 
 
 def _rotated(x: Tensor, angle: Tensor) -> Tensor:

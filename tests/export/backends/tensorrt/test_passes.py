@@ -22,6 +22,7 @@ from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.model import CanonicalModel
 from moevlm.export.passes.base import run
+from moevlm.export.passes.lower_head_linear import LowerHeadLinear
 from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
@@ -152,14 +153,14 @@ def hybrid(path: Path, *layers: str) -> ir.Model:
 
 
 @pytest.mark.usefixtures("hybrid_family")
-@pytest.mark.parametrize("last", ["parallel", "images", "scaled"])
+@pytest.mark.parametrize("last", ["parallel", "images", "scaled", "latent"])
 def test_layers_of_every_kind_of_attention(tmp_path: Path, last: str) -> None:
     canonical = hybrid(tmp_path / "checkpoint", "unturned", "local", "windowed sandwich", last)
     moe = PluginMoE("float32", "", 32, named)
-    model = lowered(canonical, PackProjections(PAGED_ATTENTION), *attention("float32"), moe)
+    model = lowered(canonical, PackProjections(PAGED_ATTENTION), LowerHeadLinear(), *attention("float32"), moe)
     # q, k and v are one product's, unless q is scaled behind its own.
     assert [node.op_type for node in model.graph if node.op_type in ("Concat", "Split")] == (
-        ["Split", "Concat"] if last == "scaled" else []
+        {"scaled": ["Split", "Concat"], "latent": ["Split", "Split", "Concat", "Concat", "Concat"]}.get(last, [])
     )
     feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng())
     assert ("visible_end" in feeds) == (last == "images")

@@ -98,11 +98,11 @@ def test_tokens_are_those_of_the_reference_engine(runtime, reference, messages) 
 
 @pytest.fixture(scope="module")
 def bundle_of_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a model with a layer in which an image's tokens see each other, and one that scales its queries."""
+    """Of a model with a layer in which an image's tokens see each other, and latent ones, which scale queries."""
     folder = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(families._REGISTRY, "hybrid_test", Hybrid)
-        build(save(folder / "checkpoint", ("wide", "images", "scaled")), folder / "images.moevlm", ("reference",))
+        build(save(folder / "checkpoint", ("wide", "images", "latent")), folder / "images.moevlm", ("reference",))
     return gpu_bundle(folder / "images.moevlm", folder)
 
 
