@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from moevlm.export.families.names import MissingTensorError, Tensors, missing_er
 from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What the canonical config calls a field -> its name in config.json in most families.
 _CONFIG_NAMES = {
@@ -91,7 +94,7 @@ class Family(ABC):
     """weights: canonical parameter name, with {i} for a number, to where it lies in the checkpoint.
 
     about: what people are told.
-    router_suffix: how the names of transformers' router modules end; they return (scores, weights, indices).
+    router_suffix: how the names of transformers' router modules end.
     config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
     the usual one.
     left_out: patterns of tensors that have no part in text and images, or that transformers does not load, and why.
@@ -127,9 +130,10 @@ class Family(ABC):
         """See above."""
         return LEFT_OUT
 
-    def router_logits(self, scores: np.ndarray) -> np.ndarray:
-        """The scores [T, E] that transformers' router modules return first, as logits."""
-        return scores
+    def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
+        """Logits [T, E] and chosen experts [T, k], in any order, of what a router module of transformers returns."""
+        scores, _, index = returned
+        return scores, index
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:

@@ -146,6 +146,10 @@ class Fields:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
+    def is_null(self, key: str) -> bool:
+        """Whether the field is there, and null, where that is not the same as its absence."""
+        return key in self._values and self._values[key] is None
+
     def refuse_unread(self) -> None:
         """Raise UnsupportedModelError for the first field that was not read and could change the maths.
 

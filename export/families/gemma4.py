@@ -4,9 +4,7 @@ Source: transformers 5.24 `models/gemma4`. Checkpoint: google/gemma-4-26B-A4B-it
 embeddings. Audio is left out.
 """
 
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.families import shared
@@ -18,6 +16,9 @@ from moevlm.export.families.rope import one_axis
 from moevlm.export.families.sources import Experts, rooted
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _OURS, _THEIRS = "decoder.layers.{i}.", "model.language_model.layers.{i}."
 _SLIDING, _FULL = "sliding_attention", "full_attention"
@@ -70,8 +71,9 @@ class Gemma4(Family):
         **GEMMA4_TOWER,
     }
 
-    def router_logits(self, scores: np.ndarray) -> np.ndarray:
-        return np.log(np.maximum(scores, np.finfo(scores.dtype).tiny))  # probabilities; their softmax is themselves
+    def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
+        probabilities, index = super().routed(returned)  # the softmax of whose logarithms they are
+        return probabilities.clamp(min=2.0**-126).log(), index
 
     def translate(self, fields: Fields) -> ModelConfig:
         text = fields.sub("text_config")

@@ -24,7 +24,8 @@ _COMPUTATION = (
 _STORAGE = ("quantization_config", "compression_config")
 # Of training alone; num_nextn_predict_layers and mtp_... describe layers that transformers leaves out.
 _TRAINING = (
-    *("initializer_range", "router_aux_loss_coef", "gradient_checkpointing", "num_nextn_predict_layers"),
+    *("initializer_range", "router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing"),
+    *("num_nextn_predict_layers", "for_llm_compressor"),
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
 )

@@ -127,15 +127,18 @@ def _longrope(given: Rope) -> Scaling:
 
 
 def _llama3(given: Rope) -> Scaling:
-    """Long wavelengths are multiplied by `factor`, short ones stay, those between are mixed (Llama 3.1)."""
+    """Long wavelengths are multiplied by `factor`, short ones stay, those between are mixed (Llama 3.1).
+
+    None are between where the factors of low and high frequencies are equal (Llama 4).
+    """
     fields, original, plain = given.fields, given.original, given.own
     factor = np.float32(fields.number("factor"))
     low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
-    if high <= low:
-        raise fields.invalid("high_freq_factor", high, f"more than low_freq_factor = {low}")
+    if high < low:
+        raise fields.invalid("high_freq_factor", high, f"low_freq_factor = {low} or more")
     one = np.float32(1)  # PyTorch divides a number by a tensor in two steps
     wavelength = one / plain * np.float32(2 * math.pi)
-    smooth = (one / wavelength * np.float32(original) - np.float32(low)) / np.float32(high - low)
+    smooth = (one / wavelength * np.float32(original) - np.float32(low)) / np.float32(high - low or 1)
     mixed = (one - smooth) * plain / factor + smooth * plain
     is_long, is_short = wavelength > np.float32(original / low), wavelength < np.float32(original / high)
     return np.where(is_long, plain / factor, np.where(is_short, plain, mixed)), 1.0

@@ -72,11 +72,11 @@ class Oracle:
         ids, wanted = torch.from_numpy(np.stack(filled)), torch.zeros(len(cases), length, dtype=torch.bool)
         for row, case in enumerate(cases):
             wanted[row, : len(case.whole.ids)] = True
-        routers: list[tuple[torch.Tensor, ...]] = []
+        routers: list[tuple[torch.Tensor, torch.Tensor]] = []  # logits and chosen experts
         features: list[Features] = []
         for name, module in self.model.named_modules():
             if name.endswith(self._family.router_suffix):
-                module.register_forward_hook(lambda _m, _i, out: routers.append(out))
+                module.register_forward_hook(lambda _m, _i, out: routers.append(self._family.routed(out)))
         oracle_images(self._vision).watch(self.model, features.append)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
         self.weights.stream()
@@ -98,8 +98,8 @@ class Oracle:
                     deepstack=deepstack[:, images],
                     prefill=logits[row : row + size],
                     decode=logits[row + size : row + whole],
-                    routing=[index[tokens].numpy() for _, _, index in routers],
-                    router_logits=[self._family.router_logits(scores[tokens].numpy()) for scores, _, _ in routers],
+                    routing=[index[tokens].numpy() for _, index in routers],
+                    router_logits=[logits[tokens].numpy() for logits, _ in routers],
                 )
             )
             row, image_row = row + whole, images.stop

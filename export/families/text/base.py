@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
-from typing import ClassVar
-
-import numpy as np
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from moevlm.export.config import DecoderConfig
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.shared import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _REGISTRY: dict[str, type["TextModel"]] = {}
 
@@ -25,6 +26,12 @@ class TextModel(ABC):
     config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[Mapping[str, str]] = {}
 
+    @classmethod
+    def of(cls, text: Fields) -> Self:
+        """The model of a text's fields, which may say how its weights lie."""
+        del text
+        return cls()
+
     @abstractmethod
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         """The canonical config of the text's fields. tied: the head is the embedding."""
@@ -33,9 +40,10 @@ class TextModel(ABC):
     def weights(self, model: str, head: str) -> Weights:
         """Where the decoder's weights lie. model: the prefix of all, such as "model.". head: the name of the head's."""
 
-    def router_logits(self, scores: np.ndarray) -> np.ndarray:
+    def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
         """As in `base.Family`."""
-        return scores
+        scores, _, index = returned
+        return scores, index
 
 
 def register_text(model_type: str) -> Callable[[type[TextModel]], type[TextModel]]:
@@ -56,4 +64,4 @@ def text_models() -> dict[str, type[TextModel]]:
 def text_model(text: Fields, allowed: Collection[str]) -> TextModel:
     """The text model that an object of config.json names. Raises UnsupportedModelError for one that is not allowed."""
     model_type: str = text.choice("model_type", sorted(allowed))
-    return _REGISTRY[model_type]()
+    return _REGISTRY[model_type].of(text)

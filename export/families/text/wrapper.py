@@ -1,14 +1,15 @@
 """Families that join a tower to a text model that config.json names by its own model_type."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Self
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moevlm.export.families.base import LEFT_OUT, Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.shared import Weights
 from moevlm.export.families.text.base import TextModel, text_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Wrapper(Family):
@@ -48,5 +49,5 @@ class Wrapper(Family):
     def left_out(self) -> Mapping[str, str]:
         return {**LEFT_OUT, **self.text.left_out, **self.own_left_out}
 
-    def router_logits(self, scores: np.ndarray) -> np.ndarray:
-        return self.text.router_logits(scores)
+    def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
+        return self.text.routed(returned)

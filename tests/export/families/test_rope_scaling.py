@@ -51,7 +51,7 @@ def llama3(rng: np.random.Generator, _: int) -> Values:
     return {
         "factor": rng.uniform(1, 64),
         "low_freq_factor": low,
-        "high_freq_factor": low + rng.uniform(1, 4),
+        "high_freq_factor": low + rng.choice([0, rng.uniform(1, 4)]).item(),
         "original_max_position_embeddings": context,
     }
 
@@ -208,7 +208,7 @@ def test_lengths_of_contexts_stand_in_for_each_other(rope: Values) -> None:
     [
         ({"rope_type": "yarn", "factor": "8"}, "rope_parameters.factor = '8' (a number"),
         ({"rope_type": "linear"}, "config.json lacks rope_parameters.factor"),
-        (LLAMA3 | {"high_freq_factor": 1.0}, "high_freq_factor = 1.0 (more than low_freq_factor = 1.0)"),
+        (LLAMA3 | {"high_freq_factor": 0.5}, "high_freq_factor = 0.5 (low_freq_factor = 1.0 or more)"),
         (
             LONG | {"original_max_position_embeddings": 2048},
             "max_position_embeddings = 4096 (up to original_max_position_embeddings = 2048: longrope has other",
