@@ -137,6 +137,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.config",
         "export.graph.weights",
         "export.graph.rearranged",
+        "export.graph.codes",
         "export.formats",
         "export.graph",
         "export.passes",

@@ -34,8 +34,11 @@ class WeightFormat(Protocol):
         """
         ...
 
-    def decode(self, codes: Array, scales: Array) -> Array:
-        """codes [..., groups, group_size], scales [..., groups] -> [..., groups * group_size] float32."""
+    def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:
+        """codes [..., groups, group_size], scales and zeros [..., groups] -> [..., groups * group_size] float32.
+
+        zeros: the codes that stand for 0 in each group, of a format that has some.
+        """
         ...
 
 

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.sparsity import prune
 from moevlm.export.formats.stored import EncodedFrom, encoded
+from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import PerRow, Weight
 
-Pack = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Pack = Callable[[Codes], tuple[np.ndarray, ...]]
 Shaped = tuple[tuple[int, ...], np.dtype]
 
 
@@ -19,8 +21,7 @@ def as_stored(weight: Weight, form: WeightFormat) -> Weight:
 
     def rows(start: int, stop: int) -> np.ndarray:
         found = encoded(weight, form, start, stop)
-        zeros = {} if found.zeros is None else {"zeros": found.zeros}
-        decoded = form.decode(found.codes, found.scales, **zeros)
+        decoded = form.decode(found.codes, found.scales, found.zeros)
         return decoded[:, : weight.shape[-1]].reshape(-1, *weight.shape[1:])
 
     return _Part(weight.shape, np.dtype(np.float32), rows)
@@ -32,43 +33,48 @@ def pruned(weight: Weight) -> Weight:
 
 
 class Encoded:
-    """The two tensors that a weight [..., K] becomes: `values` and `scales`, one scale per group of K.
+    """The tensors that a weight [..., K] becomes: values first, then what belongs to each group of K: scales, zeros.
 
-    Both come from the source, and quantizing is the slow part of a build: scales found while the values were written
-    are kept until they are written in turn, right afterwards.
+    All come from the source, and quantizing is the slow part of a build: what was found while the values were written
+    is kept until it is written in turn, right afterwards.
     """
 
-    def __init__(self, source: Weight, form: WeightFormat, pack: Pack, values: Shaped, scales: Shaped) -> None:
-        """pack: codes and scales of n rows, as `form` encodes them, to their bytes. values, scales: of the tensors."""
-        self._source, self._form, self._pack = source, form, pack
-        self._values_of, self._scales_of = values, scales
-        self._kept: np.ndarray | None = None
-        self.values: Weight = _Part(*values, self._values, EncodedFrom(source, form))
-        self.scales: Weight = _Part(*scales, self._scales)
-
-    def _both(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = encoded(self._source, self._form, start, stop)
-        found = self._pack(rows.codes, rows.scales)
-        values, scales = (
-            array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
-            for array, (shape, dtype) in zip(found, (self._values_of, self._scales_of), strict=True)
+    def __init__(self, source: Weight, form: WeightFormat, pack: Pack, values: Shaped, *others: Shaped) -> None:
+        """pack: n rows as `form` encodes them to the bytes of each tensor. values, others: of the tensors."""
+        self._of, self._pack, self._shaped = EncodedFrom(source, form), pack, (values, *others)
+        self._kept: dict[int, np.ndarray] = {}
+        self._known = np.zeros(source.shape[0], bool)
+        self.values: Weight = _Part(*values, self._values, self._of)
+        self.others: tuple[Weight, ...] = tuple(
+            _Part(*shaped, partial(self._other, i)) for i, shaped in enumerate(others, 1)
         )
-        return values, scales
+
+    def _all(self, start: int, stop: int) -> list[np.ndarray]:
+        found = self._pack(self._of.rows(start, stop))
+        return [
+            array.reshape(stop - start, *shape[1:]).astype(dtype, copy=False)
+            for array, (shape, dtype) in zip(found, self._shaped, strict=True)
+        ]
 
     def _values(self, start: int, stop: int) -> np.ndarray:
-        values, scales = self._both(start, stop)
-        if self._kept is None:
-            self._kept = np.full(self._scales_of[0], np.nan, self._scales_of[1])
-        self._kept[start:stop] = scales
+        values, *others = self._all(start, stop)
+        if not self._kept:
+            self._kept = {i: np.empty(*self._shaped[i]) for i in range(1, len(self._shaped))}
+        for i, found in enumerate(others, 1):
+            if i in self._kept:
+                self._kept[i][start:stop] = found
+        self._known[start:stop] = True
         return values
 
-    def _scales(self, start: int, stop: int) -> np.ndarray:
-        if self._kept is None or np.isnan(self._kept[start:stop]).any():
-            return self._both(start, stop)[1]
-        scales = self._kept[start:stop].copy()
-        if stop == len(self._kept):
-            self._kept = None
-        return scales
+    def _other(self, i: int, start: int, stop: int) -> np.ndarray:
+        if i not in self._kept or not self._known[start:stop].all():
+            return self._all(start, stop)[i]
+        found = self._kept[i][start:stop].copy()
+        if stop == len(self._kept[i]):
+            del self._kept[i]
+            if not self._kept:
+                self._known[:] = False
+        return found
 
 
 @dataclass(frozen=True)

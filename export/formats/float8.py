@@ -40,7 +40,7 @@ class Float8Format:
         units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
         return _codes(units), scales
 
-    def decode(self, codes: Array, scales: Array) -> Array:
+    def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""
         magnitude = np.append(VALUES, 480.0)[codes & 127]
         values = np.where(codes >= 128, -magnitude, magnitude).astype(np.float32)

@@ -6,16 +6,17 @@ K is cut into groups, the last padded with zeros. A group of B values is
   in its lowest 4 bits, each plus 8;
 - fp8: B bytes, e4m3 codes.
 
-Scales stand by group, those of all rows side by side, so that a tile of rows reads them in few and whole pieces.
+Scales stand by group, those of all rows side by side, so that a tile of rows reads them in few and whole pieces. Zeros
+of int4 stand likewise, eight rows to a word of 32 bits, the first in its lowest 4 bits.
 """
 
 import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
-from moevlm.plugins.gpu.ops.projection import scale_rows
+from moevlm.plugins.gpu.ops.projection import ZEROS_PER_WORD, scale_rows
 
 Array = np.ndarray
-LAYOUT = 2  # raised with every change to what is described here
+LAYOUT = 3  # raised with every change to what is described here
 
 
 def pack(codes: Array, name: str) -> Array:
@@ -35,8 +36,22 @@ def pack_scales(scales: Array) -> Array:
     return np.pad(np.ascontiguousarray(scales.swapaxes(-1, -2)), padding)
 
 
-def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int) -> Array:
-    """What stored [.., N, stored width] and scales, as `pack_scales` leaves them, stand for: [.., N, width] float32."""
+def pack_zeros(zeros: Array) -> Array:
+    """zeros: [.., N, groups] uint8 -> [.., groups, zero_words(N)] int32."""
+    nibbles = pack_scales(zeros).astype(np.uint32)
+    words = nibbles.reshape(*nibbles.shape[:-1], -1, ZEROS_PER_WORD)
+    return np.bitwise_or.reduce(words << np.arange(0, 32, 4, dtype=np.uint32), axis=-1).view(np.int32)
+
+
+def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int, zeros: Array | None = None) -> Array:
+    """What stored [.., N, stored width] stands for: [.., N, width] float32.
+
+    scales, zeros: as `pack_scales` and `pack_zeros` leave them.
+    """
+    if zeros is not None:
+        nibbles = zeros.view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15
+        by_group = nibbles.reshape(*zeros.shape[:-1], -1)[..., : stored.shape[-2]]
+        zeros = np.ascontiguousarray(by_group.swapaxes(-1, -2)).astype(np.uint8)
     scales = np.ascontiguousarray(scales[..., : stored.shape[-2]].swapaxes(-1, -2))
     size = stored_as.group_size
     if stored_as.name == "int4":
@@ -46,4 +61,4 @@ def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int) ->
         codes = np.ascontiguousarray(stored).view(np.uint8).reshape(*scales.shape, size)
         if stored_as.name == "int8":
             codes = codes ^ np.uint8(128)
-    return stored_as.decode(codes, scales)[..., :width]
+    return stored_as.decode(codes, scales, zeros)[..., :width]

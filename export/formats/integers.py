@@ -62,7 +62,7 @@ class IntFormat:
         return 1 << (self.bits - 1)
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:
-        """As `WeightFormat.decode`. zeros: [..., groups]."""
+        """As `WeightFormat.decode`."""
         zero = np.float32(self.zero) if zeros is None else zeros.astype(np.float32)[..., None]
         values = (codes.astype(np.float32) - zero) * scales.astype(np.float32)[..., None]
         return values.reshape(*scales.shape[:-1], -1)

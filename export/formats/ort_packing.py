@@ -22,4 +22,4 @@ def packed(source: Weight, form: IntFormat, flat: bool = False) -> Encoded:
     last = (groups * group_bytes,) if flat else (groups, group_bytes)
 
     shapes = ((*outer, *last), np.dtype(np.uint8)), ((*outer, groups), np.dtype(np.float32))
-    return Encoded(source, form, lambda codes, scales: (pack(codes, form.bits), scales), *shapes)
+    return Encoded(source, form, lambda found: (pack(found.codes, form.bits), found.scales), *shapes)

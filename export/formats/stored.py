@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from moevlm.export.formats.base import WeightFormat, held
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
-from moevlm.export.formats.registry import INTEGERS
+from moevlm.export.formats.registry import INTEGERS, weight_format
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, grouped
 from moevlm.export.graph.weights import Weight, WeightTensor, uncast
 
@@ -28,6 +28,10 @@ class EncodedFrom:
     def own(self) -> bool:
         """Whether the codes are the checkpoint's."""
         return own_codes(self.weight, self.form) is not None
+
+    def rows(self, start: int, stop: int) -> Codes:
+        """See `encoded`."""
+        return encoded(self.weight, self.form, start, stop)
 
 
 def recoded(weights: Iterable[Weight]) -> dict[str, int]:
@@ -50,6 +54,21 @@ def _fate(weight: Weight) -> str:
         return f"{own.form.kind} kept"
     zeros = " with zeros" if own.form.zeros else ""
     return f"{own.form.kind}{zeros} to {weight.dtype.name if encoding is None else encoding.form.name}"
+
+
+def keeping(form: WeightFormat, *weights: Weight) -> WeightFormat:
+    """The format with what it takes to keep the weights' own codes exactly: places for zeros, scales that hold theirs.
+
+    Scales of other weights are rounded to the dtype of `form`, or to float32 where the dtypes of all differ.
+    """
+    roomy = replace(form, zeros=True) if isinstance(form, IntFormat) and form.bits == 4 else form
+    kept = [own.form for weight in weights if (own := own_codes(weight, roomy)) is not None]
+    dtypes = {own.scales for own in kept} | ({form.scales} if len(kept) < len(weights) else set())
+    scales = dtypes.pop() if len(dtypes) == 1 else "float32"
+    if scales not in (form.scales, "float16"):
+        scales = "float32"  # not bfloat16 beside float16: the oldest GPUs do not have it
+    made = weight_format(form.name, form.group_size, scales)
+    return replace(made, zeros=True) if isinstance(made, IntFormat) and any(own.zeros for own in kept) else made
 
 
 def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:

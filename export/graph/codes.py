@@ -29,13 +29,15 @@ class CodeForm:
     kind: fp8 (e4m3), fp8_e5m2, fp4 (e2m1), whose codes are the bits of such a number and whose zero is 0; int4, int8,
     whose number is the code itself, without a sign. group_size: neighbours in a row that share a scale. block_rows:
     rows, counted from the first of [N, K], that share it, too. zeros: each group has a zero of its own; otherwise the
-    zero of integers is 2 ** (bits - 1).
+    zero of integers is 2 ** (bits - 1). scales: a dtype that holds every scale, float32 where no smaller one is known
+    to.
     """
 
     kind: str
     group_size: int
     block_rows: int = 1
     zeros: bool = False
+    scales: str = "float32"
 
     @property
     def bits(self) -> int:
@@ -157,10 +159,10 @@ def coded(weight: Weight) -> Coded | None:
         case Concat(sources) | Stack(sources):
             found = [coded(source) for source in sources]
             parts = [part for part in found if part is not None]
-            if len(parts) < len(found) or len({replace(part.form, block_rows=1) for part in parts}) > 1:
+            if len(parts) < len(found) or len({replace(part.form, block_rows=1, scales="") for part in parts}) > 1:
                 return None
             if isinstance(weight, Stack):
-                return _Stacked(parts) if len({part.form for part in parts}) == 1 else None
+                return _Stacked(parts) if len({part.form.block_rows for part in parts}) == 1 else None
             return _Joined(parts)
         case Swapped(source):
             whole = coded(source)  # blocks of one row would become groups of one weight
@@ -190,10 +192,10 @@ class _Joined(Coded):
 
     @property
     def form(self) -> CodeForm:
-        first, *others = (part.form for part in self.parts)
-        matrices = len(self.shape) == 2
-        whole = not matrices or all(part.shape[0] % first.block_rows == 0 for part in self.parts[:-1])
-        return first if whole and all(other == first for other in others) else replace(first, block_rows=1)
+        form, matrices = _common(self.parts), len(self.shape) == 2
+        whole = not matrices or all(part.shape[0] % form.block_rows == 0 for part in self.parts[:-1])
+        same = all(part.form.block_rows == form.block_rows for part in self.parts)
+        return form if whole and same else replace(form, block_rows=1)
 
     def codes(self, start: int, stop: int) -> Codes:
         pieces, offset = [], 0
@@ -217,7 +219,7 @@ class _Stacked(Coded):
 
     @property
     def form(self) -> CodeForm:
-        return self.parts[0].form
+        return _common(self.parts)
 
     def codes(self, start: int, stop: int) -> Codes:
         return _together([part.codes(0, part.shape[0]) for part in self.parts[start:stop]], np.stack)
@@ -315,6 +317,12 @@ class _Reordered(Coded):
             return self.reordered.turned(array)[start - first : stop - first]
 
         return Codes(turned(found.codes), turned(found.scales), None if found.zeros is None else turned(found.zeros))
+
+
+def _common(parts: Sequence[Coded]) -> CodeForm:
+    """The form of the first, with scales that hold those of all."""
+    scales = {part.form.scales for part in parts}
+    return replace(parts[0].form, scales=scales.pop() if len(scales) == 1 else "float32")
 
 
 def _together(pieces: list[Codes], join: Callable[[list[np.ndarray]], np.ndarray]) -> Codes:

@@ -7,6 +7,7 @@ import numpy as np
 
 from moevlm.export.formats.encoded import as_stored, pruned
 from moevlm.export.formats.registry import weight_format
+from moevlm.export.formats.stored import keeping
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.batch import Batch, BatchLimits
@@ -25,7 +26,7 @@ class Storage:
     """What happened to an engine's weights; the default is nothing.
 
     sparsity: "2:4" or "". experts, group_size: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0
-    if not so. scales: the dtype that a group's scale is rounded to.
+    if not so. scales: the dtype that the scale of a group that was encoded anew is rounded to.
     """
 
     sparsity: str = ""
@@ -60,8 +61,9 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
         weights = changed["decoder"]
         form = weight_format(storage.experts, storage.group_size, storage.scales)
         for layer in model.config.moe_layers:
-            for name in (f"layers.{layer}.feed_forward.gate_up", f"layers.{layer}.feed_forward.down"):
-                weights[name] = as_stored(weights[name], form)
+            names = [f"layers.{layer}.feed_forward.{part}" for part in ("gate_up", "down")]
+            exact = keeping(form, *(weights[name] for name in names))
+            weights |= {name: as_stored(weights[name], exact) for name in names}
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
 
 

@@ -37,7 +37,7 @@ def quantized(graph: ir.Graph, weight: ir.Value, scheme: IntFormat, flat: bool =
     """New initializers with the integers and the scales of `weight`; flat: groups are not an axis of their own."""
     parts = packed(weight_of(weight), scheme, flat)
     name = f"{weight.name}.{'rows.' if flat else ''}int{scheme.bits}"  # a tied embedding is also the head
-    values, scales = initializer(name, parts.values), initializer(f"{name}.scales", parts.scales)
+    values, scales = initializer(name, parts.values), initializer(f"{name}.scales", *parts.others)
     graph.register_initializer(values)  # next to each other, so that they are written one after the other
     graph.register_initializer(scales)
     return values, scales

@@ -73,9 +73,10 @@ def unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarra
     """Weights and biases by name, float32. arrays: as the op stores them."""
     held = dict(zip((tensor.name for tensor in op.inputs[3:]), arrays, strict=True))
     if op.weights:
-        form = weight_format(op.weights, op.group_size, op.dtype)
+        form = weight_format(*op.form)
         for name, width in (("gate_up", op.hidden), ("down", op.inner)):
-            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width)
+            zeros = held.pop(f"{name}_zero", None)
+            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width, zeros)
     return {name: array.astype(np.float32) for name, array in held.items()}
 
 

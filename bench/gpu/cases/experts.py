@@ -11,7 +11,7 @@ from bench import variants
 from bench.gpu.cases.base import ALLOWED, Case, worst
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.float8 import Float8Format
-from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, ExpertsOp
@@ -23,7 +23,13 @@ from moevlm.plugins.ops.spec import RouterSpec
 
 # experts, k, hidden, inner: round, with short last groups, and odd.
 SIZES = ((16, 4, 256, 128), (8, 2, 136, 72), (24, 3, 101, 51))
-STORED = (("", GROUP_SIZES[0]), *((weights, size) for weights in FORMATS if weights for size in GROUP_SIZES))
+# format, group size, dtype of scales, whether groups have zeros
+STORED = (
+    ("", GROUP_SIZES[0], "", False),
+    *((weights, size, "", False) for weights in FORMATS if weights for size in GROUP_SIZES),
+    *(("int4", size, scales, True) for size, scales in zip(GROUP_SIZES, ("", "float16"), strict=True)),
+    ("fp8", 128, "float32", False),
+)
 BEYOND = 40  # tokens past a variant's limit, for the last one, which has none
 SKEWED_FROM = 9  # tokens that are all sent to the same experts, too
 
@@ -52,14 +58,15 @@ class ExpertsCases:
         stored = [(dtype, *format_) for dtype in dtypes for format_ in STORED]
         count = 2 * max(len(blocks), len(stored))  # twice: each meets others the second time, as their numbers differ
         return [
-            ExpertsOp(spec, experts, top_k, hidden, inner, dtype, weights, group_size, has_biases)
-            for (spec, has_biases), (dtype, weights, group_size), (experts, top_k, hidden, inner) in islice(
+            ExpertsOp(spec, *sizes, dtype, weights, group_size, has_biases, scales, zeros)
+            for (spec, has_biases), (dtype, weights, group_size, scales, zeros), sizes in islice(
                 zip(cycle(blocks), cycle(stored), cycle(SIZES), strict=False), count
             )
         ]
 
     def describe(self, op: ExpertsOp) -> str:
         weights = f" {op.weights}/{op.group_size}" if op.weights else ""
+        weights += f" {op.scales} scales" * bool(op.scales) + " zeros" * op.zeros
         kind = f"{op.spec.activation}{' gated' if op.spec.gated else ''} on {op.spec.weight_on}"
         biases = " biases" if op.has_biases else ""
         return f"experts E{op.experts} k{op.top_k} H{op.hidden} I{op.inner} {op.dtype}{weights} {kind}{biases}"
@@ -88,12 +95,15 @@ class ExpertsCases:
         meant: dict[str, np.ndarray] = {}
         for name, array in drawn.items():
             if op.weights and name in ("gate_up", "down"):
-                form = weight_format(op.weights, op.group_size, op.dtype)
+                form, zeros = weight_format(*op.form), None
                 codes, found = form.encode(array.reshape(-1, array.shape[-1]))
                 stored = pack(codes, op.weights).reshape(*array.shape[:2], -1)
                 scales = pack_scales(found.reshape(*array.shape[:2], -1))
                 arrays |= {name: stored, f"{name}_scale": scales}
-                meant[name] = unpack(stored, scales, form, array.shape[-1])
+                if op.zeros:
+                    drawn_zeros = np.random.default_rng(seed).integers(0, 16, (*array.shape[:2], found.shape[1]))
+                    zeros = arrays[f"{name}_zero"] = pack_zeros(drawn_zeros.astype(np.uint8))
+                meant[name] = unpack(stored, scales, form, array.shape[-1], zeros)
             else:
                 arrays[name] = meant[name] = rounded(array, op.dtype)
         held = partial(in_e4m3, group=op.group_size) if call.quantized else np.asarray

@@ -1,38 +1,56 @@
 """Expert weights as the GPU kernels read them, see `moevlm.export.formats.gpu_packing`."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from moevlm.export.formats.encoded import Encoded
-from moevlm.export.formats.gpu_packing import pack, pack_scales
+from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
+from moevlm.export.formats.stored import keeping
+from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import Weight, cast, uncast
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
 
 
 def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """The op's weight inputs by name, scales right behind their values.
+    """The op's weight inputs by name.
 
     Quantized experts are rounded once: from the checkpoint's values, or not at all where it has the same codes.
+    Scales, and zeros behind them where the op has some, lie behind their values.
     weights: gate_up [E, 2I, H] (not gated: [E, I, H]), down [E, H, I], and, with biases, gate_up_bias, down_bias.
     """
     stored: dict[str, Weight] = {}
     shapes = {tensor.name: (tensor.at({}), DTYPES[tensor.dtype].numpy) for tensor in op.inputs[3:]}
-    form = weight_format(op.weights, op.group_size, op.dtype) if op.weights else None
     for name, weight in weights.items():
-        if form is not None and not name.endswith("_bias"):
-            scale = f"{name}_scale"
+        if op.weights and not name.endswith("_bias"):
+            form = weight_format(*op.form)
+            if op.zeros and isinstance(form, IntFormat):
+                form = replace(form, zeros=True)
+            names = [f"{name}{part}" for part in ("_scale", "_zero") if f"{name}{part}" in shapes]
             packed = partial(_packed, name=form.name, rows=weight.shape[1])
-            encoded = Encoded(uncast(weight), form, packed, shapes[name], shapes[scale])
-            stored |= {name: encoded.values, scale: encoded.scales}
+            encoded = Encoded(uncast(weight), form, packed, shapes[name], *(shapes[other] for other in names))
+            stored |= {name: encoded.values} | dict(zip(names, encoded.others, strict=True))
         else:
             stored[name] = cast(weight, shapes[name][1])
     return stored
 
 
-def _packed(codes: np.ndarray, scales: np.ndarray, name: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """codes: [experts * rows, groups, group_size], of whole experts, in the format of that name."""
-    return pack(codes, name), pack_scales(scales.reshape(-1, rows, scales.shape[1]))
+def keeping_codes(op: ExpertsOp, *weights: Weight) -> ExpertsOp:
+    """The op with what it takes to keep the codes of gate_up and down exactly, see `formats.stored.keeping`."""
+    if not op.weights:
+        return op
+    form = keeping(weight_format(*op.form), *map(uncast, weights))
+    scales = "" if form.scales == op.dtype else form.scales
+    return replace(op, scales=scales, zeros=isinstance(form, IntFormat) and form.zeros)
+
+
+def _packed(found: Codes, name: str, rows: int) -> tuple[np.ndarray, ...]:
+    """found: of [experts * rows, groups, group_size], whole experts, in the format of that name."""
+    groups = found.scales.shape[1]
+    packed = pack(found.codes, name), pack_scales(found.scales.reshape(-1, rows, groups))
+    return packed if found.zeros is None else (*packed, pack_zeros(found.zeros.reshape(-1, rows, groups)))

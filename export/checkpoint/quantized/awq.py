@@ -56,7 +56,7 @@ def _read(parts: Parts) -> Coded:
         zeros = parts.of_shape("zero", (groups, words.shape[1]))
     else:
         require_symmetric(parts, ".qzeros")
-    return AWQ(words, scales, zeros, (n, k), CodeForm("int4", group_size, zeros=zeros is not None))
+    return AWQ(words, scales, zeros, (n, k), CodeForm("int4", group_size, 1, zeros is not None, scales.dtype.name))
 
 
 FORMAT = Format(

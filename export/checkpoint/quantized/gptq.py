@@ -63,7 +63,7 @@ def _read(parts: Parts) -> Weight:
     group_size = group_size_of(parts, scales, k, groups)
     parts.of_dtype("zero", "int32")
     parts.of_shape("zero", (groups, -(-n // PER_WORD[bits])))
-    form = CodeForm(f"int{bits}", group_size, zeros=not scheme.symmetric)
+    form = CodeForm(f"int{bits}", group_size, 1, not scheme.symmetric, scales.dtype.name)
     weight = GPTQ(words, scales, parts["zero"], (n, k), form, parts.settings.zero_offset)
     order = scattered(parts, k, groups, group_size) if "index" in parts else None
     return weight if order is None else Regrouped(weight, order)

@@ -60,7 +60,8 @@ def _read(parts: Parts) -> Weight:
         zeros = parts.of_shape("zero", (*outer, -(-n // PER_WORD[bits]), scales.shape[-1]))
     else:
         require_symmetric(parts, "_zero_point")
-    weight = Packed(packed, scales, zeros, (*outer, n, k), CodeForm(f"int{bits}", group_size, zeros=zeros is not None))
+    form = CodeForm(f"int{bits}", group_size, 1, zeros is not None, scales.dtype.name)
+    weight = Packed(packed, scales, zeros, (*outer, n, k), form)
     if "index" not in parts:
         return weight
     order = scattered(parts, k, scales.shape[-1], group_size)

@@ -43,7 +43,9 @@ class Tiles(Coded):
     @property
     def form(self) -> CodeForm:
         rows, columns = self.tile
-        return CodeForm(_KINDS[self.values.dtype.name], columns, rows)
+        held = self.scales.dtype.name
+        scales = "bfloat16" if held in EXPONENTS else held  # which has all powers of two that E8M0 has
+        return CodeForm(_KINDS[self.values.dtype.name], columns, rows, scales=scales)
 
     def codes(self, start: int, stop: int) -> Codes:
         values = self.values.rows(start, stop).view(np.uint8)

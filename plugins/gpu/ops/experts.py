@@ -13,6 +13,7 @@ from moevlm.runtime.core.errors import FieldError
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
 GROUP_SIZES = (32, 128)
+SCALE_DTYPES = ("float16", "float32")  # beside that of activations
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ExpertsOp:
     """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.experts.experts`.
 
     weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in groups of `group_size` values along the input axis, the
-    last one short where `group_size` does not divide it; a group's scale is in `dtype`.
+    last one short where `group_size` does not divide it. scales: the dtype of a group's scale, "" for `dtype`; zeros:
+    an int4 group has a zero of its own. A weight is (code - zero) * scale, rounded to `dtype` once.
     How they are stored: see `moevlm.export.formats.gpu_packing`.
     """
 
@@ -33,6 +35,8 @@ class ExpertsOp:
     weights: str = ""
     group_size: int = 32
     has_biases: bool = False
+    scales: str = ""
+    zeros: bool = False
 
     name = "MoEExperts"
 
@@ -41,6 +45,8 @@ class ExpertsOp:
             ("dtype", self.dtype, ACTIVATION_DTYPES),
             ("weights", self.weights, tuple(FORMATS)),
             ("group_size", self.group_size, GROUP_SIZES),
+            ("scales", self.scales, ("", self.dtype, *SCALE_DTYPES)),
+            ("zeros", self.zeros, (False, True) if self.weights == "int4" else (False,)),
         ):
             if value not in allowed:
                 raise FieldError(field, value, ", ".join(map(repr, allowed)))
@@ -57,6 +63,11 @@ class ExpertsOp:
         return sum(math.prod(tensor.at({})) * DTYPES[tensor.dtype].bytes for tensor in stored)
 
     @property
+    def form(self) -> tuple[str, int, str]:
+        """Name, group size and dtype of scales of the format of quantized weights."""
+        return self.weights, self.group_size, self.scales or self.dtype
+
+    @property
     def rows(self) -> int:
         """Rows of gate_up: 2I, or I if the experts are not gated."""
         return self.inner * (2 if self.spec.gated else 1)
@@ -66,7 +77,7 @@ class ExpertsOp:
         """gate_up and down, of one expert."""
         shapes = {"gate_up": (self.rows, self.hidden), "down": (self.hidden, self.inner)}
         return {
-            name: Projection.of(*shape, self.weights, self.group_size, self.has_biases)
+            name: Projection.of(*shape, self.weights, self.group_size, self.has_biases, self.zeros)
             for name, shape in shapes.items()
         }
 
@@ -83,7 +94,12 @@ class ExpertsOp:
             tensors.append(Tensor(name, dtype, (self.experts, *shape)))
         if self.weights:
             tensors += [
-                Tensor(f"{name}_scale", self.dtype, (self.experts, weight.groups, weight.scale_rows))
+                Tensor(f"{name}_scale", self.scales or self.dtype, (self.experts, weight.groups, weight.scale_rows))
+                for name, weight in self.projections.items()
+            ]
+        if self.zeros:
+            tensors += [
+                Tensor(f"{name}_zero", "int32", (self.experts, weight.groups, weight.zero_words))
                 for name, weight in self.projections.items()
             ]
         if self.has_biases:

@@ -21,6 +21,7 @@ ROWS_AT_ONCE, ROWS_PLACED = 512, 16  # rows that one launch sorts, and of these 
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
 Sort = Callable[[Layout, int], tuple[Given, Given, Given]]
 Grid = tuple[Count, Count, Count]
+_PARTS = ("", "_scale", "_zero", "_bias")  # of a weight, as kernels take them
 _TOKENS: Given = (TOKENS, "i32")
 
 
@@ -104,7 +105,8 @@ class ExpertsDraft:
             x, inner = self._quantized_x(layout), self._codes(layout, "down", op.top_k)
         else:
             inner = (layout.buffer(self.dtype, self._row_bytes(op.inner)),)
-        weights = {"gate_up": self._weights("gate_up"), "down": self._weights("down")}
+        parts = ("", "_scale", "_bias") if kind == "fp8" else _PARTS
+        weights = {name: self._weights(name, *parts) for name in ("gate_up", "down")}
         grids = [self._blocks(gate_up.BM, _tiles(n, tile)) for n, tile in ((op.inner, gate_up), (op.hidden, down))]
         if kind == "persistent":
             weights = {name: self._mapped(layout, name, tile) for name, tile in (("gate_up", gate_up), ("down", down))}
@@ -138,7 +140,7 @@ class ExpertsDraft:
 
     def _mapped(self, layout: Layout, projection: str, tile: Tile) -> tuple[Given, ...]:
         """A weight as tensor map, and its biases."""
-        weight, _, bias = self._weights(projection)
+        weight, bias = self._weights(projection, "", "_bias")
         stored = self.op.projections[projection]
         shape = (self.op.experts, stored.rows, stored.width)
         return layout.map(weight, shape, (1, tile.BN, tile.BK), self.op.dtype), bias
@@ -213,9 +215,9 @@ class ExpertsDraft:
         place = self.places[name]
         return Argument("input", place), DTYPES[self.op.inputs[place].dtype].pointer
 
-    def _weights(self, projection: str) -> tuple[Given, ...]:
-        """Weight, scales and biases, null where there are none."""
-        names = (projection, f"{projection}_scale", f"{projection}_bias")
+    def _weights(self, projection: str, *parts: str) -> tuple[Given, ...]:
+        """All parts of a weight, or those named, null where there are none."""
+        names = [f"{projection}{part}" for part in parts or _PARTS]
         return tuple(self._input(name) if name in self.places else (Argument("null"), self.dtype) for name in names)
 
     def _product(self, projection: str, tile: Tile) -> dict[str, Hashable]:

@@ -6,6 +6,7 @@ from moevlm.runtime.core.dtypes import DTYPES
 
 # The dtype that a weight's code has in each format; "" is the dtype of the activations.
 FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+ZEROS_PER_WORD = 8  # zeros of int4, 4 bits each
 
 
 def scale_rows(rows: int) -> int:
@@ -15,7 +16,8 @@ def scale_rows(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Projection:
-    """rows, width: of its matrix, outputs by inputs. format: one of FORMATS. group: columns that share a scale.
+    """rows, width: of its matrix, outputs by inputs. format: one of FORMATS. group: columns that share a scale. zeros:
+    each group has a zero of its own, too.
 
     groups, stored_width: of a row, the last group whole; stored_width counts values. scale_rows: how many scales of a
     group are stored. native_fp8: the GPU converts e4m3 itself.
@@ -31,15 +33,21 @@ class Projection:
     stored_width: int
     scale_rows: int
     native_fp8: bool
+    zeros: bool
 
     @classmethod
     def of(
-        cls, rows: int, width: int, format: str, group: int, has_bias: bool = False, native_fp8: bool = False
+        cls, rows: int, width: int, format: str, group: int, has_bias: bool = False, zeros: bool = False
     ) -> "Projection":
         """What follows from a matrix and its format."""
         groups = -(-width // group)
         stored_width = groups * group if format else width
-        return cls(rows, width, format, group, has_bias, groups, stored_width, scale_rows(rows), native_fp8)
+        return cls(rows, width, format, group, has_bias, groups, stored_width, scale_rows(rows), False, zeros)
+
+    @property
+    def zero_words(self) -> int:
+        """How many words the zeros of one group take."""
+        return self.scale_rows // ZEROS_PER_WORD
 
     def stored(self, dtype: str) -> tuple[str, tuple[int, int]]:
         """dtype and shape of one expert's weight in memory, with activations in `dtype`."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unpack
 from moevlm.export.formats.registry import FORMATS, weight_format
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
@@ -29,6 +29,14 @@ def test_int4_units_hold_values_a_quarter_of_the_group_apart() -> None:
 def test_scales_stand_by_group_and_every_group_starts_at_16_bytes() -> None:
     scales = np.arange(10, dtype=np.float32).reshape(5, 2)  # two groups of five rows
     np.testing.assert_array_equal(pack_scales(scales), [[0, 2, 4, 6, 8, 0, 0, 0], [1, 3, 5, 7, 9, 0, 0, 0]])
+
+
+def test_zeros_stand_by_group_eight_rows_to_a_word() -> None:
+    zeros = np.arange(20, dtype=np.uint8).reshape(10, 2) % 16
+    np.testing.assert_array_equal(pack_zeros(zeros).view(np.uint32), [[0xECA86420, 0x20], [0xFDB97531, 0x31]])
+    codes, scales = np.full((10, 2, 32), 7, np.uint8), np.ones((10, 2), np.float32)
+    found = unpack(pack(codes, "int4"), pack_scales(scales), weight_format("int4", 32), 64, pack_zeros(zeros))
+    np.testing.assert_array_equal(found, np.repeat(7 - zeros.astype(np.float32), 32, 1))
 
 
 @pytest.mark.parametrize("name", FORMATS)

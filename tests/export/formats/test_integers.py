@@ -118,14 +118,14 @@ def test_lazy_parts_hold_what_encode_returns(flat):
     parts = packed(source, scheme, flat)
     q, scales = scheme.encode(experts.reshape(-1, 64))
     np.testing.assert_array_equal(read(parts.values).reshape(-1), pack(q, scheme.bits).reshape(-1))
-    np.testing.assert_array_equal(read(parts.scales).reshape(-1), scales.reshape(-1))
+    np.testing.assert_array_equal(read(parts.others[0]).reshape(-1), scales.reshape(-1))
     assert parts.values.shape == ((4, 6, 32) if flat else (4, 6, 2, 16))
     assert source.count == 4  # the scales were kept while the values were read
 
 
 def test_scales_asked_for_first_are_right_too():
     rows, scheme = weights(8, 64), IntFormat(8, 32)
-    np.testing.assert_array_equal(read(packed(Constant(rows), scheme).scales), scheme.encode(rows)[1])
+    np.testing.assert_array_equal(read(packed(Constant(rows), scheme).others[0]), scheme.encode(rows)[1])
 
 
 @pytest.mark.parametrize("rows", [3, 4000], ids=["inline", "streamed"])

@@ -18,9 +18,9 @@ from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interle
 from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
-from moevlm.export.formats.stored import encoded, kept_form, own_codes, recoded
+from moevlm.export.formats.stored import encoded, keeping, kept_form, own_codes, recoded
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded
-from moevlm.export.graph.weights import Constant, read
+from moevlm.export.graph.weights import Constant, Weight, read
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
@@ -125,9 +125,20 @@ def test_what_the_integers_of_a_cpu_cannot_hold_is_rounded_anew(name: str, graph
     ("name", "weights", "group_size", "dtype"),
     [
         ("int4-32", "int4", 32, "bfloat16"),
+        ("int4-32", "int4", 32, "float16"),
+        ("int4-128-zeros", "int4", 128, "bfloat16"),
+        ("int4-32-zeros-fused", "int4", 32, "float16"),
         ("gptq-128", "int4", 32, "float16"),
-        ("gptq-128", "int4", 128, "float16"),
+        ("gptq-128", "int4", 128, "bfloat16"),
+        ("gptq-32-zeros", "int4", 32, "float16"),
+        ("gptq-v2-zeros", "int4", 32, "bfloat16"),
+        ("awq-32", "int4", 32, "bfloat16"),
+        ("awq-128", "int4", 128, "float16"),
         ("fp8-blocks", "fp8", 128, "bfloat16"),
+        ("fp8-blocks-float32-scales", "fp8", 128, "bfloat16"),
+        ("fp8-blocks-float32-scales", "fp8", 128, "float16"),
+        ("fp8-modelopt", "fp8", 128, "bfloat16"),
+        ("mxfp8", "fp8", 32, "float16"),
         ("fp8-blocks-fused-transposed", "fp8", 128, "bfloat16"),
         ("fp8-channels", "fp8", 128, "bfloat16"),
         ("fp8-static-fused", "fp8", 32, "bfloat16"),
@@ -139,13 +150,37 @@ def test_experts_on_a_gpu_have_the_codes_of_the_checkpoint(
     graph = graph_of(name)
     exact = {n: read(v.const_value.weight) for n, v in graph.graph.initializers.items() if "feed_forward" in n}
     run((Typed(dtype), PluginMoE(dtype, weights, group_size, lambda _: b"")), graph)
-    form, stored = weight_format(weights, group_size, dtype), expert_weights(graph)
+    form, stored = weight_format(weights, group_size), expert_weights(graph)
+    assert any(name.endswith("_zero") for name in stored) == ("zeros" in name or "awq" in name)
     assert sum(name.endswith("_scale") for name in stored) >= 4
     for scale in (name for name in stored if name.endswith("_scale")):
         part = scale.removesuffix("_scale")
         assert stored[part].encoding.own
         values, scales = read(stored[part]), read(stored[scale]).astype(np.float32)
-        np.testing.assert_array_equal(unpack_gpu(values, scales, form, exact[part].shape[-1]), exact[part])
+        zeros = read(stored[f"{part}_zero"]) if f"{part}_zero" in stored else None
+        np.testing.assert_array_equal(unpack_gpu(values, scales, form, exact[part].shape[-1], zeros), exact[part])
+
+
+@pytest.mark.parametrize(
+    ("held", "dtype", "scales"),
+    [
+        (["bfloat16", "bfloat16"], "bfloat16", "bfloat16"),
+        (["float16", "float16"], "bfloat16", "float16"),
+        (["bfloat16", "bfloat16"], "float16", "float32"),
+        (["float32", "float32"], "bfloat16", "float32"),
+        (["float16", "bfloat16"], "bfloat16", "float32"),
+        (["float16"], "bfloat16", "float32"),  # the other is encoded anew, with scales in --dtype
+        ([], "bfloat16", "bfloat16"),
+    ],
+)
+def test_scales_keep_their_precision_where_the_dtype_of_activations_does_not_hold_it(
+    held: list[str], dtype: str, scales: str
+) -> None:
+    weights: list[Weight] = [_Held(CodeForm("int4", 32, zeros=i == 1, scales=name), 64) for i, name in enumerate(held)]
+    weights += [Constant(np.ones((4, 64), np.float32))] * (2 - len(weights))
+    form = keeping(weight_format("int4", 32, dtype), *weights)
+    assert form == IntFormat(4, 32, scales, zeros=len(held) == 2)
+    assert keeping(weight_format("fp8", 32, dtype), *weights) == weight_format("fp8", 32, dtype)
 
 
 def test_forms_that_kernels_take_and_those_that_they_do_not() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
-from moevlm.export.formats.gpu_packing import pack, pack_scales, unpack
+from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
@@ -39,10 +39,12 @@ def draw_inputs(op: ExpertsOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
     }
     for name, values in weights.items():
         if op.weights and values.ndim == 3:
-            form = weight_format(op.weights, op.group_size, op.dtype)
-            codes, scales = form.encode(values.reshape(-1, values.shape[-1]))
+            codes, scales = weight_format(*op.form).encode(values.reshape(-1, values.shape[-1]))
             inputs[name] = pack(codes, op.weights).reshape(*values.shape[:2], -1)
             inputs[f"{name}_scale"] = pack_scales(scales.reshape(*values.shape[:2], -1))
+            if op.zeros:
+                zeros = rng.integers(0, 16, (*values.shape[:2], scales.shape[1]), np.uint8)
+                inputs[f"{name}_zero"] = pack_zeros(zeros)
         else:
             inputs[name] = rounded(values, op.dtype)
     return inputs
@@ -53,8 +55,8 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray]) -> np.ndarray:
     for name, width in (("gate_up", op.hidden), ("down", op.inner)):
         weights[name] = inputs[name]
         if op.weights:
-            form = weight_format(op.weights, op.group_size, op.dtype)
-            weights[name] = unpack(inputs[name], inputs[f"{name}_scale"], form, width)
+            given = inputs[name], inputs[f"{name}_scale"], weight_format(*op.form), width
+            weights[name] = unpack(*given, inputs.get(f"{name}_zero"))
         if op.has_biases:
             weights[f"{name}_bias"] = inputs[f"{name}_bias"]
     weights = {name: values.astype(np.float64) for name, values in weights.items()}
@@ -98,6 +100,34 @@ def test_every_format_of_weights_agrees_with_the_spec(
         group_size=group_size,
         has_biases=True,
     )
+    agrees(triton_interpreter, op, tokens)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+@pytest.mark.parametrize(
+    ("weights", "group_size", "dtype", "scales", "zeros"),
+    [
+        ("int4", 32, "bfloat16", "", True),
+        ("int4", 128, "float16", "", True),
+        ("int4", 32, "bfloat16", "float16", False),
+        ("int4", 128, "bfloat16", "float16", True),
+        ("int4", 32, "float16", "float32", True),
+        ("int4", 32, "float32", "float16", True),
+        ("int8", 32, "bfloat16", "float16", False),
+        ("fp8", 128, "bfloat16", "float32", False),
+        ("fp8", 32, "float16", "float32", False),
+    ],
+)
+def test_zeros_and_scales_of_their_own_precision_agree_with_the_spec(
+    triton_interpreter: Interpreter,
+    weights: str,
+    group_size: int,
+    dtype: str,
+    scales: str,
+    zeros: bool,
+    tokens: int,
+) -> None:
+    op = ExpertsOp(SILU, 3, 2, group_size + 8, 24, dtype, weights, group_size, scales=scales, zeros=zeros)
     agrees(triton_interpreter, op, tokens)
 
 

@@ -35,7 +35,7 @@ def functions(draft: Draft, tokens: int) -> list[str]:
 
 
 def expected(op: ExpertsOp, inputs: dict[str, np.ndarray], activations: bool = True) -> np.ndarray:
-    form = weight_format("fp8", GROUP, op.dtype)
+    form = weight_format(*op.form)
     weights = {
         name: unpack(inputs[name], inputs[f"{name}_scale"], form, weight.width).astype(np.float64)
         for name, weight in op.projections.items()

@@ -12,19 +12,21 @@ from tests.plugins.gpu.loop_loads import waiting_loads
 
 QWEN3 = ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768)
 # Every family of tiles and every generation of Triton's pipelining, which is one for 8.x, 9.x, 10.x and 12.x each.
-SPECS = {
-    80: (("int4", 32),),
-    86: (("fp8", 32),),
-    90: (("", 32), ("int8", 32), ("int4", 128), ("fp8", 128)),
-    100: (("int8", 128),),
-    120: (("fp8", 128),),
+SPECS: dict[int, tuple[tuple[str, int, str, bool], ...]] = {
+    80: (("int4", 32, "", True),),
+    86: (("fp8", 32, "", False),),
+    90: (("", 32, "", False), ("int8", 32, "", False), ("int4", 128, "", False), ("fp8", 128, "float32", False)),
+    100: (("int8", 128, "", False),),
+    120: (("int4", 32, "float16", True), ("fp8", 128, "", False)),
 }
 CASES = [(sm, *stored) for sm, all_stored in SPECS.items() for stored in all_stored]
 
 
-@pytest.mark.parametrize(("sm", "weights", "group_size"), CASES)
-def test_no_tensor_is_waited_for_inside_a_loop(sm: int, weights: str, group_size: int) -> None:
-    op = replace(QWEN3, weights=weights, group_size=group_size)
+@pytest.mark.parametrize(("sm", "weights", "group_size", "scales", "zeros"), CASES)
+def test_no_tensor_is_waited_for_inside_a_loop(
+    sm: int, weights: str, group_size: int, scales: str, zeros: bool
+) -> None:
+    op = replace(QWEN3, weights=weights, group_size=group_size, scales=scales, zeros=zeros)
     found = {
         f"{spec.function} {dict(spec.constants)}": loads
         for spec in op.draft(sm).kernels

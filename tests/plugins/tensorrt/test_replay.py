@@ -32,7 +32,7 @@ SMS = (75, 80, 86, 87, 89, 90, 100, 103, 110, 120, 121)
 OPS = {
     "fp16": ExpertsOp(ExpertsSpec("swiglu_clamped"), 8, 3, hidden=40, inner=24, dtype="float16", has_biases=True),
     "fp32, input": ExpertsOp(ExpertsSpec("gelu_tanh", False, "input"), 5, 2, hidden=24, inner=40, dtype="float32"),
-    "bf16, int4": ExpertsOp(ExpertsSpec(), 5, 2, hidden=72, inner=40, dtype="bfloat16", weights="int4"),
+    "bf16, int4": ExpertsOp(ExpertsSpec(), 5, 2, 72, 40, "bfloat16", "int4", scales="float16", zeros=True),
     "fp16, fp8": ExpertsOp(ExpertsSpec(), 4, 4, hidden=40, inner=136, dtype="float16", weights="fp8", group_size=128),
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.expert_weights import expert_tensors
+from moevlm.export.backends.tensorrt.expert_weights import expert_tensors, keeping_codes
 from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs
 from moevlm.export.backends.tensorrt.passes.typed import other_experts
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
@@ -52,8 +52,9 @@ class PluginMoE(PluginPass):
         return op, [*values[:3], *_weight_inputs(graph, node, op)]
 
     def _experts_op(self, node: ir.Node) -> ExpertsOp:
-        experts, hidden, inner = weight_of(_value(node, 4)).shape
-        return ExpertsOp(
+        gate_up, down = (weight_of(_value(node, i)) for i in (3, 4))
+        experts, hidden, inner = down.shape
+        op = ExpertsOp(
             node_spec(node),
             experts,
             _size(_value(node, 1), 1),
@@ -64,6 +65,7 @@ class PluginMoE(PluginPass):
             self.group_size,
             len(node.inputs) == 7,
         )
+        return keeping_codes(op, gate_up, down)
 
 
 def router_op(node: ir.Node) -> RouterOp:
@@ -73,7 +75,7 @@ def router_op(node: ir.Node) -> RouterOp:
 
 
 def expert_weights(model: ir.Model) -> dict[str, Weight]:
-    """The inputs that `PluginMoE` added, by name, scales right behind their values."""
+    """The inputs that `PluginMoE` added, by name, in the order in which they are written."""
     return {str(value.name): value.meta[_WEIGHT] for value in model.graph.inputs if _WEIGHT in value.meta}
 
 

@@ -14,6 +14,7 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     down_tile,
     expert_scales,
     expert_weights,
+    expert_zeros,
     gate_up_tile,
     inner_of,
     load_rows,
@@ -48,6 +49,7 @@ def few_gate_up(
     weight,  # [T, k] float32
     w,
     scale,
+    zero,
     bias,
     inner,  # [T * k, I], written
     tokens,
@@ -71,7 +73,7 @@ def few_gate_up(
         factor = tl.load(weight + row, mask=mask, other=0.0)
     n = tl.program_id(0) * TILE.BN + tl.arange(0, TILE.BN)
     offset = tl.arange(0, TILE.BM).to(tl.int64) * W.width
-    out = gate_up_tile(x, offset, mask, factor, w, scale, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
+    out = gate_up_tile(x, offset, mask, factor, w, scale, zero, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
     store_tile(inner, row, n, out, mask, INNER)
 
 
@@ -81,6 +83,7 @@ def few_down(
     index,  # [T, k] int32
     w,
     scale,
+    zero,
     bias,
     out,  # [T * k, H], written
     tokens,
@@ -102,7 +105,7 @@ def few_down(
         prefetch_expert(w, e, tl.minimum(n, W.rows - 1), W)
     wait_for_previous(OVERLAPS)
     offset = row.to(tl.int64) * W.width
-    acc = down_tile(inner, offset, mask, w, scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
+    acc = down_tile(inner, offset, mask, w, scale, zero, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
     store_tile(out, row, n, acc, mask, W.rows)
 
 
@@ -113,6 +116,7 @@ def single_down(
     weight,  # [1, k] float32
     w,  # [E, H, I]
     scale,
+    zero,
     bias,
     y,  # [1, H], written: the sum over the token's experts
     EXPERTS: tl.constexpr,
@@ -143,8 +147,9 @@ def single_down(
     for step in range(TOP_K * STEPS):
         part = step % STEPS
         rows = load_rows(inner + step // STEPS * W.width, offset, line == 0, part, W, TILE.BK)
-        expert, scales = expert_weights(w, e.to(tl.int64), W), expert_scales(scale, e.to(tl.int64), W)
-        acc = add_product(acc, rows, expert, scales, n, part, W, TILE, INTERPRETED)
+        wide = e.to(tl.int64)
+        expert, scales, zeros = expert_weights(w, wide, W), expert_scales(scale, wide, W), expert_zeros(zero, wide, W)
+        acc = add_product(acc, rows, expert, scales, zeros, n, part, W, TILE, INTERPRETED)
         last = part == STEPS - 1
         total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)
         acc = tl.where(last, 0.0, acc)

@@ -52,37 +52,67 @@ def load_rows(
 
 
 @triton.jit
-def decode_int4(units, PART: tl.constexpr, dtype: tl.constexpr):
-    """Four bits of each 16-bit unit, less 8."""
-    code = (units >> (4 * PART)) & 15
-    # As the lowest bits of a number whose last place is worth 1: no conversion is needed, and the difference is exact.
+def raised(code, dtype: tl.constexpr):
+    """4-bit codes in 16 bits, each as the lowest bits of a number whose last place is worth 1.
+
+    No conversion is needed, and differences are exact.
+    """
     if dtype == tl.float16:
-        value = (code | 0x6400).to(tl.float16, bitcast=True) - 1032
+        value = (code | 0x6400).to(tl.float16, bitcast=True)
     elif dtype == tl.bfloat16:
-        value = (code | 0x4300).to(tl.bfloat16, bitcast=True) - 136
+        value = (code | 0x4300).to(tl.bfloat16, bitcast=True)
     else:
-        value = code.to(tl.float32) - 8
+        value = code.to(tl.float32)
     return value
 
 
-@triton.jit
-def scaled(value, factor, BN: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """value [BN, COLUMNS], in GROUPS equal parts, each times its factor [BN, GROUPS]."""
-    if GROUPS > 1:
-        value = tl.reshape(value, (BN, GROUPS, COLUMNS // GROUPS)) * factor[:, :, None]
-        value = tl.reshape(value, (BN, COLUMNS))
-    else:
-        value *= factor
-    return value
+@triton.constexpr_function
+def raised_eight(dtype):
+    """The code 8 so: the zero of groups that have none of their own."""
+    return {tl.float16: 1032, tl.bfloat16: 136}.get(dtype, 8)
 
 
 @triton.jit
-def load_factor(scale, n, step, W: tl.constexpr, BK: tl.constexpr):
-    """The scales of one step: [BN, groups of the step], at least one."""
+def per_group(numbers, GROUPS: tl.constexpr):
+    """numbers [BN, GROUPS] as what meets weights [BN, GROUPS, columns of a group]; of one group, [BN, columns]."""
+    return numbers[:, :, None] if GROUPS > 1 else numbers
+
+
+@triton.jit
+def scaled(value, zero, factor, BN: tl.constexpr, GROUPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """value [BN, COLUMNS], in GROUPS equal parts, less its zero, times its factor: in value's dtype, rounded once.
+
+    factor: [BN, GROUPS], in value's dtype or in float32. zero: of that shape, or None for 0.
+    """
+    whole = tl.reshape(value, (BN, GROUPS, COLUMNS // GROUPS)) if GROUPS > 1 else value
+    if zero is not None:
+        whole -= per_group(zero, GROUPS)
+    whole = (whole.to(factor.dtype) * per_group(factor, GROUPS)).to(value.dtype)
+    return tl.reshape(whole, (BN, COLUMNS)) if GROUPS > 1 else whole
+
+
+@triton.jit
+def groups_of(step, W: tl.constexpr, BK: tl.constexpr):
+    """The groups of one step, at least one."""
     if W.group < BK:
         group = step * (BK // W.group) + tl.arange(0, BK // W.group)
     else:
         group = step * BK // W.group + tl.arange(0, 1)
+    return group
+
+
+@triton.jit
+def load_zero(zero, n, step, W: tl.constexpr, BK: tl.constexpr):
+    """The zeros of one step, as codes in 16 bits: [BN, groups of the step]."""
+    group = groups_of(step, W, BK)[None, :]
+    word = tl.load(zero + group * (W.scale_rows // 8) + (n // 8)[:, None], mask=group < W.groups, other=0)
+    return ((word >> (n % 8 * 4)[:, None]) & 15).to(tl.int16)
+
+
+@triton.jit
+def load_factor(scale, n, step, W: tl.constexpr, BK: tl.constexpr):
+    """The scales of one step: [BN, groups of the step]."""
+    group = groups_of(step, W, BK)
     mask = group[None, :] < W.groups
     if scale.dtype.element_ty == tl.float32:
         factor = tl.load(scale + group[None, :] * W.scale_rows + n[:, None], mask=mask, other=0.0)
@@ -121,6 +151,7 @@ def add_product(
     rows,  # of this step, as `load_rows` returns them
     w,  # one expert's weights [W.rows, stored width]
     scale,  # its scales [W.groups, W.scale_rows]
+    zero,  # its zeros [W.groups, words of W.scale_rows]
     n,  # [BN]: which of its rows
     step,
     W: tl.constexpr,
@@ -132,23 +163,29 @@ def add_product(
     if W.format == "":
         acc = multiply(rows, load_codes(w, n, step, W.width, TILE.BK), acc, INTERPRETED)
     else:
+        given: tl.constexpr = rows[0].dtype if W.format == "int4" else rows.dtype
+        dtype: tl.constexpr = tl.float32 if INTERPRETED and given == tl.bfloat16 else given
         factor = load_factor(scale, n, step, W, TILE.BK)
-        if INTERPRETED and factor.dtype == tl.bfloat16:
+        if factor.dtype != dtype:  # its own precision, or the interpreter's
             factor = factor.to(tl.float32)
         if W.format == "int4":
             units = load_codes(w.to(tl.pointer_type(tl.int16)), n, step, W.stored_width // 4, TILE.BK // 4)
+            less = raised(load_zero(zero, n, step, W, TILE.BK), dtype) if W.zeros else None
             for part in tl.static_range(4):
-                value = scaled(decode_int4(units, part, factor.dtype), factor, TILE.BN, GROUPS, TILE.BK // 4)
+                value = raised((units >> (4 * part)) & 15, dtype)
+                if not W.zeros:
+                    value -= raised_eight(dtype)
+                value = scaled(value, less, factor, TILE.BN, GROUPS, TILE.BK // 4)
                 acc = multiply(rows[part], value, acc, INTERPRETED)
         else:
             code = load_codes(w, n, step, W.stored_width, TILE.BK)
             if W.format == "fp8":
-                value = decode_fp8(code, factor.dtype, W.native_fp8)
+                value = decode_fp8(code, dtype, W.native_fp8)
                 if not W.native_fp8:
                     factor *= 256
             else:
-                value = code.to(factor.dtype)
-            acc = multiply(rows, scaled(value, factor, TILE.BN, GROUPS, TILE.BK), acc, INTERPRETED)
+                value = code.to(dtype)
+            acc = multiply(rows, scaled(value, None, factor, TILE.BN, GROUPS, TILE.BK), acc, INTERPRETED)
     return acc
 
 
@@ -164,6 +201,14 @@ def expert_scales(scale, e, W: tl.constexpr):
     if W.format != "":
         scale += e * (W.groups * W.scale_rows)
     return scale
+
+
+@triton.jit
+def expert_zeros(zero, e, W: tl.constexpr):
+    """Where the zeros of expert e begin, if weights have any."""
+    if W.zeros:
+        zero += e * (W.groups * (W.scale_rows // 8))
+    return zero
 
 
 @triton.jit
@@ -211,6 +256,7 @@ def gate_up_tile(
     factor,  # [BM] float32: the rows' routing weights, if they scale the input
     w,  # [E, R, H], R = 2I, gate rows first, or I
     scale,  # [E, groups, scale rows] or null
+    zero,  # [E, groups, words of scale rows] or null
     bias,  # [E, R] or null
     e,  # int64: the expert
     n,  # [BN]: which of its I outputs; those beyond are computed as the last
@@ -223,15 +269,15 @@ def gate_up_tile(
     INNER: tl.constexpr = inner_of(W, SPEC)
     STEPS: tl.constexpr = (W.stored_width + TILE.BK - 1) // TILE.BK
     w = expert_weights(w, e, W)
-    scale = expert_scales(scale, e, W)
+    scale, zero = expert_scales(scale, e, W), expert_zeros(zero, e, W)
     n = tl.minimum(n, INNER - 1)
     gate = tl.zeros([TILE.BM, TILE.BN], tl.float32)
     up = tl.zeros([TILE.BM, TILE.BN], tl.float32)
     for step in range(STEPS):
         rows = load_rows(x, offset, mask, step, W, TILE.BK)
-        gate = add_product(gate, rows, w, scale, n, step, W, TILE, INTERPRETED)
+        gate = add_product(gate, rows, w, scale, zero, n, step, W, TILE, INTERPRETED)
         if SPEC.gated:
-            up = add_product(up, rows, w, scale, n + INNER, step, W, TILE, INTERPRETED)
+            up = add_product(up, rows, w, scale, zero, n + INNER, step, W, TILE, INTERPRETED)
     return finish_gate_up(gate, up, factor, bias, e, n, SPEC, W)
 
 
@@ -242,6 +288,7 @@ def down_tile(
     mask,
     w,  # [E, H, I]
     scale,  # [E, groups, scale rows] or null
+    zero,  # [E, groups, words of scale rows] or null
     bias,  # [E, H] or null
     e,
     n,  # [BN]: which of its H outputs
@@ -252,12 +299,12 @@ def down_tile(
     """rows times down: [BM, BN] float32."""
     STEPS: tl.constexpr = (W.stored_width + TILE.BK - 1) // TILE.BK
     w = expert_weights(w, e, W)
-    scale = expert_scales(scale, e, W)
+    scale, zero = expert_scales(scale, e, W), expert_zeros(zero, e, W)
     n = tl.minimum(n, W.rows - 1)
     acc = tl.zeros([TILE.BM, TILE.BN], tl.float32)
     for step in range(STEPS):
         rows = load_rows(x, offset, mask, step, W, TILE.BK)
-        acc = add_product(acc, rows, w, scale, n, step, W, TILE, INTERPRETED)
+        acc = add_product(acc, rows, w, scale, zero, n, step, W, TILE, INTERPRETED)
     if W.has_bias:
         acc += tl.load(bias + e * W.rows + n).to(tl.float32)[None, :]
     return acc

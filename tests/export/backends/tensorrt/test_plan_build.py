@@ -34,6 +34,7 @@ from tests.support.bundles import copy_bundle, rehash
 from tests.support.command_line import assert_refused, call
 from tests.support.fakes.tensorrt_builder import FakeTensorRT
 from tests.support.moe_cases import Case
+from tests.support.published import FORMATS
 from tests.support.tiny import edit_tensors
 
 DEMO = Path(__file__).parents[4] / "demo" / "checkpoint"
@@ -145,8 +146,11 @@ def test_plans_of_gemma4_with_fp8_experts_and_an_int8_cache(
     assert {state.key_dim for state in engine.states} == {16, 32}
 
 
-def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkpoint: Callable[..., Path]) -> None:
-    checkpoint = save_checkpoint(model_type="glm4v_moe", text={"max_position_embeddings": 262144})
+def test_command_builds_for_turing_with_the_int4_experts_of_a_checkpoint(
+    tmp_path: Path, save_checkpoint: Callable[..., Path]
+) -> None:
+    floats = save_checkpoint(model_type="glm4v_moe", text={"max_position_embeddings": 262144})
+    checkpoint = FORMATS["awq-128"].publish(floats, tmp_path / "awq", tmp_path / "plain")
     out = tmp_path / "glm.moevlm"
     arguments = ["--target", "rtx:sm75", "--dtype", "fp16", "--experts", "int4", "--group-size", "128"]
     done = call("build", checkpoint, "-o", out, *arguments)
@@ -159,14 +163,17 @@ def test_command_builds_for_turing_with_int4_experts(tmp_path: Path, save_checkp
     assert (engine.dtype, engine.group_size, engine.kv_cache) == ("int4", 128, "float16")
     assert built.manifest.model.context == 262144  # which no tensor grows with
     assert engine.tensorrt is not None and engine.tensorrt.max_tokens == 2048 + 64
-    tensors = read_header(built.path("experts/fp16-int4-g128-v2.safetensors"))
+    tensors = read_header(built.path("experts/fp16-int4-g128-v3.safetensors"))
     stored = {name.rpartition(".")[2]: (str(found.dtype), found.shape) for name, found in tensors.items()}
     assert stored == {
         "gate_up": ("int8", (8, 48, 64)),
         "gate_up_scale": ("float16", (8, 1, 48)),
+        "gate_up_zero": ("int32", (8, 1, 6)),
         "down": ("int8", (8, 32, 64)),
         "down_scale": ("float16", (8, 1, 32)),
+        "down_zero": ("int32", (8, 1, 4)),
     }
+    assert engine.recoded["int4 kept"] == len(tensors) // 3 == 2
     assert header(built, engine.decoder).sms == (75,)
 
 
