@@ -106,6 +106,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.checkpoint",
         "export.graph.weights",
         "export.graph.rearranged",
+        "export.graph.codes",
     },
     "export.modules": {"runtime.core", "plugins.ops", "export.config", "export.formats"},
     "export.graph": {

@@ -184,7 +184,7 @@ class Family(ABC):
             try:
                 found = source(tensors, indices, shape, expert_layout)
                 if isinstance(source, ExpertsPart):
-                    found = tensors.merged_experts(source.base.format(**indices), found)
+                    found = source.arranged(tensors.merged_experts(source.base.format(**indices), found))
                 bound[name] = cast(found, np.dtype(np.float32))
             except MissingTensorError as error:
                 missing.append(error.name)

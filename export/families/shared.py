@@ -5,6 +5,7 @@ from typing import Any
 
 from moevlm.export.config import DecoderConfig, LayerConfig
 from moevlm.export.families.fields import Fields
+from moevlm.export.families.interleaved_experts import InterleavedExperts
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Experts, Source
 from moevlm.runtime.core.manifest import RopeMetadata, VideoMetadata
@@ -23,7 +24,7 @@ def renamed(modules: Mapping[str, str], parts: Iterable[str] = ("weight",)) -> d
     return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in parts}
 
 
-def decoder_weights(experts: Experts, model: str = "model.language_model.") -> Weights:
+def decoder_weights(experts: Experts | InterleavedExperts, model: str = "model.language_model.") -> Weights:
     """A decoder as most families name it; those that a model does not have are not asked for."""
     ours, theirs = "decoder.layers.{i}.", f"{model}layers.{{i}}."
     return {

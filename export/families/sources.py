@@ -214,10 +214,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertsPart:
-    """One tensor of all experts of a layer, as the model wants it. base: the layer's experts, as in `Experts`."""
+    """One tensor of all experts of a layer, as the model wants it. base: the layer's experts, as in `Experts`.
+
+    arranged: what happens to it behind an adapter's updates, which have the order of rows on disk.
+    """
 
     base: str
     source: Source
+    arranged: Callable[[Weight], Weight] = lambda weight: weight
 
     def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
         return self.source(tensors, indices, shape, layout)
