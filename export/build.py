@@ -70,8 +70,10 @@ def build(
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         for target in chosen:
             require_sizes(target, model.config, model.family)
-        carried = request_files(source.directory, model.metadata())
-        metadata = msgspec.structs.replace(model.metadata(), eos_token_ids=carried.eos_token_ids)
+        carried = request_files(source.directory, model.metadata(), model.config.mark_texts)
+        metadata = msgspec.structs.replace(
+            model.metadata(), eos_token_ids=carried.eos_token_ids, image_marks=carried.image_marks
+        )
         for text in (*model.notes, *carried.notes):
             note(text)
         for path, data in carried.files.items():

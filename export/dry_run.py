@@ -110,7 +110,7 @@ def _read(source: Path, expert_layout: str, ignored_config: Sequence[str], lora:
     elif (source / CONFIG).is_file() and any(source.glob("*.safetensors")):
         with Checkpoint.open(source, lora) as checkpoint:
             model = CanonicalModel.of(checkpoint, expert_layout, ignored_config)
-            carried = request_files(source, model.metadata())
+            carried = request_files(source, model.metadata(), model.config.mark_texts)
             patches = image_patches(source, model.metadata())
             return _Source(model, len(checkpoint.tensors), patches, (*model.notes, *carried.notes))
     elif not (source / CONFIG).is_file():

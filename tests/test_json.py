@@ -80,8 +80,11 @@ GOLDEN = {
         "model.layers[].bidirectional_images": "boolean",
         "model.eos_token_ids": "array of integer",
         "model.image_token_id": "integer",
-        "model.image_begin": "array of integer",
-        "model.image_end": "array of integer",
+        "model.image_marks": "object",
+        **{
+            f"model.image_marks.{mark}": "array of integer"
+            for mark in ("placeholder", "begin", "end", "row_break", "tile_break", "tile_row_end", "overview")
+        },
         "model.video": "object or null",
         "model.video.placeholder": "integer",
         "model.video.token_id": "integer",
@@ -110,6 +113,7 @@ GOLDEN = {
         "model.vision.position_resampling": "string",
         "model.vision.deepstack": "integer",
         "model.vision.position_table": "integer",
+        "model.vision.side": "integer",
         "engines": "array of object",
         "engines[].target": "string",
         "engines[].dtype": "string",

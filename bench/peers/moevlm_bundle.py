@@ -15,7 +15,7 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_images, load_runtime
-from moevlm.runtime.request.prompt import Prompt, image_ids
+from moevlm.runtime.request.prompt import Prompt
 
 CLIENTS_MEMORY = 2 << 30  # bytes
 
@@ -46,10 +46,9 @@ class MoevlmBundle(System):
             raise ValueError("the bundle has no preprocessor.json")
         source = Image.fromarray(pixels)
         started = perf_counter()
-        image = self._images.fit(source)
-        grid = self._images.grid(image)
-        visual = image_ids(self._model.vision.tokens(grid), self._model)
-        prompt = Prompt.from_ids([*visual, *ids], [grid], self._model, [image])
+        layout = self._images.layout(source)
+        pieces = self._images.fit(source)
+        prompt = Prompt.from_ids([*layout.ids(self._model), *ids], layout.grids, self._model, pieces)
         return self._first(prompt, started)
 
     def decode(self, history: np.ndarray, steps: np.ndarray) -> Timed:

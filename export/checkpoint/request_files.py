@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from moevlm.export.checkpoint.end_tokens import end_tokens
 from moevlm.export.checkpoint.files import optional_json
 from moevlm.export.checkpoint.generation_config import GENERATION_CONFIG, sampling_defaults
@@ -18,8 +20,8 @@ from moevlm.export.checkpoint.side_files import (
 )
 from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
-from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.request.chat import ChatTemplate
+from moevlm.runtime.core.manifest import ImageMarks, ModelMetadata
+from moevlm.runtime.request.chat import NOTHING, ChatTemplate
 from moevlm.runtime.request.generation_file import GENERATION
 from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -38,31 +40,43 @@ _TURNS = [
 _VIDEO: list[dict[str, Any]] = [{"role": "user", "content": [{"type": "video"}, *_PARTS]}]
 _SYSTEM = [{"role": "system", "content": [{"type": "text", "text": "short answers"}]}]
 
+# What tokenizer_config.json calls the tokens around an image.
+_NAMED = {
+    "image_marks.begin": ("boi_token", "start_image_token"),
+    "image_marks.end": ("eoi_token", "end_image_token"),
+}
+
 
 @dataclass(frozen=True)
 class RequestFiles:
     """files: of the bundle, by name. variables: what the chat template may use. notes: what the user should know.
 
-    eos_token_ids: tokens that end an answer.
+    eos_token_ids: tokens that end an answer. image_marks: see `ModelMetadata`.
     """
 
     files: Mapping[str, bytes]
     variables: Mapping[str, str]
     eos_token_ids: tuple[int, ...]
+    image_marks: ImageMarks
     notes: tuple[str, ...] = ()
 
 
-def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
+def request_files(directory: Path, model: ModelMetadata, mark_texts: Mapping[str, str] = NOTHING) -> RequestFiles:
     """Read what the checkpoint says of requests and of sampling; what it has not, the bundle lacks.
 
-    model: metadata out of config.json. Raises CheckpointError for a file that cannot be read, is not what it should be,
-    or does not go with `model`: what a request would run into is found here.
+    model: metadata out of config.json. mark_texts: see `ModelConfig`. Raises CheckpointError for a file that cannot be
+    read, is not what it should be, or does not go with `model`: what a request would run into is found here.
     """
     tokens, template, images = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
     generation = optional_json(directory, GENERATION_CONFIG)
     sampling = sampling_defaults(generation)
     files, notes, variables = {}, list(sampling.notes), tokens.named if tokens else {}
-    tokenizer = _tokenizer(tokens, model) if tokens else None
+    tokenizer = None
+    if tokens:
+        tokenizer = _tokenizer(tokens, model)
+        marks = {mark: (_mark_id(tokenizer, text),) for mark, text in mark_texts.items()}
+        model = msgspec.structs.replace(model, image_marks=msgspec.structs.replace(model.image_marks, **marks))
+        _check_marks(tokens, tokenizer, model)
     named = variables.get("eos_token")
     of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
     ends = end_tokens(generation, model, of_tokenizer, tokenizer is not None)
@@ -88,7 +102,7 @@ def request_files(directory: Path, model: ModelMetadata) -> RequestFiles:
             notes += _try(template, opened, tokenizer, model, images is not None, VIDEO_FILE in files)
     if sampling.fields:
         files[GENERATION] = json.dumps(dict(sampling.fields), indent=1).encode()
-    return RequestFiles(files, variables, ends.ids, tuple(notes))
+    return RequestFiles(files, variables, ends.ids, model.image_marks, tuple(notes))
 
 
 def image_patches(directory: Path, model: ModelMetadata) -> int | None:
@@ -111,34 +125,36 @@ def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
             f"tokenizer.json has token ids up to {largest}, with the tokens of the files beside it "
             f"(allowed: up to {model.vocabulary - 1}, for config.json says vocab_size = {model.vocabulary})"
         )
-    placeholder = tokenizer.token(model.image_token_id)
-    if placeholder is None or tokenizer.added.get(placeholder) != model.image_token_id:
+    visual = tokenizer.token(model.image_token_id)
+    if visual is None or tokenizer.added.get(visual) != model.image_token_id:
         raise CheckpointError(
             f"tokenizer.json has no added token for image_token_id = {model.image_token_id} of config.json "
-            f"(to it that id is {shown(placeholder)})"
+            f"(to it that id is {shown(visual)})"
         )
-    named = found.named.get("image_token", placeholder)
-    if named != placeholder:
-        raise CheckpointError(
-            f"tokenizer_config.json says image_token = {shown(named)}, but image_token_id = {model.image_token_id} of "
-            f"config.json is {shown(placeholder)}"
-        )
-    for name, ids in (("boi", model.image_begin), ("eoi", model.image_end)):
-        _check_mark(found, tokenizer, name, ids)
     return tokenizer
 
 
-def _check_mark(found: TokenizerFiles, tokenizer: Tokenizer, name: str, ids: tuple[int, ...]) -> None:
-    """The tokens around an image: the reference writes their text and reads it again, the runtime their ids."""
-    texts = [tokenizer.token(token_id) for token_id in ids]
-    for token_id, text in zip(ids, texts, strict=True):
-        if text is None or tokenizer.added.get(text) != token_id:
-            raise CheckpointError(f"tokenizer.json has no added token for {name}_token_id = {token_id} of config.json")
-    if ids and (named := found.named.get(f"{name}_token")) is not None and [named] != texts:
-        raise CheckpointError(
-            f"tokenizer_config.json says {name}_token = {shown(named)}, but {name}_token_id = {ids[0]} of config.json "
-            f"is {shown(texts[0])}"
-        )
+def _mark_id(tokenizer: Tokenizer, text: str) -> int:
+    if text not in tokenizer.added:
+        raise CheckpointError(f"tokenizer.json has no added token {shown(text)}, which images of this model have")
+    return tokenizer.added[text]
+
+
+def _check_marks(found: TokenizerFiles, tokenizer: Tokenizer, model: ModelMetadata) -> None:
+    """The tokens of images: the reference writes their text and reads it again, the runtime their ids."""
+    marks = {f"image_marks.{mark}": ids for mark, ids in msgspec.structs.asdict(model.image_marks).items()}
+    placeholder = "image_marks.placeholder" if model.image_marks.placeholder else "image_token_id"
+    names = {placeholder: ("image_token",), **_NAMED}
+    for field, ids in {"image_token_id": (model.image_token_id,), **marks}.items():
+        texts = [tokenizer.token(token_id) for token_id in ids]
+        for token_id, text in zip(ids, texts, strict=True):
+            if text is None or tokenizer.added.get(text) != token_id:
+                raise CheckpointError(f"tokenizer.json has no added token for {field} = {token_id}")
+        for name in names.get(field, ()):
+            if ids and (named := found.named.get(name)) is not None and [named] != texts:
+                raise CheckpointError(
+                    f"tokenizer_config.json says {name} = {shown(named)}, but {field} = {ids[0]} is {shown(texts[0])}"
+                )
 
 
 def _processor(found: FoundPreprocessor, model: ModelMetadata) -> ImageProcessor:

@@ -1,6 +1,7 @@
 """A whole model: its layers, its decoder, its vision tower, and the ids that join them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -9,6 +10,8 @@ from moevlm.export.config.vision import VisionConfig
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import (
+    NO_MARKS,
+    ImageMarks,
     LayerMetadata,
     ModelMetadata,
     QueryScaleMetadata,
@@ -116,7 +119,8 @@ class DecoderConfig:
 class ModelConfig:
     """A whole model: both towers, and the token ids that join them.
 
-    image_begin, image_end, video: see `runtime.core.manifest.ModelMetadata`.
+    image_marks, video: see `runtime.core.manifest.ModelMetadata`. mark_texts: tokens of image_marks whose ids
+    config.json does not say, by field; the checkpoint's tokenizer does.
     """
 
     model_type: str
@@ -124,8 +128,8 @@ class ModelConfig:
     vision: VisionConfig
     image_token_id: int
     eos_token_ids: tuple[int, ...]
-    image_begin: tuple[int, ...] = ()
-    image_end: tuple[int, ...] = ()
+    image_marks: ImageMarks = NO_MARKS
+    mark_texts: Mapping[str, str] = field(default_factory=dict)
     video: VideoMetadata | None = None
 
     def __post_init__(self) -> None:
@@ -134,15 +138,15 @@ class ModelConfig:
         if self.decoder.deepstack > len(self.decoder.layers):
             levels, layers = list(self.vision.deepstack_layers), len(self.decoder.layers)
             raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
-        for field, token_ids in self._token_ids().items():
+        for name, token_ids in self._token_ids().items():
             for token_id in token_ids:
                 if token_id >= self.decoder.vocabulary:
-                    raise FieldError(field, token_id, f"up to {self.decoder.vocabulary - 1}")
+                    raise FieldError(name, token_id, f"up to {self.decoder.vocabulary - 1}")
 
     def _token_ids(self) -> dict[str, tuple[int, ...]]:
         """The ids that stand for images and videos, and around them, by field."""
         found: dict[str, tuple[int, ...]] = {"image_token_id": (self.image_token_id,)}
-        found |= {"image_begin": self.image_begin, "image_end": self.image_end}
+        found |= {f"image_{mark}": ids for mark, ids in msgspec.structs.asdict(self.image_marks).items()}
         if self.video is not None:
             found |= {"video_token_id": (self.video.placeholder,)}
             found |= {"video_begin": self.video.begin, "video_end": self.video.end}
@@ -171,8 +175,7 @@ class ModelConfig:
             image_token_id=self.image_token_id,
             ropes=decoder.ropes,
             vision=self.vision.metadata(),
-            image_begin=self.image_begin,
-            image_end=self.image_end,
+            image_marks=self.image_marks,
             video=self.video,
             query_scale=decoder.query_scale,
         )

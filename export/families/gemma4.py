@@ -86,7 +86,7 @@ class Gemma4(Family):
             decoder=decoder,
             vision=gemma4_tower(fields.sub("vision_config"), decoder.hidden),
             **shared.token_ids(fields, text),
-            **image_marks(fields),
+            image_marks=image_marks(fields),
         )
 
     def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:

@@ -4,7 +4,6 @@ Source: transformers 5.24 `models/gemma4`: Gemma4VisionModel and Gemma4Multimoda
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Shape, Source, named, rooted
 from moevlm.export.graph.rearranged import Flat, Reordered
 from moevlm.export.graph.weights import Concat, Weight
+from moevlm.runtime.core.manifest import ImageMarks
 
 Tensors = Mapping[str, Weight]
 Indices = Mapping[str, str]
@@ -51,12 +51,10 @@ def gemma4_tower(vision: Fields, out: int) -> PooledVisionConfig:
     )
 
 
-def image_marks(fields: Fields) -> dict[str, Any]:
-    """The fields of `ModelConfig` that say what stands around an image."""
-    return {
-        "image_begin": (fields.count("boi_token_id", 255_999),),
-        "image_end": (fields.count("eoi_token_id", 258_882),),
-    }
+def image_marks(fields: Fields) -> ImageMarks:
+    """What stands around an image."""
+    begin, end = fields.count("boi_token_id", 255_999), fields.count("eoi_token_id", 258_882)
+    return ImageMarks(begin=(begin,), end=(end,))
 
 
 def _axial(weight: Weight, dim: int) -> Weight:

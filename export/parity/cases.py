@@ -11,7 +11,8 @@ from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.request import vision_inputs
-from moevlm.runtime.request.prompt import Prompt, image_ids
+from moevlm.runtime.request.images.layout import ImageLayout
+from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
 IMAGES = (0, 1, 2, 3)  # images of the prompts of one batch
@@ -79,16 +80,16 @@ def _case(
     images: int,
     steps: int,
 ) -> Case:
-    merge, config = model.vision.merge_size, _described(config)
+    config = _described(config)
     ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
     for _ in range(images):
-        h, w = rng.integers(1, _SIDE, 2)
-        grids.append((int(h) * merge, int(w) * merge))
+        layout = _layout(rng, model)
+        grids += layout.grids
         marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
         start, end = [mark for mark in marks if mark is not None][:2] or (ordinary[0], ordinary[0])
         ids += [
             start,
-            *image_ids(model.vision.tokens(grids[-1]), model),
+            *layout.ids(model),
             end,
             *rng.choice(ordinary, rng.integers(1, 9)),
         ]
@@ -97,6 +98,15 @@ def _case(
     patches = _patches(rng, grids, model)
     whole = [*ids, *rng.choice(ordinary, steps)]
     return Case(Prompt.from_ids(ids, grids, model), Prompt.from_ids(whole, grids, model), grids, patches)
+
+
+def _layout(rng: np.random.Generator, model: ModelMetadata) -> ImageLayout:
+    """In one piece; tiles and an overview where a tower takes one grid alone."""
+    if grid := model.vision.grid:
+        rows, columns = map(int, rng.integers(1, 3, 2))
+        return ImageLayout(grid, rows, columns, grid)
+    height, width = map(int, rng.integers(1, _SIDE, 2))
+    return ImageLayout((height * model.vision.merge_size, width * model.vision.merge_size))
 
 
 def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:

@@ -28,8 +28,8 @@ class OracleImages(ABC):
         """The model's arguments for the images of all cases, of which there is one at least."""
 
     @abstractmethod
-    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:
-        """Grid and patches [P, patch_width] of the one image that transformers' image processor was given."""
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
+        """Grids of pieces, and patches [P, patch_width], of the one image that transformers' processor was given."""
 
 
 class _GridImages(OracleImages):
@@ -48,9 +48,9 @@ class _GridImages(OracleImages):
             "image_grid_thw": torch.tensor(grids),
         }
 
-    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:  # noqa: ARG002
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:  # noqa: ARG002
         _, height, width = processed["image_grid_thw"][0]
-        return (int(height), int(width)), processed["pixel_values"]
+        return [(int(height), int(width))], processed["pixel_values"]
 
 
 class _PlacedImages(OracleImages):
@@ -75,10 +75,10 @@ class _PlacedImages(OracleImages):
             places[image, :size] = np.stack([columns[own], rows[own]], axis=1)
         return {"pixel_values": torch.from_numpy(patches), "image_position_ids": torch.from_numpy(places)}
 
-    def patches(self, processed: Any, vision: Tower) -> tuple[Grid, np.ndarray]:
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
         width, height = (int(side) + 1 for side in processed["image_position_ids"][0].max(axis=0))
         rows, columns = block_order([(height, width)], vision.merge_size)
-        return (height, width), 2 * processed["pixel_values"][0][rows * width + columns] - 1
+        return [(height, width)], 2 * processed["pixel_values"][0][rows * width + columns] - 1
 
 
 _KINDS: dict[type[Tower], OracleImages] = {GridTower: _GridImages(), PooledTower: _PlacedImages()}

@@ -23,10 +23,12 @@ from moevlm.export.parity.report import Check
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
+from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.processor import ImageProcessor
-from moevlm.runtime.request.prompt import PromptBuilder, image_ids
+from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.special_tokens import control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -123,6 +125,8 @@ class _Texts:
         """tokenizer: content of tokenizer.json."""
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
+        merge = model.vision.merge_size
+        self._layout = ImageLayout((merge, merge * _IMAGE_TOKENS))
         self._builder = PromptBuilder(model, self._tokenizer, template, None)
         control = control_tokens(self._tokenizer, template, model.eos_token_ids)
         self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
@@ -134,7 +138,7 @@ class _Texts:
         notes = [note for name, messages in conversations if (note := self._difference(name, messages))]
         note = notes[0] + self._own_rules() if notes else ""
         yield _check(f"{len(conversations)} conversations whose ids differ", len(notes), 0, note)
-        typed = sorted(self._control - {self._tokenizer.token(self._model.image_token_id)})[:_TOKENS]
+        typed = sorted(self._control - {self._tokenizer.token(self._model.image_placeholder)})[:_TOKENS]
         notes = [note for token in typed if (note := self._obeyed(token))]
         yield _check(f"{len(typed)} typed control tokens that are not text", len(notes), 0, notes[0] if notes else "")
 
@@ -148,7 +152,7 @@ class _Texts:
         """None for messages that the template refuses. An image has _IMAGE_TOKENS tokens."""
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         try:
-            return self._builder.prompt_ids(messages, [image_ids(_IMAGE_TOKENS, self._model)] * images)
+            return self._builder.prompt_ids(messages, [self._layout.ids(self._model)] * images)
         except RequestError:
             return None
 
@@ -156,7 +160,7 @@ class _Texts:
         ours, text = self._ours(messages), self._theirs.rendered(messages)
         theirs = None
         if text is not None:
-            placeholder = self._tokenizer.token(self._model.image_token_id)
+            placeholder = self._tokenizer.token(self._model.image_placeholder)
             theirs = self._theirs.ids(self._theirs.expanded(text, str(placeholder)))
         if ours == theirs:
             return ""
@@ -227,14 +231,18 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
             wanted = theirs(images=[image], return_tensors="np")
         except Exception as error:  # of fields that changed since the bundle was built
             raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
-        grid, patches = reference.patches(wanted, model.vision)
-        inputs, grids = ours.pack([ours.fit(ours.open(file.getvalue()))])
-        if grids != [grid] or ours.tokens(file.getvalue()) != model.vision.tokens(grid):
-            notes.append(f"{name}: {grids[0][0]} x {grids[0][1]} patches, of transformers {grid[0]} x {grid[1]}")
+        their_grids, patches = reference.patches(wanted, model.vision)
+        inputs, grids = ours.pack(ours.fit(ours.open(file.getvalue())))
+        if grids != their_grids or ours.layout(file.getvalue()).grids != grids:
+            notes.append(f"{name}: {_grids_text(grids)} patches, of transformers {_grids_text(their_grids)}")
         else:
             worst = max(worst, float(np.abs(inputs.pixel_patches - patches).max()))
     yield _check(f"{count} images cut otherwise", len(notes), 0, notes[0] if notes else "")
     yield _check("values of their patches", worst, PATCH_LIMIT)
+
+
+def _grids_text(grids: Sequence[Grid]) -> str:
+    return ", ".join(f"{height} x {width}" for height, width in grids)
 
 
 def _images(model: ModelMetadata, seed: int) -> Iterator[Image.Image]:

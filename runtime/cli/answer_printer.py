@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,10 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.printable import printable
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from moevlm.runtime.cli.background import Background
-    from moevlm.runtime.core.towers import VisionMetadata
     from moevlm.runtime.engine.answer import Answer, Piece
     from moevlm.runtime.engine.generate import Runtime
-    from moevlm.runtime.request.images.slices import Slice
+    from moevlm.runtime.request.prompt import Prompt
     from moevlm.runtime.request.sampling import SamplingParams
 
 
@@ -60,7 +56,7 @@ class AnswerPrinter:
     def _begin(self, messages: list[dict[str, Any]]) -> Answer:
         prompt = partial(self._runtime.prompt, messages, self._options, self._max_image_tokens)
         request = self._background.call(prompt)
-        _tell_large_images(request.images, self._runtime.model.vision)
+        _tell_large_images(request)
         return self._background.call(partial(self._runtime.generate, request, params=self._params))
 
     def _say_how_it_went(self, last: Piece) -> None:
@@ -81,13 +77,10 @@ class AnswerPrinter:
             )
 
 
-def _tell_large_images(images: Sequence[Image | Slice], vision: VisionMetadata) -> None:
+def _tell_large_images(prompt: Prompt) -> None:
     """On a terminal, before they are encoded: it may take long, and how to make it short."""
     from moevlm.runtime.cli.console import console
 
     terminal = console(stderr=True)
-    for number, image in enumerate(images, 1) if terminal.is_terminal else ():
-        tokens = image.width * image.height // (vision.patch_size * vision.merge_size) ** 2
-        if tokens > defaults.LARGE_IMAGE_TOKENS:
-            size = f"{image.width} x {image.height} pixels, {tokens} tokens"
-            terminal.print(f"image {number} is read at {size}; --max-image-tokens N makes it smaller")
+    if terminal.is_terminal and prompt.image_tokens > defaults.LARGE_IMAGE_TOKENS:
+        terminal.print(f"images are read as {prompt.image_tokens} tokens; --max-image-tokens N makes each smaller")

@@ -79,11 +79,31 @@ class VideoMetadata(_Metadata, frozen=True):
     end: tuple[int, ...]
 
 
+class ImageMarks(_Metadata, frozen=True):
+    """Token ids of an image beside those of its visual tokens, in whose order see `ImageLayout.ids`.
+
+    placeholder: the one that the chat template writes for an image, whose place all others take; none where that is
+    the id of a visual token. begin, end: around all. row_break: between rows of visual tokens (Pixtral). tile_break:
+    between tiles of a row. tile_row_end: behind each row of tiles. overview: before the overview, and before an image
+    in one piece (Llama 4).
+    """
+
+    placeholder: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
+    end: tuple[int, ...] = ()
+    row_break: tuple[int, ...] = ()
+    tile_break: tuple[int, ...] = ()
+    tile_row_end: tuple[int, ...] = ()
+    overview: tuple[int, ...] = ()
+
+
+NO_MARKS = ImageMarks()
+
+
 class ModelMetadata(_Metadata, frozen=True):
     """Shapes and token ids. ropes: of rope groups 0, 1, ...
 
-    image_token_id: the placeholder of an image, and of each of its visual tokens. image_begin, image_end: token ids
-    around them, which take the placeholder's place with them. video: None for a model that takes none.
+    image_token_id: of each visual token. image_marks: what else an image has. video: None for a model that takes none.
     query_scale: None where no layer scales queries by their place.
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
     everything else.
@@ -98,12 +118,16 @@ class ModelMetadata(_Metadata, frozen=True):
     image_token_id: int
     ropes: tuple[RopeMetadata, ...]
     vision: VisionMetadata
-    image_begin: tuple[int, ...] = ()
-    image_end: tuple[int, ...] = ()
+    image_marks: ImageMarks = NO_MARKS
     video: VideoMetadata | None = None
     query_scale: QueryScaleMetadata | None = None
     parameters: int = 0
     active_parameters: int = 0
+
+    @property
+    def image_placeholder(self) -> int:
+        """What the chat template writes for an image."""
+        return next(iter(self.image_marks.placeholder), self.image_token_id)
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:

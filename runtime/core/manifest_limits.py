@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
+
 from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.manifest import LayerMetadata, Manifest, RopeMetadata, TensorRTMetadata
 from moevlm.runtime.core.states import STATE_DTYPES, PagedKV, StateSpec
@@ -56,8 +58,7 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     for field, ids, (low, high) in (
         ("eos_token_ids", model.eos_token_ids, _ID),
         ("image_token_id", (model.image_token_id,), known),
-        ("image_begin", model.image_begin, known),
-        ("image_end", model.image_end, known),
+        *((f"image_marks.{mark}", ids, known) for mark, ids in msgspec.structs.asdict(model.image_marks).items()),
         ("video.placeholder", () if video is None else (video.placeholder,), known),
         ("video.token_id", () if video is None else (video.token_id,), known),
         ("video.begin", () if video is None else video.begin, known),

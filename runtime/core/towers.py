@@ -54,6 +54,11 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """Patches that every image is a multiple of."""
         return self.patches_per_token
 
+    @property
+    def grid(self) -> Grid | None:
+        """The only grid that an image, or a tile of one, has; None where any will do."""
+        return None
+
     def tokens(self, grid: Grid) -> int:
         """Visual tokens of an image."""
         return grid[0] * grid[1] // self.patches_per_token
@@ -179,6 +184,10 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
     @property
     def unit(self) -> int:
         return self.side**2
+
+    @property
+    def grid(self) -> Grid:
+        return self.side, self.side
 
     @property
     def inputs(self) -> Mapping[str, tuple[int, str]]:

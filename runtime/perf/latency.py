@@ -16,7 +16,7 @@ from moevlm.runtime.perf.latency_report import LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import decode_work, limit, prefill_work, vision_work
 from moevlm.runtime.perf.machine import GpuMachine, Machine
 from moevlm.runtime.request.images.processor import ImageProcessor
-from moevlm.runtime.request.prompt import Prompt, image_ids
+from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampling import SamplingParams
 
 
@@ -30,9 +30,9 @@ def random_prompt(
         return Prompt.from_ids(ids, [], model)
     if images is None:
         raise RequestError("the bundle has no preprocessor.json: measure without an image (--image-size 0)")
-    image = images.fit(Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8)))
-    grid = images.grid(image)
-    return Prompt.from_ids([*image_ids(model.vision.tokens(grid), model), *ids], [grid], model, [image])
+    image = Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8))
+    layout = images.layout(image)
+    return Prompt.from_ids([*layout.ids(model), *ids], layout.grids, model, images.fit(image))
 
 
 def measure(
@@ -92,7 +92,7 @@ def _limits(
     cost = engine.cost
     if machine is None or cost is None:
         return {}
-    patches = [prompt.image_tokens * model.vision.patches_per_token]  # random_prompt has one image
+    patches = [image.width * image.height // model.vision.patch_size**2 for image in prompt.images]
     works = {"decode_limit": (decode_work(model, engine, cost, len(prompt.ids) + new_tokens // 2), decode)}
     if isinstance(machine, Machine):
         works["prefill_limit"] = prefill_work(model, cost, len(prompt.ids)), prefill

@@ -18,41 +18,53 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
 
     Text advances all axes by one per token. An image's tokens, row by row after the merge, share the start position
     and add (0, row, column) to it; what follows the image starts max(rows, columns) later. Where no rope has sections,
-    every token advances by one, those of images, too. A slice of a video counts as an image.
+    every token advances by one, those of images, too. A slice of a video and a piece of an image count as images.
 
-    ids: [S] integer, the prompt with one image token per merged patch. grids: (h, w) in patches for each image.
+    ids: [S] integer, the prompt with all visual tokens. grids: (h, w) in patches for each image.
     Returns (positions [3, S] int64, the position of the token after the prompt).
-    Raises RequestError unless the image tokens of `ids` are exactly those of `grids`, each image's in one piece.
+    Raises RequestError unless the image tokens of `ids` are exactly those of `grids`, each image's in one piece, or
+    each of its rows in one where something stands between these.
     """
+    image_at = np.flatnonzero(np.isin(ids, model.visual_token_ids))
+    sizes = np.array([model.vision.tokens(grid) for grid in grids], np.int64)
+    if len(image_at) != sizes.sum():
+        raise RequestError(
+            f"the prompt has {len(image_at)} image tokens (id {model.image_token_id}), its {len(sizes)} images need "
+            f"{sizes.sum()}"
+        )
     merge = model.vision.merge_size
     shapes = [(h // merge, w // merge) for h, w in grids]
-    ends = np.cumsum([rows * columns for rows, columns in shapes], dtype=np.int64)
-    image_at = np.flatnonzero(np.isin(ids, model.visual_token_ids))
-    wanted = int(ends[-1]) if shapes else 0
-    if len(image_at) != wanted:
-        raise RequestError(
-            f"the prompt has {len(image_at)} image tokens (id {model.image_token_id}), its {len(shapes)} images need "
-            f"{wanted}"
-        )
-    advance = np.ones(len(ids), np.int64)
-    first = image_at[ends - [rows * columns for rows, columns in shapes]] if shapes else image_at
     counted = not any(rope.sections for rope in model.ropes)
-    if not counted:
-        advance[image_at] = 0
-        advance[first] = [max(shape) for shape in shapes]
+    apart = counted and model.image_marks.row_break
+    _require_pieces(image_at, sizes, np.array([rows if apart else 1 for rows, _ in shapes], np.int64))
+    if counted:
+        return np.repeat(np.arange(len(ids))[None], 3, axis=0), len(ids)
+    advance = np.ones(len(ids), np.int64)
+    first = image_at[np.cumsum(sizes) - sizes]
+    advance[image_at] = 0
+    advance[first] = [max(shape) for shape in shapes]
     end = np.cumsum(advance)
     positions = np.repeat((end - advance)[None], 3, axis=0)
-    for number, (begin, (rows, columns)) in enumerate(zip(first.tolist(), shapes, strict=True)):
+    for begin, (rows, columns) in zip(first.tolist(), shapes, strict=True):
         stop = begin + rows * columns
-        if image_at[ends[number] - 1] != stop - 1:
-            raise RequestError(f"the prompt's tokens of image {number + 1} are not in one piece")
-        if counted:
-            continue
         start = positions[0, begin]
         positions[0, begin:stop] = start
         positions[1, begin:stop] = start + np.repeat(np.arange(rows), columns)
         positions[2, begin:stop] = start + np.tile(np.arange(columns), rows)
     return positions, int(end[-1]) if len(end) else 0
+
+
+def _require_pieces(image_at: np.ndarray, sizes: np.ndarray, parts: np.ndarray) -> None:
+    """Raise RequestError unless tokens of images, at places image_at, lie in pieces.
+
+    sizes: tokens of each image. parts: pieces of equal size that they lie in.
+    """
+    lengths = np.repeat(sizes // parts, parts)
+    ends = np.cumsum(lengths)
+    torn = image_at[ends - 1] - image_at[ends - lengths] != lengths - 1
+    if torn.any():
+        number = np.repeat(np.arange(len(parts)), parts)[torn][0] + 1
+        raise RequestError(f"the prompt's tokens of image {number} are not in one piece")
 
 
 def rope_tables(positions: np.ndarray, rope: RopeMetadata) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from moevlm.runtime.core.errors import BundleError, RequestError, require_positi
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
+from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.messages import (
     GivenImage,
     GivenVideo,
@@ -43,7 +44,7 @@ class Prompt:
 
     ids: [S] int64. visual_index: [S] int64, running row of this prompt's visual features, -1 for text.
     positions: [3, S] int64, on the time, height and width axes. next_position: of the first generated token.
-    images: resized to whole patches, in the order of their tokens; a video is several slices.
+    images: resized to whole patches, in the order of their tokens: pieces of images, and slices of videos.
     """
 
     ids: np.ndarray
@@ -64,7 +65,7 @@ class Prompt:
         model: ModelMetadata,
         images: Sequence[Image | Slice] = (),
     ) -> Prompt:
-        """ids: [S], images already expanded. grids: (h, w) in patches of each image and slice. Raises RequestError."""
+        """ids: [S], images already expanded. grids: (h, w) in patches of each of `images`. Raises RequestError."""
         tokens = _token_ids(ids, model)
         _require_room(len(tokens), model)
         _check_grids(grids, model)
@@ -91,7 +92,7 @@ class PromptBuilder:
         self._images = images
         self._videos = videos
         # What the template writes for an image and for a video, by the kind of part.
-        self._placeholders = {"image": model.image_token_id}
+        self._placeholders = {"image": model.image_placeholder}
         if model.video is not None:
             self._placeholders["video"] = model.video.placeholder
         for kind, token_id in self._placeholders.items():
@@ -120,14 +121,10 @@ class PromptBuilder:
         ids = self.prompt_ids(messages, [self._ids(one) for one in counted], options)
         _require_room(len(ids), self._model, bool(given))
         images: list[Image | Slice] = []
-        grids: list[Grid] = []
         for one in counted:
             assert self._images is not None
-            found = one.slices() if not isinstance(one, _CountedImage) else [one.resized(self._images)]
-            images += found
-            grids += [self._images.grid(image) for image in found]
-            if sum(self._model.vision.tokens(grid) for grid in grids[-len(found) :]) != one.tokens:
-                raise RequestError(f"image {len(images)} changed while it was read")
+            images += one.pieces(self._images) if isinstance(one, _CountedImage) else one.slices()
+        grids = [self._images.grid(image) for image in images] if self._images else []
         return Prompt.from_ids(ids, grids, self._model, images)
 
     def _counted(self, given: Sequence[GivenImage | GivenVideo]) -> list[_CountedImage | PlannedVideo]:
@@ -142,7 +139,9 @@ class PromptBuilder:
                 counted.append(self._videos.plan(one))
             elif self._images is not None:
                 kept = replace(one, source=self._images.repeatable(one.source))
-                counted.append(_CountedImage(kept, self._images.tokens(kept.source, kept.limits)))
+                layout = self._images.layout(kept.source, kept.limits)
+                tokens = layout.tokens(self._model.vision)
+                counted.append(_CountedImage(len(counted) + 1, kept, layout, tokens))
             total += counted[-1].tokens
             if total > self._model.context:
                 raise RequestError(
@@ -154,7 +153,7 @@ class PromptBuilder:
     def _ids(self, one: _CountedImage | PlannedVideo) -> list[int]:
         """The token ids that take a placeholder's place."""
         if isinstance(one, _CountedImage):
-            return image_ids(one.tokens, self._model)
+            return one.layout.ids(self._model)
         ids: list[int] = []
         video = self._model.video
         assert video is not None
@@ -210,18 +209,18 @@ class PromptBuilder:
 
 @dataclass(frozen=True)
 class _CountedImage:
-    """An image, to be decoded later, and how many visual tokens it has."""
+    """An image, to be decoded later, its place among a prompt's, how it will be cut, and its visual tokens."""
 
+    number: int
     given: GivenImage
+    layout: ImageLayout
     tokens: int
 
-    def resized(self, images: ImageProcessor) -> Image:
-        return images.fit(images.open(self.given.source), self.given.limits)
-
-
-def image_ids(tokens: int, model: ModelMetadata) -> list[int]:
-    """The token ids that take a placeholder's place. tokens: how many visual tokens the image has."""
-    return [*model.image_begin, *[model.image_token_id] * tokens, *model.image_end]
+    def pieces(self, images: ImageProcessor) -> list[Image]:
+        opened = images.open(self.given.source)
+        if images.layout(opened, self.given.limits) != self.layout:
+            raise RequestError(f"image {self.number} changed while it was read")
+        return images.fit(opened, self.given.limits)
 
 
 def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndarray:
@@ -245,8 +244,9 @@ def _check_grids(grids: Sequence[Grid], model: ModelMetadata) -> None:
     for grid in grids if isinstance(grids, (list, tuple)) else [grids]:
         pair = grid if isinstance(grid, (list, tuple)) else ()
         good = len(pair) == 2 and all(isinstance(n, (int, np.integer)) and 0 < n <= MAX_SIDE for n in pair)
-        if not good or any(n % merge for n in pair):
-            raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: (h, w), multiples of {merge})")
+        if not good or any(n % merge for n in pair) or model.vision.grid not in (None, (*pair,)):
+            allowed = model.vision.grid or f"(h, w), multiples of {merge}"
+            raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: {allowed})")
 
 
 def _require_room(tokens: int, model: ModelMetadata, images: bool = False) -> None:

@@ -16,12 +16,14 @@ from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.image_pixels import upright_rgb
 from moevlm.runtime.request.image_source import ImageSource, read_source
 from moevlm.runtime.request.images.fields import read_fields
+from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.slices import Slice, frames_of
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 
 # Bytes that an encoded image may have: no allowed one needs more, but for its metadata.
 _BYTES_PER_PIXEL = 8
 _FILE_BYTES = 1 << 26
+_FIRST_LYING = 5  # of the EXIF orientations; from it on rows are stored as columns
 
 
 class ImageProcessor(ABC):
@@ -70,26 +72,39 @@ class ImageProcessor(ABC):
             return image
         return read_source(image, self._most_bytes)[0]
 
-    def tokens(self, image: ImageSource, limits: ImageLimits = NO_LIMITS) -> int:
-        """How many tokens an image takes, by its header alone: nothing is decoded. RequestError as `open` and `fit`."""
-        opened, _, _ = self._header(image)
-        height, width = self._resized(opened.height, opened.width, limits)  # upright or not: the area is the same
-        return height * width // self._block**2
+    def layout(self, image: ImageSource, limits: ImageLimits = NO_LIMITS) -> ImageLayout:
+        """How `fit` cuts an image, by its header alone. RequestError as `open` and `fit`.
 
-    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> Image.Image:
-        """Resize an image from `open` to whole blocks of patches.
+        Nothing is decoded but for a PNG that Pillow has opened: how it lies may stand behind its pixels.
+        """
+        opened, _, orientation = self._header(image)
+        lies = (orientation or _orientation(opened)) >= _FIRST_LYING
+        height, width = (opened.width, opened.height) if lies else (opened.height, opened.width)
+        return self._layout(height, width, limits)
+
+    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> list[Image.Image]:
+        """Resize an image from `open` to whole blocks of patches, and cut it: its pieces, as `ImageLayout.grids` lists.
 
         RequestError if it is too elongated, or cannot be made as small as `limits` say.
         """
-        height, width = self._resized(image.height, image.width, limits)
-        return image.resize((width, height), self._resample)
+        layout = self._layout(image.height, image.width, limits)
+        pieces: list[Image.Image] = []
+        if layout.rows:
+            height, width = self._pixels(layout.tile)
+            whole = self._spread(image, (width * layout.columns, height * layout.rows))
+            for top in range(0, whole.height, height):
+                pieces += [whole.crop((x, top, x + width, top + height)) for x in range(0, whole.width, width)]
+        if layout.overview is not None:
+            height, width = self._pixels(layout.overview)
+            pieces.append(image.resize((width, height), self._resample))
+        return pieces
 
     def grid(self, image: Image.Image | Slice) -> Grid:
-        """Rows and columns of patches that an image from `fit`, or a slice, is cut into."""
+        """Rows and columns of patches that a piece from `fit`, or a slice, is cut into."""
         return image.height // self._vision.patch_size, image.width // self._vision.patch_size
 
     def pack(self, images: Sequence[Image.Image | Slice]) -> tuple[VisionInputs, list[Grid]]:
-        """Inputs of one vision call for images from `fit` and slices of videos, and the (h, w) grid of each."""
+        """Inputs of one vision call for pieces from `fit` and slices of videos, and the (h, w) grid of each."""
         grids = [self.grid(image) for image in images]
         size, merge = self._vision.patch_size, self._vision.merge_size
         patches = np.empty((sum(h * w for h, w in grids), self._vision.patch_width), np.float32)
@@ -110,11 +125,20 @@ class ImageProcessor(ABC):
     @property
     @abstractmethod
     def max_patches(self) -> int:
-        """The most patches that an image has, unless a request says otherwise."""
+        """The most patches that a piece of an image has, unless a request says otherwise."""
+
+    def _layout(self, height: int, width: int, limits: ImageLimits) -> ImageLayout:
+        """How an image of this size is cut. RequestError as `fit`."""
+        height, width = self._resized(height, width, limits)
+        return ImageLayout((height // self._vision.patch_size, width // self._vision.patch_size))
 
     @abstractmethod
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
-        """The size that an image is resized to, of whole blocks. RequestError as `fit`."""
+        """The size that an image in one piece is resized to, of whole blocks. RequestError as `fit`."""
+
+    def _spread(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        """The image over all of its tiles. size: (width, height) of them together."""
+        return image.resize(size, self._resample)
 
     @abstractmethod
     def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
@@ -122,6 +146,10 @@ class ImageProcessor(ABC):
 
         frames: 1 of an image, the temporal patch size of a slice.
         """
+
+    def _pixels(self, grid: Grid) -> tuple[int, int]:
+        """(height, width) of a piece of this grid."""
+        return grid[0] * self._vision.patch_size, grid[1] * self._vision.patch_size
 
     @property
     def _block(self) -> int:

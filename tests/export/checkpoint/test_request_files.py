@@ -14,7 +14,7 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.request_files import RequestFiles, request_files
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError
-from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.manifest import NO_MARKS, ImageMarks, ModelMetadata
 from tests.support.command_line import call
 from tests.support.families.base import IMAGE
 from tests.support.tiny import CHAT_TEMPLATE, edit_json
@@ -55,7 +55,7 @@ def test_a_good_checkpoint_has_four_files_and_no_notes(folder: Path, model: Mode
 def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelMetadata) -> None:
     for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
         (folder / name).unlink()
-    assert request_files(folder, model) == RequestFiles({}, {}, model.eos_token_ids, ())
+    assert request_files(folder, model) == RequestFiles({}, {}, model.eos_token_ids, NO_MARKS)
 
 
 @pytest.mark.parametrize(
@@ -152,15 +152,22 @@ def test_image_token_of_the_tokenizer_is_that_of_the_config(folder: Path, model:
 
 
 def test_tokens_around_an_image_are_those_of_the_tokenizer(folder: Path, model: ModelMetadata) -> None:
-    marked = msgspec.structs.replace(model, image_begin=(3,), image_end=(4,))
+    marked = msgspec.structs.replace(model, image_marks=ImageMarks(begin=(3,), end=(4,)))
     request_files(folder, marked)
     names = {"boi_token": "<|vision_start|>", "eoi_token": "<|vision_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(names))
     request_files(folder, marked)
-    letter = msgspec.structs.replace(marked, image_end=(9,))
-    refused(folder, letter, "no added token for eoi_token_id = 9 of config.json")
+    letter = msgspec.structs.replace(marked, image_marks=ImageMarks(end=(9,)))
+    refused(folder, letter, "no added token for image_marks.end = 9")
     (folder / "tokenizer_config.json").write_text(json.dumps(names | {"boi_token": "<|video_pad|>"}))
-    refused(folder, marked, "boi_token = '<|video_pad|>'", "boi_token_id = 3", "<|vision_start|>")
+    refused(folder, marked, "boi_token = '<|video_pad|>'", "image_marks.begin = 3", "<|vision_start|>")
+
+
+def test_tokens_of_images_that_are_known_by_text_are_found_in_the_tokenizer(folder: Path, model: ModelMetadata) -> None:
+    texts = {"row_break": "<|vision_start|>", "end": "<|vision_end|>"}
+    assert request_files(folder, model, texts).image_marks == ImageMarks(row_break=(3,), end=(4,))
+    with pytest.raises(CheckpointError, match=r"no added token '\[IMG_END\]', which images of this model have"):
+        request_files(folder, model, texts | {"end": "[IMG_END]"})
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,8 @@ def test_prompt_has_marks_around_its_images_and_counted_positions(runtime: Runti
     image = prompt.ids == model.image_token_id
     first, last = np.flatnonzero(np.diff(image.astype(int)) == 1), np.flatnonzero(np.diff(image.astype(int)) == -1)
     assert len(first) == 2
-    assert set(prompt.ids[first]) == set(model.image_begin)
-    assert set(prompt.ids[last + 1]) == set(model.image_end)
+    assert set(prompt.ids[first]) == set(model.image_marks.begin)
+    assert set(prompt.ids[last + 1]) == set(model.image_marks.end)
     np.testing.assert_array_equal(prompt.positions, [range(len(prompt.ids))] * 3)
 
 

@@ -15,6 +15,7 @@ from moevlm.export.graph.weights import Constant, read
 from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.core.manifest import ImageMarks
 from moevlm.runtime.request.vision_inputs import VisionInputs
 from tests.support.gemma4_tower import BASE, CONFIGURATIONS, OUT, SIZES, TinyTower
 from tests.support.vision_towers import (
@@ -124,7 +125,7 @@ def test_fields_have_the_references_defaults() -> None:
     config = gemma4_tower(Fields({}), OUT)
     assert (config.hidden, config.depth, config.heads, config.head_dim, config.rope_theta) == (768, 16, 12, 64, 100.0)
     assert (config.merge_size, config.patch_size, config.position_table, config.standardize) == (3, 16, 10240, False)
-    assert image_marks(Fields({})) == {"image_begin": (255_999,), "image_end": (258_882,)}
+    assert image_marks(Fields({})) == ImageMarks(begin=(255_999,), end=(258_882,))
 
 
 @pytest.mark.parametrize("piece", [1, 3, 5, 24])

@@ -36,7 +36,7 @@ def test_tokens_around_an_image_are_those_of_transformers_processor(tmp_path: Pa
     checkpoint = TinyCheckpoint("gemma4", side_files=True).save(tmp_path / "checkpoint")
     bundle = build(checkpoint, tmp_path / "gemma.moevlm", ["reference"]).directory
     assert all(check.passed and not check.note for check in checked(bundle, checkpoint))
-    edit_manifest(bundle, lambda manifest: manifest["model"].update(image_end=[3]))
+    edit_manifest(bundle, lambda manifest: manifest["model"]["image_marks"].update(end=[3]))
     (failed,) = [check for check in checked(bundle, checkpoint) if not check.passed]
     assert failed.quantity == "60 conversations whose ids differ"
     assert failed.note == "text 0 about two images: token 10 is 3, of transformers 4"

@@ -11,7 +11,7 @@ from PIL import Image
 from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
 from moevlm.runtime.core.errors import BundleError, RequestError
-from moevlm.runtime.core.manifest import RopeMetadata
+from moevlm.runtime.core.manifest import ImageMarks, RopeMetadata
 from moevlm.runtime.core.towers import GridTower, PooledTower
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
@@ -38,11 +38,11 @@ def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Imag
 def assert_as_transformers(image: Image.Image, vision: PooledTower = VISION, **fields: Any) -> None:
     wanted = Gemma4ImageProcessorPil(**fields)(images=[image], return_tensors="np")
     mine = ours(vision, **fields)
-    inputs, [(height, width)] = mine.pack([mine.fit(mine.open(image))])
+    inputs, [(height, width)] = mine.pack(mine.fit(mine.open(image)))
     places = wanted["image_position_ids"][0]
     real = places[:, 0] >= 0
     assert (width, height) == tuple(places.max(axis=0) + 1)
-    assert mine.tokens(image) == vision.tokens((height, width)) == wanted["num_soft_tokens_per_image"][0]
+    assert mine.layout(image).tokens(vision) == vision.tokens((height, width)) == wanted["num_soft_tokens_per_image"][0]
     rows, columns = block_order([(height, width)], vision.merge_size)
     order = rows * width + columns
     pixels = 2 * (wanted["pixel_values"][0][real][order] - np.float32(0.5))  # as the tower does it
@@ -86,7 +86,7 @@ def test_fields_change_pixels_as_in_transformers(fields: dict[str, Any]) -> None
 
 def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
     mine = ours(max_soft_tokens=70)
-    images = [mine.fit(noise(size)) for size in ((300, 100), (20, 700), (64, 64))]
+    images = [mine.fit(noise(size))[0] for size in ((300, 100), (20, 700), (64, 64))]
     packed, grids = mine.pack(images)
     singles = [mine.pack([image])[0] for image in images]
     assert packed.rows.keys() == VISION.inputs.keys()
@@ -123,10 +123,10 @@ def test_limits_of_a_request_bound_the_tokens(limits: ImageLimits, most: int) ->
     mine = ours()
     for size in SIZES:
         image = noise(size)
-        fitted = mine.fit(image, limits)
+        (fitted,) = mine.fit(image, limits)
         tokens = VISION.tokens(mine.grid(fitted))
         assert 1 <= tokens <= most
-        assert mine.tokens(image, limits) == tokens
+        assert mine.layout(image, limits).tokens(VISION) == tokens
         assert fitted.width % 48 == fitted.height % 48 == 0
 
 
@@ -218,8 +218,7 @@ def test_a_prompt_is_what_transformers_processor_writes_around_images() -> None:
     model = msgspec.structs.replace(
         MODEL,
         vision=VISION,
-        image_begin=(begin,),
-        image_end=(end,),
+        image_marks=ImageMarks(begin=(begin,), end=(end,)),
         ropes=(RopeMetadata(dim=4, theta=1e4, sections=(), interleaved=False),),
     )
     images = [noise((100, 30)), noise((64, 200))]

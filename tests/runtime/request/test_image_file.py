@@ -81,7 +81,7 @@ def test_work_that_is_not_for_pixels_is_refused_before_it_is_done(name: str, mon
     make, most, words = TOO_MUCH[name]
     assert processor().open(make(most)).width > 0
     monkeypatch.setattr(ImageFile.ImageFile, "__init__", lambda *_: pytest.fail("read"))
-    for act in (processor().open, processor().tokens):
+    for act in (processor().open, processor().layout):
         with pytest.raises(RequestError, match=rf"^image has more than \d+ .*{words}.* \(the most that is allowed\)$"):
             act(make(most * 2))
 
@@ -201,7 +201,7 @@ for name in sys.argv[1:]:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     image = ours.open(Path(name))
-    fitted = ours.fit(image)
+    (fitted,) = ours.fit(image)
     size = image.width * image.height
     print((peak() - before - 2 * Path(name).stat().st_size) / size)
     del image, fitted

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.request.image_limits import ImageLimits
+from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
+from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
 from tests.runtime.request.test_images import CHINA, CONFIGS, FLOWER, ORACLES, PNG, VISION, crop, processor
 
@@ -18,12 +19,16 @@ BLOCK = {kind: 2 * config["patch_size"] for kind, config in CONFIGS.items()}
 IMAGES = [CHINA, crop(FLOWER, 300, 41), crop(FLOWER, 25, 333), crop(CHINA, 9, 9), crop(CHINA, 200, 200)]
 
 
+def tokens_of(ours: ImageProcessor, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> int:
+    return ours.layout(image, limits).tokens(VISION)
+
+
 def packed(kind: str, image: Image.Image, limits: ImageLimits, **options: Any) -> np.ndarray:
     config = CONFIGS[kind]
     ours = image_processor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), **options)
-    fitted = ours.fit(image, limits)
+    (fitted,) = ours.fit(image, limits)
     height, width = ours.grid(fitted)
-    assert ours.tokens(image, limits) == height * width // 4
+    assert ours.layout(image, limits).grids == [(height, width)]
     return ours.pack([fitted])[0].pixel_patches
 
 
@@ -63,8 +68,8 @@ def test_no_image_takes_more_tokens_than_the_limit(kind: str, most: int) -> None
 
 def test_a_small_image_is_enlarged_no_further_than_the_limit() -> None:
     smallest = {"size": {"shortest_edge": 64 * 32 * 32, "longest_edge": 300 * 300}}
-    assert processor(**smallest).tokens(crop(CHINA, 100, 90)) == 9 * 8
-    assert processor(**smallest).tokens(crop(CHINA, 100, 90), ImageLimits(max_tokens=64)) == 8 * 7
+    assert tokens_of(processor(**smallest), crop(CHINA, 100, 90)) == 9 * 8
+    assert tokens_of(processor(**smallest), crop(CHINA, 100, 90), ImageLimits(max_tokens=64)) == 8 * 7
 
 
 def test_a_limit_larger_than_the_image_changes_nothing() -> None:
@@ -77,15 +82,15 @@ def test_a_limit_larger_than_the_image_changes_nothing() -> None:
 def test_low_detail_reduces_to_512_by_512_pixels_and_enlarges_nothing() -> None:
     large = {"size": {"shortest_edge": 4096, "longest_edge": 4096 * 4096}}
     for size, tokens in (((4000, 3000), 18 * 13), ((4000, 100), 101 * 2), ((512, 512), 256), ((320, 320), 100)):
-        assert processor(**large).tokens(Image.new("RGB", size), ImageLimits(low_detail=True)) == tokens
-    assert processor().tokens(CHINA, ImageLimits(low_detail=True)) == processor().tokens(CHINA)
+        assert tokens_of(processor(**large), Image.new("RGB", size), ImageLimits(low_detail=True)) == tokens
+    assert tokens_of(processor(), CHINA, ImageLimits(low_detail=True)) == tokens_of(processor(), CHINA)
     least = ImageLimits(max_pixels=1024, low_detail=True)
-    assert processor(**large).tokens(CHINA, least) == 1
+    assert tokens_of(processor(**large), CHINA, least) == 1
 
 
 def test_an_elongated_image_that_cannot_be_made_so_small_is_refused() -> None:
     with pytest.raises(RequestError, match=r"^image is 3200 x 32 pixels, which is too elongated for max_image_tokens"):
-        processor().tokens(Image.new("RGB", (3200, 32)), ImageLimits(max_tokens=2))
+        processor().layout(Image.new("RGB", (3200, 32)), ImageLimits(max_tokens=2))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +111,7 @@ def test_an_elongated_image_that_cannot_be_made_so_small_is_refused() -> None:
     ],
 )
 def test_limits_out_of_range_are_refused_by_name(limits: ImageLimits, words: str) -> None:
-    for act in (processor().tokens, lambda image, limits: processor().fit(processor().open(image), limits)):
+    for act in (processor().layout, lambda image, limits: processor().fit(processor().open(image), limits)):
         with pytest.raises(RequestError, match=rf"^unsupported value {words}"):
             act(PNG, limits)
 
@@ -116,6 +121,6 @@ def test_no_image_has_more_patches_than_the_processor_says(kind: str, longest: i
     config = CONFIGS[kind] | {"size": {"shortest_edge": 1024, "longest_edge": longest}}
     ours = image_processor(config, msgspec.structs.replace(VISION, patch_size=config["patch_size"]), max_pixels=1 << 30)
     sides = [int(side * (longest**0.5) / 8) for side in (3, 7, 8, 9, 12)]
-    found = [4 * ours.tokens(Image.new("1", (width, height))) for width in sides for height in sides]
+    found = [4 * tokens_of(ours, Image.new("1", (width, height))) for width in sides for height in sides]
     assert max(found) <= ours.max_patches
     assert max(found) > 0.7 * ours.max_patches

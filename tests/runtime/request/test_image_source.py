@@ -79,7 +79,7 @@ closed.close()
 @pytest.mark.parametrize("kind", NO_IMAGES)
 def test_what_is_no_image_is_told_in_one_short_line(kind: str) -> None:
     source, words = NO_IMAGES[kind]
-    for act in (processor().open, processor().tokens):
+    for act in (processor().open, processor().layout):
         with pytest.raises(RequestError) as caught:
             act(source)
         assert words in str(caught.value)

@@ -41,9 +41,9 @@ def assert_as_transformers(image: Image.Image, vision: RotaryTower = VISION, **f
     given = fields | {"patch_size": side * vision.merge_size}  # as PixtralProcessor calls it
     wanted = PixtralImageProcessorPil(**given)(images=[image], return_tensors="np")
     mine = ours(vision, **fields)
-    inputs, [(height, width)] = mine.pack([mine.fit(mine.open(image))])
+    inputs, [(height, width)] = mine.pack(mine.fit(mine.open(image)))
     assert (height * side, width * side) == tuple(wanted["image_sizes"][0])
-    assert mine.tokens(image) == vision.tokens((height, width))
+    assert mine.layout(image).tokens(vision) == vision.tokens((height, width))
     rows, columns = block_order([(height, width)], vision.merge_size)
     patches = wanted["pixel_values"][0].reshape(3, height, side, width, side).transpose(1, 3, 0, 2, 4)
     np.testing.assert_array_equal(inputs.pixel_patches, patches[rows, columns].reshape(len(rows), -1))
@@ -87,12 +87,12 @@ def test_a_side_that_the_reference_makes_none_is_one_block() -> None:
     with pytest.raises(ValueError, match=r"SizeDict\(height=0, "):
         PixtralImageProcessorPil(**PUBLISHED | {"patch_size": 28})(images=[image])
     mine = ours(**PUBLISHED)
-    assert mine.grid(mine.fit(image)) == (2, 110)
+    assert mine.grid(mine.fit(image)[0]) == (2, 110)
 
 
 def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
     mine = ours()
-    images = [mine.fit(noise(size)) for size in ((300, 100), (20, 700), (64, 64))]
+    images = [mine.fit(noise(size))[0] for size in ((300, 100), (20, 700), (64, 64))]
     packed, grids = mine.pack(images)
     singles = [mine.pack([image])[0] for image in images]
     assert packed.rows.keys() == VISION.inputs.keys()
@@ -130,8 +130,8 @@ def test_an_image_is_as_large_as_the_limits_of_a_request_allow(limits: ImageLimi
     mine = ours(**PUBLISHED)
     for size in SIZES:
         image = noise(size)
-        rows, columns = (side // 2 for side in mine.grid(mine.fit(image, limits)))
-        assert mine.tokens(image, limits) == rows * columns
+        rows, columns = (side // 2 for side in mine.grid(mine.fit(image, limits)[0]))
+        assert mine.layout(image, limits).grids == [(2 * rows, 2 * columns)]
         assert 1 <= rows * columns <= most
         # As the reference with some longest side, and the next one that changes anything has too many tokens.
         blank = np.broadcast_to(0, (3, image.height, image.width))

@@ -30,7 +30,7 @@ def test_images_among_others_are_those_alone(bundle: Bundle) -> None:
     images, engine = load_images(bundle), load_engine(bundle, options=EngineOptions(threads=2))
     assert images is not None
     rng = np.random.default_rng(0)
-    fitted = [images.fit(Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8))) for size in SIZES]
+    fitted = [images.fit(Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)))[0] for size in SIZES]
     alone = [engine.encode(images.pack([image])[0]) for image in fitted]
     for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [3, 3, 1]):
         together = engine.encode(images.pack([fitted[i] for i in order])[0])

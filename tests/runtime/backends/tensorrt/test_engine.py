@@ -326,7 +326,7 @@ def test_threads_share_an_engine(runtime, reference) -> None:
 def vision_inputs(bundle: Path, *sizes: tuple[int, int]) -> VisionInputs:
     images = load_images(Bundle.open(bundle))
     assert images is not None
-    return images.pack([images.fit(picture(*size, seed=i)["image"]) for i, size in enumerate(sizes)])[0]
+    return images.pack([images.fit(picture(*size, seed=i)["image"])[0] for i, size in enumerate(sizes)])[0]
 
 
 def test_images_that_do_not_fit_into_one_call_are_split_between_images(bundle, runtime, reference) -> None:
