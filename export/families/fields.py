@@ -14,6 +14,7 @@ _MOST = {
     **dict.fromkeys(("num_hidden_layers", "depth", "n_shared_experts"), 1024),
     "linear_conv_kernel_dim": 64,
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_heads"), 1 << 12),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"), 1 << 14),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 1 << 12),
     **dict.fromkeys(("head_dim", "linear_key_head_dim", "linear_value_head_dim", "image_size"), 1 << 14),
     **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels", "num_channels"), 1 << 10),

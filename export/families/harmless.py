@@ -19,12 +19,20 @@ _COMPUTATION = (
     *("output_attentions", "output_hidden_states", "output_router_logits", "tie_last_hidden_states"),
     *("base_model_tp_plan", "base_model_ep_plan", "base_model_pp_plan", "base_model_fsdp_plan"),
     *("mamba_ssm_dtype",),  # of states, which are float32 here
+    *("ep_size", "pretraining_tp"),  # of how many devices
 )
 # How weights are stored, which `export/checkpoint/quantized` reads wherever it stands.
 _STORAGE = ("quantization_config", "compression_config")
 # Of training alone; num_nextn_predict_layers and mtp_... describe layers that transformers leaves out.
 _TRAINING = (
-    *("initializer_range", "router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing"),
+    *(
+        "initializer_range",
+        "router_aux_loss_coef",
+        "aux_loss_alpha",
+        "seq_aux",
+        "router_jitter_noise",
+        "gradient_checkpointing",
+    ),
     *("num_nextn_predict_layers", "for_llm_compressor"),
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),

@@ -8,7 +8,7 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.interleaved_experts import InterleavedExperts
 from moevlm.export.families.rope import axial_theta
 from moevlm.export.families.sources import Experts, Source
-from moevlm.runtime.core.manifest import RopeMetadata, VideoMetadata
+from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata, VideoMetadata
 
 Weights = Mapping[str, str | Source]
 
@@ -53,6 +53,7 @@ def decoder(
     rope: RopeMetadata,
     layer: Callable[[int], LayerConfig],
     deepstack: int = 0,
+    query_scale: QueryScaleMetadata | None = None,
 ) -> DecoderConfig:
     """A decoder with one rope. epsilon: where config.json has none. layer: the config of each, by its number."""
     return DecoderConfig(
@@ -64,6 +65,7 @@ def decoder(
         ropes=(rope,),
         layers=tuple(map(layer, range(text.positive("num_hidden_layers")))),
         deepstack=deepstack,
+        query_scale=query_scale,
     )
 
 

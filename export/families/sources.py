@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.rearranged import Reordered, RowBlocks, reshape, swap_last
+from moevlm.export.graph.rearranged import Parts, Reordered, RowBlocks, reshape, swap_last
 from moevlm.export.graph.weights import Concat, Constant, PerRow, Stack, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
@@ -61,6 +61,22 @@ def reordered(pattern: str, order: Sequence[int]) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
         return Reordered(named(pattern)(tensors, indices, shape, layout), order)
+
+    return source
+
+
+def rows_of_heads(pattern: str, size: int, start: int, *, turned: bool = False) -> Source:
+    """Some of each head's rows of a projection, as a matrix for each head: [heads, rows, K].
+
+    size: all rows of a head. start: the first of them. turned: as [heads, K, rows].
+    """
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        heads, rows, width = (shape[0], shape[2], shape[1]) if turned else shape
+        weight = _expect(name, _get(tensors, name), (heads * size, width))
+        own = Parts(RowBlocks(weight, rows, size, start), rows)
+        return swap_last(own) if turned else own
 
     return source
 

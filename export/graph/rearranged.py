@@ -34,6 +34,26 @@ class Flat:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """[a * size, ...] -> [a, size, ...]."""
+
+    source: Weight
+    size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows, *others = self.source.shape
+        return (rows // self.size, self.size, *others)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        return self.source.rows(start * self.size, stop * self.size).reshape(-1, *self.shape[1:])
+
+
+@dataclass(frozen=True)
 class Reordered:
     """Each group of len(order) rows, its row i the row order[i] of that group before."""
 

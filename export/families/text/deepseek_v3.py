@@ -1,0 +1,36 @@
+"""DeepSeek-V3: latent attention, sigmoid routing with a correction bias and expert groups, shared experts.
+
+Source: transformers 5.24 `models/deepseek_v3`. Checkpoints: deepseek-ai/DeepSeek-V3, -R1, -V3.1; Kimi-K2 as text of
+moonshotai/Kimi-K2.5.
+"""
+
+from typing import ClassVar
+
+from moevlm.export.config import DecoderConfig
+from moevlm.export.families import shared
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope import one_axis, rope_fields
+from moevlm.export.families.text.base import register_text
+from moevlm.export.families.text.latent import HeadSizes, LatentText, latent_decoder, score_scale
+
+
+@register_text("deepseek_v3")
+class DeepseekV3(LatentText):
+    """See the module's docstring."""
+
+    mixer = "MLA, scaled rope"
+    routing = "sigmoid, correction bias, groups; shared experts"
+    # The layer behind the last one, which predicts a second token.
+    left_out: ClassVar = {r"model\.layers\.61\..*": shared.NEXT_TOKENS}
+
+    def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
+        sizes, rope = HeadSizes.of(text), rope_fields(text)
+        text.choice("head_dim", (sizes.rope,), sizes.rope)
+        text.choice("topk_method", ("noaux_tc",), "noaux_tc")
+        return latent_decoder(
+            text,
+            tied=tied,
+            rope=one_axis(text, sizes.rope, rope=rope),
+            scale=score_scale(rope, sizes.query),
+            scoring="sigmoid",
+        )

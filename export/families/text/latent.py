@@ -1,0 +1,167 @@
+"""What text models with latent attention have in common: fields of config.json, and where the weights lie."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from moevlm.export.config import DecoderConfig, LayerConfig, MLAConfig, MLPConfig, MoEConfig
+from moevlm.export.families import shared
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.rope_scaling import yarn_mscale
+from moevlm.export.families.sources import Experts, Source, halves, reordered, rows_of_heads
+from moevlm.export.families.text.base import TextModel
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata
+
+_EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps says
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """nope, rope: dimensions of a query and a key without and with rotation. value: of a value. latent: of all heads.
+
+    interleaved: what turns together lies side by side on the disk.
+    """
+
+    nope: int
+    rope: int
+    value: int
+    latent: int
+    interleaved: bool
+
+    @classmethod
+    def of(cls, text: Fields) -> Self:
+        rope = text.positive("qk_rope_head_dim")
+        if rope % 2:
+            raise text.invalid("qk_rope_head_dim", rope, "an even number")
+        return cls(
+            nope=text.positive("qk_nope_head_dim"),
+            rope=rope,
+            value=text.positive("v_head_dim"),
+            latent=text.positive("kv_lora_rank"),
+            interleaved=text.flag("rope_interleave", True),
+        )
+
+    @property
+    def query(self) -> int:
+        """Of a query."""
+        return self.nope + self.rope
+
+
+class LatentText(TextModel):
+    """Rows that turn are read as two halves; kv_b_proj comes apart into what is done to queries and to results."""
+
+    router_suffix = "mlp.gate"
+    config_names: ClassVar[Mapping[str, str]] = {
+        "experts": "n_routed_experts",
+        "head_dim without a window": "kv_lora_rank",
+        "rope_dim": "qk_rope_head_dim",
+    }
+
+    def __init__(self, sizes: HeadSizes) -> None:
+        self.sizes = sizes
+
+    @classmethod
+    def of(cls, text: Fields) -> Self:
+        return cls(HeadSizes.of(text))
+
+    def weights(self, model: str, head: str) -> shared.Weights:
+        ours, theirs = "decoder.layers.{i}.attention.", f"{model}layers.{{i}}.self_attn."
+        sizes = self.sizes
+        query, latent = (sizes.nope, sizes.query), (sizes.latent, sizes.latent + sizes.rope)
+
+        def turned(name: str, places: tuple[int, int]) -> str | Source:
+            """Rows of a projection; from the first of `places` to the second, of so many rows, they turn."""
+            start, size = places
+            return reordered(f"{theirs}{name}", halves(sizes.rope, start, size)) if sizes.interleaved else theirs + name
+
+        up = f"{theirs}kv_b_proj.weight"
+        return {
+            **shared.decoder_weights(Experts(f"{model}layers.{{i}}.mlp.experts", per_expert=True), model),
+            "decoder.head": head,
+            f"{ours}q.weight": turned("q_proj.weight", query),
+            **shared.renamed({f"{ours}q_down": f"{theirs}q_a_proj"}, shared.BOTH),
+            f"{ours}q_norm.weight": f"{theirs}q_a_layernorm.weight",
+            f"{ours}q_up.weight": turned("q_b_proj.weight", query),
+            **{f"{ours}kv_down.{part}": turned(f"kv_a_proj_with_mqa.{part}", latent) for part in shared.BOTH},
+            f"{ours}kv_norm.weight": f"{theirs}kv_a_layernorm.weight",
+            f"{ours}key_up": rows_of_heads(up, sizes.nope + sizes.value, 0, turned=True),
+            f"{ours}value_up": rows_of_heads(up, sizes.nope + sizes.value, sizes.nope),
+        }
+
+
+def latent_decoder(
+    text: Fields,
+    *,
+    tied: bool,
+    rope: RopeMetadata,
+    scale: float,
+    scoring: str,
+    query_scale: QueryScaleMetadata | None = None,
+) -> DecoderConfig:
+    """A decoder of latent attention. scale: of the scores of attention. scoring: of the router."""
+    heads, sizes = text.positive("num_attention_heads"), HeadSizes.of(text)
+    text.choice("num_key_value_heads", (heads,), heads)
+    text.choice("qk_head_dim", (sizes.query,), sizes.query)
+    attention = MLAConfig(
+        heads=heads,
+        q_rank=text.count("q_lora_rank", 0),
+        kv_rank=sizes.latent,
+        nope_dim=sizes.nope,
+        rope_dim=sizes.rope,
+        value_dim=sizes.value,
+        bias=text.flag("attention_bias", False),
+        epsilon=_EPSILON,
+        scale=scale,
+        query_scale=query_scale is not None,
+    )
+    activation = text.choice("hidden_act", {"silu": "silu"})
+    moe, dense = _moe(text, activation, scoring), MLPConfig(text.positive("intermediate_size"), activation)
+    dense_layers = text.count("first_k_dense_replace")
+    return shared.decoder(
+        text,
+        epsilon=1e-6,
+        tied=tied,
+        rope=rope,
+        layer=lambda i: LayerConfig(attention, dense if i < dense_layers else moe),
+        query_scale=query_scale,
+    )
+
+
+def score_scale(rope: Fields, size: int) -> float:
+    """The scale of the scores: size**-0.5, and twice what yarn lengthens by mscale_all_dim (DeepSeek-V2, appendix).
+
+    rope: fields of the rope, whose other half of that factor is on cosine and sine. size: of a query.
+    """
+    all_dims = rope.number("mscale_all_dim") if rope.get("mscale_all_dim", 0) else 0.0
+    if not all_dims or rope.get("rope_type" if "rope_type" in rope else "type", "default") == "default":
+        return size**-0.5
+    return size**-0.5 * yarn_mscale(rope.number("factor"), all_dims) ** 2
+
+
+def _moe(text: Fields, activation: str, scoring: str) -> MoEConfig:
+    experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group")
+    if experts < 2:  # a group scores by its best two
+        raise text.invalid("n_routed_experts", experts, "2 or more")
+    if experts % groups or experts < 2 * groups:
+        raise text.invalid("n_group", groups, f"a divisor of the {experts} experts up to {experts // 2}")
+    text.choice("moe_layer_freq", (1,), 1)
+    text.choice("scoring_func", (scoring,), scoring)
+    width = text.positive("moe_intermediate_size")
+    return MoEConfig(
+        experts=experts,
+        width=width,
+        router=RouterSpec(
+            top_k=text.positive("num_experts_per_tok"),
+            scoring=scoring,
+            renormalize=text.flag("norm_topk_prob", True),
+            epsilon=1e-20,
+            scale=text.number("routed_scaling_factor"),
+            n_group=groups,
+            topk_group=text.positive("topk_group"),
+            group_score="top2_sum",
+        ),
+        expert=ExpertsSpec(activation=activation),
+        correction_bias=scoring == "sigmoid",
+        shared_width=width * text.positive("n_shared_experts"),
+    )
