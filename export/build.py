@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -85,9 +86,7 @@ def build(
             for name in GRAPHS:
                 writer.add_structure(graphs[name], REFERENCE.path(name))
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
-        for name, engine in engines.items():
-            if engine.recoded:
-                note(f"{name}, weights made of tensors in codes: {recoded_text(engine.recoded)}")
+        _tell(engines, note)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
         manifest = Manifest(
@@ -113,13 +112,15 @@ def add_targets(
     *,
     lora: str | Path | None = None,
     progress: Stages = silent,
+    note: Callable[[str], None] = silent,
     planned: Planned = silent,
     **options: Any,
 ) -> Bundle:
     """Build further targets, or some again, into an existing bundle from the checkpoint that it came from.
 
-    lora: the adapter that the bundle has in its weights. planned: as in `build`. Another process that changes the
-    bundle is waited for. Raises CheckpointError if the checkpoint is another one, and what `build` raises.
+    lora: the adapter that the bundle has in its weights. note: called with what became of weights in codes, a line for
+    each engine. planned: as in `build`. Another process that changes the bundle is waited for. Raises CheckpointError
+    if the checkpoint is another one, and what `build` raises.
     """
     chosen = targets(target_names, options)
     if not chosen:
@@ -141,6 +142,7 @@ def add_targets(
         source.verify()
         require_same_source(existing.manifest, source)
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches, existing))
+        _tell(engines, note)
         writer.keep(existing)
         names = {target.name for target in chosen}
         manifest = msgspec.structs.replace(
@@ -165,8 +167,17 @@ def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str,
     # Where builds have to be the same bytes, reproducible-builds.org's variable stands for the clock.
     clock = int(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
     built = datetime.fromtimestamp(clock, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    engines = {target.name: target.write(context) for target in chosen}
-    return {name: msgspec.structs.replace(engine, built=built) for name, engine in engines.items()}
+    known = {} if context.existing is None else dict(context.existing.manifest.engines)
+    for target in chosen:
+        engine = target.write(replace(context, engines=dict(known)))
+        known[target.name] = msgspec.structs.replace(engine, built=built)
+    return {target.name: known[target.name] for target in chosen}
+
+
+def _tell(engines: Mapping[str, EngineMetadata], note: Callable[[str], None]) -> None:
+    for name, engine in engines.items():
+        if engine.recoded:
+            note(f"{name}, weights made of tensors in codes: {recoded_text(engine.recoded, engine.weight_errors)}")
 
 
 def require_sizes(target: Target, config: ModelConfig, family: Family) -> None:

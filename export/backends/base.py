@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import onnx_ir as ir
@@ -23,7 +23,7 @@ class BuildContext:
     """What targets are built from, and into. canonical: the graphs by name; they stay as they are.
 
     image_patches: of the largest image that the checkpoint's preprocessing makes; None if it has none.
-    existing: the bundle that targets are added to, None for a new one.
+    existing: the bundle that targets are added to, None for a new one. engines: that the bundle has so far, by name.
     """
 
     writer: BundleWriter
@@ -32,6 +32,7 @@ class BuildContext:
     progress: Stages
     image_patches: int | None = None
     existing: Bundle | None = None
+    engines: Mapping[str, EngineMetadata] = field(default_factory=dict)
 
 
 class Target(Protocol):

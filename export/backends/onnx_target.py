@@ -13,7 +13,7 @@ from moevlm.export.backends.states import kept
 from moevlm.export.config import ModelConfig
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.sparsity import TWO_OF_FOUR
-from moevlm.export.formats.stored import recoded, weights_of
+from moevlm.export.formats.stored import recoded, weight_errors, weights_of
 from moevlm.export.graph.cost import cost
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
@@ -61,6 +61,7 @@ class OnnxTarget:
     ) -> EngineMetadata:
         """What the manifest says of this engine. canonical, lowered: the graphs that it was made of, and is."""
         vision, decoder = (self.path(graph) for graph in GRAPHS)
+        weights = [weight for graph in lowered.values() for weight in weights_of(graph)]
         return EngineMetadata(
             vision=vision,
             decoder=decoder,
@@ -72,7 +73,8 @@ class OnnxTarget:
             operators=self.operators,
             sparsity=self.sparsity,
             pruned_weights=sum(map(pruned_count, canonical.values())) if self.sparsity else 0,
-            recoded=recoded(weight for graph in lowered.values() for weight in weights_of(graph)),
+            recoded=recoded(weights),
+            weight_errors=weight_errors(weights),
             cost=cost,
         )
 

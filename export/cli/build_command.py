@@ -128,7 +128,8 @@ def build(
             if force:
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
-            built = add_targets(bundle, origin, names, lora=lora, progress=progress, planned=_say_memory, **given)
+            reading = {"lora": lora, "note": notes.append, "planned": _say_memory}
+            built = add_targets(bundle, origin, names, progress=progress, **reading, **given)
         elif checkpoint is None:
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
@@ -138,6 +139,11 @@ def build(
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
             f"pruned {sparsity}: {zeros:,} weights of dense layers are zero: check the accuracy, which this costs"
+        )
+    if any(engine.weight_errors for engine in built.manifest.engines.values()):
+        console().print(
+            "weight error: root mean square of what rounding weights anew changed, over that of the weights; "
+            "what it costs, in KL divergence and in experts that change places, parity says"
         )
     console().print(
         _next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}" + (f" --lora {lora}" if lora else ""))

@@ -7,12 +7,13 @@ A panel depends on its own 32 rows only, so a weight may be packed, and written,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from moevlm.export.formats.integers import IntFormat
-from moevlm.export.formats.stored import EncodedFrom, encoded
+from moevlm.export.formats.stored import EncodedFrom
 from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import Weight
 
@@ -129,9 +130,9 @@ class PackedRows:
     source: Weight
     scheme: IntFormat
 
-    @property
+    @cached_property
     def encoding(self) -> EncodedFrom:
-        return EncodedFrom(self.source, self.scheme)
+        return EncodedFrom(self.source, _stored_form(self.scheme))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -143,7 +144,7 @@ class PackedRows:
         return np.dtype(np.uint8)
 
     def rows(self, start: int, stop: int) -> Array:
-        found = encoded(self.source, self.scheme, start * PANEL, min(stop * PANEL, self.source.shape[0]))
+        found = self.encoding.rows(start * PANEL, min(stop * PANEL, self.source.shape[0]))
         return _packed(pack, found, self.scheme)
 
 
@@ -195,9 +196,9 @@ class PackedExperts:
     scheme: IntFormat
     interleaved: bool
 
-    @property
+    @cached_property
     def encoding(self) -> EncodedFrom:
-        return EncodedFrom(self.source, self.scheme)
+        return EncodedFrom(self.source, _stored_form(self.scheme))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -214,9 +215,13 @@ class PackedExperts:
         make = pack_gate_up if self.interleaved else pack
         out = np.empty((stop - start, self.shape[1]), np.uint8)
         for i in range(stop - start):
-            found = encoded(self.source, self.scheme, start + i, start + i + 1)
+            found = self.encoding.rows(start + i, start + i + 1)
             out[i] = _packed(make, found, self.scheme).reshape(-1)
         return out
+
+
+def _stored_form(scheme: IntFormat) -> IntFormat:
+    return replace(scheme, scales="float16")
 
 
 def _layout(scheme: IntFormat) -> tuple[int, int, bool]:

@@ -1,9 +1,11 @@
 """What rows of a weight become in a format: a checkpoint's own codes where the format holds them, else rounded anew."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import TypeGuard
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Self, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -12,31 +14,116 @@ from moevlm.export.formats.base import WeightFormat, held
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, weight_format
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, grouped
-from moevlm.export.graph.weights import Weight, WeightTensor, uncast
+from moevlm.export.graph.weights import Cast, Weight, WeightTensor, cast
 
 LARGEST_GROUP = 256  # of the CPU kernels
 
 
+@dataclass
+class Deviation:
+    """How far weights that are stored are from those of the checkpoint: sums over what was written so far."""
+
+    squared_errors: float = 0.0
+    squares: float = 0.0
+
+    def add(self, exact: np.ndarray, stored: np.ndarray) -> None:
+        """Two arrays of one size, of float32."""
+        exact, error = exact.reshape(-1), (stored.reshape(-1) - exact.reshape(-1))
+        self.squared_errors += float(np.vdot(error, error))
+        self.squares += float(np.vdot(exact, exact))
+
+    def __add__(self, other: Self) -> "Deviation":
+        return Deviation(self.squared_errors + other.squared_errors, self.squares + other.squares)
+
+    @property
+    def relative(self) -> float:
+        """Root mean square of the errors over that of the weights; 0 where nothing was written or all weights are 0."""
+        return math.sqrt(self.squared_errors / self.squares) if self.squares else 0.0
+
+
 @dataclass(frozen=True)
 class EncodedFrom:
-    """What an engine's tensor of codes is made of."""
+    """What an engine's tensor of codes is made of.
+
+    deviation: of weights that a checkpoint holds in codes, from these.
+    """
 
     weight: Weight
     form: WeightFormat
+    deviation: Deviation = field(default_factory=Deviation, compare=False)
 
     @property
     def own(self) -> bool:
         """Whether the codes are the checkpoint's."""
         return own_codes(self.weight, self.form) is not None
 
+    @cached_property
+    def kinds(self) -> tuple[str, ...]:
+        """The codes of a checkpoint that the weight is made of, see `kinds_of`."""
+        return kinds_of(self.weight)
+
     def rows(self, start: int, stop: int) -> Codes:
-        """See `encoded`."""
-        return encoded(self.weight, self.form, start, stop)
+        """See `encoded`. Measures how far they are from the checkpoint's."""
+        own = own_codes(self.weight, self.form)
+        if own is not None:
+            found = _regrouped(own.codes(start, stop), own, self.form)
+            if own.form.scales == "float32" != self.form.scales:
+                self._measure(self.weight.rows(start, stop), found)
+            return found
+        rows = self.weight.rows(start, stop)
+        found = _encoded_anew(rows, self.form)
+        if self.kinds:
+            self._measure(rows, found)
+        return found
+
+    def _measure(self, rows: np.ndarray, found: Codes) -> None:
+        decoded = self.form.decode(found.codes, found.scales, found.zeros)
+        self.deviation.add(rows, decoded[:, : rows.shape[-1]])
+
+
+@dataclass(frozen=True)
+class Narrowed(Cast):
+    """A cast of weights that a checkpoint holds in codes."""
+
+    deviation: Deviation = field(default_factory=Deviation, compare=False)
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        exact = self.source.rows(start, stop)
+        found = self.converted(exact)
+        self.deviation.add(exact.astype(np.float32, copy=False), found.astype(np.float32))
+        return found
+
+
+def narrowed(weight: Weight, dtype: np.dtype) -> Weight:
+    """As `cast`; what it costs weights that a checkpoint holds in codes is measured."""
+    made = cast(weight, dtype)
+    return Narrowed(weight, np.dtype(dtype)) if made is not weight and kinds_of(weight) else made
 
 
 def recoded(weights: Iterable[Weight]) -> dict[str, int]:
     """What became of weights that a checkpoint holds in codes, and of how many: {"int4 kept": 96, "fp4 to int8": 2}."""
     return dict(sorted(Counter(filter(None, map(_fate, weights))).items()))
+
+
+def weight_errors(weights: Iterable[Weight]) -> dict[str, float]:
+    """How far those that were written are from the checkpoint's, by the words of `recoded`; exact ones are left out.
+
+    Root mean square of the errors over that of the weights.
+    """
+    sums: dict[str, Deviation] = {}
+    for weight in weights:
+        measured = weight if isinstance(weight, Narrowed) else _encoding(weight)
+        if measured is not None and (fate := _fate(weight)):
+            sums[fate] = sums.get(fate, Deviation()) + measured.deviation
+    return {fate: found.relative for fate, found in sorted(sums.items()) if found.squared_errors}
+
+
+def kinds_of(weight: Weight) -> tuple[str, ...]:
+    """The codes of a checkpoint that a weight is made of, whatever was done to them: ("fp4", "int4 with zeros")."""
+    if kind := getattr(weight, "kind", ""):
+        return (kind,)
+    sources = getattr(weight, "sources", None) or filter(None, [getattr(weight, "source", None)])
+    return tuple(sorted({kind for source in sources for kind in kinds_of(source)}))
 
 
 def weights_of(model: ir.Model) -> Iterator[Weight]:
@@ -45,15 +132,16 @@ def weights_of(model: ir.Model) -> Iterator[Weight]:
     yield from (tensor.weight for tensor in tensors if isinstance(tensor, WeightTensor))
 
 
+def _encoding(weight: Weight) -> EncodedFrom | None:
+    return getattr(weight, "encoding", None)
+
+
 def _fate(weight: Weight) -> str:
-    encoding: EncodedFrom | None = getattr(weight, "encoding", None)
-    own = coded(uncast(weight) if encoding is None else encoding.weight)
-    if own is None:
-        return ""
+    encoding = _encoding(weight)
     if encoding is not None and encoding.own:
-        return f"{own.form.kind} kept"
-    zeros = " with zeros" if own.form.zeros else ""
-    return f"{own.form.kind}{zeros} to {weight.dtype.name if encoding is None else encoding.form.name}"
+        return f"{encoding.form.name} kept"
+    kinds = kinds_of(weight) if encoding is None else encoding.kinds
+    return f"{' and '.join(kinds)} to {weight.dtype.name if encoding is None else encoding.form.name}" if kinds else ""
 
 
 def keeping(form: WeightFormat, *weights: Weight) -> WeightFormat:
@@ -80,7 +168,10 @@ def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:
     own = own_codes(weight, form)
     if own is not None:
         return _regrouped(own.codes(start, stop), own, form)
-    rows = weight.rows(start, stop)
+    return _encoded_anew(weight.rows(start, stop), form)
+
+
+def _encoded_anew(rows: np.ndarray, form: WeightFormat) -> Codes:
     codes, scales = form.encode(rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False))
     return Codes(codes, scales, np.full(scales.shape, form.zero, np.uint8) if _has_zeros(form) else None)
 

@@ -83,6 +83,11 @@ class Coded(ABC):
         """Rows [start:stop] of the first axis as they are stored."""
 
     @property
+    def kind(self) -> str:
+        """What the codes are, in words."""
+        return self.form.kind + (" with zeros" if self.form.zeros else "")
+
+    @property
     def dtype(self) -> np.dtype:
         return FLOAT
 

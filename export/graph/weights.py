@@ -156,7 +156,10 @@ class Cast:
         return self.source.shape
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        array = self.source.rows(start, stop)
+        return self.converted(self.source.rows(start, stop))
+
+    def converted(self, array: np.ndarray) -> np.ndarray:
+        """Values of the source in the dtype. Raises ValueError for one that float16 cannot hold."""
         return _float16(array) if self.dtype == np.float16 else array.astype(self.dtype)
 
 

@@ -135,7 +135,9 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     heads = ("target", "weights/group", "KV cache", "size", "a token", "at full context", "built (UTC)", "parity")
     text += table("engines, with the memory that weights and one sequence need", heads, engines)
     fates = [
-        f"{e.target}, weights made of tensors in codes: {recoded_text(e.recoded)}" for e in report.engines if e.recoded
+        f"{e.target}, weights made of tensors in codes: {recoded_text(e.recoded, e.weight_errors)}"
+        for e in report.engines
+        if e.recoded
     ]
     memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
     return "\n\n".join(("\n".join((text + _tables(bundle), *fates)), *memory))

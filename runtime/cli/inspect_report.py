@@ -31,6 +31,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     kv_cache: str = "float32"
     sparsity: str = ""
     recoded: dict[str, int] = {}
+    weight_errors: dict[str, float] = {}
     tensorrt: TensorRTMetadata | None = None
     problems: list[str] = []
     kernels: KernelsReport | None = None
@@ -91,6 +92,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 built=engine.built,
                 sparsity=engine.sparsity,
                 recoded=engine.recoded,
+                weight_errors=engine.weight_errors,
                 tensorrt=engine.tensorrt,
                 problems=backends.of(engine).problems(bundle, engine),
                 kernels=backends.of(engine).kernels(bundle, engine),

@@ -211,6 +211,7 @@ class EngineMetadata(_Metadata, frozen=True):
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
     sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     recoded: of weights that a quantized checkpoint holds in codes, how many were kept or became what, in words.
+    weight_errors: of those that were rounded, by the same words: root mean square of errors over that of weights.
     cost: None where it is not known. tensorrt: None for an engine on ONNX Runtime.
     built: date and time of the build, UTC, as in 2026-11-27T10:30:00Z.
     """
@@ -226,6 +227,7 @@ class EngineMetadata(_Metadata, frozen=True):
     sparsity: str = ""
     pruned_weights: int = 0
     recoded: dict[str, int] = {}
+    weight_errors: dict[str, float] = {}
     cost: CostMetadata | None = None
     tensorrt: TensorRTMetadata | None = None
     built: str = ""

@@ -13,6 +13,7 @@ from moevlm.runtime.core.states import STATE_DTYPES, PagedKV, StateSpec
 _SIZE = (1, 1 << 20)
 _TOKENS = (1, 1 << 30)
 _ID = (0, (1 << 31) - 1)
+_MOST_ERROR = 2  # of weights, relative: rounding to 0 is 1
 _COUNT = (0, 1 << 62)
 _THETA = (1e-3, 1e30)
 _MODEL: dict[str, tuple[float, float]] = {
@@ -87,6 +88,9 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
             "page_size": (0, 1 << 16),
             "pruned_weights": _COUNT,
         })  # fmt: skip
+        for fate, error in engine.weight_errors.items():
+            if not 0 <= error <= _MOST_ERROR:
+                yield f"{where}.weight_errors[{fate!r}]", error, f"0 to {_MOST_ERROR}"
         if engine.page_size and engine.page_size & (engine.page_size - 1):
             yield f"{where}.page_size", engine.page_size, "0, or a power of two"
         for i, state in enumerate(engine.states):

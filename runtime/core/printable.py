@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TextIO
 
 MOST_CHARACTERS = 2000
@@ -60,6 +61,7 @@ def count_text(count: int) -> str:
     return str(count)
 
 
-def recoded_text(recoded: Mapping[str, int]) -> str:
-    """What became of weights in codes, see `EngineMetadata.recoded`: 96 int4 kept, 2 fp4 to int8."""
-    return ", ".join(f"{count} {fate}" for fate, count in recoded.items())
+def recoded_text(recoded: Mapping[str, int], errors: Mapping[str, float] = MappingProxyType({})) -> str:
+    """What became of weights in codes, see `EngineMetadata`: 96 int4 kept, 2 fp4 to int8 (weight error 0.62 %)."""
+    told = {fate: f" (weight error {100 * error:.2g} %)" for fate, error in errors.items()}
+    return ", ".join(f"{count} {fate}{told.get(fate, '')}" for fate, count in recoded.items())

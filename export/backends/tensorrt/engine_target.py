@@ -1,11 +1,12 @@
 """A TensorRT target: one pair of engines, vision and decoder, and the experts' weights beside them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self
 
+import msgspec
 import onnx_ir as ir
 
 from moevlm.export.backends.base import BuildContext
@@ -36,7 +37,7 @@ from moevlm.export.backends.tensorrt.profiles import (
 )
 from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
-from moevlm.export.formats.stored import recoded, weights_of
+from moevlm.export.formats.stored import recoded, weight_errors, weights_of
 from moevlm.export.graph.cost import cost
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
@@ -102,11 +103,11 @@ class TensorRTTarget:
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
         graphs = self._lowered(canonical, lambda _: b"")
-        found, known = cost(canonical, graphs, config.vision.metadata().patches_per_token), _recoded(graphs)
+        found, weights = cost(canonical, graphs, config.vision.metadata().patches_per_token), _weights(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
         return self._fitted(config)._metadata(
-            config, image_patches, found, recoded=known
+            config, image_patches, found, weights=weights
         ), dense + found.expert_bytes * experts
 
     def _fitted(self, config: ModelConfig) -> Self:
@@ -120,9 +121,12 @@ class TensorRTTarget:
         costs: CostMetadata,
         version: str = "",
         pruned_weights: int = 0,
-        recoded: Mapping[str, int] | None = None,
+        weights: Sequence[Weight] = (),
     ) -> EngineMetadata:
-        """version: of TensorRT; "" before anything is built. The others: as in EngineMetadata."""
+        """version: of TensorRT; "" before anything is built. weights: of the lowered graphs.
+
+        The others: as in EngineMetadata.
+        """
         o, unit = self.options, config.vision.metadata().unit
         states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(unit, image_patches)
         return EngineMetadata(
@@ -134,7 +138,7 @@ class TensorRTTarget:
             page_size=PAGE_SIZE,
             sparsity=o.sparsity,
             pruned_weights=pruned_weights,
-            recoded=dict(recoded or {}),
+            recoded=recoded(weights),
             cost=costs,
             tensorrt=TensorRTMetadata(
                 product=self.product.module,
@@ -176,8 +180,12 @@ class TensorRTTarget:
             for name, graph in graphs.items()
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
-        found = cost(canonical, graphs, tower.patches_per_token)
-        return self._metadata(config, build.image_patches, found, built["decoder"].version, pruned, _recoded(graphs))
+        found, version = cost(canonical, graphs, tower.patches_per_token), built["decoder"].version
+        weights = _weights(graphs)
+        known = weight_errors(weights) | shared_errors(o.experts_path, build.engines.values())
+        made = self._metadata(config, build.image_patches, found, version, pruned, weights)
+        errors = {fate: error for fate, error in known.items() if fate in made.recoded}
+        return msgspec.structs.replace(made, weight_errors=errors)
 
     def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
         try:
@@ -240,9 +248,15 @@ class TensorRTTarget:
         return writer.add_built(self.path(name), build)
 
 
-def _recoded(graphs: Mapping[str, ir.Model]) -> dict[str, int]:
+def _weights(graphs: Mapping[str, ir.Model]) -> list[Weight]:
     inside = [weight for graph in graphs.values() for weight in weights_of(graph)]
-    return recoded([*inside, *expert_weights(graphs["decoder"]).values()])
+    return [*inside, *expert_weights(graphs["decoder"]).values()]
+
+
+def shared_errors(experts: str, engines: Iterable[EngineMetadata]) -> dict[str, float]:
+    """`weight_errors` of the engine that wrote this file of experts, which others do not read again."""
+    sharing = (engine for engine in engines if engine.tensorrt is not None and engine.tensorrt.experts == experts)
+    return next((engine.weight_errors for engine in sharing), {})
 
 
 class _Programs:

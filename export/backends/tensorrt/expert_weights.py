@@ -10,9 +10,9 @@ from moevlm.export.formats.encoded import Encoded
 from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
-from moevlm.export.formats.stored import keeping
+from moevlm.export.formats.stored import keeping, narrowed
 from moevlm.export.graph.codes import Codes
-from moevlm.export.graph.weights import Weight, cast, uncast
+from moevlm.export.graph.weights import Weight, uncast
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
 
@@ -36,7 +36,7 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
             encoded = Encoded(uncast(weight), form, packed, shapes[name], *(shapes[other] for other in names))
             stored |= {name: encoded.values} | dict(zip(names, encoded.others, strict=True))
         else:
-            stored[name] = cast(weight, shapes[name][1])
+            stored[name] = narrowed(weight, shapes[name][1])
     return stored
 
 

@@ -66,6 +66,11 @@ class Regrouped:
         return self.source.shape
 
     @property
+    def kind(self) -> str:
+        """As of `Coded`."""
+        return f"{self.source.kind} in scattered groups"
+
+    @property
     def dtype(self) -> np.dtype:
         return FLOAT
 

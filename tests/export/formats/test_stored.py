@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.registry import targets
+from moevlm.export.backends.tensorrt.engine_target import shared_errors
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.build import build, traced
@@ -18,12 +20,15 @@ from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interle
 from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
-from moevlm.export.formats.stored import encoded, keeping, kept_form, own_codes, recoded
+from moevlm.export.formats.stored import Narrowed, encoded, keeping, kept_form, own_codes, recoded, weight_errors
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded
 from moevlm.export.graph.weights import Constant, Weight, read
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
+from tests.support.command_line import call
 from tests.support.published import FORMATS, floats, projections
 
 INT4 = ("int4-32", "gptq-128", "awq-32", "gptq-32-zeros", "int4-128-zeros")
@@ -119,6 +124,83 @@ def test_what_the_integers_of_a_cpu_cannot_hold_is_rounded_anew(name: str, graph
     for recipe in recipes.values():
         exact = read(recipe.source)
         assert np.abs(unpacked(recipe) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+def relative_error(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Of what was stored against what is exact: root mean square over root mean square."""
+    errors, exact = zip(*((np.sum((a - b) ** 2.0), np.sum(a**2.0)) for a, b in pairs), strict=True)
+    return float(np.sqrt(sum(errors) / sum(exact)))
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "fate"),
+    [
+        ("nvfp4", "cpu:int8", "fp4 to int8"),
+        ("fp8-blocks", "cpu:int4", "fp8 to int4"),
+        ("gptq-act-order", "cpu:int8", "int4 in scattered groups to int8"),
+        ("int8-128-zeros", "cpu:int4", "int8 with zeros to int4"),
+    ],
+)
+def test_what_rounding_costs_is_measured_while_weights_are_written(name: str, target: str, fate: str, graph_of) -> None:
+    recipes = list(lowered(graph_of(name), target).values())
+    assert fate in recoded(recipes)
+    assert weight_errors(recipes) == {}  # nothing was written
+    stored = [unpacked(recipe) for recipe in recipes]
+    of_codes = [i for i, recipe in enumerate(recipes) if recipe.encoding.kinds]
+    found = weight_errors(recipes)
+    assert found.keys() == {fate}
+    want = relative_error((read(recipes[i].source), stored[i]) for i in of_codes)
+    assert found[fate] == pytest.approx(want, rel=1e-4)
+    assert 1e-4 < want < 0.15
+
+
+def test_codes_that_are_kept_cost_nothing_but_the_rounding_of_scales(graph_of) -> None:
+    exact = list(lowered(graph_of("awq-32"), "cpu:int4").values())
+    for recipe in exact:
+        read(recipe)
+    assert weight_errors(exact) == {}
+    weight = _Held(CodeForm("int4", 32, scales="float32"), 64, scale=1 / 3)
+    rounded = PackedRows(weight, IntFormat(4, 32))
+    stored = unpacked(rounded)
+    found = weight_errors([rounded])
+    assert found == {"int4 kept": pytest.approx(relative_error([(read(weight), stored)]), rel=1e-4)}
+    assert 1e-5 < found["int4 kept"] < 2**-11
+
+
+def test_a_cast_of_codes_is_measured_and_another_is_none(graph_of) -> None:
+    graph = graph_of("fp8-blocks")
+    run((Typed("bfloat16"),), graph)
+    typed = [v.const_value.weight for v in graph.graph.initializers.values() if v.dtype == ir.DataType.BFLOAT16]
+    narrow = [weight for weight in typed if isinstance(weight, Narrowed)]
+    assert 0 < len(narrow) < len(typed)
+    exact, stored = read(narrow[0].source), read(narrow[0]).astype(np.float32)
+    assert weight_errors(typed) == {"fp8 to bfloat16": pytest.approx(relative_error([(exact, stored)]), rel=1e-4)}
+    error = weight_errors(typed)["fp8 to bfloat16"]
+    assert 0 < error < 2**-8
+
+
+def test_command_and_inspect_say_what_rounding_costs(original: Path, tmp_path: Path) -> None:
+    quantized = FORMATS["nvfp4"].publish(original, tmp_path / "q", tmp_path / "plain")
+    done = call("build", quantized, "-o", tmp_path / "b", "--target", "cpu:int8")
+    (error,) = Bundle.open(tmp_path / "b").manifest.engines["cpu:int8"].weight_errors.values()
+    told = f"8 fp4 to int8 (weight error {100 * error:.2g} %)"
+    assert told in done.out
+    assert "experts that change places, parity says" in done.out
+    assert told in call("inspect", tmp_path / "b").out
+    added = call("build", tmp_path / "b", "--checkpoint", quantized, "--target", "cpu:int4")
+    assert "cpu:int4, weights made of tensors in codes: 8 fp4 to int4 (weight error" in added.out
+
+
+def test_engines_that_share_experts_share_what_these_cost() -> None:
+    def engine(experts: str, **errors: float) -> EngineMetadata:
+        built = TensorRTMetadata("", "", (89,), "bfloat16", experts, 1, 1, 1, 1, 1, 1)
+        told = {fate.replace("_", " "): error for fate, error in errors.items()}
+        return EngineMetadata("", "", "int4", (), recoded={"fp8 to int4": 2}, weight_errors=told, tensorrt=built)
+
+    first, second = engine("experts/a", fp8_to_int4=0.08), engine("experts/a")
+    found = shared_errors("experts/a", [engine("experts/b", fp8_to_int4=0.5), first, second])
+    assert found == {"fp8 to int4": 0.08}
+    assert shared_errors("experts/c", [first]) == {}
 
 
 @pytest.mark.parametrize(
@@ -218,8 +300,8 @@ def test_a_row_s_one_scale_fills_groups_of_any_size() -> None:
 class _Held(Coded):
     """Four rows of codes."""
 
-    def __init__(self, form: CodeForm, width: int) -> None:
-        self._form, self._shape = form, (4, width)
+    def __init__(self, form: CodeForm, width: int, scale: float = 1 / 64) -> None:
+        self._form, self._shape, self._scale = form, (4, width), np.float32(scale)
 
     @property
     def form(self) -> CodeForm:
@@ -233,5 +315,5 @@ class _Held(Coded):
         rng = np.random.RandomState(0)
         groups, size = -(-self.shape[1] // self.form.group_size), self.form.group_size
         codes = rng.randint(0, 16, (4, groups, size)).astype(np.uint8)
-        scales = rng.randint(1, 9, (4, groups)).astype(np.float32) / 64
+        scales = rng.randint(1, 9, (4, groups)).astype(np.float32) * self._scale
         return Codes(codes[start:stop], scales[start:stop])

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from moevlm.export.formats.stored import narrowed
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.rearranged import Picked, swap_last
-from moevlm.export.graph.weights import cast, initializer, weight_of
+from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.core.errors import BuildError
@@ -63,7 +64,7 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         parts["down_bias"] = weight_of(biases[1])
     b, stored = Builder(graph, node, "moe"), []
     for name, part in parts.items():
-        stored.append(initializer(f"{gate_up.name}.native.{name}", cast(part, x.dtype.numpy())))
+        stored.append(initializer(f"{gate_up.name}.native.{name}", narrowed(part, x.dtype.numpy())))
         graph.register_initializer(stored[-1])
     scores = b.op("Cast", weight, to=int(x.dtype))
     batched = [b.op("Unsqueeze", value, b.integers(0)) for value in (x, index, scores)]

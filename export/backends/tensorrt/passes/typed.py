@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
+from moevlm.export.formats.stored import narrowed
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import behind_head
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
-from moevlm.export.graph.weights import cast, initializer, weight_of
+from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import Pass, left
 from moevlm.plugins.ops.spec import DOMAIN
 from moevlm.runtime.core.dtypes import DTYPES
@@ -119,7 +120,7 @@ def _of(node: ir.Node, exact: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
 def _converted(graph: ir.Graph, before: ir.Node, value: ir.Value, dtype: ir.DataType) -> ir.Value:
     if value.is_initializer():
         name = f"{value.name}.{dtype.name.lower()}"
-        made = initializer(name, cast(weight_of(value), dtype.numpy()))
+        made = initializer(name, narrowed(weight_of(value), dtype.numpy()))
         graph.register_initializer(made)
         return made
     node = _cast(value, dtype)
