@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moevlm.export.parity.cases import Case
-from moevlm.runtime.core.towers import Grid, GridTower, PooledTower, Tower
+from moevlm.runtime.core.towers import Grid, GridTower, PooledTower, TileTower, Tower
 from moevlm.runtime.request.images.blocks import block_order
 
 # embeds [V, H], and a level [V, H] each of deepstack.
@@ -81,7 +81,44 @@ class _PlacedImages(OracleImages):
         return [(height, width)], 2 * processed["pixel_values"][0][rows * width + columns] - 1
 
 
-_KINDS: dict[type[Tower], OracleImages] = {GridTower: _GridImages(), PooledTower: _PlacedImages()}
+class _TileImages(OracleImages):
+    """Towers that take the pixels of images of one size (InternVL, Llama 4)."""
+
+    def watch(self, model: Any, found: Callable[[Features], None]) -> None:
+        inner = model if hasattr(model, "multi_modal_projector") else model.model
+        inner.multi_modal_projector.register_forward_hook(lambda _m, _i, output: found((output.flatten(0, -2), ())))
+
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
+        patches = np.concatenate([case.patches for case in cases])
+        blocks = patches.reshape(-1, *_sides(vision), 3, vision.patch_size, vision.patch_size)
+        pixels = blocks.transpose(0, 5, 1, 3, 6, 2, 4, 7)
+        side = vision.patch_size * _grid(vision)[0]
+        return {"pixel_values": torch.from_numpy(pixels.reshape(len(pixels), 3, side, side))}
+
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
+        pixels, size = np.asarray(processed["pixel_values"]), vision.patch_size
+        rows, columns, *inside = _sides(vision)
+        blocks = pixels.reshape(len(pixels), 3, rows, inside[0], size, columns, inside[1], size)
+        patches = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, vision.patch_width)
+        return [_grid(vision)] * len(pixels), patches
+
+
+def _grid(vision: Tower) -> Grid:
+    assert vision.grid is not None
+    return vision.grid
+
+
+def _sides(vision: Tower) -> tuple[int, int, int, int]:
+    """Rows and columns of visual tokens, rows and columns of patches in one."""
+    merge, (rows, columns) = vision.merge_size, _grid(vision)
+    return rows // merge, columns // merge, merge, merge
+
+
+_KINDS: dict[type[Tower], OracleImages] = {
+    GridTower: _GridImages(),
+    PooledTower: _PlacedImages(),
+    TileTower: _TileImages(),
+}
 
 
 def oracle_images(vision: Tower) -> OracleImages:

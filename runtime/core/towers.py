@@ -52,7 +52,7 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     @property
     def unit(self) -> int:
         """Patches that every image is a multiple of."""
-        return self.patches_per_token
+        return self.patches_per_token if self.grid is None else self.grid[0] * self.grid[1]
 
     @property
     def grid(self) -> Grid | None:
@@ -180,10 +180,6 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
     side: int
 
     LIMITS: ClassVar[Ranges] = _SHARED | {"rope_theta": (0, 1e30), "side": (1, 1 << 10)}
-
-    @property
-    def unit(self) -> int:
-        return self.side**2
 
     @property
     def grid(self) -> Grid:

@@ -83,21 +83,22 @@ def pixel_values(
     means: tuple[float, ...],
     deviations: tuple[float, ...],
     file: str = IMAGE_FILE,
+    dtype: np.dtype | type = np.float32,
 ) -> np.ndarray:
-    """What each byte becomes: [3, 256] float32. The scale is applied in double precision, the rest in single.
+    """What each byte becomes: [3, 256] float32. The scale is applied in double precision, the rest in `dtype`.
 
     normalize, means, deviations: where the fields do not say. file: what errors name.
     """
     value = np.arange(256, dtype=np.float64)
     if fields.get("do_rescale", True):
         value = value * _numbers(fields, "rescale_factor", 1 / 255, file)[0]
-    table = np.repeat(value.astype(np.float32)[None], 3, axis=0)
+    table = np.repeat(value.astype(dtype)[None], 3, axis=0)
     if fields.get("do_normalize", normalize):
         mean, std = _numbers(fields, "image_mean", means, file), _numbers(fields, "image_std", deviations, file)
         if not (np.abs(std) > 1 / _MOST).all():
             refuse("image_std", fields["image_std"], f"numbers of more than {1 / _MOST:g}", file)
-        table = (table - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
-    return table
+        table = (table - mean.astype(dtype)[:, None]) / std.astype(dtype)[:, None]
+    return table.astype(np.float32)
 
 
 def _numbers(fields: Mapping[str, Any], name: str, default: float | tuple[float, ...], file: str) -> np.ndarray:

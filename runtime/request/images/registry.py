@@ -7,6 +7,8 @@ from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.gemma4 import Gemma4Images
+from moevlm.runtime.request.images.got_ocr2 import GotOcr2Images
+from moevlm.runtime.request.images.llama4 import Llama4Images
 from moevlm.runtime.request.images.pixtral import PixtralImages
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
@@ -14,6 +16,8 @@ from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 # By image_processor_type, without the suffix of the implementation.
 _PROCESSORS: dict[str, type[ImageProcessor]] = {
     "Gemma4ImageProcessor": Gemma4Images,
+    "GotOcr2ImageProcessor": GotOcr2Images,
+    "Llama4ImageProcessor": Llama4Images,
     "Glm46VImageProcessor": Glm4vImages,
     "Glm4vImageProcessor": Glm4vImages,
     "PixtralImageProcessor": PixtralImages,

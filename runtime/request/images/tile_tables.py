@@ -15,9 +15,10 @@ def pack_tiles(grids: Sequence[Grid], vision: TileTower) -> Mapping[str, np.ndar
     rope_cos, rope_sin: [P, head_dim / 2] float32, first the column's frequencies, then the row's; places count from 1.
     Raises EngineError for an image of another size than the tower's.
     """
-    for h, w in grids:
-        if (h, w) != (vision.side, vision.side):
-            raise EngineError(f"an image has {h} x {w} patches (the model takes {vision.side} x {vision.side})")
+    for grid in grids:
+        if grid != vision.grid:
+            found, wanted = (f"{h} x {w}" for h, w in (grid, vision.grid))
+            raise EngineError(f"an image has {found} patches (the model takes {wanted})")
     if not vision.rope_theta:
         return {}
     rows, columns = block_order(grids, vision.merge_size)

@@ -1,0 +1,97 @@
+"""What image processors for a TileTower have in common: how many tiles an image may have, the values of a patch."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.towers import TileTower
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.images.fields import refuse
+from moevlm.runtime.request.images.layout import ImageLayout
+from moevlm.runtime.request.images.processor import ImageProcessor
+
+_MOST_TILES = 256  # that a preprocessor may allow
+
+
+class TileImages(ImageProcessor):
+    """An image in tiles of one size and an overview, or in one piece. Values of a patch lie colour by colour, by rows.
+
+    SIDE, TILES: side of a tile in pixels, and the most tiles, where the fields do not say.
+    """
+
+    TOWER = TileTower
+    SIZES: ClassVar = {}
+    SIDE: ClassVar[int]
+    TILES: ClassVar[int]
+
+    def __init__(
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: TileTower,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+        self._grid, self._side = (vision.side, vision.side), vision.side * vision.patch_size
+        size = self._fields.get("size", {"height": self.SIDE, "width": self.SIDE})
+        if size != {"height": self._side, "width": self._side}:
+            refuse("size", size, f"height = width = {self._side}, as in manifest.json")
+        self._tiles = self._count("max_patches", self.TILES)
+
+    def _count(self, field: str, default: int) -> int:
+        """A number of tiles. Raises BundleError."""
+        value = self._fields.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_TILES:
+            refuse(field, value, f"a whole number from 1 to {_MOST_TILES}")
+        return int(value)
+
+    @property
+    def max_patches(self) -> int:
+        return self._vision.unit
+
+    def _layout(self, height: int, width: int, limits: ImageLimits) -> ImageLayout:
+        rows, columns = self._cut(height, width, self._most_tiles(limits))
+        return ImageLayout(self._grid) if rows * columns == 1 else ImageLayout(self._grid, rows, columns, self._grid)
+
+    @abstractmethod
+    def _cut(self, height: int, width: int, most: int) -> tuple[int, int]:
+        """Rows and columns of at most so many tiles."""
+
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:  # noqa: ARG002 - one size
+        return self._side, self._side
+
+    def _most_tiles(self, limits: ImageLimits) -> int:
+        """The most tiles that an image may have beside its overview; 1: it stays in one piece."""
+        tiles, area = self._tiles, self._side**2
+        if limits.min_pixels is not None:
+            raise RequestError(
+                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
+                f"are cut into tiles of {self._side} x {self._side} pixels)"
+            )
+        if limits.max_pixels is not None:
+            largest = area * max(tiles, min(_MOST_TILES, self._max_pixels // area))
+            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
+            if not whole or not area <= limits.max_pixels <= largest:
+                raise RequestError(
+                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {area}, which is one tile, "
+                    f"to {largest})"
+                )
+            tiles = limits.max_pixels // area
+        if (tokens := self.most_tokens(limits)) is not None:
+            each = self._vision.tokens(self._grid)
+            if tokens < each:
+                raise RequestError(
+                    f"unsupported value max_image_tokens = {tokens} (allowed: {each}, which is one tile, or more)"
+                )
+            tiles = min(tiles, max(1, tokens // each - 1))
+        return min(tiles, max(1, LOW_DETAIL_PIXELS // area)) if limits.low_detail else tiles
+
+    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
+        size = self._vision.patch_size
+        written = patches.reshape(-1, 3, size, size)
+        for channel in range(3):
+            written[:, channel] = self.values[channel][pixels[channel, :, 0]]
