@@ -14,7 +14,7 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.families.about import About
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
-from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, named
+from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, first_name, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
 
@@ -97,12 +97,14 @@ class Family(ABC):
     router_suffix: how the names of transformers' router modules end.
     config_names: what the canonical config calls a field -> its name in this family's config.json, where that is not
     the usual one.
+    older: prefixes of tensors in older checkpoints, which transformers reads, by its own.
     left_out: patterns of tensors that have no part in text and images, or that transformers does not load, and why.
     part: the object of config.json that describes the model of text and images; empty for config.json itself.
     """
 
     about: ClassVar[About]
     part: ClassVar[str] = ""
+    older: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -177,7 +179,7 @@ class Family(ABC):
         """
         if expert_layout not in LAYOUTS:
             raise CheckpointError(f'expert_layout = "{expert_layout}" (allowed: {", ".join(LAYOUTS)})')
-        tensors = Tensors(on_disk, updates)
+        tensors = Tensors(on_disk, updates, self.older)
         bound, missing = {}, []
         for name, shape in parameters.items():
             source, indices = self._source(name)
@@ -200,10 +202,10 @@ class Family(ABC):
 
     def _check_tied_head(self, tensors: Mapping[str, Weight], embedding: Weight) -> None:
         """A tied checkpoint may still carry its head, but transformers ties only a head that equals the embedding."""
-        name = str(self.weights["decoder.head"])
+        source, indices = self._source("decoder.head")
+        name = first_name(self.weights["decoder.head"])
         if name not in tensors:
             return
-        source, indices = self._source("decoder.head")
         head = cast(source(tensors, indices, embedding.shape, "auto"), embedding.dtype)
         if not all(map(np.array_equal, slices(head), slices(embedding))):
             raise CheckpointError(

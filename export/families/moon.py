@@ -12,7 +12,7 @@ from moevlm.export.config import MLPConfig, MoonVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Shape, Source, flattened, named
+from moevlm.export.families.sources import FirstOf, Shape, Source, flattened, named
 from moevlm.export.graph.rearranged import Flat, Reordered, RowBlocks
 from moevlm.export.graph.weights import Concat, Weight
 
@@ -77,16 +77,6 @@ def _merge(vision: Fields) -> int:
     return sides[0]
 
 
-def _spelt(*patterns: str) -> Source:
-    """The tensor under the first of these names that there is."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        there = [pattern for pattern in patterns if pattern.format(**indices) in tensors]
-        return named([*there, patterns[0]][0])(tensors, indices, shape, layout)
-
-    return source
-
-
 def _qkv(part: str, head_dim: int) -> Source:
     """Three projections, or all in one as published; dimensions of queries and keys turn as `axial_rope` has them.
 
@@ -114,7 +104,7 @@ def _qkv(part: str, head_dim: int) -> Source:
 def _positions(tensors: Mapping[str, Weight], _: Mapping[str, str], shape: Shape, layout: str) -> Weight:
     side = int(shape[0] ** 0.5)
     name = f"{_TOWER}patch_embed.pos_emb."
-    table = _spelt(f"{name}position_embeddings", f"{name}weight")(tensors, {}, (side, side, shape[1]), layout)
+    table = FirstOf((f"{name}position_embeddings", f"{name}weight"))(tensors, {}, (side, side, shape[1]), layout)
     return Flat(table)
 
 
@@ -132,7 +122,7 @@ def moon_weights(config: MoonVisionConfig) -> shared.Weights:
         "vision.projector.down": (f"{_PROJECTOR}out_proj", f"{_PROJECTOR}proj.2"),
     }
     table: dict[str, Any] = {
-        f"{ours}.{part}": _spelt(*(f"{name}.{part}" for name in theirs))
+        f"{ours}.{part}": FirstOf(tuple(f"{name}.{part}" for name in theirs))
         for ours, theirs in modules.items()
         for part in shared.BOTH
     }

@@ -30,11 +30,17 @@ class MissingTensorError(CheckpointError):
 class Tensors(Mapping[str, Weight]):
     """A checkpoint's tensors by transformers' names, whichever accepted spelling is on disk, with their updates.
 
-    updates: of an adapter, by module. used: names on disk of tensors that were asked for. merged: updates in them.
+    updates: of an adapter, by module. older: prefixes that the family's checkpoints may have, by transformers' own.
+    used: names on disk of tensors that were asked for. merged: updates in them.
     """
 
-    def __init__(self, on_disk: Mapping[str, Weight], updates: Mapping[str, Sequence[Update]] | None = None) -> None:
-        self._on_disk, self._updates = on_disk, updates or {}
+    def __init__(
+        self,
+        on_disk: Mapping[str, Weight],
+        updates: Mapping[str, Sequence[Update]] | None = None,
+        older: Mapping[str, str] | None = None,
+    ) -> None:
+        self._on_disk, self._updates, self._older = on_disk, updates or {}, older or {}
         self.used, self.merged = set[str](), set[Update]()
 
     def __getitem__(self, name: str) -> Weight:
@@ -49,7 +55,7 @@ class Tensors(Mapping[str, Weight]):
 
     def updates_of(self, module: str) -> Sequence[Update]:
         """Of the module that transformers calls so."""
-        return next((self._updates[spelt] for spelt in _spellings(module) if spelt in self._updates), ())
+        return next((self._updates[spelt] for spelt in self._spellings(module) if spelt in self._updates), ())
 
     def merged_experts(self, module: str, weight: Weight) -> Weight:
         """One of the tensors of a layer's experts, [E, out, in], with the updates that are for it."""
@@ -68,7 +74,13 @@ class Tensors(Mapping[str, Weight]):
 
     def spelling(self, name: str) -> str | None:
         """The name on disk, None if there is none."""
-        return next((spelt for spelt in _spellings(name) if spelt in self._on_disk), None)
+        return next((spelt for spelt in self._spellings(name) if spelt in self._on_disk), None)
+
+    def _spellings(self, name: str) -> Iterator[str]:
+        yield from _spellings(name)
+        for prefix, older in self._older.items():
+            if name.startswith(prefix):
+                yield from _spellings(older + name.removeprefix(prefix))
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -14,6 +14,8 @@ Weights = Mapping[str, str | Source]
 
 GATED = ("gate", "up", "down")  # of a gated feed-forward layer
 BOTH = ("weight", "bias")
+# How models that join a tower to a whole language model were saved: transformers 5.24, the renamings "llava".
+LANGUAGE_MODEL = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
 # Why tensors are left out.
 AUDIO = "audio is not supported"
 NEXT_TOKENS = "layers that predict further tokens, which transformers does not load either"

@@ -51,6 +51,24 @@ def named(pattern: str) -> Source:
     return source
 
 
+@dataclass(frozen=True)
+class FirstOf:
+    """The tensor under the first of these names that there is, {i} filled in."""
+
+    patterns: tuple[str, ...]
+
+    def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        there = (pattern for pattern in self.patterns if pattern.format(**indices) in tensors)
+        return named(next(there, self.patterns[0]))(tensors, indices, shape, layout)
+
+
+def first_name(source: str | Source) -> str:
+    """The name that is asked for first; empty for a source that says none."""
+    if isinstance(source, str):
+        return source
+    return source.patterns[0] if isinstance(source, FirstOf) else ""
+
+
 def ones(_tensors: Mapping[str, Weight], _indices: Mapping[str, str], shape: Shape, _layout: str) -> Weight:
     """The gain of a norm that has none."""
     return Constant(np.ones(shape, np.float32))

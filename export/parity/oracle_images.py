@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moevlm.export.parity.cases import Case
-from moevlm.runtime.core.towers import Grid, GridTower, PooledTower, TileTower, Tower
+from moevlm.runtime.core.towers import Grid, GridTower, MoonTower, PooledTower, RotaryTower, TileTower, Tower
 from moevlm.runtime.request.images.blocks import block_order
 
 # embeds [V, H], and a level [V, H] each of deepstack.
@@ -26,6 +26,15 @@ class OracleImages(ABC):
     @abstractmethod
     def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
         """The model's arguments for the images of all cases, of which there is one at least."""
+
+    def processing(self, vision: Tower) -> dict[str, Any]:  # noqa: ARG002
+        """What transformers' processor of texts and images says to that of images."""
+        return {}
+
+    def written(self, tokenizer: Any, token: str, rows: int, columns: int) -> str:
+        """What transformers' processor of texts and images writes for an image of so many visual tokens."""
+        begin, end = (getattr(tokenizer, name, None) or "" for name in ("boi_token", "eoi_token"))
+        return f"{begin}{token * (rows * columns)}{end}"
 
     @abstractmethod
     def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
@@ -114,9 +123,67 @@ def _sides(vision: Tower) -> tuple[int, int, int, int]:
     return rows // merge, columns // merge, merge, merge
 
 
+class _SizedImages(OracleImages):
+    """Towers that take pixels of images, in one batch as large as the largest, and the sizes of these (Pixtral)."""
+
+    def watch(self, model: Any, found: Callable[[Features], None]) -> None:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            rows = output.flatten(0, -2)
+            found((rows, ()))
+            return rows[None]  # a first axis of 1 is taken away, which may not be that of an image's only token
+
+        model.model.multi_modal_projector.register_forward_hook(hook)
+
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
+        grids = [grid for case in cases for grid in case.grids]
+        patches, side = np.concatenate([case.patches for case in cases]), vision.patch_size
+        height, width = np.max(grids, axis=0)
+        pixels = np.zeros((len(grids), height, width, 3, side, side), np.float32)
+        image = np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
+        pixels[image, *block_order(grids, vision.merge_size)] = patches.reshape(-1, 3, side, side)
+        batch = pixels.transpose(0, 3, 1, 4, 2, 5).reshape(len(grids), 3, height * side, width * side)
+        return {"pixel_values": torch.from_numpy(batch), "image_sizes": torch.tensor(grids) * side}
+
+    def processing(self, vision: Tower) -> dict[str, Any]:
+        return {"patch_size": vision.patch_size * vision.merge_size}
+
+    def written(self, tokenizer: Any, token: str, rows: int, columns: int) -> str:  # noqa: ARG002
+        return "[IMG_BREAK]".join([token * columns] * rows) + "[IMG_END]"
+
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
+        side = vision.patch_size
+        height, width = (int(size) // side for size in processed["image_sizes"][0])
+        pixels = processed["pixel_values"][0].reshape(3, height, side, width, side).transpose(1, 3, 0, 2, 4)
+        return [(height, width)], pixels[block_order([(height, width)], vision.merge_size)].reshape(height * width, -1)
+
+
+class _RowImages(OracleImages):
+    """Towers that take the patches of an image row by row, and its grid (Kimi-K2.5)."""
+
+    def watch(self, model: Any, found: Callable[[Features], None]) -> None:
+        model.model.mm_projector.register_forward_hook(lambda _m, _i, output: found((output.squeeze(1), ())))
+
+    def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
+        grids = [grid for case in cases for grid in case.grids]
+        rows, columns = block_order(grids, vision.merge_size)
+        image = np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
+        patches = np.concatenate([case.patches for case in cases])[np.lexsort((columns, rows, image))]
+        return {
+            "pixel_values": torch.from_numpy(patches.reshape(-1, 3, vision.patch_size, vision.patch_size)),
+            "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+        }
+
+    def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
+        _, height, width = map(int, processed["image_grid_thw"][0])
+        rows, columns = block_order([(height, width)], vision.merge_size)
+        return [(height, width)], processed["pixel_values"][rows * width + columns].reshape(height * width, -1)
+
+
 _KINDS: dict[type[Tower], OracleImages] = {
     GridTower: _GridImages(),
+    MoonTower: _RowImages(),
     PooledTower: _PlacedImages(),
+    RotaryTower: _SizedImages(),
     TileTower: _TileImages(),
 }
 

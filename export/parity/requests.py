@@ -23,7 +23,7 @@ from moevlm.export.parity.report import Check
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.core.towers import Grid
+from moevlm.runtime.core.towers import Grid, Tower
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images.layout import ImageLayout
@@ -46,7 +46,7 @@ _TEXTS = (
 )
 _BLOCKS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F300, 0x1F650))
 _PICTURE = {"type": "image"}
-_IMAGE_TOKENS = 3
+_IMAGE_ROWS, _IMAGE_COLUMNS = 2, 3  # of visual tokens
 
 Messages = list[dict[str, Any]]
 
@@ -109,10 +109,10 @@ class _TheirText:
             return None
         return str(text)
 
-    def expanded(self, text: str, image_token: str) -> str:
-        """With images of _IMAGE_TOKENS tokens, as processors write them, and what Gemma's puts around them."""
-        begin, end = (getattr(self.tokenizer, name, None) or "" for name in ("boi_token", "eoi_token"))
-        return text.replace(image_token, f"{begin}{image_token * _IMAGE_TOKENS}{end}")
+    def expanded(self, text: str, image_token: str, vision: Tower) -> str:
+        """With the tokens of images, and what processors put around and between them."""
+        written = oracle_images(vision).written(self.tokenizer, image_token, _IMAGE_ROWS, _IMAGE_COLUMNS)
+        return text.replace(image_token, written)
 
     def ids(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_token
@@ -126,7 +126,7 @@ class _Texts:
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
         merge = model.vision.merge_size
-        self._layout = ImageLayout((merge, merge * _IMAGE_TOKENS))
+        self._layout = ImageLayout((merge * _IMAGE_ROWS, merge * _IMAGE_COLUMNS))
         self._builder = PromptBuilder(model, self._tokenizer, template, None)
         control = control_tokens(self._tokenizer, template, model.eos_token_ids)
         self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
@@ -149,7 +149,7 @@ class _Texts:
         return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""
 
     def _ours(self, messages: Messages) -> list[int] | None:
-        """None for messages that the template refuses. An image has _IMAGE_TOKENS tokens."""
+        """None for messages that the template refuses. Images are as large as those of `expanded`."""
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         try:
             return self._builder.prompt_ids(messages, [self._layout.ids(self._model)] * images)
@@ -161,7 +161,7 @@ class _Texts:
         theirs = None
         if text is not None:
             placeholder = self._tokenizer.token(self._model.image_placeholder)
-            theirs = self._theirs.ids(self._theirs.expanded(text, str(placeholder)))
+            theirs = self._theirs.ids(self._theirs.expanded(text, str(placeholder), self._model.vision))
         if ours == theirs:
             return ""
         if ours is None or theirs is None:
@@ -228,7 +228,7 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
         file = io.BytesIO()
         image.save(file, "PNG")
         try:
-            wanted = theirs(images=[image], return_tensors="np")
+            wanted = theirs(images=[image], return_tensors="np", **reference.processing(model.vision))
         except Exception as error:  # of fields that changed since the bundle was built
             raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
         their_grids, patches = reference.patches(wanted, model.vision)

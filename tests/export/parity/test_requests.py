@@ -39,7 +39,7 @@ def test_tokens_around_an_image_are_those_of_transformers_processor(tmp_path: Pa
     edit_manifest(bundle, lambda manifest: manifest["model"]["image_marks"].update(end=[3]))
     (failed,) = [check for check in checked(bundle, checkpoint) if not check.passed]
     assert failed.quantity == "60 conversations whose ids differ"
-    assert failed.note == "text 0 about two images: token 10 is 3, of transformers 4"
+    assert failed.note == "text 0 about two images: token 13 is 3, of transformers 4"
 
 
 def plain_stop(tokenizer: dict[str, Any]) -> None:

@@ -72,7 +72,8 @@ class TinyFamily:
     configurations: options of `TinyCheckpoint` by name, at least four that vary what the family varies; all of them go
     through parity with transformers. values: what a tensor is filled with, from its name and standard normal numbers of
     its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.
-    image: what the chat template writes for an image. named_tokens: of tokenizer_config.json.
+    image: what the chat template writes for an image. named_tokens: of tokenizer_config.json. renamed: special tokens
+    that the family's tokenizer calls otherwise.
     video_processor: its name, for a family that takes videos.
     published: makes of what transformers saves what is published.
     """
@@ -85,6 +86,7 @@ class TinyFamily:
     values: Callable[[str, torch.Tensor], torch.Tensor | None] = lambda *_: None
     preprocessor: Callable[[Mapping[str, Any]], Mapping[str, Any]] = qwen2_vl_preprocessor
     image: str = "<|vision_start|><|image_pad|><|vision_end|>"
+    renamed: Mapping[str, str] = field(default_factory=dict)
     named_tokens: Mapping[str, str] = field(default_factory=dict)
     video_processor: str = ""
     published: Callable[[Path], None] = lambda _: None

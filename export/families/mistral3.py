@@ -1,0 +1,52 @@
+"""Mistral 3: a Pixtral tower before a text model of Mistral, with a token behind each row of an image's tokens.
+
+Source: transformers 5.24 `models/mistral3` and `models/pixtral`. Checkpoints: mistralai/Mistral-Small-4-119B-2603,
+Ministral-3-3B, -8B, -14B.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from moevlm.export.config import ModelConfig
+from moevlm.export.families import shared
+from moevlm.export.families.about import About
+from moevlm.export.families.base import register
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.pixtral import PIXTRAL_TOWER, pixtral_tower
+from moevlm.export.families.sources import FirstOf, Source
+from moevlm.export.families.text.wrapper import Wrapper
+
+
+@register("mistral3")
+class Mistral3(Wrapper):
+    """See the module's docstring."""
+
+    about = About(
+        checkpoints=("Ministral-3",),
+        mixer="GQA, queries by place",
+        routing="dense",
+        vision="packed grid of rotary positions, a token behind each row",
+    )
+    texts = ("ministral3",)
+    tower = PIXTRAL_TOWER
+    older: ClassVar = shared.LANGUAGE_MODEL
+    own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads", "image_token_id": "image_token_index"}
+
+    @property
+    def weights(self) -> Mapping[str, str | Source]:
+        # A config.json that does not say whether the head is the embedding is of a checkpoint that has it or has not.
+        head = FirstOf(("lm_head.weight", f"{self.model}embed_tokens.weight"))
+        return {**super().weights, "decoder.head": head}
+
+    def translate(self, fields: Fields) -> ModelConfig:
+        text = fields.sub("text_config")
+        text.get("tie_word_embeddings", None)  # the outer field decides
+        decoder = self.text.decoder(text, fields.flag("tie_word_embeddings", False))
+        return ModelConfig(
+            model_type="mistral3",
+            decoder=decoder,
+            vision=pixtral_tower(fields.sub("vision_config"), fields, decoder.hidden, decoder.epsilon),
+            image_token_id=fields.count("image_token_index", fields.count("image_token_id", 10)),
+            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id", (2,))),
+            mark_texts={"row_break": "[IMG_BREAK]", "end": "[IMG_END]"},
+        )

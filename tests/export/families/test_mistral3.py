@@ -1,0 +1,170 @@
+"""Mistral 3: where its tensors lie, whether its head is tied, what is refused, and requests with images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from moevlm.export.build import build
+from moevlm.export.families import family_for
+from moevlm.export.parity.run import check_parity
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.support.checkpoints import canonical, refused
+from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
+
+MODEL = TinyCheckpoint("mistral3", text={"vocab_size": 96}, seed=66)
+TARGETS = ("reference", "ort-cpu", "cpu:int8", "cpu:int4")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it is."""
+    return MODEL.save(tmp_path_factory.mktemp("mistral3") / "checkpoint")
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def names(directory: Path) -> set[str]:
+    with safe_open(directory / "model.safetensors", "np") as file:
+        return set(file.keys())
+
+
+def as_transformers(name: str) -> str:
+    """The name in the model, whichever of the two ways it was saved."""
+    name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
+    return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
+
+
+def as_published(name: str) -> str:
+    name = as_transformers(name).removeprefix("model.")
+    return name.replace("language_model.", "language_model.model.", 1).replace("lm_head", "language_model.lm_head", 1)
+
+
+def renamed(directory: Path, spell: Callable[[str], str]) -> Path:
+    edit_tensors(directory, lambda tensors: tensors.update({spell(name): tensors.pop(name) for name in list(tensors)}))
+    return directory
+
+
+def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize("spell", [as_transformers, as_published], ids=["as transformers names them", "as published"])
+def test_prefixes_of_either_kind_are_one_model(spell: Callable[[str], str], saved: Path, copy: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    directory = renamed(copy, spell)
+    found = names(directory)
+    assert ("language_model.lm_head.weight" in found) == (spell is as_published)
+    assert any(name.startswith("vision_tower.transformer") for name in found) == (spell is as_published)
+    _, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert_same(canonical(directory), canonical(saved))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_config_that_does_not_say_so_has_the_head_that_the_checkpoint_has(there: bool, copy: Path) -> None:
+    edit_json(copy / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    (head,) = (name for name in names(copy) if "lm_head" in name)
+    if not there:
+        edit_tensors(copy, lambda tensors: tensors.pop(head))
+    found = canonical(copy)
+    assert np.array_equal(found["decoder.head"], found["decoder.embedding"]) == (not there)
+
+
+def test_a_head_unlike_an_embedding_that_is_said_to_be_it_is_refused(copy: Path) -> None:
+    edit_json(copy / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    told = "tensor lm_head.weight differs from the embedding, though config.json says tie_word_embeddings = true"
+    refused(CheckpointError, told, act=lambda: canonical(copy))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("text_config.model_type", "mistral", 'text_config.model_type = "mistral" (supported: '),
+        ("text_config.hidden_act", "gelu", 'text_config.hidden_act = "gelu" (supported: silu)'),
+        ("vision_feature_layer", -2, "vision_feature_layer = -2 (supported: -1, 2)"),
+        ("vision_config.hidden_act", "relu", 'vision_config.hidden_act = "relu"'),
+        ("vision_config.num_attention_heads", 3, "vision_config.head_dim = 16 (supported: 10)"),
+        ("image_token_index", 96, "image_token_index = 96"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else None,
+)
+def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
+    config = with_field(saved, path, value)
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+@pytest.mark.parametrize("part", ["", "text_config.", "vision_config.", "text_config.rope_parameters."])
+def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> None:
+    config = with_field(saved, f"{part}talks_backwards", 3)
+    told = f"unsupported field in config.json: {part}talks_backwards = 3"
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+def with_field(checkpoint: Path, path: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
+    place, *keys = config, *path.split(".")
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    return config
+
+
+def test_a_tokenizer_without_the_tokens_of_images_is_refused_by_their_name(tmp_path: Path) -> None:
+    directory = TinyCheckpoint("mistral3", side_files=True).save(tmp_path / "checkpoint")
+    text = (directory / "tokenizer.json").read_text()
+    (directory / "tokenizer.json").write_text(text.replace("[IMG_BREAK]", "[OTHER]"))
+    refused(CheckpointError, "[IMG_BREAK]", act=lambda: build(directory, tmp_path / "bundle", ["reference"]))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+    """And its checkpoint."""
+    folder = tmp_path_factory.mktemp("bundle")
+    checkpoint = TinyCheckpoint("mistral3", side_files=True, seed=67).save(folder / "checkpoint")
+    return build(checkpoint, folder / "tiny.moevlm", TARGETS), checkpoint
+
+
+def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
+    report = check_parity(bundle[0].directory, bundle[1], quick=True)
+    assert [check for check in report.checks if not check.passed] == []
+    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
+    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
+
+
+def test_an_image_has_a_break_behind_each_row_but_the_last_and_an_end(bundle: tuple[Bundle, Path]) -> None:
+    """As transformers' PixtralProcessor writes it: [IMG] for each token of a row, then [IMG_BREAK] or [IMG_END]."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 3), np.uint8)  # 3 x 4 tokens of 8 x 8 pixels
+    image = {"type": "image", "image": Image.fromarray(pixels)}
+    with load_runtime(bundle[0].directory, "cpu:int8", LoadOptions(threads=1)) as runtime:
+        prompt = runtime.prompt([{"role": "user", "content": [image, {"type": "text", "text": "?"}, image]}])
+        row, (end,) = [runtime.model.image_token_id] * 4, runtime.model.image_marks.end
+        (row_break,) = runtime.model.image_marks.row_break
+        whole = [*row, row_break, *row, row_break, *row, end]
+        ids = prompt.ids.tolist()
+        first = ids.index(row[0])
+        assert ids[first : first + 15] == whole
+        assert ids[first + 16 : first + 31] == whole
+        np.testing.assert_array_equal(prompt.positions, [range(len(ids))] * 3)
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
+        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
+        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
+        assert found[1:] == found[:1] * 2
