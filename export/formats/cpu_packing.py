@@ -169,26 +169,6 @@ class PackedFloats:
 
 
 @dataclass(frozen=True)
-class PackedHeads:
-    """A weight [heads, N, K] as [heads, panels * K * 32] float32, one head after the other."""
-
-    source: Weight
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        heads, rows, columns = self.source.shape
-        return heads, -(-rows // PANEL) * PANEL * columns
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-    def rows(self, start: int, stop: int) -> Array:
-        heads = self.source.rows(start, stop).astype(np.float32, copy=False)
-        return np.stack([pack_floats(head).reshape(-1) for head in heads])
-
-
-@dataclass(frozen=True)
 class PackedExperts:
     """A weight [E, N, K] as [E, bytes], one expert after the other. interleaved: N is gate rows, then up rows."""
 

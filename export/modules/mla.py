@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moevlm.export.config import MLAConfig
+from moevlm.export.formats.activations import rounded
 from moevlm.export.modules import ops
 from moevlm.export.modules.layers import RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, register
@@ -14,7 +15,10 @@ from moevlm.plugins.ops.spec import attributes
 @torch.library.custom_op("moevlm::head_linear", mutates_args=())
 def head_linear(x: Tensor, weight: Tensor, heads: int) -> Tensor:  # noqa: ARG001 - an attribute of the op
     """x [T, heads * K], weight [heads, N, K] -> y [T, heads * N]; see `plugins.ops.head_linear`."""
-    return torch.from_numpy(reference_head_linear(x.detach().numpy(), weight.detach().numpy()))
+    rows, group_size = x.detach().numpy(), ops.arithmetic().group_size
+    if group_size:
+        rows = rounded(rows.reshape(-1, weight.shape[2]), group_size).reshape(rows.shape)
+    return torch.from_numpy(reference_head_linear(rows, weight.detach().numpy()))
 
 
 @head_linear.register_fake

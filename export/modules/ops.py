@@ -26,7 +26,8 @@ class Arithmetic:
     """The places where an engine computes otherwise than the canonical modules; none by default.
 
     chosen: [T, k] int32, the experts that tokens go to, instead of the router's own choice.
-    group_size: experts round activations to int8 on their way into weights, with a scale for so many; 0: they do not.
+    group_size: experts and matrices of heads round activations to int8 on their way into weights, with a scale for so
+    many; 0: they do not.
     int8_cache: keys and values are rounded to int8, with a scale for each token and head.
     """
 
@@ -48,7 +49,8 @@ def computing(arithmetic: Arithmetic) -> Iterator[None]:
         _arithmetic.reset(token)
 
 
-def _computing() -> Arithmetic:
+def arithmetic() -> Arithmetic:
+    """The arithmetic of the block that runs now."""
     return _arithmetic.get() or Arithmetic()
 
 
@@ -69,7 +71,7 @@ def router(
     """logits [T, E] -> expert_index [T, k] int32, expert_weight [T, k] float32; see `RouterSpec`."""
     spec = RouterSpec(top_k, scoring, bool(renormalize), epsilon, scale, n_group, topk_group, group_score)
     added, factors = (None if given is None else given.detach().numpy() for given in (bias, expert_scale))
-    chosen = _computing().chosen
+    chosen = arithmetic().chosen
     if chosen is not None:
         return torch.from_numpy(chosen.copy()), torch.from_numpy(weigh(logits.numpy(), chosen, spec, factors))
     index, weight = route(logits.numpy(), spec, added, factors)
@@ -101,7 +103,7 @@ def experts(
 ) -> Tensor:
     """x [T, H] -> y [T, H] through the chosen experts; see `ExpertsSpec`."""
     spec = ExpertsSpec(activation, bool(gated), weight_on, alpha, limit)
-    group_size = _computing().group_size
+    group_size = arithmetic().group_size
 
     def through(rows: np.ndarray) -> np.ndarray:
         return rounded(rows, group_size) if group_size else rows
@@ -159,7 +161,7 @@ def paged_attention(
         **{"q_norm": q_norm, "k_norm": k_norm, "sinks": sinks, "visible_end": visible_end},
     }
     arrays: Any = {name: None if tensor is None else tensor.detach().numpy() for name, tensor in tensors.items()}
-    int8 = _computing().int8_cache
+    int8 = arithmetic().int8_cache
 
     def stored(rows: np.ndarray) -> np.ndarray:
         return rounded(rows, rows.shape[-1]) if int8 else rows

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from moevlm.export.backends.cpu.passes.head_linear import head_form
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
 from moevlm.export.backends.ort.passes.quantize_experts import shared_scheme
@@ -15,6 +16,7 @@ from moevlm.export.formats.stored import shared_form
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.layers import ExactLinear
+from moevlm.export.modules.mla import LatentAttention
 from moevlm.runtime.core.manifest import EngineMetadata
 
 
@@ -32,6 +34,8 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
         vision[name] = as_stored(vision[name], _form(replace(VISION, scales=scales), ours, vision[name]))
     for name in _projections(model.decoder):
         decoder[name] = as_stored(decoder[name], _form(scheme, ours, decoder[name]))
+    for name in _matrices_of_heads(model.decoder) if ours else ():
+        decoder[name] = as_stored(decoder[name], head_form(scheme, decoder[name]))
     for layer, moe in model.config.moe.items():
         if not ours and (moe.expert_scale or kernel_attributes(moe.expert) is None):
             continue  # `LowerMoE` leaves these experts as they are
@@ -49,6 +53,12 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
 
 def _form(scheme: IntFormat, ours: bool, weight: Weight) -> IntFormat:
     return shared_form(scheme, weight) if ours else scheme
+
+
+def _matrices_of_heads(decoder: nn.Module) -> Iterator[str]:
+    for name, module in decoder.named_modules():
+        if isinstance(module, LatentAttention):
+            yield from (f"{name}.{part}" for part in ("key_up", "value_up"))
 
 
 def _projections(tower: nn.Module) -> Iterator[str]:

@@ -67,10 +67,19 @@ class Kernels:
         return rows
 
     def linear(
-        self, x: Array, packed: Array, bias: Array | None, n: int, bits: int, block: int, zeros: bool = False
+        self,
+        x: Array,
+        packed: Array,
+        bias: Array | None,
+        n: int,
+        bits: int,
+        block: int,
+        zeros: bool = False,
+        heads: int = 1,
     ) -> Array:
-        y = np.full((len(x), n), np.nan, np.float32)
-        sizes = _sizes(n, x.shape[1], len(x))
+        """heads: that x [T, heads * K] and y [T, heads * n] have, each with a weight of its own."""
+        y = np.full((len(x), heads * n), np.nan, np.float32)
+        sizes = _sizes(heads, n, x.shape[1] // heads, len(x))
         arrays = map(_pointer, (x, packed, bias, y))
         layout = bits, block, int(zeros)
         self.library.run_linear(self.instruction_set, *_sizes(self.threads), *layout, *sizes, *arrays)
@@ -80,12 +89,6 @@ class Kernels:
         y = np.full((len(x), n), np.nan, np.float32)
         sizes = _sizes(self.threads, n, x.shape[1], len(x))
         self.library.run_float_linear(self.instruction_set, *sizes, *map(_pointer, (x, packed, bias, y)))
-        return y
-
-    def head_linear(self, x: Array, packed: Array, heads: int, n: int) -> Array:
-        y = np.full((len(x), heads * n), np.nan, np.float32)
-        sizes = _sizes(self.threads, heads, n, x.shape[1] // heads, len(x))
-        self.library.run_head_linear(self.instruction_set, *sizes, *map(_pointer, (x, packed, y)))
         return y
 
     def experts(

@@ -44,9 +44,9 @@ void run_quantize(int set, int bits, int group_size, int64_t tokens, int64_t k, 
   quantize_rows(chosen(set), pool_of(threads), {bits, group_size}, x, tokens, k, rows);
 }
 
-void run_linear(int set, int64_t threads, int bits, int group_size, int zeros, int64_t n, int64_t k, int64_t tokens,
-                const float* x, const uint8_t* weight, const float* bias, float* y) {
-  const LinearShape shape{n, k, {bits, group_size, zeros != 0}};
+void run_linear(int set, int64_t threads, int bits, int group_size, int zeros, int64_t heads, int64_t n, int64_t k,
+                int64_t tokens, const float* x, const uint8_t* weight, const float* bias, float* y) {
+  const LinearShape shape{n, k, {bits, group_size, zeros != 0}, heads};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
   linear(shape, chosen(set), pool_of(threads), x, tokens, weight, bias, y, scratch.data());
 }
@@ -56,10 +56,6 @@ void run_float_linear(int set, int64_t threads, int64_t n, int64_t k, int64_t to
   float_linear({n, k}, chosen(set), pool_of(threads), x, tokens, weight, bias, y);
 }
 
-void run_head_linear(int set, int64_t threads, int64_t heads, int64_t n, int64_t k, int64_t tokens, const float* x,
-                     const float* weight, float* y) {
-  float_linear({n, k, heads}, chosen(set), pool_of(threads), x, tokens, weight, nullptr, y);
-}
 
 int64_t run_experts(int set, int64_t threads, int bits, int group_size, int zeros, int64_t experts_count, int64_t hidden,
                    int64_t width, int activation, int gated, int weight_on_input, float alpha, float limit, int64_t tokens,

@@ -154,10 +154,10 @@ def float_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 
 @st.composite
 def head_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
-    heads, n, k, tokens = draw(st.integers(1, 9)), draw(sizes), draw(sizes), draw(rows)
-    weight = np.stack([cpu_packing.pack_floats(head) for head in rng.standard_normal((heads, n, k), np.float32)])
+    heads, n, k, tokens, packed = draw(st.integers(1, 9)), draw(sizes), draw(sizes), draw(rows), packing(draw)
+    weight = rng.integers(0, 256, (heads, cpu_packing.packed_bytes(n, k, *packed.values())), np.uint8)
     inputs = {"x": rng.standard_normal((tokens, heads * k), np.float32), "weight": weight}
-    return Node("HeadLinear", {"heads": heads, "N": n, "K": k}, inputs, {"y": "float32"})
+    return Node("HeadLinear", {"heads": heads, "N": n, "K": k, **packed}, inputs, {"y": "float32"})
 
 
 @st.composite

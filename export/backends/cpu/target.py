@@ -64,7 +64,7 @@ def _passes(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
             *linear,
             CpuFloatLinear(),
             attention,
-            CpuHeadLinear(),
+            CpuHeadLinear(scheme),
             CpuGatedDelta(),
             CpuMoE(scheme),
             FuseSkipNorm(),

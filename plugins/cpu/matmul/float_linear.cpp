@@ -20,11 +20,9 @@ struct Product {
   const float* bias;
   float* y;
 
-  // Rows [from, to) of y, at most kBlockRows, in the columns of a head's panels [first, last), at most kBlockPanels.
-  void block(int64_t head, int64_t from, int64_t to, int64_t first, int64_t last) const {
-    const int64_t k = shape.k, n = shape.n, width = shape.heads * k, out = shape.heads * n;
-    const float *const part = x + head * k, *const panels = weight + head * shape.head_weights();
-    const float* const own_bias = bias ? bias + head * n : nullptr;
+  // Rows [from, to) of y, at most kBlockRows, in the columns of panels [first, last), at most kBlockPanels.
+  void block(int64_t from, int64_t to, int64_t first, int64_t last) const {
+    const int64_t k = shape.k, n = shape.n;
     alignas(64) float sums[kBlockPanels][kBlockRows][kPanel];
     alignas(64) float side_by_side[kRows * kDepth];
     for (int64_t p = 0; p < last - first; ++p) std::memset(sums[p], 0, (to - from) * sizeof(sums[p][0]));
@@ -33,9 +31,9 @@ struct Product {
       for (int64_t t = from; t < to; t += kRows) {
         const int64_t rows = std::min(kRows, to - t);
         // Copied, because rows whose distance is a power of two would all want one place in the cache.
-        for (int64_t r = 0; r < rows; ++r) std::copy_n(part + (t + r) * width + d, depth, side_by_side + r * kDepth);
+        for (int64_t r = 0; r < rows; ++r) std::copy_n(x + (t + r) * k + d, depth, side_by_side + r * kDepth);
         for (int64_t p = first; p < last; ++p)
-          kernels.float_panel(panels + (p * k + d) * kPanel, side_by_side, static_cast<int>(rows), depth,
+          kernels.float_panel(weight + (p * k + d) * kPanel, side_by_side, static_cast<int>(rows), depth,
                               sums[p - first][t - from]);
       }
     }
@@ -43,8 +41,7 @@ struct Product {
       for (int64_t p = first; p < last; ++p) {
         const float* const row = sums[p - first][t - from];
         const int64_t column = p * kPanel, count = std::min<int64_t>(kPanel, n - column);
-        float* const to_y = y + t * out + head * n + column;
-        for (int64_t i = 0; i < count; ++i) to_y[i] = own_bias ? row[i] + own_bias[column + i] : row[i];
+        for (int64_t i = 0; i < count; ++i) y[t * n + column + i] = bias ? row[i] + bias[column + i] : row[i];
       }
     }
   }
@@ -58,20 +55,18 @@ void float_linear(const FloatLinearShape& shape, const Kernels& kernels, const P
   const Product product{shape, kernels, x, weight, bias, y};
   const int64_t panels = shape.panels(), groups = ceil_div(tokens, kRows), most = kBlockRows / kRows;
   // A multiplication of floats takes as long as four of bytes.
-  const int64_t macs = tokens * shape.heads * shape.n * shape.k;
-  const int64_t wanted = task_count(shape.weights() * sizeof(float), macs / 4, shape.heads * groups * panels);
-  const int64_t chunks = ceil_div(std::min<int64_t>(wanted, 4 * pool.threads), shape.heads);  // of a head
+  const int64_t wanted = task_count(shape.weights() * sizeof(float), tokens * shape.n * shape.k / 4, groups * panels);
+  const int64_t chunks = std::min(wanted, 4 * pool.threads);
   // Rows are divided only where they are many, because each part of them reads the weights again.
   const int64_t row_chunks = groups <= most ? 1 : std::clamp(chunks, ceil_div(groups, most), groups);
   const int64_t panel_chunks = std::min(ceil_div(chunks, row_chunks), panels);
   const int64_t together = groups > 1 ? kBlockPanels : 1;  // a panel that is read once is best read from end to end
-  parallel_for(pool, shape.heads * row_chunks * panel_chunks, [&](int64_t task) {
-    const int64_t head = task / (row_chunks * panel_chunks);
-    const int64_t i = task / panel_chunks % row_chunks, j = task % panel_chunks;
+  parallel_for(pool, row_chunks * panel_chunks, [&](int64_t task) {
+    const int64_t i = task / panel_chunks, j = task % panel_chunks;
     const int64_t from = groups * i / row_chunks * kRows, to = std::min(groups * (i + 1) / row_chunks * kRows, tokens);
     const int64_t end = panels * (j + 1) / panel_chunks;
     for (int64_t p = panels * j / panel_chunks; p < end; p += together)
-      product.block(head, from, to, p, std::min(p + together, end));
+      product.block(from, to, p, std::min(p + together, end));
   });
 }
 

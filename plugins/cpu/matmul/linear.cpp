@@ -22,27 +22,29 @@ void quantize_rows(const Kernels& kernels, const Pool& pool, Packing packing, co
 void linear(const LinearShape& shape, const Kernels& kernels, const Pool& pool, const float* x, int64_t tokens,
             const uint8_t* weight, const float* bias, float* y, uint8_t* scratch) {
   if (tokens == 0) return;
-  quantize_rows(kernels, pool, shape.packing, x, tokens, shape.k, scratch);
+  const int64_t heads = shape.heads, n = shape.n;
+  quantize_rows(kernels, pool, shape.packing, x, tokens * heads, shape.k, scratch);
   const PanelKernel panel_kernel = kernels.panel(shape.packing);
-  const int64_t panels = ceil_div(shape.n, kPanel), groups = shape.packing.groups(shape.k);
+  const int64_t panels = ceil_div(n, kPanel), groups = shape.packing.groups(shape.k);
   const int64_t panel_bytes = shape.packing.panel_bytes(shape.k), row_bytes = shape.packing.activation_bytes(shape.k);
   const int64_t batches = ceil_div(tokens, kMaxRows);  // of almost equal size: 8 rows are 4 and 4, not 6 and 2
-  const int64_t tasks = task_count(shape.weight_bytes(), tokens * shape.n * shape.k, panels);
+  const int64_t tasks = task_count(shape.weight_bytes(), tokens * heads * n * shape.k, heads * panels);
   parallel_for(pool, tasks, [&](int64_t task) {
     alignas(64) float out[kMaxRows * kPanel];
-    for (int64_t p = panels * task / tasks; p < panels * (task + 1) / tasks; ++p) {
+    for (int64_t i = heads * panels * task / tasks; i < heads * panels * (task + 1) / tasks; ++i) {
+      const int64_t head = i / panels, p = i % panels, column = head * n + p * kPanel;  // of y
+      const uint8_t* const w = weight + head * shape.head_bytes() + p * panel_bytes;
       alignas(64) float panel_bias[kPanel] = {};
-      const int count = static_cast<int>(std::min<int64_t>(kPanel, shape.n - p * kPanel));
-      if (bias) std::copy_n(bias + p * kPanel, count, panel_bias);
-      for (int64_t i = 0; i < batches; ++i) {
-        const int64_t first = tokens * i / batches;
-        const int rows = static_cast<int>(tokens * (i + 1) / batches - first);
+      const int count = static_cast<int>(std::min<int64_t>(kPanel, n - p * kPanel));
+      if (bias) std::copy_n(bias + column, count, panel_bias);
+      for (int64_t b = 0; b < batches; ++b) {
+        const int64_t first = tokens * b / batches;
+        const int rows = static_cast<int>(tokens * (b + 1) / batches - first);
         const uint8_t* q[kMaxRows];
-        for (int r = 0; r < rows; ++r) q[r] = scratch + (first + r) * row_bytes;
-        const uint8_t* const w = weight + p * panel_bytes;
+        for (int r = 0; r < rows; ++r) q[r] = scratch + ((first + r) * heads + head) * row_bytes;
         panel_kernel(w, w + panel_bytes, q, rows, groups, shape.packing.group_size, out);
         for (int r = 0; r < rows; ++r)
-          kernels.store(out + r * kPanel, panel_bias, count, y + (first + r) * shape.n + p * kPanel);
+          kernels.store(out + r * kPanel, panel_bias, count, y + (first + r) * heads * n + column);
       }
     }
   });

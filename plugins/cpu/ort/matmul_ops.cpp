@@ -89,24 +89,23 @@ struct FloatLinearOp {
 
 struct HeadLinearOp {
   static constexpr const char* name = "HeadLinear";
-  static constexpr Port inputs[] = {{"x", ort::kFloat}, {"weight", ort::kFloat}};
+  static constexpr Port inputs[] = {{"x", ort::kFloat}, {"weight", ort::kUint8}};
   static constexpr Port outputs[] = {{"y", ort::kFloat}};
-
-  FloatLinearShape shape;
+  LinearShape shape;
 
   explicit HeadLinearOp(const Attributes& a)
-      : shape{a.integer("N", 1, kMaxHeadDim), a.integer("K", 1, kMaxHeadDim), a.integer("heads", 1, kMaxHeads)} {}
+      : shape{a.integer("N", 1, kMaxHeadDim), a.integer("K", 1, kMaxHeadDim), read_packing(a),
+              a.integer("heads", 1, kMaxHeads)} {}
 
   void compute(Call& call) const {
     const auto [x, weight] = read_inputs(call, inputs);
     require_rows("x", x, shape.heads * shape.k, "[T, heads * K]");
-    if (weight.elements() != shape.weights()) {
-      invalid("weight has shape ", text(weight.shape), ", ", weight.elements(), " values (allowed: ", shape.weights(),
-              " for these attributes)");
-    }
-    float* y = call.output<float>(0, {x.shape[0], shape.heads * shape.n});
-    float_linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), x.shape[0], weight.as<float>(), nullptr,
-                 y);
+    require_bytes("weight", weight, shape.weight_bytes());
+    const int64_t tokens = x.shape[0];
+    float* y = call.output<float>(0, {tokens, shape.heads * shape.n});
+    const auto memory = scratch(shape.scratch_bytes(tokens));
+    linear(shape, kernels(instruction_set()), call.pool(), x.as<float>(), tokens, weight.as<uint8_t>(), nullptr, y,
+           memory.get());
   }
 };
 

@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.cpu.passes.head_linear import CpuHeadLinear
+from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.graph.head_linear import HEAD_LINEAR
 from moevlm.export.passes.base import Pass, checked, run
@@ -61,7 +62,7 @@ def test_onnx_agrees(runtime: Run, tokens: int, step: Pass | None, weight: np.nd
     np.testing.assert_allclose(y, head_linear(rows(tokens), weight), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("step", [LowerHeadLinear(), CpuHeadLinear()], ids=["lowered", "cpu"])
+@pytest.mark.parametrize("step", [LowerHeadLinear(), CpuHeadLinear(IntFormat(4, 32))], ids=["lowered", "cpu"])
 def test_a_weight_that_is_not_stored_is_not_taken(step: Pass, weight: np.ndarray) -> None:
     model = model_of(weight)
     given = rows_of("weight", OUT)

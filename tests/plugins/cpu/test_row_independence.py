@@ -77,12 +77,12 @@ def test_float_linear(kernels, seed, count, n, k, has_bias):
     assert_independent(kernels, rng, lambda ks, x: ks.float_linear(x, weight, bias, n), floats(rng, count, k))
 
 
-@given(st.integers(0, 2**32), tokens, st.integers(1, 20), sizes, sizes)
+@given(st.integers(0, 2**32), tokens, st.integers(1, 20), sizes, sizes, st.sampled_from([4, 8]), blocks)
 @examples
-def test_head_linear(kernels, seed, count, heads, n, k):
+def test_linear_of_heads(kernels, seed, count, heads, n, k, bits, block):
     rng = np.random.default_rng(seed)
-    weight = np.stack([cpu_packing.pack_floats(head) for head in floats(rng, heads, n, k)])
-    assert_independent(kernels, rng, lambda ks, x: ks.head_linear(x, weight, heads, n), floats(rng, count, heads * k))
+    weight, x = packed(rng, heads, n, k, bits, block), floats(rng, count, heads * k)
+    assert_independent(kernels, rng, lambda ks, x: ks.linear(x, weight, None, n, bits, block, heads=heads), x)
 
 
 @given(
