@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import onnx_ir as ir
 
-from moevlm.export.backends.base import GRAPHS, BuildContext, Target
+from moevlm.export.backends.base import BuildContext, Target
 from moevlm.export.backends.ort.target import REFERENCE
 from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
@@ -83,8 +83,8 @@ def build(
         _plan(chosen, model.config, metadata, patches, planned)
         graphs = traced(model, progress)
         if REFERENCE not in chosen:
-            for name in GRAPHS:
-                writer.add_structure(graphs[name], REFERENCE.path(name))
+            for name, graph in graphs.items():
+                writer.add_structure(graph, REFERENCE.path(name))
         engines = _build_engines(chosen, BuildContext(writer, graphs, model.config, progress, patches))
         _tell(engines, note)
         progress("hashing the checkpoint", 0, 0)

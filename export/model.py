@@ -29,6 +29,8 @@ from moevlm.runtime.core.printable import counted, stored_text
 class CanonicalModel:
     """family: that config and names are of. config: the canonical one. vision, decoder: modules on the meta device.
 
+    Without a tower, vision is a module without parameters.
+
     weights: recipes by parameter name.
     left_out: how many tensors of the checkpoint have no part in a forward pass, by the part of names that they share.
     stored_as: how many weights the checkpoint holds in which format, where it is quantized.
@@ -90,11 +92,11 @@ class CanonicalModel:
 
     @cached_property
     def graphs(self) -> dict[str, ir.Model]:
-        """The canonical ONNX graphs, vision and decoder, with lazy initializers."""
-        return {
-            "vision": trace_vision(self.vision, self.vision_weights),
-            "decoder": trace_decoder(self.decoder, self.decoder_weights),
-        }
+        """The canonical ONNX graphs, vision, if there is one, and decoder, with lazy initializers."""
+        graphs = {"decoder": trace_decoder(self.decoder, self.decoder_weights)}
+        if self.config.vision is None:
+            return graphs
+        return {"vision": trace_vision(self.vision, self.vision_weights), **graphs}
 
     def metadata(self) -> ModelMetadata:
         """The manifest's metadata of the model: its shapes, its parameters, and those that a token uses."""
@@ -117,4 +119,5 @@ def load(module: nn.Module, weights: Mapping[str, Weight], prefix: str = "") -> 
 
 def _towers(config: ModelConfig) -> tuple[nn.Module, Decoder]:
     with torch.device("meta"):
-        return vision_tower(config.vision).eval(), Decoder(config.decoder).eval()
+        vision = nn.Module() if config.vision is None else vision_tower(config.vision)
+        return vision.eval(), Decoder(config.decoder).eval()

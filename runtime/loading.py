@@ -81,10 +81,11 @@ def load_images(
     bundle: Bundle, max_pixels: int = defaults.MAX_IMAGE_PIXELS, max_tokens: int | None = None
 ) -> ImageProcessor | None:
     """The bundle's image preprocessing; None if its checkpoint came without. Raises BundleError."""
-    if "preprocessor.json" not in bundle.manifest.files:
+    vision = bundle.manifest.model.vision
+    if vision is None or "preprocessor.json" not in bundle.manifest.files:
         return None
     preprocessor = json_object(bundle.read_text("preprocessor.json"), "preprocessor.json", BundleError)
-    return image_processor(preprocessor, bundle.manifest.model.vision, max_pixels, max_tokens)
+    return image_processor(preprocessor, vision, max_pixels, max_tokens)
 
 
 def load_videos(bundle: Bundle, images: ImageProcessor | None) -> VideoProcessor | None:
@@ -92,7 +93,7 @@ def load_videos(bundle: Bundle, images: ImageProcessor | None) -> VideoProcessor
     if images is None or bundle.manifest.model.video is None or VIDEO_FILE not in bundle.manifest.files:
         return None
     preprocessor = json_object(bundle.read_text(VIDEO_FILE), VIDEO_FILE, BundleError)
-    return video_processor(preprocessor, bundle.manifest.model.vision, images)
+    return video_processor(preprocessor, bundle.manifest.model.tower, images)
 
 
 def _directory(path: str | os.PathLike[str]) -> str:

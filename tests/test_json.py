@@ -79,7 +79,7 @@ GOLDEN = {
         },
         "model.layers[].bidirectional_images": "boolean",
         "model.eos_token_ids": "array of integer",
-        "model.image_token_id": "integer",
+        "model.image_token_id": "integer or null",
         "model.image_marks": "object",
         **{
             f"model.image_marks.{mark}": "array of integer"
@@ -101,7 +101,7 @@ GOLDEN = {
         "model.query_scale.offset": "integer",
         "model.ropes[].factor": "number",
         "model.ropes[].frequencies": "array of number",
-        "model.vision": "object",
+        "model.vision": "object or null",
         "model.vision.kind": "string",
         "model.vision.patch_size": "integer",
         "model.vision.temporal_patch_size": "integer",

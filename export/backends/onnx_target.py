@@ -7,7 +7,7 @@ from typing import Self
 
 import onnx_ir as ir
 
-from moevlm.export.backends.base import GRAPHS, BuildContext
+from moevlm.export.backends.base import BuildContext
 from moevlm.export.backends.sizes import ANY_SIZE, Sizes
 from moevlm.export.backends.states import kept
 from moevlm.export.config import ModelConfig
@@ -60,11 +60,10 @@ class OnnxTarget:
         config: ModelConfig,
     ) -> EngineMetadata:
         """What the manifest says of this engine. canonical, lowered: the graphs that it was made of, and is."""
-        vision, decoder = (self.path(graph) for graph in GRAPHS)
         weights = [weight for graph in lowered.values() for weight in weights_of(graph)]
         return EngineMetadata(
-            vision=vision,
-            decoder=decoder,
+            vision="" if config.vision is None else self.path("vision"),
+            decoder=self.path("decoder"),
             dtype=self.dtype,
             group_size=self.group_size,
             page_size=self.page_size,
@@ -91,18 +90,18 @@ class OnnxTarget:
         image_patches: int | None,  # noqa: ARG002 - memory is taken as it is needed
     ) -> tuple[EngineMetadata, int]:
         """As `Target.rehearse`."""
-        lowered = {name: self.lower(canonical[name], name) for name in GRAPHS}
-        found = cost(canonical, lowered, config.vision.metadata().patches_per_token)
+        lowered = {name: self.lower(graph, name) for name, graph in canonical.items()}
+        found = cost(canonical, lowered, config.patches_per_token)
         return self.metadata(found, canonical, lowered, config), sum(
             data_bytes(plan(graph)) for graph in lowered.values()
         )
 
     def write(self, build: BuildContext) -> EngineMetadata:
         """As `Target.write`."""
-        lowered = {name: self.lower(build.canonical[name], name) for name in GRAPHS}
+        lowered = {name: self.lower(graph, name) for name, graph in build.canonical.items()}
         for name, graph in lowered.items():
             build.writer.add_model(graph, self.path(name), partial(build.progress, f"writing {self.name} {name}"))
-        found = cost(build.canonical, lowered, build.config.vision.metadata().patches_per_token)
+        found = cost(build.canonical, lowered, build.config.patches_per_token)
         return self.metadata(found, build.canonical, lowered, build.config)
 
     def path(self, graph: str) -> str:

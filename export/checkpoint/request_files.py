@@ -26,6 +26,7 @@ from moevlm.runtime.request.generation_file import GENERATION
 from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
+from moevlm.runtime.request.messages import texts_alone
 from moevlm.runtime.request.tokenizer import Tokenizer
 from moevlm.runtime.request.videos.registry import video_processor
 
@@ -84,12 +85,15 @@ def request_files(directory: Path, model: ModelMetadata, mark_texts: Mapping[str
         notes.append(ends.note)
     if tokens:
         files["tokenizer.json"] = tokens.text.encode()
+    if images and model.vision is None:
+        notes.append(f"{images.file} has no part in a model of text alone")
+        images = None
     if images:
         processor = _processor(images, model)
         files["preprocessor.json"] = json.dumps(images.fields, indent=1).encode()
         if model.video is not None and (videos := video_preprocessor(directory)):
             try:
-                video_processor(videos.fields, model.vision, processor)
+                video_processor(videos.fields, model.tower, processor)
                 files[VIDEO_FILE] = json.dumps(videos.fields, indent=1).encode()
             except BundleError as error:
                 notes.append(f"this bundle takes no videos: {videos.file}: {error}")
@@ -110,7 +114,7 @@ def image_patches(directory: Path, model: ModelMetadata) -> int | None:
 
     Raises CheckpointError for a file that cannot be read, or does not go with `model`.
     """
-    found = preprocessor(directory)
+    found = None if model.vision is None else preprocessor(directory)
     return None if found is None else _processor(found, model).max_patches
 
 
@@ -125,6 +129,8 @@ def _tokenizer(found: TokenizerFiles, model: ModelMetadata) -> Tokenizer:
             f"tokenizer.json has token ids up to {largest}, with the tokens of the files beside it "
             f"(allowed: up to {model.vocabulary - 1}, for config.json says vocab_size = {model.vocabulary})"
         )
+    if model.image_token_id is None:
+        return tokenizer
     visual = tokenizer.token(model.image_token_id)
     if visual is None or tokenizer.added.get(visual) != model.image_token_id:
         raise CheckpointError(
@@ -145,7 +151,8 @@ def _check_marks(found: TokenizerFiles, tokenizer: Tokenizer, model: ModelMetada
     marks = {f"image_marks.{mark}": ids for mark, ids in msgspec.structs.asdict(model.image_marks).items()}
     placeholder = "image_marks.placeholder" if model.image_marks.placeholder else "image_token_id"
     names = {placeholder: ("image_token",), **_NAMED}
-    for field, ids in {"image_token_id": (model.image_token_id,), **marks}.items():
+    image = () if model.image_token_id is None else (model.image_token_id,)
+    for field, ids in {"image_token_id": image, **marks}.items():
         texts = [tokenizer.token(token_id) for token_id in ids]
         for token_id, text in zip(ids, texts, strict=True):
             if text is None or tokenizer.added.get(text) != token_id:
@@ -159,7 +166,7 @@ def _check_marks(found: TokenizerFiles, tokenizer: Tokenizer, model: ModelMetada
 
 def _processor(found: FoundPreprocessor, model: ModelMetadata) -> ImageProcessor:
     try:
-        return image_processor(found.fields, model.vision)
+        return image_processor(found.fields, model.tower)
     except BundleError as error:
         raise CheckpointError(f"{found.file} does not go with the model: {error}") from error
 
@@ -185,7 +192,7 @@ def _try(
     """
     for name, messages, refusable in _samples(images):
         try:
-            text = opened.render(messages)
+            text = opened.render(texts_alone(messages) if model.vision is None else messages)
         except BundleError as error:
             raise CheckpointError(f"the chat template of {template.file} cannot be used: {error}") from error
         except RequestError as error:
@@ -196,6 +203,8 @@ def _try(
         if _WORDS not in text:
             raise CheckpointError(f"the chat template of {template.file} leaves out the user's text, of {name}")
         expected = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if model.image_token_id is None:
+            continue
         found = tokenizer.encode(text).count(model.image_token_id)
         if found != expected:
             raise CheckpointError(

@@ -84,6 +84,7 @@ class LayerConfig:
 class DecoderConfig:
     """The language model. ropes: by rope group. deepstack: visual levels added after the first layers.
 
+    visual: it takes rows of visual features.
     embedding_scale: factor on the rows of text tokens. logit_softcap: logits become softcap * tanh(logits / softcap);
     0 for none. query_scale: of the layers whose mixers scale queries by their place; None if there are none.
     """
@@ -96,6 +97,7 @@ class DecoderConfig:
     ropes: tuple[RopeMetadata, ...]
     layers: tuple[LayerConfig, ...]
     deepstack: int = 0
+    visual: bool = True
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0
     query_scale: QueryScaleMetadata | None = None
@@ -117,7 +119,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: both towers, and the token ids that join them.
+    """A whole model: both towers, and the token ids that join them. A model of text alone has vision None.
 
     image_marks, video: see `runtime.core.manifest.ModelMetadata`. mark_texts: tokens of image_marks whose ids
     config.json does not say, by field; the checkpoint's tokenizer does.
@@ -125,17 +127,17 @@ class ModelConfig:
 
     model_type: str
     decoder: DecoderConfig
-    vision: VisionConfig
-    image_token_id: int
+    vision: VisionConfig | None
+    image_token_id: int | None
     eos_token_ids: tuple[int, ...]
     image_marks: ImageMarks = NO_MARKS
     mark_texts: Mapping[str, str] = field(default_factory=dict)
     video: VideoMetadata | None = None
 
     def __post_init__(self) -> None:
-        if self.vision.out != self.decoder.hidden:
+        if self.vision is not None and self.vision.out != self.decoder.hidden:
             raise FieldError("width of visual tokens", self.vision.out, str(self.decoder.hidden))
-        if self.decoder.deepstack > len(self.decoder.layers):
+        if self.vision is not None and self.decoder.deepstack > len(self.decoder.layers):
             levels, layers = list(self.vision.deepstack_layers), len(self.decoder.layers)
             raise FieldError("deepstack layers", levels, f"at most {layers}, one per decoder layer")
         for name, token_ids in self._token_ids().items():
@@ -145,12 +147,18 @@ class ModelConfig:
 
     def _token_ids(self) -> dict[str, tuple[int, ...]]:
         """The ids that stand for images and videos, and around them, by field."""
-        found: dict[str, tuple[int, ...]] = {"image_token_id": (self.image_token_id,)}
+        image = () if self.image_token_id is None else (self.image_token_id,)
+        found: dict[str, tuple[int, ...]] = {"image_token_id": image}
         found |= {f"image_{mark}": ids for mark, ids in msgspec.structs.asdict(self.image_marks).items()}
         if self.video is not None:
             found |= {"video_token_id": (self.video.placeholder,)}
             found |= {"video_begin": self.video.begin, "video_end": self.video.end}
         return found
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that become a visual token; 1 where there are none."""
+        return 1 if self.vision is None else self.vision.metadata().patches_per_token
 
     @property
     def moe(self) -> dict[int, MoEConfig]:
@@ -174,7 +182,7 @@ class ModelConfig:
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
             ropes=decoder.ropes,
-            vision=self.vision.metadata(),
+            vision=None if self.vision is None else self.vision.metadata(),
             image_marks=self.image_marks,
             video=self.video,
             query_scale=decoder.query_scale,

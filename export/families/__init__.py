@@ -1,6 +1,15 @@
 """One file per model family; importing this package registers them all."""
 
-from moevlm.export.families import gemma4, glm4v_moe, mistral3, qwen3_5, qwen3_5_moe, qwen3_omni_moe, qwen3_vl_moe
+from moevlm.export.families import (
+    gemma4,
+    glm4v_moe,
+    mistral3,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
+    text,
+)
 from moevlm.export.families.base import Family, family_for
 
 __all__ = [
@@ -13,4 +22,5 @@ __all__ = [
     "qwen3_5_moe",
     "qwen3_omni_moe",
     "qwen3_vl_moe",
+    "text",
 ]

@@ -7,13 +7,10 @@ from typing import ClassVar
 
 from moevlm.export.config import (
     DecoderConfig,
-    GQAConfig,
     GridVisionConfig,
-    LayerConfig,
     MergerConfig,
     MLPConfig,
     ModelConfig,
-    MoEConfig,
 )
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
@@ -21,7 +18,7 @@ from moevlm.export.families.base import LEFT_OUT, Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import Experts, channels_last, flattened
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.export.families.text.glm4_moe import NEXT_TOKENS, glm4_decoder
 
 _TOWER = "model.visual."
 _BLOCK = f"{_TOWER}blocks.{{i}}."
@@ -43,11 +40,7 @@ class Glm4vMoe(Family):
         "video_begin": "image_start_token_id",
         "video_end": "image_end_token_id",
     }
-    # Layers behind the last one, of GLM-4.5V and a larger model: they predict a second token, for training.
-    left_out: ClassVar = {
-        **LEFT_OUT,
-        **dict.fromkeys((r"model\.layers\.92.*", r"model\.layers\.46.*"), shared.NEXT_TOKENS),
-    }
+    left_out: ClassVar = {**LEFT_OUT, **NEXT_TOKENS}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts("model.language_model.layers.{i}.mlp.experts", per_expert=True)),
         "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_embed.proj.weight"),
@@ -90,53 +83,8 @@ class Glm4vMoe(Family):
     def _decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         head_dim = shared.head_dim(text)
         rope = mrope(text, head_dim, interleaved=False, default_sections=(8, 12, 12), default_partial=0.5)
-        activation = text.choice("hidden_act", {"silu": "silu"})
         text.choice("use_qk_norm", (False,), False)
-        attention = GQAConfig(
-            heads=text.positive("num_attention_heads"),
-            kv_heads=text.positive("num_key_value_heads"),
-            head_dim=head_dim,
-            rotary_dim=rope.dim,
-            qk_norm=False,
-            qkv_bias=text.flag("attention_bias", True),
-            out_bias=False,
-        )
-        moe = self._moe(text, activation)
-        dense = MLPConfig(text.positive("intermediate_size"), activation)
-        dense_layers = text.count("first_k_dense_replace", 1)
-        shared.all_attend(text)
-        return shared.decoder(
-            text,
-            epsilon=1e-5,
-            tied=tied,
-            rope=rope,
-            layer=lambda i: LayerConfig(attention, dense if i < dense_layers else moe),
-        )
-
-    def _moe(self, text: Fields, activation: str) -> MoEConfig:
-        experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group", 1)
-        if experts < 2:  # a group scores by its best two
-            raise text.invalid("n_routed_experts", experts, "2 or more")
-        if experts % groups or experts < 2 * groups:
-            raise text.invalid("n_group", groups, f"a divisor of the {experts} experts up to {experts // 2}")
-        width = text.positive("moe_intermediate_size")
-        return MoEConfig(
-            experts=experts,
-            width=width,
-            router=RouterSpec(
-                top_k=text.positive("num_experts_per_tok"),
-                scoring="sigmoid",
-                renormalize=text.flag("norm_topk_prob", True),
-                epsilon=1e-20,
-                scale=text.number("routed_scaling_factor", 1.0),
-                n_group=groups,
-                topk_group=text.positive("topk_group", 1),
-                group_score="top2_sum",
-            ),
-            expert=ExpertsSpec(activation=activation),
-            correction_bias=True,
-            shared_width=width * text.positive("n_shared_experts", 1),
-        )
+        return glm4_decoder(text, tied=tied, rope=rope, bias=True, qk_norm=False)
 
     def _vision(self, vision: Fields) -> GridVisionConfig:
         sizes, out = shared.vision_sizes(vision), vision.positive("out_hidden_size")

@@ -16,6 +16,7 @@ from moevlm.runtime.core.errors import CheckpointError, one_line
 _WEIGHT = ".weight"
 _BASE, _TEXT = "model.", "model.language_model."
 _EXPERT = re.compile(r"\.experts\.(\d+)\.(\w+)\.")  # one expert's part
+_MLP, _MIXTRAL = ".mlp.", {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 _MOST_PREFIXES = 64  # that are tried to explain missing tensors
 
 
@@ -84,10 +85,11 @@ class Tensors(Mapping[str, Weight]):
 
 
 def _spellings(name: str) -> Iterator[str]:
-    yield name
-    yield _BASE + name  # the prefix of the base model once too often
-    if name.startswith(_BASE):
-        yield name.removeprefix(_BASE)  # the base model alone was saved
+    for spelt in (name, *_of_mixtral(name)):
+        yield spelt
+        yield _BASE + spelt  # the prefix of the base model once too often
+        if spelt.startswith(_BASE):
+            yield spelt.removeprefix(_BASE)  # the base model alone was saved
     if ".experts." in name:  # two more that tools that quantize write, the first for Gemma 4
         yield name.replace(".experts.", ".moe.experts.")
         yield _EXPERT.sub(r".experts.\2.\1.", name)
@@ -95,6 +97,13 @@ def _spellings(name: str) -> Iterator[str]:
         inner = name.removeprefix(_TEXT)
         yield f"{_TEXT}model.{inner}"
         yield f"language_model.model.model.{inner}"
+
+
+def _of_mixtral(name: str) -> Iterator[str]:
+    """The name of a router or of an expert's part as Mixtral's lie on the hub."""
+    if _MLP in name:
+        moved = name.replace(_MLP, ".block_sparse_moe.")
+        yield _EXPERT.sub(lambda part: f".experts.{part[1]}.{_MIXTRAL.get(part[2], part[2])}.", moved)
 
 
 def missing_error(missing: Sequence[str], on_disk: Collection[str]) -> MissingTensorError:

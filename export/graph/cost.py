@@ -20,10 +20,10 @@ _DOWN = 4  # of the inputs of EXPERTS; biases follow
 def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], patches_per_token: int) -> CostMetadata:
     """Bytes as the lowered graphs store weights, multiplications as the canonical graphs have them.
 
-    Both by name, vision and decoder. patches_per_token: that become a visual token.
+    Both by name, vision, if there is one, and decoder. patches_per_token: that become a visual token.
     """
     read = _sum(lowered["decoder"], _bytes)
-    multiplied = _sum(canonical["decoder"], _multiplied)
+    multiplied, tower = _sum(canonical["decoder"], _multiplied), canonical.get("vision")
     return CostMetadata(
         dense_bytes=read["dense"],
         expert_bytes=read["expert"],
@@ -31,9 +31,9 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
         dense_macs=multiplied["dense"],
         expert_macs=multiplied["expert"],
         head_macs=multiplied["head"],
-        vision_bytes=_sum(lowered["vision"], _bytes)["dense"],
-        patch_macs=patch_macs(canonical["vision"], patches_per_token),
-        patch_pair_macs=_patch_pair_macs(canonical["vision"]),
+        vision_bytes=_sum(lowered["vision"], _bytes)["dense"] if tower else 0,
+        patch_macs=patch_macs(tower, patches_per_token) if tower else 0,
+        patch_pair_macs=_patch_pair_macs(tower) if tower else 0,
         lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
         state_macs=sum(node_spec(node).state_macs for node in canonical["decoder"].graph if is_op(node, GATED_DELTA)),
     )

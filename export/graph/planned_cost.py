@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from moevlm.export.config import ModelConfig, MoEConfig
+from moevlm.export.config import ModelConfig, MoEConfig, VisionConfig
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.gated_delta import GatedDelta
 from moevlm.export.modules.layers import MoE
@@ -23,17 +23,13 @@ def planned_cost(
     weight, router_weight: bytes of a stored weight. expert_bytes: of all experts of a layer, as they are stored.
     """
     with torch.device("meta"):
-        decoder, vision = Decoder(config.decoder), vision_tower(config.vision)
+        decoder = Decoder(config.decoder)
     sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
     routed = [parameter for moe in sparse for parameter in moe.of_experts]
     routers = sum(moe.router.weight.numel() for moe in sparse)
     head = config.decoder.vocabulary * config.decoder.hidden
     tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
-    positions = [table for name, table in vision.named_parameters() if name == "position_embedding"]
-    patches = dict(_matrices(vision, positions))
-    tower, places = config.vision.metadata(), sum(table.numel() for table in positions)
-    looked_up = places if "position_index" in tower.inputs else 0
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
         expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in sparse),
@@ -41,15 +37,30 @@ def planned_cost(
         dense_macs=dense,
         expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in sparse),
         head_macs=head,
-        vision_bytes=(sum(patches.values()) + places - looked_up) * weight,
-        patch_macs=sum(
+        state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
+        **_of_vision(config.vision, decoder.embedding.numel(), weight),
+    )
+
+
+def _of_vision(vision: VisionConfig | None, table: int, weight: int) -> dict[str, int]:
+    """The costs of images, and the bytes of all tables. table: elements of the decoder's."""
+    if vision is None:
+        return {"vision_bytes": 0, "patch_macs": 0, "patch_pair_macs": 0, "lookup_bytes": table * weight}
+    with torch.device("meta"):
+        module = vision_tower(vision)
+    positions = [one for name, one in module.named_parameters() if name == "position_embedding"]
+    patches = dict(_matrices(module, positions))
+    tower, places = vision.metadata(), sum(one.numel() for one in positions)
+    looked_up = places if "position_index" in tower.inputs else 0
+    return {
+        "vision_bytes": (sum(patches.values()) + places - looked_up) * weight,
+        "patch_macs": sum(
             size if name.startswith(PER_PATCH) else math.ceil(size / tower.patches_per_token)
             for name, size in patches.items()
         ),
-        patch_pair_macs=config.vision.depth * 2 * config.vision.heads * config.vision.head_dim,
-        state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
-        lookup_bytes=(decoder.embedding.numel() + looked_up) * weight,
-    )
+        "patch_pair_macs": vision.depth * 2 * vision.heads * vision.head_dim,
+        "lookup_bytes": (table + looked_up) * weight,
+    }
 
 
 def _matrices(module: nn.Module, left_out: Sequence[nn.Parameter]) -> Iterator[tuple[str, int]]:

@@ -23,13 +23,13 @@ Inputs = dict[str, tuple[Shape, torch.dtype]]
 def decoder_inputs(decoder: DecoderConfig) -> Inputs:
     """Name, symbolic shape and dtype of every input of the decoder graph, in order."""
     states = decoder.states
-    inputs: Inputs = {
-        "input_ids": (("tokens",), torch.int64),
-        "visual_embeds": (("visual", decoder.hidden), torch.float32),
-    }
+    inputs: Inputs = {"input_ids": (("tokens",), torch.int64)}
+    if decoder.visual:
+        inputs["visual_embeds"] = ("visual", decoder.hidden), torch.float32
     if decoder.deepstack:
         inputs["deepstack_embeds"] = ((decoder.deepstack, "visual", decoder.hidden), torch.float32)
-    inputs["visual_index"] = (("tokens",), torch.int64)
+    if decoder.visual:
+        inputs["visual_index"] = ("tokens",), torch.int64
     for group, rope in enumerate(decoder.ropes):
         inputs |= {f"rope_{name}.{group}": (("tokens", rope.dim // 2), torch.float32) for name in ("cos", "sin")}
     if states:

@@ -78,9 +78,9 @@ class Decoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        visual_embeds: Tensor,
+        visual_embeds: Tensor | None,
         deepstack_embeds: Tensor | None,
-        visual_index: Tensor,
+        visual_index: Tensor | None,
         ropes: list[tuple[Tensor, Tensor]],
         query_start: Tensor | None,
         context_len: Tensor | None,
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         Returns logits [L, vocabulary] and the states after the step.
         """
         step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row, visible_end, query_scale)
-        visual = visual_rows(visual_index)
+        visual = None if visual_index is None else visual_rows(visual_index)
         x = self.embed(input_ids, visual_embeds, visual)
         updated = []
         for i, (layer, own) in enumerate(zip(self.layers, states, strict=True)):
@@ -105,17 +105,19 @@ class Decoder(nn.Module):
             updated.append(own)
         return self.logits(x, logits_index), updated
 
-    def embed(self, input_ids: Tensor, visual_embeds: Tensor, visual: VisualRows) -> Tensor:
+    def embed(self, input_ids: Tensor, visual_embeds: Tensor | None, visual: VisualRows | None) -> Tensor:
         """The residual stream before the first layer."""
-        row, is_visual = visual
         text = F.embedding(input_ids, self.embedding)
         if self.config.embedding_scale != 1.0:
             text = text * self.config.embedding_scale
+        if visual is None or visual_embeds is None:
+            return text
+        row, is_visual = visual
         return torch.where(is_visual, F.embedding(row, visual_embeds), text)
 
-    def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows) -> Tensor:
+    def add_deepstack(self, i: int, x: Tensor, deepstack_embeds: Tensor | None, visual: VisualRows | None) -> Tensor:
         """Add the image features of layer i: the first layers get another level each (DeepStack)."""
-        if deepstack_embeds is None or i >= self.config.deepstack:
+        if deepstack_embeds is None or visual is None or i >= self.config.deepstack:
             return x
         row, is_visual = visual
         return x + torch.where(is_visual, F.embedding(row, deepstack_embeds[i]), 0.0)

@@ -69,7 +69,7 @@ def pack(cases: list[Case], model: ModelMetadata) -> VisionInputs | None:
     grids = [grid for case in cases for grid in case.grids]
     if not grids:
         return None
-    return vision_inputs.pack(np.concatenate([case.patches for case in cases]), grids, model.vision)
+    return vision_inputs.pack(np.concatenate([case.patches for case in cases]), grids, model.tower)
 
 
 def _case(
@@ -82,7 +82,7 @@ def _case(
 ) -> Case:
     config = _described(config)
     ids, grids = list(rng.choice(ordinary, rng.integers(3, 12))), []
-    for _ in range(images):
+    for _ in range(images if model.vision else 0):
         layout = _layout(rng, model)
         grids += layout.grids
         marks = [config.get(f"{tower}_{side}_token_id") for tower in ("vision", "image") for side in ("start", "end")]
@@ -102,11 +102,11 @@ def _case(
 
 def _layout(rng: np.random.Generator, model: ModelMetadata) -> ImageLayout:
     """In one piece; tiles and an overview where a tower takes one grid alone."""
-    if grid := model.vision.grid:
+    if grid := model.tower.grid:
         rows, columns = map(int, rng.integers(1, 3, 2))
         return ImageLayout(grid, rows, columns, grid)
     height, width = map(int, rng.integers(1, _SIDE, 2))
-    return ImageLayout((height * model.vision.merge_size, width * model.vision.merge_size))
+    return ImageLayout((height * model.tower.merge_size, width * model.tower.merge_size))
 
 
 def ordinary_ids(model: ModelMetadata, config: Mapping[str, Any]) -> np.ndarray:
@@ -125,4 +125,5 @@ def _described(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _patches(rng: np.random.Generator, grids: list[Grid], model: ModelMetadata) -> np.ndarray:
-    return rng.standard_normal((sum(h * w for h, w in grids), model.vision.patch_width), np.float32)
+    width = model.vision.patch_width if model.vision else 0
+    return rng.standard_normal((sum(h * w for h, w in grids), width), np.float32)

@@ -50,12 +50,10 @@ class Expected:
     ) -> None:
         self.metadata, self.config, self.cases, self.answers = metadata, model.config, cases, answers
         self.prompts = [case.prompt for case in cases]
-        images = pack(cases, metadata)
-        assert images is not None  # some of the cases have images
-        self.images = images
+        self.images = pack(cases, metadata)  # None for a model of text alone: else some of the cases have images
         seen = [answer for answer in answers if len(answer.embeds)]
-        self.embeds = np.concatenate([answer.embeds for answer in seen])
-        self.deepstack = np.concatenate([answer.deepstack for answer in seen], axis=1)
+        self.embeds = np.concatenate([answer.embeds for answer in seen] or [np.empty((0, 0))])
+        self.deepstack = np.concatenate([answer.deepstack for answer in seen] or [np.empty((0, 0, 0))], axis=1)
         self.prefill = np.concatenate([answer.prefill for answer in answers])
         self.decode = np.stack([answer.decode for answer in answers], axis=1)  # [steps, B, vocabulary]
         self.tokens = np.stack([case.continuation for case in cases], axis=1)  # [steps, B]
@@ -73,9 +71,13 @@ class Expected:
         """How the prompts fit into an engine; see `BatchLimits.of`."""
         return BatchLimits.of(self.prompts, engine.limits, len(self.tokens))
 
-    def batch(self, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Batch:
+    def encode(self, engine: Engine) -> list[VisualFeatures]:
+        """The features of all images, from one call; none for a model of text alone."""
+        return [] if self.images is None else [engine.encode(self.images)]
+
+    def batch(self, engine: Engine, visual: list[VisualFeatures], limits: BatchLimits) -> Batch:
         """All prompts in a new pool."""
-        return Batch(engine, self.metadata, self.prompts, [visual], limits)
+        return Batch(engine, self.metadata, self.prompts, visual, limits)
 
 
 def checks(
@@ -107,11 +109,11 @@ def checks(
         value, limit = float(np.quantile(found, 0.75)), tolerance.usual_kl
         yield Check(step, f"{run.divergence}, 3 of 4 positions", value, limit, value <= limit)
 
-    visual = engine.encode(expected.images)
-    values = visual.to_host()
-    yield error("image features", values.embeds, expected.embeds)
-    if expected.deepstack.size:
-        yield error("deepstack features", values.deepstack, expected.deepstack)
+    visual = expected.encode(engine)
+    for values in (features.to_host() for features in visual):
+        yield error("image features", values.embeds, expected.embeds)
+        if expected.deepstack.size:
+            yield error("deepstack features", values.deepstack, expected.deepstack)
     if inside is not None:
         assert isinstance(tolerance, Tolerance)
         if expected.routing:
@@ -150,7 +152,7 @@ class Run:
         return f"{self.way} KL"
 
 
-def runs(expected: Expected, engine: Engine, visual: VisualFeatures, limits: BatchLimits) -> Iterator[Run]:
+def runs(expected: Expected, engine: Engine, visual: list[VisualFeatures], limits: BatchLimits) -> Iterator[Run]:
     """In one pass, in chunks with what follows step by step beside them, each prompt alone; all known beforehand."""
     batch = expected.batch(engine, visual, limits)
     yield Run("prefill", batch.prefill(every_position=True), expected.prefill)
@@ -165,7 +167,7 @@ def runs(expected: Expected, engine: Engine, visual: VisualFeatures, limits: Bat
 def ask(expected: Expected, engine: Engine) -> None:
     """All that `debug_outputs` and then `checks` ask of an engine that is to know it beforehand."""
     debug_outputs(expected, engine)
-    deque(runs(expected, engine, engine.encode(expected.images), expected.limits(engine)), maxlen=0)
+    deque(runs(expected, engine, expected.encode(engine), expected.limits(engine)), maxlen=0)
 
 
 def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: str) -> Iterator[Check]:
@@ -181,7 +183,7 @@ def rounding_checks(step: str, stored: Expected, unrounded: Expected, experts: s
 
 def debug_outputs(expected: Expected, engine: Engine, kernel_routes: bool = False) -> DebugOutputs:
     """Every debug output of one prefill, prompt after prompt. engine: one that has some."""
-    batch = expected.batch(engine, engine.encode(expected.images), expected.limits(engine))
+    batch = expected.batch(engine, expected.encode(engine), expected.limits(engine))
     _, values = batch.prefill_outputs()
     return DebugOutputs(values, kernel_routes)
 

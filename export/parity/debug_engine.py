@@ -29,7 +29,7 @@ class DebugEngine:
     def __init__(self, bundle: Bundle, target: str, config: ModelConfig) -> None:
         _, engine = bundle.engine(target)
         self._config = config
-        vision, decoder = open_graphs(bundle, target)
+        *vision, decoder = open_graphs(bundle, target)
         graph = onnx.load_model_from_string(decoder.data)
         produced = {name for node in graph.graph.node for name in node.output}
         for i in range(len(config.decoder.layers)):
@@ -41,7 +41,7 @@ class DebugEngine:
                 dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
         self._engine = OrtEngine(
-            vision,
+            next(iter(vision), None),
             replace(decoder, data=graph.SerializeToString()),
             bundle.manifest.model,
             engine,

@@ -43,7 +43,7 @@ class Oracle:
     Raises CheckpointError if it does not load.
     """
 
-    def __init__(self, checkpoint: Checkpoint, family: Family, vision: VisionMetadata) -> None:
+    def __init__(self, checkpoint: Checkpoint, family: Family, vision: VisionMetadata | None) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self._family, self._vision, self._adapter = family, vision, checkpoint.adapter
@@ -51,9 +51,13 @@ class Oracle:
             config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
             config = getattr(config, family.part) if family.part else config
             with torch.device("meta"):
-                self.model = transformers.AutoModelForImageTextToText.from_config(
-                    config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-                ).eval()
+                self.model = (
+                    auto_model(vision)
+                    .from_config(
+                        config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+                    )
+                    .eval()
+                )
             self.weights = OracleWeights(self.model, dequantized(checkpoint))
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
             raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
@@ -77,7 +81,8 @@ class Oracle:
         for name, module in self.model.named_modules():
             if name.endswith(self._family.router_suffix):
                 module.register_forward_hook(lambda _m, _i, out: routers.append(self._family.routed(out)))
-        oracle_images(self._vision).watch(self.model, features.append)
+        if self._vision is not None:
+            oracle_images(self._vision).watch(self.model, features.append)
         self.model.get_output_embeddings().register_forward_pre_hook(lambda _m, inputs: (inputs[0][wanted],))
         self.weights.stream()
         if self._adapter is not None:
@@ -106,10 +111,17 @@ class Oracle:
         return outputs
 
 
-def inputs_of(config: Any, vision: VisionMetadata, ids: torch.Tensor, cases: Sequence[Case]) -> dict[str, torch.Tensor]:
+def auto_model(vision: VisionMetadata | None) -> Any:
+    """transformers' class for models with such a tower, or with none."""
+    return transformers.AutoModelForCausalLM if vision is None else transformers.AutoModelForImageTextToText
+
+
+def inputs_of(
+    config: Any, vision: VisionMetadata | None, ids: torch.Tensor, cases: Sequence[Case]
+) -> dict[str, torch.Tensor]:
     """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # without a mask, Qwen3-Omni sees no images
-    if any(case.grids for case in cases):
+    if vision is not None and any(case.grids for case in cases):
         inputs |= oracle_images(vision).inputs(cases, vision)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
     return inputs

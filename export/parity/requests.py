@@ -28,6 +28,7 @@ from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.messages import texts_alone
 from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.special_tokens import control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
@@ -67,6 +68,8 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int) -> list[Check]:
         found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
     else:
         found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no tokenizer or no chat template"))
+    if model.vision is None:
+        return found
     if images is None:
         found.append(_check("images", 0, 0, "not compared: the checkpoint has no image processor"))
     else:
@@ -109,8 +112,10 @@ class _TheirText:
             return None
         return str(text)
 
-    def expanded(self, text: str, image_token: str, vision: Tower) -> str:
-        """With the tokens of images, and what processors put around and between them."""
+    def expanded(self, text: str, image_token: str, vision: Tower | None) -> str:
+        """With the tokens of images, and what processors put around and between them; text alone as it is."""
+        if vision is None:
+            return text
         written = oracle_images(vision).written(self.tokenizer, image_token, _IMAGE_ROWS, _IMAGE_COLUMNS)
         return text.replace(image_token, written)
 
@@ -125,20 +130,20 @@ class _Texts:
         """tokenizer: content of tokenizer.json."""
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
-        merge = model.vision.merge_size
-        self._layout = ImageLayout((merge * _IMAGE_ROWS, merge * _IMAGE_COLUMNS))
+        placeholder = model.image_placeholder
+        self._placeholder = "" if placeholder is None else str(self._tokenizer.token(placeholder))
         self._builder = PromptBuilder(model, self._tokenizer, template, None)
         control = control_tokens(self._tokenizer, template, model.eos_token_ids)
         self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
 
     def checks(self, seed: int) -> Iterator[Check]:
-        conversations = list(_conversations(seed))
+        conversations = list(_conversations(seed, [_PICTURE] if self._model.vision else []))
         plain = [token for token in self._tokenizer.added if token not in self._control][:_TOKENS]
         conversations += [(f"added token {token}", _user(f"a{token}b {token} c")) for token in plain]
         notes = [note for name, messages in conversations if (note := self._difference(name, messages))]
         note = notes[0] + self._own_rules() if notes else ""
         yield _check(f"{len(conversations)} conversations whose ids differ", len(notes), 0, note)
-        typed = sorted(self._control - {self._tokenizer.token(self._model.image_placeholder)})[:_TOKENS]
+        typed = sorted(self._control - {self._placeholder})[:_TOKENS]
         notes = [note for token in typed if (note := self._obeyed(token))]
         yield _check(f"{len(typed)} typed control tokens that are not text", len(notes), 0, notes[0] if notes else "")
 
@@ -152,16 +157,22 @@ class _Texts:
         """None for messages that the template refuses. Images are as large as those of `expanded`."""
         images = sum(part["type"] == "image" for message in messages for part in message["content"])
         try:
-            return self._builder.prompt_ids(messages, [self._layout.ids(self._model)] * images)
+            return self._builder.prompt_ids(messages, [self._image() for _ in range(images)])
         except RequestError:
             return None
 
+    def _image(self) -> list[int]:
+        merge = self._model.tower.merge_size
+        return ImageLayout((merge * _IMAGE_ROWS, merge * _IMAGE_COLUMNS)).ids(self._model)
+
+    def _rendered(self, messages: Messages) -> str | None:
+        return self._theirs.rendered(messages if self._model.vision else texts_alone(messages))
+
     def _difference(self, name: str, messages: Messages) -> str:
-        ours, text = self._ours(messages), self._theirs.rendered(messages)
+        ours, text = self._ours(messages), self._rendered(messages)
         theirs = None
         if text is not None:
-            placeholder = self._tokenizer.token(self._model.image_placeholder)
-            theirs = self._theirs.ids(self._theirs.expanded(text, str(placeholder), self._model.vision))
+            theirs = self._theirs.ids(self._theirs.expanded(text, self._placeholder, self._model.vision))
         if ours == theirs:
             return ""
         if ours is None or theirs is None:
@@ -175,7 +186,7 @@ class _Texts:
     def _obeyed(self, token: str) -> str:
         """transformers obeys such a token, so texts are compared, and control tokens are counted."""
         messages = _user(f"a {token} b")
-        ours, text, without = self._ours(messages), self._theirs.rendered(messages), self._ours(_user("a b"))
+        ours, text, without = self._ours(messages), self._rendered(messages), self._ours(_user("a b"))
         if ours is None or text is None or without is None:
             return ""  # a token of one character cannot be text, and is refused
         control = [self._tokenizer.added[name] for name in self._control]
@@ -191,14 +202,14 @@ def _user(text: str) -> Messages:
     return [{"role": "user", "content": [{"type": "text", "text": text}]}]
 
 
-def _conversations(seed: int) -> Iterator[tuple[str, Messages]]:
+def _conversations(seed: int, pictures: Messages) -> Iterator[tuple[str, Messages]]:
     rng = np.random.default_rng(seed)
     texts = [*_TEXTS, *(_random_text(rng) for _ in range(6))]
     for number, text in enumerate(texts):
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         question: Messages = [{"role": "user", "content": parts}]
         system: Messages = [{"role": "system", "content": [{"type": "text", "text": texts[number - 1]}]}]
-        two: Messages = [{"role": "user", "content": [_PICTURE, *parts, _PICTURE, *parts]}]
+        two: Messages = [{"role": "user", "content": [*pictures, *parts, *pictures, *parts]}]
         answer: Messages = [{"role": "assistant", "content": [{"type": "text", "text": texts[number - 2]}]}]
         yield f"text {number}", question
         yield f"text {number} after a system message", system + question
@@ -221,17 +232,17 @@ def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, 
         raise CheckpointError(
             f"transformers cannot load the image processor of {checkpoint}: {reason(error)}"
         ) from error
-    reference, worst, notes, count = oracle_images(model.vision), 0.0, [], 0
+    reference, worst, notes, count = oracle_images(model.tower), 0.0, [], 0
     for image in _images(model, seed):
         count += 1
         name = f"{image.mode} of {image.width} x {image.height}"
         file = io.BytesIO()
         image.save(file, "PNG")
         try:
-            wanted = theirs(images=[image], return_tensors="np", **reference.processing(model.vision))
+            wanted = theirs(images=[image], return_tensors="np", **reference.processing(model.tower))
         except Exception as error:  # of fields that changed since the bundle was built
             raise CheckpointError(f"transformers cannot cut an image as {checkpoint} says: {reason(error)}") from error
-        their_grids, patches = reference.patches(wanted, model.vision)
+        their_grids, patches = reference.patches(wanted, model.tower)
         inputs, grids = ours.pack(ours.fit(ours.open(file.getvalue())))
         if grids != their_grids or ours.layout(file.getvalue()).grids != grids:
             notes.append(f"{name}: {_grids_text(grids)} patches, of transformers {_grids_text(their_grids)}")
@@ -248,7 +259,7 @@ def _grids_text(grids: Sequence[Grid]) -> str:
 def _images(model: ModelMetadata, seed: int) -> Iterator[Image.Image]:
     """Sizes below one block, between blocks, elongated, and larger; the modes that both sides take alike."""
     rng = np.random.default_rng(seed)
-    unit = model.vision.patch_size * model.vision.merge_size
+    unit = model.tower.patch_size * model.tower.merge_size
     sizes: Sequence[tuple[int, int]] = [
         (unit, unit), (3 * unit + 1, 2 * unit - 1), (1, 1), (unit // 2, 3), (5, 990), (1400, 9), (640, 480), (333, 1024)
     ]  # fmt: skip

@@ -87,7 +87,7 @@ class Bundle:
         """
         _, engine = self.engine(name)
         named = engine.named_files
-        folders = {PurePosixPath(graph).parent for graph in (engine.vision, engine.decoder)}
+        folders = {PurePosixPath(graph).parent for graph in engine.graphs}
         return tuple(
             path for path in self.manifest.files if path in named or not folders.isdisjoint(PurePosixPath(path).parents)
         )
@@ -149,7 +149,7 @@ class Bundle:
 
     def _refuse_strangers(self) -> None:
         """An engine library opens files by itself (external data, kernels): none may be there without a hash."""
-        graphs = [graph for engine in self.manifest.engines.values() for graph in (engine.vision, engine.decoder)]
+        graphs = [graph for engine in self.manifest.engines.values() for graph in engine.graphs]
         folders = {ENGINES, *(PurePosixPath(graph).parent.as_posix() for graph in graphs)}
         for folder in folders:
             for name in unlisted(self.directory, self.manifest.files, "" if folder == "." else folder):

@@ -25,7 +25,8 @@ from moevlm.runtime.core.experts_in import DEVICE
 if TYPE_CHECKING:
     from moevlm.runtime.perf.latency_report import BenchReport
 
-_SIZE = "Side of a square image, in pixels; 0 for none."
+_SIZE = "Side of a square image, in pixels; 0 for none.  [default: 448; 0 for a model of text alone]"
+_USUAL_SIZE = 448
 
 
 @click.group()
@@ -51,7 +52,7 @@ def bench() -> None:
     show_default=True,
     help="Length of the answer, in tokens.",
 )
-@click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), default=448, show_default=True, help=_SIZE)
+@click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), help=_SIZE)
 @click.option(
     "--target",
     "targets",
@@ -77,7 +78,7 @@ def latency(
     bundle: Path,
     prompt_tokens: int,
     new_tokens: int,
-    image_size: int,
+    image_size: int | None,
     targets: tuple[str, ...],
     repeats: int,
     threads: int | None,
@@ -109,6 +110,8 @@ def latency(
     options = LoadOptions(threads, spinning, cache_memory=cache_memory, experts_in=experts_in)
     context = min(backend_of(engine).limits(model, engine).max_context for _, engine in engines)
     _require_context(prompt_tokens, new_tokens, context)  # before they are made
+    if image_size is None:
+        image_size = _USUAL_SIZE if model.vision else 0
     prompt = random_prompt(model, images, prompt_tokens, image_size)
     _require_context(len(prompt.ids), new_tokens, context)
     on_gpu = [name for name, engine in engines if engine.sms]

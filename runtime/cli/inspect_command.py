@@ -72,6 +72,11 @@ def _experts(model: ModelMetadata) -> str:
     return ", ".join((f"{len(sparse)} sparse", *kinds))
 
 
+def _images(model: ModelMetadata) -> str:
+    """patches of 16, 3 deepstack levels"""
+    return f"patches of {model.vision.patch_size}, {model.deepstack} deepstack levels" if model.vision else "none"
+
+
 def _attention(model: ModelMetadata) -> str:
     """32 heads on 4 key-value heads of 128; where layers differ, how many are of each kind."""
     from moevlm.runtime.core.printable import counted
@@ -108,7 +113,7 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
         ("decoder", f"{len(model.layers)} layers of width {model.hidden}, {_experts(model)}"),
         ("attention", _attention(model)),
         ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
-        ("images", f"patches of {model.vision.patch_size}, {model.vision.deepstack} deepstack levels"),
+        ("images", _images(model)),
         ("sampling", sampling_text(sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),

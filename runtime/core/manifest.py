@@ -103,6 +103,7 @@ NO_MARKS = ImageMarks()
 class ModelMetadata(_Metadata, frozen=True):
     """Shapes and token ids. ropes: of rope groups 0, 1, ...
 
+    vision, image_token_id: None for a model of text alone.
     image_token_id: of each visual token. image_marks: what else an image has. video: None for a model that takes none.
     query_scale: None where no layer scales queries by their place.
     parameters: all weights, a shared one once. active_parameters: those that one token uses: its top_k experts, and
@@ -115,9 +116,9 @@ class ModelMetadata(_Metadata, frozen=True):
     context: int
     layers: tuple[LayerMetadata, ...]
     eos_token_ids: tuple[int, ...]
-    image_token_id: int
     ropes: tuple[RopeMetadata, ...]
-    vision: VisionMetadata
+    vision: VisionMetadata | None = None
+    image_token_id: int | None = None
     image_marks: ImageMarks = NO_MARKS
     video: VideoMetadata | None = None
     query_scale: QueryScaleMetadata | None = None
@@ -125,14 +126,26 @@ class ModelMetadata(_Metadata, frozen=True):
     active_parameters: int = 0
 
     @property
-    def image_placeholder(self) -> int:
-        """What the chat template writes for an image."""
+    def image_placeholder(self) -> int | None:
+        """What the chat template writes for an image; None where it writes none."""
         return next(iter(self.image_marks.placeholder), self.image_token_id)
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
         """Ids in whose place the decoder takes visual features."""
-        return (self.image_token_id,) if self.video is None else (self.image_token_id, self.video.token_id)
+        ids = (self.image_token_id, None if self.video is None else self.video.token_id)
+        return tuple(token_id for token_id in ids if token_id is not None)
+
+    @property
+    def tower(self) -> VisionMetadata:
+        """For code that has an image at hand: `vision` of a model that has one."""
+        assert self.vision is not None
+        return self.vision
+
+    @property
+    def deepstack(self) -> int:
+        """Levels of visual features added in the decoder."""
+        return 0 if self.vision is None else self.vision.deepstack
 
     @property
     def bidirectional_images(self) -> bool:
@@ -204,6 +217,7 @@ class TensorRTMetadata(_Metadata, frozen=True):
 class EngineMetadata(_Metadata, frozen=True):
     """One engine: its graphs as paths inside the bundle, and the dtype of its weights.
 
+    vision: "" for a model of text alone.
     states: what a sequence keeps between steps, layer by layer.
     page_size: tokens of a page of its caches; 0 where a step has one sequence, and that lies in one page.
     row_independent: a token's numbers have the same bits whatever else is in its step.
@@ -251,7 +265,12 @@ class EngineMetadata(_Metadata, frozen=True):
     def named_files(self) -> tuple[str, ...]:
         """The files that these metadata name, as paths inside the bundle."""
         experts = "" if self.tensorrt is None else self.tensorrt.experts
-        return (self.vision, self.decoder, *((experts,) if experts else ()))
+        return (*self.graphs, *((experts,) if experts else ()))
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The paths of its graphs: of vision, if it has that, and of the decoder."""
+        return (self.vision, self.decoder) if self.vision else (self.decoder,)
 
     @property
     def kv_cache(self) -> str:

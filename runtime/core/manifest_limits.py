@@ -38,7 +38,8 @@ _PAGED: dict[str, tuple[float, float]] = {
 _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
     "max_sequences": _SIZE,
-    **dict.fromkeys(("max_tokens", "max_logits", "max_visual", "max_patches"), _TOKENS),
+    **dict.fromkeys(("max_tokens", "max_logits"), _TOKENS),
+    **dict.fromkeys(("max_visual", "max_patches"), (0, _TOKENS[1])),
     "workspace": _COUNT,
     "max_pages": (2, _TOKENS[1]),  # one is for padding
     "max_rows": _COUNT,
@@ -58,7 +59,7 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
     known, video = (0, model.vocabulary - 1), model.video
     for field, ids, (low, high) in (
         ("eos_token_ids", model.eos_token_ids, _ID),
-        ("image_token_id", (model.image_token_id,), known),
+        ("image_token_id", () if model.image_token_id is None else (model.image_token_id,), known),
         *((f"image_marks.{mark}", ids, known) for mark, ids in msgspec.structs.asdict(model.image_marks).items()),
         ("video.placeholder", () if video is None else (video.placeholder,), known),
         ("video.token_id", () if video is None else (video.token_id,), known),
@@ -78,11 +79,16 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
         yield from _rope(f"model.ropes[{i}]", rope, widest)
     if model.query_scale is not None:
         yield from _outside("model.query_scale", model.query_scale, _QUERY_SCALE)
-    yield from _outside("model.vision", model.vision, model.vision.LIMITS)
-    for field, value, allowed in model.vision.refused():
-        yield f"model.vision.{field}", value, allowed
+    if (model.vision is None) != (model.image_token_id is None):
+        yield "model.image_token_id", model.image_token_id, "null without model.vision, else a token id"
+    if model.vision is not None:
+        yield from _outside("model.vision", model.vision, model.vision.LIMITS)
+        for field, value, allowed in model.vision.refused():
+            yield f"model.vision.{field}", value, allowed
     for name, engine in manifest.engines.items():
         where = f"engines.{name}"
+        if bool(engine.vision) != (model.vision is not None):
+            yield f"{where}.vision", engine.vision, "a graph with model.vision, else nothing"
         yield from _outside(where, engine, {
             "group_size": (0, 1 << 16),
             "page_size": (0, 1 << 16),

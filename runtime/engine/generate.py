@@ -88,7 +88,7 @@ class Runtime:
         if (size.pages - 1) * limits.page_size < self.context:
             self.context, self._whose = (size.pages - 1) * limits.page_size, CACHE
         self._prompts = PromptBuilder(model, tokenizer, template, images, videos) if tokenizer and template else None
-        self._encoder = ImageEncoder(engine, images, model.vision) if images else None
+        self._encoder = ImageEncoder(engine, images, model.tower) if images else None
         engine.reserve(size.pages, size.rows)
         scheduler = Scheduler(
             limits,

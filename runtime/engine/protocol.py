@@ -15,6 +15,8 @@ from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
+TEXT_ALONE = "images for a model of text alone"  # where an engine is asked for what it has not
+
 
 class Engine(Protocol):
     """One loaded target of a bundle. Threads may share it; steps run one after the other.

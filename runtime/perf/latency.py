@@ -28,6 +28,8 @@ def random_prompt(
     ids = rng.choice(np.setdiff1d(np.arange(model.vocabulary), model.visual_token_ids), text_tokens)
     if not image_size:
         return Prompt.from_ids(ids, [], model)
+    if model.vision is None:
+        raise RequestError(f"{model.model_type} takes text alone: measure without an image (--image-size 0)")
     if images is None:
         raise RequestError("the bundle has no preprocessor.json: measure without an image (--image-size 0)")
     image = Image.fromarray(rng.integers(0, 256, (image_size, image_size, 3), np.uint8))
@@ -92,11 +94,11 @@ def _limits(
     cost = engine.cost
     if machine is None or cost is None:
         return {}
-    patches = [image.width * image.height // model.vision.patch_size**2 for image in prompt.images]
     works = {"decode_limit": (decode_work(model, engine, cost, len(prompt.ids) + new_tokens // 2), decode)}
     if isinstance(machine, Machine):
         works["prefill_limit"] = prefill_work(model, cost, len(prompt.ids)), prefill
         if prompt.images:
+            patches = [image.width * image.height // model.tower.patch_size**2 for image in prompt.images]
             works["vision_limit"] = vision_work(cost, patches), vision
     return {name: limit(work, machine, engine, seconds) for name, (work, seconds) in works.items()}
 

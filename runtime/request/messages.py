@@ -77,6 +77,11 @@ def texts_of(content: str | list[dict[str, str]]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
 
 
+def texts_alone(plain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Plain messages with a string each: templates of models of text alone know no parts."""
+    return [{**message, "content": "".join(texts_of(message["content"]))} for message in plain]
+
+
 def require_no_video(plain: Sequence[Mapping[str, Any]]) -> None:
     """Raise RequestError for a video part, as for any kind of part that the model does not take."""
     for i, message in enumerate(plain):

@@ -26,13 +26,13 @@ def rope_positions(ids: np.ndarray, grids: Sequence[tuple[int, int]], model: Mod
     each of its rows in one where something stands between these.
     """
     image_at = np.flatnonzero(np.isin(ids, model.visual_token_ids))
-    sizes = np.array([model.vision.tokens(grid) for grid in grids], np.int64)
+    sizes = np.array([model.tower.tokens(grid) for grid in grids], np.int64)
     if len(image_at) != sizes.sum():
         raise RequestError(
             f"the prompt has {len(image_at)} image tokens (id {model.image_token_id}), its {len(sizes)} images need "
             f"{sizes.sum()}"
         )
-    merge = model.vision.merge_size
+    merge = model.tower.merge_size if grids else 1
     shapes = [(h // merge, w // merge) for h, w in grids]
     counted = not any(rope.sections for rope in model.ropes)
     apart = counted and model.image_marks.row_break

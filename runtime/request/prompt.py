@@ -19,6 +19,7 @@ from moevlm.runtime.request.messages import (
     Message,
     plain_messages,
     require_no_video,
+    texts_alone,
     texts_of,
     visuals_of,
 )
@@ -92,7 +93,7 @@ class PromptBuilder:
         self._images = images
         self._videos = videos
         # What the template writes for an image and for a video, by the kind of part.
-        self._placeholders = {"image": model.image_placeholder}
+        self._placeholders = {} if model.image_placeholder is None else {"image": model.image_placeholder}
         if model.video is not None:
             self._placeholders["video"] = model.video.placeholder
         for kind, token_id in self._placeholders.items():
@@ -114,6 +115,8 @@ class PromptBuilder:
         # First, so that visuals_of meets messages in good order.
         self._refuse_video(plain_messages(messages, self._model.context))
         given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in visuals_of(messages)]
+        if given and self._model.vision is None:
+            raise RequestError(f"the prompt has {len(given)} images, and {self._model.model_type} takes text alone")
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
@@ -140,7 +143,7 @@ class PromptBuilder:
             elif self._images is not None:
                 kept = replace(one, source=self._images.repeatable(one.source))
                 layout = self._images.layout(kept.source, kept.limits)
-                tokens = layout.tokens(self._model.vision)
+                tokens = layout.tokens(self._model.tower)
                 counted.append(_CountedImage(len(counted) + 1, kept, layout, tokens))
             total += counted[-1].tokens
             if total > self._model.context:
@@ -176,7 +179,7 @@ class PromptBuilder:
             raise RequestError("the prompt is empty: no message has text or an image")
         self._refuse_video(plain)
         self._refuse_placeholder(plain)
-        text = self._template.render(plain, options)
+        text = self._template.render(texts_alone(plain) if self._model.vision is None else plain, options)
         if self._tokenizer.exceeds(text, self._model.context):
             raise RequestError(f"the prompt has more tokens than the model's context of {self._model.context}")
         ids = self._guard.encode(text)
@@ -240,6 +243,10 @@ def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndar
 
 
 def _check_grids(grids: Sequence[Grid], model: ModelMetadata) -> None:
+    if model.vision is None:
+        if len(grids):
+            raise RequestError(f"{len(grids)} grids of images for {model.model_type}, which takes text alone")
+        return
     merge = model.vision.merge_size
     for grid in grids if isinstance(grids, (list, tuple)) else [grids]:
         pair = grid if isinstance(grid, (list, tuple)) else ()

@@ -17,7 +17,7 @@ from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.cases import Case, ordinary_ids, random_cases
 from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs
-from moevlm.export.parity.oracle import Oracle, inputs_of
+from moevlm.export.parity.oracle import Oracle, auto_model, inputs_of
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.tolerances import EXACT
 from moevlm.export.parity.torch_engine import TorchEngine
@@ -57,13 +57,17 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
         model = CanonicalModel.of(source)
         metadata = model.config.metadata()
         family, config = family_for(source.config), transformers.AutoConfig.from_pretrained(checkpoint)
-        whole = transformers.AutoModelForImageTextToText.from_pretrained(
-            checkpoint,
-            config=getattr(config, family.part) if family.part else config,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            experts_implementation="eager",
-        ).eval()
+        whole = (
+            auto_model(metadata.vision)
+            .from_pretrained(
+                checkpoint,
+                config=getattr(config, family.part) if family.part else config,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+            )
+            .eval()
+        )
         ordinary = ordinary_ids(metadata, source.config)
         cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
         answers = Oracle(source, family, metadata.vision).outputs(cases)

@@ -103,7 +103,7 @@ class TensorRTTarget:
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
         graphs = self._lowered(canonical, lambda _: b"")
-        found, weights = cost(canonical, graphs, config.vision.metadata().patches_per_token), _weights(graphs)
+        found, weights = cost(canonical, graphs, config.patches_per_token), _weights(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
         return self._fitted(config)._metadata(
@@ -127,10 +127,10 @@ class TensorRTTarget:
 
         The others: as in EngineMetadata.
         """
-        o, unit = self.options, config.vision.metadata().unit
-        states, patches = kept(config.decoder.states, o.cache_dtype), max_patches(unit, image_patches)
+        o, patches = self.options, _patches(config, image_patches)
+        states = kept(config.decoder.states, o.cache_dtype)
         return EngineMetadata(
-            vision=self.path("vision"),
+            vision="" if config.vision is None else self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
             group_size=o.group_size if o.weights else 0,
@@ -149,7 +149,7 @@ class TensorRTTarget:
                 max_sequences=o.max_sequences,
                 max_tokens=o.max_tokens,
                 max_logits=o.max_logits,
-                max_visual=o.max_tokens,
+                max_visual=o.max_tokens if config.vision else 0,
                 max_patches=patches,
                 max_pages=max_pages(states),
                 max_rows=max_rows(states),
@@ -167,20 +167,20 @@ class TensorRTTarget:
             self._add_experts(build, experts)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
-        o, tower = self.options, config.vision.metadata()
-        patches = max_patches(tower.unit, build.image_patches)
-        columns = -(-config.decoder.context // PAGE_SIZE)
+        o, columns = self.options, -(-config.decoder.context // PAGE_SIZE)
         states = kept(config.decoder.states, o.cache_dtype)
         profiles = {
-            "vision": vision_profiles(graphs["vision"], tower.unit, patches),
             "decoder": decoder_profiles(graphs["decoder"], o, columns, max_pages(states), max_rows(states)),
         }
+        if config.vision is not None:
+            unit, patches = config.vision.metadata().unit, _patches(config, build.image_patches)
+            profiles["vision"] = vision_profiles(graphs["vision"], unit, patches)
         built = {
             name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
             for name, graph in graphs.items()
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
-        found, version = cost(canonical, graphs, tower.patches_per_token), built["decoder"].version
+        found, version = cost(canonical, graphs, config.patches_per_token), built["decoder"].version
         weights = _weights(graphs)
         known = weight_errors(weights) | shared_errors(o.experts_path, build.engines.values())
         made = self._metadata(config, build.image_patches, found, version, pruned, weights)
@@ -206,7 +206,8 @@ class TensorRTTarget:
         first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), LowerHeadLinear(), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
         moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
-        run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
+        if "vision" in graphs:
+            run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
         delta = PluginGatedDelta(o.activations, programs)
         run((*first, RowSums(), attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
         return graphs
@@ -246,6 +247,11 @@ class TensorRTTarget:
             return worker.run(job, progress)
 
         return writer.add_built(self.path(name), build)
+
+
+def _patches(config: ModelConfig, image_patches: int | None) -> int:
+    """Of a call for images; 0 for a model of text alone."""
+    return 0 if config.vision is None else max_patches(config.vision.metadata().unit, image_patches)
 
 
 def _weights(graphs: Mapping[str, ir.Model]) -> list[Weight]:

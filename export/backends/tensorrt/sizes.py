@@ -38,15 +38,18 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     features of such a call, twice while they are split by image, and of such a step; logits.
     """
     value, decoder, vision = DTYPES[options.activations].bytes, config.decoder, config.vision
-    tower = vision.metadata()
     mixed = max(_mixed(layer.mixer) for layer in decoder.layers)
     fed = max(_fed(layer.feed_forward, decoder.hidden) for layer in decoder.layers)
     step = options.max_tokens * (2 * decoder.hidden + max(mixed, fed)) * value
+    logits = options.max_logits * decoder.vocabulary * _FLOAT32
+    if vision is None:
+        return step + logits
+    tower = vision.metadata()
     block = max(4 * vision.heads * vision.head_dim, vision.mlp.width * (3 if vision.mlp.gated else 2))
     images = max_patches * ((2 * vision.hidden + block) * value + tower.patch_width * _FLOAT32)
     rows = 2 * max_patches // tower.patches_per_token + options.max_tokens
     features = rows * (1 + tower.deepstack) * decoder.hidden * value
-    return max(step, images) + features + options.max_logits * decoder.vocabulary * _FLOAT32
+    return max(step, images) + features + logits
 
 
 def _mixed(mixer: MixerConfig) -> int:

@@ -8,11 +8,13 @@ from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
 from moevlm.export.families.sources import Experts
+from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
 
 
+@register_alone("qwen3_moe", "Qwen3-30B-A3B", "Qwen3-235B-A22B", "Qwen3-Coder-30B-A3B")
 @register_text("qwen3_moe")
 class Qwen3Moe(TextModel):
     """See the module's docstring."""

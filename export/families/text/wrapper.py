@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+TEXT = "text_config."  # before the names of the text's fields
+
+
 class Wrapper(Family):
     """texts: the model types that text_config may have. tower: where the weights of the vision part lie.
 
@@ -43,7 +46,7 @@ class Wrapper(Family):
 
     @property
     def config_names(self) -> Mapping[str, str]:
-        return {field: f"text_config.{name}" for field, name in self.text.config_names.items()} | {**self.own_names}
+        return {field: f"{TEXT}{name}" for field, name in self.text.config_names.items()} | {**self.own_names}
 
     @property
     def left_out(self) -> Mapping[str, str]:

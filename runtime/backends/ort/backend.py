@@ -39,9 +39,9 @@ class OrtBackend:
         if options.experts_in != DEVICE:
             raise RequestError(f"experts_in = {options.experts_in} has no effect on {name}: it is for engines on a GPU")
         engine = bundle.manifest.engines[name]
-        vision, decoder = open_graphs(bundle, name, progress)
+        *vision, decoder = open_graphs(bundle, name, progress)
         return OrtEngine(
-            vision,
+            next(iter(vision), None),
             decoder,
             bundle.manifest.model,
             engine,
@@ -60,18 +60,14 @@ class OrtBackend:
         return None
 
 
-def open_graphs(bundle: Bundle, name: str, progress: Stages | None = None) -> tuple[GraphFile, GraphFile]:
-    """Vision and decoder graph of an engine: every file opened once, hashed, and read or mapped.
+def open_graphs(bundle: Bundle, name: str, progress: Stages | None = None) -> tuple[GraphFile, ...]:
+    """The graphs of an engine, as in `EngineMetadata.graphs`: every file opened once, hashed, and read or mapped.
 
     Raises BundleError or EngineError.
     """
     _, engine = bundle.engine(name)
-    with opened_files(bundle, name, (engine.vision, engine.decoder), progress) as files:
-        vision, decoder = (
-            GraphFile.of(bundle.directory, graph, bundle.read_bytes(graph), files)
-            for graph in (engine.vision, engine.decoder)
-        )
-    return vision, decoder
+    with opened_files(bundle, name, engine.graphs, progress) as files:
+        return tuple(GraphFile.of(bundle.directory, graph, bundle.read_bytes(graph), files) for graph in engine.graphs)
 
 
 def operators_for(engine: EngineMetadata) -> Path | None:

@@ -22,7 +22,7 @@ from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, output_name
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
-from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
+from moevlm.runtime.engine.protocol import TEXT_ALONE, check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Candidates, Step, StepOutput
 from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 from moevlm.runtime.request.vision_inputs import VisionInputs
@@ -35,7 +35,9 @@ _PLAIN = (
 
 
 class OrtEngine:
-    """Two ONNX Runtime sessions, whose weights stay in the files that they are mapped from.
+    """ONNX Runtime sessions of the decoder and, if there is one, of the tower.
+
+    Their weights stay in the files that they are mapped from.
 
     threads: for one operator; None takes all physical cores. Raises EngineError if a graph cannot be loaded or run.
     A cancelled call ends after the operator that runs at the time. Outputs of the decoder beside logits, candidates
@@ -44,7 +46,7 @@ class OrtEngine:
 
     def __init__(
         self,
-        vision: GraphFile,
+        vision: GraphFile | None,
         decoder: GraphFile,
         model: ModelMetadata,
         metadata: EngineMetadata,
@@ -55,12 +57,13 @@ class OrtEngine:
     ) -> None:
         """spinning: see `moevlm.runtime.load`. operators: a library that the graphs need beside ONNX Runtime's own."""
         self._model, self._metadata = model, metadata
-        self._vision: Session | None = Session("vision", vision, threads, spinning, operators)
+        self._vision = None if vision is None else Session("vision", vision, threads, spinning, operators)
         self._decoder: Session | None = Session("decoder", decoder, threads, spinning, operators)
-        for mapped in (*vision.maps, *decoder.maps):
+        for mapped in (*(() if vision is None else vision.maps), *decoder.maps):
             mapped.forget()  # kernels that pack their weights have read them for the last time
         inference = self._decoder.inference
-        check_vision_graph(self._vision.inference, model)
+        if self._vision is not None:
+            check_vision_graph(self._vision.inference, model)
         check_decoder_graph(inference, model, metadata)
         self.states, self.limits = metadata.states, limits_of(model, metadata)
         inputs = {value.name for value in inference.get_inputs()}
@@ -72,7 +75,7 @@ class OrtEngine:
         self._debug = [name for name in outputs if name not in {"logits", *CANDIDATE_OUTPUTS, *kept}]
         self._finds_candidates = set(CANDIDATE_OUTPUTS) <= set(outputs)
         # A step without images still feeds one row, which no visual_index points at.
-        deepstack = np.zeros((model.vision.deepstack, 1, model.hidden), np.float32)
+        deepstack = np.zeros((model.deepstack, 1, model.hidden), np.float32)
         self._no_visual = HostFeatures(np.zeros((1, model.hidden), np.float32), deepstack)
         self._lock = threading.Lock()
         self._pool: Pool | None = None
@@ -80,6 +83,8 @@ class OrtEngine:
 
     def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:
         """Visual tokens of all images of one packed call. Raises EngineError for an image_start that does not rise."""
+        if self._model.vision is None:
+            raise EngineError(TEXT_ALONE)
         session = _opened(self._vision)
         check_vision(inputs)
         with session.running(cancellation) as options:
@@ -147,9 +152,11 @@ class OrtEngine:
             binding.feed(sin_name, sin)
         if self._has_table:
             binding.feed_table("page_table", step.page_table)
+        if self._model.vision is None:
+            return
         give, features = (binding.feed, joined(visual)) if visual else (binding.hold, self._no_visual)
         give("visual_embeds", features.embeds)
-        if self._model.vision.deepstack:
+        if self._model.deepstack:
             give("deepstack_embeds", features.deepstack)
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ Shape = tuple[str, tuple[int | None, ...]]
 def check_vision_graph(session: Any, model: ModelMetadata) -> None:
     """Raise EngineError unless an InferenceSession takes and gives what the model's vision tower does."""
     inputs: dict[str, Shape] = {
-        name: (_DTYPES[dtype], (None, width)) for name, (width, dtype) in model.vision.inputs.items()
+        name: (_DTYPES[dtype], (None, width)) for name, (width, dtype) in model.tower.inputs.items()
     }
     _require("vision", "input", session.get_inputs(), inputs | {"image_start": (_INT32, (None,))})
     _require("vision", "output", session.get_outputs(), _features(model))
@@ -39,6 +39,8 @@ def check_decoder_graph(session: Any, model: ModelMetadata, metadata: EngineMeta
         sequences["page_table"] = _INT32, (None, None)
     if recurrent:
         sequences["state_row"] = _INT32, (None,)
+    if model.vision is not None:
+        sequences["visual_index"] = _INT64, (None,)
     if model.bidirectional_images:
         sequences["visible_end"] = _INT32, (None,)
     if model.query_scale is not None:
@@ -50,7 +52,6 @@ def check_decoder_graph(session: Any, model: ModelMetadata, metadata: EngineMeta
     }
     _require("decoder", "input", session.get_inputs(), {
         "input_ids": (_INT64, (None,)),
-        "visual_index": (_INT64, (None,)),
         "logits_index": (_INT32, (None,)),
         **ropes,
         **sequences,
@@ -80,10 +81,12 @@ def _states(states: tuple[StateSpec, ...]) -> dict[str, Shape]:
 
 
 def _features(model: ModelMetadata) -> dict[str, Shape]:
-    """Visual features, from one graph to the other."""
+    """Visual features, from one graph to the other; none without a tower."""
+    if model.vision is None:
+        return {}
     features: dict[str, Shape] = {"visual_embeds": (_FLOAT, (None, model.hidden))}
-    if model.vision.deepstack:
-        features["deepstack_embeds"] = (_FLOAT, (model.vision.deepstack, None, model.hidden))
+    if model.deepstack:
+        features["deepstack_embeds"] = (_FLOAT, (model.deepstack, None, model.hidden))
     return features
 
 

@@ -70,15 +70,15 @@ class TensorRTBackend:
         host = host_layers(options.experts_in, sum(bool(layer.experts) for layer in model.layers))
         if host and not _built(engine).experts:
             raise RequestError(f"experts_in = {options.experts_in} has no effect on {name}: it has its experts inside")
-        built, graphs = _built(engine), (engine.vision, engine.decoder)
+        built, graphs = _built(engine), engine.graphs
         with opened_files(bundle, name, graphs, progress) as files:
             experts = files[built.experts].map() if built.experts else None
         # They are native code: the very bytes that were checked go on, whatever happens to the files meanwhile.
-        vision, decoder = (
+        *vision, decoder = (
             EngineFile(graph, bundle.read_bytes(graph), bundle.manifest.files[graph].sha256) for graph in graphs
         )
         told = partial(progress, "preparing steps") if progress else silent
-        return TensorRTEngine(EngineFiles(vision, decoder, experts, host), model, engine, told)
+        return TensorRTEngine(EngineFiles(next(iter(vision), None), decoder, experts, host), model, engine, told)
 
     def problems(self, bundle: Bundle, engine: EngineMetadata) -> list[str]:
         return plan_problems(bundle, engine, _built(engine))

@@ -39,7 +39,9 @@ class DecodeStep:
         for name, (address, shape) in bound.items():
             execution.bind(name, address, shape)
         execution.bind("page_table", tables.address, (size, tables.columns))
-        shapes: dict[str, Shape] = dict.fromkeys(("input_ids", "visual_index", "context_len", "logits_index"), (size,))
+        shapes: dict[str, Shape] = dict.fromkeys(("input_ids", "context_len", "logits_index"), (size,))
+        if model.vision is not None:
+            shapes["visual_index"] = (size,)
         shapes["query_start"] = (size + 1,)
         if has_rows:
             shapes["state_row"] = (size,)
@@ -53,7 +55,8 @@ class DecodeStep:
         arrays = execution.arrays
         for name in shapes:
             arrays[name][...] = 0
-        arrays["visual_index"][...] = -1
+        if model.vision is not None:
+            arrays["visual_index"][...] = -1
         arrays["query_start"][...] = np.arange(size + 1)
         self._ids, self._kept, self._wanted = (arrays[n] for n in ("input_ids", "context_len", "logits_index"))
         self._rows = arrays["state_row"] if has_rows else None

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from moevlm.runtime.backends.tensorrt.cuda import DeviceMemory
 from moevlm.runtime.backends.tensorrt.decode_step import DecodeStep, sizes
 from moevlm.runtime.backends.tensorrt.decoder_check import ANY, DECODE, check_decoder
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
@@ -49,7 +50,8 @@ class Decoder:
         self._has_rows = any(isinstance(state, Recurrent) for state in states)
         self._kept: StateMemory | None = None
         self._of_tokens = (
-            *("input_ids", "visual_index"),
+            "input_ids",
+            *(("visual_index",) if model.vision else ()),
             *(("visible_end",) if model.bidirectional_images else ()),
             *(("query_scale",) if model.query_scale is not None else ()),
         )
@@ -69,20 +71,25 @@ class Decoder:
 
     def _allocate(self) -> None:
         limits, layout, vocabulary = self._limits, self._features.layout, self._model.vocabulary
-        assert limits.max_visual is not None
-        memories = []
         rows = max(limits.max_logits, limits.max_sequences)  # decode steps compute a row of each sequence
-        for size in (4 * rows * vocabulary, layout.size(limits.max_visual), layout.size(1)):
-            memories.append(self._device.allocate(size))
-            self._resources.callback(memories[-1].free)
-        self._logits, self._visual, blank = (memory.address for memory in memories)
-        # A row of zeros that no visual_index points at, for steps without images.
-        self._device.clear(blank, memories[-1].size)
-        self._blank = self._visual_at(blank, 1)
+        self._logits = self._memory(4 * rows * vocabulary).address
+        self._blank: Bindings = {}
+        if self._model.vision is not None:
+            assert limits.max_visual is not None
+            self._visual = self._memory(layout.size(limits.max_visual)).address
+            # A row of zeros that no visual_index points at, for steps without images.
+            blank = self._memory(layout.size(1))
+            self._device.clear(blank.address, blank.size)
+            self._blank = self._visual_at(blank.address, 1)
         self._row = self._device.allocate_host(4 * vocabulary)
         self._resources.callback(self._row.free)
         self._tables = PageTables(self._device, limits.max_sequences, -(-limits.max_context // limits.page_size))
         self._resources.callback(self._tables.free)
+
+    def _memory(self, size: int) -> DeviceMemory:
+        memory = self._device.allocate(size)
+        self._resources.callback(memory.free)
+        return memory
 
     def _make_executions(self, bound: Bindings) -> None:
         """One context for steps of any shapes, and one for each size of decode steps, as a recording asks for."""
@@ -209,7 +216,8 @@ class Decoder:
         self._arrange(tokens, sequences, min(limits.max_logits, tokens), self._blank)
         for array in self._any.arrays.values():
             array[...] = 0
-        self._any.arrays["visual_index"][...] = -1
+        if self._model.vision is not None:
+            self._any.arrays["visual_index"][...] = -1
         starts = self._any.arrays["query_start"]
         starts[1:] = np.arange(tokens - sequences + 1, tokens + 1)  # one token each, but for the first
         self._any.run()

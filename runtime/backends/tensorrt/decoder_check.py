@@ -25,8 +25,9 @@ def check_decoder(
         allowed = ", ".join(ACTIVATIONS)
         raise EngineError(f"unsupported value activations = {metadata.activations!r} (supported: {allowed})")
     ropes = [f"rope_{name}.{group}" for group in range(len(model.ropes)) for name in ("cos", "sin")]
-    step = ["input_ids", "visual_index", "visual_embeds", *ropes, "query_start", "context_len", "page_table"]
-    step += ["logits_index", *(["deepstack_embeds"] if model.vision.deepstack else [])]
+    step = ["input_ids", *ropes, "query_start", "context_len", "page_table", "logits_index"]
+    step += ["visual_index", "visual_embeds"] if model.vision else []
+    step += ["deepstack_embeds"] if model.deepstack else []
     step += ["visible_end"] if model.bidirectional_images else []
     step += ["query_scale"] if model.query_scale is not None else []
     step += ["state_row"] if rows else []
@@ -38,7 +39,7 @@ def check_decoder(
         if missing := sorted(set(names) - set(given)):
             raise EngineError(f"{engine.name} has no {kind} {missing[0]}")
     _check_shapes(engine, model, kept, metadata)
-    _check_profiles(engine, metadata)
+    _check_profiles(engine, model, metadata)
     return [name for name in engine.inputs if name not in {*step, *kept}]
 
 
@@ -51,18 +52,20 @@ def _check_shapes(engine: DeviceEngine, model: ModelMetadata, kept: Shapes, meta
     features = DTYPES[metadata.activations].tensorrt
     levels = engine.inputs["deepstack_embeds"][0] if "deepstack_embeds" in engine.inputs else 0
     numbers: list[tuple[str, object, object]] = [
-        ("hidden", engine.inputs["visual_embeds"][1], model.hidden),
         ("vocabulary", engine.outputs["logits"][1], model.vocabulary),
-        ("deepstack", levels, model.vision.deepstack),
-        ("visual_embeds in", engine.dtypes["visual_embeds"], features),
+        ("deepstack", levels, model.deepstack),
     ]
+    if model.vision is not None:
+        numbers.append(("hidden", engine.inputs["visual_embeds"][1], model.hidden))
+        numbers.append(("visual_embeds in", engine.dtypes["visual_embeds"], features))
     for what, found, said in numbers:
         if found != said:
             raise EngineError(f"{engine.name} has {what} = {found}, manifest.json says {said}")
 
 
-def _check_profiles(engine: DeviceEngine, metadata: TensorRTMetadata) -> None:
+def _check_profiles(engine: DeviceEngine, model: ModelMetadata, metadata: TensorRTMetadata) -> None:
     sequences = metadata.max_sequences
+    visual = (("visual_embeds", ANY, metadata.max_visual),) if model.vision else ()
     for name, profile, said in (
         ("input_ids", ANY, metadata.max_tokens),
         ("input_ids", DECODE, sequences),
@@ -70,7 +73,7 @@ def _check_profiles(engine: DeviceEngine, metadata: TensorRTMetadata) -> None:
         ("context_len", DECODE, sequences),
         ("logits_index", ANY, metadata.max_logits),
         ("logits_index", DECODE, sequences),
-        ("visual_embeds", ANY, metadata.max_visual),
+        *visual,
     ):
         most = engine.most(name, profile)[0]
         if most < said:

@@ -27,7 +27,7 @@ from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
 from moevlm.runtime.core.progress import Progress, silent
 from moevlm.runtime.core.states import row_bytes
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.protocol import check_reserve, check_step, check_vision
+from moevlm.runtime.engine.protocol import TEXT_ALONE, check_reserve, check_step, check_vision
 from moevlm.runtime.engine.step import Step, StepOutput
 from moevlm.runtime.engine.visual import FeatureRows
 from moevlm.runtime.request.vision_inputs import VisionInputs
@@ -44,12 +44,13 @@ class EngineFile:
 
 @dataclass(frozen=True)
 class EngineFiles:
-    """What an engine is loaded from, all hashes checked. experts: None if the decoder has all weights.
+    """What an engine is loaded from, all hashes checked. vision: None for a model of text alone.
 
+    experts: None if the decoder has all weights.
     host_layers: how many sparse layers' experts stay in the host's memory.
     """
 
-    vision: EngineFile
+    vision: EngineFile | None
     decoder: EngineFile
     experts: MappedFile | None
     host_layers: int = 0
@@ -92,12 +93,12 @@ class TensorRTEngine:
         resources.callback(library.close)
         path = None
         if library.is_rtx:
-            hashes = files.decoder.sha256, files.vision.sha256
+            hashes = (files.decoder.sha256, *(() if files.vision is None else (files.vision.sha256,)))
             path = cache_file(*hashes, metadata.version, gpu.name, gpu.sm, gpu.driver)
         kernels = KernelCache(path)
         resources.callback(kernels.close)
         engines = []
-        for file, profiles in ((files.decoder, 2), (files.vision, 1)):
+        for file, profiles in ((files.decoder, 2), *(() if files.vision is None else ((files.vision, 1),))):
             engine = DeviceEngine(library, self._device, file.name, file.data, profiles, kernels)
             resources.callback(engine.close)
             engines.append(engine)
@@ -106,18 +107,20 @@ class TensorRTEngine:
             resources.callback(scratch.free)
             for engine in engines:
                 engine.scratch = scratch
-        layout = FeatureLayout(model.hidden, model.vision.deepstack, metadata.activations)
+        layout = FeatureLayout(model.hidden, model.deepstack, metadata.activations)
         features = FeatureMemory(self._device, layout, self._lock)
         resources.callback(features.close)
         self._decoder = Decoder(
             engines[0], files.experts, model, self.states, metadata, self.limits, features, files.host_layers
         )
         resources.callback(self._decoder.close)
-        self._vision = VisionTower(engines[1], model, features, metadata.max_patches)
-        resources.callback(self._vision.close)
+        self._vision: VisionTower | None = None
+        if files.vision is not None:
+            self._vision = VisionTower(engines[1], model.tower, features, metadata.max_patches)
+            resources.callback(self._vision.close)
         self._decoder.warm_up(progress)
         kernels.save()
-        page, images = self.limits.page_size, self._vision.call_bytes
+        page, images = self.limits.page_size, 0 if self._vision is None else self._vision.call_bytes
         memory = cache_memory(self._device, self.states, page, metadata, images)
         self.limits = replace(self.limits, cache_memory=memory)
 
@@ -135,6 +138,8 @@ class TensorRTEngine:
         check_vision(inputs)
         with self._lock:
             self._require_open()
+            if self._vision is None:
+                raise EngineError(TEXT_ALONE)
             with self._device:
                 return self._vision.encode(inputs, cancellation or Cancellation())
 

@@ -13,7 +13,7 @@ from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 def plan_problems(bundle: Bundle, engine: EngineMetadata, built: TensorRTMetadata) -> list[str]:
     """One line for each contradiction. built: what the manifest says of the plans."""
     problems = []
-    for name in (engine.vision, engine.decoder):
+    for name in engine.graphs:
         try:
             with bundle.open_file(name) as file:
                 problems += [f"{name} {problem}" for problem in _problems(file, built)]

@@ -10,7 +10,7 @@ from moevlm.runtime.backends.tensorrt.device_features import DeviceFeatures, Fea
 from moevlm.runtime.backends.tensorrt.execution import Execution
 from moevlm.runtime.core.dtypes import DTYPES, TENSORRT
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
@@ -18,12 +18,12 @@ from moevlm.runtime.request.vision_inputs import VisionInputs
 class VisionTower:
     """Calls of a vision engine. Used by one thread at a time, inside the device's context."""
 
-    def __init__(self, engine: DeviceEngine, model: ModelMetadata, memory: FeatureMemory, max_patches: int) -> None:
+    def __init__(self, engine: DeviceEngine, tower: VisionMetadata, memory: FeatureMemory, max_patches: int) -> None:
         """max_patches: of a call. Raises EngineError if the engine is not what the manifest says."""
-        self._memory, self._merge, self._most = memory, model.vision.patches_per_token, max_patches
-        deepstack = {"deepstack_embeds"} if model.vision.deepstack else set()
+        self._memory, self._merge, self._most = memory, tower.patches_per_token, max_patches
+        deepstack = {"deepstack_embeds"} if tower.deepstack else set()
         for names, given in (
-            ({*model.vision.inputs, "image_start"}, set(engine.inputs)),
+            ({*tower.inputs, "image_start"}, set(engine.inputs)),
             ({"visual_embeds", *deepstack}, set(engine.outputs)),
         ):
             if names != given:

@@ -43,7 +43,8 @@ class ImageLayout:
 
 def _piece(grid: Grid, model: ModelMetadata) -> list[int]:
     """The ids of one piece: of its visual tokens, and what stands between the rows of these."""
-    tokens, between = model.vision.tokens(grid), model.image_marks.row_break
-    rows = grid[0] // model.vision.merge_size if between else 1
+    assert model.image_token_id is not None  # of a model that has a tower
+    tokens, between = model.tower.tokens(grid), model.image_marks.row_break
+    rows = grid[0] // model.tower.merge_size if between else 1
     ids = [*[model.image_token_id] * (tokens // rows), *between] * rows
     return ids[: len(ids) - len(between)]

@@ -1,6 +1,17 @@
 """Tiny models of every family, one file each."""
 
-from tests.support.families import gemma4, glm4v_moe, mistral3, qwen3_5, qwen3_5_moe, qwen3_omni_moe, qwen3_vl_moe
+from tests.support.families import (
+    gemma4,
+    glm4_moe,
+    glm4v_moe,
+    mistral3,
+    mixtral,
+    qwen3_5,
+    qwen3_5_moe,
+    qwen3_moe,
+    qwen3_omni_moe,
+    qwen3_vl_moe,
+)
 from tests.support.families.base import TinyFamily
 
 TINY: dict[str, TinyFamily] = {
@@ -11,4 +22,7 @@ TINY: dict[str, TinyFamily] = {
     "qwen3_omni_moe": qwen3_omni_moe.FAMILY,
     "gemma4": gemma4.FAMILY,
     "mistral3": mistral3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
 }

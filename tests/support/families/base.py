@@ -69,6 +69,8 @@ def qwen2_vl_preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
 class TinyFamily:
     """fields: of config.json, by part: text, vision, top. config, model: transformers' classes.
 
+    A model of text alone has no fields of vision, no image processor, and what is text's at the top.
+
     configurations: options of `TinyCheckpoint` by name, at least four that vary what the family varies; all of them go
     through parity with transformers. values: what a tensor is filled with, from its name and standard normal numbers of
     its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.

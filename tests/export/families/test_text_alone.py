@@ -1,0 +1,277 @@
+"""Models of text alone, from a checkpoint to answers: no tower anywhere, images refused in one line."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.export.build import add_targets, build
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.run import check_parity
+from moevlm.runtime import load
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, UnsupportedModelError
+from moevlm.runtime.loading import load_engine
+from tests.support.bundles import copy_bundle, edit_manifest
+from tests.support.checkpoints import canonical, refused
+from tests.support.command_line import assert_refused, call
+from tests.support.tiny import TinyCheckpoint, edit_tensors
+
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe")
+each = pytest.mark.parametrize("model_type", ALONE)
+HELLO = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: TinyCheckpoint(name, side_files=True).save(folder / name) for name in ALONE}
+
+
+@pytest.fixture(scope="module")
+def bundle(saved: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of mixtral, on every kind of engine for a CPU."""
+    targets = ["reference", "ort-cpu", "cpu:int4"]
+    return build(saved["mixtral"], tmp_path_factory.mktemp("alone") / "demo.moevlm", targets).directory
+
+
+def test_bundle_has_no_trace_of_a_tower(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    model = opened.manifest.model
+    assert (model.vision, model.image_token_id, model.deepstack, model.visual_token_ids) == (None, None, 0, ())
+    assert not [name for name in opened.manifest.files if "vision" in name or "preprocessor" in name]
+    for name, engine in opened.manifest.engines.items():
+        assert (engine.vision, engine.graphs) == ("", (engine.decoder,))
+        assert engine.cost is not None
+        assert (engine.cost.vision_bytes, engine.cost.patch_macs) == (0, 0)
+        assert not [path for path in opened.engine_files(name) if "vision" in path]
+
+
+@pytest.mark.parametrize("target", ["reference", "ort-cpu", "cpu:int4"])
+def test_answers_and_refusals_of_every_engine(target: str, bundle: Path) -> None:
+    with load(bundle, target, threads=1) as runtime:
+        parts = [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}]
+        answers = [
+            [t for piece in runtime.generate(m, max_new_tokens=4) for t in piece.token_ids] for m in (HELLO, parts)
+        ]
+        assert answers[0] == answers[1]
+        assert 1 <= len(answers[0]) <= 4
+        picture = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8))}]}]
+        with pytest.raises(RequestError, match="the prompt has 1 images, and mixtral takes text alone"):
+            runtime.generate(picture)
+        video = [{"role": "user", "content": [{"type": "video", "video": [Image.new("RGB", (8, 8))] * 2}]}]
+        with pytest.raises(RequestError, match="video"):
+            runtime.generate(video)
+
+
+def test_commands_say_what_a_model_of_text_alone_is(bundle: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    assert re.search(r"images +none", call("inspect", bundle).out)
+    inside = json.loads(call("inspect", bundle, "--json").out)["model"]
+    assert (inside["vision"], inside["image_token_id"]) == (None, None)
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    run = call("run", bundle, "--target", "cpu:int4", "--image", picture, "--prompt", "What is it?")
+    assert_refused(run, "the prompt has 1 images, and mixtral takes text alone")
+    bench = [
+        "bench",
+        "latency",
+        bundle,
+        "--target",
+        "cpu:int4",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "2",
+        "--repeats",
+        "1",
+    ]
+    assert_refused(
+        call(*bench, "--image-size", "8"), "mixtral takes text alone: measure without an image (--image-size 0)"
+    )
+    assert json.loads(call(*bench, "--json", "-").out)["results"][0]["vision"] is None
+    assert "rtx" in call("build", saved["mixtral"], "--dry-run").out
+
+
+@each
+def test_every_step_of_parity_on_engines_of_the_cpu(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    built = build(saved[model_type], tmp_path / "bundle", ["cpu:int8", "cpu:int4"]).directory
+    report = check_parity(built, saved[model_type])
+    assert [check for check in report.checks if not check.passed] == []
+    assert not [check.quantity for check in report.checks if "image" in check.quantity or "patch" in check.quantity]
+    assert [check for check in report.checks if "conversations" in check.quantity]
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe"])
+def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
+    built = build(saved[model_type], tmp_path / "bundle", ["reference"]).directory
+    opened = add_targets(built, saved[model_type], ["rtx:sm89"], dtype="fp16", experts="int4")
+    engine = opened.manifest.engines["rtx:sm89:fp16-int4"]
+    assert (engine.vision, engine.tensorrt.max_patches, engine.tensorrt.max_visual) == ("", 0, 0)
+    assert not [name for name in opened.engine_files("rtx:sm89:fp16-int4") if "vision" in name]
+    report = json.loads(call("inspect", opened.directory, "--json").out)
+    assert next(e for e in report["engines"] if e["target"].startswith("rtx"))["memory"]["vision"] == 0
+
+
+def test_an_engine_asked_for_images_says_what_it_is(bundle: Path, tiny_bundle: Path) -> None:
+    from moevlm.export.parity.cases import pack, random_cases
+    from moevlm.runtime.core.errors import EngineError
+
+    model = Bundle.open(tiny_bundle).manifest.model
+    images = pack(random_cases(model, {}, 0), model)
+    engine = load_engine(Bundle.open(bundle), "ort-cpu")
+    with pytest.raises(EngineError, match="images for a model of text alone"):
+        engine.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda m: m["model"].update(image_token_id=3), "model.image_token_id = 3 (allowed: null without model.vision"),
+        (
+            lambda m: m["engines"]["ort-cpu"].update(vision=m["engines"]["ort-cpu"]["decoder"]),
+            "engines.ort-cpu.vision = ",
+        ),
+    ],
+    ids=["image token", "graph of vision"],
+)
+def test_a_manifest_with_half_a_tower_is_refused(change: Callable, told: str, bundle: Path, tmp_path: Path) -> None:
+    copied = copy_bundle(bundle, tmp_path)
+    edit_manifest(copied, change)
+    with pytest.raises(BundleError, match=re.escape(told)):
+        Bundle.open(copied)
+
+
+def test_a_preprocessor_beside_text_alone_is_named_and_left_out(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("mixtral", side_files=True).save(tmp_path / "checkpoint")
+    (checkpoint / "preprocessor_config.json").write_text('{"image_processor_type": "X"}')
+    notes: list[str] = []
+    build(checkpoint, tmp_path / "bundle", note=notes.append)
+    assert "preprocessor_config.json has no part in a model of text alone" in notes
+
+
+REFUSED = [
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True (supported: false)"),
+    ("qwen3_moe", {"hidden_act": "gelu"}, 'hidden_act = "gelu" (supported: silu)'),
+    ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
+    ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, "layer_types = ['linear_attention', 'linear_attention']"),
+    ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
+    ("mixtral", {"attn_logit_softcapping": 30.0}, "unsupported field in config.json: attn_logit_softcapping = 30.0"),
+    ("glm4_moe", {"n_group": 3}, "n_group = 3 (a divisor of the 8 experts up to 4)"),
+    ("glm4_moe", {"partial_rotary_factor": 0.2, "rope_parameters": {"rope_theta": 1e4}}, "head_dim = 16 (3 of its dim"),
+    ("glm4_moe", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, 'rope_parameters.rope_type = "su" (supp'),
+]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "told"), REFUSED, ids=[f"{m}: {next(iter(c))}" for m, c, _ in REFUSED]
+)
+def test_what_is_not_supported_is_named_at_the_top(
+    model_type: str, changes: dict[str, Any], told: str, saved: dict[str, Path]
+) -> None:
+    config = json.loads((saved[model_type] / "config.json").read_text()) | changes
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=re.escape(told)):
+        family_for(config).config(config)
+
+
+PREFIXES: dict[str, Callable[[str], str]] = {
+    "the base model alone": lambda name: name.removeprefix("model."),
+    "its prefix twice": lambda name: f"model.{name}" if name.startswith("model.") else name,
+}
+
+
+@each
+@pytest.mark.parametrize("change", PREFIXES.values(), ids=PREFIXES)
+def test_prefixes_of_published_checkpoints(
+    model_type: str, change: Callable[[str], str], saved: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = TinyCheckpoint(model_type).save(tmp_path / "checkpoint")
+
+    def renamed(tensors: dict[str, Any]) -> None:
+        given = dict(tensors)
+        tensors.clear()
+        tensors.update({change(name): tensor for name, tensor in given.items()})
+
+    edit_tensors(checkpoint, renamed)
+    expected, found = canonical(saved[model_type]), canonical(checkpoint)
+    assert expected.keys() == found.keys()
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+HUB = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def named_alike(name: str) -> str:
+    """A name of Mixtral's on the hub as other families have it."""
+    for usual, hub in HUB.items():
+        name = name.replace(f".{hub}.weight", f".{usual}.weight")
+    return name.replace(".block_sparse_moe.", ".mlp.")
+
+
+def test_mixtral_lies_on_the_hub_as_transformers_saves_it(saved: dict[str, Path]) -> None:
+    with Checkpoint.open(saved["mixtral"]) as source:
+        names = set(source.tensors)
+    layer = "model.layers.0.block_sparse_moe."
+    assert {f"{layer}gate.weight", *(f"{layer}experts.7.{part}.weight" for part in HUB.values())} <= names
+
+
+@pytest.mark.parametrize("layout", ["per expert", "fused", "turned"])
+def test_other_layouts_of_mixtrals_experts_are_the_same_model(
+    layout: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    """One by one under the names of other families; fused as transformers holds them; and with the axes turned."""
+    import torch
+
+    checkpoint = TinyCheckpoint("mixtral").save(tmp_path / "checkpoint")
+
+    def changed(tensors: dict[str, Any]) -> None:
+        given = {named_alike(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        if layout == "per expert":
+            tensors.update(given)
+            return
+        for layer in range(2):
+            base = f"model.layers.{layer}.mlp.experts"
+            parts = {
+                part: torch.stack([given.pop(f"{base}.{e}.{part}_proj.weight") for e in range(8)])
+                for part in ("gate", "up", "down")
+            }
+            fused = {"gate_up": torch.cat([parts["gate"], parts["up"]], 1), "down": parts["down"]}
+            turned = layout == "turned"
+            given |= {f"{base}.{n}_proj": t.transpose(1, 2) if turned else t for n, t in fused.items()}
+        tensors.update(given)
+
+    edit_tensors(checkpoint, changed)
+    expected, found = canonical(saved["mixtral"]), canonical(checkpoint)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
+def test_glms_layers_for_further_tokens_are_left_out_by_name(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("glm4_moe").save(tmp_path / "checkpoint")
+
+    def with_layer(number: int) -> Callable[[dict[str, Any]], None]:
+        name = f"model.layers.{number}.enorm.weight"
+        return lambda tensors: tensors.update({name: tensors["model.norm.weight"].clone()})
+
+    edit_tensors(checkpoint, with_layer(46))
+    with Checkpoint.open(checkpoint) as source:
+        left = CanonicalModel.of(source).left_out
+    assert list(left.values()) == [1]
+    edit_tensors(checkpoint, with_layer(3))
+    refused(CheckpointError, "model.layers.3.enorm.weight", act=lambda: canonical(checkpoint))
+
+
+def test_older_spelling_of_config_json_is_the_same_model(saved: dict[str, Path]) -> None:
+    new = json.loads((saved["qwen3_moe"] / "config.json").read_text())
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
+    old |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "bfloat16", "max_window_layers": 2}
+    old |= {"sliding_window": None, "num_experts": old.pop("num_local_experts", old.get("num_experts"))}
+    assert family_for(old).config(old) == family_for(new).config(new)
