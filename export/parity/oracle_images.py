@@ -104,8 +104,12 @@ class _TileImages(OracleImages):
         side = vision.patch_size * _grid(vision)[0]
         return {"pixel_values": torch.from_numpy(pixels.reshape(len(pixels), 3, side, side))}
 
+    def processing(self, vision: Tower) -> dict[str, Any]:
+        options = {"return_tensors": "pt"}  # numpy has no bfloat16, which Llama 4's are
+        return options if vision.rope_theta else options | {"crop_to_patches": True}  # InternVL's
+
     def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
-        pixels, size = np.asarray(processed["pixel_values"]), vision.patch_size
+        pixels, size = processed["pixel_values"].float().numpy(), vision.patch_size
         rows, columns, *inside = _sides(vision)
         blocks = pixels.reshape(len(pixels), 3, rows, inside[0], size, columns, inside[1], size)
         patches = blocks.transpose(0, 2, 5, 3, 6, 1, 4, 7).reshape(-1, vision.patch_width)

@@ -26,6 +26,7 @@ class Llama4Images(TileImages):
 
     KNOWN: ClassVar = {"size", "max_patches", "resize_to_max_canvas"}
     SIDE, TILES = 336, 16
+    EXACT = False
 
     def __init__(
         self,

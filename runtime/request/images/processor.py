@@ -30,7 +30,8 @@ class ImageProcessor(ABC):
     """Opens images and packs them for one vision call; made by `registry.image_processor`.
 
     TOWER: whose images it prepares. KNOWN: fields of its own. SIZES: fields that say what the manifest says, too: their
-    defaults, and what they are called there.
+    defaults, and what they are called there. EXACT: whether pixels are the reference's to the bit; else it resizes
+    with torchvision, and a byte may differ by one.
 
     Memory for one image: its file twice, and at most 12 bytes for each pixel of it, or of its resized copy where that
     is larger; 20 for WebP and progressive JPEG, whose decoders keep more.
@@ -39,6 +40,7 @@ class ImageProcessor(ABC):
     TOWER: ClassVar[type[Tower]]
     KNOWN: ClassVar[set[str]]
     SIZES: ClassVar[Mapping[str, tuple[int, str]]]
+    EXACT: ClassVar[bool] = True
 
     def __init__(
         self,

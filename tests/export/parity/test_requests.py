@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from moevlm.export.build import build
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.requests import request_checks
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.towers import TileTower
 from tests.support.bundles import copy_bundle, edit_manifest, rehash
 from tests.support.tiny import CHAT_TEMPLATE, TinyCheckpoint, edit_json
 
@@ -107,6 +110,20 @@ def test_what_a_bundle_lacks_is_said_not_to_be_compared(
         "not compared: the checkpoint has no tokenizer or no chat template",
         "not compared: the checkpoint has no image processor",
     ]
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_images_that_transformers_cuts_with_torchvision_are_not_compared_without_it(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    tower = TileTower(patch_size=4, merge_size=2, channels=3, head_dim=8, rope_theta=1e4, side=8)
+    edit_manifest(bundle, lambda manifest: manifest["model"].update(vision=msgspec.to_builtins(tower)))
+    fields = {"image_processor_type": "Llama4ImageProcessor", "size": {"height": 32, "width": 32}}
+    (bundle / "preprocessor.json").write_text(json.dumps(fields))
+    rehash(bundle, "preprocessor.json")
+    note = checked(bundle, tiny_checkpoint)[-1].note
+    assert note == "not compared: transformers' image processor of this model needs torchvision"
 
 
 def test_variables_and_templates_are_those_that_transformers_takes(

@@ -33,8 +33,9 @@ def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Imag
 
 def assert_as_transformers(image: Image.Image, **fields: Any) -> ImageLayout:
     theirs = GotOcr2ImageProcessorPil(**{**KIND, **fields})
-    wanted = theirs(images=[image], return_tensors="np", crop_to_patches=True)  # as InternVLProcessor does
-    grids, patches = oracle_images(VISION).patches(wanted, VISION)
+    reference = oracle_images(VISION)
+    wanted = theirs(images=[image], **reference.processing(VISION))
+    grids, patches = reference.patches(wanted, VISION)
     mine = ours(**fields)
     layout = mine.layout(image)
     inputs, packed = mine.pack(mine.fit(mine.open(image)))

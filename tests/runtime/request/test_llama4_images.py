@@ -35,8 +35,9 @@ def ours(**fields: Any) -> Any:
 
 
 def assert_as_transformers(theirs: type, image: Image.Image, **fields: Any) -> ImageLayout:
-    wanted = theirs(**{**KIND, **fields})(images=[image], return_tensors="pt")
-    grids, patches = oracle_images(VISION).patches({"pixel_values": wanted["pixel_values"].float()}, VISION)
+    reference = oracle_images(VISION)
+    wanted = theirs(**{**KIND, **fields})(images=[image], **reference.processing(VISION))
+    grids, patches = reference.patches(wanted, VISION)
     mine = ours(**fields)
     layout = mine.layout(image)
     inputs, packed = mine.pack(mine.fit(mine.open(image)))
@@ -78,12 +79,10 @@ def test_every_byte_becomes_the_same_number(theirs: type) -> None:
     values = np.arange(256, dtype=np.uint8).repeat(12).reshape(32, 32, 3)
     image = Image.fromarray(values)
     for fields in ({}, {"rescale_factor": 1 / 127, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}):
-        wanted = theirs(**{**KIND, **fields})(images=[image], return_tensors="pt")["pixel_values"].float()
-        mine = ours(**fields)
+        reference, mine = oracle_images(VISION), ours(**fields)
+        wanted = theirs(**{**KIND, **fields})(images=[image], **reference.processing(VISION))
         inputs, _ = mine.pack(mine.fit(image))
-        np.testing.assert_array_equal(
-            inputs.pixel_patches, oracle_images(VISION).patches({"pixel_values": wanted}, VISION)[1]
-        )
+        np.testing.assert_array_equal(inputs.pixel_patches, reference.patches(wanted, VISION)[1])
 
 
 @pytest.mark.parametrize(
