@@ -27,6 +27,8 @@ SPECS: tuple[tuple[AttentionSpec, int, int, dict[str, bool]], ...] = (
     # Gemma 4, where it has a window and where it has none.
     (AttentionSpec(4, 2, 256, scale=0.1, window=70, value_norm=True), 256, 256, NORMS | IMAGES),
     (AttentionSpec(8, 1, 512, scale=0.1, value_is_key=True, value_norm=True), 512, 512, NORMS),
+    # Latents of Mistral 4, and of DeepSeek-V3 with some of its heads.
+    (AttentionSpec(32, 1, 64, rotary_start=256, scale=0.09, value_in_key=True, value_dim=256), 320, 256, {}),
     (AttentionSpec(16, 1, 64, rotary_start=512, scale=0.07, value_in_key=True, value_dim=512), 576, 512, {}),
     (AttentionSpec(6, 2, 0, scale=0.1), 72, 96, {}),
 )

@@ -111,6 +111,11 @@ def test_values_in_keys_of_many_heads(triton_interpreter: Interpreter, step: str
     agrees(triton_interpreter, PagedAttentionOp(spec, 576, 512, "float16", cache, page_size=16), STEPS[step])
 
 
+def test_values_in_keys_of_320(triton_interpreter: Interpreter) -> None:
+    spec = AttentionSpec(32, 1, 64, rotary_start=256, value_in_key=True, value_dim=256)
+    agrees(triton_interpreter, PagedAttentionOp(spec, 320, 256, "float16", page_size=16), STEPS["decode"])
+
+
 @pytest.mark.parametrize("sm", FIRST_OF_FAMILY)
 def test_tiles_of_every_gpu(triton_interpreter: Interpreter, sm: int) -> None:
     op = PagedAttentionOp(AttentionSpec(4, 2, 128, window=70), 128, 128, "float16", has_sinks=True)

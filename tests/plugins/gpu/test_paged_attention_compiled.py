@@ -39,10 +39,19 @@ WIDE = {
     "gemma4": PagedAttentionOp(
         AttentionSpec(16, 2, 512, scale=1.0, value_is_key=True, value_norm=True), 512, 512, cache="int8", has_norms=True
     ),
+    "mistral4": PagedAttentionOp(
+        AttentionSpec(32, 1, 64, rotary_start=256, scale=0.1, value_in_key=True, value_dim=256), 320, 256
+    ),
+    "deepseek_v3": PagedAttentionOp(
+        AttentionSpec(128, 1, 64, rotary_start=512, scale=0.1, value_in_key=True, value_dim=512), 576, 512, cache="fp8"
+    ),
 }
 
 
-@pytest.mark.parametrize(("model", "sm"), [("qwen3_5", 86), ("gemma4", 80), ("gemma4", 120)])
+@pytest.mark.parametrize(
+    ("model", "sm"),
+    [("qwen3_5", 86), ("gemma4", 80), ("gemma4", 120), ("mistral4", 86), ("deepseek_v3", 90), ("deepseek_v3", 100)],
+)
 def test_wide_heads_keep_their_registers(model: str, sm: int) -> None:
     assert {kernel.entry: kernel.spilled for kernel in resources(WIDE[model], [sm])} == dict.fromkeys(
         ("write_pages", "decode", "merge", "prefill"), 0
