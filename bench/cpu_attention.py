@@ -1,4 +1,4 @@
-"""Attention on the CPU as models have it, against the multiply-adds that the machine can do.
+"""Attention on the CPU as models have it, against the multiply-adds and the memory that the machine has.
 
     python -m bench.cpu_attention [--repeats 10] [--threads 1] [--json bench/results/cpu_attention.json]
 
@@ -28,12 +28,11 @@ from moevlm.runtime.core.states import PAGE_SIZE, SCALE_BYTES
 from moevlm.runtime.perf.machine import measure_machine
 
 INPUTS = ("qkv", "cos", "sin", "key_cache", "value_cache", "query_start", "context_len", "page_table")
-CACHES = ("key_cache", "value_cache")
 
 
 @dataclass(frozen=True)
 class Call:
-    """`tokens` of one sequence after `past` others; heads all of one size."""
+    """`tokens` of one sequence after `past` others. latent: of the key's dimensions, those that are the value, or 0."""
 
     model: str
     heads: int
@@ -42,12 +41,32 @@ class Call:
     past: int
     tokens: int
     window: int = 0
+    latent: int = 0
+
+    @property
+    def spec(self) -> AttentionSpec:
+        if not self.latent:
+            return AttentionSpec(self.heads, self.kv_heads, self.head_dim, window=self.window)
+        turned = self.head_dim - self.latent
+        return AttentionSpec(
+            self.heads, self.kv_heads, turned, rotary_start=self.latent, value_in_key=True, value_dim=self.latent
+        )
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        return ("key_cache",) if self.latent else ("key_cache", "value_cache")
 
     @property
     def multiply_adds(self) -> int:
         """Of both products, for what each query sees."""
         seen = [min(self.past + i + 1, self.window or self.past + i + 1) for i in range(self.tokens)]
-        return 2 * sum(seen) * self.heads * self.head_dim
+        return sum(seen) * self.heads * (self.head_dim + (self.latent or self.head_dim))
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the caches that the queries see, once."""
+        seen = min(self.past + self.tokens, self.window + self.tokens if self.window else self.past + self.tokens)
+        return seen * self.kv_heads * (self.head_dim + SCALE_BYTES) * len(self.caches)
 
 
 MODELS = (
@@ -56,37 +75,46 @@ MODELS = (
     ("Gemma-4-26B-A4B, window", 16, 8, 256, 1024),
     ("Gemma-4-26B-A4B, full", 16, 2, 512, 0),
 )
-CALLS = tuple(
-    Call(name, heads, kv_heads, dim, past, tokens, window)
-    for past, tokens in ((4096, 1), (0, 512))
-    for name, heads, kv_heads, dim, window in MODELS
+LATENT_MODELS = (("Mistral-Small-4", 32, 320, 256), ("Kimi-K2.5", 64, 576, 512), ("DeepSeek-V3", 128, 576, 512))
+CALLS = (
+    *(
+        Call(name, heads, kv_heads, dim, past, tokens, window)
+        for past, tokens in ((4096, 1), (0, 512))
+        for name, heads, kv_heads, dim, window in MODELS
+    ),
+    *(
+        Call(name, heads, 1, dim, past, tokens, latent=latent)
+        for past, tokens in ((4096, 1), (0, 256))
+        for name, heads, dim, latent in LATENT_MODELS
+    ),
 )
 
 
 def prepare(call: Call, threads: int) -> Callable[[], float]:
     """The call, which returns its seconds, on caches that hold its history."""
-    spec = AttentionSpec(call.heads, call.kv_heads, call.head_dim, window=call.window)
-    session = _session(spec, threads)
+    session = _session(call, threads)
     pages = -(-(call.past + call.tokens) // PAGE_SIZE)
     shape = (pages + 1, call.kv_heads, PAGE_SIZE, call.head_dim + SCALE_BYTES)
-    caches = {name: onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int8)) for name in CACHES}
+    caches = {name: onnxruntime().OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int8)) for name in call.caches}
     table_of = np.arange(1, pages + 1, dtype=np.int32)[None]
     if call.past:
         _bound(session, call, caches, table_of, 0, call.past)()
     return _bound(session, call, caches, table_of, call.past, call.tokens)
 
 
-def _session(spec: AttentionSpec, threads: int) -> Any:
+def _session(call: Call, threads: int) -> Any:
     kinds = {"qkv": TensorProto.FLOAT, "cos": TensorProto.FLOAT, "sin": TensorProto.FLOAT, "y": TensorProto.FLOAT}
-    outputs = ("y", *(f"{name}_out" for name in CACHES))
+    inputs = ["" if name == "value_cache" and call.latent else name for name in INPUTS]
+    outputs = ("y", *(f"{name}_out" for name in call.caches))
 
     def described(name: str) -> Any:
         kind = TensorProto.INT8 if "_cache" in name else kinds.get(name, TensorProto.INT32)
         rank = 4 if "_cache" in name else 1 if name in ("query_start", "context_len") else 2
         return helper.make_tensor_value_info(name, kind, [None] * rank)
 
-    node = helper.make_node("PagedAttention", INPUTS, outputs, domain=DOMAIN, **attributes(spec))
-    graph = helper.make_graph([node], "attention", [*map(described, INPUTS)], [*map(described, outputs)])
+    node = helper.make_node("PagedAttention", inputs, outputs, domain=DOMAIN, **attributes(call.spec))
+    given = [described(name) for name in inputs if name]
+    graph = helper.make_graph([node], "attention", given, [*map(described, outputs)])
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     options = onnxruntime().SessionOptions()
@@ -104,9 +132,10 @@ def _bound(
     tokens: int,
 ) -> Callable[[], float]:
     random = np.random.default_rng(0)
-    angle = random.uniform(0, 6, (tokens, call.head_dim // 2)).astype(np.float32)
+    angle = random.uniform(0, 6, (tokens, call.spec.rotary_dim // 2)).astype(np.float32)
+    width = (call.heads + len(call.caches) * call.kv_heads) * call.head_dim
     given = {
-        "qkv": random.standard_normal((tokens, (call.heads + 2 * call.kv_heads) * call.head_dim), np.float32),
+        "qkv": random.standard_normal((tokens, width), np.float32),
         "cos": np.cos(angle),
         "sin": np.sin(angle),
         "query_start": np.array([0, tokens], np.int32),
@@ -140,7 +169,8 @@ def main(repeats: int, threads: int, output: Path | None) -> None:
     found = []
     for call, seconds in zip(CALLS, map(median, zip(*rounds, strict=True)), strict=True):
         of_peak = call.multiply_adds / seconds / limits.float32
-        found.append(asdict(call) | {"seconds": seconds, "of_peak": of_peak})
+        of_memory = call.cache_bytes / seconds / limits.read
+        found.append(asdict(call) | {"seconds": seconds, "of_peak": of_peak, "of_memory": of_memory})
     rows = [
         (
             r["model"],
@@ -149,10 +179,11 @@ def main(repeats: int, threads: int, output: Path | None) -> None:
             str(r["tokens"]),
             f"{1e3 * r['seconds']:.2f}",
             f"{r['of_peak']:.2f}",
+            f"{r['of_memory']:.2f}",
         )
         for r in found
     ]
-    heads = ("model", "head", "past", "tokens", "ms", "of the machine's multiply-adds")
+    heads = ("model", "head", "past", "tokens", "ms", "of the machine's multiply-adds", "of its memory's bandwidth")
     report = {"machine": machine.facts() | msgspec.structs.asdict(limits), "repeats": repeats, "results": found}
     publish(table(f"medians of {repeats}, {threads} threads", heads, rows), json.dumps(report, indent=1), output)
 
