@@ -30,7 +30,9 @@ def internvl_tower(vision: Fields, fields: Fields, out: int) -> TileVisionConfig
     depth, merge = vision.positive("num_hidden_layers", 24), merged_side(fields, "downsample_ratio")
     side, patch = tile_sides(vision, merge)
     vision.choice("use_absolute_position_embeddings", (True,), True)
-    for key in ("use_mask_token", "projection_dropout", "layer_scale_init_value"):  # of training alone
+    for key in (  # of training alone
+        *("use_mask_token", "dropout", "projection_dropout", "layer_scale_init_value", "initializer_factor"),
+    ):
         vision.get(key, None)
     pooled, layer = vision.flag("use_mean_pooling", True), fields.choice("vision_feature_layer", (-1, depth), -1)
     fields.choice("vision_feature_select_strategy", ("default",), "default")

@@ -119,6 +119,48 @@ def test_other_towers_are_refused_by_name(
         internvl_tower(Fields(VISION | vision), Fields(top), OUT)
 
 
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["InternVisionModel"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "dropout": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 1024,
+    "image_size": [448, 448],
+    "initializer_factor": 0.1,
+    "initializer_range": 1e-10,
+    "intermediate_size": 4096,
+    "layer_norm_eps": 1e-6,
+    "layer_scale_init_value": 0.1,
+    "model_type": "internvl_vision",
+    "norm_type": "layer_norm",
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "num_hidden_layers": 24,
+    "patch_size": [14, 14],
+    "projection_dropout": 0.0,
+    "torch_dtype": "bfloat16",
+    "use_absolute_position_embeddings": True,
+    "use_mask_token": False,
+    "use_mean_pooling": True,
+    "use_qk_norm": False,
+}
+LARGE: dict[str, Any] = {
+    **{"attention_bias": False, "hidden_size": 3200, "intermediate_size": 12800, "norm_type": "rms_norm"},
+    **{"num_attention_heads": 25, "num_hidden_layers": 45, "use_qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("fields", [{}, LARGE], ids=["300M", "6B"])
+def test_every_published_field_is_read(fields: dict[str, Any]) -> None:
+    vision, top = Fields(PUBLISHED | fields), Fields({"downsample_ratio": 0.5, "vision_feature_layer": -1})
+    config = internvl_tower(vision, top, OUT)
+    vision.refuse_unread()
+    top.refuse_unread()
+    assert (config.side, config.qk_norm, config.norm) == (32, bool(fields), "rms" if fields else "layer")
+
+
 def test_fields_have_the_references_defaults() -> None:
     config = internvl_tower(Fields({}), Fields({}), OUT)
     assert (config.hidden, config.depth, config.heads, config.head_dim, config.mlp.width) == (1024, 24, 16, 64, 4096)

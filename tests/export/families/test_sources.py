@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moevlm.export.families.sources import halves, plus_one, reordered
-from moevlm.export.graph.weights import Constant, read
+from moevlm.export.graph.weights import Constant, ScaledRows, Sum, read
 from moevlm.plugins.ops.attention import rotate
 
 
@@ -14,6 +14,21 @@ def test_one_is_added_in_float32_and_not_in_the_dtype_that_is_stored() -> None:
     gain = plus_one("layers.{i}.norm")({"layers.3.norm": Constant(offset)}, {"i": "3"}, (3,), "auto")
     assert gain.dtype == np.float32
     np.testing.assert_array_equal(read(gain), np.array([1 + 2.0**-12, 0.5, 1.0], np.float32))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 8])
+def test_weights_made_of_two_are_the_same_in_pieces(piece: int) -> None:
+    rng = np.random.default_rng(3)
+    matrix, other, factor = (rng.standard_normal(shape).astype(np.float16) for shape in ((8, 5), (8, 5), 8))
+    wide = [array.astype(np.float32) for array in (matrix, other, factor)]
+    for weight, wanted in (
+        (Sum(Constant(matrix), Constant(other)), wide[0] + wide[1]),
+        (ScaledRows(Constant(matrix), Constant(factor)), wide[0] * wide[2][:, None]),
+        (ScaledRows(Constant(factor), Constant(factor)), wide[2] ** 2),  # a bias
+    ):
+        pieces = [weight.rows(start, min(start + piece, 8)) for start in range(0, 8, piece)]
+        np.testing.assert_array_equal(np.concatenate(pieces), wanted)
+        assert (weight.shape, weight.dtype) == (wanted.shape, np.float32)
 
 
 @pytest.mark.parametrize(

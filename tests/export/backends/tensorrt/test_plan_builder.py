@@ -203,6 +203,13 @@ def test_vision_takes_whole_visual_tokens(unit: int) -> None:
     assert ranges[2][0] == patches == 10_001 // unit * unit
 
 
+def test_one_large_image_is_always_within_the_profile() -> None:
+    """Images of one size, of more patches than are usual."""
+    patches = max_patches(5000, 5000)
+    (ranges,) = vision_profiles(model(pixel_patches=["patches", 24]), 5000, patches)[0].values()
+    assert [count for count, _ in ranges] == [5000, 5000, 5000]
+
+
 @pytest.mark.parametrize(("image", "patches"), [(None, 65536), (100, 4096), (16384, 16384), (10**9, 65536)])
 def test_vision_takes_the_largest_image_of_the_checkpoint(image: int | None, patches: int) -> None:
     assert max_patches(4, image) == patches
