@@ -57,12 +57,12 @@ class Kernels:
     def available(self) -> bool:
         return self.library.has_instruction_set(self.instruction_set)
 
-    def quantize(self, x: Array, bits: int, block: int) -> Array:
+    def quantize(self, x: Array, bits: int, block: int, fp4: bool = False) -> Array:
         """[T, blocks, 8 + block] uint8: scale, start, values."""
         tokens, columns = x.shape
         rows = np.empty((tokens, -(-columns // block), 8 + block), np.uint8)
         self.library.run_quantize(
-            self.instruction_set, bits, block, *_sizes(tokens, columns), _pointer(x), _pointer(rows)
+            self.instruction_set, bits, block, 2 * fp4, *_sizes(tokens, columns), _pointer(x), _pointer(rows)
         )
         return rows
 
@@ -76,12 +76,13 @@ class Kernels:
         block: int,
         zeros: bool = False,
         heads: int = 1,
+        fp4: bool = False,
     ) -> Array:
         """heads: that x [T, heads * K] and y [T, heads * n] have, each with a weight of its own."""
         y = np.full((len(x), heads * n), np.nan, np.float32)
         sizes = _sizes(heads, n, x.shape[1] // heads, len(x))
         arrays = map(_pointer, (x, packed, bias, y))
-        layout = bits, block, int(zeros)
+        layout = bits, block, zeros + 2 * fp4
         self.library.run_linear(self.instruction_set, *_sizes(self.threads), *layout, *sizes, *arrays)
         return y
 
@@ -105,6 +106,7 @@ class Kernels:
         gate_up_bias: Array | None = None,
         down_bias: Array | None = None,
         zeros: bool = False,
+        fp4: bool = False,
     ) -> tuple[Array, int]:
         """y, and where the first index stands that is no expert (or how many indices there are)."""
         y = np.full(x.shape, np.nan, np.float32)
@@ -114,7 +116,7 @@ class Kernels:
             *_sizes(self.threads),
             bits,
             block,
-            int(zeros),
+            zeros + 2 * fp4,
             *_sizes(len(gate_up), x.shape[1], width),
             *settings,
             ctypes.c_float(spec.alpha),

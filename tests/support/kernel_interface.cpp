@@ -31,6 +31,9 @@ moevlm::InstructionSet instruction_set(int set) {
   return set < 0 ? moevlm::instruction_set() : static_cast<moevlm::InstructionSet>(set);
 }
 
+// codes: 0 for integers, 1 with zeros, 2 for e2m1.
+Packing packing(int bits, int group_size, int codes) { return {bits, group_size, codes == 1, codes == 2}; }
+
 const Kernels& chosen(int set) { return kernels(instruction_set(set)); }
 
 }  // namespace
@@ -39,14 +42,15 @@ extern "C" {
 
 bool has_instruction_set(int set) { return moevlm::has(static_cast<moevlm::InstructionSet>(set)); }
 
-void run_quantize(int set, int bits, int group_size, int64_t tokens, int64_t k, const float* x, uint8_t* rows) {
+void run_quantize(int set, int bits, int group_size, int codes, int64_t tokens, int64_t k, const float* x,
+                  uint8_t* rows) {
   int64_t threads = 1;
-  quantize_rows(chosen(set), pool_of(threads), {bits, group_size}, x, tokens, k, rows);
+  quantize_rows(chosen(set), pool_of(threads), packing(bits, group_size, codes), x, tokens, k, rows);
 }
 
-void run_linear(int set, int64_t threads, int bits, int group_size, int zeros, int64_t heads, int64_t n, int64_t k,
+void run_linear(int set, int64_t threads, int bits, int group_size, int codes, int64_t heads, int64_t n, int64_t k,
                 int64_t tokens, const float* x, const uint8_t* weight, const float* bias, float* y) {
-  const LinearShape shape{n, k, {bits, group_size, zeros != 0}, heads};
+  const LinearShape shape{n, k, packing(bits, group_size, codes), heads};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens));
   linear(shape, chosen(set), pool_of(threads), x, tokens, weight, bias, y, scratch.data());
 }
@@ -57,11 +61,11 @@ void run_float_linear(int set, int64_t threads, int64_t n, int64_t k, int64_t to
 }
 
 
-int64_t run_experts(int set, int64_t threads, int bits, int group_size, int zeros, int64_t experts_count, int64_t hidden,
+int64_t run_experts(int set, int64_t threads, int bits, int group_size, int codes, int64_t experts_count, int64_t hidden,
                    int64_t width, int activation, int gated, int weight_on_input, float alpha, float limit, int64_t tokens,
                    int64_t top_k, const float* x, const int32_t* index, const float* weight, const uint8_t* gate_up,
                    const uint8_t* down, const float* up_bias, const float* down_bias, float* y) {
-  const ExpertsShape shape{experts_count, hidden, width, {bits, group_size, zeros != 0},
+  const ExpertsShape shape{experts_count, hidden, width, packing(bits, group_size, codes),
                            {static_cast<Activation>(activation), gated != 0, alpha, limit}, weight_on_input != 0};
   std::vector<uint8_t> scratch(shape.scratch_bytes(tokens, top_k));
   const ExpertsInputs in{x, index, weight, gate_up, down, up_bias, down_bias, tokens, top_k};

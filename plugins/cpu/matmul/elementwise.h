@@ -44,7 +44,7 @@ inline void quantize_group(const float* x, Packing packing, uint8_t* out) {
   Ints most = {};
   for (int i = 0; i < size; i += kLanes) most = larger(most, magnitude(load(x + i)));
   const float absmax = largest_magnitude(most);  // NaN if there is one, which the scale carries to the result
-  const float scale = absmax / 127.0f, inverse = absmax < 1e-35f ? 0.0f : 127.0f / absmax;
+  const float scale = absmax / 127.0f * packing.unit(), inverse = absmax < 1e-35f ? 0.0f : 127.0f / absmax;
   Vec total = {};
   for (int i = 0; i < size; i += kLanes) {
     const Vec q = nearest(load(x + i) * inverse);

@@ -14,19 +14,26 @@ inline __m256i broadcast_four(const uint8_t* p) {
 }
 
 // 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out.
-// 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k.
-template <int Rows>
+// 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k; of fp4 at
+// most 2 * 24 * 127, and half as many.
+template <Codes C, int Rows>
 inline void products4(const uint8_t* w, const uint8_t* const* x, int64_t at, int group_size, __m256i* total) {
+  constexpr int Depth = C == Codes::fp4 ? 16 : 32;
   const __m256i low_half = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kTwiceE2m1)));
   for (int r = 0; r < Rows; ++r) total[r] = broadcast_four(x[r] + at + 4);
-  for (int k = 0; k < group_size; k += 32) {
-    const int stop = k + 32 < group_size ? k + 32 : group_size;
+  for (int k = 0; k < group_size; k += Depth) {
+    const int stop = k + Depth < group_size ? k + Depth : group_size;
     __m256i words[Rows];
     for (int r = 0; r < Rows; ++r) words[r] = _mm256_setzero_si256();
     for (int i = k; i < stop; i += 8) {
       const __m256i both = load_bytes(w + i * 16);
-      const __m256i first = _mm256_and_si256(both, low_half);
-      const __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
+      __m256i first = _mm256_and_si256(both, low_half);
+      __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_half);
+      if (C == Codes::fp4) {
+        first = _mm256_shuffle_epi8(table, first);
+        second = _mm256_shuffle_epi8(table, second);
+      }
       for (int r = 0; r < Rows; ++r) {
         const uint8_t* q = x[r] + at + kActivationHeader + i;
         words[r] = _mm256_add_epi16(words[r], _mm256_maddubs_epi16(first, broadcast_four(q)));
@@ -53,9 +60,11 @@ inline void products8(const uint8_t* w, const uint8_t* const* x, int64_t at, int
   }
 }
 
-template <int Bits, bool Zeros, int Rows>
+template <Codes C, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int64_t groups, int group_size,
                   float* out) {
+  constexpr int Bits = C == Codes::int8 ? 8 : 4;
+  constexpr bool Zeros = C == Codes::int4_zeros;
   const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8 + Zeros);
   for (int i = 0; i < Rows * kPanel; i += 8) _mm256_storeu_ps(out + i, _mm256_setzero_ps());
   const uint8_t* const end = w + groups * group_bytes;
@@ -68,7 +77,7 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
       const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w + 16 * part)));
       __m256i total[Rows];
       if (Bits == 4) {
-        products4<Rows>(w + 64 + 32 * part, x, at, group_size, total);
+        products4<C, Rows>(w + 64 + 32 * part, x, at, group_size, total);
       } else {
         products8<Rows>(w + 64 + 32 * part, x, at, group_size, total);
       }
@@ -91,22 +100,27 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
   }
 }
 
-template <int Bits, bool Zeros>
+template <Codes C>
 inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
                        int group_size, float* out) {
   switch (rows) {
-    case 1: return panel<Bits, Zeros, 1>(w, ahead, x, groups, group_size, out);
-    case 2: return panel<Bits, Zeros, 2>(w, ahead, x, groups, group_size, out);
-    case 3: return panel<Bits, Zeros, 3>(w, ahead, x, groups, group_size, out);
-    case 4: return panel<Bits, Zeros, 4>(w, ahead, x, groups, group_size, out);
-    case 5: return panel<Bits, Zeros, 5>(w, ahead, x, groups, group_size, out);
-    case 6: return panel<Bits, Zeros, 6>(w, ahead, x, groups, group_size, out);
+    case 1: return panel<C, 1>(w, ahead, x, groups, group_size, out);
+    case 2: return panel<C, 2>(w, ahead, x, groups, group_size, out);
+    case 3: return panel<C, 3>(w, ahead, x, groups, group_size, out);
+    case 4: return panel<C, 4>(w, ahead, x, groups, group_size, out);
+    case 5: return panel<C, 5>(w, ahead, x, groups, group_size, out);
+    case 6: return panel<C, 6>(w, ahead, x, groups, group_size, out);
   }
 }
 
 inline PanelKernel choose_panel(Packing packing) {
-  if (packing.bits == 8) return panel_rows<8, false>;
-  return packing.zeros ? panel_rows<4, true> : panel_rows<4, false>;
+  switch (packing.codes()) {
+    case Codes::int4: return panel_rows<Codes::int4>;
+    case Codes::int4_zeros: return panel_rows<Codes::int4_zeros>;
+    case Codes::fp4: return panel_rows<Codes::fp4>;
+    case Codes::int8: return panel_rows<Codes::int8>;
+  }
+  return nullptr;
 }
 
 }  // namespace moevlm::matmul::avx2

@@ -23,13 +23,16 @@ constexpr int64_t kAhead = 3072;  // bytes to prefetch ahead: what one core read
 
 // GroupSize = 0: known at run time only. With one row or two, the values of k with an even and an odd number of four
 // are summed apart: one chain of products that wait for each other would take longer than memory takes for the weights.
-template <int Bits, bool Zeros, int GroupSize, int Rows>
+template <Codes C, int GroupSize, int Rows>
 inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* rows, int64_t groups, int size_given,
                   float* out) {
+  constexpr int Bits = C == Codes::int8 ? 8 : 4;
+  constexpr bool Zeros = C == Codes::int4_zeros;
   constexpr int Chains = Rows <= 2 ? 2 : 1;
   const int group_size = GroupSize ? GroupSize : size_given;
   const int64_t group_bytes = kPanel * (2 + static_cast<int64_t>(group_size) * Bits / 8 + Zeros);
   const __m512i low_half = _mm512_set1_epi8(15);
+  const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kTwiceE2m1)));
   const uint8_t* x[Rows];
   __m512 sum[Rows][2];
 #pragma GCC unroll 6
@@ -71,6 +74,10 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
           const __m512i both = _mm512_loadu_si512(p + 64 * t);
           first[t] = _mm512_and_si512(both, low_half);
           second[t] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+          if (C == Codes::fp4) {
+            first[t] = _mm512_shuffle_epi8(table, first[t]);
+            second[t] = _mm512_shuffle_epi8(table, second[t]);
+          }
         }
       } else {
         _mm_prefetch(reinterpret_cast<const char*>(f + 128), _MM_HINT_T0);
@@ -112,29 +119,32 @@ inline void panel(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* 
   }
 }
 
-template <int Bits, bool Zeros, int GroupSize>
+template <Codes C, int GroupSize>
 inline void panel_rows(const uint8_t* w, const uint8_t* ahead, const uint8_t* const* x, int rows, int64_t groups,
                        int group_size, float* out) {
   switch (rows) {
-    case 1: return panel<Bits, Zeros, GroupSize, 1>(w, ahead, x, groups, group_size, out);
-    case 2: return panel<Bits, Zeros, GroupSize, 2>(w, ahead, x, groups, group_size, out);
-    case 3: return panel<Bits, Zeros, GroupSize, 3>(w, ahead, x, groups, group_size, out);
-    case 4: return panel<Bits, Zeros, GroupSize, 4>(w, ahead, x, groups, group_size, out);
-    case 5: return panel<Bits, Zeros, GroupSize, 5>(w, ahead, x, groups, group_size, out);
-    case 6: return panel<Bits, Zeros, GroupSize, 6>(w, ahead, x, groups, group_size, out);
+    case 1: return panel<C, GroupSize, 1>(w, ahead, x, groups, group_size, out);
+    case 2: return panel<C, GroupSize, 2>(w, ahead, x, groups, group_size, out);
+    case 3: return panel<C, GroupSize, 3>(w, ahead, x, groups, group_size, out);
+    case 4: return panel<C, GroupSize, 4>(w, ahead, x, groups, group_size, out);
+    case 5: return panel<C, GroupSize, 5>(w, ahead, x, groups, group_size, out);
+    case 6: return panel<C, GroupSize, 6>(w, ahead, x, groups, group_size, out);
   }
 }
 
-template <int Bits, bool Zeros>
+template <Codes C>
 inline PanelKernel of_size(int group_size) {
-  return group_size == 32    ? panel_rows<Bits, Zeros, 32>
-         : group_size == 128 ? panel_rows<Bits, Zeros, 128>
-                             : panel_rows<Bits, Zeros, 0>;
+  return group_size == 32 ? panel_rows<C, 32> : group_size == 128 ? panel_rows<C, 128> : panel_rows<C, 0>;
 }
 
 inline PanelKernel choose_panel(Packing packing) {
-  if (packing.bits == 8) return of_size<8, false>(packing.group_size);
-  return packing.zeros ? of_size<4, true>(packing.group_size) : of_size<4, false>(packing.group_size);
+  switch (packing.codes()) {
+    case Codes::int4: return of_size<Codes::int4>(packing.group_size);
+    case Codes::int4_zeros: return of_size<Codes::int4_zeros>(packing.group_size);
+    case Codes::fp4: return of_size<Codes::fp4>(packing.group_size);
+    case Codes::int8: return of_size<Codes::int8>(packing.group_size);
+  }
+  return nullptr;
 }
 
 }  // namespace moevlm::matmul::avx512_vnni

@@ -23,9 +23,16 @@ struct Four {
   }
 };
 
-template <int Bits, bool Zeros>
+template <Codes C>
+inline int32_t number(int32_t nibble) {
+  return C == Codes::fp4 ? kTwiceE2m1[nibble] : nibble;
+}
+
+template <Codes C>
 inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int rows, int64_t groups, int group_size,
                   float* out) {
+  constexpr int Bits = C == Codes::int8 ? 8 : 4;
+  constexpr bool Zeros = C == Codes::int4_zeros;
   std::memset(out, 0, sizeof(float) * rows * kPanel);
   int64_t at = 0;
   for (int64_t b = 0; b < groups; ++b, at += group_size + kActivationHeader) {
@@ -54,7 +61,11 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
         for (int i = 0; i < kPanel; ++i) {
           for (int j = 0; j < 4; ++j) {  // little-endian, as all of the format is
             const int32_t byte = static_cast<int32_t>(lanes[i] >> 8 * j & 255u);
-            total[i] += Bits == 4 ? (byte & 15) * first.q[j] + (byte >> 4) * second.q[j] : byte * first.q[j];
+            if (Bits == 4) {
+              total[i] += number<C>(byte & 15) * first.q[j] + number<C>(byte >> 4) * second.q[j];
+            } else {
+              total[i] += byte * first.q[j];
+            }
           }
         }
       }
@@ -66,8 +77,13 @@ inline void panel(const uint8_t* w, const uint8_t*, const uint8_t* const* x, int
 }
 
 inline PanelKernel choose_panel(Packing packing) {
-  if (packing.bits == 8) return panel<8, false>;
-  return packing.zeros ? panel<4, true> : panel<4, false>;
+  switch (packing.codes()) {
+    case Codes::int4: return panel<Codes::int4>;
+    case Codes::int4_zeros: return panel<Codes::int4_zeros>;
+    case Codes::fp4: return panel<Codes::fp4>;
+    case Codes::int8: return panel<Codes::int8>;
+  }
+  return nullptr;
 }
 
 }  // namespace moevlm::matmul::baseline

@@ -17,10 +17,11 @@ static_assert(kMaxTokens <= INT64_MAX / (2 * kWorst.activation_bytes(kMaxWidth))
 Packing read_packing(const Attributes& attributes) {
   const Packing packing{static_cast<int>(attributes.integer("bits", 4, 8)),
                         static_cast<int>(attributes.integer("block_size", 16, kMaxGroup)),
-                        attributes.integer_or("zeros", 0, 0, 1) != 0};
+                        attributes.integer_or("zeros", 0, 0, 1) != 0, attributes.integer_or("fp4", 0, 0, 1) != 0};
   if (!packing.valid()) {
     invalid("bits = ", packing.bits, ", block_size = ", packing.group_size, ", zeros = ", int{packing.zeros},
-            " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxGroup, ", zeros with 4 bits)");
+            ", fp4 = ", int{packing.fp4}, " (allowed: 4 or 8 bits, blocks of a multiple of 16 up to ", kMaxGroup,
+            ", zeros or fp4 with 4 bits)");
   }
   return packing;
 }
