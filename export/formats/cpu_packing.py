@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.stored import EncodedFrom
 from moevlm.export.graph.codes import Codes
@@ -20,6 +21,7 @@ from moevlm.export.graph.weights import Weight
 Array = np.ndarray
 PANEL = 32
 BITS = (4, 8)
+CpuForm = IntFormat | Float4Format
 
 
 def panel_bytes(columns: int, bits: int, group_size: int, zeros: bool = False) -> int:
@@ -128,7 +130,7 @@ class PackedRows:
     """A weight [N, K] as [panels, panel bytes], quantized and packed as it is read."""
 
     source: Weight
-    scheme: IntFormat
+    scheme: CpuForm
 
     @cached_property
     def encoding(self) -> EncodedFrom:
@@ -173,7 +175,7 @@ class PackedExperts:
     """A weight [E, N, K] as [E, bytes], one expert after the other. interleaved: N is gate rows, then up rows."""
 
     source: Weight
-    scheme: IntFormat
+    scheme: CpuForm
     interleaved: bool
 
     @cached_property
@@ -200,14 +202,14 @@ class PackedExperts:
         return out
 
 
-def _stored_form(scheme: IntFormat) -> IntFormat:
+def _stored_form(scheme: CpuForm) -> CpuForm:
     return replace(scheme, scales="float16")
 
 
-def _layout(scheme: IntFormat) -> tuple[int, int, bool]:
+def _layout(scheme: CpuForm) -> tuple[int, int, bool]:
     return scheme.bits, scheme.group_size, scheme.zeros
 
 
-def _packed(make: Callable[..., Array], found: Codes, scheme: IntFormat) -> Array:
+def _packed(make: Callable[..., Array], found: Codes, scheme: CpuForm) -> Array:
     codes = found.codes.reshape(len(found.codes), -1)
     return make(codes, found.scales, scheme.bits, scheme.group_size, found.zeros)

@@ -11,8 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from moevlm.export.formats.base import WeightFormat, held
+from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, weight_format
+from moevlm.export.formats.widened import Widened, widened
 from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, grouped
 from moevlm.export.graph.weights import Cast, Weight, WeightTensor, cast
 
@@ -139,7 +141,8 @@ def _encoding(weight: Weight) -> EncodedFrom | None:
 def _fate(weight: Weight) -> str:
     encoding = _encoding(weight)
     if encoding is not None and encoding.own:
-        return f"{encoding.form.name} kept"
+        own = own_codes(encoding.weight, encoding.form)
+        return f"{own.part.form.kind} kept as {own.wider}" if isinstance(own, Widened) else f"{encoding.form.name} kept"
     kinds = kinds_of(weight) if encoding is None else encoding.kinds
     return f"{' and '.join(kinds)} to {weight.dtype.name if encoding is None else encoding.form.name}" if kinds else ""
 
@@ -177,17 +180,20 @@ def _encoded_anew(rows: np.ndarray, form: WeightFormat) -> Codes:
 
 
 def own_codes(weight: Weight, form: WeightFormat) -> Coded | None:
-    """The weight as a checkpoint holds it in codes, if `form` holds the same: its kind, groups that divide those."""
+    """The weight as a checkpoint holds it in codes, if `form` holds the same: its numbers, groups that divide those."""
     own = coded(weight)
+    own = None if own is None else widened(own, form.name)
     return own if own is not None and _holds(form, own.form, weight.shape[-1]) else None
 
 
 def kept_form(weight: Weight, scheme: IntFormat) -> IntFormat | None:
     """The integers in which the CPU's kernels can keep a weight's own codes; None where they cannot, or it has none.
 
-    scheme: of weights that have no codes; its group size is taken where the checkpoint's is too large.
+    scheme: of weights that have no codes; its group size is taken where the checkpoint's is too large. If it has 8
+    bits, fp4 is kept in those.
     """
     own = coded(weight)
+    own = None if own is None else widened(own, scheme.name)
     if own is None or own.form.kind not in INTEGERS or (own.form.zeros and own.form.bits != 4):
         return None
     size, width = own.form.group_size, weight.shape[-1]
@@ -207,6 +213,13 @@ def shared_form(scheme: IntFormat, *weights: Weight) -> IntFormat:
     forms = [form for weight in weights if (form := kept_form(weight, scheme)) is not None]
     best = min(forms, key=lambda form: (-form.bits, form.group_size), default=scheme)
     return replace(best, zeros=best.bits == 4 and any(form.zeros for form in forms))
+
+
+def cpu_form(scheme: IntFormat, *weights: Weight) -> IntFormat | Float4Format:
+    """As `shared_form`, of moevlm's own kernels: these read fp4 as well, where all of the weights are held so."""
+    sizes = {own.form.group_size for weight in weights if (own := coded(weight)) is not None and own.form.kind == "fp4"}
+    form = Float4Format(min(sizes), scheme.scales) if sizes else scheme
+    return form if sizes and all(own_codes(weight, form) for weight in weights) else shared_form(scheme, *weights)
 
 
 def _has_zeros(form: WeightFormat) -> TypeGuard[IntFormat]:

@@ -24,7 +24,7 @@ class MXFP4(Coded):
 
     @property
     def form(self) -> CodeForm:
-        return CodeForm("fp4", _GROUP)
+        return CodeForm("fp4", _GROUP, scales="bfloat16")  # powers of two
 
     def codes(self, start: int, stop: int) -> Codes:
         packed = self.packed.rows(start, stop)

@@ -17,6 +17,7 @@ from moevlm.export.build import build, traced
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.dry_run import dry_run
 from moevlm.export.formats.cpu_packing import PackedExperts, PackedRows, interleave, unpack, unpack_zeros
+from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
@@ -117,13 +118,57 @@ def test_weights_in_other_codes_are_not_joined(graph_of) -> None:
     assert alone.scheme.bits == 8
 
 
-@pytest.mark.parametrize("name", ["int8-128-zeros", "gptq-act-order", "nvfp4", "fp8-blocks"])
+@pytest.mark.parametrize("name", ["int8-128-zeros", "gptq-act-order", "fp8-blocks"])
 def test_what_the_integers_of_a_cpu_cannot_hold_is_rounded_anew(name: str, graph_of) -> None:
     recipes = lowered(graph_of(name), "cpu:int8")
     assert not any(recipe.encoding.own for recipe in recipes.values())
     for recipe in recipes.values():
         exact = read(recipe.source)
         assert np.abs(unpacked(recipe) - exact).max() < 0.02 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize("target", ["cpu:int8", "cpu:int4"])
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4-compressed", "mxfp4-compressed"])
+def test_e2m1_numbers_lie_in_the_engine_as_in_the_checkpoint(name: str, target: str, graph_of) -> None:
+    recipes = lowered(graph_of(name), target)
+    kept = {n: recipe for n, recipe in recipes.items() if n.endswith(".fp4")}
+    assert {n.rpartition(".")[0] for n in recipes.keys() - kept.keys()} == {"head"}
+    for recipe in kept.values():
+        assert (recipe.encoding.own, recipe.scheme.bits) == (True, 4)
+        exact, digits = read(recipe.source), 0.0 if name.startswith("mx") else 2**-11  # of scales in float16
+        np.testing.assert_allclose(unpacked(recipe), exact, rtol=digits, atol=0)
+    assert recoded(kept.values()) == {"fp4 kept": len(kept)}
+    assert (weight_errors(kept.values()) == {}) == name.startswith("mx")
+
+
+def test_experts_of_which_one_matrix_alone_is_in_e2m1_are_rounded_anew(graph_of) -> None:
+    graph = graph_of("mxfp4-compressed", lambda name: projections(name) and "down_proj" not in name)
+    recipes = lowered(graph, "cpu:int4")
+    experts = [recipe for n, recipe in recipes.items() if "feed_forward" in n]
+    assert {type(recipe.scheme) for recipe in experts} == {IntFormat}
+    assert not any(recipe.encoding.own for recipe in experts)
+
+
+def test_eight_bits_hold_e2m1_numbers() -> None:
+    weight = _Held(CodeForm("fp4", 32, scales="bfloat16"), 80)
+    for form in (weight_format("int8", 16), weight_format("int8", 32), weight_format("fp8", 32)):
+        found = encoded(weight, form, 0, 4)
+        np.testing.assert_array_equal(form.decode(found.codes, found.scales)[:, :80], read(weight))
+    assert own_codes(weight, weight_format("int4", 32)) is None
+    assert own_codes(weight, weight_format("int8", 128)) is None
+    assert recoded([PackedRows(weight, IntFormat(8, 32))]) == {"fp4 kept as int8": 1}
+
+
+def test_float4_format_rounds_to_the_nearest_number() -> None:
+    form, rows = Float4Format(16), np.random.RandomState(1).standard_normal((5, 40)).astype(np.float32)
+    codes, scales = form.encode(rows)
+    numbers = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = np.concatenate([numbers, -numbers])
+    units = np.pad(rows, ((0, 0), (0, 8))).reshape(5, 3, 16) / scales[..., None]
+    nearest = np.abs(units[..., None] - numbers).min(-1)
+    np.testing.assert_allclose(np.abs(units - numbers[codes]), nearest, atol=1e-6)
+    decoded = form.decode(codes, scales).reshape(5, 3, 16)
+    np.testing.assert_allclose(decoded, numbers[codes] * scales[..., None], rtol=1e-6)
 
 
 def relative_error(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -135,7 +180,6 @@ def relative_error(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
 @pytest.mark.parametrize(
     ("name", "target", "fate"),
     [
-        ("nvfp4", "cpu:int8", "fp4 to int8"),
         ("fp8-blocks", "cpu:int4", "fp8 to int4"),
         ("gptq-act-order", "cpu:int8", "int4 in scattered groups to int8"),
         ("int8-128-zeros", "cpu:int4", "int8 with zeros to int4"),
@@ -180,15 +224,15 @@ def test_a_cast_of_codes_is_measured_and_another_is_none(graph_of) -> None:
 
 
 def test_command_and_inspect_say_what_rounding_costs(original: Path, tmp_path: Path) -> None:
-    quantized = FORMATS["nvfp4"].publish(original, tmp_path / "q", tmp_path / "plain")
+    quantized = FORMATS["fp8-blocks"].publish(original, tmp_path / "q", tmp_path / "plain")
     done = call("build", quantized, "-o", tmp_path / "b", "--target", "cpu:int8")
     (error,) = Bundle.open(tmp_path / "b").manifest.engines["cpu:int8"].weight_errors.values()
-    told = f"8 fp4 to int8 (weight error {100 * error:.2g} %)"
+    told = f"8 fp8 to int8 (weight error {100 * error:.2g} %)"
     assert told in done.out
     assert "experts that change places, parity says" in done.out
     assert told in call("inspect", tmp_path / "b").out
     added = call("build", tmp_path / "b", "--checkpoint", quantized, "--target", "cpu:int4")
-    assert "cpu:int4, weights made of tensors in codes: 8 fp4 to int4 (weight error" in added.out
+    assert "cpu:int4, weights made of tensors in codes: 8 fp8 to int4 (weight error" in added.out
 
 
 def test_engines_that_share_experts_share_what_these_cost() -> None:
@@ -221,6 +265,8 @@ def test_engines_that_share_experts_share_what_these_cost() -> None:
         ("fp8-blocks-float32-scales", "fp8", 128, "float16"),
         ("fp8-modelopt", "fp8", 128, "bfloat16"),
         ("mxfp8", "fp8", 32, "float16"),
+        ("mxfp4-compressed", "fp8", 32, "bfloat16"),
+        ("mxfp4-compressed-fused", "int8", 32, "float16"),
         ("fp8-blocks-fused-transposed", "fp8", 128, "bfloat16"),
         ("fp8-channels", "fp8", 128, "bfloat16"),
         ("fp8-static-fused", "fp8", 32, "bfloat16"),

@@ -158,8 +158,14 @@ def test_router_s_attributes_default_to_the_spec_s():
 @pytest.mark.parametrize(
     ("changes", "columns", "size", "message"),
     [
-        ({"bits": 5}, 72, None, r"Linear: bits = 5, block_size = 32, zeros = 0 \(allowed: 4 or 8 bits"),
-        ({"bits": 8, "zeros": 1}, 72, None, r"Linear: bits = 8, block_size = 32, zeros = 1 \(allowed: .* zeros with 4"),
+        ({"bits": 5}, 72, None, r"Linear: bits = 5, block_size = 32, zeros = 0, fp4 = 0 \(allowed: 4 or 8 bits"),
+        (
+            {"bits": 8, "zeros": 1},
+            72,
+            None,
+            r"Linear: bits = 8, .*, zeros = 1, fp4 = 0 \(allowed: .* zeros or fp4 with",
+        ),
+        ({"bits": 4, "zeros": 1, "fp4": 1}, 72, None, r"Linear: bits = 4, .*, zeros = 1, fp4 = 1 \(allowed: "),
         ({"block_size": 512}, 72, None, r"Linear: block_size = 512 \(allowed: 16 to 256\)"),
         ({"N": 0}, 72, None, r"Linear: N = 0 \(allowed: 1 to"),
         ({"K": 2**61}, 72, None, r"Linear: K = \d+ \(allowed: 1 to 16777216\)"),

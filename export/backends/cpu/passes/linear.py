@@ -4,9 +4,8 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from moevlm.export.formats.cpu_packing import PackedFloats, PackedRows
-from moevlm.export.formats.integers import IntFormat
-from moevlm.export.formats.stored import shared_form
+from moevlm.export.formats.cpu_packing import CpuForm, PackedFloats, PackedRows
+from moevlm.export.formats.stored import cpu_form
 from moevlm.export.graph.weights import initializer, weight_of
 from moevlm.export.passes.base import NodePass, left, replaced_deciders, substitute
 from moevlm.export.passes.pack_projections import has_stored_weight, is_projection
@@ -14,15 +13,16 @@ from moevlm.export.passes.projection_pass import ProjectionPass
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
 
 
-def packing_attributes(form: IntFormat) -> dict[str, int]:
-    """How a node's weight is packed; zeros only where there are some."""
-    return {"bits": form.bits, "block_size": form.group_size} | ({"zeros": 1} if form.zeros else {})
+def packing_attributes(form: CpuForm) -> dict[str, int]:
+    """How a node's weight is packed; zeros and fp4 only where there are some."""
+    kinds = {"zeros": form.zeros, "fp4": form.name == "fp4"}
+    return {"bits": form.bits, "block_size": form.group_size, **{name: 1 for name, given in kinds.items() if given}}
 
 
 class CpuLinear(ProjectionPass):
     """Gemm -> moevlm.cpu::Linear, whose weight lies in the file as the kernel reads it.
 
-    Integers of a checkpoint stay as they are, whatever the scheme of the others.
+    Integers and fp4 of a checkpoint stay as they are, whatever the scheme of the others.
     """
 
     domain = CPU
@@ -31,8 +31,8 @@ class CpuLinear(ProjectionPass):
         x, weight, *bias = node.inputs
         assert weight is not None
         source = weight_of(weight)
-        (rows, width), form = source.shape, shared_form(self.scheme, source)
-        packed = initializer(f"{weight.name}.int{form.bits}", PackedRows(source, form))
+        (rows, width), form = source.shape, cpu_form(self.scheme, source)
+        packed = initializer(f"{weight.name}.{form.name}", PackedRows(source, form))
         graph.register_initializer(packed)
         attributes = {"N": rows, "K": width, **packing_attributes(form)}
         new = ir.node("Linear", [x, packed, *bias], attributes=attributes, domain=CPU)

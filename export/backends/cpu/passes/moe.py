@@ -7,7 +7,7 @@ import onnx_ir as ir
 from moevlm.export.backends.cpu.passes.linear import packing_attributes
 from moevlm.export.formats.cpu_packing import PackedExperts
 from moevlm.export.formats.integers import IntFormat
-from moevlm.export.formats.stored import shared_form
+from moevlm.export.formats.stored import cpu_form
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.weights import initializer, weight_of
@@ -18,8 +18,8 @@ from moevlm.runtime.backends.libraries import DOMAIN as CPU
 class CpuMoE(NodePass):
     """moevlm::MoERouter -> moevlm.cpu::MoERouter, moevlm::MoEExperts -> moevlm.cpu::MoEExperts, one for one.
 
-    Every variant of both ops has a kernel, and the routing stays a value of the graph. Integers of a checkpoint stay as
-    they are, whatever the scheme of the others.
+    Every variant of both ops has a kernel, and the routing stays a value of the graph. Integers and fp4 of a checkpoint
+    stay as they are, whatever the scheme of the others.
     """
 
     domain = CPU
@@ -49,10 +49,10 @@ class CpuMoE(NodePass):
         assert down is not None
         gated = node_spec(node).gated
         _, hidden, width = weight_of(down).shape
-        form, packed = shared_form(self.scheme, weight_of(gate_up), weight_of(down)), []
+        form, packed = cpu_form(self.scheme, weight_of(gate_up), weight_of(down)), []
         for value, interleaved in ((gate_up, gated), (down, False)):
             recipe = PackedExperts(weight_of(value), form, interleaved)
-            packed.append(initializer(f"{value.name}.int{form.bits}", recipe))
+            packed.append(initializer(f"{value.name}.{form.name}", recipe))
             graph.register_initializer(packed[-1])
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         attributes |= {"hidden": hidden, "width": width, **packing_attributes(form)}
