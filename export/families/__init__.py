@@ -3,7 +3,6 @@
 from moevlm.export.families import (
     gemma4,
     glm4v_moe,
-    internvl,
     mistral3,
     qwen3_5,
     qwen3_5_moe,
@@ -18,7 +17,6 @@ __all__ = [
     "family_for",
     "gemma4",
     "glm4v_moe",
-    "internvl",
     "mistral3",
     "qwen3_5",
     "qwen3_5_moe",

@@ -25,10 +25,14 @@ _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # of the eight numbers in a word, where 
 
 @dataclass(frozen=True)
 class Dequantized:
-    """A weight that `make` computes. shape: of it."""
+    """A weight that `make` computes. shape: of it.
+
+    out_in: experts are [E, out, in], whichever way round a model has them: the format knows no other.
+    """
 
     shape: tuple[int, ...]
     make: Callable[[], Tensor]
+    out_in: bool = False
     dtype = np.dtype(np.float32)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -44,7 +48,7 @@ def dequantized(checkpoint: Checkpoint) -> Mapping[str, Weight]:
     for name in stored:
         for plain, parts, values in islice(_readings(name, stored, settings), 1):
             load = partial(_values, {part: stored[of] for part, of in parts.items()}, values, settings)
-            made[plain] = Dequantized(_shape(values, parts, stored, settings), load)
+            made[plain] = Dequantized(_shape(values, parts, stored, settings), load, values is _mxfp4_blocks)
             used |= {*parts.values()}
     return {name: tensor for name, tensor in stored.items() if name not in used} | made
 

@@ -40,7 +40,10 @@ def _merge(modules: Mapping[str, nn.Module], updates: Mapping[str, Sequence[Upda
                 by_expert = a.reshape(update.experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, update.experts)
                 change = torch.einsum("ore,eri->eoi", by_expert[1], by_expert[0])
             weight = changed[0]
-            weight.data += update.scale * (change if change.shape == weight.shape else change.swapaxes(-1, -2))
+            turned = change.shape != weight.shape
+            if change.shape == weight.shape == change.mT.shape:  # square: the module knows its experts' layout
+                turned = update.experts > 1 and getattr(modules[module], "is_transposed", False)
+            weight.data += update.scale * (change.mT if turned else change)
 
 
 def _fits(parameter: nn.Parameter, update: Update) -> bool:

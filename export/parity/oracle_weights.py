@@ -55,8 +55,7 @@ class OracleWeights:
             for name, on_disk in (pair for target in targets for pair in self._on_disk(target).items()):
                 tensor = self._tensors[on_disk]
                 if not isinstance(tensor, Stored):
-                    whole = tensor.make().float() if isinstance(tensor, Dequantized) else torch.from_numpy(read(tensor))
-                    state[name] = whole
+                    state[name] = self._made(name, tensor)
                     continue
                 path = tensor.path
                 if path not in files:  # and closed behind this part: pages of a map count as memory in use
@@ -68,6 +67,14 @@ class OracleWeights:
         for target in targets:
             if self._model.get_parameter_or_buffer(target).is_meta:
                 raise CheckpointError(f"transformers finds no tensor of the right shape for {target} in the checkpoint")
+
+    def _made(self, name: str, tensor: Weight) -> torch.Tensor:
+        """A tensor that is stored otherwise, the way round that the model has it."""
+        if not isinstance(tensor, Dequantized):
+            return torch.from_numpy(read(tensor))
+        whole = tensor.make().float()
+        module = self._model.get_submodule(name.rpartition(".")[0]) if tensor.out_in else None
+        return whole.mT.contiguous() if getattr(module, "is_transposed", False) else whole
 
     def _on_disk(self, target: str) -> dict[str, str]:
         """The parts of a tensor of the model: names that transformers' loader takes for it, to names on disk."""

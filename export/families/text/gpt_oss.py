@@ -10,6 +10,7 @@ from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.interleaved_experts import InterleavedExperts
 from moevlm.export.families.rope import one_axis
+from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
@@ -24,6 +25,7 @@ _ROPE = {
 }
 
 
+@register_alone("gpt_oss", "gpt-oss-20b", "gpt-oss-120b")
 @register_text("gpt_oss")
 class GptOss(TextModel):
     """See the module's docstring."""

@@ -35,7 +35,9 @@ TOLERANCE = 1e-6
 
 
 def model_of(checkpoint: Path) -> torch.nn.Module:
-    return transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    has_vision = hasattr(transformers.AutoConfig.from_pretrained(checkpoint), "vision_config")
+    kind = transformers.AutoModelForImageTextToText if has_vision else transformers.AutoModelForCausalLM
+    return kind.from_pretrained(checkpoint, dtype=torch.float32)
 
 
 def adapter_for(checkpoint: Path, directory: Path, seed: int = 0, **options: object) -> Path:
@@ -101,6 +103,20 @@ def test_merged_weights_are_those_of_peft(model_type: str, options: dict, tmp_pa
     assert sum(".feed_forward.gate_up" in name for name in changed) >= 1
     assert sum(".feed_forward.down" in name and before[name].ndim == 3 for name in changed) >= 1
     assert any(name.startswith("vision.") for name in changed)
+
+
+def test_square_experts_that_lie_the_other_way_round_take_their_updates(tmp_path: Path) -> None:
+    """gpt-oss: gate and up rows take turns in the updates, too, and the shape of down tells nothing."""
+    plain = TinyCheckpoint("gpt_oss", text={"intermediate_size": 32}).save(tmp_path / "plain")
+    adapter = adapter_for(plain, tmp_path / "adapter", seed=2)
+    peft.PeftModel.from_pretrained(model_of(plain), adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, wanted, before = weights(plain, adapter), weights(tmp_path / "merged"), weights(plain)
+    for name, array in found.items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=TOLERANCE * np.abs(array).max(), err_msg=name)
+    changed = {name for name, array in found.items() if (array != before[name]).any()}
+    assert {f"layers.{i}.feed_forward.{name}" for i in (0, 1) for name in ("gate_up", "down")} <= changed
+    bundle = build(plain, tmp_path / "b", ["reference"], lora=adapter).directory
+    assert check_parity(bundle, plain, lora=adapter, quick=True).passed
 
 
 def test_experts_one_by_one_on_disk_take_the_updates_of_fused_ones(

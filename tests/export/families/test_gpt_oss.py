@@ -10,21 +10,14 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.checkpoint.quantized.reader import plain_tensors
-from moevlm.export.config import DecoderConfig, ModelConfig
-from moevlm.export.families.base import Family
-from moevlm.export.families.fields import Fields
-from moevlm.export.families.text.gpt_oss import GptOss
-from moevlm.export.graph.weights import read
-from moevlm.export.model import load
-from moevlm.export.modules.decoder import Decoder
+from moevlm.export.build import build
+from moevlm.export.config import DecoderConfig
+from moevlm.export.families import family_for
+from moevlm.export.parity.run import check_parity
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
-from moevlm.runtime.request.positions import rope_tables
-from tests.support.checkpoints import refused
-from tests.support.families.base import TEXT
-from tests.support.quantized import mxfp4
-from tests.support.tiny import edit_json, edit_tensors
+from tests.support.checkpoints import canonical, refused
+from tests.support.families.gpt_oss import EXPERTS, QUANTIZED, publish
+from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 # openai/gpt-oss-20b, config.json
 PUBLISHED: dict[str, Any] = {
@@ -49,15 +42,7 @@ PUBLISHED: dict[str, Any] = {
     "num_local_experts": 32,
     "output_router_logits": False,
     "pad_token_id": 199999,
-    "quantization_config": {
-        "modules_to_not_convert": [
-            "model.layers.*.self_attn",
-            "model.layers.*.mlp.router",
-            "model.embed_tokens",
-            "lm_head",
-        ],
-        "quant_method": "mxfp4",
-    },
+    "quantization_config": QUANTIZED,
     "rms_norm_eps": 1e-05,
     "rope_scaling": {
         "beta_fast": 32.0,
@@ -76,142 +61,23 @@ PUBLISHED: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 201088,
 }
-LAYER = "model.layers.1.mlp.experts."
-EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "truncate": False}
-TINY = {
-    key: TEXT[key] for key in ("vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-}
-TINY |= {"num_hidden_layers": 3, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 24}
-TINY |= {"sliding_window": 8, "max_position_embeddings": 512, "eos_token_id": 1}
-TINY |= {"rope_parameters": YARN | {"original_max_position_embeddings": 64}}
-CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "as published": {},
-    "no biases in attention, one kv head, full layers first": {
-        "attention_bias": False,
-        "num_key_value_heads": 1,
-        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
-    },
-    "one expert, whole steps of yarn, all clamped": {
-        "num_experts_per_tok": 1,
-        "rope_parameters": YARN | {"original_max_position_embeddings": 32, "truncate": True, "factor": 16.0},
-        "swiglu_limit": 0.5,
-        "swiglu_alpha": 1.1,
-    },
-    "all experts, square ones, plain rope, tied head": {
-        "num_experts_per_tok": 8,
-        "intermediate_size": 32,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        "tie_word_embeddings": True,
-    },
-}
-
-
-def save(directory: Path, seed: int = 0, **fields: Any) -> transformers.PreTrainedModel:
-    """A random model, and its checkpoint."""
-    config = transformers.GptOssConfig(**TINY | fields)
-    model = transformers.GptOssForCausalLM._from_config(
-        config, attn_implementation="eager", experts_implementation="eager"
-    ).eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        values = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
-            values = 1 + 0.2 * values
-        elif parameter.dim() > 1 and "embed" not in name:
-            values = values * 0.2 if name.endswith("_bias") else values / parameter.shape[-1] ** 0.5
-        parameter.data.copy_(values)
-    model.save_pretrained(directory)
-    return model
-
-
-def publish(plain: Path, directory: Path) -> Path:
-    """The same with experts in MXFP4, as openai/gpt-oss-20b has them."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if name.endswith(EXPERTS)]:
-            parts, _ = mxfp4("_blocks", "_scales")(tensors.pop(name).mT.contiguous().numpy())
-            tensors |= {name + ending: part for ending, part in parts.items()}
-
-    shutil.copytree(plain, directory)
-    edit_tensors(directory, change)
-    edit_json(
-        directory / "config.json", lambda config: config.update(quantization_config=PUBLISHED["quantization_config"])
-    )
-    return directory
-
-
-class Alone(Family):
-    """The text model for itself."""
-
-    text = GptOss()
-    weights = text.weights("model.", "lm_head.weight")
-    router_suffix = text.router_suffix
-
-    def translate(self, fields: Fields) -> ModelConfig:
-        raise NotImplementedError
+LAYER, OURS = "model.layers.1.mlp.experts.", "decoder.layers.1.feed_forward."
 
 
 def decoder_of(values: dict[str, Any]) -> DecoderConfig:
-    fields = Fields(values)
-    config = GptOss().decoder(fields, fields.flag("tie_word_embeddings", False))
-    fields.get("eos_token_id", None)
-    fields.refuse_unread()
-    return config
-
-
-def decoder(directory: Path, layout: str = "auto") -> tuple[Decoder, dict[str, np.ndarray]]:
-    """The canonical module of a checkpoint, and its weights."""
-    with Checkpoint.open(directory) as source:
-        with torch.device("meta"):
-            module = Decoder(decoder_of(source.config)).eval()
-        parameters = {f"decoder.{name}": tuple(p.shape) for name, p in module.named_parameters()}
-        bound = Alone().bind(parameters, plain_tensors(source).tensors, layout).weights
-        weights = {name.removeprefix("decoder."): weight for name, weight in bound.items()}
-        load(module, weights)
-        return module, {name: read(weight) for name, weight in weights.items()}
+    return family_for(values).config(values).decoder
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Floats, as transformers saves them. H and I are equal, as in every published model."""
-    directory = tmp_path_factory.mktemp("plain") / "checkpoint"
-    save(directory, 8, intermediate_size=32)
-    return directory
+    tiny = TinyCheckpoint("gpt_oss", text={"intermediate_size": 32}, seed=8)
+    return tiny.save(tmp_path_factory.mktemp("plain") / "checkpoint")
 
 
 @pytest.fixture(scope="module")
 def blocks(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return publish(plain, tmp_path_factory.mktemp("blocks") / "checkpoint")
-
-
-@pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_canonical_pytorch_is_transformers(name: str, tmp_path: Path) -> None:
-    model, ids = save(tmp_path, 3, **CONFIGURATIONS[name]), torch.arange(100) * 7 % TINY["vocab_size"]
-    module, _ = decoder(tmp_path)
-    positions = np.stack([np.arange(len(ids))] * 3)
-    with torch.no_grad():
-        wanted = model(ids[None]).logits[0]
-        ropes = [tuple(map(torch.from_numpy, rope_tables(positions, rope))) for rope in module.config.ropes]
-        step = (torch.tensor(row, dtype=torch.int32) for row in ([0, len(ids)], [0], [[1, 2]]))
-        caches = [
-            [torch.zeros(3, state.kv_heads, 64, dim) for dim in (state.key_dim, state.value_dim)]
-            for state in module.config.states
-        ]
-        found, _ = module(
-            input_ids=ids,
-            visual_embeds=torch.zeros(1, 32),
-            deepstack_embeds=None,
-            visual_index=torch.full_like(ids, -1),
-            ropes=ropes,
-            **dict(zip(("query_start", "context_len", "page_table"), step, strict=True)),
-            visible_end=None,
-            state_row=None,
-            query_scale=None,
-            logits_index=torch.arange(len(ids)),
-            states=caches,
-        )
-    assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
 def test_published_config_is_what_transformers_makes_of_it() -> None:
@@ -241,15 +107,14 @@ def test_what_is_not_supported_is_refused_by_name(change: dict[str, Any], told: 
 
 
 def test_gate_and_up_come_apart(plain: Path) -> None:
-    (_, found), stored = decoder(plain), load_file(plain / "model.safetensors")
-    ours = "layers.1.feed_forward."
+    found, stored = canonical(plain), load_file(plain / "model.safetensors")
     for name in ("gate_up_proj", "gate_up_proj_bias"):
-        gate, up = np.split(found[ours + name.replace("_proj", "")], 2, axis=1)
+        gate, up = np.split(found[OURS + name.replace("_proj", "")], 2, axis=1)
         theirs = stored[LAYER + name].mT if stored[LAYER + name].dim() == 3 else stored[LAYER + name]
         np.testing.assert_array_equal(gate, theirs[:, 0::2])
         np.testing.assert_array_equal(up, theirs[:, 1::2])
-    np.testing.assert_array_equal(found[f"{ours}down"], stored[f"{LAYER}down_proj"].mT)
-    np.testing.assert_array_equal(found[f"{ours}down_bias"], stored[f"{LAYER}down_proj_bias"])
+    np.testing.assert_array_equal(found[f"{OURS}down"], stored[f"{LAYER}down_proj"].mT)
+    np.testing.assert_array_equal(found[f"{OURS}down_bias"], stored[f"{LAYER}down_proj_bias"])
 
 
 def test_blocks_are_read_as_transformers_reads_them(blocks: Path) -> None:
@@ -258,27 +123,34 @@ def test_blocks_are_read_as_transformers_reads_them(blocks: Path) -> None:
     model = transformers.GptOssForCausalLM.from_pretrained(
         blocks, dtype=torch.float32, quantization_config=quantization
     )
-    _, ours = decoder(blocks)
+    ours = canonical(blocks)
     for i, layer in enumerate(model.model.layers):
         gate_up, down = layer.mlp.experts.gate_up_proj.mT.detach(), layer.mlp.experts.down_proj.mT.detach()
         apart = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], 1)
-        np.testing.assert_array_equal(ours[f"layers.{i}.feed_forward.gate_up"], apart)
-        np.testing.assert_array_equal(ours[f"layers.{i}.feed_forward.down"], down)
+        np.testing.assert_array_equal(ours[f"decoder.layers.{i}.feed_forward.gate_up"], apart)
+        np.testing.assert_array_equal(ours[f"decoder.layers.{i}.feed_forward.down"], down)
+
+
+def test_bundle_of_blocks_passes_parity(blocks: Path, tmp_path: Path) -> None:
+    bundle = build(blocks, tmp_path / "b", ["reference", "cpu:int8"])
+    assert bundle.manifest.stored_as["mxfp4"] == 4
+    assert check_parity(bundle.directory, blocks, quick=True).passed
 
 
 def test_experts_of_another_layout_need_the_option(tmp_path: Path) -> None:
     def turn(tensors: dict[str, torch.Tensor]) -> None:
         tensors |= {name: tensors[name].mT for name in tensors if name.endswith(EXPERTS)}
 
-    save(tmp_path)
-    _, wanted = decoder(tmp_path)
-    edit_tensors(tmp_path, turn)
-    refused(CheckpointError, "tensor model.layers.0.mlp.experts.gate_up_proj has shape", act=lambda: decoder(tmp_path))
-    _, found = decoder(tmp_path, "out_in")
+    checkpoint = TinyCheckpoint("gpt_oss").save(tmp_path / "checkpoint")
+    wanted = canonical(checkpoint)
+    edit_tensors(checkpoint, turn)
+    told = "tensor model.layers.0.mlp.experts.gate_up_proj has shape"
+    refused(CheckpointError, told, act=lambda: canonical(checkpoint))
+    found = canonical(checkpoint, "out_in")
     assert all((found[name] == wanted[name]).all() for name in wanted)
 
 
 def test_blocks_without_scales_are_refused_by_name(blocks: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(blocks, tmp_path / "copy"))
     edit_tensors(copy, lambda tensors: tensors.pop(f"{LAYER}down_proj_scales"))
-    refused(CheckpointError, f"{LAYER}down_proj_blocks", f"lacks {LAYER}down_proj_scales", act=lambda: decoder(copy))
+    refused(CheckpointError, f"{LAYER}down_proj_blocks", f"lacks {LAYER}down_proj_scales", act=lambda: canonical(copy))

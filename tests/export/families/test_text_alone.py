@@ -26,7 +26,7 @@ from tests.support.checkpoints import canonical, refused
 from tests.support.command_line import assert_refused, call
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-ALONE = ("qwen3_moe", "mixtral", "glm4_moe")
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
 each = pytest.mark.parametrize("model_type", ALONE)
 HELLO = [{"role": "user", "content": "Hi"}]
 

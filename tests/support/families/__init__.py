@@ -4,7 +4,7 @@ from tests.support.families import (
     gemma4,
     glm4_moe,
     glm4v_moe,
-    internvl,
+    gpt_oss,
     mistral3,
     mixtral,
     qwen3_5,
@@ -23,8 +23,8 @@ TINY: dict[str, TinyFamily] = {
     "qwen3_omni_moe": qwen3_omni_moe.FAMILY,
     "gemma4": gemma4.FAMILY,
     "mistral3": mistral3.FAMILY,
-    "internvl": internvl.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
 }
