@@ -24,6 +24,7 @@ from moevlm.runtime.loading import load_engine
 from tests.support.bundles import copy_bundle, edit_manifest
 from tests.support.checkpoints import canonical, refused
 from tests.support.command_line import assert_refused, call
+from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
@@ -275,3 +276,36 @@ def test_older_spelling_of_config_json_is_the_same_model(saved: dict[str, Path])
     old |= {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": "bfloat16", "max_window_layers": 2}
     old |= {"sliding_window": None, "num_experts": old.pop("num_local_experts", old.get("num_experts"))}
     assert family_for(old).config(old) == family_for(new).config(new)
+
+
+QUANTIZED = [
+    ("mixtral", "awq-32"),
+    ("mixtral", "gptq-128"),
+    ("qwen3_moe", "fp8-blocks"),
+    ("qwen3_moe", "nvfp4"),
+    ("glm4_moe", "int4-32"),
+]
+SIZES = {
+    "mixtral": {"num_local_experts": 4, "intermediate_size": 384},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 320},
+    "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 320, "intermediate_size": 384},
+}
+
+
+def projection(name: str) -> bool:
+    """Of the decoder's layers, experts' parts among them; routers stay as they are."""
+    return ".layers." in name and name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
+
+
+@pytest.mark.parametrize(("model_type", "name"), QUANTIZED, ids=[f"{model}: {name}" for model, name in QUANTIZED])
+def test_quantized_checkpoints_are_read_under_their_published_names(model_type: str, name: str, tmp_path: Path) -> None:
+    text = SIZES[model_type] | {"hidden_size": 256, "head_dim": 32}
+    floats = TinyCheckpoint(model_type, text=text, side_files=True).save(tmp_path / "floats")
+    stored = FORMATS[name].publish(floats, tmp_path / "stored", tmp_path / "decoded", projection)
+    expected, found = canonical(tmp_path / "decoded"), canonical(stored)
+    assert expected.keys() == found.keys()
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, expected[key], key)
+    if name == "awq-32":
+        bundle = build(stored, tmp_path / "bundle", ["cpu:int4"]).directory
+        assert check_parity(bundle, stored, quick=True).passed
