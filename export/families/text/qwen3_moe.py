@@ -25,6 +25,7 @@ class Qwen3Moe(TextModel):
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         text.get("sliding_window", None)  # of no use without use_sliding_window
+        text.choice("use_qk_norm", (True,), True)  # of Qwen3-Coder; transformers does not ask
         rope = one_axis(text, shared.head_dim(text))
         return qwen3_decoder(text, tied=tied, rope=rope, renormalize=text.flag("norm_topk_prob", False))
 

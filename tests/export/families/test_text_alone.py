@@ -14,6 +14,7 @@ from PIL import Image
 
 from moevlm.export.build import add_targets, build
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.dry_run import Absent
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
@@ -24,6 +25,7 @@ from moevlm.runtime.loading import load_engine
 from tests.support.bundles import copy_bundle, edit_manifest
 from tests.support.checkpoints import canonical, refused
 from tests.support.command_line import assert_refused, call
+from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
@@ -122,6 +124,16 @@ def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_
     assert next(e for e in report["engines"] if e["target"].startswith("rtx"))["memory"]["vision"] == 0
 
 
+def test_an_engine_on_a_gpu_runs_the_decoder_alone(bundle: Path, saved: dict[str, Path], tmp_path: Path) -> None:
+    copied = gpu_bundle(bundle, tmp_path)
+    assert Bundle.open(copied).manifest.engines[TARGET].vision == ""
+    with fake_gpu(tmp_path) as gpu:
+        report = check_parity(copied, saved["mixtral"], [TARGET])
+        assert not gpu.held()
+    assert [check for check in report.checks if not check.passed] == []
+    assert {check.quantity for check in report.checks if check.step == TARGET} >= {"prefill logits", "decode logits"}
+
+
 def test_an_engine_asked_for_images_says_what_it_is(bundle: Path, tiny_bundle: Path) -> None:
     from moevlm.export.parity.cases import pack, random_cases
     from moevlm.runtime.core.errors import EngineError
@@ -159,8 +171,48 @@ def test_a_preprocessor_beside_text_alone_is_named_and_left_out(tmp_path: Path) 
     assert "preprocessor_config.json has no part in a model of text alone" in notes
 
 
+# config.json on the hub, without what is of no account.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Mixtral-8x22B": {
+        **{"model_type": "mixtral", "hidden_act": "silu", "hidden_size": 6144, "intermediate_size": 16384},
+        **{"max_position_embeddings": 65536, "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 32768},
+        **{"num_hidden_layers": 56, "num_local_experts": 8, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
+        **{"rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False, "router_aux_loss_coef": 0.001},
+        **{"router_jitter_noise": 0.0, "bos_token_id": 1, "eos_token_id": 2, "output_router_logits": False},
+    },
+    "Qwen3-Coder-30B-A3B": {
+        **{"model_type": "qwen3_moe", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 6144},
+        **{"max_position_embeddings": 262144, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128},
+        **{"num_hidden_layers": 48, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True, "max_window_layers": 28},
+        **{"sliding_window": None, "use_sliding_window": False, "use_qk_norm": True, "qkv_bias": False},
+        **{"rope_theta": 1e7, "rope_scaling": None, "rms_norm_eps": 1e-6, "vocab_size": 151936},
+        **{"shared_expert_intermediate_size": 0, "eos_token_id": 151645, "tie_word_embeddings": False},
+    },
+    "GLM-4.5": {
+        **{"model_type": "glm4_moe", "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 12288},
+        **{"max_position_embeddings": 131072, "num_attention_heads": 96, "num_key_value_heads": 8, "head_dim": 128},
+        **{"num_hidden_layers": 92, "n_routed_experts": 160, "n_shared_experts": 1, "moe_intermediate_size": 1536},
+        **{"num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 3, "use_qk_norm": True},
+        **{"routed_scaling_factor": 2.5, "norm_topk_prob": True, "partial_rotary_factor": 0.5, "rope_theta": 1e6},
+        **{"rope_scaling": None, "attention_bias": True, "num_nextn_predict_layers": 1, "vocab_size": 151552},
+        **{"rms_norm_eps": 1e-5, "eos_token_id": [151329, 151336, 151338], "tie_word_embeddings": False},
+    },
+}
+BILLIONS = {"Mixtral-8x22B": (140.6, 39.2), "Qwen3-Coder-30B-A3B": (30.5, 3.4), "GLM-4.5": (352.8, 33.6)}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_understood_whole_and_have_the_parameters_that_are_stated(name: str) -> None:
+    model = CanonicalModel.of_config(PUBLISHED[name], Absent).metadata()
+    found = tuple(round(n / 1e9, 1) for n in (model.parameters, model.active_parameters))
+    assert found == BILLIONS[name]
+    assert model.vision is None
+
+
 REFUSED = [
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True (supported: false)"),
+    ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm = False (supported: true)"),
     ("qwen3_moe", {"hidden_act": "gelu"}, 'hidden_act = "gelu" (supported: silu)'),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
     ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, "layer_types = ['linear_attention', 'linear_attention']"),

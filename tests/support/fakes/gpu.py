@@ -80,12 +80,11 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     engines.mkdir(parents=True)
     opened = Bundle.open(bundle)
     reference, model = opened.manifest.engines["reference"], opened.manifest.model
-    decoder, vision = (onnx.load(opened.path(graph)) for graph in (reference.decoder, reference.vision))
+    *vision, decoder = (onnx.load(opened.path(graph)) for graph in reference.graphs)
     experts = _experts_as_inputs(decoder, copy / EXPERTS)
     graphs = folder / "graphs"
     graphs.mkdir()
-    for name, graph in (("decoder", decoder), ("vision", vision)):
-        onnx.save(graph, graphs / f"{name}.onnx")
+    onnx.save(decoder, graphs / "decoder.onnx")
     several, columns = LIMITS["max_sequences"], -(-model.context // PAGE_SIZE)
     most = {"tokens": (LIMITS["max_tokens"], several), "sequences": (several, several)}
     most |= {"starts": (several + 1,) * 2, "logits": (LIMITS["max_logits"], several)}
@@ -100,13 +99,15 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     inputs = _inputs(decoder, most, {"page"}, experts)
     plan = plan_bytes(graphs / "decoder.onnx", inputs, outputs, 2, list(sms), caches=caches)
     (engines / "decoder.plan").write_bytes(plan)
-    rows = ["pixel_patches", 0, model.vision.merge_size**2]
-    outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
-    if model.vision.deepstack:
-        outputs["deepstack_embeds"] = "FLOAT", [model.vision.deepstack, rows, model.hidden]
-    inputs = _inputs(vision, {"patches": (LIMITS["max_patches"],), "starts": (9,)}, set(), set())
-    (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
-    paths = [(engines / f"{name}.plan").relative_to(copy).as_posix() for name in ("vision", "decoder")]
+    for tower in vision:  # one, or none for a model of text alone
+        onnx.save(tower, graphs / "vision.onnx")
+        rows = ["pixel_patches", 0, model.tower.merge_size**2]
+        outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
+        if model.deepstack:
+            outputs["deepstack_embeds"] = "FLOAT", [model.deepstack, rows, model.hidden]
+        inputs = _inputs(tower, {"patches": (LIMITS["max_patches"],), "starts": (9,)}, set(), set())
+        (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
+    paths = {path.stem: path.relative_to(copy).as_posix() for path in engines.glob("*.plan")}
     metadata = {
         "product": "tensorrt_rtx",
         "version": VERSION,
@@ -115,9 +116,9 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
         "experts": EXPERTS,
         **LIMITS,
     }
-    for path in (*paths, EXPERTS):
+    for path in (*paths.values(), EXPERTS):
         rehash(copy, path)
-    engine: dict[str, Any] = {"vision": paths[0], "decoder": paths[1], "dtype": "float32", "tensorrt": metadata}
+    engine: dict[str, Any] = {"vision": "", **paths, "dtype": "float32", "tensorrt": metadata}
     engine |= {"page_size": PAGE_SIZE}
     engine |= {"cost": msgspec.to_builtins(reference.cost), "states": msgspec.to_builtins(reference.states)}
     edit_manifest(copy, lambda manifest: manifest["engines"].update({target: engine}))
