@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from bench.plan_launches import launches
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.internvl_vision import internvl_tower
 from moevlm.export.graph.cost import patch_macs
@@ -77,9 +79,8 @@ def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
     assert found == matrices - {"patch_embedding.weight", "position_embedding"}
 
 
-@pytest.mark.parametrize("name", ["heads of 64", "as the large ones"])
-def test_tensorrt_rtx_builds_a_plan_of_it(name: str, tmp_path: Path) -> None:
-    tower = TinyTower.of(name, seed=5)
+def test_tensorrt_rtx_builds_a_plan_of_the_large_ones(tmp_path: Path) -> None:
+    tower = TinyTower.of("as the large ones", seed=5)
     assert_builds_a_plan(traced(tower.ours, tower.weights), tower.metadata, tower.ours.config.depth, tmp_path)
 
 
@@ -88,6 +89,16 @@ def test_costs_count_blocks_by_the_patch_and_the_projector_by_the_token() -> Non
     graph, hidden, merged = traced(tower.ours, tower.weights), 128, 4 * 128
     per_patch = 2 * (4 * hidden * hidden + 2 * hidden * 64) + hidden * tower.metadata.patch_width
     assert patch_macs(graph, 4) == per_patch + merged * OUT // 4 + OUT * OUT // 4
+
+
+def test_a_block_is_seven_launches_of_its_plan(tmp_path: Path) -> None:
+    """Its two norms, its four products with what follows them, and attention; nothing is copied for class tokens."""
+    tower = TinyTower.of("heads of 64", seed=5)
+    assert_builds_a_plan(traced(tower.ours, tower.weights), tower.metadata, tower.ours.config.depth, tmp_path)
+    (found,) = launches((tmp_path / "vision.plan").read_bytes())
+    attention = [i for i, launch in enumerate(found) if launch.plugin == "SegmentAttention"]
+    assert [stop - start for start, stop in pairwise(attention)] == [7]
+    assert not [launch for launch in found if launch.kind == "copy"]
 
 
 def test_an_image_of_another_size_is_refused() -> None:
