@@ -10,10 +10,12 @@ from moevlm.export.config import DecoderConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis, rope_fields
+from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import register_text
 from moevlm.export.families.text.latent import HeadSizes, LatentText, latent_decoder, score_scale
 
 
+@register_alone("deepseek_v3", "DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1")
 @register_text("deepseek_v3")
 class DeepseekV3(LatentText):
     """See the module's docstring."""

@@ -29,7 +29,7 @@ from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss")
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3")
 each = pytest.mark.parametrize("model_type", ALONE)
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -211,6 +211,8 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 
 
 REFUSED = [
+    ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
+    ("deepseek_v3", {"kv_lora_rank": 1 << 15}, "kv_lora_rank = 32768 (an integer from 1 to 16384)"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True (supported: false)"),
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm = False (supported: true)"),
     ("qwen3_moe", {"hidden_act": "gelu"}, 'hidden_act = "gelu" (supported: silu)'),

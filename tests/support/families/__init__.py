@@ -1,6 +1,7 @@
 """Tiny models of every family, one file each."""
 
 from tests.support.families import (
+    deepseek_v3,
     gemma4,
     glm4_moe,
     glm4v_moe,
@@ -27,4 +28,5 @@ TINY: dict[str, TinyFamily] = {
     "mixtral": mixtral.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
 }
