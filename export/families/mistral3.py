@@ -22,12 +22,12 @@ class Mistral3(Wrapper):
     """See the module's docstring."""
 
     about = About(
-        checkpoints=("Ministral-3",),
-        mixer="GQA, queries by place",
-        routing="dense",
-        vision="packed grid of rotary positions, a token behind each row",
+        checkpoints=("Mistral-Small-4-119B", "Ministral-3"),
+        mixer="MLA, yarn, queries scaled by their place; GQA in Ministral 3",
+        routing="softmax, groups, shared experts; dense in Ministral 3",
+        vision="packed grid, rotary positions alone, a token behind each row",
     )
-    texts = ("ministral3",)
+    texts = ("ministral3", "mistral4")
     tower = PIXTRAL_TOWER
     older: ClassVar = shared.LANGUAGE_MODEL
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads", "image_token_id": "image_token_index"}

@@ -21,7 +21,9 @@ WEIGHTS = "model.safetensors"
 
 def projections(name: str) -> bool:
     """The projections of the decoder: neither routers, embeddings nor the vision tower."""
-    return "language_model" in name and name.removesuffix(".weight").endswith(("_proj", "in_proj_qkv", "in_proj_z"))
+    return "language_model" in name and name.removesuffix(".weight").endswith(
+        ("_proj", "_proj_with_mqa", "in_proj_qkv", "in_proj_z")
+    )
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,15 @@ def sized(model_type: str) -> dict[str, Any]:
             return sizes | {"n_routed_experts": 4, "head_dim": 32, "intermediate_size": 384, "rope_parameters": rope}
         case "gemma4":
             return sizes | {"num_experts": 4, "intermediate_size": 384}
+        case "mistral3":
+            return sizes | {"n_routed_experts": 4, "q_lora_rank": 192, "kv_lora_rank": 160}
     return sizes | {"num_experts": 4, "shared_expert_intermediate_size": 320}
 
 
 def floats(model_type: str, directory: Path, **text: Any) -> Path:
     """A float32 checkpoint of these sizes. text: fields of text_config that differ."""
     text = sized(model_type) | text
-    vision = {} if model_type == "gemma4" else {"out_hidden_size": text["hidden_size"]}
+    vision = {} if model_type in ("gemma4", "mistral3") else {"out_hidden_size": text["hidden_size"]}
     return TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
 
 

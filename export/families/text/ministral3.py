@@ -45,16 +45,12 @@ class Ministral3(TextModel):
             tied=tied,
             rope=rope,
             layer=lambda _: LayerConfig(attention, dense),
-            query_scale=query_scale(rope_parameters),
+            query_scale=QueryScaleMetadata(
+                beta=rope_parameters.number("llama_4_scaling_beta"),
+                original=rope_parameters.positive("original_max_position_embeddings"),
+            ),
         )
 
     def weights(self, model: str, head: str) -> shared.Weights:
         none = Experts(f"{model}layers.{{i}}.mlp.experts", per_expert=False)
         return {**shared.decoder_weights(none, model), "decoder.head": head}
-
-
-def query_scale(rope: Fields) -> QueryScaleMetadata:
-    """How queries grow with their place, from the rope's fields."""
-    return QueryScaleMetadata(
-        beta=rope.number("llama_4_scaling_beta"), original=rope.positive("original_max_position_embeddings")
-    )

@@ -20,11 +20,12 @@ from tests.support.checkpoints import canonical
 from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections
 from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_ints
 
-QWEN, GLM, QWEN35, GEMMA = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4"
+QWEN, GLM, QWEN35, GEMMA, MISTRAL = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4", "mistral3"
 OF_GLM = ("fp8-static-fused", "fp8-blocks-fused", "int4-128-zeros", "gptq-128", "awq-32", "nvfp4")
 OF_QWEN35 = ("fp8-blocks", "fp8-blocks-fused", "gptq-128", "awq-32", "nvfp4", "nvfp4-compressed")
 OF_GEMMA = ("nvfp4", "nvfp4-fused", "nvfp4-compressed", "int4-32", "awq-32")
-NAMES = {QWEN: FORMATS, GLM: OF_GLM, QWEN35: OF_QWEN35, GEMMA: OF_GEMMA}
+OF_MISTRAL = ("fp8-static-fused", "nvfp4-compressed")  # latent attention, whose rows are brought into another order
+NAMES = {QWEN: FORMATS, GLM: OF_GLM, QWEN35: OF_QWEN35, GEMMA: OF_GEMMA, MISTRAL: OF_MISTRAL}
 CASES = [(family, name) for family, names in NAMES.items() for name in names]
 LAYER = "model.language_model.layers.1."
 
@@ -33,7 +34,7 @@ LAYER = "model.language_model.layers.1."
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """float32 checkpoints, to be left as they are."""
     root = tmp_path_factory.mktemp("floats")
-    return {name: floats(name, root / name) for name in (QWEN, GLM, QWEN35, GEMMA)}
+    return {name: floats(name, root / name) for name in NAMES}
 
 
 @pytest.fixture

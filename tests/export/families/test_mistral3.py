@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from bench.plan_launches import launches
 from moevlm.export.build import build
 from moevlm.export.families import family_for
 from moevlm.export.parity.run import check_parity
@@ -168,3 +169,15 @@ def test_an_image_has_a_break_behind_each_row_but_the_last_and_an_end(bundle: tu
         (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
         found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
         assert found[1:] == found[:1] * 2
+
+
+def test_tensorrt_rtx_builds_plans_of_the_decoder_and_of_the_tower(saved: Path, tmp_path: Path) -> None:
+    bundle = build(saved, tmp_path / "b.moevlm", ["rtx:sm89"])
+    engine, layers = bundle.manifest.engines["rtx:sm89:bf16"], len(bundle.manifest.model.layers)
+    found = {
+        name: launches(bundle.path(plan).read_bytes()) for name, plan in (("d", engine.decoder), ("v", engine.vision))
+    }
+    for profile in found["d"]:
+        assert [launch.plugin for launch in profile].count("PagedAttention") == layers
+    for profile in found["v"]:
+        assert [launch.plugin for launch in profile].count("SegmentAttention") == 2
