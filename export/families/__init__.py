@@ -3,6 +3,7 @@
 from moevlm.export.families import (
     gemma4,
     glm4v_moe,
+    internvl,
     mistral3,
     qwen3_5,
     qwen3_5_moe,
@@ -17,6 +18,7 @@ __all__ = [
     "family_for",
     "gemma4",
     "glm4v_moe",
+    "internvl",
     "mistral3",
     "qwen3_5",
     "qwen3_5_moe",

@@ -108,6 +108,11 @@ class _TileImages(OracleImages):
         options = {"return_tensors": "pt"}  # numpy has no bfloat16, which Llama 4's are
         return options if vision.rope_theta else options | {"crop_to_patches": True}  # InternVL's
 
+    def written(self, tokenizer: Any, token: str, rows: int, columns: int) -> str:
+        if begin := getattr(tokenizer, "start_image_token", None):  # InternVL's
+            return f"{begin}{token * (rows * columns)}{tokenizer.end_image_token}"
+        return f"<|image_start|>{token}{'<|patch|>' * (rows * columns)}<|image_end|>"
+
     def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
         pixels, size = processed["pixel_values"].float().numpy(), vision.patch_size
         rows, columns, *inside = _sides(vision)

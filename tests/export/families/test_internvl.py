@@ -1,0 +1,172 @@
+"""InternVL: where its tensors lie, float and in codes, what is refused, and requests with tiled images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.export.build import build
+from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.families import family_for
+from moevlm.export.model import CanonicalModel
+from moevlm.export.parity.run import check_parity
+from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.export.families.test_mistral3 import as_published, as_transformers, assert_same, names, renamed, with_field
+from tests.support.checkpoints import canonical, refused
+from tests.support.families.internvl import GPT_OSS
+from tests.support.published import FORMATS
+from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
+
+TARGETS = ("reference", "ort-cpu", "cpu:int8", "cpu:int4")
+KINDS: dict[str, dict[str, Any]] = {"qwen3_moe": {}, "gpt_oss": GPT_OSS}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it is."""
+    return TinyCheckpoint("internvl", text={"vocab_size": 96}, seed=76).save(tmp_path_factory.mktemp("internvl") / "it")
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("spell", [as_transformers, as_published], ids=["as transformers names them", "as published"])
+def test_prefixes_of_either_kind_are_one_model(spell: Callable[[str], str], saved: Path, copy: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    directory = renamed(copy, spell)
+    found = names(directory)
+    assert ("language_model.lm_head.weight" in found) == (spell is as_published)
+    assert ("multi_modal_projector.linear_1.weight" in found) == (spell is as_published)
+    assert ("language_model.model.layers.1.mlp.experts.7.up_proj.weight" in found) == (spell is as_published)
+    _, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert_same(canonical(directory), canonical(saved))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_config_that_does_not_say_so_has_the_head_that_the_checkpoint_has(there: bool, copy: Path) -> None:
+    edit_json(copy / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    (head,) = (name for name in names(copy) if "lm_head" in name)
+    if not there:
+        edit_tensors(copy, lambda tensors: tensors.pop(head))
+    found = canonical(copy)
+    assert np.array_equal(found["decoder.head"], found["decoder.embedding"]) == (not there)
+
+
+@pytest.mark.parametrize("name", ["awq-32", "awq-128", "fp8-blocks"])
+def test_published_codes_are_read_as_their_definition_says(name: str, tmp_path: Path) -> None:
+    text = {"vocab_size": 96, "hidden_size": 256, "moe_intermediate_size": 384, "num_experts": 4, "head_dim": 32}
+    checkpoint = TinyCheckpoint("internvl", text=text, seed=77).save(tmp_path / "float")
+    quantized = FORMATS[name].publish(checkpoint, tmp_path / "quantized", tmp_path / "plain")
+    assert_same(canonical(quantized), canonical(tmp_path / "plain"))
+    with Checkpoint.open(quantized) as opened:
+        model = CanonicalModel.of(opened)
+    codes = sum(number for kind, number in model.stored_as.items() if kind != "float32")
+    assert codes == 2 * (4 + 4 * 3)  # each projection of both layers
+    assert len(model.vision_weights) > 20
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("text_config.model_type", "qwen2", 'text_config.model_type = "qwen2" (supported: gpt_oss, qwen3_moe)'),
+        ("text_config.hidden_act", "gelu", 'text_config.hidden_act = "gelu" (supported: silu)'),
+        ("image_seq_length", 256, "image_seq_length = 256 (supported: 4)"),
+        ("vision_feature_layer", -2, "vision_feature_layer = -2 (supported: -1, 2)"),
+        ("vision_feature_select_strategy", "full", 'vision_feature_select_strategy = "full" (supported: default)'),
+        ("downsample_ratio", 0.3, "downsample_ratio = 0.3 (supported: "),
+        ("vision_config.hidden_act", "relu", 'vision_config.hidden_act = "relu"'),
+        ("vision_config.num_attention_heads", 3, "vision_config.num_attention_heads = 3"),
+        ("text_config.num_experts_per_tok", 9, "text_config.num_experts_per_tok = 9"),
+        ("image_token_id", 96, "image_token_id = 96"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "=" not in value else None,
+)
+def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
+    config = with_field(saved, path, value)
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+@pytest.mark.parametrize("part", ["", "text_config.", "vision_config.", "text_config.rope_parameters."])
+def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> None:
+    config = with_field(saved, f"{part}talks_backwards", 3)
+    told = f"unsupported field in config.json: {part}talks_backwards = 3"
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+def test_a_tokenizer_without_the_tokens_of_images_is_refused_by_their_name(tmp_path: Path) -> None:
+    directory = TinyCheckpoint("internvl", side_files=True).save(tmp_path / "checkpoint")
+    (directory / "tokenizer_config.json").unlink()  # which would add it
+    text = (directory / "tokenizer.json").read_text()
+    (directory / "tokenizer.json").write_text(text.replace("</img>", "</other>"))
+    refused(CheckpointError, "</img>", act=lambda: build(directory, tmp_path / "bundle", ["reference"]))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+    """And its checkpoint."""
+    folder = tmp_path_factory.mktemp("bundle")
+    model = TinyCheckpoint("internvl", text=KINDS[request.param], side_files=True, seed=78)
+    checkpoint = model.save(folder / "checkpoint")
+    return build(checkpoint, folder / "tiny.moevlm", TARGETS), checkpoint
+
+
+def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
+    report = check_parity(bundle[0].directory, bundle[1], quick=True)
+    assert [check for check in report.checks if not check.passed] == []
+    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
+    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
+
+
+def picture(width: int, height: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def test_tiles_and_overview_stand_between_the_marks_of_an_image(bundle: tuple[Bundle, Path]) -> None:
+    """As transformers' InternVLProcessor writes it: <img>, all tokens of all tiles and of the overview, </img>."""
+    with load_runtime(bundle[0].directory, "cpu:int8", LoadOptions(threads=1)) as runtime:
+        wide, small = picture(48, 32), picture(16, 16)
+        messages = [{"role": "user", "content": [wide, {"type": "text", "text": "?"}, small]}]
+        prompt = runtime.prompt(messages)
+        (begin,), (end,) = runtime.model.image_marks.begin, runtime.model.image_marks.end
+        token, ids = runtime.model.image_token_id, prompt.ids.tolist()
+        first = ids.index(begin)
+        whole = [begin, *[token] * (7 * 4), end]  # 2 x 3 tiles and an overview
+        assert ids[first : first + 30] == whole
+        assert ids[first + 31 : first + 37] == [begin, *[token] * 4, end]
+        assert prompt.image_tokens == 32
+        assert runtime.prompt(messages, max_image_tokens=12).image_tokens == 4 * 3 + 4  # 1 x 2 tiles and an overview
+        np.testing.assert_array_equal(prompt.positions, [range(len(ids))] * 3)
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
+        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
+        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
+        assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensorrt_rtx_builds_plans_of_its_tower_and_its_decoder(kind: str, tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("internvl", text=KINDS[kind], side_files=True).save(tmp_path / "checkpoint")
+    built = build(checkpoint, tmp_path / "tiny.moevlm", ["rtx:sm89"])
+    (engine,) = built.manifest.engines.values()
+    for plan in (engine.vision, engine.decoder):
+        data = built.path(plan).read_bytes()
+        found = plan_header(data[:HEADER_BYTES])
+        assert found is not None
+        assert (found.product, found.sms, found.length) == ("tensorrt_rtx", (89,), len(data))
+    assert engine.tensorrt is not None
+    assert engine.tensorrt.max_patches % 16 == 0  # whole tiles
