@@ -15,6 +15,7 @@ import click
 from moevlm.export.build import build
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.run import check_parity
+from tests.support.families.internvl import GPT_OSS
 from tests.support.tiny import TinyCheckpoint
 
 TARGETS = ("cpu:int8", "cpu:int4", "ort-cpu:int8", "ort-cpu:int4")
@@ -23,6 +24,8 @@ MODELS = {
     "glm4v_moe": TinyCheckpoint("glm4v_moe", text={"moe_intermediate_size": 48}),
     "qwen3_5_moe": TinyCheckpoint("qwen3_5_moe", text={"moe_intermediate_size": 48}),
     "gemma4": TinyCheckpoint("gemma4", text={"moe_intermediate_size": 48}),
+    "internvl": TinyCheckpoint("internvl", text={"moe_intermediate_size": 48}),
+    "internvl, gpt-oss": TinyCheckpoint("internvl", text=GPT_OSS | {"intermediate_size": 48}),
     "9 of 130 experts": TinyCheckpoint(
         dtype="bfloat16",
         text={

@@ -170,3 +170,63 @@ def test_tensorrt_rtx_builds_plans_of_its_tower_and_its_decoder(kind: str, tmp_p
         assert (found.product, found.sms, found.length) == ("tensorrt_rtx", (89,), len(data))
     assert engine.tensorrt is not None
     assert engine.tensorrt.max_patches % 16 == 0  # whole tiles
+
+
+# (hidden, layers, heads, key heads, experts, width of an expert), and vision_config
+SIZES: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "30B-A3B": (
+        (2048, 48, 32, 4, 128, 768),
+        {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+        | {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False},
+    ),
+    "241B-A28B": (
+        (4096, 94, 64, 4, 128, 1536),
+        {"hidden_size": 3200, "num_hidden_layers": 45, "num_attention_heads": 25, "intermediate_size": 12800}
+        | {"norm_type": "rms_norm", "attention_bias": False, "use_qk_norm": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_config_of_internvl3_5_is_understood(name: str) -> None:
+    """Its sizes, with the fields that its trainer and older releases of transformers left in it."""
+    (hidden, layers, heads, kv_heads, experts, width), tower = SIZES[name]
+    text = {
+        **{"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "torch_dtype": "bfloat16"},
+        **{"hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 3 * hidden, "vocab_size": 151936},
+        **{"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128, "hidden_act": "silu"},
+        **{"num_experts": experts, "num_experts_per_tok": 8, "moe_intermediate_size": width, "norm_topk_prob": True},
+        **{"decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001, "attention_bias": False},
+        **{"max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "rope_scaling": None},
+        **{"sliding_window": None, "use_sliding_window": False, "max_window_layers": layers, "use_cache": False},
+        **{"bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": None, "tie_word_embeddings": False},
+        **{"debug": False, "ep_size": 1, "micro_forward": False, "skip_checkpoint": False, "use_deepep": False},
+    }
+    vision = tower | {
+        **{"model_type": "internvl_vision", "image_size": [448, 448], "patch_size": [14, 14], "num_channels": 3},
+        **{"hidden_act": "gelu", "layer_norm_eps": 1e-6, "layer_scale_init_value": 0.1, "use_mean_pooling": True},
+        **{"attention_dropout": 0.0, "hidden_dropout_prob": 0.0, "projection_dropout": 0.0, "use_mask_token": False},
+        **{"use_absolute_position_embeddings": True, "architectures": ["InternVisionModel"]},
+    }
+    top = {
+        **{"model_type": "internvl", "architectures": ["InternVLForConditionalGeneration"], "image_token_id": 151671},
+        **{"image_seq_length": 256, "downsample_ratio": 0.5, "projector_hidden_act": "gelu"},
+        **{"vision_feature_layer": -1, "vision_feature_select_strategy": "default", "torch_dtype": "bfloat16"},
+    }
+    values = top | {"text_config": text, "vision_config": vision}
+    config = family_for(values).config(values)
+    assert {(moe.experts, moe.router.top_k, moe.width) for moe in config.moe.values()} == {(experts, 8, width)}
+    assert (config.eos_token_ids, config.vision.metadata().tokens((32, 32))) == ((151645,), 256)
+    assert config.mark_texts == {"begin": "<img>", "end": "</img>"}
+
+
+@pytest.mark.parametrize("name", ["awq-128", "fp8-blocks"])
+def test_published_codes_pass_parity_with_transformers_on_their_values(name: str, tmp_path: Path) -> None:
+    text = {"vocab_size": 96, "hidden_size": 128, "moe_intermediate_size": 128, "num_experts": 4, "head_dim": 32}
+    checkpoint = TinyCheckpoint("internvl", text=text, seed=79).save(tmp_path / "float")
+    quantized = FORMATS[name].publish(checkpoint, tmp_path / "quantized", tmp_path / "plain")
+    bundle = build(quantized, tmp_path / "tiny.moevlm", ["reference", "cpu:int8", "cpu:int4"], group_size=128)
+    report = check_parity(bundle.directory, quantized, quick=True)
+    assert [check for check in report.checks if not check.passed] == []
+    kept = "kept" in str(bundle.manifest.engines["cpu:int4"].recoded)
+    assert kept == (name == "awq-128")
