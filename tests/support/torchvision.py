@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,9 +31,12 @@ def resize(image: torch.Tensor, size: Sequence[int], interpolation: str, antiali
     return F.interpolate(image, list(size), mode=interpolation, align_corners=False, antialias=antialias)
 
 
-def pad(image: torch.Tensor, padding: Sequence[int], fill: Sequence[int]) -> torch.Tensor:
+def pad(
+    image: torch.Tensor, padding: Sequence[int], fill: int | Sequence[int], padding_mode: str = "constant"
+) -> torch.Tensor:
     """padding: left, top, right, bottom. fill: black."""
-    assert not any(fill)
+    assert padding_mode == "constant"
+    assert not np.any(fill)
     left, top, right, bottom = padding
     return F.pad(image, (left, right, top, bottom))
 
@@ -40,9 +44,8 @@ def pad(image: torch.Tensor, padding: Sequence[int], fill: Sequence[int]) -> tor
 def normalize(image: torch.Tensor, mean: Any, std: Any, inplace: bool) -> torch.Tensor:
     """In the dtype of the image."""
     assert image.is_floating_point()
-    assert not inplace
     gains = [torch.as_tensor(values, dtype=image.dtype).view(-1, 1, 1) for values in (mean, std)]
-    return image.sub(gains[0]).div_(gains[1])
+    return (image if inplace else image.clone()).sub_(gains[0]).div_(gains[1])
 
 
 FUNCTIONS = SimpleNamespace(

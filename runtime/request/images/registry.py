@@ -8,6 +8,7 @@ from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.gemma4 import Gemma4Images
 from moevlm.runtime.request.images.got_ocr2 import GotOcr2Images
+from moevlm.runtime.request.images.kimi_k25 import KimiK25Images
 from moevlm.runtime.request.images.llama4 import Llama4Images
 from moevlm.runtime.request.images.pixtral import PixtralImages
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -17,6 +18,7 @@ from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 _PROCESSORS: dict[str, type[ImageProcessor]] = {
     "Gemma4ImageProcessor": Gemma4Images,
     "GotOcr2ImageProcessor": GotOcr2Images,
+    "Kimi_K25ImageProcessor": KimiK25Images,
     "Llama4ImageProcessor": Llama4Images,
     "Glm46VImageProcessor": Glm4vImages,
     "Glm4vImageProcessor": Glm4vImages,
@@ -39,7 +41,9 @@ def image_processor(
     """
     name = preprocessor.get("image_processor_type")
     known = {kind: processor for kind, processor in _PROCESSORS.items() if isinstance(vision, processor.TOWER)}
-    kind = str(name).removesuffix("Fast").removesuffix("Pil")
+    # transformers goes by the model's type where the file names none.
+    only = next(iter(known)) if name is None and len(known) == 1 else str(name)
+    kind = only.removesuffix("Fast").removesuffix("Pil")
     if kind not in known:
         refuse("image_processor_type", name, ", ".join(known))
     return known[kind](preprocessor, vision, max_pixels, max_tokens)

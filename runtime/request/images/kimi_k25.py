@@ -1,0 +1,150 @@
+"""The image processor of Kimi-K2.5: images made smaller if they have too many patches, and filled up with black.
+
+Sizes are those of Hugging Face transformers 5.24, which needs torchvision for it; pixels are resized by Pillow, as the
+code published with the checkpoints does.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from PIL import Image
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.towers import MoonTower
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
+from moevlm.runtime.request.images.fields import pixel_values, refuse
+from moevlm.runtime.request.images.processor import ImageProcessor
+
+_RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # that Pillow and torchvision do alike
+_MOST_SIDE, _MOST_PATCHES = 1 << 14, 1 << 24
+# What the published file, which has all of them in one object, calls the reference's fields.
+_PUBLISHED = "media_proc_cfg"
+_OF_IMAGES = {"patch_size": "patch_size", "merge_size": "merge_kernel_size", "max_patches": "in_patch_limit"}
+
+
+class KimiK25Images(ImageProcessor):
+    """Kimi_K25ImageProcessor. A patch's values lie colour by colour, row by row."""
+
+    TOWER = MoonTower
+    KNOWN: ClassVar = {"size", "max_patches", _PUBLISHED}
+    SIZES: ClassVar = {"patch_size": (14, "patch_size"), "merge_size": (2, "merge_size")}
+
+    def __init__(
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: MoonTower,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(_as_reference(preprocessor), vision, max_pixels, max_tokens)
+        size = self._fields.get("size", {"max_height": 512, "max_width": 512})
+        sides = [size.get(name) if isinstance(size, Mapping) else None for name in ("max_height", "max_width")]
+        if sides[0] != sides[1] or not _whole(sides[0], _MOST_SIDE):
+            refuse("size", size, f"max_height = max_width, from 1 to {_MOST_SIDE} patches")
+        self._side, self._budget = int(sides[0] or 0), self._fields.get("max_patches", 16384)
+        if not _whole(self._budget, _MOST_PATCHES):
+            refuse("max_patches", self._budget, f"a whole number from 1 to {_MOST_PATCHES}")
+        if self._resample not in _RESAMPLINGS:
+            refuse("resample", int(self._resample), ", ".join(str(int(one)) for one in _RESAMPLINGS))
+        self._values = pixel_values(self._fields, True, (0.5,) * 3, (0.5,) * 3)
+
+    @property
+    def values(self) -> np.ndarray:
+        return self._values
+
+    @property
+    def max_patches(self) -> int:
+        """For sides of r and c patches, (r - merge - 1) * (c - merge - 1) is below the budget, whatever the image."""
+        merge, most = self._vision.merge_size, 0
+        longest = math.ceil(self._side / merge) * merge
+        for rows in range(merge, longest + 1, merge):
+            inner = max(rows - merge - 1, 0)
+            columns = (math.ceil(self._budget / inner) + merge) // merge * merge if inner else longest
+            most = max(most, rows * min(columns, longest))
+        return most
+
+    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> list[Image.Image]:
+        height, width = self._inner(image.height, image.width, self._limited(image.height, image.width, limits))
+        rows, columns = self._padded(height, width)
+        whole = Image.new("RGB", (columns, rows))
+        whole.paste(image.resize((width, height), self._resample))
+        return [whole]
+
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
+        return self._padded(*self._inner(height, width, self._limited(height, width, limits)))
+
+    def _inner(self, height: int, width: int, budget: int) -> tuple[int, int]:
+        """The size of the image inside of its whole blocks, with about so many patches at most.
+
+        The reference computes in double precision; so does this.
+        """
+        patch, side = self._vision.patch_size, self._side * self._vision.patch_size
+        patches = max(1.0, height // patch) * max(1.0, width // patch)
+        scale = min(1.0, math.sqrt(budget / patches), side / height, side / width)
+        return min(max(1, int(height * scale)), side), min(max(1, int(width * scale)), side)
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        return math.ceil(height / self._block) * self._block, math.ceil(width / self._block) * self._block
+
+    def _limited(self, height: int, width: int, limits: ImageLimits) -> int:
+        """The patches that an image of this size may have, counted as the reference does."""
+        if (most := self._most(limits)) is None:
+            return self._budget
+
+        def tokens(budget: int) -> int:
+            rows, columns = self._padded(*self._inner(height, width, budget))
+            return rows * columns // self._block**2
+
+        budget = bisect_right(range(1, self._budget + 1), most, key=tokens)
+        if not budget:
+            raise RequestError(f"image is {width} x {height} pixels, which is too elongated for {most} visual tokens")
+        return budget
+
+    def _most(self, limits: ImageLimits) -> int | None:
+        """The most visual tokens that an image may have, where something says so."""
+        block = self._block**2
+        if limits.min_pixels is not None:
+            raise RequestError(
+                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
+                "are never enlarged)"
+            )
+        found = [] if (most := self.most_tokens(limits)) is None else [most]
+        if limits.max_pixels is not None:
+            largest = self.max_patches * self._vision.patch_size**2
+            if not _whole(limits.max_pixels, largest) or limits.max_pixels < block:
+                raise RequestError(
+                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
+                    f"to {largest})"
+                )
+            found.append(limits.max_pixels // block)
+        if limits.low_detail:
+            found.append(max(1, LOW_DETAIL_PIXELS // block))
+        return min(found, default=None)
+
+    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
+        size = self._vision.patch_size
+        written = patches.reshape(-1, 3, size, size)
+        for channel in range(3):
+            written[:, channel] = self._values[channel][pixels[channel, :, 0]]
+
+
+def _whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def _as_reference(preprocessor: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The published fields under the reference's names; those of videos are left out."""
+    published = preprocessor.get(_PUBLISHED)
+    if published is None:
+        return preprocessor
+    if not isinstance(published, Mapping) or published.get("fixed_output_tokens") is not None:
+        refuse(_PUBLISHED, published, "an object whose fixed_output_tokens are null")
+    fields = {ours: published[theirs] for ours, theirs in _OF_IMAGES.items() if theirs in published}
+    if (side := published.get("patch_limit_on_one_side")) is not None:
+        fields["size"] = {"max_height": side, "max_width": side}
+    fields |= {name: published[name] for name in ("image_mean", "image_std") if name in published}
+    return {**fields, **preprocessor}
