@@ -20,7 +20,17 @@ _MOST = {
     **dict.fromkeys(("patch_size", "temporal_patch_size", "in_channels", "num_channels"), 1 << 10),
     **dict.fromkeys(("spatial_merge_size", "pooling_kernel_size"), 16),
     **dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok"), 1 << 16),
-    **dict.fromkeys(("vocab_size", "image_token_id", "image_token_index", "video_token_id", "eos_token_id"), 1 << 24),
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "image_token_id",
+            "image_token_index",
+            "media_placeholder_token_id",
+            "video_token_id",
+            "eos_token_id",
+        ),
+        1 << 24,
+    ),
     **dict.fromkeys(("max_position_embeddings", "original_max_position_embeddings"), (1 << 31) - 1),
 }
 _MOST_OF_OTHERS = 1 << 20

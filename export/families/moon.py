@@ -29,6 +29,12 @@ _ONLY = {
 }
 
 
+def head_dim(vision: Fields) -> int:
+    """Of the tower's heads."""
+    hidden = _either(vision, "hidden_size", "vt_hidden_size", 1152)
+    return hidden // _either(vision, "num_attention_heads", "vt_num_attention_heads", 16)
+
+
 def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
     """The tower of config.json's vision_config; the projector's fields lie beside that. out: width of the decoder."""
     hidden = _either(vision, "hidden_size", "vt_hidden_size", 1152)
@@ -47,7 +53,7 @@ def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
         hidden=hidden,
         depth=_either(vision, "num_hidden_layers", "vt_num_hidden_layers", 27),
         heads=heads,
-        head_dim=hidden // heads,
+        head_dim=head_dim(vision),
         mlp=MLPConfig(
             _either(vision, "intermediate_size", "vt_intermediate_size", 4304),
             vision.choice("hidden_act", _ACTIVATIONS, "gelu_pytorch_tanh"),
@@ -89,13 +95,15 @@ def _qkv(part: str, head_dim: int) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
         whole, size = f"{_PUBLISHED}wqkv.{part}", shape[0] // 3
-        if whole.format(**indices) in tensors:
-            packed = named(whole)(tensors, indices, shape, layout)
-            parts: Sequence[Weight] = [RowBlocks(packed, size, 3 * size, first) for first in (0, size, 2 * size)]
-        else:
+        apart = f"{_BLOCK}attn.q_proj.{part}".format(**indices) in tensors
+        if apart:
             one = (size, *shape[1:])
-            parts = [named(f"{_BLOCK}attn.{name}_proj.{part}")(tensors, indices, one, layout) for name in "qkv"]
-        order = [int(row) for row in (published if whole.format(**indices) in tensors else halves)]
+            names = (f"{_BLOCK}attn.{name}_proj.{part}" for name in "qkv")
+            parts: Sequence[Weight] = [named(name)(tensors, indices, one, layout) for name in names]
+        else:
+            packed = named(whole)(tensors, indices, shape, layout)
+            parts = [RowBlocks(packed, size, 3 * size, first) for first in (0, size, 2 * size)]
+        order = [int(row) for row in (halves if apart else published)]
         return Concat([*(Reordered(rows, order) for rows in parts[:2]), parts[2]])
 
     return source
@@ -108,8 +116,8 @@ def _positions(tensors: Mapping[str, Weight], _: Mapping[str, str], shape: Shape
     return Flat(table)
 
 
-def moon_weights(config: MoonVisionConfig) -> shared.Weights:
-    """By canonical names; each tensor under transformers' name or the published one."""
+def moon_weights(head_dim: int) -> shared.Weights:
+    """By canonical names; each tensor under transformers' name or the published one. head_dim: of the tower's heads."""
     modules = {
         "vision.blocks.{i}.attention_norm": (f"{_BLOCK}norm1", f"{_PUBLISHED}norm0"),
         "vision.blocks.{i}.attention.out": (f"{_BLOCK}attn.proj", f"{_PUBLISHED}wo"),
@@ -130,6 +138,6 @@ def moon_weights(config: MoonVisionConfig) -> shared.Weights:
         "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_embed.proj.weight"),
         "vision.patch_embedding.bias": f"{_TOWER}patch_embed.proj.bias",
         "vision.position_embedding": _positions,
-        **{f"vision.blocks.{{i}}.attention.qkv.{part}": _qkv(part, config.head_dim) for part in shared.BOTH},
+        **{f"vision.blocks.{{i}}.attention.qkv.{part}": _qkv(part, head_dim) for part in shared.BOTH},
         **table,
     }

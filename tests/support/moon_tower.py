@@ -71,7 +71,7 @@ class TinyTower:
         tower, projector = Kimi_K25VisionModel(config.vision_config).eval(), Kimi_K25MultimodalProjection(config).eval()
         on_disk = filled({"model.vision_tower.": tower, "model.mm_projector.": projector}, _values)
         ours = moon_tower(Fields(values), Fields(top), OUT)
-        table = moon_weights(ours)
+        table = moon_weights(ours.head_dim)
         module, weights = bound(ours, table, as_published(on_disk, ours.heads) if published else on_disk)
         return cls((tower, projector), module, weights, ours.metadata())
 

@@ -120,7 +120,7 @@ def sized(model_type: str) -> dict[str, Any]:
             return sizes | {"n_routed_experts": 4, "head_dim": 32, "intermediate_size": 384, "rope_parameters": rope}
         case "gemma4":
             return sizes | {"num_experts": 4, "intermediate_size": 384}
-        case "mistral3":
+        case "mistral3" | "kimi_k25":
             return sizes | {"n_routed_experts": 4, "q_lora_rank": 192, "kv_lora_rank": 160}
     return sizes | {"num_experts": 4, "shared_expert_intermediate_size": 320}
 
@@ -128,7 +128,8 @@ def sized(model_type: str) -> dict[str, Any]:
 def floats(model_type: str, directory: Path, **text: Any) -> Path:
     """A float32 checkpoint of these sizes. text: fields of text_config that differ."""
     text = sized(model_type) | text
-    vision = {} if model_type in ("gemma4", "mistral3") else {"out_hidden_size": text["hidden_size"]}
+    sized_by_text = ("gemma4", "kimi_k25", "mistral3")  # the width of visual tokens
+    vision = {} if model_type in sized_by_text else {"out_hidden_size": text["hidden_size"]}
     return TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
 
 

@@ -30,6 +30,7 @@ class KimiK25Images(ImageProcessor):
     """Kimi_K25ImageProcessor. A patch's values lie colour by colour, row by row."""
 
     TOWER = MoonTower
+    EXACT = False
     KNOWN: ClassVar = {"size", "max_patches", _PUBLISHED}
     SIZES: ClassVar = {"patch_size": (14, "patch_size"), "merge_size": (2, "merge_size")}
 

@@ -1,0 +1,69 @@
+"""Kimi-K2.5: MoonViT before DeepSeek-V3's decoder. Videos are left out.
+
+Source: transformers 5.24 `models/kimi_k25`. Checkpoints: moonshotai/Kimi-K2.5, Kimi-K2.6.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+from moevlm.export.config import ModelConfig
+from moevlm.export.families import shared
+from moevlm.export.families.about import About
+from moevlm.export.families.base import register
+from moevlm.export.families.fields import Fields
+from moevlm.export.families.moon import head_dim, moon_tower, moon_weights
+from moevlm.export.families.sources import FirstOf, Source
+from moevlm.export.families.text.base import TextModel, register_text, text_model
+from moevlm.export.families.text.deepseek_v3 import DeepseekV3
+from moevlm.export.families.text.wrapper import Wrapper
+
+register_text("kimi_k2")(DeepseekV3)  # as the published config.json calls it
+
+
+@register("kimi_k25")
+class KimiK25(Wrapper):
+    """See the module's docstring. head_dim: of the tower, as its rows lie."""
+
+    about = About(
+        checkpoints=("Kimi-K2.5", "Kimi-K2.6"),
+        mixer="MLA, scaled rope",
+        routing="sigmoid, correction bias, groups; shared experts",
+        vision="packed grid, MoonViT",
+    )
+    texts = ("deepseek_v3", "kimi_k2")
+    older: ClassVar = {
+        **shared.LANGUAGE_MODEL,
+        # As transformers saves it: what was renamed for its own names is not renamed back alike.
+        "model.language_model.layers.": "language_model.model.blocks.",
+        "model.vision_tower.patch_embed.": "vision_tower.encoder.patch_embed.",
+    }
+    own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads"}
+
+    def __init__(self, text: TextModel, head_dim: int) -> None:
+        super().__init__(text)
+        self.head_dim = head_dim
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        fields = Fields(values)
+        return cls(text_model(fields.sub("text_config"), cls.texts), head_dim(fields.sub("vision_config")))
+
+    @property
+    def weights(self) -> Mapping[str, str | Source]:
+        # A config.json that does not say whether the head is the embedding is of a checkpoint that has it or has not.
+        head = FirstOf((self.head, f"{self.model}embed_tokens.weight"))
+        return {**self.text.weights(self.model, self.head), **moon_weights(self.head_dim), "decoder.head": head}
+
+    def translate(self, fields: Fields) -> ModelConfig:
+        text = fields.sub("text_config")
+        text.get("tie_word_embeddings", None)  # the outer field decides
+        decoder = self.text.decoder(text, fields.flag("tie_word_embeddings", False))
+        for name in ("ignore_index", "use_unified_vision_chunk", "video_placeholder"):  # of training, and of videos
+            fields.get(name, None)
+        return ModelConfig(
+            model_type="kimi_k25",
+            decoder=decoder,
+            vision=moon_tower(fields.sub("vision_config"), fields, decoder.hidden),
+            image_token_id=fields.count("image_token_id", fields.count("media_placeholder_token_id", 163605)),
+            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),
+        )
