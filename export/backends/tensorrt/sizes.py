@@ -1,7 +1,7 @@
 """Bytes of an engine that the model's config and the options tell, before anything is built."""
 
 from moevlm.export.backends.tensorrt.options import Options
-from moevlm.export.config import GatedDeltaConfig, MixerConfig, MLPConfig, ModelConfig, MoEConfig
+from moevlm.export.config import GatedDeltaConfig, MixerConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.graph.planned_cost import planned_cost
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
@@ -57,10 +57,14 @@ def _mixed(mixer: MixerConfig) -> int:
 
     Of the delta rule: its row before and after the convolution, and of each value head what its chunk does to a state,
     see `plugins.gpu.ops.gated_delta`, and the result.
+    Of latent attention: queries as projected, as they meet latents, and beside what is rotated; latents.
     """
     if isinstance(mixer, GatedDeltaConfig):
         spec = mixer.spec
         return 2 * (spec.channels + spec.value_heads) + spec.value_heads * (spec.key_dim + 2 * spec.value_dim + _CHUNK)
+    if isinstance(mixer, MLAConfig):
+        query = mixer.nope_dim + mixer.rope_dim
+        return mixer.heads * (query + mixer.kv_rank + mixer.key_dim) + mixer.q_rank + 2 * mixer.key_dim
     layer = mixer.metadata()
     return layer.heads * (layer.key_dim + layer.value_dim) + layer.kv_heads * (layer.key_dim + layer.value_dim)
 

@@ -112,6 +112,14 @@ def test_planned_sizes_count_biases_of_experts(experts: str, tmp_path: Path) -> 
     assert biased.expert_macs == plain.expert_macs == 3 * 24 * 32
 
 
+@pytest.mark.usefixtures("hybrid_family")
+def test_planned_sizes_count_the_matrices_of_heads(tmp_path: Path) -> None:
+    found = assert_planned(save(tmp_path / "checkpoint", ("latent",)), Options())
+    heads, latent, projections = 4, 32, 32 * (24 + 32 + 16) + 24 * 4 * 24 + 4 * 12 * 32
+    router = 8 * 32
+    assert found.dense_macs == heads * latent * (8 + 12) + projections + router
+
+
 def assert_planned(checkpoint: Path, options: Options) -> CostMetadata:
     """The cost of an engine of this checkpoint, planned and of its graphs."""
     with Checkpoint.open(checkpoint) as source:
