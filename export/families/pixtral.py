@@ -24,7 +24,7 @@ def pixtral_tower(vision: Fields, fields: Fields, out: int, epsilon: float) -> R
     """
     hidden, heads = vision.positive("hidden_size", 1024), vision.positive("num_attention_heads", 16)
     vision.choice("head_dim", (hidden // heads,), hidden // heads)
-    for key in ("image_size", "vocab_size"):  # the reference's tower reads neither
+    for key in ("image_size", "tie_word_embeddings", "vocab_size"):  # the reference's tower reads none of them
         vision.get(key, None)
     depth = vision.positive("num_hidden_layers", 24)
     fields.choice("vision_feature_layer", (-1, depth), -1)

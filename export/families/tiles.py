@@ -22,6 +22,7 @@ def tile_sides(vision: Fields, merge: int) -> tuple[int, int]:
 
     merge: patches along a side of a visual token. Raises CheckpointError for images that are no square of whole tokens.
     """
+    vision.get("tie_word_embeddings", None)  # transformers 4 wrote it everywhere; a vision tower has no head
     image, patch = _side(vision, "image_size", 448), _side(vision, "patch_size", 14)
     if image % (patch * merge):
         raise vision.invalid("image_size", image, f"a multiple of {patch * merge}, the side of a visual token")

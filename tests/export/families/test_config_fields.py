@@ -233,6 +233,13 @@ def test_nested_objects_as_transformers_4_wrote_them_are_read(model_type: str, s
     assert changed == parse(saved[model_type])
 
 
+@pytest.mark.parametrize("model_type", ["internvl", "mistral3"])
+def test_nested_objects_of_wrappers_as_transformers_4_wrote_them_are_read(
+    model_type: str, saved: dict[str, Path]
+) -> None:
+    test_nested_objects_as_transformers_4_wrote_them_are_read(model_type, saved)
+
+
 def test_number_of_layers_with_a_window_is_harmless_where_none_has_one(saved: dict[str, Path]) -> None:
     text = {"max_window_layers": 28, "use_sliding_window": False}
     assert parse(saved["qwen3_vl_moe"], text_config=text) == parse(saved["qwen3_vl_moe"])
