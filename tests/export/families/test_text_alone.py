@@ -113,7 +113,7 @@ def test_every_step_of_parity_on_engines_of_the_cpu(model_type: str, saved: dict
     assert [check for check in report.checks if "conversations" in check.quantity]
 
 
-@pytest.mark.parametrize("model_type", ["glm4_moe"])
+@each
 def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
     built = build(saved[model_type], tmp_path / "bundle", ["reference"]).directory
     opened = add_targets(built, saved[model_type], ["rtx:sm89"], dtype="fp16", experts="int4")
