@@ -119,6 +119,19 @@ def test_square_experts_that_lie_the_other_way_round_take_their_updates(tmp_path
     assert check_parity(bundle, plain, lora=adapter, quick=True).passed
 
 
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "glm4_moe"])
+def test_adapters_of_decoders_alone_are_merged_as_peft_does(model_type: str, tmp_path: Path) -> None:
+    """Mixtral's router and experts have other names on disk than in the adapter."""
+    plain = TinyCheckpoint(model_type).save(tmp_path / "plain")
+    adapter = adapter_for(plain, tmp_path / "adapter", seed=3, target_modules=["q_proj", "o_proj"])
+    peft.PeftModel.from_pretrained(model_of(plain), adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
+    found, wanted, before = weights(plain, adapter), weights(tmp_path / "merged"), weights(plain)
+    for name, array in found.items():
+        np.testing.assert_allclose(array, wanted[name], rtol=0, atol=TOLERANCE * np.abs(array).max(), err_msg=name)
+    changed = {name for name, array in found.items() if (array != before[name]).any()}
+    assert {f"layers.1.feed_forward.{name}" for name in ("gate_up", "down")} <= changed
+
+
 def test_experts_one_by_one_on_disk_take_the_updates_of_fused_ones(
     checkpoint: Path, adapter: Path, tmp_path: Path
 ) -> None:
