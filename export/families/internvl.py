@@ -4,7 +4,6 @@ Source: transformers 5.24 `models/internvl`. Checkpoints: OpenGVLab/InternVL3_5-
 ...-GPT-OSS-20B-A4B-Preview-HF.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import ModelConfig
@@ -13,7 +12,6 @@ from moevlm.export.families.about import About
 from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.internvl_vision import INTERNVL_LEFT_OUT, INTERNVL_TOWER, internvl_tower
-from moevlm.export.families.sources import FirstOf, Source
 from moevlm.export.families.text.wrapper import Wrapper
 
 
@@ -30,14 +28,9 @@ class InternVL(Wrapper):
     texts = ("gpt_oss", "qwen3_moe")
     tower = INTERNVL_TOWER
     older: ClassVar = shared.LANGUAGE_MODEL
+    head_by_checkpoint = True
     own_left_out: ClassVar = INTERNVL_LEFT_OUT
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads"}
-
-    @property
-    def weights(self) -> Mapping[str, str | Source]:
-        # A config.json that does not say whether the head is the embedding is of a checkpoint that has it or has not.
-        head = FirstOf(("lm_head.weight", f"{self.model}embed_tokens.weight"))
-        return {**super().weights, "decoder.head": head}
 
     def translate(self, fields: Fields) -> ModelConfig:
         text = fields.sub("text_config")

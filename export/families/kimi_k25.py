@@ -12,7 +12,6 @@ from moevlm.export.families.about import About
 from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.moon import head_dim, moon_tower, moon_weights
-from moevlm.export.families.sources import FirstOf, Source
 from moevlm.export.families.text.base import TextModel, register_text, text_model
 from moevlm.export.families.text.deepseek_v3 import DeepseekV3
 from moevlm.export.families.text.wrapper import Wrapper
@@ -22,7 +21,7 @@ register_text("kimi_k2")(DeepseekV3)  # as the published config.json calls it
 
 @register("kimi_k25")
 class KimiK25(Wrapper):
-    """See the module's docstring. head_dim: of the tower, as its rows lie."""
+    """See the module's docstring. head_dim: of the tower's heads."""
 
     about = About(
         checkpoints=("Kimi-K2.5", "Kimi-K2.6"),
@@ -37,22 +36,24 @@ class KimiK25(Wrapper):
         "model.language_model.layers.": "language_model.model.blocks.",
         "model.vision_tower.patch_embed.": "vision_tower.encoder.patch_embed.",
     }
+    head_by_checkpoint = True
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads"}
 
-    def __init__(self, text: TextModel, head_dim: int) -> None:
-        super().__init__(text)
-        self.head_dim = head_dim
+    tower: ClassVar = {}  # where it lies depends on the size of its heads
+
+    def __init__(self, text: TextModel, head_untold: bool, head_dim: int) -> None:
+        super().__init__(text, head_untold)
+        self._head_dim = head_dim
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         fields = Fields(values)
-        return cls(text_model(fields.sub("text_config"), cls.texts), head_dim(fields.sub("vision_config")))
+        text = text_model(fields.sub("text_config"), cls.texts)
+        return cls(text, cls._untold(values), head_dim(fields.sub("vision_config")))
 
     @property
-    def weights(self) -> Mapping[str, str | Source]:
-        # A config.json that does not say whether the head is the embedding is of a checkpoint that has it or has not.
-        head = FirstOf((self.head, f"{self.model}embed_tokens.weight"))
-        return {**self.text.weights(self.model, self.head), **moon_weights(self.head_dim), "decoder.head": head}
+    def weights(self) -> shared.Weights:
+        return {**super().weights, **moon_weights(self._head_dim)}
 
     def translate(self, fields: Fields) -> ModelConfig:
         text = fields.sub("text_config")

@@ -4,7 +4,6 @@ Source: transformers 5.24 `models/mistral3` and `models/pixtral`. Checkpoints: m
 Ministral-3-3B, -8B, -14B.
 """
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import ModelConfig
@@ -13,7 +12,6 @@ from moevlm.export.families.about import About
 from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.pixtral import PIXTRAL_TOWER, pixtral_tower
-from moevlm.export.families.sources import FirstOf, Source
 from moevlm.export.families.text.wrapper import Wrapper
 
 
@@ -30,13 +28,8 @@ class Mistral3(Wrapper):
     texts = ("ministral3", "mistral4")
     tower = PIXTRAL_TOWER
     older: ClassVar = shared.LANGUAGE_MODEL
+    head_by_checkpoint = True
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads", "image_token_id": "image_token_index"}
-
-    @property
-    def weights(self) -> Mapping[str, str | Source]:
-        # A config.json that does not say whether the head is the embedding is of a checkpoint that has it or has not.
-        head = FirstOf(("lm_head.weight", f"{self.model}embed_tokens.weight"))
-        return {**super().weights, "decoder.head": head}
 
     def translate(self, fields: Fields) -> ModelConfig:
         text = fields.sub("text_config")

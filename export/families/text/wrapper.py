@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from moevlm.export.families.base import LEFT_OUT, Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.shared import Weights
+from moevlm.export.families.sources import FirstOf
 from moevlm.export.families.text.base import TextModel, text_model
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ class Wrapper(Family):
     """texts: the model types that text_config may have. tower: where the weights of the vision part lie.
 
     model, head: the prefix of the text model's tensors, and the name of its head's.
+    head_by_checkpoint: a config.json that does not say whether the head is the embedding is of a checkpoint that has a
+    head or has not.
     own_left_out, own_names: left_out and config_names of the family, without the text's.
     """
 
@@ -26,19 +29,27 @@ class Wrapper(Family):
     tower: ClassVar[Weights]
     model: ClassVar[str] = "model.language_model."
     head: ClassVar[str] = "lm_head.weight"
+    head_by_checkpoint: ClassVar[bool] = False
     own_left_out: ClassVar[Mapping[str, str]] = {}
     own_names: ClassVar[Mapping[str, str]] = {}
 
-    def __init__(self, text: TextModel) -> None:
-        self.text = text
+    def __init__(self, text: TextModel, head_untold: bool = False) -> None:
+        """head_untold: the checkpoint decides whether the head is the embedding."""
+        self.text, self._head_untold = text, head_untold
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        return cls(text_model(Fields(values).sub("text_config"), cls.texts))
+        return cls(text_model(Fields(values).sub("text_config"), cls.texts), cls._untold(values))
+
+    @classmethod
+    def _untold(cls, values: Mapping[str, Any]) -> bool:
+        return cls.head_by_checkpoint and values.get("tie_word_embeddings") is None
 
     @property
     def weights(self) -> Weights:
-        return {**self.text.weights(self.model, self.head), **self.tower}
+        either = FirstOf((self.head, f"{self.model}embed_tokens.weight"))
+        head = {"decoder.head": either} if self._head_untold else {}
+        return {**self.text.weights(self.model, self.head), **head, **self.tower}
 
     @property
     def router_suffix(self) -> str:

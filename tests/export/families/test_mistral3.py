@@ -90,6 +90,11 @@ def test_a_config_that_does_not_say_so_has_the_head_that_the_checkpoint_has(ther
     assert np.array_equal(found["decoder.head"], found["decoder.embedding"]) == (not there)
 
 
+def test_a_head_that_config_json_says_there_is_is_missed(copy: Path) -> None:
+    edit_tensors(copy, lambda tensors: [tensors.pop(name) for name in list(tensors) if "lm_head" in name])
+    refused(CheckpointError, "the checkpoint lacks tensor lm_head.weight", act=lambda: canonical(copy))
+
+
 def test_a_head_unlike_an_embedding_that_is_said_to_be_it_is_refused(copy: Path) -> None:
     edit_json(copy / "config.json", lambda config: config.update(tie_word_embeddings=True))
     told = "tensor lm_head.weight differs from the embedding, though config.json says tie_word_embeddings = true"
