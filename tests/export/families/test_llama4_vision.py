@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moevlm.export.families.fields import Fields
@@ -58,6 +59,13 @@ def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
     tower = TinyTower.of("heads of 44 as published", seed=3)
     graph, inputs = lowered(traced(tower.ours, tower.weights), target), images(tower)
     assert relative_error(in_onnxruntime(graph, inputs), tower.wanted(inputs)) < limit
+
+
+def test_an_image_has_the_same_bits_alone_on_a_cpu() -> None:
+    tower = TinyTower.of("heads of 44 as published", seed=3)
+    graph, inputs = lowered(traced(tower.ours, tower.weights), "cpu:int8"), images(tower)
+    singles = [in_onnxruntime(graph, inputs.part(image, image + 1)) for image in range(IMAGES)]
+    np.testing.assert_array_equal(in_onnxruntime(graph, inputs), np.concatenate(singles))
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
