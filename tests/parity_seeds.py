@@ -28,6 +28,7 @@ MODELS = {
     "internvl, gpt-oss": TinyCheckpoint("internvl", text=GPT_OSS | {"intermediate_size": 48}),
     "mistral3": TinyCheckpoint("mistral3", text={"moe_intermediate_size": 48}),
     "kimi_k25": TinyCheckpoint("kimi_k25", text={"moe_intermediate_size": 48}),
+    "llama4": TinyCheckpoint("llama4"),
     "9 of 130 experts": TinyCheckpoint(
         dtype="bfloat16",
         text={

@@ -203,13 +203,13 @@ def _try(
         if _WORDS not in text:
             raise CheckpointError(f"the chat template of {template.file} leaves out the user's text, of {name}")
         expected = sum(part["type"] == "image" for message in messages for part in message["content"])
-        if model.image_token_id is None:
+        if (placeholder := model.image_placeholder) is None:
             continue
-        found = tokenizer.encode(text).count(model.image_token_id)
+        found = tokenizer.encode(text).count(placeholder)
         if found != expected:
             raise CheckpointError(
                 f"the chat template of {template.file} writes {found} image placeholders for the {expected} images of "
-                f"{name} (allowed: one {tokenizer.token(model.image_token_id)} for each)"
+                f"{name} (allowed: one {tokenizer.token(placeholder)} for each)"
             )
     if videos and model.video is not None:
         try:

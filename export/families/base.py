@@ -20,6 +20,7 @@ from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedM
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 # What the canonical config calls a field -> its name in config.json in most families.
 _CONFIG_NAMES = {
@@ -136,6 +137,9 @@ class Family(ABC):
         """Logits [T, E] and chosen experts [T, k], in any order, of what a router module of transformers returns."""
         scores, _, index = returned
         return scores, index
+
+    def mend(self, model: "PreTrainedModel") -> None:  # noqa: B027 - most need nothing
+        """Let transformers' model of this family run, for parity, where it cannot as it is."""
 
     @abstractmethod
     def translate(self, fields: Fields) -> ModelConfig:

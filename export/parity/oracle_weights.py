@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moevlm.export.checkpoint.safetensors_file import Stored
 from moevlm.export.families.names import Tensors
+from moevlm.export.graph.rearranged import swap_last
 from moevlm.export.graph.weights import Concat, Stack, Weight, read
 from moevlm.export.modules.streaming import parts_of, stream
 from moevlm.export.parity.dequantized import Dequantized
@@ -104,7 +105,8 @@ class OracleWeights:
             experts = [[f"{base}.{e}.{part}.weight" for part in parts] for e in range(len(tensor) if parts else 0)]
             if name in self._stored or not experts or not all(part in on_disk for part in chain(*experts)):
                 continue
-            self._tensors[name] = Stack([Concat([on_disk[part] for part in expert]) for expert in experts])
+            fused = Stack([Concat([on_disk[part] for part in expert]) for expert in experts])
+            self._tensors[name] = fused if fused.shape == tuple(tensor.shape) else swap_last(fused)
             self._stored[name] = [name]
 
     def _compute_buffers(self) -> None:

@@ -68,6 +68,7 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
             )
             .eval()
         )
+        family.mend(whole)
         ordinary = ordinary_ids(metadata, source.config)
         cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
         answers = Oracle(source, family, metadata.vision).outputs(cases)

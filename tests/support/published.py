@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.support.quantized import Tensors, Writer, awq, fp8_tiles, gptq, int8_rows, mxfp4, nvfp4, packed_ints
-from tests.support.tiny import TinyCheckpoint
+from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -122,15 +122,34 @@ def sized(model_type: str) -> dict[str, Any]:
             return sizes | {"num_experts": 4, "intermediate_size": 384}
         case "mistral3" | "kimi_k25":
             return sizes | {"n_routed_experts": 4, "q_lora_rank": 192, "kv_lora_rank": 160}
+        case "llama4":
+            widths = {"hidden_size": 256, "intermediate_size": 320, "intermediate_size_mlp": 384}
+            return widths | {
+                "num_local_experts": 4,
+                "num_hidden_layers": 2,
+                "no_rope_layers": [0, 1],
+                "moe_layers": [1],
+            }
     return sizes | {"num_experts": 4, "shared_expert_intermediate_size": 320}
 
 
 def floats(model_type: str, directory: Path, **text: Any) -> Path:
     """A float32 checkpoint of these sizes. text: fields of text_config that differ."""
     text = sized(model_type) | text
-    sized_by_text = ("gemma4", "kimi_k25", "mistral3")  # the width of visual tokens
+    sized_by_text = ("gemma4", "kimi_k25", "llama4", "mistral3")  # the width of visual tokens
     vision = {} if model_type in sized_by_text else {"out_hidden_size": text["hidden_size"]}
-    return TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
+    saved = TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
+    if model_type == "llama4":  # whose experts are [E, in, out]
+        edit_tensors(saved, turn_experts)
+    return saved
+
+
+def turn_experts(tensors: Tensors) -> None:
+    """The last two axes of all fused experts, exchanged."""
+    for name, tensor in tensors.items():
+        if ".experts." in name and tensor.dim() == 3:
+            raw = tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
+            tensors[name] = raw.mT.contiguous().view(tensor.dtype)
 
 
 def _groups(format_: str, weights: dict[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,17 @@ from moevlm.export.graph.codes import CodeForm, coded, decode
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from tests.support.checkpoints import canonical
-from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections
+from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections, turn_experts
 from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_ints
 
 QWEN, GLM, QWEN35, GEMMA, MISTRAL = "qwen3_vl_moe", "glm4v_moe", "qwen3_5_moe", "gemma4", "mistral3"
+LLAMA4, LLAMA4_STORED = "llama4", {"nvfp4": 16, "float32": 50}
 OF_GLM = ("fp8-static-fused", "fp8-blocks-fused", "int4-128-zeros", "gptq-128", "awq-32", "nvfp4")
 OF_QWEN35 = ("fp8-blocks", "fp8-blocks-fused", "gptq-128", "awq-32", "nvfp4", "nvfp4-compressed")
 OF_GEMMA = ("nvfp4", "nvfp4-fused", "nvfp4-compressed", "int4-32", "awq-32")
 OF_MISTRAL = ("fp8-static-fused", "nvfp4-compressed")  # latent attention, whose rows are brought into another order
-NAMES = {QWEN: FORMATS, GLM: OF_GLM, QWEN35: OF_QWEN35, GEMMA: OF_GEMMA, MISTRAL: OF_MISTRAL}
+OF_LLAMA4 = ("fp8-channels", "int4-32", "nvfp4-fused", "nvfp4-compressed", "fp8-blocks-fused-transposed")
+NAMES = {QWEN: FORMATS, GLM: OF_GLM, QWEN35: OF_QWEN35, GEMMA: OF_GEMMA, MISTRAL: OF_MISTRAL, LLAMA4: OF_LLAMA4}
 CASES = [(family, name) for family, names in NAMES.items() for name in names]
 LAYER = "model.language_model.layers.1."
 
@@ -111,22 +113,18 @@ def test_experts_may_be_counted_behind_the_name_of_their_part(publish: Callable[
     same(canonical(quantized), canonical(plain))
 
 
+@pytest.mark.parametrize(("model_type", "stored"), [(QWEN, {"nvfp4": 12, "float32": 58}), (LLAMA4, LLAMA4_STORED)])
 def test_fused_fp4_experts_may_be_packed_along_the_first_of_two_axes(
-    publish: Callable[..., tuple[Path, Path]],
+    model_type: str, stored: dict[str, int], publish: Callable[..., tuple[Path, Path]]
 ) -> None:
     """[E, in / 2, out], as ModelOpt writes experts that are [E, in, out] in the model."""
-    quantized, plain = publish("nvfp4-fused")
-
-    def turn(tensors: dict[str, torch.Tensor]) -> None:
-        for name in [name for name in tensors if ".experts." in name and tensors[name].dim() == 3]:
-            tensors[name] = tensors[name].view(torch.uint8).mT.contiguous().view(tensors[name].dtype)
-
-    edit(quantized, turn)
+    quantized, plain = publish("nvfp4-fused", model_type)
+    edit(quantized, turn_experts)
     same(canonical(quantized), canonical(plain))
     found = coded(model_of(quantized).decoder_weights["layers.1.feed_forward.down"])
     assert found is not None
     assert found.form == CodeForm("fp4", 16)
-    assert model_of(quantized).stored_as == {"nvfp4": 12, "float32": 58}
+    assert model_of(quantized).stored_as == stored
 
 
 def test_gate_and_up_may_have_global_scales_of_their_own(publish: Callable[..., tuple[Path, Path]]) -> None:

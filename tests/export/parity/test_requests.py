@@ -45,6 +45,14 @@ def test_tokens_around_an_image_are_those_of_transformers_processor(tmp_path: Pa
     assert failed.note == "text 0 about two images: token 13 is 3, of transformers 4"
 
 
+def test_texts_of_llama4_are_those_that_its_processor_writes(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("llama4", side_files=True).save(tmp_path / "checkpoint")
+    bundle = build(checkpoint, tmp_path / "llama.moevlm", ["reference"]).directory
+    texts, typed, images = checked(bundle, checkpoint)
+    assert (texts.quantity, texts.passed, typed.passed) == ("60 conversations whose ids differ", True, True)
+    assert "needs torchvision" in images.note
+
+
 def plain_stop(tokenizer: dict[str, Any]) -> None:
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] != "<|im_end|>"]
 

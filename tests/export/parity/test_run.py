@@ -51,6 +51,7 @@ CHECKPOINTS = {
         ("glm", "glm4v_moe"),
         ("qwen3.5", "qwen3_5_moe"),
         ("gemma4", "gemma4"),
+        ("llama4", "llama4"),
     )
     for name, options in TINY[model_type].configurations.items()
 }
@@ -79,11 +80,13 @@ COSTS = ["prefill KL", "decode KL", "share of routings that differ", "last hidde
         "glm, groups, shared expert",
         "qwen3.5, three of the delta rule to one of attention, a quarter of a head turned",
         "gemma4, keys as values, bf16",
+        "llama4, as Scout, bf16",
     ],
 )
 def test_quantized_engines_round_as_their_bits_say_and_nothing_else(name: str, tmp_path: Path) -> None:
     tiny = CHECKPOINTS[name]
-    tiny = replace(tiny, text=dict(tiny.text) | {"moe_intermediate_size": 48})  # whole blocks of 16
+    if "moe_intermediate_size" in TINY[tiny.model_type].fields["text"]:  # whole blocks of 16
+        tiny = replace(tiny, text=dict(tiny.text) | {"moe_intermediate_size": 48})
     checkpoint = tiny.save(tmp_path / "checkpoint")
     bundle = build(checkpoint, tmp_path / "b", QUANTIZED_TARGETS).directory
     report = check_parity(bundle, checkpoint, seed=tiny.seed)
@@ -133,6 +136,7 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
         "glm, two of four groups, weights as they are, tied head",
         "qwen3.5, as many value heads as key heads, short kernel, biases, bf16",
         "gemma4, full layers in between, causal images, wide rope, untied head, biases",
+        "llama4, three experts, biases, heads of one size, layers named, tiles of four tokens",
     ],
 )
 def test_every_step_agrees_with_transformers(name: str, tmp_path: Path) -> None:

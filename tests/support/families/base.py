@@ -76,6 +76,7 @@ class TinyFamily:
     its shape; None where `tiny` knows better. preprocessor: preprocessor_config.json, from vision_config.
     image: what the chat template writes for an image. named_tokens: of tokenizer_config.json. renamed: special tokens
     that the family's tokenizer calls otherwise.
+    tokens: special ones of the tokenizer beyond those of all, numbered from SPECIAL's on.
     video_processor: its name, for a family that takes videos.
     published: makes of what transformers saves what is published.
     """
@@ -90,5 +91,6 @@ class TinyFamily:
     image: str = "<|vision_start|><|image_pad|><|vision_end|>"
     renamed: Mapping[str, str] = field(default_factory=dict)
     named_tokens: Mapping[str, str] = field(default_factory=dict)
+    tokens: tuple[str, ...] = ()
     video_processor: str = ""
     published: Callable[[Path], None] = lambda _: None

@@ -1,0 +1,120 @@
+"""Requests with images to a bundle of Llama 4: tiles with separators, chunks of positions, queries scaled by place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moevlm.export.build import build
+from moevlm.export.parity.batch import Batch, BatchLimits
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.support.command_line import call
+from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.families.llama4 import SEPARATORS
+from tests.support.tiny import TinyCheckpoint
+
+PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=3)
+TOKENS = 4  # visual tokens of a tile, whose side is 16 pixels
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("llama4")
+    checkpoint = TinyCheckpoint("llama4", side_files=True, seed=3).save(folder / "checkpoint")
+    return build(checkpoint, folder / "tiny.moevlm", ["reference", "ort-cpu", "cpu:int8", "cpu:int4"])
+
+
+@pytest.fixture(scope="module")
+def runtime(bundle: Bundle) -> Iterator[Runtime]:
+    with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=2)) as loaded:
+        yield loaded
+
+
+def picture(seed: int, width: int, height: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def asked(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
+    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return [{"role": "user", "content": content}]
+
+
+REQUESTS = [
+    asked("hi"),
+    asked("what is on ", picture(1, 32, 48), " and on ", picture(2, 9, 16), "?"),
+    asked("more text than a chunk of positions has, and then ", picture(3, 90, 20)),
+    asked("what is on ", picture(1, 32, 48), " and on ", picture(4, 16, 33), "?"),
+]
+
+
+def logprobs(runtime: Runtime, requests: list[Any]) -> list[list[float]]:
+    answers = runtime.generate_many(requests, params=PARAMS)
+    return [[token.logprob for token in answer.sampled] for answer in answers]
+
+
+def test_prompt_has_tiles_in_rows_with_separators_and_an_overview(runtime: Runtime) -> None:
+    model, tokenizer = runtime.model, runtime.tokenizer
+    image, across, down = (tokenizer.added[name] for name in SEPARATORS)
+    visual, marks = [model.image_token_id] * TOKENS, model.image_marks
+    tiled = [*visual, across, *visual, down] * 3
+    for part, middle in ((picture(1, 32, 48), tiled), (picture(2, 9, 16), [])):
+        ids = runtime.prompt(asked("a", part, "b")).ids.tolist()
+        written = [*marks.begin, *middle, image, *visual, *marks.end]
+        start = ids.index(marks.begin[0])
+        assert ids[start : start + len(written)] == written
+
+
+def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, runtime: Runtime) -> None:
+    alone = [logprobs(runtime, [request])[0] for request in REQUESTS]
+    assert len({tuple(each) for each in alone}) == len(REQUESTS)
+    assert logprobs(runtime, REQUESTS) == alone  # beginnings are there from before
+    for chunk in (16, 33):
+        with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=1, chunk_tokens=chunk)) as other:
+            assert logprobs(other, REQUESTS) == alone
+
+
+@pytest.mark.parametrize("target", ["reference", "ort-cpu", "cpu:int4"])
+def test_every_engine_answers(target: str, bundle: Bundle) -> None:
+    with load_runtime(bundle.directory, target, LoadOptions(threads=2)) as other:
+        assert [len(each) for each in logprobs(other, REQUESTS)] == [6] * len(REQUESTS)
+
+
+def test_steps_on_a_gpu_are_given_the_scales_of_queries(bundle: Bundle, tmp_path: Path) -> None:
+    """On a fake GPU that evaluates the canonical graphs."""
+    requests = [asked("hi"), asked("on ", picture(1, 32, 32), " and ", picture(2, 9, 9), "?")]
+    forced = np.random.default_rng(5).integers(7, 200, (3, len(requests)))
+
+    def logits(runtime: Runtime) -> list[np.ndarray]:
+        prompts = [runtime.prompt(request) for request in requests]
+        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
+        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
+        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
+
+    directory = gpu_bundle(bundle.directory, tmp_path)
+    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
+        expected = logits(runtime)
+    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
+        found = logits(runtime)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 40), "red").save(tmp_path / "red.png")
+    arguments = ["--image", tmp_path / "red.png", "--prompt", "What is this?", "--max-new-tokens", "4", "--verbose"]
+    said = call("run", bundle.directory, "--target", "cpu:int8", *arguments)
+    assert said.status == 0
+    assert "of them image" in said.err + said.out
+    told = call("inspect", bundle.directory)
+    assert told.status == 0
+    assert "3 layers: 4 heads on 2 key-value heads of 16, chunks of 16; 1 layer: " in told.out
