@@ -42,7 +42,7 @@ def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
     side = _either(vision, "pos_emb_height", "init_pos_emb_height", 64)
     if (width := _either(vision, "pos_emb_width", "init_pos_emb_width", 64)) != side:
         raise vision.invalid("pos_emb_width", width, f"pos_emb_height = {side}")
-    for key in ("pos_emb_time", "init_pos_emb_time"):  # of videos
+    for key in ("pos_emb_time", "init_pos_emb_time", "tie_word_embeddings"):  # of videos; of no part of a tower
         vision.get(key, None)
     for key, allowed in _ONLY.items():
         vision.choice(key, allowed, allowed[0])
