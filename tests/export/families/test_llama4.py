@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.config import DecoderConfig, MLPConfig, MoEConfig
+from moevlm.export.families import family_for
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.text import text_model
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-from moevlm.runtime.core.errors import MoevlmError
+from moevlm.runtime.core.errors import CheckpointError, MoevlmError
 from moevlm.runtime.core.manifest import QueryScaleMetadata
+from tests.support.checkpoints import canonical, refused
+from tests.support.published import turn_experts
+from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 # text_config of Llama-4-Scout-17B-16E-Instruct, as published.
 SCOUT: dict[str, Any] = {
@@ -151,3 +159,80 @@ def test_chosen_experts_are_those_that_the_router_of_transformers_scores() -> No
     found, index = model.routed((scores, logits))
     np.testing.assert_array_equal(found, logits)
     assert [set(row) for row in index.tolist()] == [{0, 2}, {1, 2}]
+
+
+# The whole family, on a tiny model that is as published: no leading "model.", experts [E, in, out].
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it is."""
+    return TinyCheckpoint("llama4", text={"vocab_size": 96}, seed=7).save(tmp_path_factory.mktemp("llama4") / "a")
+
+
+def prefixed(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"model.{name}"] = tensors.pop(name)
+
+
+def one_by_one(tensors: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in tensors if name.endswith(".experts.gate_up_proj")]:
+        base = name.removesuffix(".gate_up_proj")
+        gate, up = tensors.pop(name).mT.chunk(2, 1)
+        for part, experts in (("gate", gate), ("up", up), ("down", tensors.pop(f"{base}.down_proj").mT)):
+            tensors |= {f"{base}.{e}.{part}_proj.weight": expert for e, expert in enumerate(experts)}
+
+
+@pytest.mark.parametrize("change", [prefixed, one_by_one, turn_experts], ids=lambda change: change.__name__)
+def test_every_layout_on_disk_is_one_model(change: Any, checkpoint: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    names = set(Checkpoint.open(checkpoint).tensors)
+    assert "language_model.model.layers.0.feed_forward.experts.gate_up_proj" in names
+    assert {
+        "vision_model.class_embedding",
+        "multi_modal_projector.linear_1.weight",
+        "language_model.lm_head.weight",
+    } < names
+    edit_tensors(other, change)
+    ours, theirs = canonical(other), canonical(checkpoint)
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+
+
+def test_missing_and_strange_tensors_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    name = "language_model.model.layers.3.feed_forward.shared_expert.up_proj.weight"
+    for change, told in (
+        (lambda tensors: tensors.pop(name), f"the checkpoint lacks tensor {name}"),
+        (
+            lambda tensors: tensors.update({f"{name}_extra": torch.zeros(3)}),
+            f"have no place in the model, first: {name}_extra",
+        ),
+    ):
+        other = Path(shutil.copytree(checkpoint, tmp_path / f"{len(told)}"))
+        edit_tensors(other, change)
+        refused(CheckpointError, told, act=lambda other=other: canonical(other))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("text_config.hidden_act", "gelu", "text_config.hidden_act = "),
+        ("text_config.model_type", "llama", 'text_config.model_type = "llama" (supported: llama4_text)'),
+        ("text_config.num_experts_per_tok", 9, "text_config.num_experts_per_tok = 9"),
+        ("vision_config.pixel_shuffle_ratio", 0.3, "vision_config.pixel_shuffle_ratio = "),
+        ("image_token_index", 96, "image_token_index = 96"),
+        ("boi_token_index", 97, "boi_token_index = 97"),
+        ("talks_backwards", 3, "unsupported field in config.json: talks_backwards = 3"),
+    ],
+)
+def test_what_the_family_does_not_support_is_refused_by_its_whole_name(
+    path: str, value: Any, told: str, checkpoint: Path
+) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    *outer, key = path.split(".")
+    place = config[outer[0]] if outer else config
+    place[key] = value
+    with pytest.raises(MoevlmError) as raised:
+        family_for(config).config(config)
+    assert told in str(raised.value)
