@@ -8,6 +8,8 @@ from moevlm.export.families.rope_scaling import KINDS, Rope
 from moevlm.runtime.core.manifest import RopeMetadata
 from moevlm.runtime.core.rotary import inverse_frequencies
 
+_FASTEST = 1 << 20  # radians a position, far more than any model has
+
 
 def one_axis(
     text: Fields, head_dim: int, *, rope: Fields | None = None, default_partial: float | None = None
@@ -64,7 +66,10 @@ def _rope(text: Fields, rope: Fields, head_dim: int, default_partial: float | No
         if dim % 2 or not 0 < dim <= head_dim:
             rotated = f"{dim} of its dimensions rotate, allowed: an even number from 2 to {head_dim}"
             raise text.invalid("head_dim", head_dim, rotated)
-    frequencies, factor = KINDS[kind](Rope(rope, text, dim, theta))
+    with np.errstate(all="ignore"):
+        frequencies, factor = KINDS[kind](Rope(rope, text, dim, theta))
+    if frequencies is not None and not (frequencies <= _FASTEST).all():
+        raise rope.invalid("rope_type", kind, f"with these numbers a frequency is {frequencies.max():.1e}")
     if frequencies is None or np.array_equal(frequencies, inverse_frequencies(dim, theta)):
         return RopeMetadata(dim=dim, theta=theta, factor=factor)
     return RopeMetadata(dim=dim, theta=theta, frequencies=tuple(frequencies.tolist()), factor=factor)

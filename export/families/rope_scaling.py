@@ -120,6 +120,8 @@ def _longrope(given: Rope) -> Scaling:
     if given.context > original:
         allowed = f"up to original_max_position_embeddings = {original}: longrope has other frequencies beyond it"
         raise given.text.invalid("max_position_embeddings", given.context, allowed)
+    if original < 2:
+        raise given.text.invalid("max_position_embeddings", given.context, "2 or more with longrope")
     fields.get("long_factor", None)  # of longer sequences
     usual = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     short = np.array(fields.numbers("short_factor", given.dim // 2), np.float32)

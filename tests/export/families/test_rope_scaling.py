@@ -213,9 +213,19 @@ def test_lengths_of_contexts_stand_in_for_each_other(rope: Values) -> None:
             LONG | {"original_max_position_embeddings": 2048},
             "max_position_embeddings = 4096 (up to original_max_position_embeddings = 2048: longrope has other",
         ),
+        (LLAMA3 | {"factor": 1e-30}, "rope_type = 'llama3' (with these numbers a frequency is 2.0e+27)"),
+        ({"rope_type": "linear", "factor": 1e-30}, "rope_type = 'linear' (with these numbers a frequency is 1.0e+30)"),
         (LONG | {"short_factor": [1.0] * 7}, "short_factor = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] (32 numbers"),
     ],
-    ids=["no number", "no factor", "bands the wrong way round", "both tables", "too short a table"],
+    ids=[
+        "no number",
+        "no factor",
+        "bands the wrong way round",
+        "both tables",
+        "beyond float32",
+        "too fast",
+        "too short a table",
+    ],
 )
 def test_what_has_no_meaning_is_refused_by_name(rope: Values, told: str) -> None:
     text = {"max_position_embeddings": 4096, "rope_parameters": {"rope_theta": 1e4, **rope}}
