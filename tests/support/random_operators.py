@@ -129,13 +129,19 @@ def deltas(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 
 
 def packing(draw: st.DrawFn) -> dict[str, int]:
-    return {"bits": draw(st.sampled_from([4, 8])), "block_size": 16 * draw(st.integers(1, 16))}
+    kind = draw(st.sampled_from(["int4", "zeros", "fp4", "int8"]))
+    size = {"bits": 8 if kind == "int8" else 4, "block_size": 16 * draw(st.integers(1, 16))}
+    return size | {name: int(kind == name) for name in ("zeros", "fp4")}
+
+
+def packed_bytes(n: int, k: int, packed: dict[str, int]) -> int:
+    return cpu_packing.packed_bytes(n, k, packed["bits"], packed["block_size"], bool(packed["zeros"]))
 
 
 @st.composite
 def linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     n, k, tokens, packed = draw(sizes), draw(sizes), draw(rows), packing(draw)
-    size = cpu_packing.packed_bytes(n, k, *packed.values())
+    size = packed_bytes(n, k, packed)
     inputs = {"x": rng.standard_normal((tokens, k), np.float32), "weight": rng.integers(0, 256, size, np.uint8)}
     if draw(st.booleans()):
         inputs["bias"] = rng.standard_normal(n, np.float32)
@@ -155,7 +161,7 @@ def float_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
 @st.composite
 def head_linears(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     heads, n, k, tokens, packed = draw(st.integers(1, 9)), draw(sizes), draw(sizes), draw(rows), packing(draw)
-    weight = rng.integers(0, 256, (heads, cpu_packing.packed_bytes(n, k, *packed.values())), np.uint8)
+    weight = rng.integers(0, 256, (heads, packed_bytes(n, k, packed)), np.uint8)
     inputs = {"x": rng.standard_normal((tokens, heads * k), np.float32), "weight": weight}
     return Node("HeadLinear", {"heads": heads, "N": n, "K": k, **packed}, inputs, {"y": "float32"})
 
@@ -167,8 +173,8 @@ def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     activation = draw(st.sampled_from(ACTIVATIONS))
     gated = int(activation == "swiglu_clamped" or draw(st.booleans()))
     up_rows = -(-width // 16) * 32 if gated else width
-    up = cpu_packing.packed_bytes(up_rows, hidden, *packed.values())
-    down = cpu_packing.packed_bytes(hidden, width, *packed.values())
+    up = packed_bytes(up_rows, hidden, packed)
+    down = packed_bytes(hidden, width, packed)
     inputs = {
         "x": rng.standard_normal((tokens, hidden), np.float32),
         "index": rng.integers(0, experts, (tokens, top_k), np.int32),

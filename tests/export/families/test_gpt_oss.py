@@ -134,6 +134,8 @@ def test_blocks_are_read_as_transformers_reads_them(blocks: Path) -> None:
 def test_bundle_of_blocks_passes_parity(blocks: Path, tmp_path: Path) -> None:
     bundle = build(blocks, tmp_path / "b", ["reference", "cpu:int8"])
     assert bundle.manifest.stored_as["mxfp4"] == 4
+    engine = bundle.manifest.engines["cpu:int8"]
+    assert (engine.recoded, engine.weight_errors) == ({"fp4 kept": 4}, {})
     assert check_parity(bundle.directory, blocks, quick=True).passed
 
 
