@@ -21,7 +21,7 @@ from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 
 # Weights and their groups, the formats that are built most first. fp8 in groups of 128 multiplies fp8 in prefill.
-STORED = (("", 32), ("int4", 32), ("fp8", 128), ("int8", 32))
+STORED = (("", 32), ("int4", 32), ("fp8", 128), ("int8", 32), ("fp4", 32))
 PREFILL_TOKENS = (512, 4096)  # with which weights with fewer bits are timed, beside those of decode
 DECODE_TOKENS = 64
 TOLERANCE = 2e-2  # between two implementations that both round to 16 bits

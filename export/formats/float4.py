@@ -1,17 +1,19 @@
 """fp4: e2m1 codes, each group's scale maps its largest magnitude to the format's largest number, 6.
 
-Only what a checkpoint holds so is stored so: of float weights, integers of four bits lose less.
+For what a checkpoint holds so: of float weights, integers of four bits lose less.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 
 from moevlm.export.formats.base import Array, grouped, held
 
+_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of the codes 0 to 7; +8 for the sign
+_NUMBERS = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
+_MIDDLES = (_MAGNITUDES[1:] + _MAGNITUDES[:-1]) / 2
 LARGEST = 6.0
 
 
@@ -31,9 +33,17 @@ class Float4Format:
         values = grouped(rows, self.group_size)
         scales = held(np.abs(values).max(-1) / LARGEST, self.scales)
         units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
-        return units.clip(-LARGEST, LARGEST).astype(ml_dtypes.float4_e2m1fn).view(np.uint8) & 15, scales
+        return _codes(units), scales
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""
-        values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32) * scales.astype(np.float32)[..., None]
+        values = _NUMBERS[codes] * scales.astype(np.float32)[..., None]
         return values.reshape(*scales.shape[:-1], -1)
+
+
+def _codes(values: Array) -> Array:
+    """To the nearest e2m1, ties to the even code, beyond the largest to the largest: uint8."""
+    magnitude = np.abs(values)
+    code = np.searchsorted(_MIDDLES, magnitude)
+    code += (code % 2 == 1) & (magnitude == np.append(_MIDDLES, np.inf)[code])
+    return (code + np.where(np.signbit(values), 8, 0)).astype(np.uint8)

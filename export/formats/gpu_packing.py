@@ -4,6 +4,7 @@ K is cut into groups, the last padded with zeros. A group of B values is
 - int8: B bytes, the signed values;
 - int4: B / 4 units of 16 bits, little-endian: unit j has the values j, j + B / 4, j + B / 2 and j + 3 B / 4, the first
   in its lowest 4 bits, each plus 8;
+- fp4: the same with e2m1 codes;
 - fp8: B bytes, e4m3 codes.
 
 Scales stand by group, those of all rows side by side, so that a tile of rows reads them in few and whole pieces. Zeros
@@ -21,7 +22,7 @@ LAYOUT = 3  # raised with every change to what is described here
 
 def pack(codes: Array, name: str) -> Array:
     """codes: [n, groups, group_size] uint8, as the format called `name` encodes them."""
-    if name == "int4":
+    if name in ("int4", "fp4"):
         quarters = codes.reshape(*codes.shape[:-1], 4, -1).astype("<u2")
         units = quarters[..., 0, :] | quarters[..., 1, :] << 4 | quarters[..., 2, :] << 8 | quarters[..., 3, :] << 12
         return units.reshape(len(codes), -1).view(np.int8)
@@ -54,7 +55,7 @@ def unpack(stored: Array, scales: Array, stored_as: WeightFormat, width: int, ze
         zeros = np.ascontiguousarray(by_group.swapaxes(-1, -2)).astype(np.uint8)
     scales = np.ascontiguousarray(scales[..., : stored.shape[-2]].swapaxes(-1, -2))
     size = stored_as.group_size
-    if stored_as.name == "int4":
+    if stored_as.name in ("int4", "fp4"):
         units = np.ascontiguousarray(stored).view("<u2").reshape(*scales.shape, size // 4)
         codes = np.concatenate([units >> bits & 15 for bits in (0, 4, 8, 12)], -1).astype(np.uint8)
     else:

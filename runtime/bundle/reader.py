@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 ENGINES = "engines"
 MAX_MANIFEST_BYTES = 64 << 20
 _KINDS = ("rtx", "trt", "cpu", "ort-cpu", "reference")
-_ROUNDED = ("int8", "", "fp8", "int4")  # "": weights as they are
+_ROUNDED = ("int8", "", "fp8", "fp4", "int4")  # "": weights as they are
 _CLUTTER = (".DS_Store", "Thumbs.db", "desktop.ini", ".directory")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

@@ -158,9 +158,9 @@ def test_weights_taking_turns_exceed_any_cache() -> None:
 def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None:
     ops = ExpertsCases().ops(sm)
     formats = {(op.weights, op.group_size) for op in ops if op.weights}
-    assert formats == {(weights, size) for weights in ("int8", "int4", "fp8") for size in (32, 128)}
+    assert formats == {(weights, size) for weights in ("int8", "int4", "fp8", "fp4") for size in (32, 128)}
     dtypes = {"float16", "float32"} | ({"bfloat16"} if sm >= 80 else set())
-    assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in ("", "int8", "int4", "fp8")}
+    assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in FORMATS}
     assert {(op.spec, op.has_biases) for op in ops} == {(s, b) for s in variants.BLOCKS.values() for b in (False, True)}
     routers = RouterCases().ops(sm)
     assert {op.spec for op in routers} == {*variants.ROUTERS.values(), *variants.MODELS.values()}

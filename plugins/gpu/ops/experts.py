@@ -20,9 +20,9 @@ SCALE_DTYPES = ("float16", "float32")  # beside that of activations
 class ExpertsOp:
     """x [T, H], routing and weights -> y [T, H], both in `dtype`; see `moevlm.plugins.ops.experts.experts`.
 
-    weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), in groups of `group_size` values along the input axis, the
-    last one short where `group_size` does not divide it. scales: the dtype of a group's scale, "" for `dtype`; zeros:
-    an int4 group has a zero of its own. A weight is (code - zero) * scale, rounded to `dtype` once.
+    weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), "fp4" (e2m1), in groups of `group_size` values along the
+    input axis, the last one short where `group_size` does not divide it. scales: the dtype of a group's scale, "" for
+    `dtype`; zeros: an int4 group has a zero of its own. A weight is (code - zero) * scale, rounded to `dtype` once.
     How they are stored: see `moevlm.export.formats.gpu_packing`.
     """
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from moevlm.runtime.core.dtypes import DTYPES
 
 # The dtype that a weight's code has in each format; "" is the dtype of the activations.
-FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn"}
+FORMATS = {"": "", "int8": "int8", "int4": "int4", "fp8": "float8_e4m3fn", "fp4": "int4"}
 ZEROS_PER_WORD = 8  # zeros of int4, 4 bits each
 
 
@@ -20,7 +20,7 @@ class Projection:
     each group has a zero of its own, too.
 
     groups, stored_width: of a row, the last group whole; stored_width counts values. scale_rows: how many scales of a
-    group are stored. native_fp8: the GPU converts e4m3 itself.
+    group are stored. native_fp8: the GPU converts e4m3 itself. quarters: a unit of 16 bits has four weights.
     All are fields: Triton compiles a kernel anew when what it is specialised to prints otherwise.
     """
 
@@ -34,6 +34,7 @@ class Projection:
     scale_rows: int
     native_fp8: bool
     zeros: bool
+    quarters: bool
 
     @classmethod
     def of(
@@ -42,7 +43,8 @@ class Projection:
         """What follows from a matrix and its format."""
         groups = -(-width // group)
         stored_width = groups * group if format else width
-        return cls(rows, width, format, group, has_bias, groups, stored_width, scale_rows(rows), False, zeros)
+        quarters = FORMATS[format] == "int4"
+        return cls(rows, width, format, group, has_bias, groups, stored_width, scale_rows(rows), False, zeros, quarters)
 
     @property
     def zero_words(self) -> int:

@@ -23,6 +23,7 @@ from tests.plugins.gpu.interpreter import Interpreter
 # Relative Frobenius norm. Interpreted bfloat16 is cut off, not rounded.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 STORED = [("", 32), ("int8", 32), ("int8", 128), ("int4", 32), ("int4", 128), ("fp8", 32), ("fp8", 128)]
+STORED += [("fp4", 32), ("fp4", 128)]
 SILU = ExpertsSpec()
 SMS = sorted(FAMILIES)
 

@@ -14,7 +14,7 @@ QWEN3 = ExpertsOp(ExpertsSpec(), 128, 8, 2048, 768)
 # Every family of tiles and every generation of Triton's pipelining, which is one for 8.x, 9.x, 10.x and 12.x each.
 SPECS: dict[int, tuple[tuple[str, int, str, bool], ...]] = {
     80: (("int4", 32, "", True),),
-    86: (("fp8", 32, "", False),),
+    86: (("fp8", 32, "", False), ("fp4", 32, "", False)),
     90: (("", 32, "", False), ("int8", 32, "", False), ("int4", 128, "", False), ("fp8", 128, "float32", False)),
     100: (("int8", 128, "", False),),
     120: (("int4", 32, "float16", True), ("fp8", 128, "", False)),

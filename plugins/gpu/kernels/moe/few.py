@@ -28,7 +28,7 @@ PREFETCHED = tl.constexpr(2)  # experts of a token whose weights are asked for b
 @triton.jit
 def prefetch_expert(w, e, n, W: tl.constexpr):
     """Rows n of expert e."""
-    BITS: tl.constexpr = 4 if W.format == "int4" else w.dtype.element_ty.primitive_bitwidth
+    BITS: tl.constexpr = 4 if W.quarters else w.dtype.element_ty.primitive_bitwidth
     prefetch_rows(expert_weights(w, e.to(tl.int64), W), n, W.stored_width * BITS // 8)
 
 

@@ -1,7 +1,7 @@
 """Rows times an expert's weights, whatever their format, and what follows: the inside of every experts kernel.
 
 Weights are read in steps of TILE.BK input columns. W says how they are stored; the layout of a group is stated in
-`moevlm.export.formats.gpu_packing`. A step of int4 is four parts, one for each 4 bits of a 16-bit unit.
+`moevlm.export.formats.gpu_packing`. A step of int4 or fp4 is four parts, one for each 4 bits of a 16-bit unit.
 """
 
 import triton
@@ -12,7 +12,7 @@ from moevlm.plugins.gpu.kernels.e4m3 import decode_fp8
 
 @triton.jit
 def load_part(x, offset, mask, step, PART: tl.constexpr, W: tl.constexpr, BK: tl.constexpr):
-    if W.format == "int4":
+    if W.quarters:
         QUARTER: tl.constexpr = W.group // 4
         j = tl.arange(0, BK // 4)
         if W.group <= BK:
@@ -39,8 +39,8 @@ def load_rows(
     W: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The columns of one step: [BM, BK], for int4 four times [BM, BK / 4]."""
-    if W.format == "int4":
+    """The columns of one step: [BM, BK], of quarters four times [BM, BK / 4]."""
+    if W.quarters:
         return (
             load_part(x, offset, mask, step, 0, W, BK),
             load_part(x, offset, mask, step, 1, W, BK),
@@ -70,6 +70,15 @@ def raised(code, dtype: tl.constexpr):
 def raised_eight(dtype):
     """The code 8 so: the zero of groups that have none of their own."""
     return {tl.float16: 1032, tl.bfloat16: 136}.get(dtype, 8)
+
+
+@triton.jit
+def twice_e2m1(code, dtype: tl.constexpr):
+    """Twice the number of each 4-bit code in 16 bits, an integer from -12 to 12."""
+    exponent, fraction = (code >> 1) & 3, code & 1
+    magnitude = tl.where(exponent == 0, fraction, (fraction + 2) << tl.maximum(exponent - 1, 0))
+    value = raised(magnitude, dtype) - (raised_eight(dtype) - 8)
+    return tl.where(code >= 8, -value, value)
 
 
 @triton.jit
@@ -163,18 +172,24 @@ def add_product(
     if W.format == "":
         acc = multiply(rows, load_codes(w, n, step, W.width, TILE.BK), acc, INTERPRETED)
     else:
-        given: tl.constexpr = rows[0].dtype if W.format == "int4" else rows.dtype
+        given: tl.constexpr = rows[0].dtype if W.quarters else rows.dtype
         dtype: tl.constexpr = tl.float32 if INTERPRETED and given == tl.bfloat16 else given
         factor = load_factor(scale, n, step, W, TILE.BK)
         if factor.dtype != dtype:  # its own precision, or the interpreter's
             factor = factor.to(tl.float32)
-        if W.format == "int4":
+        if W.quarters:
             units = load_codes(w.to(tl.pointer_type(tl.int16)), n, step, W.stored_width // 4, TILE.BK // 4)
+            if W.format == "fp4":
+                factor *= 0.5
             less = raised(load_zero(zero, n, step, W, TILE.BK), dtype) if W.zeros else None
             for part in tl.static_range(4):
-                value = raised((units >> (4 * part)) & 15, dtype)
-                if not W.zeros:
-                    value -= raised_eight(dtype)
+                code = (units >> (4 * part)) & 15
+                if W.format == "fp4":
+                    value = twice_e2m1(code, dtype)
+                else:
+                    value = raised(code, dtype)
+                    if not W.zeros:
+                        value -= raised_eight(dtype)
                 value = scaled(value, less, factor, TILE.BN, GROUPS, TILE.BK // 4)
                 acc = multiply(rows[part], value, acc, INTERPRETED)
         else:
@@ -192,7 +207,7 @@ def add_product(
 @triton.jit
 def expert_weights(w, e, W: tl.constexpr):
     """Where the weights of expert e begin; e: int64."""
-    return w + e * (W.rows * W.stored_width // (2 if W.format == "int4" else 1))
+    return w + e * (W.rows * W.stored_width // (2 if W.quarters else 1))
 
 
 @triton.jit

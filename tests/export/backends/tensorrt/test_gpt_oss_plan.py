@@ -1,4 +1,4 @@
-"""A real engine of TensorRT-RTX of gpt-oss, a model of text alone: what it launches, read from its file."""
+"""A real engine of TensorRT-RTX of gpt-oss with its published experts: what it launches, read from its file."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -8,21 +8,29 @@ import pytest
 from bench.plan_launches import Launch, launches
 from moevlm.export.build import build
 from moevlm.runtime.bundle.reader import Bundle
+from tests.support.families.gpt_oss import publish
 from tests.support.tiny import TinyCheckpoint
 
+NAME = "rtx:sm89:bf16-fp4"
 MOST_OF_A_LAYER = 8
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder: Path = tmp_path_factory.mktemp("gpt_oss")
-    checkpoint = TinyCheckpoint("gpt_oss", text={"num_hidden_layers": 3}).save(folder / "checkpoint")
-    return build(checkpoint, folder / "b.moevlm", ["rtx:sm89"])
+    tiny = TinyCheckpoint("gpt_oss", text={"num_hidden_layers": 3, "intermediate_size": 32})
+    checkpoint = publish(tiny.save(folder / "floats"), folder / "checkpoint")
+    return build(checkpoint, folder / "b.moevlm", ["rtx:sm89"], experts="fp4")
 
 
 @pytest.fixture(scope="module")
 def profiles(bundle: Bundle) -> list[list[Launch]]:
-    return launches(bundle.path(bundle.manifest.engines["rtx:sm89:bf16"].decoder).read_bytes())
+    return launches(bundle.path(bundle.manifest.engines[NAME].decoder).read_bytes())
+
+
+def test_experts_are_those_of_the_checkpoint(bundle: Bundle) -> None:
+    engine = bundle.manifest.engines[NAME]
+    assert (engine.recoded, engine.weight_errors) == ({"fp4 kept": 6}, {})
 
 
 def test_attention_and_experts_are_the_plugins_alone(profiles: list[list[Launch]]) -> None:
@@ -33,7 +41,7 @@ def test_attention_and_experts_are_the_plugins_alone(profiles: list[list[Launch]
 
 
 def test_biases_of_experts_are_inputs_of_the_plugin(profiles: list[list[Launch]]) -> None:
-    names = ("gate_up", "down", "gate_up_bias", "down_bias")
+    names = ("gate_up", "down", "gate_up_scale", "down_scale", "gate_up_bias", "down_bias")
     for found in profiles:
         for i, launch in enumerate(launch for launch in found if launch.plugin == "MoEExperts"):
             assert {f"layers.{i}.feed_forward.{name}" for name in names} <= {*launch.inputs}
