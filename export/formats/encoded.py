@@ -24,7 +24,7 @@ def as_stored(weight: Weight, form: WeightFormat) -> Weight:
         decoded = form.decode(found.codes, found.scales, found.zeros)
         return decoded[:, : weight.shape[-1]].reshape(-1, *weight.shape[1:])
 
-    return _Part(weight.shape, np.dtype(np.float32), rows)
+    return _Part(weight.shape, np.dtype(np.float32), rows, EncodedFrom(weight, form))
 
 
 def pruned(weight: Weight) -> Weight:

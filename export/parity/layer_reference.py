@@ -6,9 +6,10 @@ changes nothing, because the reference sends it to the same ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, ModelConfig
 from moevlm.export.formats.activations import rounded
+from moevlm.export.formats.stored import EncodedFrom
 from moevlm.export.graph.weights import Weight, read, slices
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Layer
@@ -98,8 +100,9 @@ def layer_deviations(
         layer = _filled(decoder, i, weights)
         chosen = _joined(sequences, f"layers.{i}.expert_index") if i in config.moe else None
         exact, logits = _outputs(layer, decoder, i, sequences, inputs, Arithmetic(chosen))
-        with rounded_inputs(layer, rounding.group_size):
-            arithmetic = Arithmetic(chosen, rounding.group_size, rounding.int8_cache)
+        groups = partial(group_of, weights, rounding.group_size)
+        with rounded_inputs(layer, partial(_of_layer, groups, i)):
+            arithmetic = Arithmetic(chosen, groups(f"layers.{i}.feed_forward.gate_up"), rounding.int8_cache)
             others, other_logits = _outputs(layer, decoder, i, sequences, inputs, arithmetic)
         if logits is not None and other_logits is not None:
             yield Deviation.of(f"router of layer {i}", _joined(sequences, _logits(i)), logits, other_logits)
@@ -118,22 +121,35 @@ def vision_deviations(
     """
     (tower, _), (other, _) = model.towers(), model.towers()
     exact = Images(tower, model).encode(inputs)
-    with rounded_inputs(other, group_size):
+    with rounded_inputs(other, lambda name: group_of(model.vision_weights, group_size, f"{name}.weight")):
         rounding = Images(other, model).encode(inputs)
     yield Deviation.of("image features", found.embeds, exact.embeds, rounding.embeds)
     for i, level in enumerate(found.deepstack):
         yield Deviation.of(f"deepstack features {i}", level, exact.deepstack[i], rounding.deepstack[i])
 
 
+def group_of(weights: Mapping[str, Weight], usual: int, name: str) -> int:
+    """Weights that share a scale in a parameter as the engine stores it, and activations that are rounded with one."""
+    encoding: EncodedFrom | None = getattr(weights.get(name), "encoding", None)
+    return usual if encoding is None else encoding.form.group_size
+
+
+def _of_layer(groups: Callable[[str], int], index: int, name: str) -> int:
+    return groups(f"layers.{index}.{name}.weight")
+
+
 @contextmanager
-def rounded_inputs(module: nn.Module, group_size: int) -> Iterator[None]:
-    """Activations are rounded to int8 on their way into every linear layer but exact ones."""
+def rounded_inputs(module: nn.Module, group_size: Callable[[str], int]) -> Iterator[None]:
+    """Activations are rounded to int8 on their way into every linear layer but exact ones. group_size: by its name."""
 
-    def through(_: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        return torch.from_numpy(rounded(inputs[0].numpy(), group_size))
+    def through(size: int, _: nn.Module, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        return torch.from_numpy(rounded(inputs[0].numpy(), size))
 
-    linear = [m for m in module.modules() if isinstance(m, nn.Linear) and not isinstance(m, ExactLinear)]
-    hooks = [m.register_forward_pre_hook(through) for m in linear]
+    hooks = [
+        linear.register_forward_pre_hook(partial(through, group_size(name)))
+        for name, linear in module.named_modules()
+        if isinstance(linear, nn.Linear) and not isinstance(linear, ExactLinear)
+    ]
     try:
         yield
     finally:
@@ -229,7 +245,7 @@ def _head(
     found = np.stack([row for sequence in sequences for row in sequence.logits.values()])
     norm = torch.from_numpy(read(weights["norm.weight"]).astype(np.float32))
     normed = F.rms_norm(torch.from_numpy(rows), norm.shape, norm, config.epsilon).numpy()
-    both, parts = np.concatenate([normed, rounded(normed, rounding.group_size)]), []
+    both, parts = np.concatenate([normed, rounded(normed, group_of(weights, rounding.group_size, "head"))]), []
     parts = [both @ piece.reshape(-1, config.hidden).T for piece in slices(weights["head"])]
     logits, softcap = np.concatenate(parts, axis=1), config.logit_softcap
     exact, other = np.split(np.tanh(logits / softcap) * softcap if softcap else logits, 2)

@@ -12,6 +12,7 @@ from moevlm.export.backends.ort.passes.quantize_experts import shared_scheme
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.ort_packing import block_form
 from moevlm.export.formats.registry import int_format
 from moevlm.export.formats.stored import cpu_form
 from moevlm.export.graph.weights import Weight
@@ -42,7 +43,7 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
             continue  # `LowerMoE` leaves these experts as they are
         names = [f"layers.{layer}.feed_forward.{name}" for name in ("gate_up", "down")]
         both = [decoder[name] for name in names]
-        of_both = cpu_form(scheme, *both) if ours else shared_scheme(scheme, *(one.shape[-1] for one in both))
+        of_both = cpu_form(scheme, *both) if ours else shared_scheme(scheme, *both)
         assert of_both is not None  # the build would have failed
         for name in names:
             decoder[name] = as_stored(decoder[name], of_both)
@@ -53,7 +54,7 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
 
 
 def _form(scheme: IntFormat, ours: bool, weight: Weight) -> WeightFormat:
-    return cpu_form(scheme, weight) if ours else scheme
+    return cpu_form(scheme, weight) if ours else block_form(scheme, weight)
 
 
 def _matrices_of_heads(decoder: nn.Module) -> Iterator[str]:

@@ -84,12 +84,12 @@ def _decoded(packed: np.ndarray, rows: int, width: int, form: IntFormat) -> np.n
 def test_build_says_what_became_of_codes(name: str, original: Path, tmp_path: Path) -> None:
     quantized = FORMATS[name].publish(original, tmp_path / "q", tmp_path / "plain")
     notes: list[str] = []
-    built = build(quantized, tmp_path / "b", ["cpu:int8", "ort-cpu"], note=notes.append)
-    kept, decoded = (built.manifest.engines[name].recoded for name in ("cpu:int8", "ort-cpu"))
-    assert kept.keys() == {"int4 kept"}
+    built = build(quantized, tmp_path / "b", ["cpu:int8", "ort-cpu:int8", "ort-cpu"], note=notes.append)
+    kept, blocks, decoded = (engine.recoded for engine in built.manifest.engines.values())
+    assert kept.keys() == blocks.keys() == {"int4 kept"}
     assert decoded.keys() == {"int4 to float32" if name == "gptq-128" else "int4 with zeros to float32"}
     assert f"cpu:int8, weights made of tensors in codes: {kept['int4 kept']} int4 kept" in notes
-    assert check_parity(built.directory, quantized, ["cpu:int8"], quick=True).passed
+    assert check_parity(built.directory, quantized, ["cpu:int8", "ort-cpu:int8"], quick=True).passed
     planned = dry_run(quantized, ["cpu:int8"]).targets[0].engine
     assert planned is not None
     assert planned.recoded == kept

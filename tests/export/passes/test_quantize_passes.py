@@ -8,6 +8,9 @@ from bench import variants
 from moevlm.export.backends.ort.passes.lower_moe import LowerMoE
 from moevlm.export.backends.ort.passes.quantize_experts import QuantizeExperts
 from moevlm.export.formats.integers import IntFormat
+from moevlm.export.formats.stored import recoded, weights_of
+from moevlm.export.graph.codes import Coded, CodeForm, Codes
+from moevlm.export.graph.weights import WeightTensor
 from moevlm.export.passes.base import run
 from moevlm.export.passes.fuse_skip_norm import FuseSkipNorm
 from moevlm.export.passes.pack_projections import PackProjections, whole
@@ -82,6 +85,60 @@ def test_projection_is_quantized(scheme, has_bias, width):
     rows = matrix(9, width)
     want = rows @ rounded(arrays["w"], scheme).T + arrays.get("b", np.float32(0))
     assert_close(session(model).run(None, {"x": rows})[0], want, ACTIVATIONS)
+
+
+class Held(Coded):
+    """Integers of 4 bits as a checkpoint has them, in groups of their own."""
+
+    def __init__(self, group: int, zeros: bool, *shape: int) -> None:
+        self.shape, self.form = shape, CodeForm("int4", group, 1, zeros)
+        *outer, width = shape
+        groups = -(-width // group)
+        self._codes = rng(1).integers(0, 16, (*outer, groups, group), np.uint8)
+        self._scales = rng(2).uniform(0.5, 1.5, (*outer, groups)).astype(np.float32) * width**-0.5 / 8
+        self._zeros = rng(3).integers(0, 16, (*outer, groups), np.uint8) if zeros else None
+
+    def codes(self, start: int, stop: int) -> Codes:
+        zeros = None if self._zeros is None else self._zeros[start:stop]
+        return Codes(self._codes[start:stop], self._scales[start:stop], zeros)
+
+
+HELD = [(16, False), (32, True), (48, False), (64, True), (128, True), (256, False)]
+
+
+def hold(model: ir.Model, name: str, weight: Held) -> np.ndarray:
+    """Put a checkpoint's integers in the place of an initializer's values; they as float32."""
+    model.graph.initializers[name].const_value = WeightTensor(name, weight)
+    return weight.rows(0, weight.shape[0])
+
+
+@schemes
+@pytest.mark.parametrize("width", [256, 240])
+@pytest.mark.parametrize(("group", "zeros"), HELD)
+def test_integers_of_a_checkpoint_stay_in_projections(group, zeros, width, scheme):
+    x, y = value("x", ["T", width]), value("y", ["T", 48])
+    arrays = {"w": matrix(48, width), "b": matrix(48)}
+    model = graph([gemm(x, "w", y, "b")], [x], [y], **arrays)
+    exact = hold(model, "w", Held(group, zeros, 48, width))
+    run([QuantizeLinear(scheme)], model)
+    (node,) = model.graph
+    assert node.attributes["bits"].value == 4
+    assert node.attributes["block_size"].value == (group & -group if group < width else scheme.group_size)
+    assert recoded(weights_of(model)) == {"int4 kept": 1}
+    rows = matrix(9, width)
+    assert_close(session(model).run(None, {"x": rows})[0], rows @ exact.T + arrays["b"], ACTIVATIONS)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize(("group", "zeros"), HELD)
+def test_integers_of_a_checkpoint_stay_in_experts(group, zeros, renormalize):
+    case = Case(RouterSpec(2, renormalize=renormalize), hidden=192, inner=96)
+    model = case.model()
+    for name, array in list(case.weights.items()):
+        case.weights[name] = hold(model, name, Held(group, zeros, *array.shape))
+    run([LowerMoE(), QuantizeExperts(IntFormat(8, 32))], model)
+    assert recoded(weights_of(model)) == {"int4 kept": 2}
+    case.check(model, ACTIVATIONS)
 
 
 @pytest.mark.parametrize("width", [64, 48, 33, 5])

@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from moevlm.export.backends.ort.passes.lower_moe import is_lowerable
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
-from moevlm.export.graph.weights import weight_of
+from moevlm.export.formats.ort_packing import block_form
+from moevlm.export.graph.weights import Weight, weight_of
 from moevlm.export.passes.base import CONTRIB, NodePass, left, substitute
 from moevlm.export.passes.quantize_linear import ACCURACY_LEVEL, quantized
 from moevlm.runtime.core.errors import BuildError
@@ -17,8 +18,9 @@ class QuantizeExperts(NodePass):
 
     QMoE always normalizes the weights of the chosen experts, whatever its attribute says, unless they are an input of
     their own: where the softmax over all experts is the weight, that is what it gets.
-    Both matrices of an expert share one group size: the scheme's, or the largest power of two below it that divides the
-    inner sizes of both. Raises BuildError if 16 does not.
+    Integers of a checkpoint stay as they are. Both matrices of an expert share one group size: the scheme's or the
+    checkpoint's, or the largest power of two below it that divides the inner sizes of both. Raises BuildError if 16
+    does not.
     """
 
     domain = CONTRIB
@@ -42,20 +44,23 @@ class QuantizeExperts(NodePass):
         assert logits is not None
         assert gate_up is not None
         assert down is not None
-        hidden, width = (weight_of(value).shape[-1] for value in (gate_up, down))
-        scheme = shared_scheme(self.scheme, hidden, width)
+        weights = weight_of(gate_up), weight_of(down)
+        scheme = shared_scheme(self.scheme, *weights)
         if scheme is None:
+            hidden, width = (weight.shape[-1] for weight in weights)
             raise BuildError(
                 f"cannot quantize the experts of {down.name}: their sizes are {hidden} and {width} "
                 f"(allowed: multiples of {SMALLEST_GROUP})"
             )
-        inputs = [x, logits, *quantized(graph, gate_up, scheme, flat=True), gate_up_bias]
-        inputs += [*quantized(graph, down, scheme, flat=True), down_bias]
+        first, second = (quantized(graph, value, scheme, flat=True) for value in (gate_up, down))
+        inputs = [x, logits, *first[:2], gate_up_bias, *second[:2], down_bias]
+        if scheme.zeros:
+            inputs += [None] * 3 + [first[2], second[2]]
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if not attributes["normalize_routing_weights"]:
-            weights = ir.node("Softmax", [logits], attributes={"axis": -1})
-            graph.insert_before(node, weights)
-            inputs += [None] * 6 + [weights.outputs[0]]
+            routing = ir.node("Softmax", [logits], attributes={"axis": -1})
+            graph.insert_before(node, routing)
+            inputs += [None] * (14 - len(inputs)) + [routing.outputs[0]]
         attributes |= {
             "expert_weight_bits": scheme.bits,
             "block_size": scheme.group_size,
@@ -66,7 +71,7 @@ class QuantizeExperts(NodePass):
         substitute(graph, node, new)
 
 
-def shared_scheme(scheme: IntFormat, hidden: int, width: int) -> IntFormat | None:
-    """The scheme, its groups made smaller until it divides the inner sizes of both matrices; None if 16 does not."""
-    fitting = scheme.fit(hidden)
-    return fitting and fitting.fit(width)
+def shared_scheme(scheme: IntFormat, gate_up: Weight, down: Weight) -> IntFormat | None:
+    """One format for both, its groups made smaller until they divide the inner sizes of both; None if 16 does not."""
+    fitting = block_form(scheme, gate_up, down).fit(gate_up.shape[-1])
+    return fitting and fitting.fit(down.shape[-1])
