@@ -89,7 +89,10 @@ def reason(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """repr(value) for a message, shortened without ever being made as a whole."""
+    """A value for a message, shortened without ever being made as a whole.
+
+    As JSON spells it where JSON can: most values come from such a file. Text alone is in single quotes, see `quoted`.
+    """
     return one_line(_SHORT.repr(value), 60)
 
 
@@ -106,8 +109,15 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxlist, self.maxtuple, self.maxother = 2, 20, 20, 60
 
-    def repr_str(self, x: str, level: int) -> str:  # noqa: ARG002 - reprlib's signature
-        return repr(x[:60])  # the beginning of a text tells more than its two ends
+    def repr_str(self, x: str, level: int) -> str:
+        text = repr(x[:60])  # the beginning tells more than its two ends
+        return text if level == self.maxlevel else f'"{text[1:-1]}"'
+
+    def repr_bool(self, x: bool, level: int) -> str:  # noqa: ARG002 - reprlib's signature
+        return "true" if x else "false"
+
+    def repr_NoneType(self, x: None, level: int) -> str:  # noqa: ARG002 - reprlib's signature and names
+        return "null"
 
 
 _SHORT = _Short()

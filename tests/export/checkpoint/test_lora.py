@@ -180,7 +180,7 @@ def test_dry_run_finds_a_place_for_every_update(checkpoint: Path, adapter: Path,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "unsupported value in adapter_config.json: use_dora = True (supported: off)"),
+        ({"use_dora": True}, "unsupported value in adapter_config.json: use_dora = true (supported: off)"),
         ({"peft_type": "LOHA"}, 'peft_type = "LOHA" (supported: "LORA")'),
         ({"bias": "all"}, 'bias = "all" (supported: "none")'),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = "),

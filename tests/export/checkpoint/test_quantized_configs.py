@@ -24,8 +24,8 @@ def group(weights: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 CONFIGS: list[tuple[Any, type[MoevlmError], tuple[str, ...]]] = [
     ({"quant_method": "bitsandbytes"}, UnsupportedModelError, ('.quant_method = "bitsandbytes" (supported: fp8, ',)),
-    ({"quant_method": ["fp8"]}, UnsupportedModelError, (".quant_method = ['fp8'] (supported: fp8, ",)),
-    ({"bits": 4}, UnsupportedModelError, (".quant_method = None (supported: fp8, ",)),
+    ({"quant_method": ["fp8"]}, UnsupportedModelError, ('.quant_method = ["fp8"] (supported: fp8, ',)),
+    ({"bits": 4}, UnsupportedModelError, (".quant_method = null (supported: fp8, ",)),
     ("fp8", CheckpointError, ("quantization_config = 'fp8' (an object)",)),
     (
         {"quant_method": "fp8", "fmt": "e5m2"},
@@ -38,7 +38,7 @@ CONFIGS: list[tuple[Any, type[MoevlmError], tuple[str, ...]]] = [
         (".weight_block_size = [128, 0] (supported: null, or two numbers, as in [128, 128])",),
     ),
     ({"quant_method": "gptq", "bits": 3}, UnsupportedModelError, (".bits = 3 (supported: 4, 8)",)),
-    ({"quant_method": "gptq", "bits": True}, UnsupportedModelError, (".bits = True (supported: 4, 8)",)),
+    ({"quant_method": "gptq", "bits": True}, UnsupportedModelError, (".bits = true (supported: 4, 8)",)),
     (
         {"quant_method": "gptq", "group_size": -2},
         UnsupportedModelError,
@@ -67,7 +67,7 @@ CONFIGS: list[tuple[Any, type[MoevlmError], tuple[str, ...]]] = [
         ('.quant_algo = "W4A8_AWQ" (supported: NVFP4, W4A16_NVFP4, FP8, MXFP8, MIXED_PRECISION)',),
     ),
     (group({"num_bits": 3}), UnsupportedModelError, ("config_groups.g.weights.num_bits = 3 (supported: 4, 8)",)),
-    (group({"dynamic": True}), UnsupportedModelError, ("config_groups.g.weights.dynamic = True (supported: false)",)),
+    (group({"dynamic": True}), UnsupportedModelError, ("config_groups.g.weights.dynamic = true (supported: false)",)),
     (group({}, format="marlin-24"), UnsupportedModelError, ('.format = "marlin-24" (supported: pack-quantized, ',)),
     (
         group({}, transform_config={"config_groups": {"R1": {}}}),

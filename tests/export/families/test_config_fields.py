@@ -43,7 +43,7 @@ def merge(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     [
         ({"model_type": "llama"}, '"llama"'),
         ({"model_type": "qwen3_vl_moe_text"}, '"qwen3_vl_moe_text"'),
-        ({}, "None"),
+        ({}, "null"),
         ({"model_type": []}, "[]"),
         ({"model_type": {}}, "{}"),
         ({"model_type": "x" * 10**6}, "xxx..."),
@@ -130,9 +130,10 @@ KINDS = {"qwen3_5_moe": "linear_attention or full_attention"}  # of layers, wher
 @families
 @pytest.mark.parametrize("types", [["sliding_attention", "full_attention"], ["full_attention"], "full_attention"])
 def test_layers_of_another_kind_are_refused(types: Any, model_type: str, saved: dict[str, Path]) -> None:
+    told = json.dumps(types) if isinstance(types, list) else repr(types)
     refused(
         UnsupportedModelError,
-        f"text_config.layer_types = {types!r} (supported: 2 times {KINDS.get(model_type, 'full_attention')})",
+        f"text_config.layer_types = {told} (supported: 2 times {KINDS.get(model_type, 'full_attention')})",
         act=lambda: parse(saved[model_type], text_config={"layer_types": types}),
     )
 
@@ -503,7 +504,7 @@ WRONG = [
     ("qwen3_vl_moe", "text_config.mlp_only_layers", 1, "mlp_only_layers = 1 (a list of integers from 0"),
     ("qwen3_vl_moe", "text_config.rms_norm_eps", "tiny", "rms_norm_eps = 'tiny'"),
     ("qwen3_vl_moe", "text_config.attention_bias", "yes", "attention_bias = 'yes' (true or false)"),
-    ("qwen3_vl_moe", "text_config.eos_token_id", ["a"], "eos_token_id = ['a']"),
+    ("qwen3_vl_moe", "text_config.eos_token_id", ["a"], 'eos_token_id = ["a"]'),
     ("qwen3_vl_moe", "text_config", None, "lacks text_config"),
     ("qwen3_vl_moe", "image_token_id", None, "lacks image_token_id"),
     ("qwen3_vl_moe", "image_token_id", "5", "image_token_id = '5'"),

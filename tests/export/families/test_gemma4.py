@@ -178,7 +178,7 @@ def rope(**full: Any) -> dict[str, Any]:
         ({"hidden_size_per_layer_input": None}, "text_config.hidden_size_per_layer_input = 256 (supported: 0)"),
         (
             {"layer_types": [SLIDING]},
-            "layer_types = ['sliding_attention'] (supported: 30 times sliding_attention or full_attention)",
+            'layer_types = ["sliding_attention"] (supported: 30 times sliding_attention or full_attention)',
         ),
         (
             rope(rope_type="proportional", partial_rotary_factor=2),

@@ -108,7 +108,7 @@ def test_tensorrt_rtx_builds_a_plan_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "error", "words"),
     [
-        ({"use_clipped_linears": True}, UnsupportedModelError, "use_clipped_linears = True"),
+        ({"use_clipped_linears": True}, UnsupportedModelError, "use_clipped_linears = true"),
         ({"num_key_value_heads": 1}, CheckpointError, r"num_key_value_heads = 1 \(num_attention_heads = 2\)"),
         ({"pooling_kernel_size": 1}, CheckpointError, r"pooling_kernel_size = 1 \(2 or more"),
         ({"hidden_activation": "silu"}, UnsupportedModelError, 'hidden_activation = "silu"'),

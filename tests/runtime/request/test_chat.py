@@ -272,10 +272,10 @@ def test_images_and_placeholders_must_be_as_many():
         ([{"role": "user", "content": []}], "the prompt is empty"),
         ([{"role": "root", "content": "a"}], r"messages\[0\].role = 'root' \(supported: assistant, system, user\)"),
         ([{"role": ["user"], "content": "a"}], r"messages\[0\].role"),
-        ([{"content": "a"}], r"messages\[0\].role = None"),
+        ([{"content": "a"}], r"messages\[0\].role = null"),
         ([{"role": "user"}], r"messages\[0\].content must be text or a list"),
         ([{"role": "user", "content": "a", "tool_calls": []}], r"unsupported field messages\[0\].tool_calls"),
-        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\].type = None"),
+        ([{"role": "user", "content": ["a"]}], r"messages\[0\].content\[0\].type = null"),
         (_user({"type": "video"}), "'video'"),
         (_user({"type": "text", "text": 3}), r"content\[0\].text must be text"),
         (_user("a\ud800"), "lone surrogate at character 1"),
@@ -341,7 +341,7 @@ def test_limits_of_an_image_part_are_kept_and_others_are_refused():
             {"type": "image_url", "image_url": {"url": url, "detail": "medium"}},
             "detail = 'medium' (supported: auto, ",
         ),
-        ({"type": "image_url", "image_url": {"url": url, "detail": ["low"]}}, "detail = ['low']"),
+        ({"type": "image_url", "image_url": {"url": url, "detail": ["low"]}}, 'detail = ["low"]'),
     ):
         with pytest.raises(RequestError) as caught:
             _builder().build(_user(part))

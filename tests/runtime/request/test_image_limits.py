@@ -105,7 +105,7 @@ def test_an_elongated_image_that_cannot_be_made_so_small_is_refused() -> None:
         (ImageLimits(min_pixels=6000, max_pixels=5000), r"min_pixels = 6000 \(allowed: up to 5000"),
         (ImageLimits(min_pixels=6000, max_tokens=2), r"min_pixels = 6000 \(allowed: up to 2048"),
         (ImageLimits(max_tokens=0), r"max_image_tokens = 0 \(allowed: a whole number, 1 or more\)"),
-        (ImageLimits(max_tokens=True), "max_image_tokens = True "),
+        (ImageLimits(max_tokens=True), "max_image_tokens = true "),
         (ImageLimits(max_pixels=2000.5), r"max_pixels = 2000\.5 "),
         (ImageLimits(min_pixels="9000"), "min_pixels = '9000' "),
     ],

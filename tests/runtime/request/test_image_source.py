@@ -62,7 +62,7 @@ NO_IMAGES: dict[str, tuple[Any, str]] = {
     "array without channels": (np.zeros((4, 5), np.uint8), "is an array [4, 5] of uint8"),
     "array of nothing": (np.zeros((0, 5, 3), np.uint8), "has no pixels"),
     "list": ([[1, 2], [3, 4]], "is [[1, 2], [3, 4]] (allowed: a pathlib.Path, "),
-    "nothing": (None, "is None (allowed: "),
+    "nothing": (None, "is null (allowed: "),
     "long text": ("x" * 10**6, "is the text 'xxx"),
     "data URI as text": ("data:image/png;base64," + "A" * 10**6, "is the text 'data:image/png"),
     "data URI as a path": (Path("data:image/png;base64," + "A" * 10**6), "is a data URI, not a file"),

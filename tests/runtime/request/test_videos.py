@@ -199,11 +199,11 @@ def test_a_list_without_a_rate_has_24_frames_a_second() -> None:
     [
         ({"merge_size": 4}, "merge_size = 4 (supported: 2"),
         ({"video_processor_type": "Other"}, 'video_processor_type = "Other"'),
-        ({"do_sample_frames": False}, "do_sample_frames = False (supported: true)"),
+        ({"do_sample_frames": False}, "do_sample_frames = false (supported: true)"),
         ({"num_frames": 8}, "num_frames = 8"),
         ({"fps": 0}, "fps = 0"),
         ({"min_frames": 1.5}, "min_frames = 1.5"),
-        ({"size": {"shortest_edge": 1}}, "size.longest_edge = None"),
+        ({"size": {"shortest_edge": 1}}, "size.longest_edge = null"),
         ({"resample": 0}, "resample = 0 (supported: 2, 3)"),
         ({"bogus": 3}, "bogus = 3"),
         ({"image_mean": [0, 0, 0]}, "those of preprocessor.json"),
