@@ -116,7 +116,7 @@ class Stored:
         if bits.view(f"i{self.dtype.itemsize}").max() < limit and bits.max() < limit + sign:
             return
         place = np.unravel_index(int(np.argmax((bits & (sign - 1)) >= limit)), array.shape)
-        index = [int(i) + begin for i, begin in zip(place, origin, strict=True)]
+        index = [int(i) + begin for i, begin in zip(place, origin[: array.ndim], strict=True)]
         raise CheckpointError(f"{self.path}: tensor {self.name} is not finite at {index}: the file is damaged")
 
 

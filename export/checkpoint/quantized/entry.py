@@ -17,7 +17,7 @@ _BOOKKEEPING = frozenset(
         *("block_name_to_quantize", "to_quant_block_names", "modules_in_block_to_quantize", "in_blocks"),
         *("module_name_preceding_first_block", "cache_block_outputs", "pad_token_id", "lm_head", "fixed_by_user"),
         *("exllama_config", "use_exllama", "disable_exllama", "use_cuda_fp16", "backend", "do_fuse"),
-        *("fuse_max_seq_len", "modules_to_fuse", "desc_act", "actorder", "observer", "observer_kwargs"),
+        *("fuse_max_seq_len", "modules_to_fuse", "observer", "observer_kwargs"),
         *("scale_dtype", "zp_dtype", "autoround_version", "iters", "lr", "minmax_lr", "enable_minmax_tuning", "amp"),
         *("enable_quanted_input", "gradient_accumulate_steps", "low_gpu_mem_usage", "data_type", "super_bits"),
         *("super_group_size", "act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.checkpoint.quantized.groups import Regrouped, group_size_of, scattered
+from moevlm.export.checkpoint.quantized.groups import Regrouped, group_size_of, require_side_by_side, scattered
 from moevlm.export.checkpoint.quantized.layout import Format, Parts, Spelling, wrong_shape, wrong_value
 from moevlm.export.checkpoint.quantized.nibbles import PER_WORD, from_words
 from moevlm.export.checkpoint.safetensors_file import Stored
@@ -65,7 +65,10 @@ def _read(parts: Parts) -> Weight:
     parts.of_shape("zero", (groups, -(-n // PER_WORD[bits])))
     form = CodeForm(f"int{bits}", group_size, 1, not scheme.symmetric, scales.dtype.name)
     weight = GPTQ(words, scales, parts["zero"], (n, k), form, parts.settings.zero_offset)
-    order = scattered(parts, k, groups, group_size) if "index" in parts else None
+    if "index" not in parts:
+        require_side_by_side(parts, groups, ".g_idx")
+        return weight
+    order = scattered(parts, k, groups, group_size)
     return weight if order is None else Regrouped(weight, order)
 
 

@@ -40,6 +40,15 @@ def require_symmetric(parts: Parts, ending: str) -> None:
         )
 
 
+def require_side_by_side(parts: Parts, groups: int, ending: str) -> None:
+    """Raise CheckpointError where the config says that groups are scattered, and no tensor says how."""
+    if parts.scheme.scattered and groups > 1:
+        raise CheckpointError(
+            f"the checkpoint lacks tensor {parts.name.removesuffix('.weight')}{ending}, though {parts.settings.source} "
+            "says that weights are ordered by activations"
+        )
+
+
 def scattered(parts: Parts, width: int, groups: int, group_size: int) -> np.ndarray | None:
     """The group of each column [K] as `index` has it; None if every group is a run of columns, as without it.
 

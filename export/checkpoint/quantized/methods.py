@@ -129,11 +129,13 @@ def _scheme(weights: Entry) -> tuple[Scheme, tuple[int, int] | None]:
     strategy = weights.choice("strategy", "tensor", "channel", "group", "block", "tensor_group")
     size, block = weights.size("group_size"), weights.get("block_structure")
     weights.choice("dynamic", False)
+    order = weights.choice("actorder", None, False, True, "group", "dynamic", "weight", "static")
     weights.refuse_unread()
     if strategy == "block" and not _is_block(block):
         raise weights.refused("block_structure", block, "two numbers, as in [128, 128]")
     grouped = size if strategy in ("group", "tensor_group") else 0 if strategy in ("channel", "tensor") else None
-    return Scheme(bits, grouped, symmetric if integers else None), (block[0], block[1]) if block else None
+    scheme = Scheme(bits, grouped, symmetric if integers else None, order in (True, "group", "dynamic"))
+    return scheme, (block[0], block[1]) if block else None
 
 
 def _gptq(entry: Entry) -> Settings:
@@ -164,7 +166,8 @@ def _integers(entry: Entry, method: str, symmetric: bool, zero_offset: int = 0) 
     """Fields that the integers of 4 and 8 bits in layers of their own have in common."""
     allowed = (4, 8) if method == "gptq" else (4,)
     entry.get("sym")
-    for_all = Scheme(entry.choice("bits", *allowed), entry.size("group_size"), symmetric)
+    scattered = bool(entry.choice("desc_act", False, True))
+    for_all = Scheme(entry.choice("bits", *allowed), entry.size("group_size"), symmetric, scattered)
     lists = [entry.modules("modules_to_not_convert", "ignore")]
     schemes = []
     for fits, other in _exceptions(entry):
@@ -176,6 +179,7 @@ def _integers(entry: Entry, method: str, symmetric: bool, zero_offset: int = 0) 
             "bits": bits,
             "group_size": other.size("group_size"),
             "symmetric": other.choice("sym", None, True, False),
+            "scattered": other.choice("desc_act", None, True, False),
         }
         schemes.append((fits, replace(for_all, **{key: value for key, value in stated.items() if value is not None})))
         other.refuse_unread()

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.checkpoint.quantized.groups import Regrouped, group_size_of, require_symmetric, scattered
+from moevlm.export.checkpoint.quantized.groups import (
+    Regrouped,
+    group_size_of,
+    require_side_by_side,
+    require_symmetric,
+    scattered,
+)
 from moevlm.export.checkpoint.quantized.layout import Format, Parts, Spelling, matrix_shape, wrong_shape, wrong_value
 from moevlm.export.checkpoint.quantized.nibbles import PER_WORD, from_words, packed_bits
 from moevlm.export.checkpoint.safetensors_file import Stored
@@ -63,6 +69,7 @@ def _read(parts: Parts) -> Weight:
     form = CodeForm(f"int{bits}", group_size, 1, zeros is not None, scales.dtype.name)
     weight = Packed(packed, scales, zeros, (*outer, n, k), form)
     if "index" not in parts:
+        require_side_by_side(parts, scales.shape[-1], ".weight_g_idx")
         return weight
     order = scattered(parts, k, scales.shape[-1], group_size)
     return weight if order is None else Regrouped(weight, order)

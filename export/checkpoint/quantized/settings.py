@@ -11,11 +11,15 @@ from moevlm.export.checkpoint.quantized.patterns import Matches, none
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the config says of a module's weights; None where it says nothing. group_size: 0 for a whole row."""
+    """What the config says of a module's weights; None where it says nothing. group_size: 0 for a whole row.
+
+    scattered: groups are made of inputs in another order, so that an index has to say of which each input is.
+    """
 
     bits: int | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    scattered: bool = False
 
 
 @dataclass(frozen=True)

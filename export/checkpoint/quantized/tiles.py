@@ -88,10 +88,14 @@ def _read(parts: Parts) -> Coded:
     for tile in tiles:
         for shape in _shapes(outer, -(-n // tile[0]), -(-k // tile[1]), scalars):
             by_shape.setdefault(shape, tile)
+    if parts.settings.block and by_shape.get((*outer, 1, 1)) == (n, k) != parts.settings.block:
+        del by_shape[*outer, 1, 1]  # a grid of blocks that lost some
     if scales.shape not in by_shape:
         blocks = parts.settings.block or BLOCK
         grid, channels = [*outer, -(-n // blocks[0]), -(-k // blocks[1])], [*outer, n, 1]
-        allowed = f"{grid} for blocks of {blocks[0]} x {blocks[1]}, {channels} for rows, {[*outer, 1, 1]} for all"
+        whole = [*outer, 1, 1] if not parts.settings.block else [] if scalars else None
+        allowed = f"{grid} for blocks of {blocks[0]} x {blocks[1]}, {channels} for rows"
+        allowed += "" if whole is None else f", {whole} for all"
         raise wrong_shape(scales, f"{allowed} of {list(values.shape)}")
     rows, columns = by_shape[scales.shape]
     return Tiles(values, scales, (rows, min(columns, k)))  # codes are filled up to whole tiles

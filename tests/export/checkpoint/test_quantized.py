@@ -237,15 +237,15 @@ def test_scales_of_layers_that_are_left_out_are_left_out_with_them(
 
 
 FORMS = {
-    "fp8-blocks": CodeForm("fp8", 128, 1),  # gate and up have 2.5 blocks of rows each
-    "fp8-blocks-fused": CodeForm("fp8", 128, 128),
-    "fp8-blocks-fused-transposed": CodeForm("fp8", 128, 128),
-    "fp8-channels": CodeForm("fp8", 256),
-    "mxfp8": CodeForm("fp8", 32),
-    "int4-32": CodeForm("int4", 32),
-    "int4-128-zeros": CodeForm("int4", 128, zeros=True),
-    "gptq-128": CodeForm("int4", 128),
-    "awq-32": CodeForm("int4", 32, zeros=True),
+    "fp8-blocks": CodeForm("fp8", 128, 1, scales="bfloat16"),  # gate and up have 2.5 blocks of rows each
+    "fp8-blocks-fused": CodeForm("fp8", 128, 128, scales="bfloat16"),
+    "fp8-blocks-fused-transposed": CodeForm("fp8", 128, 128, scales="bfloat16"),
+    "fp8-channels": CodeForm("fp8", 256, scales="bfloat16"),
+    "mxfp8": CodeForm("fp8", 32, scales="bfloat16"),
+    "int4-32": CodeForm("int4", 32, scales="bfloat16"),
+    "int4-128-zeros": CodeForm("int4", 128, zeros=True, scales="bfloat16"),
+    "gptq-128": CodeForm("int4", 128, scales="float16"),
+    "awq-32": CodeForm("int4", 32, zeros=True, scales="float16"),
     "nvfp4": CodeForm("fp4", 16),
     "mxfp4-fused": CodeForm("fp4", 32),
 }

@@ -114,6 +114,21 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], object], tuple[str, ...]]] = {
         replaced(f"{Q}.weight_scale_inv", lambda _: torch.ones(3, 2)),
         (f"tensor {Q}.weight_scale_inv has shape [3, 2] (allowed: [1, 2] for blocks of 128 x 128, [128, 1] for rows",),
     ),
+    "grid-that-lost-blocks": (
+        "fp8-blocks",
+        replaced(f"{Q}.weight_scale_inv", lambda tensor: tensor[:, :1]),
+        (f"tensor {Q}.weight_scale_inv has shape [1, 1] (allowed: [1, 2] for blocks of 128 x 128, [128, 1] for rows",),
+    ),
+    "no-index-of-scattered-groups": (
+        "gptq-act-order",
+        drop(f"{Q}.g_idx"),
+        (f"the checkpoint lacks tensor {Q}.g_idx, though", "says that weights are ordered by activations"),
+    ),
+    "one-scale-that-is-no-number": (
+        "nvfp4",
+        replaced(f"{Q}.weight_scale_2", lambda tensor: tensor * float("nan")),
+        (f"tensor {Q}.weight_scale_2 is not finite at []: the file is damaged",),
+    ),
     "one-scale-for-blocks-of-experts": (
         "fp8-blocks-fused",
         replaced(f"{EXPERTS}.down_proj_scale_inv", lambda _: torch.tensor(1.0)),
