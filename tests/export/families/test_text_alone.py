@@ -213,11 +213,11 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 REFUSED = [
     ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
     ("deepseek_v3", {"kv_lora_rank": 1 << 15}, "kv_lora_rank = 32768 (an integer from 1 to 16384)"),
-    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = True (supported: false)"),
+    ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = true (supported: false)"),
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm = False (supported: true)"),
     ("qwen3_moe", {"hidden_act": "gelu"}, 'hidden_act = "gelu" (supported: silu)'),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
-    ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, "layer_types = ['linear_attention', 'linear_attention']"),
+    ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, 'layer_types = ["linear_attention", "linear_attention"]'),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
     ("mixtral", {"attn_logit_softcapping": 30.0}, "unsupported field in config.json: attn_logit_softcapping = 30.0"),
     ("glm4_moe", {"n_group": 3}, "n_group = 3 (a divisor of the 8 experts up to 4)"),

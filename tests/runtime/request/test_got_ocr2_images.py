@@ -146,9 +146,9 @@ def test_limits_that_mean_nothing_are_refused(limits: ImageLimits, words: str) -
         ({"size": {"shortest_edge": 32}}, "size = "),
         ({"max_patches": 0}, r"max_patches = 0 \(supported: a whole number from 1 to 256\)"),
         ({"max_patches": 1000}, "max_patches = 1000"),
-        ({"min_patches": True}, "min_patches = True"),
-        ({"do_pad": True}, r"do_pad = True \(supported: absent\)"),
-        ({"do_resize": False}, "do_resize = False"),
+        ({"min_patches": True}, "min_patches = true"),
+        ({"do_pad": True}, r"do_pad = true \(supported: absent\)"),
+        ({"do_resize": False}, "do_resize = false"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )

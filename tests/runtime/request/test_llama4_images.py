@@ -115,8 +115,8 @@ def test_a_limit_that_means_nothing_is_refused() -> None:
         ({"max_patches": 0}, r"max_patches = 0 \(supported: a whole number from 1 to 256\)"),
         ({"resize_to_max_canvas": 1}, r"resize_to_max_canvas = 1 \(supported: true, false\)"),
         ({"resample": 1}, r"resample = 1 \(supported: 2, 3\)"),
-        ({"do_normalize": False}, r"do_normalize = False \(supported: true\)"),
-        ({"do_rescale": False}, r"do_rescale = False \(supported: true\)"),
+        ({"do_normalize": False}, r"do_normalize = false \(supported: true\)"),
+        ({"do_rescale": False}, r"do_rescale = false \(supported: true\)"),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )
