@@ -247,7 +247,7 @@ FORMS = {
     "gptq-128": CodeForm("int4", 128, scales="float16"),
     "awq-32": CodeForm("int4", 32, zeros=True, scales="float16"),
     "nvfp4": CodeForm("fp4", 16),
-    "mxfp4-fused": CodeForm("fp4", 32),
+    "mxfp4-fused": CodeForm("fp4", 32, scales="bfloat16"),
 }
 
 

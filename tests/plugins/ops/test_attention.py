@@ -244,7 +244,7 @@ def test_without_tables_patches_are_not_rotated():
         ({"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_dim": 8}, "value_dim = 8"),
         (
             {"heads": 4, "kv_heads": 1, "rotary_dim": 8, "value_in_key": True, "value_dim": 8, "value_norm": True},
-            "value_norm = True",
+            "value_norm = true",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -174,6 +174,8 @@ def test_command_builds_for_turing_with_the_int4_experts_of_a_checkpoint(
         "down_zero": ("int32", (8, 1, 4)),
     }
     assert engine.recoded["int4 kept"] == len(tensors) // 3 == 2
+    assert engine.weight_errors.keys() == {"int4 with zeros to float16"}  # of the others
+    assert 0 < engine.weight_errors["int4 with zeros to float16"] < 2**-11
     assert header(built, engine.decoder).sms == (75,)
 
 
