@@ -341,8 +341,18 @@ def test_progress_counts_the_bytes_of_every_file_to_the_end(tiny_checkpoint: Pat
     ("target", "tensor", "value", "message"),
     [
         ("cpu:int4", "q_proj.weight", np.nan, r"tensor .*layers\.0\.self_attn\.q_proj\.weight is not finite"),
-        ("cpu:int8", "q_proj.weight", 1e9, r"initializer layers\.0\..*int8: a scale is 8\.06e\+06 .*fp16"),
-        ("cpu:int8", "experts.down_proj", 1e9, r"initializer layers\.0\..*down.*int8: a scale is 8\.06e\+06 .*fp16"),
+        (
+            "cpu:int8",
+            "q_proj.weight",
+            1e9,
+            r"initializer layers\.0\..*int8: the scale of a group is -8\.06e\+06 .*float16",
+        ),
+        (
+            "cpu:int8",
+            "experts.down_proj",
+            1e9,
+            r"initializer layers\.0\..*down.*int8: the scale of a group is -8\.06e\+06 .*float16",
+        ),
     ],
 )
 def test_weight_that_cannot_be_written_is_named_and_nothing_is_left(
