@@ -59,7 +59,7 @@ class Oracle:
                     .eval()
                 )
             family.mend(self.model)
-            self.weights = OracleWeights(self.model, dequantized(checkpoint))
+            self.weights = OracleWeights(self.model, dequantized(checkpoint), family.older)
         except Exception as error:  # whatever a config makes of it: it is not this project's code that refuses
             raise CheckpointError(f"transformers cannot load {checkpoint.directory}: {reason(error)}") from error
 

@@ -28,10 +28,11 @@ class OracleWeights:
     """Fills a model that is on the meta device, float32.
 
     model: what `from_config` made there. tensors: of the checkpoint, those in codes by the names of plain ones.
+    older: see `families.base.Family`.
     """
 
-    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Weight]) -> None:
-        self._model, self._tensors = model, dict(tensors)
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Weight], older: Mapping[str, str]) -> None:
+        self._model, self._tensors, self._older = model, dict(tensors), older
         self._stored = self._stored_names()
         self._fuse_experts()
         self._compute_buffers()
@@ -98,7 +99,7 @@ class OracleWeights:
 
     def _fuse_experts(self) -> None:
         """Experts that lie one by one, which transformers does not read for every model that has them fused."""
-        on_disk = Tensors(self._tensors)
+        on_disk = Tensors(self._tensors, older=self._older)
         for name, tensor in self._model.state_dict().items():
             base, _, last = name.rpartition(".")
             parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last, ())

@@ -23,6 +23,7 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.checkpoints import canonical, refused
+from tests.support.published import FORMATS, floats
 from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
 MODEL = TinyCheckpoint("mistral3", text={"vocab_size": 96}, seed=66)
@@ -174,6 +175,18 @@ def test_an_image_has_a_break_behind_each_row_but_the_last_and_an_end(bundle: tu
         (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
         found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
         assert found[1:] == found[:1] * 2
+
+
+@pytest.mark.parametrize("form", ["fp8-static-fused", "nvfp4-compressed"])
+def test_published_formats_pass_parity(form: str, tmp_path: Path) -> None:
+    """mistralai/Mistral-Small-4-119B-2603: experts fused or one by one, under the older prefix."""
+    FORMATS[form].publish(floats("mistral3", tmp_path / "floats"), tmp_path / "published", tmp_path / "plain")
+    assert "language_model.model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale" in str(
+        names(tmp_path / "published")
+    )
+    bundle = build(tmp_path / "published", tmp_path / "b.moevlm", ["reference"])
+    report = check_parity(bundle.directory, tmp_path / "published", quick=True)
+    assert [check for check in report.checks if not check.passed] == []
 
 
 def test_tensorrt_rtx_builds_plans_of_the_decoder_and_of_the_tower(saved: Path, tmp_path: Path) -> None:
