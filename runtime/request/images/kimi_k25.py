@@ -9,15 +9,14 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
 from PIL import Image
 
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.towers import MoonTower
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, NO_LIMITS, ImageLimits
-from moevlm.runtime.request.images.fields import pixel_values, refuse
-from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
+from moevlm.runtime.request.images.fields import refuse
+from moevlm.runtime.request.images.shrinking import ShrinkingImages
 
 _RESAMPLINGS = (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)  # that Pillow and torchvision do alike
 _MOST_SIDE, _MOST_PATCHES = 1 << 14, 1 << 24
@@ -26,13 +25,14 @@ _PUBLISHED = "media_proc_cfg"
 _OF_IMAGES = {"patch_size": "patch_size", "merge_size": "merge_kernel_size", "max_patches": "in_patch_limit"}
 
 
-class KimiK25Images(ImageProcessor):
-    """Kimi_K25ImageProcessor. A patch's values lie colour by colour, row by row."""
+class KimiK25Images(ShrinkingImages):
+    """Kimi_K25ImageProcessor."""
 
     TOWER = MoonTower
     EXACT = False
     KNOWN: ClassVar = {"size", "max_patches", _PUBLISHED}
     SIZES: ClassVar = {"patch_size": (14, "patch_size"), "merge_size": (2, "merge_size")}
+    MEANS = DEVIATIONS = (0.5,) * 3
 
     def __init__(
         self,
@@ -51,11 +51,6 @@ class KimiK25Images(ImageProcessor):
             refuse("max_patches", self._budget, f"a whole number from 1 to {_MOST_PATCHES}")
         if self._resample not in _RESAMPLINGS:
             refuse("resample", int(self._resample), ", ".join(str(int(one)) for one in _RESAMPLINGS))
-        self._values = pixel_values(self._fields, True, (0.5,) * 3, (0.5,) * 3)
-
-    @property
-    def values(self) -> np.ndarray:
-        return self._values
 
     @property
     def max_patches(self) -> int:
@@ -104,33 +99,6 @@ class KimiK25Images(ImageProcessor):
         if not budget:
             raise RequestError(f"image is {width} x {height} pixels, which is too elongated for {most} visual tokens")
         return budget
-
-    def _most(self, limits: ImageLimits) -> int | None:
-        """The most visual tokens that an image may have, where something says so."""
-        block = self._block**2
-        if limits.min_pixels is not None:
-            raise RequestError(
-                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
-                "are never enlarged)"
-            )
-        found = [] if (most := self.most_tokens(limits)) is None else [most]
-        if limits.max_pixels is not None:
-            largest = self.max_patches * self._vision.patch_size**2
-            if not _whole(limits.max_pixels, largest) or limits.max_pixels < block:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
-                    f"to {largest})"
-                )
-            found.append(limits.max_pixels // block)
-        if limits.low_detail:
-            found.append(max(1, LOW_DETAIL_PIXELS // block))
-        return min(found, default=None)
-
-    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        size = self._vision.patch_size
-        written = patches.reshape(-1, 3, size, size)
-        for channel in range(3):
-            written[:, channel] = self._values[channel][pixels[channel, :, 0]]
 
 
 def _whole(value: Any, most: int) -> bool:

@@ -8,29 +8,22 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import RotaryTower
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
-from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, pixel_values, refuse
-from moevlm.runtime.request.images.processor import ImageProcessor
+from moevlm.runtime.request.image_limits import ImageLimits
+from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, refuse
+from moevlm.runtime.request.images.shrinking import ShrinkingImages
 
 _MOST_SIDE = 1 << 16  # of an image, in pixels
 
 
-class PixtralImages(ImageProcessor):
-    """PixtralImageProcessor. A patch's values lie colour by colour, row by row."""
+class PixtralImages(ShrinkingImages):
+    """PixtralImageProcessor."""
 
     TOWER = RotaryTower
-    KNOWN: ClassVar = {
-        "size",
-        "patch_size",
-        "spatial_merge_size",
-        "do_pad",
-    }  # images are padded beyond their sizes only
+    KNOWN: ClassVar = {"size", "patch_size", "spatial_merge_size", "do_pad"}  # pads images beyond their sizes alone
     SIZES: ClassVar = {}
+    MEANS, DEVIATIONS = CLIP_MEAN, CLIP_DEVIATION
 
     def __init__(
         self,
@@ -42,7 +35,6 @@ class PixtralImages(ImageProcessor):
         super().__init__(preprocessor, vision, max_pixels, max_tokens)
         self._check_block()
         self._longest = self._read_longest()
-        self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
 
     def _check_block(self) -> None:
         """The reference's processor takes the block's side for that of a patch, whatever the field says."""
@@ -67,10 +59,6 @@ class PixtralImages(ImageProcessor):
         return int(sides[0])
 
     @property
-    def values(self) -> np.ndarray:
-        return self._values
-
-    @property
     def max_patches(self) -> int:
         return math.ceil(self._longest / self._block) ** 2 * self._vision.patches_per_token
 
@@ -92,31 +80,3 @@ class PixtralImages(ImageProcessor):
         if ratio > 1:
             height, width = math.floor(height / ratio), math.floor(width / ratio)
         return max(1, math.ceil(height / self._block)), max(1, math.ceil(width / self._block))
-
-    def _most(self, limits: ImageLimits) -> int | None:
-        """The most visual tokens that an image may have, where something says so."""
-        block = self._block**2
-        if limits.min_pixels is not None:
-            raise RequestError(
-                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
-                "are never enlarged)"
-            )
-        found = [] if (most := self.most_tokens(limits)) is None else [most]
-        if limits.max_pixels is not None:
-            largest = self.max_patches * self._vision.patch_size**2
-            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
-            if not whole or not block <= limits.max_pixels <= largest:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
-                    f"to {largest})"
-                )
-            found.append(limits.max_pixels // block)
-        if limits.low_detail:
-            found.append(max(1, LOW_DETAIL_PIXELS // block))
-        return min(found, default=None)
-
-    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        size = self._vision.patch_size
-        written = patches.reshape(-1, 3, size, size)
-        for channel in range(3):
-            written[:, channel] = self._values[channel][pixels[channel, :, 0]]
