@@ -27,6 +27,8 @@ from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.parity.recorded_engine import RecordedSequence
 from moevlm.export.parity.torch_engine import Images, zeros
+from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.visual import HostFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
 
@@ -36,10 +38,15 @@ FLOAT32 = 1e-5  # what float32 sums may differ by, relative to their result
 
 @dataclass(frozen=True)
 class Rounding:
-    """The rounding in an engine besides its weights: activations to int8 in groups, and maybe the cache."""
+    """The rounding in an engine besides its weights: activations to int8 in groups, and caches of some layers."""
 
     group_size: int
-    int8_cache: bool
+    int8_caches: frozenset[int]
+
+    @classmethod
+    def of(cls, engine: EngineMetadata) -> Rounding:
+        caches = (state.layer for state in engine.states if isinstance(state, PagedKV) and state.dtype == "int8")
+        return cls(engine.group_size, frozenset(caches))
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def layer_deviations(
         exact, logits = _outputs(layer, decoder, i, sequences, inputs, Arithmetic(chosen))
         groups = partial(group_of, weights, rounding.group_size)
         with rounded_inputs(layer, partial(_of_layer, groups, i)):
-            arithmetic = Arithmetic(chosen, groups(f"layers.{i}.feed_forward.gate_up"), rounding.int8_cache)
+            arithmetic = Arithmetic(chosen, groups(f"layers.{i}.feed_forward.gate_up"), i in rounding.int8_caches)
             others, other_logits = _outputs(layer, decoder, i, sequences, inputs, arithmetic)
         if logits is not None and other_logits is not None:
             yield Deviation.of(f"router of layer {i}", _joined(sequences, _logits(i)), logits, other_logits)

@@ -85,7 +85,7 @@ def quantized_checks(
     if expected.images is not None and shipped.visual is not None:
         stored = replace(model, vision_weights=vision)
         features += vision_deviations(stored, expected.images, VISION.group_size, shipped.visual)
-    rounding = Rounding(metadata.group_size, metadata.kv_cache == "int8")
+    rounding = Rounding.of(metadata)
     rest = list(layer_deviations(model.config, decoder, rounding, inside.sequences))
     apart, limit = shipped.apart(inside), EXACT.logits
     found = [

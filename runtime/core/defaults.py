@@ -2,7 +2,7 @@
 
 TARGET = "cpu:int8"
 GROUP_SIZE = 32  # quantized weights that share a scale
-KV_CACHE = "int8"  # no answer of the demo changes, and it is a quarter of the bytes that a long context reads
+KV_CACHE = "auto"  # int8 for keys and values: no answer of the demo changes, and it is a quarter of the bytes
 MAX_NEW_TOKENS = 256
 CHUNK_TOKENS = 512  # the most prompt tokens in one step
 MAX_IMAGE_PIXELS = 50_000_000

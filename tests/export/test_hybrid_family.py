@@ -151,7 +151,7 @@ def test_every_layer_on_cpu_is_canonical_pytorch_but_for_rounding(
         engine = RecordedEngine(DebugEngine(bundle, target, model.config))
         logits_of(engine, bundle.manifest.model, sequences, TRAFFIC["chunks"])
         _, stored = stored_weights(model, metadata)
-        rounding = Rounding(metadata.group_size, metadata.kv_cache == "int8")
+        rounding = Rounding.of(metadata)
         found = list(layer_deviations(model.config, stored, rounding, engine.sequences()))
     names = [*(f"layer {i}" for i in range(len(LAYERS))), *(f"router of layer {i}" for i in model.config.moe_layers)]
     assert {deviation.name for deviation in found} == {*names, "head"}

@@ -9,7 +9,8 @@ from moevlm.runtime.core import defaults
 NAMES = tuple(f"cpu:{name}" for name in INTEGERS)
 PLANNED = NAMES
 _KV_CACHE = Option(
-    f"cpu: keys and values in float32, or in int8 with a scale per token and head; {defaults.KV_CACHE} by default.",
+    "cpu: keys and values in float32, or in int8 with a scale per token and head; int8 by default, but float32 for the "
+    "latents of MLA.",
     "cpu targets",
     choices=("float32", "int8"),
 )
@@ -17,7 +18,7 @@ _KV_CACHE = Option(
 
 @dataclass(frozen=True)
 class Options:
-    """group_size: weights that share a scale. kv_cache: dtype of keys and values. sparsity: "2:4" to prune.
+    """group_size: weights that share a scale. kv_cache: see `states.cache_dtype`. sparsity: "2:4" to prune.
 
     Raises BuildError for a value that is not allowed.
     """

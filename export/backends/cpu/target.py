@@ -57,7 +57,7 @@ def targets(name: str, options: Options) -> tuple[Target, ...]:
 def _passes(scheme: IntFormat, kv_cache: str) -> dict[str, tuple[Pass, ...]]:
     """To moevlm's own CPU kernels, in ONNX Runtime."""
     linear = (PackProjections(), CpuLinear(scheme), QuantizeEmbedding(EMBEDDING))
-    attention = CpuAttention(kv_cache == "int8")
+    attention = CpuAttention(kv_cache)
     return {
         "vision": (CpuLinear(VISION), LowerSegmentAttention(), FuseSkipNorm()),
         "decoder": (

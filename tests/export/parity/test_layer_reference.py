@@ -58,7 +58,7 @@ class Recording:
                 _, weights = stored_weights(model, entry)
                 self.weights[target] = {name: Constant(read(weight)) for name, weight in weights.items()}
                 self.sequences[target] = engine.sequences()
-                self.rounding[target] = Rounding(entry.group_size, entry.kv_cache == "int8")
+                self.rounding[target] = Rounding.of(entry)
 
     def deviations(
         self, target: str, change: Callable[[dict[str, np.ndarray]], None] = lambda _: None

@@ -14,6 +14,7 @@ from moevlm.export.backends.cpu.passes.gated_delta import CpuGatedDelta
 from moevlm.export.backends.cpu.passes.linear import CpuFloatLinear, CpuLinear
 from moevlm.export.backends.cpu.passes.moe import CpuMoE
 from moevlm.export.backends.registry import targets
+from moevlm.export.backends.states import kept
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.graph.functions import add_functions
@@ -27,6 +28,7 @@ from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.spec import DOMAIN, AttentionSpec, ExpertsSpec, GatedDeltaSpec, RouterSpec, attributes
 from moevlm.runtime.backends.libraries import DOMAIN as CPU
+from moevlm.runtime.core.states import PagedKV, Recurrent
 from tests.support.delta_variants import delta_inputs
 from tests.support.graphs import gemm, graph, matrix, rounded
 from tests.support.moe_cases import Case, assert_close, ops, session, value
@@ -211,7 +213,7 @@ def test_attention_is_one_node_on_rows_of_q_k_and_v(has_norm, packed, images):
 def test_int8_cache_holds_a_scale_for_each_row():
     model, reference = attention(True), attention(True)
     add_functions(reference)
-    run([PackProjections(), CpuAttention(int8_cache=True)], model)
+    run([PackProjections(), CpuAttention("int8")], model)
     caches = [v for v in (*model.graph.inputs, *model.graph.outputs) if "_cache" in v.name]
     assert {(v.dtype, v.shape[3]) for v in caches} == {(ir.DataType.INT8, HEAD_DIM + 4)}
     ours = outputs_of(model, HEAD_DIM + 4, np.int8, STEPS)
@@ -291,3 +293,14 @@ def test_router_and_gate_of_a_shared_expert_stay_float32(saved: dict[str, Path])
     moe = [f"layers.{i}.feed_forward.{part}.weight" for i in (0, 1) for part in ("router", "shared_gate")]
     assert set(exact) == {*moe, "layers.0.attention.a.weight", "layers.0.attention.b.weight"}
     assert not any(node.op_type == "Gemm" for node in lowered.graph)
+
+
+@pytest.mark.parametrize(("asked", "latents"), [("auto", "float32"), ("int8", "int8"), ("float32", "float32")])
+def test_latents_stay_float32_unless_int8_is_asked_for(asked: str, latents: str) -> None:
+    states = (
+        PagedKV(layer=0, kv_heads=2, key_dim=16, value_dim=16),
+        PagedKV(layer=1, kv_heads=1, key_dim=48, value_dim=32, value_in_key=True),
+        Recurrent(layer=2, name="conv", shape=(3, 8)),
+    )
+    heads = "int8" if asked == "auto" else asked
+    assert [state.dtype for state in kept(states, asked)] == [heads, latents, "float32"]
