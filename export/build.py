@@ -51,7 +51,7 @@ def build(
 ) -> Bundle:
     """Write a bundle with the canonical graphs and one engine per target; without targets, the graphs' structure.
 
-    expert_layout: "auto", "out_in" or "in_out", see `families.sources`. ignored_config: dotted names of fields of
+    expert_layout: "auto", "out_in" or "in_out", see `families.experts`. ignored_config: dotted names of fields of
     config.json to be left out of account, though what they mean is not known. lora: a folder with an adapter, as PEFT
     saves it, to be merged into the weights. replace: whether a bundle at the
     destination may be replaced. note: called with each thing that the user should know of the checkpoint, in a line.

@@ -53,7 +53,7 @@ class CanonicalModel:
     ) -> "CanonicalModel":
         """Translate config.json and find every tensor; only headers are read, and a tied head that is stored again.
 
-        expert_layout: see `families.sources`. ignored_config: dotted names of fields, see `families.base.Family`.
+        expert_layout: see `families.experts`. ignored_config: dotted names of fields, see `families.base.Family`.
         Raises UnsupportedModelError for an architecture or field, CheckpointError for a tensor.
         """
         family = family_for(checkpoint.config)

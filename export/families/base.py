@@ -12,9 +12,10 @@ import numpy as np
 from moevlm.export.checkpoint.lora.adapter import Update
 from moevlm.export.config import ModelConfig
 from moevlm.export.families.about import About
+from moevlm.export.families.experts import LAYOUTS, ExpertsPart
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.names import MissingTensorError, Tensors, missing_error
-from moevlm.export.families.sources import LAYOUTS, ExpertsPart, Source, first_name, named
+from moevlm.export.families.sources import Source, first_name, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
 

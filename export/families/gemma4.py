@@ -10,10 +10,11 @@ from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfi
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, Family, register
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower, image_marks
 from moevlm.export.families.rope import one_axis
-from moevlm.export.families.sources import Experts, rooted
+from moevlm.export.families.sources import rooted
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
 

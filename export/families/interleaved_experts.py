@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moevlm.export.families.sources import ExpertsPart, Shape, Source, named
+from moevlm.export.families.experts import ExpertsPart
+from moevlm.export.families.sources import Shape, Source, named
 from moevlm.export.graph.codes import coded
 from moevlm.export.graph.rearranged import Picked, swap_last
 from moevlm.export.graph.weights import Weight

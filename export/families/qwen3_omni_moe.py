@@ -9,9 +9,9 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, register
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.qwen3_vl_moe import Qwen3VLMoe
-from moevlm.export.families.sources import Experts
 
 _MODEL = "thinker.model."
 _SPEECH = ("talker_config", "code2wav_config", "enable_audio_output")

@@ -9,9 +9,9 @@ from moevlm.export.config import DecoderConfig, ModelConfig
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
-from moevlm.export.families.sources import Experts
 from moevlm.export.families.text.qwen3_moe import qwen3_decoder
 
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from moevlm.export.config import DecoderConfig, LayerConfig
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.interleaved_experts import InterleavedExperts
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Experts, Source
+from moevlm.export.families.sources import Source
 from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata, VideoMetadata
 
 Weights = Mapping[str, str | Source]

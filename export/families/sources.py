@@ -6,12 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.export.graph.rearranged import Parts, Reordered, RowBlocks, reshape, swap_last
-from moevlm.export.graph.weights import Concat, Constant, PerRow, Stack, Weight, cast
+from moevlm.export.graph.weights import Constant, PerRow, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
-
-# The last two axes of fused expert tensors: out_in is [E, 2I, H] and [E, H, I], in_out is [E, H, 2I] and [E, I, H].
-LAYOUTS = ("auto", "out_in", "in_out")
 
 # What can be widened to float32 as it is; integers and fp8 mean something only together with their scales.
 _FLOATS = tuple(DTYPES[name].numpy for name in ("bfloat16", "float16", "float32", "float64"))
@@ -20,7 +17,8 @@ Shape = tuple[int, ...]
 Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
 
 
-def _get(tensors: Mapping[str, Weight], name: str) -> Weight:
+def stored(tensors: Mapping[str, Weight], name: str) -> Weight:
+    """The tensor of this name. Raises CheckpointError for a dtype that means nothing by itself."""
     weight = tensors[name]
     if weight.dtype not in _FLOATS:
         supported = ", ".join(map(str, _FLOATS))
@@ -28,7 +26,8 @@ def _get(tensors: Mapping[str, Weight], name: str) -> Weight:
     return weight
 
 
-def _expect(name: str, weight: Weight, shape: Shape) -> Weight:
+def expect(name: str, weight: Weight, shape: Shape) -> Weight:
+    """The same weight. Raises CheckpointError for another shape."""
     if weight.shape != shape:
         raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the config asks for {list(shape)}")
     return weight
@@ -46,7 +45,7 @@ def named(pattern: str) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        return _expect(name, _get(tensors, name), shape)
+        return expect(name, stored(tensors, name), shape)
 
     return source
 
@@ -92,7 +91,7 @@ def rows_of_heads(pattern: str, size: int, start: int, *, turned: bool = False) 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
         heads, rows, width = (shape[0], shape[2], shape[1]) if turned else shape
-        weight = _expect(name, _get(tensors, name), (heads * size, width))
+        weight = expect(name, stored(tensors, name), (heads * size, width))
         own = Parts(RowBlocks(weight, rows, size, start), rows)
         return swap_last(own) if turned else own
 
@@ -133,7 +132,7 @@ def depthwise(pattern: str) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        return reshape(_expect(name, _get(tensors, name), (shape[0], 1, *shape[1:])), shape)
+        return reshape(expect(name, stored(tensors, name), (shape[0], 1, *shape[1:])), shape)
 
     return source
 
@@ -146,8 +145,8 @@ def halves_of_heads(pattern: str, heads: str, part: int) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        size = _get(tensors, heads.format(**indices)).shape[0]
-        weight = _expect(name, _get(tensors, name), (2 * shape[0], *shape[1:]))
+        size = stored(tensors, heads.format(**indices)).shape[0]
+        weight = expect(name, stored(tensors, name), (2 * shape[0], *shape[1:]))
         return RowBlocks(weight, size, 2 * size, part * size)
 
     return source
@@ -169,8 +168,8 @@ def flattened(pattern: str) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        weight = _expect_rank(name, _get(tensors, name), 4, 5)
-        return _expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
+        weight = _expect_rank(name, stored(tensors, name), 4, 5)
+        return expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
 
     return source
 
@@ -180,7 +179,7 @@ def channels_last(pattern: str) -> Source:
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        weight = _expect_rank(name, _get(tensors, name), 4)
+        weight = _expect_rank(name, stored(tensors, name), 4)
         out, channels, height, width = weight.shape
         rows = PerRow(
             weight,
@@ -188,7 +187,7 @@ def channels_last(pattern: str) -> Source:
             weight.dtype,
             lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).reshape(len(a), -1),
         )
-        return _expect(name, rows, shape)
+        return expect(name, rows, shape)
 
     return source
 
@@ -205,100 +204,5 @@ def unfolded(pattern: str) -> Source:
             weight.dtype,
             lambda a: np.ascontiguousarray(a.reshape(-1, *split).swapaxes(1, 2)).reshape(len(a), -1),
         )
-
-    return source
-
-
-@dataclass(frozen=True)
-class Experts:
-    """All experts of a layer under `base`, however they lie: one tensor per expert and part, or fused in either layout.
-
-    per_expert: the names to ask for where a layer has none of either.
-    """
-
-    base: str
-    per_expert: bool
-
-    def gate_up(self) -> "ExpertsPart":
-        """Canonically [E, 2I, H], gate rows first."""
-        return ExpertsPart(
-            self.base,
-            self._source("gate_up", ("gate", "up"), "down", lambda shape: (shape[0], shape[2], shape[1] // 2)),
-        )
-
-    def down(self) -> "ExpertsPart":
-        """Canonically [E, H, I]."""
-        return ExpertsPart(
-            self.base, self._source("down", ("down",), "gate_up", lambda shape: (shape[0], 2 * shape[2], shape[1]))
-        )
-
-    def _source(self, part: str, parts: tuple[str, ...], other: str, other_shape: Callable[[Shape], Shape]) -> Source:
-        fused = _fused(f"{self.base}.{part}_proj", f"{self.base}.{other}_proj", other_shape)
-        stacked = _stacked(*(f"{self.base}.{{e}}.{name}_proj.weight" for name in parts))
-
-        def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-            base = self.base.format(**indices)
-            is_fused = any(f"{base}.{name}_proj" in tensors for name in ("gate_up", "down"))
-            one = [f"{base}.0.{name}_proj.weight" for name in ("gate", "up", "down")]
-            is_stacked = not is_fused and (self.per_expert or any(name in tensors for name in one))
-            return (stacked if is_stacked else fused)(tensors, indices, shape, layout)
-
-        return source
-
-
-@dataclass(frozen=True)
-class ExpertsPart:
-    """One tensor of all experts of a layer, as the model wants it. base: the layer's experts, as in `Experts`.
-
-    arranged: what happens to it behind an adapter's updates, which have the order of rows on disk.
-    """
-
-    base: str
-    source: Source
-    arranged: Callable[[Weight], Weight] = lambda weight: weight
-
-    def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        return self.source(tensors, indices, shape, layout)
-
-
-def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) -> Source:
-    """Either of the two layouts on disk, told apart by shape.
-
-    A square tensor says nothing of itself. If its sibling in the layer has the canonical layout, so has it, and every
-    reader agrees; if the sibling has the other one, Hugging Face turns the sibling and leaves the square tensor as it
-    is, so its meaning is open and the option has to say.
-    """
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        name = pattern.format(**indices)
-        weight, swapped = _get(tensors, name), (shape[0], shape[2], shape[1])
-        if layout == "in_out":
-            return swap_last(_expect(name, weight, swapped))
-        if layout == "auto" and shape == swapped:
-            other = sibling.format(**indices)
-            if _get(tensors, other).shape != sibling_shape(shape):
-                raise CheckpointError(
-                    f"tensor {name} is square, {list(weight.shape)}, so its layout is ambiguous "
-                    "(--expert-layout out_in or in_out says which)"
-                )
-        elif layout == "auto" and weight.shape == swapped:
-            return swap_last(weight)
-        return _expect(name, weight, shape)
-
-    return source
-
-
-def _stacked(*patterns: str) -> Source:
-    """One tensor per expert, {e}, and per part: equal parts joined (gate rows, then up rows), the experts stacked."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        if layout != "auto":
-            name = patterns[0].format(e=0, **indices)
-            raise CheckpointError(f"--expert-layout {layout} is for fused experts, {name} is a tensor of one expert")
-        part, experts = (shape[1] // len(patterns), *shape[2:]), []
-        for e in range(shape[0]):
-            names = [pattern.format(e=e, **indices) for pattern in patterns]
-            experts.append(Concat([_expect(name, _get(tensors, name), part) for name in names]))
-        return Stack(experts)
 
     return source

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
-from moevlm.export.families.sources import Experts
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec

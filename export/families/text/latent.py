@@ -6,9 +6,10 @@ from typing import ClassVar, Self
 
 from moevlm.export.config import DecoderConfig, LayerConfig, MLAConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope_scaling import yarn_mscale
-from moevlm.export.families.sources import Experts, Source, halves, reordered, rows_of_heads
+from moevlm.export.families.sources import Source, halves, reordered, rows_of_heads
 from moevlm.export.families.text.base import TextModel
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
-from moevlm.export.families.sources import Experts, halves, ones, reordered
+from moevlm.export.families.sources import halves, ones, reordered
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import QueryScaleMetadata

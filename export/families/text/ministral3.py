@@ -5,9 +5,9 @@ Source: transformers 5.24 `models/ministral3`. Checkpoints: mistralai/Ministral-
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig
 from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis, rope_fields
-from moevlm.export.families.sources import Experts
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.runtime.core.manifest import QueryScaleMetadata
 

@@ -5,9 +5,9 @@ Source: transformers 5.24 `models/qwen3_moe`. Checkpoints: Qwen/Qwen3-30B-A3B, .
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
-from moevlm.export.families.sources import Experts
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
