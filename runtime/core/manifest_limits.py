@@ -29,6 +29,7 @@ _LAYER: dict[str, tuple[float, float]] = {
 }
 _ROPE: dict[str, tuple[float, float]] = {"dim": (2, 1 << 16), "theta": _THETA, "factor": (1e-3, 1e3)}
 _FREQUENCY = 1 << 20
+_IDS = 64  # in one list: each image and video of a prompt has them, some for each row
 _ROPES = (1, 1 << 10)
 _QUERY_SCALE: dict[str, tuple[float, float]] = {"beta": (0.0, 1e3), "original": _TOKENS, "offset": (0, 1 << 30)}
 _PAGED: dict[str, tuple[float, float]] = {
@@ -39,7 +40,6 @@ _ELEMENTS = 1 << 40  # of a recurrent state
 _PLANS: dict[str, tuple[float, float]] = {
     "max_sequences": _SIZE,
     **dict.fromkeys(("max_tokens", "max_logits"), _TOKENS),
-    **dict.fromkeys(("max_visual", "max_patches"), (0, _TOKENS[1])),
     "workspace": _COUNT,
     "max_pages": (2, _TOKENS[1]),  # one is for padding
     "max_rows": _COUNT,
@@ -66,6 +66,8 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
         ("video.begin", () if video is None else video.begin, known),
         ("video.end", () if video is None else video.end, known),
     ):
+        if len(ids) > _IDS:
+            yield f"the number of model.{field}", len(ids), f"0 to {_IDS}"
         for number in ids:
             if not low <= number <= high:
                 yield f"model.{field}", number, f"{low} to {high}"
@@ -104,7 +106,7 @@ def _refused(manifest: Manifest) -> Iterator[tuple[str, Any, str]]:
         if engine.cost is not None:
             yield from _outside(f"{where}.cost", engine.cost, dict.fromkeys(engine.cost.__struct_fields__, _COUNT))
         if engine.tensorrt is not None:
-            yield from _plans(f"{where}.tensorrt", engine.tensorrt)
+            yield from _plans(f"{where}.tensorrt", engine.tensorrt, images=model.vision is not None)
 
 
 def _layer(where: str, layer: LayerMetadata) -> Iterator[tuple[str, Any, str]]:
@@ -140,8 +142,9 @@ def _state(where: str, state: StateSpec, layers: int) -> Iterator[tuple[str, Any
         yield f"{where}.shape", list(state.shape), f"sizes of 1 or more, up to {_ELEMENTS} elements"
 
 
-def _plans(where: str, metadata: TensorRTMetadata) -> Iterator[tuple[str, Any, str]]:
+def _plans(where: str, metadata: TensorRTMetadata, images: bool) -> Iterator[tuple[str, Any, str]]:
     yield from _outside(where, metadata, _PLANS)
+    yield from _outside(where, metadata, dict.fromkeys(("max_visual", "max_patches"), _TOKENS if images else (0, 0)))
     if not metadata.sms or not all(10 <= sm < 1000 for sm in metadata.sms):
         yield f"{where}.sms", list(metadata.sms), "one or more numbers like 86 for compute capability 8.6"
 

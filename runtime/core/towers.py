@@ -12,6 +12,7 @@ Grid = tuple[int, int]  # rows and columns of patches
 Ranges = dict[str, tuple[float, float]]
 
 _PATCH_VALUES = 1 << 22  # numbers of one patch
+_PIXELS = 1 << 26  # of a visual token and of a tile: to that size a smaller image is enlarged or filled up
 _TAPS = {"bilinear": 4, "bicubic": 16}  # rows of the position table for a patch
 _SHARED: Ranges = {
     "patch_size": (1, 1 << 10),
@@ -75,6 +76,8 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """(field, value, what is allowed) of what no tower has, beyond LIMITS."""
         if self.patch_width > _PATCH_VALUES:
             yield "patch_size", self.patch_size, f"patches of up to {_PATCH_VALUES} numbers"
+        if self.patches_per_token * self.patch_size**2 > _PIXELS:
+            yield "merge_size", self.merge_size, f"visual tokens of up to {_PIXELS} pixels"
 
     def _ropes(self) -> dict[str, tuple[int, str]]:
         pairs = 2 * ((self.head_dim // 2 + 1) // 2)
@@ -192,6 +195,8 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
     def refused(self) -> Iterator[tuple[str, Any, str]]:
         if self.side % self.merge_size:
             yield "side", self.side, f"a multiple of merge_size = {self.merge_size}"
+        if (self.side * self.patch_size) ** 2 > _PIXELS:
+            yield "side", self.side, f"tiles of up to {_PIXELS} pixels"
         yield from super().refused()
 
 

@@ -106,8 +106,7 @@ def _spread(rope: RopeMetadata) -> np.ndarray:
 
     The product with a position picks and scales in one go, and is exact, because the other two terms are zero.
     """
-    own = inverse_frequencies(rope.dim, rope.theta)
-    frequencies = np.array(rope.frequencies, np.float32) if rope.frequencies else own
+    frequencies = np.array(rope.frequencies or inverse_frequencies(rope.dim, rope.theta), np.float32)
     spread = np.zeros((3, len(frequencies)), np.float32)
     spread[_frequency_axis(rope), np.arange(len(frequencies))] = frequencies
     spread.setflags(write=False)

@@ -14,7 +14,7 @@ from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.processor import ImageProcessor
 
-_MOST_TILES = 256  # that a preprocessor may allow
+_MOST_TILES, _MOST_PIXELS = 256, 1 << 26  # that a preprocessor may allow: an elongated image fills all tiles
 
 
 class TileImages(ImageProcessor):
@@ -41,6 +41,8 @@ class TileImages(ImageProcessor):
         if size != {"height": self._side, "width": self._side}:
             refuse("size", size, f"height = width = {self._side}, as in manifest.json")
         self._tiles = self._count("max_patches", self.TILES)
+        if self._tiles * self._side**2 > _MOST_PIXELS:
+            refuse("max_patches", self._tiles, f"tiles of up to {_MOST_PIXELS} pixels together")
 
     def _count(self, field: str, default: int) -> int:
         """A number of tiles. Raises BundleError."""

@@ -139,6 +139,14 @@ def test_limits_that_mean_nothing_are_refused(limits: ImageLimits, words: str) -
         ours().layout(noise((64, 64)), limits)
 
 
+def test_tiles_that_are_too_large_together_are_refused() -> None:
+    tower = TileTower(patch_size=64, merge_size=2, channels=3, head_dim=64, rope_theta=0.0, side=64)
+    size = {"size": {"height": 4096, "width": 4096}}
+    assert image_processor(KIND | size | {"max_patches": 4}, tower).max_patches == 4096
+    with pytest.raises(BundleError, match=r"max_patches = 5 \(supported: tiles of up to 67108864 pixels together\)"):
+        image_processor(KIND | size | {"max_patches": 5}, tower)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
