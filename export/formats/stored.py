@@ -10,7 +10,7 @@ from typing import Self, TypeGuard
 import numpy as np
 import onnx_ir as ir
 
-from moevlm.export.formats.base import WeightFormat, held
+from moevlm.export.formats.base import WeightFormat, held, rounded
 from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, weight_format
@@ -68,8 +68,9 @@ class EncodedFrom:
         """See `encoded`. Measures how far they are from the checkpoint's."""
         own = own_codes(self.weight, self.form)
         if own is not None:
-            found = _regrouped(own.codes(start, stop), own, self.form)
-            if own.form.scales == "float32" != self.form.scales:
+            codes = own.codes(start, stop)
+            found = _regrouped(codes, own, self.form)
+            if not np.array_equal(codes.scales, rounded(codes.scales, self.form.scales)):
                 self._measure(self.weight.rows(start, stop), found)
             return found
         rows = self.weight.rows(start, stop)

@@ -211,6 +211,13 @@ def test_codes_that_are_kept_cost_nothing_but_the_rounding_of_scales(graph_of) -
     assert 1e-5 < found["int4 kept"] < 2**-11
 
 
+@pytest.mark.parametrize(("scale", "lost"), [(2.0**-20, 0.0), (2.0**-30, 1.0)], ids=["held", "becomes 0"])
+def test_a_scale_below_float16_is_measured_though_codes_are_kept(scale: float, lost: float) -> None:
+    kept = PackedRows(_Held(CodeForm("int4", 32, scales="bfloat16"), 64, scale=scale), IntFormat(4, 32))
+    read(kept)
+    assert weight_errors([kept]).get("int4 kept", 0.0) == lost
+
+
 def test_a_cast_of_codes_is_measured_and_another_is_none(graph_of) -> None:
     graph = graph_of("fp8-blocks")
     run((Typed("bfloat16"),), graph)
