@@ -134,7 +134,7 @@ class _Texts:
         placeholder = model.image_placeholder
         self._placeholder = "" if placeholder is None else str(self._tokenizer.token(placeholder))
         self._builder = PromptBuilder(model, self._tokenizer, template, None)
-        control = control_tokens(self._tokenizer, template, model.eos_token_ids)
+        control = control_tokens(self._tokenizer, template, model.control_token_ids)
         self._control = {token for token, token_id in self._tokenizer.added.items() if token_id in control}
 
     def checks(self, seed: int) -> Iterator[Check]:

@@ -137,6 +137,12 @@ class ModelMetadata(_Metadata, frozen=True):
         return tuple(token_id for token_id in ids if token_id is not None)
 
     @property
+    def control_token_ids(self) -> frozenset[int]:
+        """Ids that end an answer or belong to an image or a video, and that no text of a user may become."""
+        marks = msgspec.structs.astuple(self.image_marks)
+        return frozenset().union(self.eos_token_ids, self.visual_token_ids, *marks)
+
+    @property
     def tower(self) -> VisionMetadata:
         """For code that has an image at hand: `vision` of a model that has one."""
         assert self.vision is not None

@@ -100,7 +100,7 @@ class PromptBuilder:
             text = tokenizer.token(token_id)
             if text is None or tokenizer.added.get(text) != token_id:
                 raise BundleError(f"tokenizer.json has no added token for {kind}_token_id = {token_id}")
-        self._guard = ControlGuard(tokenizer, control_tokens(tokenizer, template, model.eos_token_ids))
+        self._guard = ControlGuard(tokenizer, control_tokens(tokenizer, template, model.control_token_ids))
 
     def build(
         self, messages: Sequence[Message], options: Mapping[str, Any] = NOTHING, max_image_tokens: int | None = None

@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 _ROUNDS = 16
 
 
-def control_tokens(tokenizer: Tokenizer, template: ChatTemplate, eos_token_ids: Collection[int]) -> frozenset[int]:
-    """Ids of the added tokens that steer the model: flagged special, ending a turn, or written by the template.
+def control_tokens(tokenizer: Tokenizer, template: ChatTemplate, own: Collection[int]) -> frozenset[int]:
+    """Ids of the added tokens that steer the model: flagged special, the model's own, or written by the template.
 
-    The flag alone says what a decoder leaves out. Some tokenizers add tokens of blanks, which stand in any text.
+    own: see `ModelMetadata.control_token_ids`. The flag alone says what a decoder leaves out. Some tokenizers add
+    tokens of blanks, which stand in any text.
     """
     return frozenset(
         token_id
         for token, token_id in tokenizer.added.items()
-        if token_id in tokenizer.special_ids or token_id in eos_token_ids or (token.strip() and template.writes(token))
+        if token_id in tokenizer.special_ids or token_id in own or (token.strip() and template.writes(token))
     )
 
 
