@@ -68,9 +68,9 @@ class Fields:
         """An integer from 1 to the most that this field may be."""
         return self._whole(key, default, 1)
 
-    def aliased(self, key: str, alias: str) -> int:
+    def aliased(self, key: str, alias: str, default: Any = _REQUIRED) -> int:
         """A positive integer under either name, or under both with one value."""
-        value = self.positive(key if key in self or alias not in self else alias)
+        value = self.positive(key if key in self or alias not in self else alias, default)
         if alias in self and self[alias] != value:
             raise self.invalid(alias, self[alias], f"{self._name(key)} = {value}")
         return value

@@ -36,7 +36,7 @@ _TRAINING = (
     *("num_nextn_predict_layers", "for_llm_compressor"),
     *("debug", "micro_forward", "skip_checkpoint", "use_deepep"),  # of XTuner's, with which InternVL was trained
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
-    *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
 )
 # Of generate(); transformers drops them from config.json.
 _GENERATION = (

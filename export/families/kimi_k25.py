@@ -65,6 +65,6 @@ class KimiK25(Wrapper):
             model_type="kimi_k25",
             decoder=decoder,
             vision=moon_tower(fields.sub("vision_config"), fields, decoder.hidden),
-            image_token_id=fields.count("image_token_id", fields.count("media_placeholder_token_id", 163605)),
+            image_token_id=fields.aliased("image_token_id", "media_placeholder_token_id", 163605),
             eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),
         )

@@ -72,10 +72,11 @@ class Llama4(Wrapper):
             model_type="llama4",
             decoder=decoder,
             vision=llama4_tower(vision, decoder.hidden),
-            image_token_id=fields.count("image_token_index", 200092),
+            image_token_id=fields.aliased("image_token_index", "image_token_id", 200092),
             eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),
             image_marks=ImageMarks(
-                begin=(fields.count("boi_token_index", 200080),), end=(fields.count("eoi_token_index", 200081),)
+                begin=(fields.aliased("boi_token_index", "boi_token_id", 200080),),
+                end=(fields.aliased("eoi_token_index", "eoi_token_id", 200081),),
             ),
             mark_texts={
                 **dict.fromkeys(("placeholder", "overview"), "<|image|>"),

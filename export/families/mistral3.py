@@ -39,7 +39,7 @@ class Mistral3(Wrapper):
             model_type="mistral3",
             decoder=decoder,
             vision=pixtral_tower(fields.sub("vision_config"), fields, decoder.hidden, decoder.epsilon),
-            image_token_id=fields.count("image_token_index", fields.count("image_token_id", 10)),
+            image_token_id=fields.aliased("image_token_index", "image_token_id", 10),
             eos_token_ids=fields.ids(
                 "eos_token_id", text.ids("eos_token_id", () if text.is_null("eos_token_id") else (2,))
             ),

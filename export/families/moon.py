@@ -31,16 +31,16 @@ _ONLY = {
 
 def head_dim(vision: Fields) -> int:
     """Of the tower's heads."""
-    hidden = _either(vision, "hidden_size", "vt_hidden_size", 1152)
-    return hidden // _either(vision, "num_attention_heads", "vt_num_attention_heads", 16)
+    hidden = vision.aliased("hidden_size", "vt_hidden_size", 1152)
+    return hidden // vision.aliased("num_attention_heads", "vt_num_attention_heads", 16)
 
 
 def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
     """The tower of config.json's vision_config; the projector's fields lie beside that. out: width of the decoder."""
-    hidden = _either(vision, "hidden_size", "vt_hidden_size", 1152)
-    heads = _either(vision, "num_attention_heads", "vt_num_attention_heads", 16)
-    side = _either(vision, "pos_emb_height", "init_pos_emb_height", 64)
-    if (width := _either(vision, "pos_emb_width", "init_pos_emb_width", 64)) != side:
+    hidden = vision.aliased("hidden_size", "vt_hidden_size", 1152)
+    heads = vision.aliased("num_attention_heads", "vt_num_attention_heads", 16)
+    side = vision.aliased("pos_emb_height", "init_pos_emb_height", 64)
+    if (width := vision.aliased("pos_emb_width", "init_pos_emb_width", 64)) != side:
         raise vision.invalid("pos_emb_width", width, f"pos_emb_height = {side}")
     for key in ("pos_emb_time", "init_pos_emb_time", "tie_word_embeddings"):  # of videos; of no part of a tower
         vision.get(key, None)
@@ -51,11 +51,11 @@ def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
     vision.choice("text_hidden_size", (out,), out)
     return MoonVisionConfig(
         hidden=hidden,
-        depth=_either(vision, "num_hidden_layers", "vt_num_hidden_layers", 27),
+        depth=vision.aliased("num_hidden_layers", "vt_num_hidden_layers", 27),
         heads=heads,
         head_dim=head_dim(vision),
         mlp=MLPConfig(
-            _either(vision, "intermediate_size", "vt_intermediate_size", 4304),
+            vision.aliased("intermediate_size", "vt_intermediate_size", 4304),
             vision.choice("hidden_act", _ACTIVATIONS, "gelu_pytorch_tanh"),
             gated=False,
         ),
@@ -68,12 +68,6 @@ def moon_tower(vision: Fields, fields: Fields, out: int) -> MoonVisionConfig:
         position_grid=side,
         projector_epsilon=fields.number("projection_layer_norm_eps", vision.number("projector_ln_eps", 1e-5)),
     )
-
-
-def _either(vision: Fields, key: str, published: str, default: int) -> int:
-    if key in vision or published in vision:
-        return vision.aliased(key, published)
-    return default
 
 
 def _merge(vision: Fields) -> int:

@@ -157,6 +157,7 @@ PUBLISHED: dict[str, Any] = {
     "num_channels": 3,
     "num_hidden_layers": 24,
     "patch_size": [14, 14],
+    "drop_path_rate": 0.1,
     "projection_dropout": 0.0,
     "torch_dtype": "bfloat16",
     "use_absolute_position_embeddings": True,

@@ -236,3 +236,17 @@ def test_what_the_family_does_not_support_is_refused_by_its_whole_name(
     with pytest.raises(MoevlmError) as raised:
         family_for(config).config(config)
     assert told in str(raised.value)
+
+
+def test_token_ids_may_have_the_names_of_the_attributes(checkpoint: Path) -> None:
+    """image_token_id is image_token_index in transformers, and so are the ids around an image."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    published = family_for(config).config(config)
+    for name in ("image_token", "boi_token", "eoi_token"):
+        config[f"{name}_id"] = config.pop(f"{name}_index")
+    assert family_for(config).config(config) == published
+    refused(
+        CheckpointError,
+        f"boi_token_id = {config['boi_token_id']} (boi_token_index = 1)",
+        act=lambda: family_for(config).config(config | {"boi_token_index": 1}),
+    )
