@@ -12,6 +12,7 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis, rope_fields
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import register_text
+from moevlm.export.families.text.grouped import grouped_experts
 from moevlm.export.families.text.latent import HeadSizes, LatentText, latent_decoder, score_scale
 
 
@@ -34,5 +35,5 @@ class DeepseekV3(LatentText):
             tied=tied,
             rope=one_axis(text, sizes.rope, rope=rope),
             scale=score_scale(rope, sizes.query),
-            scoring="sigmoid",
+            moe=grouped_experts(text, "sigmoid", groups=8, chosen_groups=4, scale=2.5),
         )

@@ -5,14 +5,14 @@ Source: transformers 5.24 `models/glm4_moe`. Checkpoints: zai-org/GLM-4.5, GLM-4
 
 from typing import ClassVar
 
-from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
+from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig
 from moevlm.export.families import shared
 from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.export.families.text.grouped import grouped_experts
 from moevlm.runtime.core.manifest import RopeMetadata
 
 # Layers behind the last one, of the models of 46 and of 92: they predict a second token, for training.
@@ -50,8 +50,8 @@ def glm4_decoder(text: Fields, *, tied: bool, rope: RopeMetadata, bias: bool, qk
         qkv_bias=text.flag("attention_bias", bias),
         out_bias=False,
     )
-    activation = text.choice("hidden_act", {"silu": "silu"})
-    moe, dense = _moe(text, activation), MLPConfig(text.positive("intermediate_size"), activation)
+    moe = grouped_experts(text, "sigmoid")
+    dense = MLPConfig(text.positive("intermediate_size"), moe.expert.activation)
     dense_layers = text.count("first_k_dense_replace", 1)
     shared.all_attend(text)
     return shared.decoder(
@@ -60,30 +60,4 @@ def glm4_decoder(text: Fields, *, tied: bool, rope: RopeMetadata, bias: bool, qk
         tied=tied,
         rope=rope,
         layer=lambda i: LayerConfig(attention, dense if i < dense_layers else moe),
-    )
-
-
-def _moe(text: Fields, activation: str) -> MoEConfig:
-    experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group", 1)
-    if experts < 2:  # a group scores by its best two
-        raise text.invalid("n_routed_experts", experts, "2 or more")
-    if experts % groups or experts < 2 * groups:
-        raise text.invalid("n_group", groups, f"a divisor of the {experts} experts up to {experts // 2}")
-    width = text.positive("moe_intermediate_size")
-    return MoEConfig(
-        experts=experts,
-        width=width,
-        router=RouterSpec(
-            top_k=text.positive("num_experts_per_tok"),
-            scoring="sigmoid",
-            renormalize=text.flag("norm_topk_prob", True),
-            epsilon=1e-20,
-            scale=text.number("routed_scaling_factor", 1.0),
-            n_group=groups,
-            topk_group=text.positive("topk_group", 1),
-            group_score="top2_sum",
-        ),
-        expert=ExpertsSpec(activation=activation),
-        correction_bias=True,
-        shared_width=width * text.positive("n_shared_experts", 1),
     )

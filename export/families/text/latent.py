@@ -11,7 +11,6 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope_scaling import yarn_mscale
 from moevlm.export.families.sources import Source, halves, reordered, rows_of_heads
 from moevlm.export.families.text.base import TextModel
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata
 
 _EPSILON = 1e-6  # of the latents' norms, whatever rms_norm_eps says
@@ -97,10 +96,10 @@ def latent_decoder(
     tied: bool,
     rope: RopeMetadata,
     scale: float,
-    scoring: str,
+    moe: MoEConfig,
     query_scale: QueryScaleMetadata | None = None,
 ) -> DecoderConfig:
-    """A decoder of latent attention. scale: of the scores of attention. scoring: of the router."""
+    """A decoder of latent attention. scale: of the scores of attention. moe: the sparse layers."""
     heads, sizes = text.positive("num_attention_heads"), HeadSizes.of(text)
     text.choice("num_key_value_heads", (heads,), heads)
     text.choice("qk_head_dim", (sizes.query,), sizes.query)
@@ -116,9 +115,9 @@ def latent_decoder(
         scale=scale,
         query_scale=query_scale is not None,
     )
-    activation = text.choice("hidden_act", {"silu": "silu"})
-    moe, dense = _moe(text, activation, scoring), MLPConfig(text.positive("intermediate_size"), activation)
+    dense = MLPConfig(text.positive("intermediate_size"), moe.expert.activation)
     dense_layers = text.count("first_k_dense_replace")
+    text.choice("moe_layer_freq", (1,), 1)
     return shared.decoder(
         text,
         epsilon=1e-6,
@@ -138,31 +137,3 @@ def score_scale(rope: Fields, size: int) -> float:
     if not all_dims or rope.get("rope_type" if "rope_type" in rope else "type", "default") == "default":
         return size**-0.5
     return size**-0.5 * yarn_mscale(rope.number("factor"), all_dims) ** 2
-
-
-def _moe(text: Fields, activation: str, scoring: str) -> MoEConfig:
-    experts, groups = text.aliased("n_routed_experts", "num_local_experts"), text.positive("n_group")
-    if experts < 2:  # a group scores by its best two
-        raise text.invalid("n_routed_experts", experts, "2 or more")
-    if experts % groups or experts < 2 * groups:
-        raise text.invalid("n_group", groups, f"a divisor of the {experts} experts up to {experts // 2}")
-    text.choice("moe_layer_freq", (1,), 1)
-    text.choice("scoring_func", (scoring,), scoring)
-    width = text.positive("moe_intermediate_size")
-    return MoEConfig(
-        experts=experts,
-        width=width,
-        router=RouterSpec(
-            top_k=text.positive("num_experts_per_tok"),
-            scoring=scoring,
-            renormalize=text.flag("norm_topk_prob", True),
-            epsilon=1e-20,
-            scale=text.number("routed_scaling_factor"),
-            n_group=groups,
-            topk_group=text.positive("topk_group"),
-            group_score="top2_sum",
-        ),
-        expert=ExpertsSpec(activation=activation),
-        correction_bias=scoring == "sigmoid",
-        shared_width=width * text.positive("n_shared_experts"),
-    )

@@ -7,6 +7,7 @@ from moevlm.export.config import DecoderConfig
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis, rope_fields
 from moevlm.export.families.text.base import register_text
+from moevlm.export.families.text.grouped import grouped_experts
 from moevlm.export.families.text.latent import HeadSizes, LatentText, latent_decoder, score_scale
 from moevlm.runtime.core.manifest import QueryScaleMetadata
 
@@ -29,7 +30,7 @@ class Mistral4(LatentText):
             tied=tied,
             rope=one_axis(text, sizes.query, rope=rope, default_partial=partial),
             scale=score_scale(rope, sizes.query),
-            scoring="softmax",
+            moe=grouped_experts(text, "softmax"),
             query_scale=QueryScaleMetadata(
                 beta=rope.number("llama_4_scaling_beta"), original=rope.positive("original_max_position_embeddings")
             ),
