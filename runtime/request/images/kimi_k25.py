@@ -23,6 +23,12 @@ _MOST_SIDE, _MOST_PATCHES = 1 << 14, 1 << 24
 # What the published file, which has all of them in one object, calls the reference's fields.
 _PUBLISHED = "media_proc_cfg"
 _OF_IMAGES = {"patch_size": "patch_size", "merge_size": "merge_kernel_size", "max_patches": "in_patch_limit"}
+_ALIKE = {"image_mean", "image_std"}
+_OF_VIDEOS = {
+    *("in_patch_limit_each_frame", "in_patch_limit_video", "fixed_output_tokens_each_frame", "sample_fps"),
+    *("max_num_frames_each_video", "temporal_merge_kernel_size", "timestamp_mode"),
+}
+_KNOWN = {*_OF_IMAGES.values(), *_ALIKE, *_OF_VIDEOS, "patch_limit_on_one_side", "fixed_output_tokens", "config_type"}
 
 
 class KimiK25Images(ShrinkingImages):
@@ -112,8 +118,11 @@ def _as_reference(preprocessor: Mapping[str, Any]) -> Mapping[str, Any]:
         return preprocessor
     if not isinstance(published, Mapping) or published.get("fixed_output_tokens") is not None:
         refuse(_PUBLISHED, published, "an object whose fixed_output_tokens are null")
+    for name, value in published.items():
+        if name not in _KNOWN and value is not None and value is not False:
+            refuse(f"{_PUBLISHED}.{name}", value, "absent")
     fields = {ours: published[theirs] for ours, theirs in _OF_IMAGES.items() if theirs in published}
     if (side := published.get("patch_limit_on_one_side")) is not None:
         fields["size"] = {"max_height": side, "max_width": side}
-    fields |= {name: published[name] for name in ("image_mean", "image_std") if name in published}
+    fields |= {name: published[name] for name in _ALIKE if name in published}
     return {**fields, **preprocessor}

@@ -111,6 +111,10 @@ def test_the_file_as_published_says_what_transformers_has_as_defaults(theirs: ty
             "fixed_output_tokens": None,
             "patch_limit_on_one_side": 512,
             "in_patch_limit_each_frame": 4096,
+            "in_patch_limit_video": None,
+            "max_num_frames_each_video": None,
+            "timestamp_mode": "hh:mm:ss.fff",
+            "config_type": "media_proc.processors.moonvit.MoonViTMediaProcessorConfig",
             "sample_fps": 2.0,
             "temporal_merge_kernel_size": 4,
         },
@@ -175,6 +179,7 @@ def test_limits_that_cannot_be_are_refused_by_name(size: tuple[int, int], limits
         ({"do_resize": False}, r"do_resize = "),
         ({"media_proc_cfg": {"fixed_output_tokens": 64}}, "media_proc_cfg = .*fixed_output_tokens"),
         ({"media_proc_cfg": {"patch_size": 16}}, "patch_size = 16"),
+        ({"media_proc_cfg": {"in_patch_floor": 4}}, r"media_proc_cfg.in_patch_floor = 4 \(supported: absent\)"),
     ],
     ids=str,
 )
