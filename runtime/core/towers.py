@@ -24,6 +24,12 @@ _SHARED: Ranges = {
 }
 
 
+def _resampled(resampling: str) -> dict[str, tuple[int, str]]:
+    """Inputs of a tower whose table of positions is resampled: rows of the table, and their shares."""
+    taps = _TAPS[resampling]
+    return {"position_index": (taps, "int64"), "position_weight": (taps, "float32")}
+
+
 class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind"):
     """What all towers have: patches in, merge_size x merge_size of them, which lie side by side, to a visual token.
 
@@ -107,11 +113,9 @@ class GridTower(Tower, frozen=True, kw_only=True, tag="grid"):
 
     @property
     def inputs(self) -> Mapping[str, tuple[int, str]]:
-        taps = _TAPS[self.position_resampling]
         return {
             "pixel_patches": (self.patch_width, "float32"),
-            "position_index": (taps, "int64"),
-            "position_weight": (taps, "float32"),
+            **_resampled(self.position_resampling),
             **self._ropes(),
         }
 
@@ -152,11 +156,9 @@ class MoonTower(Tower, frozen=True, kw_only=True, tag="moon"):
 
     @property
     def inputs(self) -> Mapping[str, tuple[int, str]]:
-        taps = _TAPS[self.position_resampling]
         return {
             "pixel_patches": (self.patch_width, "float32"),
-            "position_index": (taps, "int64"),
-            "position_weight": (taps, "float32"),
+            **_resampled(self.position_resampling),
             **self._ropes(),
         }
 

@@ -44,10 +44,6 @@ class Gemma4Images(ImageProcessor):
         self._values = 2 * pixel_values(self._fields, False, (0.0,) * 3, (1.0,) * 3) - 1
 
     @property
-    def values(self) -> np.ndarray:
-        return self._values
-
-    @property
     def max_patches(self) -> int:
         return self._budget * self._vision.patches_per_token
 

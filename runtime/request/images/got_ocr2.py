@@ -6,8 +6,6 @@ Numerically GotOcr2ImageProcessor of Hugging Face transformers 5.24 on its Pillo
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, pixel_values
@@ -32,10 +30,6 @@ class GotOcr2Images(TileImages):
         if self._least > self._tiles:  # the reference leaves every image in one piece
             self._tiles = 1
         self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
-
-    @property
-    def values(self) -> np.ndarray:
-        return self._values
 
     def _cut(self, height: int, width: int, most: int) -> tuple[int, int]:
         """The tiles whose shape is nearest to the image's; of two the later, while the image is half as large as they.

@@ -48,10 +48,6 @@ class Llama4Images(TileImages):
         # The reference rounds to bfloat16 at every step.
         self._values = pixel_values(self._fields, True, (0.5,) * 3, (0.5,) * 3, dtype=DTYPES["bfloat16"].numpy)
 
-    @property
-    def values(self) -> np.ndarray:
-        return self._values
-
     def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> list[Image.Image]:
         if self._layout(image.height, image.width, limits).rows:
             return super().fit(image, limits)

@@ -41,6 +41,7 @@ class ImageProcessor(ABC):
     KNOWN: ClassVar[set[str]]
     SIZES: ClassVar[Mapping[str, tuple[int, str]]]
     EXACT: ClassVar[bool] = True
+    _values: np.ndarray  # see `values`; subclasses set it
 
     def __init__(
         self,
@@ -120,9 +121,9 @@ class ImageProcessor(ABC):
         return pack(patches, grids, self._vision), grids
 
     @property
-    @abstractmethod
     def values(self) -> np.ndarray:
         """What each byte of a pixel becomes, by channel: [3, 256] float32."""
+        return self._values
 
     @property
     @abstractmethod
@@ -142,12 +143,16 @@ class ImageProcessor(ABC):
         """The image over all of its tiles. size: (width, height) of them together."""
         return image.resize(size, self._resample)
 
-    @abstractmethod
     def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
         """Write the values of pixels [3, P, frames, size, size] uint8 into patches [P, patch_width] float32.
 
-        frames: 1 of an image, the temporal patch size of a slice.
+        frames: 1 of an image, which is copied where a patch has more; the temporal patch size of a slice. Values lie
+        colour by colour, frame by frame, row by row, unless a subclass says otherwise.
         """
+        size = self._vision.patch_size
+        written = patches.reshape(len(patches), 3, -1, size, size)
+        for channel in range(3):
+            written[:, channel] = self._values[channel][pixels[channel]]
 
     def _pixels(self, grid: Grid) -> tuple[int, int]:
         """(height, width) of a piece of this grid."""

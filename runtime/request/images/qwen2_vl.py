@@ -6,8 +6,6 @@ Numerically those of Hugging Face transformers 5.24 on their Pillow backend.
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
@@ -38,10 +36,6 @@ class Qwen2VLImages(ImageProcessor):
         self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
 
     @property
-    def values(self) -> np.ndarray:
-        return self._values
-
-    @property
     def max_patches(self) -> int:
         return self._longest // (self._frames * self._block**2) * self._vision.patches_per_token
 
@@ -53,12 +47,6 @@ class Qwen2VLImages(ImageProcessor):
     def _enlarged(self, height: int, width: int) -> tuple[int, int]:
         """The size that counts as the image's own."""
         return height, width
-
-    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        size = self._vision.patch_size
-        written = patches.reshape(-1, 3, self._copies, size, size)
-        for channel in range(3):
-            written[:, channel] = self._values[channel][pixels[channel]]  # an image is copied
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         block, frames, most = self._block, self._frames, self.most_tokens(limits)

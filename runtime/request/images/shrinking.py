@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import VisionMetadata
@@ -14,7 +12,7 @@ from moevlm.runtime.request.images.processor import ImageProcessor
 
 
 class ShrinkingImages(ImageProcessor):
-    """A patch's values lie colour by colour, row by row. MEANS, DEVIATIONS: of pixels where the fields do not say."""
+    """MEANS, DEVIATIONS: of pixels where the fields do not say."""
 
     MEANS: ClassVar[tuple[float, ...]]
     DEVIATIONS: ClassVar[tuple[float, ...]]
@@ -28,10 +26,6 @@ class ShrinkingImages(ImageProcessor):
     ) -> None:
         super().__init__(preprocessor, vision, max_pixels, max_tokens)
         self._values = pixel_values(self._fields, True, self.MEANS, self.DEVIATIONS)
-
-    @property
-    def values(self) -> np.ndarray:
-        return self._values
 
     def _most(self, limits: ImageLimits) -> int | None:
         """The most visual tokens that an image may have, where something says so. Raises RequestError."""
@@ -54,9 +48,3 @@ class ShrinkingImages(ImageProcessor):
         if limits.low_detail:
             found.append(max(1, LOW_DETAIL_PIXELS // block))
         return min(found, default=None)
-
-    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        size = self._vision.patch_size
-        written = patches.reshape(-1, 3, size, size)
-        for channel in range(3):
-            written[:, channel] = self._values[channel][pixels[channel, :, 0]]

@@ -4,8 +4,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import numpy as np
-
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import TileTower
@@ -18,7 +16,7 @@ _MOST_TILES, _MOST_PIXELS = 256, 1 << 26  # that a preprocessor may allow: an el
 
 
 class TileImages(ImageProcessor):
-    """An image in tiles of one size and an overview, or in one piece. Values of a patch lie colour by colour, by rows.
+    """An image in tiles of one size and an overview, or in one piece.
 
     SIDE, TILES: side of a tile in pixels, and the most tiles, where the fields do not say.
     """
@@ -91,9 +89,3 @@ class TileImages(ImageProcessor):
                 )
             tiles = min(tiles, max(1, tokens // each - 1))
         return min(tiles, max(1, LOW_DETAIL_PIXELS // area)) if limits.low_detail else tiles
-
-    def _write(self, pixels: np.ndarray, patches: np.ndarray) -> None:
-        size = self._vision.patch_size
-        written = patches.reshape(-1, 3, size, size)
-        for channel in range(3):
-            written[:, channel] = self.values[channel][pixels[channel, :, 0]]
