@@ -2,8 +2,9 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
-from moevlm.export.graph.op import Op, function, register
+from moevlm.export.graph.op import Op, function, is_op, register
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 ROUTER, EXPERTS = "MoERouter", "MoEExperts"
@@ -71,11 +72,13 @@ LINEAR = {
         {weight}_bias_e = Gather ({weight}_bias, expert)
         {y} = Gemm <transB = 1> ({x}, {weight}_e, {weight}_bias_e)""",
 }
-# The loop runs over the experts that some token chose: the weights of the others are never read.
+# The loop runs over the experts that some token chose: the weights of the others are never read. -1 is no expert.
 LOOP = """
     index = Cast <to = 7> (expert_index)
     flat = Reshape (index, minus_one)
-    active = Unique <sorted = 1> (flat)
+    chosen = Unique <sorted = 1> (flat)
+    is_expert = GreaterOrEqual (chosen, first)
+    active = Compress <axis = 0> (chosen, is_expert)
     trips = Size (active)
     x_shape = Shape (x)
     nothing = Expand (zero, x_shape)
@@ -100,6 +103,12 @@ LOOP = """
         sum_out = ScatterND <reduction = "add"> (sum_in, token_2d, weighted_out)
     }}> (trips, true, nothing)
 """
+
+
+def routes(value: ir.Value) -> bool:
+    """Whether a value is the logits of a router, or of one of two between which a Where decides for each token."""
+    users = value.consumers()
+    return any(is_op(user, ROUTER) or (user.op_type == "Where" and routes(user.outputs[0])) for user in users)
 
 
 def router_function(spec: RouterSpec, has_bias: bool, has_scale: bool = False) -> onnx.FunctionProto:

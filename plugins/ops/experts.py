@@ -38,14 +38,14 @@ def experts(
 ) -> Array:
     """Send each token through its experts and add their outputs.
 
-    x: [T, H]. index, weight: [T, k], as `route` returns them.
+    x: [T, H]. index, weight: [T, k], as `route` returns them; -1 is no expert, and adds nothing.
     gate_up: [E, 2I, H], gate rows first, then up rows ([E, I, H] if not gated); gate_up_bias: [E, 2I] (or [E, I]).
     down: [E, H, I]; down_bias: [E, H]. between: applied to activations [R, I] on their way into down.
     Returns y [T, H] in the dtype of x. With weight_on = "input" a token's row is scaled on its way into the expert, and
     the outputs are added as they are.
     """
     y = np.zeros(x.shape, np.float64)
-    for e in np.unique(index):
+    for e in np.unique(index[index >= 0]):
         token, slot = np.nonzero(index == e)
         rows = x[token].astype(np.float64)
         scale = weight[token, slot, None].astype(np.float64)

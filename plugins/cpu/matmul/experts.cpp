@@ -10,7 +10,8 @@ namespace {
 
 constexpr int64_t kRows = 8 * kMaxRows;  // whose channels a task keeps as floats until it quantizes them
 
-// The pairs of a token and one of its experts, sorted by expert. A pair's number is token * top_k + choice.
+// The pairs of a token and one of its experts, sorted by expert. A pair's number is token * top_k + choice. A pair of no
+// expert, -1, is not among them.
 struct Routing {
   int32_t* pairs;   // [tokens * top_k], those of an expert one after another
   int32_t* first;   // [experts + 1]: where an expert's pairs begin
@@ -21,11 +22,13 @@ struct Routing {
 
   void sort(const int32_t* index, int64_t count, int64_t experts) {
     std::fill_n(first, experts + 1, 0);
-    for (int64_t i = 0; i < count; ++i) ++first[index[i] + 1];
+    for (int64_t i = 0; i < count; ++i)
+      if (index[i] >= 0) ++first[index[i] + 1];
     for (int64_t e = 0; e < experts; ++e)
       if (first[e + 1]) active[active_count++] = static_cast<int32_t>(e);
     std::partial_sum(first, first + experts + 1, first);
-    for (int64_t i = 0; i < count; ++i) pairs[first[index[i]]++] = static_cast<int32_t>(i);
+    for (int64_t i = 0; i < count; ++i)
+      if (index[i] >= 0) pairs[first[index[i]]++] = static_cast<int32_t>(i);
     for (int64_t e = experts; e > 0; --e) first[e] = first[e - 1];
     first[0] = 0;
   }
@@ -51,6 +54,10 @@ class ExpertsCall {
   void run() {
     const int64_t pairs = in_.tokens * in_.top_k;
     routing_.sort(in_.index, pairs, shape_.experts);
+    if (!routing_.active_count) {
+      std::fill_n(y_, in_.tokens * shape_.hidden, 0.0f);
+      return;
+    }
     quantize_rows(kernels_, pool_, shape_.packing, in_.x, in_.tokens, shape_.hidden, x_rows_);
 
     const int64_t count = routing_.active_count;
@@ -175,7 +182,7 @@ int64_t experts(const ExpertsShape& shape, const Kernels& kernels, const Pool& p
                 uint8_t* scratch) {
   const int64_t pairs = in.tokens * in.top_k;
   for (int64_t i = 0; i < pairs; ++i)
-    if (in.index[i] < 0 || in.index[i] >= shape.experts) return i;
+    if (in.index[i] < -1 || in.index[i] >= shape.experts) return i;
   if (pairs) ExpertsCall(shape, kernels, pool, in, y, scratch).run();
   return pairs;
 }

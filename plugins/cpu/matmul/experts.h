@@ -27,7 +27,7 @@ struct ExpertsShape {
 
 struct ExpertsInputs {
   const float* x;          // [tokens, hidden]
-  const int32_t* index;    // [tokens, top_k]
+  const int32_t* index;    // [tokens, top_k]; -1 is no expert
   const float* weight;     // [tokens, top_k]
   const uint8_t* gate_up;  // [experts, up_bytes]
   const uint8_t* down;     // [experts, down_bytes]

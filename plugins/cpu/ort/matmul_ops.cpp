@@ -167,7 +167,7 @@ struct ExpertsOp {
     const int64_t checked = matmul::experts(bank, kernels(instruction_set()), call.pool(), in, y, memory.get());
     if (checked < tokens * top_k) {
       invalid("expert_index[", checked / top_k, ", ", checked % top_k, "] = ", in.index[checked], " (allowed: 0 to ",
-              count - 1, ")");
+              count - 1, ", or -1 for none)");
     }
   }
 };

@@ -198,7 +198,7 @@ class ExpertsDraft:
             layout,
             "combine",
             (per_token(-(-op.hidden // step)), ONE, ONE),
-            (rows, self._input("expert_weight"), (Argument("output"), self.dtype)),
+            (rows, self._input("expert_index"), self._input("expert_weight"), (Argument("output"), self.dtype)),
             {"TOP_K": op.top_k, "HIDDEN": op.hidden, "SPEC": op.spec, "STEP": step},
         )
 

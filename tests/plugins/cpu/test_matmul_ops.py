@@ -129,10 +129,13 @@ def test_experts_in_a_session(rng, name, has_biases):
     index = rng.integers(0, 8, (5, 2), dtype=np.int32)
     arrays = [x, index, weight, np.stack([p for p, _ in up]), np.stack([p for p, _ in down]), *biases]
     names = ("x", "index", "weight", "gate_up", "down", "gate_up_bias", "down_bias")
-    (y,) = run("MoEExperts", dict(zip(names, arrays, strict=True)), {**BANK, **attributes(spec)})
     plain = np.stack([w for _, w in up]), np.stack([w for _, w in down])
-    expected = reference_experts(x, index, weight, *plain, spec, *biases)
-    np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
+    none = np.full_like(index, -1)
+    for chosen in (index, np.where([[1], [0], [1], [0], [1]], index, none), np.where([1, 0], none, index), none):
+        arrays[1] = chosen
+        (y,) = run("MoEExperts", dict(zip(names, arrays, strict=True)), {**BANK, **attributes(spec)})
+        expected = reference_experts(x, chosen, weight, *plain, spec, *biases)
+        np.testing.assert_allclose(y, expected, atol=0.05 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("has_scale", [False, True], ids=["", "expert_scale"])
@@ -198,8 +201,8 @@ def test_float_linear_refuses_what_does_not_fit(rng, values, columns, message):
 @pytest.mark.parametrize(
     ("changes", "index", "message"),
     [
-        ({}, [[0, 8]], r"MoEExperts: expert_index\[0, 1\] = 8 \(allowed: 0 to 7\)"),
-        ({}, [[-1, 1]], r"MoEExperts: expert_index\[0, 0\] = -1 \(allowed: 0 to 7\)"),
+        ({}, [[0, 8]], r"MoEExperts: expert_index\[0, 1\] = 8 \(allowed: 0 to 7, or -1 for none\)"),
+        ({}, [[-2, 1]], r"MoEExperts: expert_index\[0, 0\] = -2 \(allowed: 0 to 7, or -1 for none\)"),
         ({}, [[1, 1], [1, 1]], r"MoEExperts: expert_index has shape \[2, 2\] \(allowed: \[1, top_k\]\)"),
         ({}, [0, 1], r"MoEExperts: expert_index has shape \[2\] \(allowed: \[1, top_k\]\)"),
         ({}, [[]], r"MoEExperts: expert_index has shape \[1, 0\] \(allowed: \[1, top_k\]\)"),

@@ -222,12 +222,42 @@ def test_the_nearest_expert_takes_an_index_that_names_none(triton_interpreter: I
     op = ExpertsOp(SILU, 5, 1, hidden=40, inner=24, dtype="float16")
     for tokens in (1, 6, 20):
         inputs = draw_inputs(op, tokens, np.random.randint(1 << 30))
-        wrong = np.random.choice([-7, -1, 5, 1 << 30], (tokens, 1)).astype(np.int32)
+        wrong = np.random.choice([5, 1 << 30], (tokens, 1)).astype(np.int32)
         outputs = [
             triton_interpreter.run(op.draft(80), inputs | {"expert_index": index})[0]
             for index in (wrong, wrong.clip(0, 4))
         ]
         np.testing.assert_array_equal(*outputs)
+
+
+@pytest.mark.parametrize("has_biases", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("tokens", [1, 6, 20, 180])
+def test_minus_one_is_no_expert_whose_weights_are_never_read(
+    triton_interpreter: Interpreter, tokens: int, has_biases: bool
+) -> None:
+    """All choices of some tokens, some of others; weights of experts that nobody chose are not numbers."""
+    op = ExpertsOp(SILU, 6, 3, hidden=40, inner=24, dtype="float32", has_biases=has_biases)
+    inputs = draw_inputs(op, tokens, tokens)
+    index = inputs["expert_index"].copy()
+    index[np.random.default_rng(tokens).random(index.shape) < 0.4] = -1
+    index[::2] = -1
+    for chosen in (index, np.full_like(index, -1)):
+        given = inputs | {"expert_index": np.where(chosen == 3, -1, chosen).astype(np.int32)}
+        want = expected(op, given)
+        for name in ("gate_up", "down"):
+            given[name] = given[name].copy()
+            given[name][list({*range(6)} - {*given["expert_index"].ravel().tolist()})] = np.nan
+        (y,) = triton_interpreter.run(op.draft(80), given)
+        np.testing.assert_allclose(y, want, atol=1e-5 * max(1, np.abs(want).max()))
+
+
+@pytest.mark.parametrize("slot", [0, 1, 2])
+def test_one_choice_of_a_lone_token_may_be_none(triton_interpreter: Interpreter, slot: int) -> None:
+    op = ExpertsOp(SILU, 6, 3, hidden=40, inner=24, dtype="float32", has_biases=True)
+    inputs = draw_inputs(op, 1, slot)
+    inputs["expert_index"][0, slot] = -1
+    (y,) = triton_interpreter.run(op.draft(80), inputs)
+    np.testing.assert_allclose(y, expected(op, inputs), atol=1e-5)
 
 
 def test_inputs_that_differ_from_the_draft_are_refused(triton_interpreter: Interpreter) -> None:

@@ -31,9 +31,11 @@ def test_rows_stand_by_expert_in_blocks(
 ) -> None:
     index = np.random.default_rng(tokens).integers(-2, experts + 2, (tokens, top_k)).astype(np.int32)
     starts, rows, blocks = triton_interpreter.call(sort, index, experts, block_rows)
-    expert = index.ravel().clip(0, experts - 1)
-    counts = np.bincount(expert, minlength=experts)
-    np.testing.assert_array_equal(rows, np.argsort(expert, kind="stable"))
+    expert = index.ravel().clip(-1, experts - 1)
+    there = np.flatnonzero(expert >= 0)
+    counts = np.bincount(expert[there], minlength=experts)
+    np.testing.assert_array_equal(rows[: len(there)], there[np.argsort(expert[there], kind="stable")])
+    assert (rows[len(there) :] == -1).all()
     np.testing.assert_array_equal(starts[0], np.cumsum([0, *counts]))
     np.testing.assert_array_equal(starts[1], np.cumsum([0, *-(-counts // block_rows)]))
     expected = [(e, starts[0, e] + first) for e, count in enumerate(counts) for first in range(0, count, block_rows)]

@@ -8,7 +8,7 @@ where one does, as the router lets a token whose logits are not numbers, its own
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
+from moevlm.plugins.gpu.kernels.moe.indices import is_expert, nearest_expert
 from moevlm.plugins.gpu.kernels.moe.products import (
     add_product,
     down_tile,
@@ -38,8 +38,9 @@ def rows_of(index, e, tokens, EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BM: tl
     token = tl.arange(0, BM)[:, None]
     slot = tl.arange(0, triton.next_power_of_2(TOP_K))[None, :]
     real = (token < tokens) & (slot < TOP_K)
-    chosen = nearest_expert(tl.load(index + token * TOP_K + slot, mask=real, other=0), EXPERTS)
-    return tl.min(tl.where(real & (chosen == e), token * TOP_K + slot, 1 << 30), 1)
+    chosen = tl.load(index + token * TOP_K + slot, mask=real, other=-1)
+    goes = is_expert(chosen) & (nearest_expert(chosen, EXPERTS) == e)
+    return tl.min(tl.where(goes, token * TOP_K + slot, 1 << 30), 1)
 
 
 @triton.jit
@@ -63,7 +64,10 @@ def few_gate_up(
 ):
     INNER: tl.constexpr = inner_of(W, SPEC)
     wait_for_previous(OVERLAPS)
-    e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
+    chosen = tl.load(index + tl.program_id(1))
+    if not is_expert(chosen):
+        return
+    e = nearest_expert(chosen, EXPERTS)
     row = rows_of(index, e, tokens, EXPERTS, TOP_K, TILE.BM)
     if tl.min(row, 0) != tl.program_id(1):
         return
@@ -94,7 +98,10 @@ def few_down(
     OVERLAPS: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    e = nearest_expert(tl.load(index + tl.program_id(1)), EXPERTS)
+    chosen = tl.load(index + tl.program_id(1))
+    if not is_expert(chosen):
+        return
+    e = nearest_expert(chosen, EXPERTS)
     row = rows_of(index, e, tokens, EXPERTS, TOP_K, TILE.BM)
     if tl.min(row, 0) != tl.program_id(1):
         return
@@ -134,19 +141,26 @@ def single_down(
     n = tl.minimum(column, W.rows - 1)
     line = tl.arange(0, TILE.BM)
     offset = tl.zeros([TILE.BM], tl.int64)
+    slot = tl.arange(0, triton.next_power_of_2(TOP_K))
+    any_expert = is_expert(tl.max(tl.load(index + slot, mask=slot < TOP_K, other=-1), 0))
     # `index` is older than gate_up, with which this launch overlaps.
-    if OVERLAPS:
-        for j in tl.static_range(PREFETCHED if PREFETCHED < TOP_K else TOP_K):
-            prefetch_expert(w, nearest_expert(tl.load(index + j), EXPERTS), n, W)
+    if OVERLAPS:  # noqa: SIM102 - known when the kernel is compiled, and the other is not
+        if any_expert:
+            for j in tl.static_range(PREFETCHED if PREFETCHED < TOP_K else TOP_K):
+                prefetch_expert(w, nearest_expert(tl.load(index + j), EXPERTS), n, W)
     wait_for_previous(OVERLAPS)
+    if not any_expert:  # no weights are read
+        tl.store(y + column, tl.zeros([TILE.BN], y.dtype.element_ty), mask=column < W.rows)
+        return
     acc = tl.zeros([TILE.BM, TILE.BN], tl.float32)  # of one expert; all but the first row are zeros
     total = tl.zeros([TILE.BM, TILE.BN], tl.float32)
     # Read one step ahead: weights that wait for an index read in their own step are copied ahead less far.
-    e = nearest_expert(tl.load(index), EXPERTS)
+    first = tl.load(index)
+    e, lead = nearest_expert(first, EXPERTS), tl.minimum(first, 0)  # a row of no expert is as good as zeros
     factor = tl.load(weight)
     for step in range(TOP_K * STEPS):
         part = step % STEPS
-        rows = load_rows(inner + step // STEPS * W.width, offset, line == 0, part, W, TILE.BK)
+        rows = load_rows(inner + step // STEPS * W.width, offset, line == lead, part, W, TILE.BK)
         wide = e.to(tl.int64)
         expert, scales, zeros = expert_weights(w, wide, W), expert_scales(scale, wide, W), expert_zeros(zero, wide, W)
         acc = add_product(acc, rows, expert, scales, zeros, n, part, W, TILE, INTERPRETED)
@@ -154,13 +168,15 @@ def single_down(
         total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)
         acc = tl.where(last, 0.0, acc)
         after = tl.minimum((step + 1) // STEPS, TOP_K - 1)
-        e = nearest_expert(tl.load(index + after), EXPERTS)
+        following = tl.load(index + after)
+        e, lead = nearest_expert(following, EXPERTS), tl.minimum(following, 0)
         factor = tl.load(weight + after)
     out = tl.sum(total, 0)
     if W.has_bias:
         for j in tl.static_range(TOP_K):
-            chosen = nearest_expert(tl.load(index + j), EXPERTS).to(tl.int64)
-            value = tl.load(bias + chosen * W.rows + n).to(tl.float32)
+            chosen = tl.load(index + j)
+            place = nearest_expert(chosen, EXPERTS).to(tl.int64) * W.rows
+            value = tl.where(is_expert(chosen), tl.load(bias + place + n).to(tl.float32), 0.0)
             if not SCALES_INPUT:
                 value *= tl.load(weight + j)
             out += value

@@ -6,6 +6,7 @@ Programs run through a block's columns first, so blocks of the same expert meet 
 import triton
 import triton.language as tl
 
+from moevlm.plugins.gpu.kernels.moe.indices import is_expert
 from moevlm.plugins.gpu.kernels.moe.products import down_tile, gate_up_tile, inner_of, store_tile
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
@@ -95,6 +96,7 @@ def grouped_down(
 @triton.jit
 def combine(
     rows,  # [T * k, H]
+    index,  # [T, k] int32
     weight,  # [T, k] float32
     y,  # [T, H], written: each token's k rows, times their weights unless those scaled the input
     TOP_K: tl.constexpr,
@@ -109,7 +111,8 @@ def combine(
     n = (tl.program_id(0) % TILES) * STEP + tl.arange(0, STEP)
     total = tl.zeros([STEP], tl.float32)
     for j in tl.static_range(TOP_K):
-        row = tl.load(rows + (token * TOP_K + j) * HIDDEN + n, mask=n < HIDDEN, other=0.0).to(tl.float32)
+        width = tl.where(is_expert(tl.load(index + token * TOP_K + j)), HIDDEN, 0)
+        row = tl.load(rows + (token * TOP_K + j) * HIDDEN + n, mask=n < width, other=0.0).to(tl.float32)
         if SPEC.weight_on == "output":
             row *= tl.load(weight + token * TOP_K + j)
         total += row

@@ -1,4 +1,5 @@
-"""Sorting routed rows by expert, for many tokens. Row r = token * k + slot of `index` [T, k].
+"""Sorting routed rows by expert, for many tokens. Row r = token * k + slot of `index` [T, k]; rows of no expert, -1,
+are not among them.
 
 `count_rows`, `start_rows` and `place_rows` follow one another; for few rows, `sort_rows` does it all in one launch.
 The order of rows inside an expert is left to chance: each row's numbers depend on that row alone.
@@ -7,7 +8,7 @@ The order of rows inside an expert is left to chance: each row's numbers depend 
 import triton
 import triton.language as tl
 
-from moevlm.plugins.gpu.kernels.moe.indices import nearest_expert
+from moevlm.plugins.gpu.kernels.moe.indices import is_expert, nearest_expert
 from moevlm.plugins.gpu.kernels.overlap import wait_for_previous
 
 
@@ -23,8 +24,8 @@ def count_rows(
 ):
     wait_for_previous(OVERLAPS)
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    mask = row < tokens * TOP_K
-    expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
+    chosen = tl.load(index + row, mask=row < tokens * TOP_K, other=-1)
+    expert, mask = nearest_expert(chosen, EXPERTS), is_expert(chosen)
     tl.atomic_add(counts + expert, 1, mask=mask)
 
 
@@ -62,8 +63,8 @@ def place_rows(
 ):
     wait_for_previous(OVERLAPS)
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    mask = row < tokens * TOP_K
-    expert = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
+    chosen = tl.load(index + row, mask=row < tokens * TOP_K, other=-1)
+    expert, mask = nearest_expert(chosen, EXPERTS), is_expert(chosen)
     place = tl.atomic_add(counts + EXPERTS + expert, 1, mask=mask)
     position = tl.load(starts + expert, mask=mask, other=0) + place
     tl.store(rows + position, row, mask=mask)
@@ -91,8 +92,9 @@ def sort_rows(
     wait_for_previous(OVERLAPS)
     count = tokens * TOP_K
     every = tl.arange(0, MOST)
-    chosen = nearest_expert(tl.load(index + every, mask=every < count, other=0), EXPERTS)
-    counts = tl.histogram(chosen, triton.next_power_of_2(EXPERTS), mask=every < count)
+    given = tl.load(index + every, mask=every < count, other=-1)
+    chosen = tl.where(is_expert(given), nearest_expert(given, EXPERTS), -1)
+    counts = tl.histogram(chosen, triton.next_power_of_2(EXPERTS), mask=is_expert(given))
     of_blocks = (counts + block_rows - 1) // block_rows
     ends, block_ends = tl.cumsum(counts, 0), tl.cumsum(of_blocks, 0)
     if tl.program_id(0) == 0:
@@ -102,8 +104,8 @@ def sort_rows(
         tl.store(starts, 0)
         tl.store(starts + EXPERTS + 1, 0)
     row = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    mask = row < count
-    e = nearest_expert(tl.load(index + row, mask=mask, other=0), EXPERTS)
+    own = tl.load(index + row, mask=row < count, other=-1)
+    e, mask = nearest_expert(own, EXPERTS), is_expert(own)
     earlier = (chosen[None, :] == e[:, None]) & (every[None, :] < row[:, None])
     place = tl.sum(earlier.to(tl.int32), 1)
     position = tl.gather(ends - counts, e, 0) + place
