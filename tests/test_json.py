@@ -95,6 +95,7 @@ GOLDEN = {
         "model.ropes[].theta": "number",
         "model.ropes[].sections": "array of integer",
         "model.ropes[].interleaved": "boolean",
+        "model.ropes[].alternating": "boolean",
         "model.query_scale": "object or null",
         "model.query_scale.beta": "number",
         "model.query_scale.original": "integer",

@@ -41,6 +41,8 @@ class MoEConfig:
     shared_width: of an expert that always runs; 0 for none.
     shared_gate: what the shared expert returns is multiplied by the sigmoid of a projection to one number.
     dense_width: of a dense layer beside the experts, each side with norms of its own (Gemma 4); 0 for none.
+    image_width: of as many experts again, with a router like this one, that tokens of images go to instead (ERNIE 4.5
+    VL); 0 for none.
     """
 
     experts: int
@@ -54,6 +56,7 @@ class MoEConfig:
     shared_width: int = 0
     shared_gate: bool = False
     dense_width: int = 0
+    image_width: int = 0
 
     def __post_init__(self) -> None:
         self.router.check(self.experts)
@@ -84,7 +87,7 @@ class LayerConfig:
 class DecoderConfig:
     """The language model. ropes: by rope group. deepstack: visual levels added after the first layers.
 
-    visual: it takes rows of visual features.
+    visual: it takes rows of visual features. image_ids: tokens that go to experts for images, where there are such.
     embedding_scale: factor on the rows of text tokens. logit_softcap: logits become softcap * tanh(logits / softcap);
     0 for none. query_scale: of the layers whose mixers scale queries by their place; None if there are none.
     """
@@ -101,6 +104,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     logit_softcap: float = 0.0
     query_scale: QueryScaleMetadata | None = None
+    image_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if any(layer.mixer.scales_queries for layer in self.layers) != (self.query_scale is not None):

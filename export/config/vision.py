@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.core.errors import FieldError
-from moevlm.runtime.core.towers import GridTower, MoonTower, PooledTower, RotaryTower, TileTower, VisionMetadata
+from moevlm.runtime.core.towers import (
+    GridTower,
+    MoonTower,
+    PooledTower,
+    ResampledTower,
+    RotaryTower,
+    TileTower,
+    VisionMetadata,
+)
 
 if TYPE_CHECKING:
     from moevlm.export.config.model import MLPConfig
@@ -156,6 +164,30 @@ class RotaryVisionConfig(VisionConfig):
 
     def metadata(self) -> RotaryTower:
         return RotaryTower(
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            channels=self.channels,
+            head_dim=self.head_dim,
+            rope_theta=self.rope_theta,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResampledVisionConfig(VisionConfig):
+    """The tower of ERNIE 4.5 VL: layer norms throughout; a block of patches, then two frames, through a layer each.
+
+    An image is one frame, taken twice. out_epsilon: of the RMS norm of visual tokens.
+    """
+
+    out_epsilon: float
+
+    def __post_init__(self) -> None:
+        if self.hidden != self.heads * self.head_dim:
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
+        super().__post_init__()
+
+    def metadata(self) -> ResampledTower:
+        return ResampledTower(
             patch_size=self.patch_size,
             merge_size=self.merge_size,
             channels=self.channels,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.rearranged import Parts, Reordered, RowBlocks, reshape, swap_last
-from moevlm.export.graph.weights import Constant, PerRow, Weight, cast
+from moevlm.export.graph.rearranged import Flat, Parts, Reordered, RowBlocks, reshape, swap_last
+from moevlm.export.graph.weights import Constant, PerRow, Stack, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -105,6 +105,37 @@ def halves(dim: int, start: int = 0, size: int = 0) -> tuple[int, ...]:
     """
     turning = (*range(start, start + dim, 2), *range(start + 1, start + dim, 2))
     return (*range(start), *turning, *range(start + dim, size or dim))
+
+
+def turned(pattern: str) -> Source:
+    """A matrix that is stored with its axes exchanged."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        return Flat(swap_last(Stack([expect(name, stored(tensors, name), shape[::-1])])))
+
+    return source
+
+
+def row_of(pattern: str, row: int, rows: int) -> Source:
+    """One row of a matrix of so many."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        return Flat(RowBlocks(expect(name, stored(tensors, name), (rows, *shape)), 1, rows, row))
+
+    return source
+
+
+def both_halves(pattern: str) -> Source:
+    """A projection of two equal rows, one behind the other, on one of them: [N, 2K] -> [N, K], the sum of both."""
+
+    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+        name, (rows, width) = pattern.format(**indices), shape
+        weight = cast(expect(name, stored(tensors, name), (rows, 2 * width)), np.dtype(np.float32))
+        return PerRow(weight, shape, weight.dtype, lambda a: a[:, :width] + a[:, width:])
+
+    return source
 
 
 def plus_one(pattern: str) -> Source:

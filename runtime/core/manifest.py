@@ -19,7 +19,8 @@ class RopeMetadata(_Metadata, frozen=True):
     """Rotary embedding of the decoder's layers of one rope group.
 
     dim: rotated dimensions of a head (R); theta: base; sections: how many of the R/2 frequencies belong to the
-    (time, height, width) axes; interleaved: t,h,w,t,h,w,... (Qwen3-VL) instead of one block per axis (GLM-4V).
+    (time, height, width) axes; interleaved: t,h,w,t,h,w,... (Qwen3-VL) instead of one block per axis (GLM-4V);
+    alternating: h,w,h,w,..., then time's (ERNIE 4.5 VL).
     Without sections there is one axis, and positions count tokens, those of images like those of text (Gemma 4).
     frequencies: the R/2 inverse frequencies, in radians a position, where they are not theta's own (scaled rope); each
     is the value of a float32. factor: on every cosine and sine (yarn's attention factor).
@@ -31,6 +32,7 @@ class RopeMetadata(_Metadata, frozen=True):
     interleaved: bool = False
     frequencies: tuple[float, ...] = ()
     factor: float = 1.0
+    alternating: bool = False
 
 
 class QueryScaleMetadata(_Metadata, frozen=True):
@@ -175,6 +177,7 @@ class CostMetadata(_Metadata, frozen=True):
     vision_bytes: all weights of the vision graph but these. patch_macs: multiplications by a weight for a patch.
     patch_pair_macs: multiplications in attention for a patch and another of its image.
     state_macs: multiplications of a token with recurrent states.
+    image_expert_bytes: as expert_bytes, where tokens of images have experts of their own, which expert leaves out.
     """
 
     dense_bytes: int
@@ -188,6 +191,7 @@ class CostMetadata(_Metadata, frozen=True):
     patch_pair_macs: int
     lookup_bytes: int = 0
     state_macs: int = 0
+    image_expert_bytes: int = 0
 
 
 class TensorRTMetadata(_Metadata, frozen=True):

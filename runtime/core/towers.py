@@ -176,6 +176,21 @@ class RotaryTower(Tower, frozen=True, kw_only=True, tag="rotary"):
         return {"pixel_patches": (self.patch_width, "float32"), **self._ropes()}
 
 
+class ResampledTower(Tower, frozen=True, kw_only=True, tag="resampled"):
+    """No table of positions, and a rotary embedding with the same frequencies on both axes (ERNIE 4.5 VL)."""
+
+    LIMITS: ClassVar[Ranges] = _SHARED
+
+    @property
+    def temporal_patch_size(self) -> int:
+        """Frames of a patch."""
+        return 1
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        return {"pixel_patches": (self.patch_width, "float32"), **self._ropes()}
+
+
 class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
     """Images of one size with a class token each, a row of a table for each patch (InternVL, Llama 4).
 
@@ -202,4 +217,4 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
         yield from super().refused()
 
 
-VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | TileTower
+VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | ResampledTower | TileTower

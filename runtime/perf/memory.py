@@ -79,7 +79,7 @@ def memory_report(
     sparse = [layer.experts for layer in model.layers if layer.experts]
     report = MemoryReport(
         dense=cost.dense_bytes + cost.head_bytes + cost.lookup_bytes,
-        experts=cost.expert_bytes * max(sparse, default=0),
+        experts=(cost.expert_bytes + cost.image_expert_bytes) * max(sparse, default=0),
         vision=cost.vision_bytes,
         workspace=needs.bytes,
         driver=DRIVER_BYTES,

@@ -116,6 +116,7 @@ def _spread(rope: RopeMetadata) -> np.ndarray:
 def _frequency_axis(rope: RopeMetadata) -> np.ndarray:
     """[dim / 2] int64: 0 time, 1 height, 2 width; all 0 without sections.
 
+    Alternating, height and width take turns, and time has the rest.
     Interleaved, height and width take every third frequency up to 3 * their section, and time the rest; sections that
     are longer than the table are cut off there, as in Qwen3-VL.
     """
@@ -132,4 +133,7 @@ def _frequency_axis(rope: RopeMetadata) -> np.ndarray:
             f"unsupported value in manifest.json: model.ropes.sections = {list(rope.sections)} "
             f"(supported: three numbers that add up to dim / 2 = {count})"
         )
+    if rope.alternating:
+        time, *sides = rope.sections
+        return np.append(np.arange(sum(sides)) % 2 + 1, np.zeros(time, np.int64))
     return np.repeat(np.arange(3), rope.sections)

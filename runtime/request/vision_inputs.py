@@ -11,6 +11,7 @@ from moevlm.runtime.core.towers import (
     GridTower,
     MoonTower,
     PooledTower,
+    ResampledTower,
     RotaryTower,
     TileTower,
     Tower,
@@ -18,7 +19,7 @@ from moevlm.runtime.core.towers import (
 )
 from moevlm.runtime.request.images.axis_tables import pack_axes
 from moevlm.runtime.request.images.grid_tables import pack_grids
-from moevlm.runtime.request.images.rotary_tables import pack_rotary
+from moevlm.runtime.request.images.rotary_tables import pack_axial, pack_rotary
 from moevlm.runtime.request.images.tile_tables import pack_tiles
 
 # What a tower wants beside pixel_patches, from the grids of images: arrays of a row for each patch, by input.
@@ -26,6 +27,7 @@ _TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarr
     GridTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     MoonTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     PooledTower: pack_axes,
+    ResampledTower: pack_axial,
     RotaryTower: pack_rotary,
     TileTower: pack_tiles,
 }

@@ -27,12 +27,12 @@ WITHOUT_EFFECT = {
 }
 
 
-def grid_sizes(patch: int) -> Mapping[str, tuple[int, str]]:
-    """SIZES of a processor for a GridTower. patch: side of a patch where the fields do not say."""
+def grid_sizes(patch: int, frames: int = 2) -> Mapping[str, tuple[int, str]]:
+    """SIZES of a processor for a GridTower. patch: side of a patch, frames: of a patch, where the fields do not say."""
     return {
         "patch_size": (patch, "patch_size"),
         "merge_size": (2, "merge_size"),
-        "temporal_patch_size": (2, "temporal_patch_size"),
+        "temporal_patch_size": (frames, "temporal_patch_size"),
     }
 
 

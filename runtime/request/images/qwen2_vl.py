@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
-from moevlm.runtime.core.towers import GridTower
+from moevlm.runtime.core.towers import GridTower, ResampledTower, Tower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
 from moevlm.runtime.request.images.edges import blocks_within, enlarged, read_edges, require_aspect
 from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes, pixel_values
@@ -18,7 +18,7 @@ from moevlm.runtime.request.images.processor import ImageProcessor
 class Qwen2VLImages(ImageProcessor):
     """Qwen2VLImageProcessor. EDGES: shortest_edge and longest_edge where the fields do not say."""
 
-    TOWER = GridTower
+    TOWER: ClassVar[type[Tower]] = GridTower
     KNOWN: ClassVar = {"size", "min_pixels", "max_pixels"}
     SIZES: ClassVar = grid_sizes(14)
     EDGES: ClassVar = (56 * 56, 28 * 28 * 1280)
@@ -26,7 +26,7 @@ class Qwen2VLImages(ImageProcessor):
     def __init__(
         self,
         preprocessor: Mapping[str, Any],
-        vision: GridTower,
+        vision: GridTower | ResampledTower,
         max_pixels: int = defaults.MAX_IMAGE_PIXELS,
         max_tokens: int | None = None,
     ) -> None:

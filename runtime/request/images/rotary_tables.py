@@ -1,11 +1,11 @@
-"""The tables of a RotaryTower: rotary angles on two axes."""
+"""The tables of a RotaryTower and of a ResampledTower: rotary angles on two axes."""
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moevlm.runtime.core.towers import Grid, RotaryTower
-from moevlm.runtime.request.images.blocks import block_order, rope_of_axes
+from moevlm.runtime.core.towers import Grid, ResampledTower, RotaryTower
+from moevlm.runtime.request.images.blocks import axial_rope, block_order, rope_of_axes
 from moevlm.runtime.request.positions import inverse_frequencies
 
 
@@ -18,4 +18,10 @@ def pack_rotary(grids: Sequence[Grid], vision: RotaryTower) -> Mapping[str, np.n
     rows, columns = block_order(grids, vision.merge_size)
     frequencies = inverse_frequencies(vision.head_dim, vision.rope_theta)
     cos, sin = rope_of_axes((rows, frequencies[0::2]), (columns, frequencies[1::2]))
+    return {"rope_cos": cos, "rope_sin": sin}
+
+
+def pack_axial(grids: Sequence[Grid], vision: ResampledTower) -> Mapping[str, np.ndarray]:
+    """The same where both axes have the same frequencies."""
+    cos, sin = axial_rope(*block_order(grids, vision.merge_size), vision)
     return {"rope_cos": cos, "rope_sin": sin}
