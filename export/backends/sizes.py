@@ -39,7 +39,8 @@ class Sizes:
                 _require("kernel", mixer.kernel, self.convolution)
         for moe in dict.fromkeys(config.moe.values()):
             _require("hidden", config.decoder.hidden, multiple=self.expert_multiple)
-            _require("width of experts", moe.width, multiple=self.expert_multiple)
+            for width in (moe.width, *((moe.image_width,) if moe.image_width else ())):
+                _require("width of experts", width, multiple=self.expert_multiple)
             _require("experts", moe.experts, self.experts)
 
 

@@ -9,6 +9,7 @@ from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import head_of
 from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
+from moevlm.export.modules.layers import IMAGES
 from moevlm.export.modules.vision.base import PER_PATCH
 from moevlm.runtime.core.manifest import CostMetadata
 
@@ -27,6 +28,7 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
     return CostMetadata(
         dense_bytes=read["dense"],
         expert_bytes=read["expert"],
+        image_expert_bytes=read["image_expert"],
         head_bytes=read["head"],
         dense_macs=multiplied["dense"],
         expert_macs=multiplied["expert"],
@@ -40,8 +42,11 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
 
 
 def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
-    """Of the large initializers: those of every token, of one expert in each sparse layer, and of the logits."""
-    totals, head = {"dense": 0, "expert": 0, "head": 0}, head_of(model.graph)
+    """Of the large initializers: those of every token, of one expert in each sparse layer, and of the logits.
+
+    Those of experts for images apart from the others.
+    """
+    totals, head = dict.fromkeys(("dense", "expert", "image_expert", "head"), 0), head_of(model.graph)
     for node in model.graph:
         if node.op_type in _LOOKUPS:
             continue
@@ -51,7 +56,8 @@ def _sum(model: ir.Model, measure: Callable[[ir.Value], int]) -> dict[str, int]:
         if sparse:
             experts = next(value.shape[0] for value in weights if value.shape is not None)
             assert isinstance(experts, int)
-            totals["expert"] += size // experts
+            of_images = any(IMAGES in str(value.name) for value in weights)
+            totals["image_expert" if of_images else "expert"] += size // experts
         else:
             totals["head" if node is head else "dense"] += size
     return totals

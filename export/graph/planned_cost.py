@@ -9,7 +9,7 @@ from torch import nn
 from moevlm.export.config import ModelConfig, MoEConfig, VisionConfig
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.gated_delta import GatedDelta
-from moevlm.export.modules.layers import MoE
+from moevlm.export.modules.layers import ImageExperts, MoE
 from moevlm.export.modules.vision import vision_tower
 from moevlm.export.modules.vision.base import PER_PATCH
 from moevlm.runtime.core.manifest import CostMetadata
@@ -25,6 +25,8 @@ def planned_cost(
     with torch.device("meta"):
         decoder = Decoder(config.decoder)
     sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
+    of_images = [moe for moe in sparse if isinstance(moe, ImageExperts)]
+    of_text = [moe for moe in sparse if not isinstance(moe, ImageExperts)]
     routed = [parameter for moe in sparse for parameter in moe.of_experts]
     routers = sum(moe.router.weight.numel() for moe in sparse)
     head = config.decoder.vocabulary * config.decoder.hidden
@@ -32,10 +34,11 @@ def planned_cost(
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
-        expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in sparse),
+        expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in of_text),
+        image_expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in of_images),
         head_bytes=head * weight,
         dense_macs=dense,
-        expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in sparse),
+        expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in of_text),
         head_macs=head,
         state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
         **_of_vision(config.vision, decoder.embedding.numel(), weight),

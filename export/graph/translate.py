@@ -231,7 +231,22 @@ def _where(t: Translator, condition: ir.Value, a: ir.Value, b: ir.Value) -> ir.V
 
 @_rule(aten.where.ScalarOther)
 def _where_scalar(t: Translator, condition: ir.Value, a: ir.Value, b: float) -> ir.Value:
-    return t.op("Where", condition, a, t.constant(b, np.float32))
+    return t.op("Where", condition, a, t.constant(b, _numpy(a)))
+
+
+@_rule(aten.where.ScalarSelf)
+def _scalar_where(t: Translator, condition: ir.Value, a: float, b: ir.Value) -> ir.Value:
+    return t.op("Where", condition, t.constant(a, _numpy(b)), b)
+
+
+@_rule(aten.eq.Scalar)
+def _eq(t: Translator, x: ir.Value, value: int) -> ir.Value:
+    return t.op("Equal", x, t.constant(value, _numpy(x)))
+
+
+@_rule(aten.logical_or.default)
+def _or(t: Translator, a: ir.Value, b: ir.Value) -> ir.Value:
+    return t.op("Or", a, b)
 
 
 @_rule(aten.ge.Scalar)
@@ -319,3 +334,8 @@ def _floor_divide(t: Translator, x: ir.Value, divisor: int) -> ir.Value:
 def _tap(_: Translator, x: ir.Value, name: str) -> ir.Value:
     x.name = name
     return x
+
+
+def _numpy(value: ir.Value) -> type:
+    assert value.dtype is not None
+    return value.dtype.numpy().type

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from moevlm.export.config import DecoderConfig, MLPConfig, MoEConfig
 from moevlm.export.modules import gated_delta, mla, ops  # noqa: F401 - the first two register their mixers
-from moevlm.export.modules.layers import MLP, MoE, MoEBesideMLP, RMSNorm
+from moevlm.export.modules.layers import MLP, MoE, MoEBesideMLP, MoEOfModality, RMSNorm
 from moevlm.export.modules.mixers import States, StepTensors, mixer
 
 VisualRows = tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, States]:
         """x [T, H] and the layer's states -> both behind it."""
         x, normed, states = self.mix(x, step, states)
-        return self.feed(x, normed), states
+        return self.feed(x, normed, step.is_image), states
 
     def mix(self, x: Tensor, step: StepTensors, states: States) -> tuple[Tensor, Tensor, States]:
         """The first half: tokens see those of their sequence.
@@ -50,15 +50,22 @@ class Layer(nn.Module):
         x = x + self.attention_post_norm(y)
         return x, normed if self.parallel else self.feed_forward_norm(x), states
 
-    def feed(self, x: Tensor, normed: Tensor) -> Tensor:
-        """The second half, every token for itself: what `mix` returned -> the residual stream behind the layer."""
-        x = x + self.feed_forward_post_norm(self.feed_forward(normed))
+    def feed(self, x: Tensor, normed: Tensor, is_image: Tensor | None) -> Tensor:
+        """The second half, every token for itself: what `mix` returned -> the residual stream behind the layer.
+
+        is_image: [T, 1] bool, see `StepTensors`.
+        """
+        sparse = isinstance(self.feed_forward, MoE)
+        y = self.feed_forward(normed, is_image) if sparse else self.feed_forward(normed)
+        x = x + self.feed_forward_post_norm(y)
         return x if self.scale is None else x * self.scale
 
 
 def _feed_forward(config: DecoderConfig, layer: MLPConfig | MoEConfig, name: str) -> MoE | MLP:
     if not isinstance(layer, MoEConfig):
         return MLP(config.hidden, layer)
+    if layer.image_width:
+        return MoEOfModality(config.hidden, layer, name)
     if layer.dense_width:
         return MoEBesideMLP(config.hidden, layer, name, config.epsilon)
     return MoE(config.hidden, layer, name)
@@ -95,7 +102,10 @@ class Decoder(nn.Module):
 
         Returns logits [L, vocabulary] and the states after the step.
         """
-        step = StepTensors(tuple(ropes), query_start, context_len, page_table, state_row, visible_end, query_scale)
+        step = StepTensors(
+            *(tuple(ropes), query_start, context_len, page_table, state_row, visible_end, query_scale),
+            is_image=of_images(input_ids, self.config),
+        )
         visual = None if visual_index is None else visual_rows(visual_index)
         x = self.embed(input_ids, visual_embeds, visual)
         updated = []
@@ -127,6 +137,15 @@ class Decoder(nn.Module):
         x = self.norm(x.index_select(0, logits_index))
         logits, softcap = F.linear(x, self.embedding if self.head is None else self.head), self.config.logit_softcap
         return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def of_images(input_ids: Tensor, config: DecoderConfig) -> Tensor | None:
+    """[T, 1] bool: which tokens go to the experts for images; None where there are none."""
+    found = None
+    for token_id in config.image_ids:
+        one = input_ids.unsqueeze(-1) == token_id
+        found = one if found is None else torch.logical_or(found, one)
+    return found
 
 
 def visual_rows(visual_index: Tensor) -> VisualRows:

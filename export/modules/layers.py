@@ -1,6 +1,7 @@
 """Blocks that both towers share: norms, dense feed-forward layers, the sparse one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(x * 1.702),
 }
+
+
+IMAGES = ".images."  # in names of the weights of experts for images
 
 
 class ExactLinear(nn.Linear):
@@ -88,8 +93,11 @@ class MoE(nn.Module):
         each = sum(parameter.numel() for parameter in self.of_experts) // self.config.experts
         return each * (self.config.experts - self.config.router.top_k)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.routed(x, x)
+    def forward(self, x: Tensor, is_image: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        return self.with_shared(x, self.routed(x, x))
+
+    def with_shared(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [T, H], plus what the shared expert makes of x [T, H], if there is one."""
         if self.shared is None:
             return y
         always = self.shared(x)
@@ -98,8 +106,17 @@ class MoE(nn.Module):
     def routed(self, x: Tensor, router_rows: Tensor) -> Tensor:
         """x [T, H] through the experts that the router chooses by its own rows [T, H]."""
         logits = ops.tap(self.router(router_rows), f"{self.name}.router_logits")
-        index, weight = ops.router(logits, self.correction_bias, self.expert_scale, **attributes(self.config.router))
+        index, weight = self.route(logits)
         index, weight = ops.tap(index, f"{self.name}.expert_index"), ops.tap(weight, f"{self.name}.expert_weight")
+        return self.through(x, index, weight)
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """logits [T, E] -> expert_index [T, k] int32 and expert_weight [T, k]."""
+        index, weight = ops.router(logits, self.correction_bias, self.expert_scale, **attributes(self.config.router))
+        return index, weight
+
+    def through(self, x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        """x [T, H] through these experts, of which -1 is none."""
         weights = (self.gate_up, self.down, self.gate_up_bias, self.down_bias)
         return ops.experts(x, index, weight, *weights, **attributes(self.config.expert))
 
@@ -117,6 +134,37 @@ class MoEBesideMLP(MoE):
         self.router_norm = RMSNorm(size, epsilon)
         self.experts_norm, self.experts_post_norm = RMSNorm(size, epsilon), RMSNorm(size, epsilon)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, is_image: Tensor | None = None) -> Tensor:  # noqa: ARG002
         dense = self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
         return dense + self.experts_post_norm(self.routed(self.experts_norm(x), self.router_norm(x)))
+
+
+class MoEOfModality(MoE):
+    """Tokens of text have experts and a router of their own, those of images others, in `images` (ERNIE 4.5 VL).
+
+    A token has logits of its own router alone. To either bank a token of the other kind goes to no expert, so that a
+    step of text alone reads no weights of the experts for images. The shared expert runs for all.
+    """
+
+    def __init__(self, size: int, config: MoEConfig, name: str) -> None:
+        super().__init__(size, config, name)
+        self.images = ImageExperts(size, replace(config, width=config.image_width, shared_width=0), name)
+
+    def forward(self, x: Tensor, is_image: Tensor | None = None) -> Tensor:
+        """is_image: [T, 1] bool."""
+        assert is_image is not None
+        logits = torch.where(is_image, self.images.router(x), self.router(x))
+        logits = ops.tap(logits, f"{self.name}.router_logits")
+        (text_index, text_weight), (image_index, image_weight) = self.route(logits), self.images.route(logits)
+        index = ops.tap(torch.where(is_image, image_index, text_index), f"{self.name}.expert_index")
+        y = self.through(x, torch.where(is_image, -1, index), text_weight)
+        y = y + self.images.through(x, torch.where(is_image, index, -1), image_weight)
+        return self.with_shared(x, y)
+
+
+class ImageExperts(MoE):
+    """The experts for images of `MoEOfModality`: no token of text is sent to any."""
+
+    @property
+    def idle_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())

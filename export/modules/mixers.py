@@ -19,7 +19,8 @@ States = tuple[Tensor, ...]
 class StepTensors:
     """The sequences of a step, for T tokens; shapes and dtypes as `runtime.engine.step.Step`.
 
-    ropes: cos and sin [T, R / 2] by rope group. None: what no layer of the model needs.
+    ropes: cos and sin [T, R / 2] by rope group. is_image: [T, 1] bool, the tokens that go to experts for images.
+    None: what no layer of the model needs.
     """
 
     ropes: tuple[tuple[Tensor, Tensor], ...]
@@ -29,6 +30,7 @@ class StepTensors:
     state_row: Tensor | None
     visible_end: Tensor | None = None
     query_scale: Tensor | None = None
+    is_image: Tensor | None = None
 
     def scaled(self, q: Tensor) -> Tensor:
         """Queries [T, N] times the factor of their places."""

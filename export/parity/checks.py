@@ -60,12 +60,19 @@ class Expected:
         layers = range(len(answers[0].routing))
         self.routing = [np.concatenate([answer.routing[i] for answer in answers]) for i in layers]
         self.router_logits = [np.concatenate([answer.router_logits[i] for answer in answers]) for i in layers]
-        biases = {name: weight for name, weight in model.decoder_weights.items() if name.endswith("correction_bias")}
-        self.biases = [
-            weight.rows(0, weight.shape[0]) if weight is not None else None
-            for weight in (biases.get(f"layers.{i}.feed_forward.correction_bias") for i in model.config.moe_layers)
-        ]
+        found = {name: weight for name, weight in model.decoder_weights.items() if name.endswith("correction_bias")}
+        self._biases = {name: weight.rows(0, weight.shape[0]) for name, weight in found.items()}
+        ids = np.concatenate([prompt.ids for prompt in self.prompts])
+        self.biases = [self.bias(layer, ids) for layer in model.config.moe_layers]
         self.hidden: list[Array] = []
+
+    def bias(self, layer: int, ids: Array) -> Array | None:
+        """Of a layer's router, for tokens of these ids [T]: [E], or [T, E] where images have experts of their own."""
+        name = f"layers.{layer}.feed_forward"
+        text, images = (self._biases.get(f"{name}.{part}correction_bias") for part in ("", "images."))
+        if text is None or images is None:
+            return text
+        return np.where(np.isin(ids, self.config.decoder.image_ids)[:, None], images, text)
 
     def limits(self, engine: Engine) -> BatchLimits:
         """How the prompts fit into an engine; see `BatchLimits.of`."""
@@ -229,8 +236,9 @@ def _margin(expected: Expected, layer: int, row: int, mine: Array, theirs: Array
     Both choices have to follow from them: a router that is read wrongly finds no tie in its own.
     """
     router = expected.config.moe[expected.config.moe_layers[layer]].router
-    logits, bias = expected.router_logits[layer][row, None], expected.biases[layer]
-    (choice,) = choice_scores(logits, router, bias)
+    logits, bias = expected.router_logits[layer], expected.biases[layer]
+    own = None if bias is None else np.broadcast_to(bias, logits.shape)[row, None]
+    (choice,) = choice_scores(logits[row, None], router, own)
     return max(flip_margin(choice, mine, router), flip_margin(choice, theirs, router))
 
 

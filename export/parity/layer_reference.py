@@ -21,7 +21,7 @@ from moevlm.export.formats.activations import rounded
 from moevlm.export.formats.stored import EncodedFrom
 from moevlm.export.graph.weights import Weight, read, slices
 from moevlm.export.model import CanonicalModel, load
-from moevlm.export.modules.decoder import Layer
+from moevlm.export.modules.decoder import Layer, of_images
 from moevlm.export.modules.layers import ExactLinear
 from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
@@ -219,7 +219,8 @@ def _outputs(
             place = sequence.values["visual_index"]
             if sequence.visual is not None and index < config.deepstack:
                 added[-1][place >= 0] = torch.from_numpy(sequence.visual.deepstack[index][place[place >= 0]])
-        x = layer.feed(torch.cat(attended), torch.cat(normed)) + torch.cat(added)
+        ids = torch.from_numpy(_joined(sequences, "input_ids"))
+        x = layer.feed(torch.cat(attended), torch.cat(normed), of_images(ids, config)) + torch.cat(added)
     logits = outputs.get(_logits(index))
     return x.numpy(), None if logits is None else logits.numpy()
 

@@ -13,10 +13,12 @@ from moevlm.export.families import Family
 from moevlm.export.parity.cases import Case
 from moevlm.export.parity.dequantized import dequantized
 from moevlm.export.parity.oracle_adapter import merge_when_run
-from moevlm.export.parity.oracle_images import Features, oracle_images
+from moevlm.export.parity.oracle_images import IMAGE_TYPES, Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
 from moevlm.runtime.core.errors import CheckpointError, reason
 from moevlm.runtime.core.towers import VisionMetadata
+
+Routed = tuple[torch.Tensor, torch.Tensor]  # logits [T, E] and chosen experts [T, k]
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Oracle:
         ids, wanted = torch.from_numpy(np.stack(filled)), torch.zeros(len(cases), length, dtype=torch.bool)
         for row, case in enumerate(cases):
             wanted[row, : len(case.whole.ids)] = True
-        routers: list[tuple[torch.Tensor, torch.Tensor]] = []  # logits and chosen experts
+        routers: list[Routed] = []
         features: list[Features] = []
         for name, module in self.model.named_modules():
             if name.endswith(self._family.router_suffix):
@@ -90,7 +92,10 @@ class Oracle:
             merge_when_run(self.model, self.weights.parts, self._adapter.updates)
         for done, part in enumerate(self.weights.parts.values()):
             part.register_forward_hook(lambda _m, _i, _o, done=done: progress(done + 1, len(self.weights.parts)))
-        logits = self.model(**inputs_of(self.model.config, self._vision, ids, cases), use_cache=False).logits.numpy()
+        inputs = inputs_of(self.model.config, self._vision, ids, cases)
+        logits = self.model(**inputs, use_cache=False).logits.numpy()
+        mask = None if (types := inputs.get(IMAGE_TYPES)) is None else types.flatten().bool()
+        routers = routers if mask is None else _joined(routers, mask)
         embeds, levels = features[0] if features else (torch.zeros(0, 0), ())
         deepstack = torch.stack(list(levels)).numpy() if levels else np.zeros((0, len(embeds), 0), np.float32)
         outputs, row, image_row = [], 0, 0
@@ -112,6 +117,22 @@ class Oracle:
         return outputs
 
 
+def _joined(routers: list[Routed], is_image: torch.Tensor) -> list[Routed]:
+    """Of two routers a layer, the first for text and the second for images: as if they were one.
+
+    Of one, where there are no images. is_image: [T] bool.
+    """
+    if not is_image.any():
+        return routers
+    joined = []
+    for text, images in zip(routers[::2], routers[1::2], strict=True):
+        whole = [torch.empty(len(is_image), one.shape[1], dtype=one.dtype) for one in text]
+        for rows, of_text, of_images in zip(whole, text, images, strict=True):
+            rows[~is_image], rows[is_image] = of_text, of_images
+        joined.append((whole[0], whole[1]))
+    return joined
+
+
 def auto_model(vision: VisionMetadata | None) -> Any:
     """transformers' class for models with such a tower, or with none."""
     return transformers.AutoModelForCausalLM if vision is None else transformers.AutoModelForImageTextToText
@@ -122,6 +143,8 @@ def inputs_of(
 ) -> dict[str, torch.Tensor]:
     """What a model of transformers is called with. config: its own. ids: [B, S] int64, a case a row."""
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}  # without a mask, Qwen3-Omni sees no images
+    if vision is not None:
+        inputs |= oracle_images(vision).types(ids, config)
     if vision is not None and any(case.grids for case in cases):
         inputs |= oracle_images(vision).inputs(cases, vision)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()

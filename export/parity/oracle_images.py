@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from moevlm.export.parity.cases import Case
-from moevlm.runtime.core.towers import Grid, GridTower, MoonTower, PooledTower, RotaryTower, TileTower, Tower
+from moevlm.runtime.core.towers import (
+    Grid,
+    GridTower,
+    MoonTower,
+    PooledTower,
+    ResampledTower,
+    RotaryTower,
+    TileTower,
+    Tower,
+)
 from moevlm.runtime.request.images.blocks import block_order
 
 # embeds [V, H], and a level [V, H] each of deepstack.
 Features = tuple[Tensor, Sequence[Tensor]]
+IMAGE_TYPES = "moe_mm_token_type_ids"  # what transformers calls which tokens go to experts for images
 
 
 class OracleImages(ABC):
@@ -26,6 +36,10 @@ class OracleImages(ABC):
     @abstractmethod
     def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
         """The model's arguments for the images of all cases, of which there is one at least."""
+
+    def types(self, ids: Tensor, config: Any) -> dict[str, Tensor]:  # noqa: ARG002
+        """The model's arguments for token ids [B, S], images or not."""
+        return {}
 
     def processing(self, vision: Tower) -> dict[str, Any]:  # noqa: ARG002
         """What transformers' processor of texts and images says to that of images."""
@@ -60,6 +74,17 @@ class _GridImages(OracleImages):
     def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:  # noqa: ARG002
         _, height, width = processed["image_grid_thw"][0]
         return [(int(height), int(width))], processed["pixel_values"]
+
+
+class _TypedImages(_GridImages):
+    """The same, for a model that has to be told which tokens belong to images (ERNIE 4.5 VL)."""
+
+    def watch(self, model: Any, found: Callable[[Features], None]) -> None:
+        model.model.resampler_model.register_forward_hook(lambda _m, _i, output: found((output, ())))
+
+    def types(self, ids: Tensor, config: Any) -> dict[str, Tensor]:
+        marks = [config.image_token_id, config.image_start_token_id, config.image_end_token_id]
+        return {IMAGE_TYPES: torch.isin(ids, torch.tensor(marks)).int()}
 
 
 class _PlacedImages(OracleImages):
@@ -192,6 +217,7 @@ _KINDS: dict[type[Tower], OracleImages] = {
     GridTower: _GridImages(),
     MoonTower: _RowImages(),
     PooledTower: _PlacedImages(),
+    ResampledTower: _TypedImages(),
     RotaryTower: _SizedImages(),
     TileTower: _TileImages(),
 }

@@ -135,12 +135,13 @@ def _own_choices(
     if not expected.routing:
         return None
     quantity, total, used, different, widest = "choices unlike its router logits", 0, 0, 0, 0.0
-    for layer, bias in zip(expected.config.moe_layers, expected.biases, strict=True):
+    for layer in expected.config.moe_layers:
         spec = expected.config.moe[layer].router
-        logits, chosen = (
-            np.concatenate([sequence.values[f"layers.{layer}.{name}"] for sequence in sequences])
-            for name in ("router_logits", "expert_index")
+        logits, chosen, ids = (
+            np.concatenate([sequence.values[name] for sequence in sequences])
+            for name in (f"layers.{layer}.router_logits", f"layers.{layer}.expert_index", "input_ids")
         )
+        bias = expected.bias(layer, ids)
         choice, best = choice_scores(logits, spec, bias), route(logits, spec, bias)[0]
         rows = np.flatnonzero((np.sort(chosen, -1) != np.sort(best, -1)).any(-1))
         total, used, different = total + len(chosen), used + len(np.unique(chosen)), different + len(rows)

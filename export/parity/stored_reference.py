@@ -14,6 +14,7 @@ from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack
 from moevlm.export.parity.checks import Expected
 from moevlm.export.parity.oracle import ReferenceOutput
+from moevlm.export.parity.stored_weights import matrices_of_experts
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
@@ -60,8 +61,7 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
     if storage.experts:
         weights = changed["decoder"]
         form = weight_format(storage.experts, storage.group_size, storage.scales)
-        for layer in model.config.moe_layers:
-            names = [f"layers.{layer}.feed_forward.{part}" for part in ("gate_up", "down")]
+        for names in (names for i, moe in model.config.moe.items() for names in matrices_of_experts(i, moe)):
             exact = keeping(form, *(weights[name] for name in names))
             weights |= {name: as_stored(weights[name], exact) for name in names}
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])

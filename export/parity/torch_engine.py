@@ -14,7 +14,7 @@ from torch import nn
 from moevlm.export.config import DecoderConfig
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel, load
-from moevlm.export.modules.decoder import Decoder, Layer, visual_rows
+from moevlm.export.modules.decoder import Decoder, Layer, of_images, visual_rows
 from moevlm.export.modules.mixers import States, StepTensors
 from moevlm.export.modules.ops import recorded_taps
 from moevlm.export.modules.streaming import parts_of, release, set_tensor, stream
@@ -250,7 +250,8 @@ def _run_layer(decoder: Decoder, i: int, layer: Layer, pools: Sequence[NotedPool
     # Behind the mixer no token sees another, so each expert is used once for all of them.
     if not steps:
         return
-    fed = layer.feed(torch.cat([noted.x for noted in steps]), torch.cat(normed))
+    ids = torch.cat([torch.from_numpy(noted.step.input_ids) for noted in steps])
+    fed = layer.feed(torch.cat([noted.x for noted in steps]), torch.cat(normed), of_images(ids, decoder.config))
     for noted, x in zip(steps, fed.split([len(noted.x) for noted in steps]), strict=True):
         deepstack = torch.from_numpy(noted.visual.deepstack) if decoder.config.deepstack else None
         visual = visual_rows(torch.from_numpy(noted.step.visual_index))

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from moevlm.export.graph.builder import Builder
 from moevlm.export.graph.codes import CodeForm, coded
 from moevlm.export.graph.gated_delta import GATED_DELTA, INPUTS
-from moevlm.export.graph.moe_functions import ROUTER
+from moevlm.export.graph.moe_functions import routes
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
 from moevlm.export.passes.base import Pass, replaced_deciders
@@ -88,12 +88,13 @@ def is_projection(node: ir.Node) -> bool:
     """A Gemm with a stored weight that makes neither a router's logits nor a gate, of a state or of a whole row."""
     if not has_stored_weight(node) or (weight := node.inputs[1]) is None:
         return False
-    return weight_of(weight).shape[0] > 1 and not any(_is_exact(*use) for use in node.outputs[0].uses())
+    out = node.outputs[0]
+    return weight_of(weight).shape[0] > 1 and not routes(out) and not any(_is_gate(*use) for use in out.uses())
 
 
-def _is_exact(user: ir.Node, place: int) -> bool:
-    """Whether input `place` of a node decides more than it costs: which experts are chosen, what a state keeps."""
-    return is_op(user, ROUTER) or (is_op(user, GATED_DELTA) and place in _GATES)
+def _is_gate(user: ir.Node, place: int) -> bool:
+    """Whether input `place` of a node decides more than it costs: what a state keeps."""
+    return is_op(user, GATED_DELTA) and place in _GATES
 
 
 def pack(graph: ir.Graph, nodes: list[ir.Node]) -> None:

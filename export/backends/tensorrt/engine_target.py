@@ -106,9 +106,9 @@ class TensorRTTarget:
         found, weights = cost(canonical, graphs, config.patches_per_token), _weights(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
-        return self._fitted(config)._metadata(
-            config, image_patches, found, weights=weights
-        ), dense + found.expert_bytes * experts
+        return self._fitted(config)._metadata(config, image_patches, found, weights=weights), dense + (
+            found.expert_bytes + found.image_expert_bytes
+        ) * experts
 
     def _fitted(self, config: ModelConfig) -> Self:
         chunk = min(self.options.chunk_tokens, config.decoder.context)

@@ -73,5 +73,5 @@ def _fed(feed_forward: MLPConfig | MoEConfig, hidden: int) -> int:
     """Values of a token in a feed-forward layer. Each expert's result is a row until they are added up."""
     if isinstance(feed_forward, MoEConfig):
         beside = 3 * (feed_forward.shared_width + feed_forward.dense_width)
-        return feed_forward.router.top_k * (feed_forward.width + hidden) + beside
+        return feed_forward.router.top_k * (max(feed_forward.width, feed_forward.image_width) + hidden) + beside
     return 3 * feed_forward.width

@@ -102,8 +102,8 @@ def expert_weights(engine: DeviceEngine, names: Sequence[str], experts: MappedFi
 
 
 def _layer(name: str) -> str:
-    """layers.3.feed_forward for layers.3.feed_forward.gate_up."""
-    return name.rpartition(".")[0]
+    """layers.3.feed_forward for layers.3.feed_forward.gate_up, and for the same of its experts for images."""
+    return name.rpartition(".")[0].removesuffix(".images")
 
 
 def _places(weights: Mapping[str, np.ndarray]) -> tuple[dict[str, int], int]:

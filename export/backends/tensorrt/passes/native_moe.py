@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from moevlm.export.formats.stored import narrowed
 from moevlm.export.graph.builder import Builder
-from moevlm.export.graph.moe_functions import EXPERTS
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.rearranged import Picked, swap_last
 from moevlm.export.graph.weights import initializer, weight_of
@@ -51,6 +51,10 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
         )
     x, index, weight, gate_up, down, *biases = node.inputs
     assert x is not None and x.dtype is not None and gate_up is not None and down is not None
+    if index is not None and (chosen := index.producer()) is not None and not is_op(chosen, ROUTER):
+        raise BuildError(
+            f"TensorRT's own MoE cannot compute {node.name}: some tokens go to no expert of {gate_up.name}"
+        )
     rows, inner = weight_of(gate_up), weight_of(down).shape[2]
     parts = {
         "gate": swap_last(Picked(rows, range(inner))),

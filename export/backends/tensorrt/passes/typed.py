@@ -7,7 +7,7 @@ import onnx_ir as ir
 from moevlm.export.formats.stored import narrowed
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import behind_head
-from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
+from moevlm.export.graph.moe_functions import EXPERTS, ROUTER, routes
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
@@ -85,8 +85,7 @@ class Typed(Pass):
         return len(nodes)
 
     def _dtype_of(self, node: ir.Node) -> ir.DataType:
-        routes = any(is_op(user, ROUTER) for value in node.outputs for user in value.consumers())
-        if is_op(node, ROUTER) or (routes and self.exact_router):
+        if is_op(node, ROUTER) or (self.exact_router and any(map(routes, node.outputs))):
             return FLOAT
         data = node.inputs[0] if node.op_type == "Gather" else None
         # Rows of an input are converted after they are picked.
