@@ -29,6 +29,7 @@ MODELS = {
     "mistral3": TinyCheckpoint("mistral3", text={"moe_intermediate_size": 48}),
     "kimi_k25": TinyCheckpoint("kimi_k25", text={"moe_intermediate_size": 48}),
     "llama4": TinyCheckpoint("llama4"),
+    "ernie4_5_vl_moe": TinyCheckpoint("ernie4_5_vl_moe", text={"moe_intermediate_size": [48, 32]}),
     "9 of 130 experts": TinyCheckpoint(
         dtype="bfloat16",
         text={

@@ -16,11 +16,13 @@ LAYOUTS = ("auto", "out_in", "in_out")
 class Experts:
     """All experts of a layer under `base`, however they lie: one tensor per expert and part, or fused in either layout.
 
-    per_expert: the names to ask for where a layer has none of either.
+    per_expert: the names to ask for where a layer has none of either. bank: of a layer's experts that are numbered one
+    bank after the other, as many in each.
     """
 
     base: str
     per_expert: bool
+    bank: int = 0
 
     def gate_up(self) -> "ExpertsPart":
         """Canonically [E, 2I, H], gate rows first."""
@@ -37,7 +39,7 @@ class Experts:
 
     def _source(self, part: str, parts: tuple[str, ...], other: str, other_shape: Callable[[Shape], Shape]) -> Source:
         fused = _fused(f"{self.base}.{part}_proj", f"{self.base}.{other}_proj", other_shape)
-        stacked = _stacked(*(f"{self.base}.{{e}}.{name}_proj.weight" for name in parts))
+        stacked = _stacked(self.bank, *(f"{self.base}.{{e}}.{name}_proj.weight" for name in parts))
 
         def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
             base = self.base.format(**indices)
@@ -91,7 +93,7 @@ def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) 
     return source
 
 
-def _stacked(*patterns: str) -> Source:
+def _stacked(bank: int, *patterns: str) -> Source:
     """One tensor per expert, {e}, and per part: equal parts joined (gate rows, then up rows), the experts stacked."""
 
     def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
@@ -99,7 +101,7 @@ def _stacked(*patterns: str) -> Source:
             name = patterns[0].format(e=0, **indices)
             raise CheckpointError(f"--expert-layout {layout} is for fused experts, {name} is a tensor of one expert")
         part, experts = (shape[1] // len(patterns), *shape[2:]), []
-        for e in range(shape[0]):
+        for e in range(bank * shape[0], (bank + 1) * shape[0]):
             names = [pattern.format(e=e, **indices) for pattern in patterns]
             experts.append(Concat([expect(name, stored(tensors, name), part) for name in names]))
         return Stack(experts)

@@ -118,6 +118,12 @@ def sized(model_type: str) -> dict[str, Any]:
         case "glm4v_moe":
             rope |= {"mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5}
             return sizes | {"n_routed_experts": 4, "head_dim": 32, "intermediate_size": 384, "rope_parameters": rope}
+        case "ernie4_5_vl_moe":
+            return {
+                "hidden_size": 256,
+                "moe_intermediate_size": [320, 192],
+                "rope_parameters": rope | {"mrope_section": [24, 24, 16]},
+            }
         case "gemma4":
             return sizes | {"num_experts": 4, "intermediate_size": 384}
         case "mistral3" | "kimi_k25":
@@ -136,7 +142,7 @@ def sized(model_type: str) -> dict[str, Any]:
 def floats(model_type: str, directory: Path, **text: Any) -> Path:
     """A float32 checkpoint of these sizes. text: fields of text_config that differ."""
     text = sized(model_type) | text
-    sized_by_text = ("gemma4", "kimi_k25", "llama4", "mistral3")  # the width of visual tokens
+    sized_by_text = ("ernie4_5_vl_moe", "gemma4", "kimi_k25", "llama4", "mistral3")  # the width of visual tokens
     vision = {} if model_type in sized_by_text else {"out_hidden_size": text["hidden_size"]}
     saved = TinyCheckpoint(model_type, text=text, vision=vision).save(directory)
     if model_type == "llama4":  # whose experts are [E, in, out]

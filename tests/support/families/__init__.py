@@ -2,6 +2,7 @@
 
 from tests.support.families import (
     deepseek_v3,
+    ernie4_5_vl_moe,
     gemma4,
     glm4_moe,
     glm4v_moe,
@@ -30,6 +31,7 @@ TINY: dict[str, TinyFamily] = {
     "mistral3": mistral3.FAMILY,
     "internvl": internvl.FAMILY,
     "kimi_k25": kimi_k25.FAMILY,
+    "ernie4_5_vl_moe": ernie4_5_vl_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
