@@ -23,7 +23,7 @@ _COMPUTATION = (
 )
 # How weights are stored, which `export/checkpoint/quantized` reads wherever it stands.
 _STORAGE = ("quantization_config", "compression_config")
-# Of training alone; num_nextn_predict_layers and mtp_... describe layers that transformers leaves out.
+# Of training alone; those that predict further tokens describe layers that transformers leaves out.
 _TRAINING = (
     *(
         "initializer_range",
@@ -33,7 +33,7 @@ _TRAINING = (
         "router_jitter_noise",
         "gradient_checkpointing",
     ),
-    *("num_nextn_predict_layers", "for_llm_compressor"),
+    *("num_nextn_predict_layers", "num_mtp_layers", "for_llm_compressor"),
     *("debug", "micro_forward", "skip_checkpoint", "use_deepep"),  # of XTuner's, with which InternVL was trained
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
     *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
@@ -45,7 +45,7 @@ _GENERATION = (
     *("encoder_repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("bad_words_ids", "num_return_sequences", "output_scores", "return_dict_in_generate", "forced_bos_token_id"),
     *("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens"),
-    *("begin_suppress_tokens", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+    *("begin_suppress_tokens", "num_assistant_tokens", "num_assistant_tokens_schedule", "cache_implementation"),
     *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind"),
 )
 # Ids that the tokenizer and the template put into the text.
