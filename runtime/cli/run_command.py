@@ -152,6 +152,7 @@ def run(
     from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.request.generation_file import GENERATION, released_sampling
+    from moevlm.runtime.request.prompt import require_tower
     from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
 
     if sampling["logprobs"] is not None and not as_json:
@@ -169,6 +170,7 @@ def run(
     options = template_options_of(template_options)
     conversation = [] if chatting else conversation_of(prompt, images, videos, system, messages)
     opened = Bundle.open(bundle)
+    require_tower(opened.manifest.model, len(images))  # before weights are read
     released = released_sampling(opened.optional_text(GENERATION))
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
         for name in (*NARROWING, "seed"):

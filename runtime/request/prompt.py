@@ -115,8 +115,7 @@ class PromptBuilder:
         # First, so that visuals_of meets messages in good order.
         self._refuse_video(plain_messages(messages, self._model.context))
         given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in visuals_of(messages)]
-        if given and self._model.vision is None:
-            raise RequestError(f"the prompt has {len(given)} images, and {self._model.model_type} takes text alone")
+        require_tower(self._model, len(given))
         if given and self._images is None:
             raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
@@ -224,6 +223,12 @@ class _CountedImage:
         if images.layout(opened, self.given.limits) != self.layout:
             raise RequestError(f"image {self.number} changed while it was read")
         return images.fit(opened, self.given.limits)
+
+
+def require_tower(model: ModelMetadata, images: int) -> None:
+    """Raise RequestError for images of a prompt that goes to a model of text alone. images: how many."""
+    if images and model.vision is None:
+        raise RequestError(f"the prompt has {images} images, and {model.model_type} takes text alone")
 
 
 def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndarray:
