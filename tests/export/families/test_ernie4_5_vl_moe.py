@@ -16,6 +16,7 @@ from bench.plan_launches import launches
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.dry_run import dry_run
 from moevlm.export.families import family_for
 from moevlm.export.graph.weights import Constant
 from moevlm.export.model import CanonicalModel, load
@@ -233,6 +234,16 @@ def test_active_parameters_and_costs_of_a_token_leave_out_experts_for_images(bun
     assert (engine.cost.expert_bytes, engine.cost.image_expert_bytes) == tuple(4 * matrices)
     router, bias = 8 * 32, 8
     assert model.parameters - model.active_parameters == 6 * matrices[0] + 8 * matrices[1] + router + bias
+
+
+def test_a_dry_run_plans_what_the_build_stores(bundle: tuple[Bundle, Path]) -> None:
+    plan = dry_run(bundle[1], TARGETS)
+    assert plan.model == bundle[0].manifest.model
+    for target in plan.targets:
+        assert target.engine is not None
+        assert target.engine.cost == bundle[0].manifest.engines[target.name].cost
+        data = [path for path in bundle[0].engine_files(target.name) if path.endswith(".data")]
+        assert target.bytes == sum(bundle[0].manifest.files[path].size for path in data)
 
 
 def test_steps_on_a_gpu_send_tokens_of_each_kind_to_their_experts(bundle: tuple[Bundle, Path], tmp_path: Path) -> None:
