@@ -36,8 +36,7 @@ class GptOss(TextModel):
     config_names: ClassVar = {"experts": "num_local_experts", "width of experts": "intermediate_size"}
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
-        heads, layers = text.positive("num_attention_heads"), text.positive("num_hidden_layers")
-        head_dim, hidden = text.positive("head_dim", 64), text.positive("hidden_size")
+        layers, head_dim = text.positive("num_hidden_layers"), text.positive("head_dim", 64)
         text.choice("hidden_act", ("silu",), "silu")
         text.get("initial_context_length", None)  # of another reader, as is the next
         top_k = text.positive("num_experts_per_tok", 4)
@@ -47,8 +46,8 @@ class GptOss(TextModel):
         rope = None if "rope_scaling" in text else text.sub("rope_parameters", _ROPE)
         attention = {
             kind: GQAConfig(
-                heads=heads,
-                kv_heads=text.positive("num_key_value_heads", heads),
+                heads=text.positive("num_attention_heads"),
+                kv_heads=text.positive("num_key_value_heads", 8),
                 head_dim=head_dim,
                 rotary_dim=head_dim,
                 qk_norm=False,
@@ -72,7 +71,7 @@ class GptOss(TextModel):
         kinds = text.each("layer_types", (_SLIDING, _FULL), usual)
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
-            hidden=hidden,
+            hidden=text.positive("hidden_size"),
             context=text.positive("max_position_embeddings", 131072),
             epsilon=text.number("rms_norm_eps", 1e-5),
             tied_head=tied,

@@ -41,7 +41,7 @@ class Llama4Text(TextModel):
 
     @classmethod
     def of(cls, text: Fields) -> Self:
-        return cls(shared.head_dim(text))
+        return cls(text.positive("head_dim", 128))
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         layers = text.positive("num_hidden_layers")
@@ -57,7 +57,7 @@ class Llama4Text(TextModel):
             context=text.positive("max_position_embeddings"),
             epsilon=text.number("rms_norm_eps", 1e-5),
             tied_head=tied,
-            ropes=(one_axis(text, shared.head_dim(text)),),
+            ropes=(one_axis(text, text.positive("head_dim", 128)),),
             layers=tuple(
                 LayerConfig(self._attention(text, turns, chunk, scaled), moe if i in sparse else dense)
                 for i, (turns, chunk) in enumerate(zip(turning, self._chunks(text, turning), strict=True))
@@ -92,10 +92,10 @@ class Llama4Text(TextModel):
         return logits, scores.topk(int((scores > 0).sum(1).max())).indices
 
     def _attention(self, text: Fields, turns: bool, chunk: int, scaled: bool) -> GQAConfig:
-        heads, bias = text.positive("num_attention_heads"), text.flag("attention_bias", False)
+        bias = text.flag("attention_bias", False)
         return GQAConfig(
-            heads=heads,
-            kv_heads=text.positive("num_key_value_heads", heads),
+            heads=text.positive("num_attention_heads"),
+            kv_heads=text.positive("num_key_value_heads", 8),
             head_dim=self._head_dim,
             rotary_dim=self._head_dim if turns else 0,
             qk_norm=text.flag("use_qk_norm", True) and turns,

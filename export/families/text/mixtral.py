@@ -30,12 +30,10 @@ class Mixtral(TextModel):
     }
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
-        heads = text.positive("num_attention_heads")
         rope = one_axis(text, shared.head_dim(text))
-        text.get("router_jitter_noise", None)  # of training
         attention = GQAConfig(
-            heads=heads,
-            kv_heads=text.positive("num_key_value_heads", heads),
+            heads=text.positive("num_attention_heads"),
+            kv_heads=text.positive("num_key_value_heads", 8),
             head_dim=shared.head_dim(text),
             rotary_dim=rope.dim,
             qk_norm=False,

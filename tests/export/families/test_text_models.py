@@ -74,3 +74,14 @@ def test_another_text_model_is_refused_by_name() -> None:
         Joined.of(values(model_type="llama"))
     with pytest.raises(UnsupportedModelError, match=r"text_config.model_type = .*\(supported: qwen3_moe\)"):
         text_model(Fields(values()["text_config"] | {"model_type": ["qwen3_moe"]}, "text_config"), ("qwen3_moe",))
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "llama4_text", "ministral3", "mixtral"])
+def test_heads_that_config_json_leaves_out_are_those_of_transformers(model_type: str) -> None:
+    from transformers import AutoConfig
+
+    theirs = AutoConfig.for_model(model_type, hidden_size=96, num_attention_heads=16)
+    left = {"num_key_value_heads", "head_dim"}
+    fields = Fields({name: value for name, value in theirs.to_dict().items() if name not in left})
+    mixer: Any = text_model(fields, (model_type,)).decoder(fields, tied=False).layers[0].mixer
+    assert (mixer.kv_heads, mixer.head_dim) == (theirs.num_key_value_heads, theirs.head_dim or 6)
