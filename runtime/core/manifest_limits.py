@@ -144,7 +144,7 @@ def _state(where: str, state: StateSpec, layers: int) -> Iterator[tuple[str, Any
 
 def _plans(where: str, metadata: TensorRTMetadata, images: bool) -> Iterator[tuple[str, Any, str]]:
     yield from _outside(where, metadata, _PLANS)
-    yield from _outside(where, metadata, dict.fromkeys(("max_visual", "max_patches"), _TOKENS if images else (0, 0)))
+    yield from _outside(where, metadata, dict.fromkeys(("max_visual", "max_patches"), (int(images), _TOKENS[1])))
     if not metadata.sms or not all(10 <= sm < 1000 for sm in metadata.sms):
         yield f"{where}.sms", list(metadata.sms), "one or more numbers like 86 for compute capability 8.6"
 
