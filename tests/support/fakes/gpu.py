@@ -107,6 +107,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
             outputs["deepstack_embeds"] = "FLOAT", [model.deepstack, rows, model.hidden]
         inputs = _inputs(tower, {"patches": (LIMITS["max_patches"],), "starts": (9,)}, set(), set())
         (engines / "vision.plan").write_bytes(plan_bytes(graphs / "vision.onnx", inputs, outputs, 1, list(sms)))
+    limits = LIMITS if vision else LIMITS | dict.fromkeys(("max_visual", "max_patches"), 0)
     paths = {path.stem: path.relative_to(copy).as_posix() for path in engines.glob("*.plan")}
     metadata = {
         "product": "tensorrt_rtx",
@@ -114,7 +115,7 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
         "sms": list(sms),
         "activations": "float32",
         "experts": EXPERTS,
-        **LIMITS,
+        **limits,
     }
     for path in (*paths.values(), EXPERTS):
         rehash(copy, path)
