@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from moevlm.runtime.core.rotary import inverse_frequencies
 from moevlm.runtime.core.towers import Grid, ResampledTower, RotaryTower
 from moevlm.runtime.request.images.blocks import axial_rope, block_order, rope_of_axes
-from moevlm.runtime.request.positions import inverse_frequencies
 
 
 def pack_rotary(grids: Sequence[Grid], vision: RotaryTower) -> Mapping[str, np.ndarray]:

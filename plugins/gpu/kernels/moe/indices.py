@@ -1,5 +1,7 @@
-"""Which expert a row goes to, if any. The index is data: whatever it holds, no kernel may read or write outside its
-arguments. TensorRT's builder runs plugins on made-up inputs.
+"""Which expert a row goes to, if any.
+
+The index is data: whatever it holds, no kernel may read or write outside its arguments. TensorRT's builder runs plugins
+on made-up inputs.
 """
 
 import triton
