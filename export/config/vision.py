@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.towers import (
@@ -53,6 +53,27 @@ class VisionConfig(ABC):
     def metadata(self) -> VisionMetadata:
         """What the runtime must know, for the manifest."""
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The fields that every tower of the manifest has."""
+        return {
+            "patch_size": self.patch_size,
+            "merge_size": self.merge_size,
+            "channels": self.channels,
+            "head_dim": self.head_dim,
+            "rope_theta": self.rope_theta,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvenVisionConfig(VisionConfig):
+    """Towers whose heads side by side are as wide as a row."""
+
+    def __post_init__(self) -> None:
+        if self.hidden != self.heads * self.head_dim or self.head_dim % 4:
+            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
+        super().__post_init__()
+
 
 @dataclass(frozen=True)
 class MergerConfig:
@@ -63,7 +84,7 @@ class MergerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridVisionConfig(VisionConfig):
+class GridVisionConfig(EvenVisionConfig):
     """The towers of Qwen3-VL and GLM-4V: a table of positions resampled to the image, a learned merge of patches.
 
     norm: layer or rms. outer_norms: RMS norms right after the patch embedding and after the last block (GLM-4V).
@@ -79,18 +100,9 @@ class GridVisionConfig(VisionConfig):
     position_resampling: str
     merger: MergerConfig
 
-    def __post_init__(self) -> None:
-        if self.hidden != self.heads * self.head_dim or self.head_dim % 4:
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        super().__post_init__()
-
     def metadata(self) -> GridTower:
         return GridTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
+            **self.sizes,
             deepstack=len(self.deepstack_layers),
             temporal_patch_size=self.temporal_patch_size,
             position_grid=self.position_grid,
@@ -109,18 +121,11 @@ class PooledVisionConfig(VisionConfig):
     standardize: bool
 
     def metadata(self) -> PooledTower:
-        return PooledTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-            position_table=self.position_table,
-        )
+        return PooledTower(**self.sizes, position_table=self.position_table)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MoonVisionConfig(VisionConfig):
+class MoonVisionConfig(EvenVisionConfig):
     """MoonViT of Kimi-K2.5: layer norms and biases throughout, a table of positions resampled to the image.
 
     projector_epsilon: of the norm before patches are joined, behind the tower's last one.
@@ -129,24 +134,12 @@ class MoonVisionConfig(VisionConfig):
     position_grid: int
     projector_epsilon: float
 
-    def __post_init__(self) -> None:
-        if self.hidden != self.heads * self.head_dim:
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        super().__post_init__()
-
     def metadata(self) -> MoonTower:
-        return MoonTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-            position_grid=self.position_grid,
-        )
+        return MoonTower(**self.sizes, position_grid=self.position_grid)
 
 
 @dataclass(frozen=True, kw_only=True)
-class RotaryVisionConfig(VisionConfig):
+class RotaryVisionConfig(EvenVisionConfig):
     """The tower of Pixtral: RMS norms, no biases; patches are normed, joined to one of their width, then projected.
 
     joined_epsilon: of the norm before patches are joined. projector_activation, projector_bias: of the two projections
@@ -157,23 +150,12 @@ class RotaryVisionConfig(VisionConfig):
     projector_activation: str
     projector_bias: bool
 
-    def __post_init__(self) -> None:
-        if self.hidden != self.heads * self.head_dim:
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        super().__post_init__()
-
     def metadata(self) -> RotaryTower:
-        return RotaryTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-        )
+        return RotaryTower(**self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResampledVisionConfig(VisionConfig):
+class ResampledVisionConfig(EvenVisionConfig):
     """The tower of ERNIE 4.5 VL: layer norms throughout; a block of patches, then two frames, through a layer each.
 
     An image is one frame, taken twice. out_epsilon: of the RMS norm of visual tokens.
@@ -181,19 +163,8 @@ class ResampledVisionConfig(VisionConfig):
 
     out_epsilon: float
 
-    def __post_init__(self) -> None:
-        if self.hidden != self.heads * self.head_dim:
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        super().__post_init__()
-
     def metadata(self) -> ResampledTower:
-        return ResampledTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-        )
+        return ResampledTower(**self.sizes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +181,7 @@ class ProjectorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TileVisionConfig(VisionConfig):
+class TileVisionConfig(EvenVisionConfig):
     """The towers of InternVL and Llama 4: images of one size, a class token behind the patches of each.
 
     side: of an image, in patches. norm: layer or rms, of blocks. qk_norm: queries and keys are normed, a whole row at
@@ -227,17 +198,5 @@ class TileVisionConfig(VisionConfig):
     last_norm: bool
     projector: ProjectorConfig
 
-    def __post_init__(self) -> None:
-        if self.hidden != self.heads * self.head_dim:
-            raise FieldError("vision heads", self.heads, f"width {self.hidden} / heads is a multiple of 4")
-        super().__post_init__()
-
     def metadata(self) -> TileTower:
-        return TileTower(
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            channels=self.channels,
-            head_dim=self.head_dim,
-            rope_theta=self.rope_theta,
-            side=self.side,
-        )
+        return TileTower(**self.sizes, side=self.side)

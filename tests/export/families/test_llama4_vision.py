@@ -91,7 +91,7 @@ def test_tensorrt_rtx_builds_a_plan_of_it(tmp_path: Path) -> None:
     ("fields", "error", "words"),
     [
         ({"num_attention_heads": 3}, FieldError, "vision heads"),
-        ({"num_attention_heads": 16}, FieldError, "vision head_dim = 2"),
+        ({"num_attention_heads": 16}, FieldError, "vision heads = 16"),
         ({"image_size": 12}, CheckpointError, "image_size = 12 \\(a multiple of 8, the side of a visual token"),
         ({"pixel_shuffle_ratio": 0.3}, UnsupportedModelError, r"pixel_shuffle_ratio = 0.3 \(supported: 1.0, 0.5, 0.25"),
         ({"intermediate_size": 64}, CheckpointError, r"intermediate_size = 64 \(128, that of the patches"),
