@@ -336,6 +336,16 @@ def test_bench_asks_for_matplotlib_before_it_measures(tiny_bundle: Path, monkeyp
     assert result.err == f"error: this command needs matplotlib ({install_command('plot')})\n"
 
 
+@pytest.mark.parametrize("name", ["roof.svg", "roof", "-"])
+def test_bench_refuses_a_plot_of_another_kind_before_it_measures(tiny_bundle: Path, name: str) -> None:
+    result = call("bench", "latency", tiny_bundle, "--plot", name)
+    assert (result.status, result.out) == (2, "")
+    assert result.errors[0].startswith(
+        f"error: --plot {name}: the roofline is a PNG file (allowed: a name that ends in .png)"
+    )
+    assert len(result.errors) == 1
+
+
 def test_bench_json_agrees_with_its_table(tiny_bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "latency.json"
     sizes = ("--prompt-tokens", "20", "--new-tokens", "3", "--image-size", "32", "--repeats", "2")
@@ -386,14 +396,14 @@ def test_targets_are_added_to_a_bundle_then_parity_passes_and_is_noted(tiny_chec
     build(tiny_checkpoint, bundle)
     shown = call("inspect", bundle).out
     assert "no engine yet" in shown
-    assert f"next: moevlm build {bundle} --checkpoint CHECKPOINT --target cpu:int8" in shown
+    assert f"next: moevlm build '{bundle}' --checkpoint CHECKPOINT --target cpu:int8" in shown
     built = call("build", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu")
     assert built.status == 0
-    assert f"next: moevlm parity {bundle} --checkpoint {tiny_checkpoint}" in built.out
+    assert f"next: moevlm parity '{bundle}' --checkpoint {tiny_checkpoint}" in built.out
     proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--json", output)
     assert proved.status == 0
     assert "parity: passed" in proved.out
-    assert f'next: moevlm run {bundle} --prompt "..." --image FILE' in proved.out
+    assert f"next: moevlm run '{bundle}' --prompt \"...\" --image FILE" in proved.out
     assert "running transformers" in proved.err
     report = decode(output.read_text(), ParityReport)
     assert report.passed

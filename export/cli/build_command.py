@@ -17,7 +17,7 @@ from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.gpus import gpu_text
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.printable import bytes_text
+from moevlm.runtime.core.printable import bytes_text, in_shell
 from moevlm.runtime.perf.memory import memory_report
 
 _LAYOUT = click.option(
@@ -145,9 +145,8 @@ def build(
             "weight error: root mean square of what rounding weights anew changed, over that of the weights; "
             "what it costs, in KL divergence and in experts that change places, parity says"
         )
-    console().print(
-        _next_step(names, built, f"moevlm parity {bundle} --checkpoint {origin}" + (f" --lora {lora}" if lora else ""))
-    )
+    parity = f"moevlm parity {in_shell(bundle)} --checkpoint {in_shell(origin)}"
+    console().print(_next_step(names, built, parity + (f" --lora {in_shell(lora)}" if lora else "")))
 
 
 def _dry_run(source: Path, targets: tuple[str, ...], **options: Any) -> None:

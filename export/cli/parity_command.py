@@ -8,6 +8,7 @@ import click
 
 from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
 from moevlm.runtime.cli.console import console, progress_bar, publish
+from moevlm.runtime.core.printable import in_shell
 
 
 @click.command(short_help="Check every engine of a bundle against Hugging Face.")
@@ -72,4 +73,4 @@ def parity(
         click.get_current_context().exit(1)
     if str(output) != "-":
         image = " --image FILE" if IMAGE_FILE in Bundle.open(bundle).manifest.files else ""
-        console().print(f'next: moevlm run {bundle} --prompt "..."{image}')
+        console().print(f'next: moevlm run {in_shell(bundle)} --prompt "..."{image}')

@@ -8,7 +8,7 @@ from moevlm.runtime.cli.console import table
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
-from moevlm.runtime.core.printable import bytes_text, recoded_text
+from moevlm.runtime.core.printable import bytes_text, in_shell, recoded_text
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.perf.limits import cache_bytes_per_token, decode_work
 from moevlm.runtime.perf.memory import CONTEXT, memory_report
@@ -45,7 +45,7 @@ def plan_lines(source: Path, plan: "Plan") -> Iterator[str]:
             yield f"{target.name} cannot be built: {target.refused}"
     if here := [target.name for target, _ in possible if not target.elsewhere]:
         name = defaults.TARGET if defaults.TARGET in here else here[0]
-        yield f"next: moevlm build {source if plan.tensors else 'CHECKPOINT'} -o BUNDLE --target {name}"
+        yield f"next: moevlm build {in_shell(source) if plan.tensors else 'CHECKPOINT'} -o BUNDLE --target {name}"
 
 
 def model_text(model: ModelMetadata) -> str:

@@ -29,6 +29,7 @@ from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.backends.selection import runnable, select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError
+from moevlm.runtime.core.printable import in_shell
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.loading import load_engine
 from moevlm.runtime.perf.process_limits import available_memory
@@ -63,7 +64,8 @@ def check_parity(
     opened = Bundle.open(bundle)
     engines = opened.manifest.engines
     if not engines:
-        raise BundleError(f"{bundle} has no engine to check (moevlm build {bundle} --checkpoint {checkpoint} adds one)")
+        adding = f"moevlm build {in_shell(bundle)} --checkpoint {in_shell(checkpoint)}"
+        raise BundleError(f"{bundle} has no engine to check ({adding} adds one)")
     names, left_out = [select(opened, name)[0] for name in target_names], ""
     if not names:
         names, left_out = runnable(opened)

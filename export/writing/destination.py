@@ -15,6 +15,7 @@ import msgspec
 from moevlm.runtime.bundle.reader import MANIFEST, MAX_MANIFEST_BYTES, unlisted
 from moevlm.runtime.bundle.verified_file import BundleFile
 from moevlm.runtime.core.errors import BuildError, BundleError
+from moevlm.runtime.core.printable import in_shell
 
 _SHOWN = 3
 
@@ -27,9 +28,10 @@ def require_new(destination: Path, checkpoint: Path, replace: bool) -> None:
     if os.path.lexists(destination):
         require_replaceable(destination)
         if not replace:
+            adding = f"moevlm build {in_shell(destination)} --checkpoint {in_shell(checkpoint)} --target ..."
             raise BuildError(
-                f"{destination} is a bundle already: moevlm build {destination} --checkpoint {checkpoint} --target ... "
-                "adds an engine to it, --force replaces it with all its engines"
+                f"{destination} is a bundle already: {adding} adds an engine to it, --force replaces it with all its "
+                "engines"
             )
     # Path.resolve raises for a link that leads to itself; what is wrong with it is told when it is opened.
     real, source = (Path(os.path.realpath(path)) for path in (destination, checkpoint))

@@ -8,6 +8,7 @@ from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle, preferred
 from moevlm.runtime.core.errors import BundleError, Misfit
 from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.printable import in_shell
 
 
 def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineMetadata]:
@@ -18,8 +19,8 @@ def select(bundle: Bundle, target: str | None = None) -> tuple[str, EngineMetada
     """
     engines = bundle.manifest.engines
     if not engines:
-        where = bundle.directory
-        raise BundleError(f"{where} has no engine yet (moevlm build {where} --checkpoint CHECKPOINT adds one)")
+        adding = f"moevlm build {in_shell(bundle.directory)} --checkpoint CHECKPOINT"
+        raise BundleError(f"{bundle.directory} has no engine yet ({adding} adds one)")
     names = list(engines) if target is None else bundle.matches(target)
     backends = Backends()
     fitting, misfits = _sorted(backends, engines, sorted(names))

@@ -16,6 +16,7 @@ from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.gpus import sm_of
 from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, FileMetadata, Manifest, digest_of
 from moevlm.runtime.core.manifest_limits import check_metadata
+from moevlm.runtime.core.printable import in_shell
 from moevlm.runtime.core.progress import Progress
 
 MANIFEST = "manifest.json"
@@ -230,8 +231,9 @@ def _read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise BundleError(f"no bundle at {directory}: {error.strerror}") from None
     if not exists or not os.path.lexists(path):
-        build = f" (a checkpoint becomes one: moevlm build {directory} -o BUNDLE)" if _is_checkpoint(directory) else ""
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{build}")
+        build = f"moevlm build {in_shell(directory)} -o BUNDLE"
+        hint = f" (a checkpoint becomes one: {build})" if _is_checkpoint(directory) else ""
+        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{hint}")
     with BundleFile(directory, MANIFEST) as file:
         if file.size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {file.size} bytes (allowed: up to {MAX_MANIFEST_BYTES})")

@@ -103,6 +103,8 @@ def latency(
 
     require_apart([output, plot], [bundle])
     if plot is not None:
+        if plot.suffix.lower() != ".png":
+            raise click.UsageError(f"--plot {plot}: the roofline is a PNG file (allowed: a name that ends in .png)")
         require("matplotlib", "plot")
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)

@@ -12,6 +12,7 @@ import click
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.printable import counted, in_shell
 
 if TYPE_CHECKING:
     from moevlm.runtime.bundle.reader import Bundle
@@ -45,9 +46,9 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         return
     on_gpu = {name for name, engine in opened.manifest.engines.items() if engine.sms}
     if not report.engines:
-        console().print(f"\nnext: moevlm build {bundle} --checkpoint CHECKPOINT --target {defaults.TARGET}")
+        console().print(f"\nnext: moevlm build {in_shell(bundle)} --checkpoint CHECKPOINT --target {defaults.TARGET}")
     elif any(engine.parity == "not checked" for engine in report.engines if engine.target not in on_gpu):
-        console().print(f"\nnext: moevlm parity {bundle} --checkpoint CHECKPOINT")
+        console().print(f"\nnext: moevlm parity {in_shell(bundle)} --checkpoint CHECKPOINT")
 
 
 def _weights(engine: EngineReport) -> str:
@@ -74,20 +75,21 @@ def _experts(model: ModelMetadata) -> str:
 
 def _images(model: ModelMetadata) -> str:
     """patches of 16, 3 deepstack levels"""
-    return f"patches of {model.vision.patch_size}, {model.deepstack} deepstack levels" if model.vision else "none"
+    if model.vision is None:
+        return "none"
+    levels = f", {counted(model.deepstack, 'deepstack level')}" if model.deepstack else ""
+    return f"patches of {model.vision.patch_size}{levels}"
 
 
 def _attention(model: ModelMetadata) -> str:
     """32 heads on 4 key-value heads of 128; where layers differ, how many are of each kind."""
-    from moevlm.runtime.core.printable import counted
-
     kinds: Counter[str] = Counter()
     for layer in model.layers:
         size = str(layer.key_dim) if layer.value_dim == layer.key_dim else f"{layer.key_dim} and {layer.value_dim}"
         window = f", window {layer.window}" if layer.window else ""
         window += f", chunks of {layer.chunk}" if layer.chunk else ""
         text = (
-            f"{layer.heads} heads on {layer.kv_heads} key-value heads of {size}{window}"
+            f"{counted(layer.heads, 'head')} on {counted(layer.kv_heads, 'key-value head')} of {size}{window}"
             if layer.heads
             else "a recurrent state"
         )

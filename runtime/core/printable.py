@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from shlex import quote
 from types import MappingProxyType
 from typing import TextIO
 
@@ -30,6 +32,11 @@ def escape_unencodable(stream: TextIO | None) -> None:
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+
+
+def in_shell(path: str | Path) -> str:
+    """The path as a word of a command line that is suggested."""
+    return quote(str(path))
 
 
 def counted(count: int, noun: str) -> str:
