@@ -33,9 +33,7 @@ class InternVL(Wrapper):
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads"}
 
     def translate(self, fields: Fields) -> ModelConfig:
-        text = fields.sub("text_config")
-        text.get("tie_word_embeddings", None)  # the outer field decides
-        decoder = self.text.decoder(text, fields.flag("tie_word_embeddings", False))
+        text, decoder = self.decoder(fields)
         vision = internvl_tower(fields.sub("vision_config"), fields, decoder.hidden)
         tokens = (vision.side // vision.merge_size) ** 2
         fields.choice("image_seq_length", (tokens,), tokens)

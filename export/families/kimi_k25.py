@@ -56,9 +56,7 @@ class KimiK25(Wrapper):
         return {**super().weights, **moon_weights(self._head_dim)}
 
     def translate(self, fields: Fields) -> ModelConfig:
-        text = fields.sub("text_config")
-        text.get("tie_word_embeddings", None)  # the outer field decides
-        decoder = self.text.decoder(text, fields.flag("tie_word_embeddings", False))
+        text, decoder = self.decoder(fields)
         for name in ("ignore_index", "use_unified_vision_chunk", "video_placeholder"):  # of training, and of videos
             fields.get(name, None)
         return ModelConfig(

@@ -32,9 +32,7 @@ class Mistral3(Wrapper):
     own_names: ClassVar = {"vision heads": "vision_config.num_attention_heads", "image_token_id": "image_token_index"}
 
     def translate(self, fields: Fields) -> ModelConfig:
-        text = fields.sub("text_config")
-        text.get("tie_word_embeddings", None)  # the outer field decides
-        decoder = self.text.decoder(text, fields.flag("tie_word_embeddings", False))
+        text, decoder = self.decoder(fields)
         return ModelConfig(
             model_type="mistral3",
             decoder=decoder,

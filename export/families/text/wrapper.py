@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from moevlm.export.config import DecoderConfig
 from moevlm.export.families.base import LEFT_OUT, Family
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.shared import Weights
@@ -44,6 +45,12 @@ class Wrapper(Family):
     @classmethod
     def _untold(cls, values: Mapping[str, Any]) -> bool:
         return cls.head_by_checkpoint and values.get("tie_word_embeddings") is None
+
+    def decoder(self, fields: Fields) -> tuple[Fields, DecoderConfig]:
+        """The text's fields, and its decoder. The outer object says whether the head is the embedding."""
+        text = fields.sub("text_config")
+        text.get("tie_word_embeddings", None)
+        return text, self.text.decoder(text, fields.flag("tie_word_embeddings", False))
 
     @property
     def weights(self) -> Weights:
