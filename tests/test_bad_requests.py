@@ -13,7 +13,7 @@ import pytest
 
 from moevlm.runtime import load
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.errors import BundleError, RequestError, shown
 from moevlm.runtime.core.installation import install_command
 from moevlm.runtime.perf import machine
 from tests.support.bundles import copy_bundle
@@ -87,7 +87,7 @@ def test_image_of_100_megapixels_needs_a_higher_limit(tiny_bundle: Path, tmp_pat
     ],
 )
 def test_bad_argument_of_load_is_refused_before_anything_is_read(name: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=rf"^unsupported value {name} = {re.escape(repr(value))} \(allowed: "):
+    with pytest.raises(RequestError, match=rf"^unsupported value {name} = {re.escape(shown(value))} \(allowed: "):
         load(tmp_path / "nowhere", **{name: value})
 
 

@@ -131,7 +131,7 @@ def test_flipped_routings_are_listed_with_their_margins(tmp_path: Path) -> None:
     "name",
     [
         "qwen, on the hub, many shards",
-        "qwen, no deepstack, wide heads, odd patches",
+        "qwen, no deepstack, wide heads, odd patches, yarn",
         "glm, groups, shared expert",
         "glm, two of four groups, weights as they are, tied head",
         "qwen3.5, as many value heads as key heads, short kernel, biases, bf16",
