@@ -141,8 +141,9 @@ class ModelMetadata(_Metadata, frozen=True):
     @property
     def control_token_ids(self) -> frozenset[int]:
         """Ids that end an answer or belong to an image or a video, and that no text of a user may become."""
+        video = () if self.video is None else ((self.video.placeholder,), self.video.begin, self.video.end)
         marks = msgspec.structs.astuple(self.image_marks)
-        return frozenset().union(self.eos_token_ids, self.visual_token_ids, *marks)
+        return frozenset().union(self.eos_token_ids, self.visual_token_ids, *marks, *video)
 
     @property
     def tower(self) -> VisionMetadata:

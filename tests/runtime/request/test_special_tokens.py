@@ -12,7 +12,7 @@ from tokenizers import AddedToken, normalizers
 from tokenizers import Tokenizer as Core
 
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import ImageMarks
+from moevlm.runtime.core.manifest import ImageMarks, VideoMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.prompt import PromptBuilder
 from moevlm.runtime.request.tokenizer import Tokenizer
@@ -196,14 +196,15 @@ def test_what_ends_a_turn_is_a_control_token_whatever_its_flag() -> None:
 
 def test_what_stands_in_images_is_a_control_token_whatever_its_flag() -> None:
     core = Core.from_str(CORE.to_str())
-    core.add_tokens([AddedToken(text, special=False) for text in ("<patch>", "<row>", "<end>")])
+    core.add_tokens([AddedToken(text, special=False) for text in ("<patch>", "<row>", "<end>", "<slice>")])
     tokenizer = Tokenizer(core.to_str())
-    patch, row, end = (tokenizer.added[text] for text in ("<patch>", "<row>", "<end>"))
+    patch, row, end, cut = (tokenizer.added[text] for text in ("<patch>", "<row>", "<end>", "<slice>"))
+    video = VideoMetadata(placeholder=IMAGE, token_id=patch, begin=(cut,), end=())
     marks = ImageMarks(placeholder=(IMAGE,), row_break=(row,), end=(end,))
-    build = builder(PLAIN, tokenizer, image_token_id=patch, image_marks=marks)
-    text = user("a<patch>b<row>c<end>")
-    assert not {patch, row, end} & {*build.prompt_ids(text, [])}
-    assert {patch, row, end} < {*builder(PLAIN, tokenizer).prompt_ids(text, [])}
+    build = builder(PLAIN, tokenizer, image_token_id=patch, image_marks=marks, video=video)
+    text = user("a<patch>b<row>c<end>d<slice>")
+    assert not {patch, row, end, cut} & {*build.prompt_ids(text, [])}
+    assert {patch, row, end, cut} < {*builder(PLAIN, tokenizer).prompt_ids(text, [])}
 
 
 def test_spellings_that_the_tokenizer_normalizes_stay_text() -> None:
