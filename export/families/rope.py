@@ -45,8 +45,13 @@ def mrope(
 
 
 def rope_fields(text: Fields) -> Fields:
-    """The object with a text model's rope, which is empty if only its theta is said."""
-    return text.sub("rope_parameters") if "rope_parameters" in text else text.sub("rope_scaling", {})
+    """The object with a text model's rope, which is empty if only its theta is said. Raises CheckpointError for two."""
+    if "rope_parameters" not in text:
+        return text.sub("rope_scaling", {})
+    if "rope_scaling" in text:  # transformers takes this one, whole: without the theta of the other
+        value = text.get("rope_scaling")
+        raise text.invalid("rope_scaling", value, "not beside rope_parameters: its fields belong there")
+    return text.sub("rope_parameters")
 
 
 def axial_theta(vision: Fields, default: float = 10000.0) -> float:

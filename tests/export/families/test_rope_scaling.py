@@ -189,6 +189,15 @@ def test_older_spelling_is_the_same_rope(kind: str) -> None:
     assert one_axis(Fields(old), 128) == one_axis(Fields(new), 128)
 
 
+def test_two_spellings_at_once_are_refused() -> None:
+    """As in a config.json that transformers saved and to which somebody added what a model card says."""
+    both = {"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    one_axis(Fields(both | {"rope_scaling": None}), 128)
+    told = re.escape("(not beside rope_parameters: its fields belong there)")
+    with pytest.raises(CheckpointError, match=rf"rope_scaling = \{{.* {told}$"):
+        one_axis(Fields(both | {"rope_scaling": YARN}), 128)
+
+
 @pytest.mark.parametrize("rope", [{"factor": None, "original_max_position_embeddings": 77}, {"factor": 8.0}])
 def test_lengths_of_contexts_stand_in_for_each_other(rope: Values) -> None:
     """A factor that is null is their ratio; Phi 3's place of the original one goes before the rope's own."""
