@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.families import family_for
+from moevlm.export.families import Family, family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.decoder import Decoder, Layer
 from moevlm.export.parity.batch import Batch, BatchLimits
@@ -37,9 +37,10 @@ def opened(tiny: TinyCheckpoint, folder: Path) -> Iterator[tuple[Checkpoint, Can
         yield source, model, random_cases(model.config.metadata(), source.config, tiny.seed)
 
 
-def by_from_pretrained(checkpoint: Path, vision: VisionMetadata, cases: list[Case]) -> list[np.ndarray]:
+def by_from_pretrained(checkpoint: Path, family: Family, vision: VisionMetadata, cases: list[Case]) -> list[np.ndarray]:
     """Logits of every case by itself, the whole model in memory."""
     model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    family.mend(model)
     results = []
     for case in cases:
         ids = torch.from_numpy(case.whole.ids)[None]
@@ -55,9 +56,9 @@ def logits(given: ReferenceOutput) -> np.ndarray:
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_layer_by_layer_transformers_says_what_it_says_as_a_whole(name: str, tmp_path: Path) -> None:
     with opened(CHECKPOINTS[name], tmp_path) as (source, model, cases):
-        vision = model.config.vision.metadata()
-        answers = Oracle(source, family_for(source.config), vision).outputs(cases)
-    whole = by_from_pretrained(tmp_path / "checkpoint", vision, cases)
+        family, vision = family_for(source.config), model.config.vision.metadata()
+        answers = Oracle(source, family, vision).outputs(cases)
+    whole = by_from_pretrained(tmp_path / "checkpoint", family, vision, cases)
     for ours, theirs in zip(answers, whole, strict=True):
         assert relative_error(logits(ours), theirs) < 5e-5  # chunks of the delta rule depend on how long a row is
 
