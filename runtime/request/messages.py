@@ -82,14 +82,17 @@ def texts_alone(plain: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [{**message, "content": "".join(texts_of(message["content"]))} for message in plain]
 
 
-def require_no_video(plain: Sequence[Mapping[str, Any]]) -> None:
-    """Raise RequestError for a video part, as for any kind of part that the model does not take."""
+def require_no_video(plain: Sequence[Mapping[str, Any]], images: bool) -> None:
+    """Raise RequestError for a video part, as for any kind of part that the model does not take.
+
+    images: whether it takes those.
+    """
+    taken = [kind for kind in _PART_FIELDS if kind == "text" or (images and kind != "video")]
     for i, message in enumerate(plain):
         for j, part in enumerate(message["content"] if isinstance(message["content"], list) else ()):
             if part["type"] == "video":
                 raise RequestError(
-                    f"unsupported value messages[{i}].content[{j}].type = 'video' "
-                    f"(supported: {', '.join(kind for kind in _PART_FIELDS if kind != 'video')})"
+                    f"unsupported value messages[{i}].content[{j}].type = 'video' (supported: {', '.join(taken)})"
                 )
 
 

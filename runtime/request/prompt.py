@@ -196,7 +196,7 @@ class PromptBuilder:
 
     def _refuse_video(self, plain: Sequence[dict[str, Any]]) -> None:
         if self._model.video is None:
-            require_no_video(plain)
+            require_no_video(plain, images=self._model.vision is not None)
 
     def _refuse_placeholder(self, plain: Sequence[dict[str, Any]]) -> None:
         # The guard would make it text like any other; but who types it wants an image there and would get none.
