@@ -103,6 +103,8 @@ def test_commands_say_what_a_model_of_text_alone_is(bundle: Path, saved: dict[st
     )
     assert json.loads(call(*bench, "--json", "-").out)["results"][0]["vision"] is None
     assert "rtx" in call("build", saved["mixtral"], "--dry-run").out
+    built = call("build", saved["mixtral"], "-o", tmp_path / "built")
+    assert (built.status, "images" in built.out) == (0, False)  # no file is missing for them
 
 
 @each
