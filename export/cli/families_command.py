@@ -3,7 +3,7 @@
 import click
 
 from moevlm.runtime.cli.command_line import require
-from moevlm.runtime.cli.console import console, table
+from moevlm.runtime.cli.console import console
 
 
 @click.command(short_help="List the model families that can be built.")
@@ -12,7 +12,9 @@ def families() -> None:
     require("torch", "export")
     from moevlm.export.families.table import HEADS, rows, targets
 
-    console().print(table("families", HEADS, list(rows())))
+    for name, checkpoints, *others in rows():
+        told = (f"  {head}: {text}" for head, text in zip(HEADS[2:], others, strict=True))
+        console().print("\n".join((f"{name}  {checkpoints}", *told, "")))
     console().print("held to transformers: tiny random models in float32, the largest relative difference of logits")
     console().print(f"built and checked for: {', '.join(targets())} (not run on a GPU)")
     console().print("next, for a checkpoint or its config.json: moevlm build CHECKPOINT --dry-run")

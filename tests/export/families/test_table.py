@@ -31,7 +31,8 @@ def test_every_family_was_held_to_transformers_in_all_its_tiny_models() -> None:
 def test_command_lists_every_family_and_what_to_do_next() -> None:
     said = call("families")
     assert said.status == 0
-    for model_type, checkpoints, *_ in rows():
-        assert f"\n{model_type} " in said.out
-        assert checkpoints.split(",")[0] in said.out
+    for model_type, checkpoints, *others in rows():
+        first, *told = said.out.partition(f"{model_type}  ")[2].splitlines()[:5]
+        assert first == checkpoints
+        assert [line.partition(": ")[2] for line in told] == others
     assert said.out.rstrip().endswith("moevlm build CHECKPOINT --dry-run")
