@@ -18,6 +18,7 @@ from moevlm.export.families.names import MissingTensorError, Tensors, missing_er
 from moevlm.export.families.sources import Source, first_name, named
 from moevlm.export.graph.weights import Weight, cast, slices
 from moevlm.runtime.core.errors import CheckpointError, FieldError, UnsupportedModelError, one_line, quoted
+from moevlm.runtime.core.printable import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -239,7 +240,9 @@ def _counted(unused: Collection[str], patterns: Collection[str]) -> dict[str, in
     strangers = [name for name, pattern in found.items() if pattern is None]
     if strangers:
         first = one_line(strangers[0], 80)
-        raise CheckpointError(f"{len(strangers)} tensors of the checkpoint have no place in the model, first: {first}")
+        raise CheckpointError(
+            f"without a place in the model: {counted(len(strangers), 'tensor')} of the checkpoint, first {first}"
+        )
     return dict(Counter(_told(str(pattern)) for pattern in found.values()))
 
 

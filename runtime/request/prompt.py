@@ -10,6 +10,7 @@ import numpy as np
 
 from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
 from moevlm.runtime.core.manifest import ModelMetadata
+from moevlm.runtime.core.printable import counted
 from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
 from moevlm.runtime.request.images.layout import ImageLayout
@@ -117,40 +118,42 @@ class PromptBuilder:
         given = [replace(one, limits=replace(one.limits, max_tokens=max_image_tokens)) for one in visuals_of(messages)]
         require_tower(self._model, len(given))
         if given and self._images is None:
-            raise RequestError(f"the prompt has {len(given)} images, and this runtime was made without image input")
+            raise RequestError(
+                f"the prompt has {counted(len(given), 'image')}, and this runtime was made without image input"
+            )
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
-        counted = self._counted(given)
-        ids = self.prompt_ids(messages, [self._ids(one) for one in counted], options)
+        planned = self._planned(given)
+        ids = self.prompt_ids(messages, [self._ids(one) for one in planned], options)
         _require_room(len(ids), self._model, bool(given))
         images: list[Image | Slice] = []
-        for one in counted:
+        for one in planned:
             assert self._images is not None
             images += one.pieces(self._images) if isinstance(one, _CountedImage) else one.slices()
         grids = [self._images.grid(image) for image in images] if self._images else []
         return Prompt.from_ids(ids, grids, self._model, images)
 
-    def _counted(self, given: Sequence[GivenImage | GivenVideo]) -> list[_CountedImage | PlannedVideo]:
+    def _planned(self, given: Sequence[GivenImage | GivenVideo]) -> list[_CountedImage | PlannedVideo]:
         """Each image and video, to be decoded later, and how many visual tokens it has."""
-        counted: list[_CountedImage | PlannedVideo] = []
+        planned: list[_CountedImage | PlannedVideo] = []
         total = 0
         kinds = "images and videos" if any(isinstance(one, GivenVideo) for one in given) else "images"
         for one in given:
             if isinstance(one, GivenVideo):
                 if self._videos is None:
                     raise RequestError("the prompt has a video, and the bundle's checkpoint had no video preprocessing")
-                counted.append(self._videos.plan(one))
+                planned.append(self._videos.plan(one))
             elif self._images is not None:
                 kept = replace(one, source=self._images.repeatable(one.source))
                 layout = self._images.layout(kept.source, kept.limits)
                 tokens = layout.tokens(self._model.tower)
-                counted.append(_CountedImage(len(counted) + 1, kept, layout, tokens))
-            total += counted[-1].tokens
+                planned.append(_CountedImage(len(planned) + 1, kept, layout, tokens))
+            total += planned[-1].tokens
             if total > self._model.context:
                 raise RequestError(
-                    f"the first {len(counted)} of the prompt's {len(given)} {kinds} have {total} tokens, "
+                    f"the first {len(planned)} of the prompt's {len(given)} {kinds} have {total} tokens, "
                     f"the model's context {self._model.context} ({SMALLER_IMAGES})"
                 )
-        return counted
+        return planned
 
     def _ids(self, one: _CountedImage | PlannedVideo) -> list[int]:
         """The token ids that take a placeholder's place."""
@@ -186,9 +189,8 @@ class PromptBuilder:
         found = [kinds[token] for token in ids if token in kinds]
         wanted = [part["type"] for message in plain for part in _parts(message["content"]) if part["type"] != "text"]
         if len(found) != len(images):
-            raise RequestError(
-                f"the prompt has {len(found)} image placeholders, {len(images)} images (allowed: one for each)"
-            )
+            marks = counted(len(found), "image placeholder")
+            raise RequestError(f"the prompt has {marks}, {counted(len(images), 'image')} (allowed: one for each)")
         if found != wanted:
             raise RequestError("the chat template writes images and videos in another order than the messages")
         each = iter(images)
@@ -228,7 +230,7 @@ class _CountedImage:
 def require_tower(model: ModelMetadata, images: int) -> None:
     """Raise RequestError for images of a prompt that goes to a model of text alone. images: how many."""
     if images and model.vision is None:
-        raise RequestError(f"the prompt has {images} images, and {model.model_type} takes text alone")
+        raise RequestError(f"the prompt has {counted(images, 'image')}, and {model.model_type} takes text alone")
 
 
 def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndarray:

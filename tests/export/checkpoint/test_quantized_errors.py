@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Tensors], object], tuple[str, ...]]] = {
         lambda tensors: tensors.update(
             {"model.language_model.layers.7.mlp.experts.0.up_proj.weight_scale": torch.ones(2)}
         ),
-        ("1 tensors of the checkpoint have no place in the model, first: model.language_model.layers.7.mlp.exp",),
+        ("without a place in the model: 1 tensor of the checkpoint, first model.language_model.layers.7.mlp.exp",),
     ),
     "scale-beside-floats": (
         "fp8-blocks",

@@ -274,6 +274,11 @@ def test_tensors_that_are_missing_or_too_many_are_named(save_checkpoint: Callabl
     directory, layer = save_checkpoint(model_type="gemma4"), "model.language_model.layers.2."
     extra = f"{layer}self_attn.v_proj.weight"  # a layer whose values are its keys
     edit_tensors(directory, lambda tensors: tensors.update({extra: torch.zeros(32, 32)}))
-    refused(CheckpointError, "1 tensors of the checkpoint have no place", extra, act=lambda: canonical(directory))
+    refused(
+        CheckpointError,
+        "without a place in the model: 1 tensor of the checkpoint",
+        extra,
+        act=lambda: canonical(directory),
+    )
     edit_tensors(directory, lambda tensors: [tensors.pop(name) for name in (extra, f"{layer}layer_scalar")])
     refused(CheckpointError, f"lacks tensor {layer}layer_scalar", act=lambda: canonical(directory))

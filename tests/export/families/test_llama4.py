@@ -206,7 +206,7 @@ def test_missing_and_strange_tensors_are_named(checkpoint: Path, tmp_path: Path)
         (lambda tensors: tensors.pop(name), f"the checkpoint lacks tensor {name}"),
         (
             lambda tensors: tensors.update({f"{name}_extra": torch.zeros(3)}),
-            f"have no place in the model, first: {name}_extra",
+            f"without a place in the model: 1 tensor of the checkpoint, first {name}_extra",
         ),
     ):
         other = Path(shutil.copytree(checkpoint, tmp_path / f"{len(told)}"))

@@ -69,7 +69,7 @@ def test_answers_and_refusals_of_every_engine(target: str, bundle: Path) -> None
         assert answers[0] == answers[1]
         assert 1 <= len(answers[0]) <= 4
         picture = [{"role": "user", "content": [{"type": "image", "image": Image.new("RGB", (8, 8))}]}]
-        with pytest.raises(RequestError, match="the prompt has 1 images, and mixtral takes text alone"):
+        with pytest.raises(RequestError, match="the prompt has 1 image, and mixtral takes text alone"):
             runtime.generate(picture)
         video = [{"role": "user", "content": [{"type": "video", "video": [Image.new("RGB", (8, 8))] * 2}]}]
         with pytest.raises(RequestError, match=r"\.type = 'video' \(supported: text\)$"):
@@ -82,7 +82,7 @@ def test_commands_say_what_a_model_of_text_alone_is(bundle: Path, saved: dict[st
     assert (inside["vision"], inside["image_token_id"]) == (None, None)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
-    words = "the prompt has 1 images, and mixtral takes text alone"
+    words = "the prompt has 1 image, and mixtral takes text alone"
     for target in ("cpu:int4", "rtx"):  # before an engine is looked for, and so before it is loaded
         assert_refused(call("run", bundle, "--target", target, "--image", picture, "--prompt", "What is it?"), words)
     bench = [

@@ -255,9 +255,9 @@ def test_placeholder_typed_as_text_is_refused_with_the_way_to_give_images():
 
 
 def test_images_and_placeholders_must_be_as_many():
-    with pytest.raises(RequestError, match="1 image placeholders, 2 images"):
+    with pytest.raises(RequestError, match="1 image placeholder, 2 images"):
         _builder().prompt_ids(_user({"type": "image"}, "a"), [[IMAGE]] * 2)
-    with pytest.raises(RequestError, match="0 image placeholders, 1 images"):
+    with pytest.raises(RequestError, match="0 image placeholders, 1 image "):
         _builder("{{ messages[0].role }}").prompt_ids(_user({"type": "image"}), [[IMAGE]])
 
 
