@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import Gemma4TextConfig, Gemma4VisionConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4MultimodalEmbedder, Gemma4VisionModel
 
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower
-from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.towers import PooledTower
-from tests.support.vision_towers import bound, filled
+from moevlm.runtime.request.vision_inputs import VisionInputs
+from tests.support.vision_towers import TinyTower, bound, filled
 
 BASE: dict[str, Any] = {
     "hidden_size": 32,
@@ -44,22 +43,24 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "heads of 72 as published": {"hidden_size": 144, "head_dim": 72, "intermediate_size": 64},
 }
 OUT = 24
-SIZES = [(1, 1), (2, 3), (4, 1), (1, 5)]  # of images, in visual tokens
 
 
 @dataclass(frozen=True)
-class TinyTower:
-    """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
+class TinyGemma4Tower(TinyTower):
+    """theirs: tower and projector of transformers."""
 
     theirs: tuple[Gemma4VisionModel, Gemma4MultimodalEmbedder]
-    ours: nn.Module
-    weights: dict[str, Weight]
     metadata: PooledTower
 
+    CONFIGURATIONS: ClassVar = CONFIGURATIONS
+    WIDE: ClassVar = "heads of 72 as published"
+    OUT: ClassVar = OUT
+    ROUNDING: ClassVar = 0.03
+
     @classmethod
-    def of(cls, seed: int = 0, **fields: Any) -> TinyTower:
-        """A tower with every parameter and buffer random. fields: of vision_config, on top of BASE."""
-        values = BASE | fields
+    def of(cls, name: str, seed: int = 0) -> Self:
+        """One of CONFIGURATIONS with every parameter and buffer random."""
+        values = BASE | CONFIGURATIONS[name]
         config = Gemma4VisionConfig(**values)
         config._attn_implementation = "eager"
         torch.manual_seed(seed)
@@ -68,11 +69,18 @@ class TinyTower:
         on_disk = filled({"model.vision_tower.": tower, "model.embed_vision.": projector}, _values)
         ours = gemma4_tower(Fields(values), OUT)
         module, weights = bound(ours, GEMMA4_TOWER, on_disk)
-        return cls((tower, projector), module, weights, ours.metadata())
+        return cls(module, weights, ours.metadata(), (tower, projector))
 
     @torch.no_grad()
-    def wanted(self, patches: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """transformers' visual tokens of images in rows as long as the longest, [images, most, ...]; -1: no patch."""
+    def wanted(self, inputs: VisionInputs) -> np.ndarray:
+        """In one padded batch; a place of -1 has no patch."""
+        sizes, table = np.diff(inputs.image_start), self.metadata.position_table
+        patches = np.zeros((len(sizes), sizes.max(), self.metadata.patch_width), np.float32)
+        places = np.full((len(sizes), sizes.max(), 2), -1, np.int64)
+        for image, size in enumerate(sizes):
+            part = inputs.part(image, image + 1)
+            patches[image, :size] = (part.pixel_patches + 1) / 2
+            places[image, :size] = part.rows["position_index"] - [0, table]
         tower, projector = self.theirs
         given = torch.from_numpy(patches), torch.from_numpy(places)
         return projector(tower(pixel_values=given[0], pixel_position_ids=given[1]).last_hidden_state).numpy()

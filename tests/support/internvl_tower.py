@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import InternVLConfig, InternVLModel
 
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.internvl_vision import INTERNVL_LEFT_OUT, INTERNVL_TOWER, internvl_tower
-from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.vision_towers import bound, filled, tiles_of
+from tests.support.vision_towers import TinyTileTower, bound, filled, tiles_of
 
 VISION: dict[str, Any] = {
     "model_type": "internvl_vision",
@@ -48,16 +46,19 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class TinyTower:
-    """theirs: transformers' model. ours: the tower's module with the same weights; weights: by its names."""
+class TinyInternVLTower(TinyTileTower):
+    """theirs: transformers' model."""
 
     theirs: InternVLModel
-    ours: nn.Module
-    weights: dict[str, Weight]
     metadata: TileTower
 
+    CONFIGURATIONS: ClassVar = CONFIGURATIONS
+    WIDE: ClassVar = "heads of 64"
+    PLANNED: ClassVar = "as the large ones"
+    OUT: ClassVar = OUT
+
     @classmethod
-    def of(cls, name: str, seed: int = 0) -> TinyTower:
+    def of(cls, name: str, seed: int = 0) -> Self:
         """One of CONFIGURATIONS with every parameter random."""
         vision, top = CONFIGURATIONS[name]
         values = VISION | vision
@@ -69,11 +70,10 @@ class TinyTower:
         on_disk = filled(parts, _values)
         ours = internvl_tower(Fields(values), Fields(top), OUT)
         module, weights = bound(ours, INTERNVL_TOWER, on_disk, INTERNVL_LEFT_OUT)
-        return cls(theirs, module, weights, ours.metadata())
+        return cls(module, weights, ours.metadata(), theirs)
 
     @torch.no_grad()
     def wanted(self, inputs: VisionInputs) -> np.ndarray:
-        """transformers' visual tokens [V, H] of images of the tower's size."""
         pixels = torch.from_numpy(tiles_of(inputs, self.metadata))
         return self.theirs.get_image_features(pixels).pooler_output.flatten(0, 1).numpy()
 

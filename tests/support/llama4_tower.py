@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import Llama4Config, Llama4VisionConfig, Llama4VisionModel
 from transformers.models.llama4.modeling_llama4 import Llama4MultiModalProjector
 
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.llama4_vision import llama4_tower, llama4_tower_weights
-from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.vision_towers import bound, filled, tiles_of
+from tests.support.vision_towers import TinyTileTower, bound, filled, tiles_of
 
 VISION: dict[str, Any] = {
     "model_type": "llama4_vision_model",
@@ -42,16 +40,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class TinyTower:
-    """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
+class TinyLlama4Tower(TinyTileTower):
+    """theirs: tower and projector of transformers."""
 
     theirs: tuple[Llama4VisionModel, Llama4MultiModalProjector]
-    ours: nn.Module
-    weights: dict[str, Weight]
     metadata: TileTower
 
+    CONFIGURATIONS: ClassVar = CONFIGURATIONS
+    WIDE: ClassVar = "heads of 44 as published"
+    OUT: ClassVar = OUT
+
     @classmethod
-    def of(cls, name: str, seed: int = 0) -> TinyTower:
+    def of(cls, name: str, seed: int = 0) -> Self:
         """One of CONFIGURATIONS with every parameter random."""
         values = VISION | CONFIGURATIONS[name]
         config = Llama4Config(vision_config=Llama4VisionConfig(**values), text_config={"hidden_size": OUT})
@@ -61,11 +61,10 @@ class TinyTower:
         on_disk = filled({"vision_model.": tower, "multi_modal_projector.": projector}, _values)
         ours = llama4_tower(Fields(values), OUT)
         module, weights = bound(ours, llama4_tower_weights(ours.head_dim), on_disk)
-        return cls((tower, projector), module, weights, ours.metadata())
+        return cls(module, weights, ours.metadata(), (tower, projector))
 
     @torch.no_grad()
     def wanted(self, inputs: VisionInputs) -> np.ndarray:
-        """transformers' visual tokens [V, H] of images of the tower's size."""
         tower, projector = self.theirs
         pixels = torch.from_numpy(tiles_of(inputs, self.metadata))
         return projector(tower(pixels).last_hidden_state.flatten(0, 1)).numpy()

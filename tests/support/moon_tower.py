@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import Kimi_K25Config
 from transformers.models.kimi_k25.modeling_kimi_k25 import Kimi_K25MultimodalProjection, Kimi_K25VisionModel
 
@@ -17,7 +16,7 @@ from moevlm.export.graph.weights import Constant, Weight, read
 from moevlm.runtime.core.towers import MoonTower
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.vision_towers import bound, filled
+from tests.support.vision_towers import TinyTower, bound, filled
 
 VISION: dict[str, Any] = {
     "hidden_size": 32,
@@ -47,20 +46,21 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {},
     ),
 }
-SIZES = [(1, 1), (2, 3), (4, 1), (1, 5)]  # of images, in visual tokens
 
 
 @dataclass(frozen=True)
-class TinyTower:
-    """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
+class TinyMoonTower(TinyTower):
+    """theirs: tower and projector of transformers."""
 
     theirs: tuple[Kimi_K25VisionModel, Kimi_K25MultimodalProjection]
-    ours: nn.Module
-    weights: dict[str, Weight]
     metadata: MoonTower
 
+    CONFIGURATIONS: ClassVar = CONFIGURATIONS
+    WIDE: ClassVar = "heads of 72, larger table"
+    OUT: ClassVar = OUT
+
     @classmethod
-    def of(cls, name: str, seed: int = 0, published: bool = False) -> TinyTower:
+    def of(cls, name: str, seed: int = 0, published: bool = False) -> Self:
         """One of CONFIGURATIONS with every parameter random. published: read from the names and order of the hub."""
         vision, top = CONFIGURATIONS[name]
         values = VISION | vision
@@ -73,13 +73,12 @@ class TinyTower:
         ours = moon_tower(Fields(values), Fields(top), OUT)
         table = moon_weights(ours.head_dim)
         module, weights = bound(ours, table, as_published(on_disk, ours.heads) if published else on_disk)
-        return cls((tower, projector), module, weights, ours.metadata())
+        return cls(module, weights, ours.metadata(), (tower, projector))
 
     @torch.no_grad()
-    def wanted(self, inputs: VisionInputs, sizes: list[tuple[int, int]]) -> np.ndarray:
-        """transformers' visual tokens of images whose sizes are in visual tokens."""
+    def wanted(self, inputs: VisionInputs) -> np.ndarray:
         merge, side = self.metadata.merge_size, self.metadata.patch_size
-        grids = [(h * merge, w * merge) for h, w in sizes]
+        grids = [(h * merge, w * merge) for h, w in self.sizes]
         rows, columns = block_order(grids, merge)
         image = np.repeat(np.arange(len(grids)), np.diff(inputs.image_start))
         patches = inputs.pixel_patches[np.lexsort((columns, rows, image))].reshape(-1, 3, side, side)

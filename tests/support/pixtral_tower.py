@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from torch import nn
 from transformers import Mistral3Config, PixtralVisionModel
 from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.pixtral import PIXTRAL_TOWER, pixtral_tower
-from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.towers import RotaryTower
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.vision_towers import bound, filled
+from tests.support.vision_towers import TinyTower, bound, filled
 
 VISION: dict[str, Any] = {
     "model_type": "pixtral",
@@ -50,20 +48,22 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "heads of 64": ({"hidden_size": 128, "head_dim": 64, "intermediate_size": 64}, {}),
 }
-SIZES = [(1, 1), (2, 3), (4, 1), (1, 5)]  # of images, in visual tokens
 
 
 @dataclass(frozen=True)
-class TinyTower:
-    """theirs: tower and projector of transformers. ours: the module with the same weights; weights: by its names."""
+class TinyPixtralTower(TinyTower):
+    """theirs: tower and projector of transformers."""
 
     theirs: tuple[PixtralVisionModel, Mistral3MultiModalProjector]
-    ours: nn.Module
-    weights: dict[str, Weight]
     metadata: RotaryTower
 
+    CONFIGURATIONS: ClassVar = CONFIGURATIONS
+    WIDE: ClassVar = "heads of 64"
+    OUT: ClassVar = OUT
+    UNPRUNED: ClassVar = frozenset({"patch_embedding.weight"})
+
     @classmethod
-    def of(cls, name: str, seed: int = 0) -> TinyTower:
+    def of(cls, name: str, seed: int = 0) -> Self:
         """One of CONFIGURATIONS with every parameter random."""
         vision, top = CONFIGURATIONS[name]
         values = VISION | vision
@@ -74,13 +74,13 @@ class TinyTower:
         on_disk = filled({"model.vision_tower.": tower, "model.multi_modal_projector.": projector}, _values)
         ours = pixtral_tower(Fields(values), Fields(top), OUT, EPSILON)
         module, weights = bound(ours, PIXTRAL_TOWER, on_disk)
-        return cls((tower, projector), module, weights, ours.metadata())
+        return cls(module, weights, ours.metadata(), (tower, projector))
 
     @torch.no_grad()
-    def wanted(self, inputs: VisionInputs, sizes: list[tuple[int, int]]) -> np.ndarray:
-        """transformers' visual tokens of images whose sizes are in visual tokens, in one padded batch."""
+    def wanted(self, inputs: VisionInputs) -> np.ndarray:
+        """In one padded batch."""
         vision, starts = self.metadata, inputs.image_start
-        grids = [(h * vision.merge_size, w * vision.merge_size) for h, w in sizes]
+        grids = [(h * vision.merge_size, w * vision.merge_size) for h, w in self.sizes]
         side = vision.patch_size
         pixels = np.zeros((len(grids), 3, *(side * max(axis) for axis in zip(*grids, strict=True))), np.float32)
         rows, columns = block_order(grids, vision.merge_size)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +40,58 @@ from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 from tests.support.plan_graphs import evaluate
 from tests.support.plugin_nodes import named
+
+
+@dataclass(frozen=True)
+class TinyTower(ABC):
+    """ours: a tower's module with transformers' weights. weights: these, by our names.
+
+    CONFIGURATIONS: options of `of` by name. WIDE: the one with heads as wide as published. PLANNED: of which
+    TensorRT-RTX builds a plan. OUT: width of visual tokens. UNPRUNED: matrices that pruning leaves as they are.
+    SIZES: of images, in visual tokens. ROUNDING: the largest relative error of engines on a CPU with integer weights.
+    """
+
+    ours: nn.Module
+    weights: dict[str, Weight]
+    metadata: VisionMetadata
+
+    CONFIGURATIONS: ClassVar[Mapping[str, Any]]
+    WIDE: ClassVar[str]
+    PLANNED: ClassVar[str] = ""
+    OUT: ClassVar[int]
+    UNPRUNED: ClassVar[frozenset[str]] = frozenset({"patch_embedding.weight", "position_embedding"})
+    SIZES: ClassVar[Sequence[tuple[int, int]]] = ((1, 1), (2, 3), (4, 1), (1, 5))
+    ROUNDING: ClassVar[float] = 0.05
+
+    @classmethod
+    @abstractmethod
+    def of(cls, name: str, seed: int = 0) -> Self:
+        """One of CONFIGURATIONS with every parameter random."""
+
+    @abstractmethod
+    def wanted(self, inputs: VisionInputs) -> np.ndarray:
+        """transformers' visual tokens [V, H] of `images`."""
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """Of images, in visual tokens."""
+        return self.SIZES
+
+    def images(self) -> VisionInputs:
+        """Random images of `sizes`."""
+        return random_images(self.metadata, self.sizes)
+
+
+@dataclass(frozen=True)
+class TinyTileTower(TinyTower):
+    """A tower of images of one size."""
+
+    metadata: TileTower
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        side = self.metadata.side // self.metadata.merge_size
+        return [(side, side)] * 3
 
 
 def filled(modules: Mapping[str, nn.Module], values: Callable[[str, torch.Tensor], torch.Tensor]) -> dict[str, Weight]:

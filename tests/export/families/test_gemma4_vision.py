@@ -1,8 +1,7 @@
-"""Gemma 4's tower and projector against transformers, and the engines' graphs of it."""
+"""Gemma 4's tower: which config.json it is made of, and how its weights are rearranged."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,97 +11,9 @@ from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_vision import gemma4_tower, image_marks
 from moevlm.export.graph.rearranged import Flat, Reordered
 from moevlm.export.graph.weights import Constant, read
-from moevlm.export.parity.measures import relative_error
-from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
 from moevlm.runtime.core.manifest import ImageMarks
-from moevlm.runtime.request.vision_inputs import VisionInputs
-from tests.support.gemma4_tower import BASE, CONFIGURATIONS, OUT, SIZES, TinyTower
-from tests.support.vision_towers import (
-    as_on_gpus,
-    assert_builds_a_plan,
-    in_onnxruntime,
-    in_torch,
-    lowered,
-    random_images,
-    traced,
-)
-
-towers = pytest.mark.parametrize("name", CONFIGURATIONS)
-
-
-def made(name: str = "standardized", seed: int = 0) -> TinyTower:
-    return TinyTower.of(seed, **CONFIGURATIONS[name])
-
-
-def images(tower: TinyTower) -> VisionInputs:
-    return random_images(tower.metadata, SIZES)
-
-
-def in_transformers(tower: TinyTower, inputs: VisionInputs) -> np.ndarray:
-    """All images in one padded batch."""
-    sizes, table = np.diff(inputs.image_start), tower.metadata.position_table
-    patches = np.zeros((len(sizes), sizes.max(), tower.metadata.patch_width), np.float32)
-    places = np.full((len(sizes), sizes.max(), 2), -1, np.int64)
-    for image, size in enumerate(sizes):
-        part = inputs.part(image, image + 1)
-        patches[image, :size], places[image, :size] = (
-            (part.pixel_patches + 1) / 2,
-            part.rows["position_index"] - [0, table],
-        )
-    return tower.wanted(patches, places)
-
-
-@towers
-def test_images_of_different_sizes_in_one_call_are_those_of_transformers(name: str) -> None:
-    tower = made(name)
-    inputs = images(tower)
-    ours = in_torch(tower.ours, inputs)
-    assert ours.shape == (sum(h * w for h, w in SIZES), OUT)
-    assert relative_error(ours, in_transformers(tower, inputs)) < 1e-5
-
-
-@towers
-def test_images_of_different_sizes_in_one_call_equal_single_calls(name: str) -> None:
-    tower = made(name, seed=1)
-    inputs = images(tower)
-    singles = [in_torch(tower.ours, inputs.part(image, image + 1)) for image in range(len(SIZES))]
-    assert relative_error(in_torch(tower.ours, inputs), np.concatenate(singles)) < 1e-6
-
-
-@towers
-def test_the_graph_has_the_modules_numbers(name: str) -> None:
-    tower = made(name, seed=2)
-    inputs, graph = images(tower), traced(tower.ours, tower.weights)
-    assert {value.name for value in graph.graph.inputs} == {*tower.metadata.inputs, "image_start"}
-    assert relative_error(in_onnxruntime(graph, inputs), in_torch(tower.ours, inputs)) < 1e-5
-
-
-@pytest.mark.parametrize(("target", "limit"), [("ort-cpu", 1e-5), ("cpu:int8", 0.03), ("ort-cpu:int4", 0.03)])
-def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
-    tower = made("heads of 72 as published", seed=3)
-    graph = lowered(traced(tower.ours, tower.weights), target)
-    inputs = images(tower)
-    assert relative_error(in_onnxruntime(graph, inputs), in_transformers(tower, inputs)) < limit
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
-def test_graphs_for_tensorrt_cost_their_rounding(dtype: str, limit: float) -> None:
-    tower = made(seed=4)
-    inputs, graph = images(tower), traced(tower.ours, tower.weights)
-    assert relative_error(as_on_gpus(graph, dtype, inputs), in_torch(tower.ours, inputs)) < limit
-
-
-def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
-    tower = made("heads of 72 as published")
-    blocks = {name for name in tower.weights if name.startswith("blocks") and len(tower.weights[name].shape) == 2}
-    assert {value.name for value in prunable(traced(tower.ours, tower.weights))} == blocks | {"projection.weight"}
-
-
-def test_tensorrt_rtx_builds_a_plan_of_it(tmp_path: Path) -> None:
-    tower = made("heads of 72 as published", seed=5)
-    graph = traced(tower.ours, tower.weights)
-    assert_builds_a_plan(graph, tower.metadata, tower.ours.config.depth, tmp_path)
+from tests.support.gemma4_tower import BASE, OUT
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""InternVL's tower and projector against transformers, and the engines' graphs of it."""
+"""InternVL's tower: its costs, its launches, and which config.json it is made of."""
 
 from __future__ import annotations
 
@@ -13,86 +13,17 @@ from bench.plan_launches import launches
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.internvl_vision import internvl_tower
 from moevlm.export.graph.cost import patch_macs
-from moevlm.export.parity.measures import relative_error
-from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.errors import CheckpointError, EngineError, FieldError, UnsupportedModelError
-from moevlm.runtime.request.vision_inputs import VisionInputs, pack
-from tests.support.internvl_tower import CONFIGURATIONS, OUT, VISION, TinyTower
+from moevlm.runtime.request.vision_inputs import pack
+from tests.support.internvl_tower import OUT, VISION, TinyInternVLTower
 from tests.support.vision_towers import (
-    as_on_gpus,
     assert_builds_a_plan,
-    in_onnxruntime,
-    in_torch,
-    lowered,
-    random_images,
     traced,
 )
 
-towers = pytest.mark.parametrize("name", CONFIGURATIONS)
-IMAGES = 3
-
-
-def images(tower: TinyTower) -> VisionInputs:
-    tokens = tower.metadata.side // tower.metadata.merge_size
-    return random_images(tower.metadata, [(tokens, tokens)] * IMAGES)
-
-
-@towers
-def test_images_in_one_call_are_those_of_transformers(name: str) -> None:
-    tower = TinyTower.of(name)
-    inputs = images(tower)
-    ours = in_torch(tower.ours, inputs)
-    assert ours.shape == (IMAGES * (tower.metadata.side // tower.metadata.merge_size) ** 2, OUT)
-    assert relative_error(ours, tower.wanted(inputs)) < 1e-5
-
-
-@towers
-def test_the_graph_has_the_modules_numbers(name: str) -> None:
-    tower = TinyTower.of(name, seed=2)
-    inputs, graph = images(tower), traced(tower.ours, tower.weights)
-    assert {value.name for value in graph.graph.inputs} == {*tower.metadata.inputs, "image_start"}
-    wanted = in_torch(tower.ours, inputs)
-    assert relative_error(in_onnxruntime(graph, inputs), wanted) < 1e-5
-    tokens = len(wanted) // IMAGES
-    assert relative_error(in_onnxruntime(graph, inputs.part(1, 2)), wanted[tokens : 2 * tokens]) < 1e-5
-
-
-@pytest.mark.parametrize(("target", "limit"), [("ort-cpu", 1e-5), ("cpu:int8", 0.05), ("ort-cpu:int4", 0.05)])
-def test_cpu_engines_cost_their_rounding(target: str, limit: float) -> None:
-    tower = TinyTower.of("heads of 64", seed=3)
-    graph, inputs = lowered(traced(tower.ours, tower.weights), target), images(tower)
-    assert relative_error(in_onnxruntime(graph, inputs), tower.wanted(inputs)) < limit
-
-
-def test_an_image_has_the_same_bits_alone_on_a_cpu() -> None:
-    tower = TinyTower.of("heads of 64", seed=3)
-    graph, inputs = lowered(traced(tower.ours, tower.weights), "cpu:int8"), images(tower)
-    singles = [in_onnxruntime(graph, inputs.part(image, image + 1)) for image in range(IMAGES)]
-    np.testing.assert_array_equal(in_onnxruntime(graph, inputs), np.concatenate(singles))
-
-
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
-@pytest.mark.parametrize("name", ["as the small ones", "as the large ones"])
-def test_graphs_for_tensorrt_cost_their_rounding(name: str, dtype: str, limit: float) -> None:
-    tower = TinyTower.of(name, seed=4)
-    inputs, graph = images(tower), traced(tower.ours, tower.weights)
-    assert relative_error(as_on_gpus(graph, dtype, inputs), in_torch(tower.ours, inputs)) < limit
-
-
-def test_pruning_leaves_the_embedding_of_patches_as_it_is() -> None:
-    tower = TinyTower.of("heads of 64")
-    found = {value.name for value in prunable(traced(tower.ours, tower.weights))}
-    matrices = {name for name, parameter in tower.ours.named_parameters() if parameter.dim() == 2}
-    assert found == matrices - {"patch_embedding.weight", "position_embedding"}
-
-
-def test_tensorrt_rtx_builds_a_plan_of_the_large_ones(tmp_path: Path) -> None:
-    tower = TinyTower.of("as the large ones", seed=5)
-    assert_builds_a_plan(traced(tower.ours, tower.weights), tower.metadata, tower.ours.config.depth, tmp_path)
-
 
 def test_costs_count_blocks_by_the_patch_and_the_projector_by_the_token() -> None:
-    tower = TinyTower.of("heads of 64")
+    tower = TinyInternVLTower.of("heads of 64")
     graph, hidden, merged = traced(tower.ours, tower.weights), 128, 4 * 128
     per_patch = 2 * (4 * hidden * hidden + 2 * hidden * 64) + hidden * tower.metadata.patch_width
     assert patch_macs(graph, 4) == per_patch + merged * OUT // 4 + OUT * OUT // 4
@@ -100,7 +31,7 @@ def test_costs_count_blocks_by_the_patch_and_the_projector_by_the_token() -> Non
 
 def test_a_block_is_seven_launches_of_its_plan(tmp_path: Path) -> None:
     """Its two norms, its four products with what follows them, and attention; nothing is copied for class tokens."""
-    tower = TinyTower.of("heads of 64", seed=5)
+    tower = TinyInternVLTower.of("heads of 64", seed=5)
     assert_builds_a_plan(traced(tower.ours, tower.weights), tower.metadata, tower.ours.config.depth, tmp_path)
     (found,) = launches((tmp_path / "vision.plan").read_bytes())
     attention = [i for i, launch in enumerate(found) if launch.plugin == "SegmentAttention"]
@@ -109,7 +40,7 @@ def test_a_block_is_seven_launches_of_its_plan(tmp_path: Path) -> None:
 
 
 def test_an_image_of_another_size_is_refused() -> None:
-    vision = TinyTower.of("as the small ones").metadata
+    vision = TinyInternVLTower.of("as the small ones").metadata
     with pytest.raises(EngineError, match=r"^an image has 4 x 8 patches \(the model takes 4 x 4\)$"):
         pack(np.zeros((32, vision.patch_width), np.float32), [(4, 8)], vision)
 
