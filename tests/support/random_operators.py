@@ -177,7 +177,7 @@ def banks(draw: st.DrawFn, rng: np.random.Generator) -> Node:
     down = packed_bytes(hidden, width, packed)
     inputs = {
         "x": rng.standard_normal((tokens, hidden), np.float32),
-        "index": rng.integers(0, experts, (tokens, top_k), np.int32),
+        "index": rng.integers(draw(st.sampled_from([-1, 0])), experts, (tokens, top_k), np.int32),
         "weight": rng.standard_normal((tokens, top_k), np.float32),
         "gate_up": rng.integers(0, 256, (experts, up), np.uint8),
         "down": rng.integers(0, 256, (experts, down), np.uint8),
@@ -252,7 +252,8 @@ def break_index(draw: st.DrawFn, node: Node) -> bool:
     if not places:
         return break_attribute(draw, node)
     limits = np.iinfo(array.dtype)
-    array[draw(st.sampled_from(places))] = draw(st.sampled_from([-1, limits.min, limits.max]))
+    below = -2 if name == "index" else -1  # an index of -1 is no expert
+    array[draw(st.sampled_from(places))] = draw(st.sampled_from([below, limits.min, limits.max]))
     return True
 
 
