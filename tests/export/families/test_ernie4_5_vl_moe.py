@@ -20,7 +20,6 @@ from moevlm.export.dry_run import dry_run
 from moevlm.export.families import family_for
 from moevlm.export.graph.weights import Constant
 from moevlm.export.model import CanonicalModel, load
-from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BuildError, CheckpointError, RequestError, UnsupportedModelError
@@ -29,7 +28,8 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from tests.export.families.test_mistral3 import assert_same, names, renamed, with_field
 from tests.support.checkpoints import canonical, refused
-from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import gpu_bundle
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS, floats
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
@@ -249,21 +249,8 @@ def test_a_dry_run_plans_what_the_build_stores(bundle: tuple[Bundle, Path]) -> N
 def test_steps_on_a_gpu_send_tokens_of_each_kind_to_their_experts(bundle: tuple[Bundle, Path], tmp_path: Path) -> None:
     """On a fake GPU that evaluates the canonical graphs."""
     contents: list[list[dict[str, Any]]] = [[{"type": "text", "text": "hi"}], [picture(20, 28), picture(9, 28)]]
-    forced = np.random.default_rng(5).integers(7, 200, (3, len(contents)))
-
-    def logits(runtime: Runtime) -> list[np.ndarray]:
-        prompts = [runtime.prompt([{"role": "user", "content": content}]) for content in contents]
-        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
-        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
-        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
-
     directory = gpu_bundle(bundle[0].directory, tmp_path)
-    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
-        expected = logits(runtime)
-    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
-        found = logits(runtime)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_steps_are_those_of_reference(directory, [[{"role": "user", "content": each}] for each in contents], tmp_path)
 
 
 def test_tensorrt_rtx_builds_plans_of_the_decoder_and_of_the_tower(saved: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from moevlm.export.build import build
-from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
@@ -17,7 +16,8 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.command_line import call
-from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import gpu_bundle
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.tiny import TinyCheckpoint
 
 TOKENS = 6
@@ -89,21 +89,8 @@ def test_what_is_left_out_of_the_model_is_refused_in_a_request(kind: str, runtim
 def test_steps_on_a_gpu_are_given_what_image_tokens_see(bundle: Bundle, tmp_path: Path) -> None:
     """On a fake GPU that evaluates the canonical graphs."""
     requests = [asked("hi"), asked("on ", picture(1, 12), " and ", picture(2, 9), "?"), asked(picture(3, 16), " is?")]
-    forced = np.random.default_rng(5).integers(7, 200, (3, len(requests)))
-
-    def logits(runtime: Runtime) -> list[np.ndarray]:
-        prompts = [runtime.prompt(request) for request in requests]
-        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
-        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
-        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
-
     directory = gpu_bundle(bundle.directory, tmp_path)
-    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
-        expected = logits(runtime)
-    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
-        found = logits(runtime)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
 def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:

@@ -15,20 +15,19 @@ from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
-from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.export.families.test_mistral3 import as_published, as_transformers, assert_same, names, renamed, with_field
 from tests.support.bundles import edit_manifest
 from tests.support.checkpoints import canonical, refused
-from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import TARGET, gpu_bundle
 from tests.support.families.internvl import GPT_OSS
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
@@ -166,22 +165,9 @@ def test_steps_on_a_gpu_are_given_whole_tiles(bundle: tuple[Bundle, Path], tmp_p
     """On a fake GPU that evaluates the canonical graphs, with images that no call of the tower takes at once."""
     parts: list[list[dict[str, Any]]] = [[picture(48, 32), picture(16, 16)], [picture(32, 48)], []]
     requests = [[{"role": "user", "content": [*images, {"type": "text", "text": "is?"}]}] for images in parts]
-    forced = np.random.default_rng(5).integers(7, 200, (2, len(requests)))
-
-    def logits(runtime: Runtime) -> list[np.ndarray]:
-        prompts = [runtime.prompt(request) for request in requests]
-        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
-        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
-        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
-
     directory = gpu_bundle(bundle[0].directory, tmp_path)
     edit_manifest(directory, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(max_patches=3 * 16))
-    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
-        expected = logits(runtime)
-    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
-        found = logits(runtime)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from moevlm.export.build import build
-from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.command_line import call
-from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import gpu_bundle
 from tests.support.families.llama4 import SEPARATORS
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.tiny import TinyCheckpoint
 
 PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=3)
@@ -92,21 +92,8 @@ def test_every_engine_answers(target: str, bundle: Bundle) -> None:
 def test_steps_on_a_gpu_are_given_the_scales_of_queries(bundle: Bundle, tmp_path: Path) -> None:
     """On a fake GPU that evaluates the canonical graphs."""
     requests = [asked("hi"), asked("on ", picture(1, 32, 32), " and ", picture(2, 9, 9), "?")]
-    forced = np.random.default_rng(5).integers(7, 200, (3, len(requests)))
-
-    def logits(runtime: Runtime) -> list[np.ndarray]:
-        prompts = [runtime.prompt(request) for request in requests]
-        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
-        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
-        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
-
     directory = gpu_bundle(bundle.directory, tmp_path)
-    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
-        expected = logits(runtime)
-    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
-        found = logits(runtime)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
 def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:

@@ -16,16 +16,15 @@ from safetensors import safe_open
 from bench.plan_launches import launches
 from moevlm.export.build import build
 from moevlm.export.families import family_for
-from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
-from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.checkpoints import canonical, refused
-from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
+from tests.support.fakes.gpu import gpu_bundle
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS, floats
 from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
@@ -190,21 +189,8 @@ def test_steps_on_a_gpu_are_given_images_and_what_stands_between_their_rows(
         for height in (20, 9, 33)
     ]
     contents: list[list[dict[str, Any]]] = [[{"type": "text", "text": "hi"}], images[:2], images[2:]]
-    forced = rng.integers(7, 200, (3, len(contents)))
-
-    def logits(runtime: Runtime) -> list[np.ndarray]:
-        prompts = [runtime.prompt([{"role": "user", "content": content}]) for content in contents]
-        limits = BatchLimits.of(prompts, runtime.engine.limits, len(forced))
-        batch = Batch(runtime.engine, runtime.model, prompts, runtime.encode(prompts), limits)
-        return [batch.prefill(), *(batch.decode(list(tokens)) for tokens in forced)]
-
     directory = gpu_bundle(bundle[0].directory, tmp_path)
-    with load_runtime(directory, "reference", LoadOptions(threads=1)) as runtime:
-        expected = logits(runtime)
-    with fake_gpu(tmp_path), load_runtime(directory, TARGET) as runtime:
-        found = logits(runtime)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
+    assert_steps_are_those_of_reference(directory, [[{"role": "user", "content": each}] for each in contents], tmp_path)
 
 
 @pytest.mark.parametrize("form", ["fp8-static-fused", "nvfp4-compressed"])
