@@ -15,6 +15,7 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.checkpoint.quantized.reader import plain_tensors
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import Family, family_for
+from moevlm.export.families.binding import bind
 from moevlm.export.graph.trace import trace_decoder, trace_vision
 from moevlm.export.graph.weights import Weight, read
 from moevlm.export.modules.decoder import Decoder
@@ -66,7 +67,7 @@ class CanonicalModel:
         }
         updates = checkpoint.adapter.updates if checkpoint.adapter else None
         plain = plain_tensors(checkpoint, ignored_config)
-        bound = family.bind(parameters, plain.tensors, expert_layout, plain.ignorable, updates)
+        bound = bind(family, parameters, plain.tensors, expert_layout, plain.ignorable, updates)
         stored_as = plain.counted(bound.used)
         notes = [f"left out {counted(n, 'tensor')} {name}: {bound.why[name]}" for name, n in bound.left_out.items()]
         notes += [f"the checkpoint is quantized: {stored_text(stored_as)}"] if stored_as else []

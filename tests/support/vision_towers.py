@@ -25,6 +25,7 @@ from moevlm.export.backends.tensorrt.plan_builder import Job
 from moevlm.export.backends.tensorrt.profiles import vision_profiles
 from moevlm.export.config import VisionConfig
 from moevlm.export.families.base import Family
+from moevlm.export.families.binding import bind
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.shared import Weights
 from moevlm.export.graph.functions import add_functions
@@ -127,7 +128,7 @@ def bound(
         module = vision_tower(config).eval()
     shapes = {f"vision.{name}": tuple(p.shape) for name, p in module.named_parameters()}
     head = {"lm_head.weight": Constant(np.zeros((1, 1), np.float32))}
-    found = Tower().bind(shapes | {"decoder.head": (1, 1)}, {**on_disk, **head})
+    found = bind(Tower(), shapes | {"decoder.head": (1, 1)}, {**on_disk, **head})
     weights = {name.removeprefix("vision."): found.weights[name] for name in shapes}
     load(module, weights)
     return module, weights

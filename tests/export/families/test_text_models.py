@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moevlm.export.config import ModelConfig
+from moevlm.export.families.binding import bind
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.text import text_model, text_models
 from moevlm.export.families.text.wrapper import Wrapper
@@ -58,7 +59,7 @@ def test_a_wrapper_has_the_weights_and_names_of_the_text_model_inside() -> None:
         "language_model.model.embed_tokens.weight": np.ones((4, 2), np.float32),
         "merger.weight": np.ones(3, np.float32),
     }
-    bound = family.bind(parameters, {name: Constant(array) for name, array in given.items()})
+    bound = bind(family, parameters, {name: Constant(array) for name, array in given.items()})
     assert set(bound.used) == set(given)
 
 
