@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
+from moevlm.export.graph.cross_attention import CROSS_ATTENTION
 from moevlm.export.graph.gated_delta import GATED_DELTA
 from moevlm.export.graph.head import head_of
 from moevlm.export.graph.moe_functions import EXPERTS
@@ -94,7 +95,7 @@ def _elements(value: ir.Value) -> int:
 
 
 def patch_macs(vision: ir.Model, patches_per_token: int) -> int:
-    """Multiplications of projections for each patch, those of visual tokens in parts."""
+    """Multiplications for each patch: projections, those of visual tokens in parts, and a resampler's queries."""
     total = 0
     for node in vision.graph:
         if node.op_type == "Gemm":
@@ -102,6 +103,10 @@ def patch_macs(vision: ir.Model, patches_per_token: int) -> int:
             assert weight is not None
             per_patch = 1 if str(weight.name).startswith(PER_PATCH) else 1 / patches_per_token
             total += math.ceil(_elements(weight) * per_patch)
+        elif is_op(node, CROSS_ATTENTION):
+            queries = node.inputs[0]
+            assert queries is not None
+            total += 2 * _elements(queries)
     return total
 
 

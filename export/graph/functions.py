@@ -4,6 +4,7 @@ import onnx
 import onnx_ir as ir
 
 from moevlm.export.graph import (  # noqa: F401 - for ops
+    cross_attention,
     gated_delta,
     head_linear,
     moe_functions,

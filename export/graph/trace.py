@@ -67,11 +67,12 @@ def trace_vision(module: torch.nn.Module, weights: Mapping[str, Weight]) -> ir.M
     config = module.config
     assert isinstance(config, VisionConfig)
     inputs = vision_inputs(config)
-    # So many patches are joined to a row, so their number is a multiple of that.
+    # So many patches are joined to a row, so their number is a multiple of that. Of images there are two, for the trace
+    # alone: where they are a dimension, torch would make one image a case of its own.
     unit = config.metadata().unit
     examples, sizes = (
         {"patches": 6 * unit, "starts": 3},
-        {"patches": unit * Dim("merged", min=1), "starts": Dim("starts")},
+        {"patches": unit * Dim("merged", min=1), "starts": Dim("starts", min=3)},
     )
     arguments = {name: _example(*spec, examples) for name, spec in inputs.items()}
     dynamic = {name: _dynamic(shape, sizes) for name, (shape, _) in inputs.items()}

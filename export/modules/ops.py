@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moevlm.export.formats.activations import rounded
 from moevlm.plugins.ops.attention import attention
+from moevlm.plugins.ops.attention import cross_attention as reference_cross_attention
 from moevlm.plugins.ops.attention import segment_attention as reference_segment_attention
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route, weigh
@@ -201,6 +202,18 @@ def segment_attention(
 @segment_attention.register_fake
 def _(q: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q)
+
+
+@torch.library.custom_op("moevlm::cross_attention", mutates_args=())
+def cross_attention(q: Tensor, k: Tensor, v: Tensor, image_start: Tensor, heads: int) -> Tensor:
+    """Queries to the patches of each image; see `plugins.ops.attention.cross_attention`."""
+    rows = [tensor.detach().numpy() for tensor in (q, k, v, image_start)]
+    return torch.from_numpy(reference_cross_attention(rows[0], rows[1], rows[2], rows[3], heads))
+
+
+@cross_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, image_start: Tensor, heads: int) -> Tensor:
+    return q.new_empty((image_start.shape[0] - 1, *q.shape))
 
 
 _taps: ContextVar[dict[str, Tensor] | None] = ContextVar("taps", default=None)

@@ -154,9 +154,27 @@ def segment_attention(
     split = [x.swapaxes(0, 1) for x in split]
     y = np.zeros(q.shape)
     for rows in _rows(image_start):
-        queries, keys, values = (x[:, rows] for x in split)
-        scores = queries @ keys.swapaxes(1, 2) * keys.shape[-1] ** -0.5
-        weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
-        part = weights / weights.sum(axis=-1, keepdims=True) @ values
-        y[rows] = part.swapaxes(0, 1).reshape(-1, q.shape[1])
+        y[rows] = _among(*(x[:, rows] for x in split))
     return y.astype(q.dtype)
+
+
+def cross_attention(q: Array, k: Array, v: Array, image_start: Array, heads: int) -> Array:
+    """The same queries attend to the patches of each image, of which it has one at least (a resampler's queries).
+
+    q: [queries, heads * D]. k, v: [P, heads * D]. image_start: [images + 1], as in `segment_attention`.
+    Returns y [images, queries, heads * D] in the dtype of q.
+    """
+    dim = q.shape[1] // heads
+    queries, keys, values = (x.reshape(len(x), heads, dim).astype(np.float64).swapaxes(0, 1) for x in (q, k, v))
+    y = np.zeros((len(image_start) - 1, *q.shape))
+    for image, rows in enumerate(_rows(image_start)):
+        y[image] = _among(queries, keys[:, rows], values[:, rows])
+    return y.astype(q.dtype)
+
+
+def _among(queries: Array, keys: Array, values: Array) -> Array:
+    """queries [heads, S, D], keys, values [heads, C, D] -> [S, heads * D]: every query sees every key."""
+    scores = queries @ keys.swapaxes(1, 2) * keys.shape[-1] ** -0.5
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
+    y = weights / weights.sum(axis=-1, keepdims=True) @ values
+    return y.swapaxes(0, 1).reshape(queries.shape[1], len(queries) * values.shape[-1])

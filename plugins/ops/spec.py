@@ -148,6 +148,13 @@ class SegmentAttentionSpec:
 
 
 @dataclass(frozen=True)
+class CrossAttentionSpec:
+    """Attention to the patches of each image, of queries that all images share. The field is the op's attribute."""
+
+    heads: int
+
+
+@dataclass(frozen=True)
 class GatedDeltaSpec:
     """The gated delta rule behind a short convolution. Field names are the op's attribute names.
 

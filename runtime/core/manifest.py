@@ -175,7 +175,8 @@ class CostMetadata(_Metadata, frozen=True):
     Bytes of weights as they are stored, and multiplications by a weight: dense for every token, expert for one expert
     in each sparse layer, head for every position whose logits are wanted.
     lookup_bytes: tables of both graphs of which a row is read, such as embeddings.
-    vision_bytes: all weights of the vision graph but these. patch_macs: multiplications by a weight for a patch.
+    vision_bytes: all weights of the vision graph but these. patch_macs: multiplications of a patch by a weight,
+    and with a query that all images share.
     patch_pair_macs: multiplications in attention for a patch and another of its image.
     state_macs: multiplications of a token with recurrent states.
     image_expert_bytes: as expert_bytes, where tokens of images have experts of their own, which expert leaves out.

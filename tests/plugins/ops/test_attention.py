@@ -14,7 +14,7 @@ from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.qwen3_vl_moe import modeling_qwen3_vl_moe
 
-from moevlm.plugins.ops.attention import attention, rms_norm, rotate, segment_attention
+from moevlm.plugins.ops.attention import attention, cross_attention, rms_norm, rotate, segment_attention
 from moevlm.plugins.ops.spec import AttentionSpec
 from tests.support.attention_variants import ATTENTIONS, PAGE, STEPS, AttentionVariant, attention_inputs
 
@@ -230,6 +230,23 @@ def test_without_tables_patches_are_not_rotated():
     still, start = (np.ones((7, 2)), np.zeros((7, 2))), np.array([0, 3, 7])
     y = segment_attention(q, k, v, None, None, start, 2)
     np.testing.assert_array_equal(y, segment_attention(q, k, v, *still, start, 2))
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8])
+def test_the_same_queries_see_the_patches_of_each_image(queries):
+    random, heads, dim = np.random.RandomState(7), 2, 4
+    q, k, v = (random.standard_normal((rows, heads * dim)).astype(np.float32) for rows in (queries, 10, 10))
+    y = cross_attention(q, k, v, np.array([0, 4, 5, 10]), heads)
+    assert (y.shape, y.dtype) == ((3, queries, heads * dim), np.float32)
+    for found, rows in zip(y, (slice(0, 4), slice(4, 5), slice(5, 10)), strict=True):
+        split = [torch.from_numpy(x).double().unflatten(1, (heads, dim)).transpose(0, 1) for x in (q, k[rows], v[rows])]
+        want = torch.nn.functional.scaled_dot_product_attention(*split).transpose(0, 1).flatten(1)
+        np.testing.assert_allclose(found, want.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_of_no_images_the_queries_see_nothing():
+    q, none = np.ones((3, 8), np.float32), np.zeros((0, 8), np.float32)
+    assert cross_attention(q, none, none, np.array([0]), 2).shape == (0, 3, 8)
 
 
 @pytest.mark.parametrize(
