@@ -1,9 +1,9 @@
 """All experts of a layer, however they lie: one tensor per expert and part, or fused in either of two layouts."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from moevlm.export.families.sources import Shape, Source, expect, stored
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors, expect, stored
 from moevlm.export.graph.rearranged import swap_last
 from moevlm.export.graph.weights import Concat, Stack, Weight
 from moevlm.runtime.core.errors import CheckpointError
@@ -41,7 +41,7 @@ class Experts:
         fused = _fused(f"{self.base}.{part}_proj", f"{self.base}.{other}_proj", other_shape)
         stacked = _stacked(self.bank, *(f"{self.base}.{{e}}.{name}_proj.weight" for name in parts))
 
-        def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
             base = self.base.format(**indices)
             is_fused = any(f"{base}.{name}_proj" in tensors for name in ("gate_up", "down"))
             one = [f"{base}.0.{name}_proj.weight" for name in ("gate", "up", "down")]
@@ -62,7 +62,7 @@ class ExpertsPart:
     source: Source
     arranged: Callable[[Weight], Weight] = lambda weight: weight
 
-    def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+    def __call__(self, tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
         return self.source(tensors, indices, shape, layout)
 
 
@@ -74,7 +74,7 @@ def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) 
     is, so its meaning is open and the option has to say.
     """
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
         name = pattern.format(**indices)
         weight, swapped = stored(tensors, name), (shape[0], shape[2], shape[1])
         if layout == "in_out":
@@ -96,7 +96,7 @@ def _fused(pattern: str, sibling: str, sibling_shape: Callable[[Shape], Shape]) 
 def _stacked(bank: int, *patterns: str) -> Source:
     """One tensor per expert, {e}, and per part: equal parts joined (gate rows, then up rows), the experts stacked."""
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
         if layout != "auto":
             name = patterns[0].format(e=0, **indices)
             raise CheckpointError(f"--expert-layout {layout} is for fused experts, {name} is a tensor of one expert")

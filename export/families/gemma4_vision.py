@@ -3,21 +3,26 @@
 Source: transformers 5.24 `models/gemma4`: Gemma4VisionModel and Gemma4MultimodalEmbedder.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from moevlm.export.config import MLPConfig, PooledVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Shape, Source, named, rooted
+from moevlm.export.families.sources import (
+    Indices,
+    Shape,
+    Source,
+    Tensors,
+    changed,
+    head_size,
+    named,
+    rooted,
+    side_by_side,
+)
 from moevlm.export.graph.rearranged import Flat, Reordered
-from moevlm.export.graph.weights import Concat, Weight
+from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.manifest import ImageMarks
-
-Tensors = Mapping[str, Weight]
-Indices = Mapping[str, str]
 
 _TOWER = "model.vision_tower."
 _BLOCK, _ATTENTION = f"{_TOWER}encoder.layers.{{i}}.", f"{_TOWER}encoder.layers.{{i}}.self_attn."
@@ -57,49 +62,39 @@ def image_marks(fields: Fields) -> ImageMarks:
     return ImageMarks(begin=(begin,), end=(end,))
 
 
-def _axial(weight: Weight, dim: int) -> Weight:
+def _axial(source: Source) -> Source:
     """Rows of heads, or one head's numbers, so that dimension j turns with j + dim / 2.
 
     Theirs turns j with j + dim / 4 in the half of either axis.
     """
-    quarters = np.arange(dim).reshape(2, 2, dim // 4)
-    return Reordered(weight, quarters.swapaxes(0, 1).reshape(-1).tolist())
+
+    def ordered(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
+        weight = source(tensors, indices, shape, layout)
+        dim = head_size(tensors, f"{_ATTENTION}q_norm.weight".format(**indices), shape[0], unit=4)
+        return Reordered(weight, np.arange(dim).reshape(2, 2, dim // 4).swapaxes(0, 1).reshape(-1).tolist())
+
+    return ordered
 
 
-def _qkv(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-    """Queries and keys in the order of `_axial`, then values."""
-    dim = tensors[f"{_ATTENTION}q_norm.weight".format(**indices)].shape[0]
-    part = (shape[0] // 3, shape[1])
-    q, k, v = (named(f"{_ATTENTION}{name}_proj.linear.weight")(tensors, indices, part, layout) for name in "qkv")
-    return Concat([_axial(q, dim), _axial(k, dim), v])
-
-
-def _head_norm(pattern: str, scores: bool = False) -> Source:
-    """The gain of a norm by head. scores: it takes away the scale of the scores, which theirs are without."""
-    gain = rooted(pattern, 1) if scores else named(pattern)
-
-    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        return _axial(gain(tensors, indices, shape, layout), shape[0])
-
-    return source
-
-
-def _positions(tensors: Tensors, _: Indices, shape: Shape, layout: str) -> Weight:
+def _positions(name: str) -> Source:
     """The tables of both axes, one behind the other."""
-    stacked = (2, shape[0] // 2, shape[1])
-    return Flat(named(f"{_TOWER}patch_embedder.position_embedding_table")(tensors, {}, stacked, layout))
+    return changed(name, lambda tables, _: Flat(tables), lambda shape: (2, shape[0] // 2, shape[1]))
 
 
 GEMMA4_TOWER: shared.Weights = {
     "vision.patch_embedding.weight": f"{_TOWER}patch_embedder.input_proj.weight",
-    "vision.position_embedding": _positions,
+    "vision.position_embedding": _positions(f"{_TOWER}patch_embedder.position_embedding_table"),
     # Theirs are for patches that were multiplied by the root of their width.
     "vision.standard_bias": rooted(f"{_TOWER}std_bias", -1),
     "vision.standard_gain": rooted(f"{_TOWER}std_scale", 1),
     "vision.projection.weight": "model.embed_vision.embedding_projection.weight",
-    "vision.blocks.{i}.attention.qkv.weight": _qkv,
-    "vision.blocks.{i}.attention.q_norm.weight": _head_norm(f"{_ATTENTION}q_norm.weight", scores=True),
-    "vision.blocks.{i}.attention.k_norm.weight": _head_norm(f"{_ATTENTION}k_norm.weight"),
+    "vision.blocks.{i}.attention.qkv.weight": side_by_side(
+        *(_axial(named(f"{_ATTENTION}{name}_proj.linear.weight")) for name in "qk"),
+        named(f"{_ATTENTION}v_proj.linear.weight"),
+    ),
+    # Scores have a scale here, which this gain takes away: theirs have none.
+    "vision.blocks.{i}.attention.q_norm.weight": _axial(rooted(f"{_ATTENTION}q_norm.weight", 1)),
+    "vision.blocks.{i}.attention.k_norm.weight": _axial(named(f"{_ATTENTION}k_norm.weight")),
     **shared.renamed(
         {
             f"vision.blocks.{{i}}.{ours}": f"{_BLOCK}{theirs}"

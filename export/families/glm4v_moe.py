@@ -15,10 +15,10 @@ from moevlm.export.config import (
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, Family, register
+from moevlm.export.families.convolutions import channels_last, flattened
 from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
-from moevlm.export.families.sources import channels_last, flattened
 from moevlm.export.families.text.glm4_moe import NEXT_TOKENS, glm4_decoder
 
 _TOWER = "model.visual."

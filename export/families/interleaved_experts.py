@@ -1,10 +1,9 @@
 """Experts whose gate and up rows take turns: g0, u0, g1, u1 and so on (gpt-oss)."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from moevlm.export.families.experts import ExpertsPart
-from moevlm.export.families.sources import Shape, Source, named
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors, named
 from moevlm.export.graph.codes import coded
 from moevlm.export.graph.rearranged import Picked, swap_last
 from moevlm.export.graph.weights import Weight
@@ -41,7 +40,7 @@ class InterleavedExperts:
         pattern = f"{self.base}.{part}"
         stored = named(pattern)
 
-        def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+        def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
             own = coded(tensors[pattern.format(**indices)])
             in_blocks = own is not None and own.form.kind == "fp4"
             if layout == "out_in" or (layout == "auto" and in_blocks):

@@ -6,17 +6,10 @@ InternVLModel.get_image_features.
 
 from moevlm.export.config import MLPConfig, ProjectorConfig, TileVisionConfig
 from moevlm.export.families import shared
+from moevlm.export.families.convolutions import flattened
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import Shape, Source, flattened, named
-from moevlm.export.families.tiles import (
-    Indices,
-    Tensors,
-    merged_side,
-    positions,
-    side_by_side,
-    tile_sides,
-    without_batch,
-)
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors, named, side_by_side, without_batch
+from moevlm.export.families.tiles import merged_side, positions, tile_sides
 from moevlm.export.graph.weights import ScaledRows, Weight
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."

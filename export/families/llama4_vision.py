@@ -7,8 +7,8 @@ from moevlm.export.config import MLPConfig, ProjectorConfig, TileVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import halves, named, reordered
-from moevlm.export.families.tiles import as_row, merged_side, positions, side_by_side, tile_sides
+from moevlm.export.families.sources import as_row, halves, named, reordered, side_by_side
+from moevlm.export.families.tiles import merged_side, positions, tile_sides
 
 _TOWER, _ADAPTER = "vision_model.", "vision_model.vision_adapter.mlp."
 _BLOCK = f"{_TOWER}model.layers.{{i}}."

@@ -3,16 +3,16 @@
 Source: transformers 5.24 `models/kimi_k25`, and its renamings of what is published (`conversion_mapping.py`).
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from moevlm.export.config import MLPConfig, MoonVisionConfig
 from moevlm.export.families import shared
+from moevlm.export.families.convolutions import flattened
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import FirstOf, Shape, Source, flattened, named
+from moevlm.export.families.sources import FirstOf, Indices, Shape, Source, Tensors, named, reordered, side_by_side
 from moevlm.export.graph.rearranged import Flat, Reordered, RowBlocks
 from moevlm.export.graph.weights import Concat, Weight
 
@@ -84,30 +84,25 @@ def _qkv(part: str, head_dim: int) -> Source:
     transformers' lies half a head apart. part: weight or bias.
     """
     pairs = np.arange(head_dim // 2).reshape(-1, 2)[:, ::-1].T.reshape(-1)  # of rows, then of columns
-    published = [*(2 * pairs), *(2 * pairs + 1)]
-    halves = [*pairs, *(pairs + head_dim // 2)]
+    halves, published = [*pairs, *(pairs + head_dim // 2)], [*(2 * pairs), *(2 * pairs + 1)]
+    q, k, v = (f"{_BLOCK}attn.{name}_proj.{part}" for name in "qkv")
+    apart, whole = side_by_side(reordered(q, halves), reordered(k, halves), named(v)), named(f"{_PUBLISHED}wqkv.{part}")
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        whole, size = f"{_PUBLISHED}wqkv.{part}", shape[0] // 3
-        apart = f"{_BLOCK}attn.q_proj.{part}".format(**indices) in tensors
-        if apart:
-            one = (size, *shape[1:])
-            names = (f"{_BLOCK}attn.{name}_proj.{part}" for name in "qkv")
-            parts: Sequence[Weight] = [named(name)(tensors, indices, one, layout) for name in names]
-        else:
-            packed = named(whole)(tensors, indices, shape, layout)
-            parts = [RowBlocks(packed, size, 3 * size, first) for first in (0, size, 2 * size)]
-        order = [int(row) for row in (halves if apart else published)]
-        return Concat([*(Reordered(rows, order) for rows in parts[:2]), parts[2]])
+    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
+        if q.format(**indices) in tensors:
+            return apart(tensors, indices, shape, layout)
+        rows, size = whole(tensors, indices, shape, layout), shape[0] // 3
+        *turning, values = (RowBlocks(rows, size, 3 * size, first * size) for first in range(3))
+        return Concat([*(Reordered(each, published) for each in turning), values])
 
     return source
 
 
-def _positions(tensors: Mapping[str, Weight], _: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+def _positions(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
     side = int(shape[0] ** 0.5)
     name = f"{_TOWER}patch_embed.pos_emb."
-    table = FirstOf((f"{name}position_embeddings", f"{name}weight"))(tensors, {}, (side, side, shape[1]), layout)
-    return Flat(table)
+    table = FirstOf((f"{name}position_embeddings", f"{name}weight"))
+    return Flat(table(tensors, indices, (side, side, shape[1]), layout))
 
 
 def moon_weights(head_dim: int) -> shared.Weights:

@@ -3,14 +3,12 @@
 Source: transformers 5.24 `models/pixtral`, and Mistral3MultiModalProjector of `models/mistral3`.
 """
 
-from collections.abc import Mapping
-
 from moevlm.export.config import MLPConfig, RotaryVisionConfig
 from moevlm.export.families import shared
+from moevlm.export.families.convolutions import flattened, unfolded
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Shape, flattened, named, unfolded
-from moevlm.export.graph.weights import Concat, Weight
+from moevlm.export.families.sources import named, side_by_side
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _BLOCK = f"{_TOWER}transformer.layers.{{i}}."
@@ -46,14 +44,11 @@ def pixtral_tower(vision: Fields, fields: Fields, out: int, epsilon: float) -> R
     )
 
 
-def _qkv(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-    part = (shape[0] // 3, *shape[1:])
-    return Concat([named(f"{_BLOCK}attention.{name}_proj.weight")(tensors, indices, part, layout) for name in "qkv"])
-
-
 PIXTRAL_TOWER: shared.Weights = {
     "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_conv.weight"),
-    "vision.blocks.{i}.attention.qkv.weight": _qkv,
+    "vision.blocks.{i}.attention.qkv.weight": side_by_side(
+        *(named(f"{_BLOCK}attention.{name}_proj.weight") for name in "qkv")
+    ),
     "vision.merger.join.weight": unfolded(f"{_PROJECTOR}patch_merger.merging_layer.weight"),
     **shared.renamed(
         {

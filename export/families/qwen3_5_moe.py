@@ -17,10 +17,11 @@ from moevlm.export.config import (
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, Family, register
+from moevlm.export.families.convolutions import depthwise
 from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
-from moevlm.export.families.sources import depthwise, exponential, halves_of_heads, plus_one
+from moevlm.export.families.sources import exponential, halves_of_heads, plus_one
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 _MODEL = "model.language_model."

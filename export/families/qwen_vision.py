@@ -4,8 +4,8 @@ import math
 
 from moevlm.export.config import GridVisionConfig, MergerConfig, MLPConfig
 from moevlm.export.families import shared
+from moevlm.export.families.convolutions import flattened
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import flattened
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu"}
 # The mergers: where those of deepstack lie, and what their parts are called.

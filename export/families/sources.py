@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.graph.rearranged import Flat, Parts, Reordered, RowBlocks, reshape, swap_last
-from moevlm.export.graph.weights import Constant, PerRow, Stack, Weight, cast
+from moevlm.export.graph.rearranged import Flat, Parts, Reordered, RowBlocks, swap_last
+from moevlm.export.graph.weights import Concat, Constant, PerRow, Stack, Weight, cast
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -14,10 +14,12 @@ from moevlm.runtime.core.errors import CheckpointError
 _FLOATS = tuple(DTYPES[name].numpy for name in ("bfloat16", "float16", "float32", "float64"))
 
 Shape = tuple[int, ...]
-Source = Callable[[Mapping[str, Weight], Mapping[str, str], Shape, str], Weight]
+Tensors = Mapping[str, Weight]
+Indices = Mapping[str, str]
+Source = Callable[[Tensors, Indices, Shape, str], Weight]
 
 
-def stored(tensors: Mapping[str, Weight], name: str) -> Weight:
+def stored(tensors: Tensors, name: str) -> Weight:
     """The tensor of this name. Raises CheckpointError for a dtype that means nothing by itself."""
     weight = tensors[name]
     if weight.dtype not in _FLOATS:
@@ -33,21 +35,24 @@ def expect(name: str, weight: Weight, shape: Shape) -> Weight:
     return weight
 
 
-def _expect_rank(name: str, weight: Weight, *ranks: int) -> Weight:
-    if len(weight.shape) not in ranks:
-        asked = " or ".join(map(str, ranks))
-        raise CheckpointError(f"tensor {name} has shape {list(weight.shape)}, the model asks for {asked} dimensions")
-    return weight
+def changed(
+    pattern: str, change: Callable[[Weight, Shape], Weight], on_disk: Callable[[Shape], Shape] = lambda shape: shape
+) -> Source:
+    """What `change` makes of the tensor of this name, {i} filled in, and of the shape that is asked for.
+
+    on_disk: the tensor's shape, by that one.
+    """
+
+    def source(tensors: Tensors, indices: Indices, shape: Shape, _: str) -> Weight:
+        name = pattern.format(**indices)
+        return change(expect(name, stored(tensors, name), on_disk(shape)), shape)
+
+    return source
 
 
 def named(pattern: str) -> Source:
     """The tensor of this name, {i} filled in."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        return expect(name, stored(tensors, name), shape)
-
-    return source
+    return changed(pattern, lambda weight, _: weight)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class FirstOf:
 
     patterns: tuple[str, ...]
 
-    def __call__(self, tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
+    def __call__(self, tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
         there = (pattern for pattern in self.patterns if pattern.format(**indices) in tensors)
         return named(next(there, self.patterns[0]))(tensors, indices, shape, layout)
 
@@ -68,16 +73,22 @@ def first_name(source: str | Source) -> str:
     return source.patterns[0] if isinstance(source, FirstOf) else ""
 
 
-def ones(_tensors: Mapping[str, Weight], _indices: Mapping[str, str], shape: Shape, _layout: str) -> Weight:
+def ones(_tensors: Tensors, _indices: Indices, shape: Shape, _layout: str) -> Weight:
     """The gain of a norm that has none."""
     return Constant(np.ones(shape, np.float32))
 
 
 def reordered(pattern: str, order: Sequence[int]) -> Source:
     """Rows of a matrix, or numbers of a bias, each group of len(order) of them in this order."""
+    return changed(pattern, lambda weight, _: Reordered(weight, order))
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        return Reordered(named(pattern)(tensors, indices, shape, layout), order)
+
+def side_by_side(*sources: Source) -> Source:
+    """Projections of one size as one: the rows of the first, then those of the next."""
+
+    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
+        part = (shape[0] // len(sources), *shape[1:])
+        return Concat([one(tensors, indices, part, layout) for one in sources])
 
     return source
 
@@ -88,7 +99,7 @@ def rows_of_heads(pattern: str, size: int, start: int, *, turned: bool = False) 
     size: all rows of a head. start: the first of them. turned: as [heads, K, rows].
     """
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+    def source(tensors: Tensors, indices: Indices, shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
         heads, rows, width = (shape[0], shape[2], shape[1]) if turned else shape
         weight = expect(name, stored(tensors, name), (heads * size, width))
@@ -109,131 +120,81 @@ def halves(dim: int, start: int = 0, size: int = 0) -> tuple[int, ...]:
 
 def turned(pattern: str) -> Source:
     """A matrix that is stored with its axes exchanged."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        return Flat(swap_last(Stack([expect(name, stored(tensors, name), shape[::-1])])))
-
-    return source
+    return changed(pattern, lambda weight, _: Flat(swap_last(Stack([weight]))), lambda shape: shape[::-1])
 
 
 def row_of(pattern: str, row: int, rows: int) -> Source:
     """One row of a matrix of so many."""
+    return changed(pattern, lambda weight, _: Flat(RowBlocks(weight, 1, rows, row)), lambda shape: (rows, *shape))
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        return Flat(RowBlocks(expect(name, stored(tensors, name), (rows, *shape)), 1, rows, row))
 
-    return source
+def without_batch(pattern: str) -> Source:
+    """[1, n, ...] -> [n, ...]."""
+    return changed(pattern, lambda weight, _: Flat(weight), lambda shape: (1, *shape))
+
+
+def as_row(pattern: str) -> Source:
+    """[n] -> [1, n]."""
+    return changed(pattern, lambda weight, _: Stack([weight]), lambda shape: shape[1:])
 
 
 def both_halves(pattern: str) -> Source:
     """A projection of two equal rows, one behind the other, on one of them: [N, 2K] -> [N, K], the sum of both."""
+    return changed(pattern, _sum_of_halves, lambda shape: (shape[0], 2 * shape[1]))
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name, (rows, width) = pattern.format(**indices), shape
-        weight = cast(expect(name, stored(tensors, name), (rows, 2 * width)), np.dtype(np.float32))
-        return PerRow(weight, shape, weight.dtype, lambda a: a[:, :width] + a[:, width:])
 
-    return source
+def _sum_of_halves(weight: Weight, shape: Shape) -> Weight:
+    return _in_float32(weight, shape, lambda a: a[:, : shape[1]] + a[:, shape[1] :])
+
+
+def _in_float32(weight: Weight, shape: Shape, change: Callable[[np.ndarray], np.ndarray]) -> Weight:
+    """Rows changed in float32, whatever their dtype."""
+    weight = cast(weight, np.dtype(np.float32))
+    return PerRow(weight, shape, weight.dtype, change)
 
 
 def plus_one(pattern: str) -> Source:
     """The gain of a norm stored as its difference from 1 (Gemma): w -> 1 + w in float32, whatever the dtype of w."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
-        return PerRow(weight, shape, weight.dtype, lambda a: a + np.float32(1))
-
-    return source
+    return changed(pattern, lambda weight, shape: _in_float32(weight, shape, lambda a: a + np.float32(1)))
 
 
 def exponential(pattern: str) -> Source:
     """What is stored as its logarithm: w -> exp(w) in float32, whatever the dtype of w."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
-        return PerRow(weight, shape, weight.dtype, np.exp)
-
-    return source
-
-
-def depthwise(pattern: str) -> Source:
-    """A convolution over tokens that takes each channel for itself: [C, 1, kernel] -> [C, kernel]."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        return reshape(expect(name, stored(tensors, name), (shape[0], 1, *shape[1:])), shape)
-
-    return source
+    return changed(pattern, lambda weight, shape: _in_float32(weight, shape, np.exp))
 
 
 def halves_of_heads(pattern: str, heads: str, part: int) -> Source:
     """One of two projections that are stored as one: a head's rows of the first, then its rows of the second.
 
-    heads: a tensor whose first dimension is the size of a head. part: 0 for the first projection, 1 for the second.
+    heads: the gain of a head's norm. part: 0 for the first projection, 1 for the second.
     """
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
+    def source(tensors: Tensors, indices: Indices, shape: Shape, _: str) -> Weight:
         name = pattern.format(**indices)
-        size = stored(tensors, heads.format(**indices)).shape[0]
         weight = expect(name, stored(tensors, name), (2 * shape[0], *shape[1:]))
+        size = head_size(tensors, heads.format(**indices), shape[0])
         return RowBlocks(weight, size, 2 * size, part * size)
 
     return source
 
 
+def head_size(tensors: Tensors, name: str, rows: int, unit: int = 1) -> int:
+    """How many rows a head has, by the gain of its norm, which has this name. rows: of all heads.
+
+    Raises CheckpointError for a gain that is no vector, or of a size that is no multiple of `unit` or does not divide
+    the rows.
+    """
+    shape = stored(tensors, name).shape
+    if len(shape) != 1 or not shape[0] or shape[0] % unit or rows % shape[0]:
+        raise CheckpointError(f"tensor {name} has shape {list(shape)}, the config asks for heads of {rows} rows")
+    return shape[0]
+
+
 def rooted(pattern: str, power: int) -> Source:
     """A vector times the root of its width to a power, float32."""
 
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        weight = cast(named(pattern)(tensors, indices, shape, layout), np.dtype(np.float32))
+    def change(weight: Weight, shape: Shape) -> Weight:
         factor = np.float32(shape[0] ** (power / 2))
-        return PerRow(weight, shape, weight.dtype, lambda a: a * factor)
+        return _in_float32(weight, shape, lambda a: a * factor)
 
-    return source
-
-
-def flattened(pattern: str) -> Source:
-    """A convolution over non-overlapping patches as a matrix: [out, in, (t,) h, w] -> [out, in * (t *) h * w]."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        weight = _expect_rank(name, stored(tensors, name), 4, 5)
-        return expect(name, reshape(weight, (weight.shape[0], int(np.prod(weight.shape[1:])))), shape)
-
-    return source
-
-
-def channels_last(pattern: str) -> Source:
-    """A strided 2-D convolution on rows [kh, kw, in]: [out, in, kh, kw] -> [out, kh * kw * in]."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, _: str) -> Weight:
-        name = pattern.format(**indices)
-        weight = _expect_rank(name, stored(tensors, name), 4)
-        out, channels, height, width = weight.shape
-        rows = PerRow(
-            weight,
-            (out, channels * height * width),
-            weight.dtype,
-            lambda a: np.ascontiguousarray(a.transpose(0, 2, 3, 1)).reshape(len(a), -1),
-        )
-        return expect(name, rows, shape)
-
-    return source
-
-
-def unfolded(pattern: str) -> Source:
-    """A projection of blocks of patches to the width of one, on rows of patches: [C, C * k] -> [C, k * C]."""
-
-    def source(tensors: Mapping[str, Weight], indices: Mapping[str, str], shape: Shape, layout: str) -> Weight:
-        weight = named(pattern)(tensors, indices, shape, layout)
-        split = (shape[0], shape[1] // shape[0])
-        return PerRow(
-            weight,
-            shape,
-            weight.dtype,
-            lambda a: np.ascontiguousarray(a.reshape(-1, *split).swapaxes(1, 2)).reshape(len(a), -1),
-        )
-
-    return source
+    return changed(pattern, change)

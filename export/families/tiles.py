@@ -1,18 +1,14 @@
 """What towers of images of one size have in common: fields of config.json, and the order of their positions."""
 
 import math
-from collections.abc import Mapping
 
 import numpy as np
 
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import Shape, Source, named
-from moevlm.export.graph.rearranged import Flat, Reordered, RowBlocks
-from moevlm.export.graph.weights import Concat, Stack, Sum, Weight
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors
+from moevlm.export.graph.rearranged import Reordered, RowBlocks
+from moevlm.export.graph.weights import Concat, Sum, Weight
 from moevlm.runtime.core.errors import CheckpointError
-
-Tensors = Mapping[str, Weight]
-Indices = Mapping[str, str]
 
 _LONGEST = 1 << 14  # side of an image, in pixels
 
@@ -63,33 +59,5 @@ def positions(table: Source, token: Source, joined: str, class_first: bool) -> S
         order = np.arange(rows - 1).reshape(side // merge, merge, side // merge, merge).swapaxes(1, 2)
         last = Sum(token(tensors, indices, (1, hidden), layout), own)
         return Concat([Reordered(patches, order.reshape(-1).tolist()), last])
-
-    return source
-
-
-def without_batch(pattern: str) -> Source:
-    """[1, n, ...] -> [n, ...]."""
-
-    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        return Flat(named(pattern)(tensors, indices, (1, *shape), layout))
-
-    return source
-
-
-def as_row(pattern: str) -> Source:
-    """[n] -> [1, n]."""
-
-    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        return Stack([named(pattern)(tensors, indices, shape[1:], layout)])
-
-    return source
-
-
-def side_by_side(*sources: Source) -> Source:
-    """Projections of one size as one: the rows of the first, then those of the next."""
-
-    def source(tensors: Tensors, indices: Indices, shape: Shape, layout: str) -> Weight:
-        part = (shape[0] // len(sources), *shape[1:])
-        return Concat([one(tensors, indices, part, layout) for one in sources])
 
     return source

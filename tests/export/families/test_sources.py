@@ -1,12 +1,17 @@
 """Where canonical weights come from."""
 
+import re
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from moevlm.export.families.sources import halves, plus_one, reordered
+from moevlm.export.families.gemma4_vision import GEMMA4_TOWER
+from moevlm.export.families.sources import halves, halves_of_heads, plus_one, reordered
 from moevlm.export.graph.weights import Constant, ScaledRows, Sum, read
 from moevlm.plugins.ops.attention import rotate
+from moevlm.runtime.core.errors import CheckpointError
 
 
 def test_one_is_added_in_float32_and_not_in_the_dtype_that_is_stored() -> None:
@@ -58,3 +63,23 @@ def test_heads_turned_as_halves_are_those_turned_in_pairs() -> None:
         :, None
     ]
     np.testing.assert_allclose(turned, np.concatenate([pairs.real, pairs.imag], axis=-1), atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 2)], ids=str)
+def test_heads_whose_norm_is_of_a_size_that_does_not_fit_are_refused(shape: tuple[int, ...]) -> None:
+    tensors = {"q": Constant(np.ones((16, 4), np.float32)), "q_norm": Constant(np.ones(shape, np.float32))}
+    told = re.escape(f"tensor q_norm has shape {list(shape)}, the config asks for heads of 8 rows")
+    with pytest.raises(CheckpointError, match=f"^{told}$"):
+        halves_of_heads("q", "q_norm", 0)(tensors, {}, (8, 4), "auto")
+
+
+@pytest.mark.parametrize("dim", [5, 6])  # axes share a head, and each turns in pairs
+def test_heads_of_gemma4s_tower_that_do_not_turn_on_two_axes_are_refused(dim: int) -> None:
+    block = "model.vision_tower.encoder.layers.0.self_attn."
+    tensors = {f"{block}{name}_proj.linear.weight": Constant(np.ones((30, 4), np.float32)) for name in "qkv"}
+    tensors[f"{block}q_norm.weight"] = Constant(np.ones(dim, np.float32))
+    qkv: Any = GEMMA4_TOWER["vision.blocks.{i}.attention.qkv.weight"]
+    with pytest.raises(
+        CheckpointError, match=rf"q_norm.weight has shape \[{dim}\], the config asks for heads of 30 rows"
+    ):
+        qkv(tensors, {"i": "0"}, (90, 4), "auto")
