@@ -12,11 +12,8 @@ from moevlm.export.families.about import About
 from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.moon import head_dim, moon_tower, moon_weights
-from moevlm.export.families.text.base import TextModel, register_text, text_model
-from moevlm.export.families.text.deepseek_v3 import DeepseekV3
+from moevlm.export.families.text.base import TextModel, text_model
 from moevlm.export.families.text.wrapper import Wrapper
-
-register_text("kimi_k2")(DeepseekV3)  # as the published config.json calls it
 
 
 @register("kimi_k25")
@@ -29,7 +26,7 @@ class KimiK25(Wrapper):
         routing="sigmoid, correction bias, groups; shared experts",
         vision="packed grid, MoonViT",
     )
-    texts = ("deepseek_v3", "kimi_k2")
+    texts = ("deepseek_v3", "kimi_k2")  # the second as published
     older: ClassVar = {
         **shared.LANGUAGE_MODEL,
         # As transformers saves it: what was renamed for its own names is not renamed back alike.

@@ -50,8 +50,7 @@ class Oracle:
         transformers.logging.disable_progress_bar()
         self._family, self._vision, self._adapter = family, vision, checkpoint.adapter
         try:
-            config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-            config = getattr(config, family.part) if family.part else config
+            config = reference_config(checkpoint, family)
             with torch.device("meta"):
                 self.model = (
                     auto_model(vision)
@@ -131,6 +130,20 @@ def _joined(routers: list[Routed], is_image: torch.Tensor) -> list[Routed]:
             rows[~is_image], rows[is_image] = of_text, of_images
         joined.append((whole[0], whole[1]))
     return joined
+
+
+def reference_config(checkpoint: Checkpoint, family: Family) -> Any:
+    """transformers' config of the family's part of a checkpoint.
+
+    Of a model_type that transformers does not know it is that of the architecture (Kimi-K2).
+    """
+    given, directory = checkpoint.config, checkpoint.directory
+    if given["model_type"] in transformers.CONFIG_MAPPING:
+        config: Any = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    else:
+        kind = getattr(transformers, given["architectures"][0]).config_class
+        config = kind.from_dict({**given, "model_type": kind.model_type})
+    return getattr(config, family.part) if family.part else config
 
 
 def auto_model(vision: VisionMetadata | None) -> Any:

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.cases import Case, ordinary_ids, random_cases
 from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs
-from moevlm.export.parity.oracle import Oracle, auto_model, inputs_of
+from moevlm.export.parity.oracle import Oracle, auto_model, inputs_of, reference_config
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.tolerances import EXACT
 from moevlm.export.parity.torch_engine import TorchEngine
@@ -56,12 +55,12 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
     with Checkpoint.open(checkpoint) as source:
         model = CanonicalModel.of(source)
         metadata = model.config.metadata()
-        family, config = family_for(source.config), transformers.AutoConfig.from_pretrained(checkpoint)
+        family = family_for(source.config)
         whole = (
             auto_model(metadata.vision)
             .from_pretrained(
                 checkpoint,
-                config=getattr(config, family.part) if family.part else config,
+                config=reference_config(source, family),
                 dtype=torch.float32,
                 attn_implementation="eager",
                 experts_implementation="eager",

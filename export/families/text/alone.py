@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moevlm.export.config import ModelConfig
 from moevlm.export.families.about import About
@@ -10,6 +10,9 @@ from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.text.base import TextModel, text_model
 from moevlm.export.families.text.wrapper import TEXT, Wrapper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Alone(Wrapper):
@@ -24,6 +27,9 @@ class Alone(Wrapper):
 
     def field_name(self, field: str) -> str:
         return super().field_name(field).removeprefix(TEXT)
+
+    def mend(self, model: "PreTrainedModel") -> None:
+        self.text.mend(model)
 
     def translate(self, fields: Fields) -> ModelConfig:
         decoder = self.text.decoder(fields, fields.flag("tie_word_embeddings", False))

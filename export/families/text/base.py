@@ -10,6 +10,7 @@ from moevlm.export.families.shared import Weights
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 _REGISTRY: dict[str, type["TextModel"]] = {}
 
@@ -44,6 +45,9 @@ class TextModel(ABC):
         """As in `base.Family`."""
         scores, _, index = returned
         return scores, index
+
+    def mend(self, model: "PreTrainedModel") -> None:  # noqa: B027 - most need nothing
+        """As in `base.Family`, for transformers' model of the text alone."""
 
 
 def register_text(model_type: str) -> Callable[[type[TextModel]], type[TextModel]]:

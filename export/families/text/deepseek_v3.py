@@ -1,7 +1,7 @@
 """DeepSeek-V3: latent attention, sigmoid routing with a correction bias and expert groups, shared experts.
 
-Source: transformers 5.24 `models/deepseek_v3`. Checkpoints: deepseek-ai/DeepSeek-V3, -R1, -V3.1; Kimi-K2 as text of
-moonshotai/Kimi-K2.5.
+Source: transformers 5.24 `models/deepseek_v3`. Checkpoints: deepseek-ai/DeepSeek-V3, -R1, -V3.1; Kimi-K2-Instruct and
+-Thinking of moonshotai, whose config.json has another model_type beside the architecture DeepseekV3ForCausalLM.
 """
 
 from typing import ClassVar
@@ -16,7 +16,9 @@ from moevlm.export.families.text.grouped import grouped_experts
 from moevlm.export.families.text.latent import HeadSizes, LatentText, latent_decoder, score_scale
 
 
+@register_alone("kimi_k2", "Kimi-K2-Instruct", "Kimi-K2-Thinking")
 @register_alone("deepseek_v3", "DeepSeek-V3", "DeepSeek-R1", "DeepSeek-V3.1")
+@register_text("kimi_k2")
 @register_text("deepseek_v3")
 class DeepseekV3(LatentText):
     """See the module's docstring."""

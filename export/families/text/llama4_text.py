@@ -1,10 +1,11 @@
 """Llama 4: chunked attention with rope, each fourth layer without rope to all, experts whose input the router scales.
 
-Source: transformers 5.24 `models/llama4`. Checkpoints: meta-llama/Llama-4-Scout-17B-16E, ...-Maverick-17B-128E.
+Source: transformers 5.24 `models/llama4`. Checkpoints: meta-llama/Llama-4-Scout-17B-16E, ...-Maverick-17B-128E, also
+without their tower; facebook/MobileLLM-R1, which has no experts.
 """
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
@@ -12,16 +13,19 @@ from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
 from moevlm.export.families.sources import halves, ones, reordered
+from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import QueryScaleMetadata
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
 
 
+@register_alone("llama4_text", "Llama-4-Scout and -Maverick without a tower", "MobileLLM-R1-950M")
 @register_text("llama4_text")
 class Llama4Text(TextModel):
     """See the module's docstring.
@@ -50,7 +54,7 @@ class Llama4Text(TextModel):
         scale = QueryScaleMetadata(
             beta=text.number("attn_scale", 0.1), original=text.positive("floor_scale", 8192), offset=1
         )
-        dense, moe, sparse = *self._feed_forward(text), self._sparse(text, layers)
+        feed_forward = self._feed_forward(text, layers)
         return DecoderConfig(
             vocabulary=text.positive("vocab_size"),
             hidden=text.positive("hidden_size"),
@@ -59,8 +63,8 @@ class Llama4Text(TextModel):
             tied_head=tied,
             ropes=(one_axis(text, text.positive("head_dim", 128)),),
             layers=tuple(
-                LayerConfig(self._attention(text, turns, chunk, scaled), moe if i in sparse else dense)
-                for i, (turns, chunk) in enumerate(zip(turning, self._chunks(text, turning), strict=True))
+                LayerConfig(self._attention(text, turns, chunk, scaled), part)
+                for turns, chunk, part in zip(turning, self._chunks(text, turning), feed_forward, strict=True)
             ),
             query_scale=scale if scaled and not all(turning) else None,
         )
@@ -90,6 +94,13 @@ class Llama4Text(TextModel):
     def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
         scores, logits = returned  # scores of experts that are not chosen are 0
         return logits, scores.topk(int((scores > 0).sum(1).max())).indices
+
+    def mend(self, model: "PreTrainedModel") -> None:
+        def embed(text: Any, arguments: tuple[()], options: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+            """Where the embedding is in memory only while it runs, the ids would be sent to the meta device."""
+            return arguments, options | {"input_ids": None, "inputs_embeds": text.embed_tokens(options["input_ids"])}
+
+        model.get_submodule("model").register_forward_pre_hook(embed, with_kwargs=True)
 
     def _attention(self, text: Fields, turns: bool, chunk: int, scaled: bool) -> GQAConfig:
         bias = text.flag("attention_bias", False)
@@ -124,16 +135,21 @@ class Llama4Text(TextModel):
 
     def _sparse(self, text: Fields, layers: int) -> Collection[int]:
         """Numbers of the layers with experts."""
+        if "moe_layers" in text:
+            text.get("interleave_moe_layer_step", None)
+            return [i for i in text.counts("moe_layers") if i < layers]
         step = text.positive("interleave_moe_layer_step", 1)
-        found = text.counts("moe_layers", tuple(range(step - 1, layers, step)))
-        if max(found, default=0) >= layers:
-            raise text.invalid("moe_layers", list(found), f"numbers of the {layers} layers")
-        return found
+        return range(step - 1, layers, step)
 
-    def _feed_forward(self, text: Fields) -> tuple[MLPConfig, MoEConfig]:
-        """Of a layer without experts, and of one with them."""
-        activation = text.choice("hidden_act", {"silu": "silu"}, "silu")
-        width = text.positive("intermediate_size")
+    def _feed_forward(self, text: Fields, layers: int) -> list[MLPConfig | MoEConfig]:
+        """Of each layer."""
+        activation, sparse = text.choice("hidden_act", {"silu": "silu"}, "silu"), self._sparse(text, layers)
+        dense = MLPConfig(text.positive("intermediate_size_mlp", 16384), activation)
+        if not sparse:
+            for name in ("num_local_experts", "num_experts_per_tok", "intermediate_size"):
+                text.get(name, None)
+            return [dense] * layers
+        width = text.positive("intermediate_size", 8192)
         moe = MoEConfig(
             experts=text.positive("num_local_experts", 16),
             width=width,
@@ -141,4 +157,4 @@ class Llama4Text(TextModel):
             expert=ExpertsSpec(activation=activation, weight_on="input"),
             shared_width=width,
         )
-        return MLPConfig(text.positive("intermediate_size_mlp", 16384), activation), moe
+        return [moe if i in sparse else dense for i in range(layers)]

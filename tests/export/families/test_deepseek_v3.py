@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
+from moevlm.export.graph.codes import coded
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.core.errors import CheckpointError
@@ -54,6 +56,22 @@ def test_quantized_weights_are_the_decoded_ones(
     assert expected.keys() == found.keys()
     for parameter, values in expected.items():
         np.testing.assert_allclose(found[parameter], values, rtol=2e-7, err_msg=parameter)
+
+
+def test_kimi_k2s_integers_stay_as_they_are(tmp_path: Path) -> None:
+    """moonshotai/Kimi-K2-Thinking: experts in groups of 32, all else as it is."""
+    left = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\\.(gate|up|gate_up|down)_proj.*"]
+    form = replace(FORMATS["int4-32"], config=FORMATS["int4-32"].config | {"ignore": left})
+    source = TinyCheckpoint("kimi_k2", text=SIZES).save(tmp_path / "floats")
+    quantized = form.publish(source, tmp_path / "q", tmp_path / "plain", experts)
+    expected, found = canonical(tmp_path / "plain"), canonical(quantized)
+    assert all(np.array_equal(found[parameter], values) for parameter, values in expected.items())
+    with Checkpoint.open(quantized) as checkpoint:
+        weights = CanonicalModel.of(checkpoint).decoder_weights
+    for part in ("gate_up", "down"):
+        kept = coded(weights[f"layers.1.feed_forward.{part}"])
+        assert kept is not None
+        assert (kept.form.kind, kept.form.group_size) == ("int4", 32)
 
 
 def test_engines_of_an_fp8_checkpoint_pass_parity(tmp_path: Path, floats: Path) -> None:

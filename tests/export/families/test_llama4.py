@@ -129,6 +129,25 @@ def test_layers_have_chunks_where_transformers_has_them(changes: dict[str, Any],
     assert [layer.mixer.chunk for layer in parse(num_hidden_layers=4, **changes).layers] == chunks
 
 
+@pytest.mark.parametrize(
+    ("changes", "sparse"),
+    [
+        ({"moe_layers": [3, 48, 1]}, [1, 3]),
+        ({"moe_layers": [], "interleave_moe_layer_step": 0, "num_local_experts": 0, "num_experts_per_tok": 0}, []),
+        ({"moe_layers": None, "interleave_moe_layer_step": 3}, [2, 5]),
+        ({"interleave_moe_layer_step": 7}, []),
+    ],
+    ids=["by number", "none", "by step", "a step longer than the model"],
+)
+def test_layers_have_experts_where_transformers_has_them(changes: dict[str, Any], sparse: list[int]) -> None:
+    from transformers import Llama4TextConfig
+
+    values = {"num_hidden_layers": 6} | changes
+    found = [i for i, layer in enumerate(parse(**values).layers) if isinstance(layer.feed_forward, MoEConfig)]
+    theirs = Llama4TextConfig(**SCOUT | values).moe_layers
+    assert found == sparse == sorted(i for i in theirs if i < 6)
+
+
 def test_queries_are_scaled_where_the_config_says_so_and_some_layer_does_not_rotate() -> None:
     assert parse(attn_temperature_tuning=False).query_scale is None
     assert parse(no_rope_layers=[1] * 48).query_scale is None
@@ -143,7 +162,7 @@ def test_queries_are_scaled_where_the_config_says_so_and_some_layer_does_not_rot
         ({"no_rope_layers": [2] * 48}, r"\(48 times 0 or 1\)"),
         ({"layer_types": ["sliding_attention"] * 48}, r"48 times chunked_attention or full_attention"),
         ({"attention_chunk_size": None, "layer_types": ["chunked_attention"] * 48}, r"48 times full_attention\)"),
-        ({"moe_layers": [3, 48]}, r"moe_layers = \[3, 48\] \(numbers of the 48 layers\)"),
+        ({"moe_layers": [3, -1]}, r"moe_layers = \[3, -1\] \("),
         ({"vision_chunk": 3}, r"unsupported field in config.json: vision_chunk = 3"),
     ],
 )

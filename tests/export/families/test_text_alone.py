@@ -29,8 +29,9 @@ from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3")
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4_text")
 each = pytest.mark.parametrize("model_type", ALONE)
+PLANNED = ALONE[:5]  # plans of the others' layers are those of deepseek_v3 and of llama4
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
@@ -116,7 +117,7 @@ def test_every_step_of_parity_on_engines_of_the_cpu(model_type: str, saved: dict
     assert [check for check in report.checks if "conversations" in check.quantity]
 
 
-@each
+@pytest.mark.parametrize("model_type", PLANNED)
 def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
     built = build(saved[model_type], tmp_path / "bundle", ["reference"]).directory
     opened = add_targets(built, saved[model_type], ["rtx:sm89"], dtype="fp16", experts="int4")
@@ -201,8 +202,29 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"rope_scaling": None, "attention_bias": True, "num_nextn_predict_layers": 1, "vocab_size": 151552},
         **{"rms_norm_eps": 1e-5, "eos_token_id": [151329, 151336, 151338], "tie_word_embeddings": False},
     },
+    "Kimi-K2-Instruct": {
+        **{"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"], "hidden_act": "silu"},
+        **{"auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, "hidden_size": 7168},
+        **{"attention_bias": False, "aux_loss_alpha": 0.001, "seq_aux": True, "ep_size": 1, "pretraining_tp": 1},
+        **{"first_k_dense_replace": 1, "intermediate_size": 18432, "moe_intermediate_size": 2048, "moe_layer_freq": 1},
+        **{"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64},
+        **{"v_head_dim": 128, "num_attention_heads": 64, "num_key_value_heads": 64, "num_hidden_layers": 61},
+        **{"n_group": 1, "topk_group": 1, "n_routed_experts": 384, "n_shared_experts": 1, "num_experts_per_tok": 8},
+        **{"norm_topk_prob": True, "routed_scaling_factor": 2.827, "scoring_func": "sigmoid"},
+        **{"topk_method": "noaux_tc", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6, "rope_theta": 5e4},
+        "rope_scaling": {
+            **{"type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+            **{"beta_fast": 1.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+        **{"vocab_size": 163840, "eos_token_id": 163585, "tie_word_embeddings": False, "num_nextn_predict_layers": 0},
+    },
 }
-BILLIONS = {"Mixtral-8x22B": (140.6, 39.2), "Qwen3-Coder-30B-A3B": (30.5, 3.4), "GLM-4.5": (352.8, 33.6)}
+BILLIONS = {
+    "Mixtral-8x22B": (140.6, 39.2),
+    "Qwen3-Coder-30B-A3B": (30.5, 3.4),
+    "GLM-4.5": (352.8, 33.6),
+    "Kimi-K2-Instruct": (1026.4, 32.9),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

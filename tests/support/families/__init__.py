@@ -8,8 +8,10 @@ from tests.support.families import (
     glm4v_moe,
     gpt_oss,
     internvl,
+    kimi_k2,
     kimi_k25,
     llama4,
+    llama4_text,
     mistral3,
     mixtral,
     qwen3_5,
@@ -37,4 +39,6 @@ TINY: dict[str, TinyFamily] = {
     "glm4_moe": glm4_moe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
+    "kimi_k2": kimi_k2.FAMILY,
+    "llama4_text": llama4_text.FAMILY,
 }
