@@ -69,8 +69,7 @@ def build(
     ):
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
-        for target in chosen:
-            require_sizes(target, model.config, model.family)
+        chosen = suited(chosen, model)
         carried = request_files(source.directory, model.metadata(), model.config.mark_texts)
         metadata = msgspec.structs.replace(
             model.metadata(), eos_token_ids=carried.eos_token_ids, image_marks=carried.image_marks
@@ -80,7 +79,7 @@ def build(
         for path, data in carried.files.items():
             writer.add_bytes(path, data)
         patches = image_patches(source.directory, metadata)
-        _plan(chosen, model.config, metadata, patches, planned)
+        _plan(chosen, model, metadata, patches, planned)
         graphs = traced(model, progress)
         if REFERENCE not in chosen:
             for name, graph in graphs.items():
@@ -133,10 +132,9 @@ def add_targets(
         writer = stack.enter_context(BundleWriter(bundle, changes=existing))
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)
-        for target in chosen:
-            require_sizes(target, model.config, model.family)
+        chosen = suited(chosen, model)
         patches = image_patches(source.directory, existing.manifest.model)
-        _plan(chosen, model.config, existing.manifest.model, patches, planned)
+        _plan(chosen, model, existing.manifest.model, patches, planned)
         graphs = traced(model, progress)
         progress("hashing the checkpoint", 0, 0)
         source.verify()
@@ -154,12 +152,20 @@ def add_targets(
         return Bundle.open(writer.commit(manifest))
 
 
+def suited(chosen: Iterable[Target], model: CanonicalModel) -> tuple[Target, ...]:
+    """The targets as they are built from this checkpoint. Raises BuildError for a size that kernels do not take."""
+    found = tuple(target.suited(model.config, model.decoder_weights) for target in chosen)
+    for target in found:
+        _require_sizes(target, model.config, model.family)
+    return found
+
+
 def _plan(
-    chosen: Iterable[Target], config: ModelConfig, model: ModelMetadata, patches: int | None, planned: Planned
+    chosen: Iterable[Target], model: CanonicalModel, metadata: ModelMetadata, patches: int | None, planned: Planned
 ) -> None:
-    engines = {target.name: target.planned(config, patches) for target in chosen}
+    engines = {target.name: target.planned(model.config, model.decoder_weights, patches) for target in chosen}
     if found := {name: engine for name, engine in engines.items() if engine is not None}:
-        planned(model, found)
+        planned(metadata, found)
 
 
 def _build_engines(chosen: Iterable[Target], context: BuildContext) -> dict[str, EngineMetadata]:
@@ -180,7 +186,7 @@ def _tell(engines: Mapping[str, EngineMetadata], note: Callable[[str], None]) ->
             note(f"{name}, weights made of tensors in codes: {recoded_text(engine.recoded, engine.weight_errors)}")
 
 
-def require_sizes(target: Target, config: ModelConfig, family: Family) -> None:
+def _require_sizes(target: Target, config: ModelConfig, family: Family) -> None:
     """Raise BuildError, by its field of config.json, for a size that the target's kernels do not take."""
     try:
         target.sizes.require(config)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moevlm.export.backends.base import Target
 from moevlm.export.backends.registry import counting, known_targets, planned_names, require_effect
-from moevlm.export.build import require_sizes, traced
+from moevlm.export.build import suited, traced
 from moevlm.export.checkpoint.directory import CONFIG, Checkpoint
 from moevlm.export.checkpoint.files import read_json
 from moevlm.export.checkpoint.quantized.methods import settings_of
@@ -68,8 +68,7 @@ def dry_run(
     for name in dict.fromkeys(chosen):
         progress(f"planning {name}", 0, 0)
         try:
-            for target in known_targets([name], counting(name, options)):
-                require_sizes(target, found.model.config, found.model.family)
+            for target in suited(known_targets([name], counting(name, options)), found.model):
                 engine, size = target.rehearse(graphs, found.model.config, found.patches)
                 planned.append(PlannedTarget(target.name, engine, size, elsewhere=_missing(target)))
         except BuildError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, Self
 
 import onnx_ir as ir
 
 from moevlm.export.backends.sizes import Sizes
 from moevlm.export.config import ModelConfig
+from moevlm.export.graph.weights import Weight
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.manifest import EngineMetadata
@@ -47,10 +48,19 @@ class Target(Protocol):
         """Raises BuildError for what is missing on this machine to build it."""
         ...
 
-    def planned(self, config: ModelConfig, image_patches: int | None) -> EngineMetadata | None:
+    def suited(self, config: ModelConfig, weights: Mapping[str, Weight]) -> Self:
+        """This target with what its options leave to the checkpoint, its name included.
+
+        weights: of the decoder, by the names of its parameters.
+        """
+        ...
+
+    def planned(
+        self, config: ModelConfig, weights: Mapping[str, Weight], image_patches: int | None
+    ) -> EngineMetadata | None:
         """What the manifest will say, as far as that is known before a build; None where no memory has to be planned.
 
-        image_patches: as in BuildContext.
+        weights: as in `suited`. image_patches: as in BuildContext.
         """
         ...
 

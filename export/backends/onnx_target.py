@@ -15,6 +15,7 @@ from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.sparsity import TWO_OF_FOUR
 from moevlm.export.formats.stored import recoded, weight_errors, weights_of
 from moevlm.export.graph.cost import cost
+from moevlm.export.graph.weights import Weight
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.model_file import data_bytes, plan
@@ -80,7 +81,11 @@ class OnnxTarget:
     def require_machine(self) -> None:
         """As `Target.require_machine`: any machine will do."""
 
-    def planned(self, config: ModelConfig, image_patches: int | None) -> None:
+    def suited(self, config: ModelConfig, weights: Mapping[str, Weight]) -> Self:  # noqa: ARG002
+        """As `Target.suited`: its passes keep what codes they can, weight by weight."""
+        return self
+
+    def planned(self, config: ModelConfig, weights: Mapping[str, Weight], image_patches: int | None) -> None:
         """As `Target.planned`: the host's memory grows with what is used."""
 
     def rehearse(

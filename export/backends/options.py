@@ -34,8 +34,8 @@ class Option:
         if (self.help, self.whose, self.choices) == (other.help, other.whose, other.choices):
             return self
         choices = tuple(dict.fromkeys((*self.choices, *other.choices)))
-        told = f"{self.help} {other.help}", f"{self.whose}, {other.whose}"
-        return replace(self, help=told[0], whose=told[1], choices=choices)
+        helps, whose = dict.fromkeys((self.help, other.help)), dict.fromkeys((self.whose, other.whose))
+        return replace(self, help=" ".join(helps), whose=", ".join(whose), choices=choices)
 
 
 def option(default: T, told: Option) -> T:
@@ -44,11 +44,15 @@ def option(default: T, told: Option) -> T:
     return made
 
 
-def group_size(counts: Callable[[str, Values], bool]) -> int:
-    """The field `group_size` of a backend whose targets may be quantized."""
+def group_size(counts: Callable[[str, Values], bool], more: str = "") -> int:
+    """The field `group_size` of a backend whose targets may be quantized.
+
+    more: what else is to be said of it, where 0 leaves it to the checkpoint.
+    """
     whose = "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"
-    told = Option("Weights per scale in int8, int4 and fp8: 32 or 128.", whose, counts, GROUP_SIZES)
-    return option(defaults.GROUP_SIZE, told)
+    usual = "Weights per scale in int8, int4 and fp8: 32, by default, or 128."
+    told = Option(more or usual, whose, counts, GROUP_SIZES)
+    return option(0 if more else defaults.GROUP_SIZE, told)
 
 
 def sparsity() -> str:

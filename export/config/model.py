@@ -1,7 +1,7 @@
 """A whole model: its layers, its decoder, its vision tower, and the ids that join them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
@@ -173,6 +173,20 @@ class ModelConfig:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         return tuple(self.moe)
+
+    @property
+    def expert_matrices(self) -> dict[tuple[str, str], MoEConfig]:
+        """The experts of each sparse layer, those for images apart, by the names of gate_up and down in the decoder."""
+        found: dict[tuple[str, str], MoEConfig] = {}
+        for i, moe in self.moe.items():
+            banks = {"": moe}
+            if moe.image_width:
+                banks["images."] = replace(moe, width=moe.image_width, shared_width=0)
+            found |= {
+                (f"layers.{i}.feed_forward.{bank}gate_up", f"layers.{i}.feed_forward.{bank}down"): config
+                for bank, config in banks.items()
+            }
+        return found
 
     def metadata(self) -> ModelMetadata:
         """What the runtime must know, for the manifest."""

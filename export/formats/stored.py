@@ -153,14 +153,19 @@ def keeping(form: WeightFormat, *weights: Weight) -> WeightFormat:
 
     Scales of other weights are rounded to the dtype of `form`, or to float32 where the dtypes of all differ.
     """
-    roomy = replace(form, zeros=True) if isinstance(form, IntFormat) and form.bits == 4 else form
+    roomy = roomiest(form)
     kept = [own.form for weight in weights if (own := own_codes(weight, roomy)) is not None]
-    dtypes = {own.scales for own in kept} | ({form.scales} if len(kept) < len(weights) else set())
+    dtypes = {own.scales for own in kept} | ({form.scales} if len(kept) < max(1, len(weights)) else set())
     scales = dtypes.pop() if len(dtypes) == 1 else "float32"
     if scales not in (form.scales, "float16"):
         scales = "float32"  # not bfloat16 beside float16: the oldest GPUs do not have it
     made = weight_format(form.name, form.group_size, scales)
     return replace(made, zeros=True) if isinstance(made, IntFormat) and any(own.zeros for own in kept) else made
+
+
+def roomiest(form: WeightFormat) -> WeightFormat:
+    """The format with places for zeros, if it can have some."""
+    return replace(form, zeros=True) if isinstance(form, IntFormat) and form.bits == 4 else form
 
 
 def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:
@@ -183,8 +188,13 @@ def _encoded_anew(rows: np.ndarray, form: WeightFormat) -> Codes:
 def own_codes(weight: Weight, form: WeightFormat) -> Coded | None:
     """The weight as a checkpoint holds it in codes, if `form` holds the same: its numbers, groups that divide those."""
     own = coded(weight)
-    own = None if own is None else widened(own, form.name)
-    return own if own is not None and _holds(form, own.form, weight.shape[-1]) else None
+    return None if own is None else held_codes(own, form)
+
+
+def held_codes(own: Coded, form: WeightFormat) -> Coded | None:
+    """As `own_codes`, of a weight that a checkpoint holds in codes."""
+    own = widened(own, form.name)
+    return own if _holds(form, own.form, own.shape[-1]) else None
 
 
 def kept_form(weight: Weight, scheme: IntFormat) -> IntFormat | None:

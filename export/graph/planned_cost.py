@@ -16,17 +16,23 @@ from moevlm.runtime.core.manifest import CostMetadata
 
 
 def planned_cost(
-    config: ModelConfig, weight: int, router_weight: int, expert_bytes: Callable[[MoEConfig], int]
+    config: ModelConfig, weight: int, router_weight: int, expert_bytes: Callable[[tuple[str, str], MoEConfig], int]
 ) -> CostMetadata:
     """As `cost` will find it in the lowered graphs.
 
-    weight, router_weight: bytes of a stored weight. expert_bytes: of all experts of a layer, as they are stored.
+    weight, router_weight: bytes of a stored weight. expert_bytes: of a bank of experts, as they are stored; see
+    `ModelConfig.expert_matrices`.
     """
     with torch.device("meta"):
         decoder = Decoder(config.decoder)
     sparse = [module for module in decoder.modules() if isinstance(module, MoE)]
     of_images = [moe for moe in sparse if isinstance(moe, ImageExperts)]
     of_text = [moe for moe in sparse if not isinstance(moe, ImageExperts)]
+    names = {module: (f"{name}.gate_up", f"{name}.down") for name, module in decoder.named_modules()}
+
+    def bytes_of_one(banks: Sequence[MoE]) -> int:
+        return sum(expert_bytes(names[moe], moe.config) // moe.config.experts for moe in banks)
+
     routed = [parameter for moe in sparse for parameter in moe.of_experts]
     routers = sum(moe.router.weight.numel() for moe in sparse)
     head = config.decoder.vocabulary * config.decoder.hidden
@@ -34,8 +40,8 @@ def planned_cost(
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
     return CostMetadata(
         dense_bytes=(dense - routers) * weight + routers * router_weight,
-        expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in of_text),
-        image_expert_bytes=sum(expert_bytes(moe.config) // moe.config.experts for moe in of_images),
+        expert_bytes=bytes_of_one(of_text),
+        image_expert_bytes=bytes_of_one(of_images),
         head_bytes=head * weight,
         dense_macs=dense,
         expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in of_text),

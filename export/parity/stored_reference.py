@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moevlm.export.backends.tensorrt.expert_formats import held_form
+from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import as_stored, pruned
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.stored import keeping
@@ -14,7 +16,6 @@ from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack
 from moevlm.export.parity.checks import Expected
 from moevlm.export.parity.oracle import ReferenceOutput
-from moevlm.export.parity.stored_weights import matrices_of_experts
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
 from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
@@ -26,8 +27,8 @@ from moevlm.runtime.engine.visual import HostFeatures
 class Storage:
     """What happened to an engine's weights; the default is nothing.
 
-    sparsity: "2:4" or "". experts, group_size: how a GPU's kernels store the experts, as in ExpertsOp; "" and 0
-    if not so. scales: the dtype that the scale of a group that was encoded anew is rounded to.
+    sparsity: "2:4" or "". experts, group_size: how a GPU's kernels store the experts, as in ExpertsOp, or MIXED; "" and
+    0 if not so. scales: the dtype that the scale of a group that was encoded anew is rounded to.
     """
 
     sparsity: str = ""
@@ -60,10 +61,13 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
             weights |= {name: pruned(weights[name]) for name in (str(value.name) for value in prunable(graph))}
     if storage.experts:
         weights = changed["decoder"]
-        form = weight_format(storage.experts, storage.group_size, storage.scales)
-        for names in (names for i, moe in model.config.moe.items() for names in matrices_of_experts(i, moe)):
-            exact = keeping(form, *(weights[name] for name in names))
-            weights |= {name: as_stored(weights[name], exact) for name in names}
+        usual = storage.experts, storage.group_size
+        for names in model.config.expert_matrices:
+            both = [weights[name] for name in names]
+            form = held_form(*both) if storage.experts == MIXED else usual
+            if form is not None:
+                exact = keeping(weight_format(*form, storage.scales), *both)
+                weights |= {name: as_stored(weights[name], exact) for name in names}
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
 
 

@@ -9,7 +9,6 @@ from moevlm.export.backends.cpu.passes.head_linear import head_form
 from moevlm.export.backends.onnx_target import EMBEDDING, VISION
 from moevlm.export.backends.ort.passes.lower_moe import kernel_attributes
 from moevlm.export.backends.ort.passes.quantize_experts import shared_scheme
-from moevlm.export.config import MoEConfig
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.encoded import as_stored
 from moevlm.export.formats.integers import IntFormat
@@ -39,25 +38,18 @@ def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mappi
         decoder[name] = as_stored(decoder[name], _form(scheme, ours, decoder[name]))
     for name in _matrices_of_heads(model.decoder) if ours else ():
         decoder[name] = as_stored(decoder[name], head_form(scheme, decoder[name]))
-    for layer, moe in model.config.moe.items():
+    for names, moe in model.config.expert_matrices.items():
         if not ours and (moe.expert_scale or moe.image_width or kernel_attributes(moe.expert) is None):
             continue  # `LowerMoE` leaves these experts as they are
-        for names in matrices_of_experts(layer, moe):
-            both = [decoder[name] for name in names]
-            of_both = cpu_form(scheme, *both) if ours else shared_scheme(scheme, *both)
-            assert of_both is not None  # the build would have failed
-            for name in names:
-                decoder[name] = as_stored(decoder[name], of_both)
+        both = [decoder[name] for name in names]
+        of_both = cpu_form(scheme, *both) if ours else shared_scheme(scheme, *both)
+        assert of_both is not None  # the build would have failed
+        for name in names:
+            decoder[name] = as_stored(decoder[name], of_both)
     head = decoder.get("head", decoder["embedding"])
     decoder["head"] = as_stored(head, _form(scheme, ours, head))
     decoder["embedding"] = as_stored(decoder["embedding"], EMBEDDING)
     return vision, decoder
-
-
-def matrices_of_experts(layer: int, moe: MoEConfig) -> list[list[str]]:
-    """Names of the two parameters that share a format, of each bank of a layer's experts."""
-    banks = ["", *(["images."] if moe.image_width else [])]
-    return [[f"layers.{layer}.feed_forward.{bank}{part}" for part in ("gate_up", "down")] for bank in banks]
 
 
 def _form(scheme: IntFormat, ours: bool, weight: Weight) -> WeightFormat:

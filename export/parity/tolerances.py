@@ -83,6 +83,7 @@ ROUNDING = {  # by dtype of the experts
     "int8": RoundingTolerance(kl=0.04, usual_kl=1e-3),
     "fp8": RoundingTolerance(kl=0.1, usual_kl=0.015),
     "int4": RoundingTolerance(kl=0.25, usual_kl=0.22),
+    "mixed": RoundingTolerance(kl=1e-6, usual_kl=1e-6),  # a checkpoint's own codes, and floats: nothing is rounded
     "fp4": RoundingTolerance(kl=0.33, usual_kl=0.29),  # of float weights; int4's by the squared ratio of errors, 1.3
 }
 DECODE_STEPS = 64  # behind every prompt

@@ -13,6 +13,7 @@ from moevlm.export.backends.base import BuildContext
 from moevlm.export.backends.sizes import Sizes
 from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt import machine, worker
+from moevlm.export.backends.tensorrt.expert_formats import chosen
 from moevlm.export.backends.tensorrt.kernels_file import kernels_json
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import Options
@@ -92,11 +93,16 @@ class TensorRTTarget:
         """
         return self._fitted(build.config)._write(build)
 
-    def planned(self, config: ModelConfig, image_patches: int | None) -> EngineMetadata:
+    def suited(self, config: ModelConfig, weights: Mapping[str, Weight]) -> Self:
+        """See `Target`."""
+        banks = [[weights[name] for name in names] for names in config.expert_matrices]
+        return replace(self, options=chosen(self.options, banks))
+
+    def planned(self, config: ModelConfig, weights: Mapping[str, Weight], image_patches: int | None) -> EngineMetadata:
         """See `Target`."""
         exact = min(self.sms) > NO_FLOAT32_GEMM
         fitted = self._fitted(config)
-        return fitted._metadata(config, image_patches, cost_of(config, fitted.options, exact))
+        return fitted._metadata(config, image_patches, cost_of(config, weights, fitted.options, exact))
 
     def rehearse(
         self, canonical: Mapping[str, ir.Model], config: ModelConfig, image_patches: int | None
@@ -133,7 +139,7 @@ class TensorRTTarget:
             vision="" if config.vision is None else self.path("vision"),
             decoder=self.path("decoder"),
             dtype=o.weights or o.activations,
-            group_size=o.group_size if o.weights else 0,
+            group_size=o.group if o.weights else 0,
             states=states,
             page_size=PAGE_SIZE,
             sparsity=o.sparsity,
@@ -205,7 +211,7 @@ class TensorRTTarget:
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
         first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), LowerHeadLinear(), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
-        moe = (*native, PluginMoE(o.activations, o.weights, o.group_size, programs))
+        moe = (*native, PluginMoE(o.activations, o.weights, o.group, programs))
         if "vision" in graphs:
             run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
         delta = PluginGatedDelta(o.activations, programs)

@@ -6,6 +6,8 @@ from functools import partial
 
 import numpy as np
 
+from moevlm.export.backends.tensorrt.expert_formats import held_form
+from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import Encoded
 from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros
 from moevlm.export.formats.integers import IntFormat
@@ -40,13 +42,19 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
     return stored
 
 
-def keeping_codes(op: ExpertsOp, *weights: Weight) -> ExpertsOp:
-    """The op with what it takes to keep the codes of gate_up and down exactly, see `formats.stored.keeping`."""
-    if not op.weights:
+def storing(op: ExpertsOp, form: str, group_size: int, *weights: Weight) -> ExpertsOp:
+    """The op, whose weights are not quantized, with gate_up and down stored in a format, their own codes exactly.
+
+    form, group_size: of the options, as in `ExpertsOp`, or MIXED. See `formats.stored.keeping`.
+    """
+    if form == MIXED:
+        form, group_size = held_form(*weights) or ("", group_size)
+    if not form:
         return op
-    form = keeping(weight_format(*op.form), *map(uncast, weights))
-    scales = "" if form.scales == op.dtype else form.scales
-    return replace(op, scales=scales, zeros=isinstance(form, IntFormat) and form.zeros)
+    kept = keeping(weight_format(form, group_size, op.dtype), *map(uncast, weights))
+    scales = "" if kept.scales == op.dtype else kept.scales
+    zeros = isinstance(kept, IntFormat) and kept.zeros
+    return replace(op, weights=form, group_size=group_size, scales=scales, zeros=zeros)
 
 
 def _packed(found: Codes, name: str, rows: int) -> tuple[np.ndarray, ...]:

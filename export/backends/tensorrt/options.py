@@ -1,11 +1,11 @@
 """What a TensorRT engine is built for, beyond its target's name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moevlm.export.backends.options import Option, check_choices, group_size, option, sparsity
 from moevlm.export.formats.gpu_packing import LAYOUT
 from moevlm.export.formats.registry import FORMATS
-from moevlm.runtime.core import dtypes
+from moevlm.runtime.core import defaults, dtypes
 from moevlm.runtime.core.errors import BuildError
 
 NAMES = ("rtx:smNN,...", "trt:smNN")
@@ -14,10 +14,17 @@ PLANNED = (
     "trt:sm90,sm100",
 )
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
-EXPERTS = ("same", *FORMATS)
+AUTO, SAME = "auto", "same"
+EXPERTS = (AUTO, SAME, *FORMATS)
+MIXED = "mixed"  # the experts of each layer as the checkpoint holds them, in formats that differ
 # --kv-cache: as PagedAttentionOp names it, and as a state's dtype.
 CACHES = {"same": ("", ""), "int8": ("int8", "int8"), "fp8": ("fp8", "float8_e4m3fn")}
 MIN_LOGITS = 64
+_EXPERTS = (
+    "how the experts' weights are stored: auto, by default, as the checkpoint holds them where that is in one of these "
+    "formats, else as the other weights are; same, as these are; or in a format."
+)
+_GROUP_SIZE = "rtx, trt: with --experts; by default the checkpoint's, where its codes are kept so, else 32."
 _KV_CACHE = (
     "keys and values as the activations are (same, by default), or int8 or fp8 with a scale per token and head: half "
     "the memory, and half of what a long context reads; GPUs before sm89 decode fp8 in software: int8 is faster there."
@@ -36,6 +43,8 @@ def _trt(told: str) -> Option:
 class Options:
     """dtype: of weights and activations. experts: how the experts' weights are stored, in groups of `group_size`.
 
+    AUTO and a group_size of 0 leave it to the checkpoint: `expert_formats.chosen` replaces them, AUTO by MIXED where
+    layers differ.
     kv_cache: the dtype of activations, or quantized, with a scale per token and head. max_sequences: in a step.
     chunk_tokens: prompt tokens in a step, beside one of each other sequence.
     version_compatible: engines for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
@@ -43,10 +52,8 @@ class Options:
     """
 
     dtype: str = option("bf16", _both("dtype of weights and activations.", tuple(DTYPES)))
-    experts: str = option(
-        "same", _both("how the experts' weights are stored, as the others are, or quantized.", EXPERTS)
-    )
-    group_size: int = group_size(lambda _, values: values["experts"] != "same")
+    experts: str = option(AUTO, _both(_EXPERTS, EXPERTS))
+    group_size: int = group_size(lambda _, values: values["experts"] not in (AUTO, SAME), _GROUP_SIZE)
     kv_cache: str = option("same", _both(_KV_CACHE, tuple(CACHES)))
     max_sequences: int = option(64, _both("sequences in a step."))
     chunk_tokens: int = option(
@@ -57,7 +64,7 @@ class Options:
     sparsity: str = sparsity()
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_choices(replace(self, experts=AUTO) if self.experts == MIXED else self)
         for name, value in (("max sequences", self.max_sequences), ("chunk tokens", self.chunk_tokens)):
             if value < 1:
                 raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")
@@ -69,8 +76,13 @@ class Options:
 
     @property
     def weights(self) -> str:
-        """Of the experts, as in `ExpertsOp`."""
-        return "" if self.experts == "same" else self.experts
+        """Of the experts, as in `ExpertsOp`, or MIXED."""
+        return "" if self.experts in (AUTO, SAME) else self.experts
+
+    @property
+    def group(self) -> int:
+        """The group size of experts."""
+        return self.group_size or defaults.GROUP_SIZE
 
     @property
     def cache(self) -> str:
@@ -93,7 +105,7 @@ class Options:
 
         A bundle that has it keeps it: another layout of the weights needs another name.
         """
-        stored = f"-g{self.group_size}-v{LAYOUT}" if self.weights else ""
+        stored = (f"-g{self.group}" * (self.weights != MIXED) + f"-v{LAYOUT}") if self.weights else ""
         return f"experts/{self.precision}{stored}.safetensors"
 
     @property

@@ -1,8 +1,12 @@
 """Bytes of an engine that the model's config and the options tell, before anything is built."""
 
+from collections.abc import Mapping
+
+from moevlm.export.backends.tensorrt.expert_weights import storing
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.config import GatedDeltaConfig, MixerConfig, MLAConfig, MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.graph.planned_cost import planned_cost
+from moevlm.export.graph.weights import Weight
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.manifest import CostMetadata
@@ -11,22 +15,22 @@ _FLOAT32 = 4
 _CHUNK = 32  # tokens of a chunk of the delta rule, at most: see `plugins.gpu.tiles`
 
 
-def cost_of(config: ModelConfig, options: Options, exact_router: bool) -> CostMetadata:
-    """As the lowered graphs will have it. exact_router: as in `passes.typed.Typed`."""
+def cost_of(config: ModelConfig, weights: Mapping[str, Weight], options: Options, exact_router: bool) -> CostMetadata:
+    """As the lowered graphs will have it. weights: as `Target.planned` has them. exact_router: as in `passes.typed`."""
     width = DTYPES[options.activations].bytes
 
-    def expert_bytes(moe: MoEConfig) -> int:
-        return ExpertsOp(
+    def expert_bytes(names: tuple[str, str], moe: MoEConfig) -> int:
+        plain = ExpertsOp(
             moe.expert,
             moe.experts,
             moe.router.top_k,
             config.decoder.hidden,
             moe.width,
             options.activations,
-            options.weights,
-            options.group_size,
-            moe.expert_biases,
-        ).weight_bytes
+            has_biases=moe.expert_biases,
+        )
+        matrices = [weights[name] for name in names if name in weights]
+        return storing(plain, options.weights, options.group, *matrices).weight_bytes
 
     return planned_cost(config, width, _FLOAT32 if exact_router else width, expert_bytes)
 

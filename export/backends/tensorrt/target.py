@@ -1,7 +1,7 @@
 """Names of TensorRT targets: rtx:sm86,sm89 is one pair of plans for both, trt:sm80,sm90 is one for each."""
 
 from moevlm.export.backends.tensorrt.engine_target import TensorRTTarget
-from moevlm.export.backends.tensorrt.options import Options
+from moevlm.export.backends.tensorrt.options import AUTO, SAME, Options
 from moevlm.export.backends.tensorrt.product import NATIVE_MOE_SMS, RTX, TENSORRT, Product
 from moevlm.plugins.gpu.devices import DEVICES
 from moevlm.runtime.core.errors import BuildError
@@ -48,5 +48,5 @@ def _check_options(name: str, product: Product, sms: tuple[int, ...], options: O
     if product is RTX or not set(sms) <= set(NATIVE_MOE_SMS):
         allowed = ", ".join(f"trt:sm{sm}" for sm in NATIVE_MOE_SMS)
         raise BuildError(f"target {name} has no MoE layer of TensorRT's own (allowed: {allowed})")
-    if options.weights:
+    if options.experts not in (AUTO, SAME):
         raise BuildError(f"experts = {options.experts} with TensorRT's own MoE layer (allowed: same)")

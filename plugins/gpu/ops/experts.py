@@ -12,7 +12,7 @@ from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import FieldError
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
-GROUP_SIZES = (32, 128)
+GROUP_SIZES = {"": (32, 128), "int8": (32, 128), "int4": (32, 128), "fp8": (32, 128), "fp4": (32, 128)}  # rising
 SCALE_DTYPES = ("float16", "float32")  # beside that of activations
 
 
@@ -44,7 +44,7 @@ class ExpertsOp:
         for field, value, allowed in (
             ("dtype", self.dtype, ACTIVATION_DTYPES),
             ("weights", self.weights, tuple(FORMATS)),
-            ("group_size", self.group_size, GROUP_SIZES),
+            ("group_size", self.group_size, GROUP_SIZES.get(self.weights, ())),
             ("scales", self.scales, ("", self.dtype, *SCALE_DTYPES)),
             ("zeros", self.zeros, (False, True) if self.weights == "int4" else (False,)),
         ):

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from moevlm.export.backends.tensorrt.expert_weights import expert_tensors, keeping_codes
+from moevlm.export.backends.tensorrt.expert_weights import expert_tensors, storing
 from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs
 from moevlm.export.backends.tensorrt.passes.typed import other_experts
 from moevlm.export.graph.moe_functions import EXPERTS, ROUTER
@@ -26,7 +26,7 @@ class PluginMoE(PluginPass):
     """
 
     def __init__(self, dtype: str, weights: str, group_size: int, programs: Programs) -> None:
-        """dtype: of the activations. weights, group_size: as in ExpertsOp."""
+        """dtype: of the activations. weights, group_size: as `storing` takes them."""
         super().__init__(programs)
         self.dtype, self.weights, self.group_size = dtype, weights, group_size
 
@@ -61,11 +61,9 @@ class PluginMoE(PluginPass):
             hidden,
             inner,
             self.dtype,
-            self.weights,
-            self.group_size,
-            len(node.inputs) == 7,
+            has_biases=len(node.inputs) == 7,
         )
-        return keeping_codes(op, gate_up, down)
+        return storing(op, self.weights, self.group_size, gate_up, down)
 
 
 def router_op(node: ir.Node) -> RouterOp:

@@ -20,7 +20,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder: Path = tmp_path_factory.mktemp("gpt_oss")
     tiny = TinyCheckpoint("gpt_oss", text={"num_hidden_layers": 3, "intermediate_size": 32})
     checkpoint = publish(tiny.save(folder / "floats"), folder / "checkpoint")
-    return build(checkpoint, folder / "b.moevlm", ["rtx:sm89"], experts="fp4")
+    return build(checkpoint, folder / "b.moevlm", ["rtx:sm89"])
 
 
 @pytest.fixture(scope="module")

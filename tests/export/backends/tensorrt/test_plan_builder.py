@@ -268,7 +268,7 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
     ("options", "message"),
     [
         ({"dtype": "fp32"}, r"dtype fp32 \(supported: bf16, fp16\)"),
-        ({"experts": "int2"}, r"experts int2 \(supported: same, int8, int4, fp8, fp4\)"),
+        ({"experts": "int2"}, r"experts int2 \(supported: auto, same, int8, int4, fp8, fp4\)"),
         ({"group_size": 64}, r"group size 64 \(supported: 32, 128\)"),
         ({"max_sequences": 0}, r"max sequences 0 \(allowed: 1 or more\)"),
         ({"chunk_tokens": -1}, r"chunk tokens -1 \(allowed: 1 or more\)"),

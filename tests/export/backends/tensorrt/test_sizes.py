@@ -39,7 +39,7 @@ def published(layers: int, hidden: int, width: int, heads: int) -> ModelConfig:
 
 
 def report_of(config: ModelConfig, target: TensorRTTarget) -> MemoryReport:
-    report = memory_report(config.metadata(), target.planned(config, LARGEST_IMAGE))
+    report = memory_report(config.metadata(), target.planned(config, {}, LARGEST_IMAGE))
     assert report is not None
     return report
 
@@ -127,7 +127,7 @@ def assert_planned(checkpoint: Path, options: Options) -> CostMetadata:
         target = TensorRTTarget(RTX, (86, 89), options)
         lowered = target.lower(model.graphs, lambda _: b"")
         found = cost(model.graphs, lowered, model.config.vision.metadata().patches_per_token)
-        assert target.planned(model.config, None).cost == found
+        assert target.planned(model.config, model.decoder_weights, None).cost == found
         return found
 
 
