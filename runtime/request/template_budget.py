@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from moevlm.runtime.core.errors import RequestError
@@ -53,6 +53,12 @@ class Budget:
         self._made -= max(0, characters)
         if self._made < 0:
             raise RequestError(f"the chat template makes more than {self._most} characters of these messages")
+
+    def counted(self, items: Iterable[Any]) -> Iterator[Any]:
+        """Yield the items of a loop, a step for each."""
+        for item in items:
+            self.step()
+            yield item
 
     def bits(self, count: int) -> None:
         """To be called before a number of so many bits is made."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -22,13 +21,13 @@ import jinja2.tests
 import jinja2.utils
 from jinja2.exceptions import SecurityError
 
-from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.request import template_text
 from moevlm.runtime.request.template_budget import CHARACTERS_OF_AN_ELEMENT, Budget
 from moevlm.runtime.request.template_code import Compiler
-from moevlm.runtime.request.template_text import MarkedText, concatenate, is_own, own
+from moevlm.runtime.request.template_operations import MAX_WIDTH, TextOperations
+from moevlm.runtime.request.template_text import MarkedText, is_own, own
+from moevlm.runtime.request.template_values import Namespace, Undefined
 
-MAX_WIDTH = 1000  # of an indentation, or of a padded number or text
 # Jinja's filters that look at no more than the value itself, or at one element.
 _QUICK = ("abs", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list")
 _SLOW = (
@@ -41,12 +40,6 @@ _QUICK_TESTS = (
     *("none", "number", "odd", "sameas", "sequence", "string", "true", "undefined"),
 )
 _SLOW_TESTS = ("in", "==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", "ge", ">=", "<", "lt", "lessthan")
-_ASKED = (
-    *("count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal", "isdigit", "isidentifier"),
-    *("islower", "isnumeric", "isprintable", "isspace", "istitle", "isupper", "rfind", "rindex", "startswith"),
-)
-_CUTS = ("split", "rsplit", "splitlines")
-_PADDED = ("center", "ljust", "rjust", "zfill")
 _COLLECTIONS = ("count", "get", "index", "items", "keys", "values")
 
 
@@ -58,35 +51,6 @@ class Generation(jinja2.ext.Extension):
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class Namespace(jinja2.utils.Namespace):
-    """Attributes that start with an underscore are Python's, and closed to a template."""
-
-    def __setitem__(self, name: str, value: object) -> None:
-        if name.startswith("_"):
-            raise SecurityError(f"a namespace cannot hold {name!r}")
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"  # what it holds may hold it
-
-
-class Undefined(jinja2.Undefined):
-    """May be tested, as templates do, but not printed: "" in its place would be a prompt nobody was trained on."""
-
-    def __init__(
-        self,
-        hint: str | None = None,
-        obj: Any = jinja2.utils.missing,
-        name: str | None = None,
-        exc: type[Exception] = jinja2.UndefinedError,
-    ) -> None:
-        # A variable is the template's own mistake; a missing element may be the messages'.
-        super().__init__(hint, obj, name, BundleError if obj is jinja2.utils.missing else exc)  # type: ignore[arg-type]
-
-    def __str__(self) -> str:
-        raise BundleError(self._undefined_message)
 
 
 class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -106,19 +70,22 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             optimized=False,  # nothing is computed while a template is compiled
         )
         self.budget = budget
-        self._literals: dict[str, MarkedText] = {}
+        self.text = text = TextOperations(budget)
+        # What the compiled template calls, beside the methods below.
+        self.literal, self.string, self.tilde = text.literal, text.string, text.tilde
+        self.counted = budget.counted
         known = jinja2.filters.FILTERS
         self.filters = {
             **{name: partial(self._filtered, known[name], False) for name in _QUICK},
             **{name: partial(self._filtered, known[name], True) for name in _SLOW},
-            **{name: partial(self._text_filter, name) for name in _TEXT},
-            "indent": self._indent,
+            **{name: partial(text.filter, name) for name in _TEXT},
+            "indent": text.indent,
             "join": self._join,
-            "replace": self._replace,
-            "safe": self.string,
-            "string": self.string,
-            "tojson": self._tojson,
-            "trim": partial(self._text_filter, "strip"),
+            "replace": text.replace,
+            "safe": text.string,
+            "string": text.string,
+            "tojson": text.tojson,
+            "trim": partial(text.filter, "strip"),
         }
         self.tests = {
             **{name: jinja2.tests.TESTS[name] for name in _QUICK_TESTS},
@@ -142,12 +109,6 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     # What the compiled template calls.
 
-    def literal(self, text: str) -> MarkedText:
-        found = self._literals.get(text)
-        if found is None:
-            found = self._literals[text] = own(text)
-        return found
-
     def made(self, value: Any) -> Any:
         """A list, tuple or dict that was just made."""
         self.budget.extent(value)
@@ -162,29 +123,8 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.budget.touch(value)
         return value
 
-    def counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Yield the items of a loop, a step for each."""
-        for item in items:
-            self.budget.step()
-            yield item
-
-    def tilde(self, values: Iterable[Any]) -> str:
-        return self.concat([self.string(value) for value in values])
-
     def concat(self, pieces: Iterable[str]) -> str:
-        pieces = list(pieces)
-        self.budget.step(1 + len(pieces) // 8)
-        self.budget.make(sum(map(len, pieces)))
-        return concatenate(pieces)
-
-    def string(self, value: Any) -> str:
-        """str(value); numbers, true, false and none are the template's own words."""
-        if isinstance(value, str):
-            return value
-        extent = self.budget.extent(value)
-        self.budget.make(12 * extent.size)  # each character may be escaped
-        text = str(value)
-        return own(text) if value is None or isinstance(value, (int, float)) or (extent.depth and extent.own) else text
+        return self.text.concat(pieces)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, slice):
@@ -205,7 +145,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             return self.concat((left, right))
         if operator == "%" and isinstance(left, str):
-            return self._percent(left, right)
+            return self.text.percent(left, right)
         sequences: list[Any] = [value for value in (left, right) if isinstance(value, (str, list, tuple))]
         if operator == "**" and isinstance(left, int) and isinstance(right, int):
             self.budget.bits(left.bit_length() * right)
@@ -227,7 +167,7 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(function, BuiltinMethodType):
             owner, name = function.__self__, function.__name__
             if isinstance(owner, str):
-                return self._text_method(name, owner, *args, **values)
+                return self.text.method(name, owner, *args, **values)
             if isinstance(owner, (list, tuple, dict)) and name in _COLLECTIONS:
                 for value in (*args, owner if name in ("count", "index") else None):
                     self.budget.touch(value)
@@ -269,6 +209,10 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return own(result)
         return result
 
+    def _join(self, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
+        of_each = values if attribute is None else map(jinja2.filters.make_attrgetter(self, attribute), values)
+        return self.text.join(of_each, separator)
+
     def _tested(self, function: Any) -> Any:
         def test(*args: Any) -> bool:
             for value in args:
@@ -276,74 +220,6 @@ class ChatEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return bool(function(*args))
 
         return test
-
-    def _text_filter(self, method: str, value: Any, *args: Any, **values: Any) -> Any:
-        return self._text_method(method, self.string(value), *args, **values)
-
-    def _replace(self, value: Any, old: Any, new: Any, count: int | None = None) -> Any:
-        return self._text_filter("replace", value, self.string(old), self.string(new), -1 if count is None else count)
-
-    def _text_method(self, name: str, text: str, *args: Any, **values: Any) -> Any:
-        for value in (text, *args, *values.values()):
-            self.budget.touch(value)
-        if name == "join":
-            return self._join(args[0], text)
-        if name in _ASKED:
-            return getattr(str, name)(text, *args, **values)
-        if name in _PADDED:
-            _require_width(args[0])
-            self.budget.make(max(len(text), args[0]))
-            made = getattr(str, name)(text, *args)
-            return own(made) if all(is_own(part) for part in (text, *args[1:])) else made
-        if name not in template_text.METHODS:
-            raise SecurityError(f"text.{name} may not be called")
-        if name == "replace":
-            old, new = (*args, values.get("old"), values.get("new"))[:2] if len(args) < 2 else args[:2]
-            self.budget.make(len(text) + text.count(old) * len(new))
-        if name in _CUTS:  # plain strings are quick: what marked ones cost is known before they are made
-            self.budget.make(self.budget.extent(getattr(str, name)(text, *args, **values)).size)
-            return template_text.METHODS[name](text, *args, **values)
-        result = template_text.METHODS[name](text, *args, **values)
-        self.budget.make(self.budget.extent(result).size)
-        return result
-
-    def _join(self, values: Iterable[Any], separator: str = "", attribute: str | int | None = None) -> str:
-        get = jinja2.filters.make_attrgetter(self, attribute) if attribute is not None else lambda value: value
-        pieces = [self.string(get(value)) for value in self.counted(values)]
-        self.budget.make(len(separator) * len(pieces))
-        return self.concat([part for piece in pieces for part in (separator, piece)][1:])
-
-    def _indent(self, value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-        text = self.string(value)
-        _require_width(len(width) if isinstance(width, str) else width)
-        self.budget.make(len(text) + (text.count("\n") + 1) * (len(width) if isinstance(width, str) else width))
-        made = jinja2.filters.do_indent(str.__str__(text), width, first, blank)
-        return own(made) if is_own(text) and (not isinstance(width, str) or is_own(width)) else made
-
-    def _tojson(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes HTML, which no model was trained on.
-        width = len(indent) if isinstance(indent, str) else indent or 0
-        _require_width(width)
-        extent = self.budget.extent(value)
-        between = sum(map(len, separators)) if separators else 4
-        self.budget.make(extent.size * (12 + between + width * extent.depth))
-        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        return own(text) if extent.own else text
-
-    def _percent(self, form: str, values: Any) -> str:
-        if re.search(r"[*]|\d{4}", form):
-            raise SecurityError(f"a format may pad to {MAX_WIDTH - 1} characters at most")
-        extent = self.budget.extent(values)
-        self.budget.make(len(form) + form.count("%") * (MAX_WIDTH + 12 * extent.size))
-        made = str.__mod__(form, values)
-        return own(made) if is_own(form) and extent.own else made
 
     def _namespace(self, *pairs: Any, **values: Any) -> Namespace:
         filled = Namespace()
@@ -364,8 +240,3 @@ def _strftime_now(form: str) -> str:
     if len(form) > MAX_WIDTH or re.search(r"%(?!-?[A-Za-z%])", form):
         raise SecurityError("a date's format has letters after its % signs, and no widths")
     return datetime.datetime.now().strftime(form)
-
-
-def _require_width(width: int) -> None:
-    if width > MAX_WIDTH:
-        raise SecurityError(f"a width may be {MAX_WIDTH} at most, not {width}")
