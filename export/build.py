@@ -70,7 +70,9 @@ def build(
         source.start_hashing()
         model = CanonicalModel.of(source, expert_layout, ignored_config)
         chosen = suited(chosen, model)
-        carried = request_files(source.directory, model.metadata(), model.config.mark_texts)
+        progress("reading the tokenizer", 0, 0)
+        texts, splitting = model.config.mark_texts, model.family.splitting
+        carried = request_files(source.directory, model.metadata(), texts, splitting)
         metadata = msgspec.structs.replace(
             model.metadata(), eos_token_ids=carried.eos_token_ids, image_marks=carried.image_marks
         )

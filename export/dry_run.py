@@ -62,7 +62,7 @@ def dry_run(
     """
     chosen = tuple(names) or planned_names()
     require_effect(chosen, options)
-    found = _read(Path(source), expert_layout, ignored_config, lora)
+    found = _read(Path(source), expert_layout, ignored_config, lora, progress)
     graphs = traced(found.model, progress)
     planned = []
     for name in dict.fromkeys(chosen):
@@ -103,13 +103,17 @@ def _missing(target: Target) -> str:
     return ""
 
 
-def _read(source: Path, expert_layout: str, ignored_config: Sequence[str], lora: str | Path | None) -> _Source:
+def _read(
+    source: Path, expert_layout: str, ignored_config: Sequence[str], lora: str | Path | None, progress: Stages
+) -> _Source:
     if source.is_file() and source.name == CONFIG:
         source = source.parent
     elif (source / CONFIG).is_file() and any(source.glob("*.safetensors")):
         with Checkpoint.open(source, lora) as checkpoint:
             model = CanonicalModel.of(checkpoint, expert_layout, ignored_config)
-            carried = request_files(source, model.metadata(), model.config.mark_texts)
+            progress("reading the tokenizer", 0, 0)
+            texts, splitting = model.config.mark_texts, model.family.splitting
+            carried = request_files(source, model.metadata(), texts, splitting)
             patches = image_patches(source, model.metadata())
             return _Source(model, len(checkpoint.tensors), patches, (*model.notes, *carried.notes))
     elif not (source / CONFIG).is_file():

@@ -9,8 +9,9 @@ from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.json_object import json_object
 
 MAX_BYTES = 16 << 20
-# The largest that are published: tokenizer.json 33 MB (Gemma 3), indices 15 MB (Kimi K2, a name for each expert).
-_LARGER = {"tokenizer.json": 256 << 20, "model.safetensors.index.json": 64 << 20}
+# The largest that are published: tokenizer.json 33 MB (Gemma 3), tekken.json 20 MB, indices 15 MB (Kimi K2, a name for
+# each expert).
+_LARGER = {"tokenizer.json": 256 << 20, "tekken.json": 64 << 20, "model.safetensors.index.json": 64 << 20}
 
 
 def find(directory: Path, name: str) -> Path | None:

@@ -18,7 +18,7 @@ from moevlm.export.checkpoint.side_files import (
     preprocessor,
     video_preprocessor,
 )
-from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
+from moevlm.export.checkpoint.tokenizer_files import TOKENIZER, TokenizerFiles, tokenizer_files
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
 from moevlm.runtime.core.manifest import ImageMarks, ModelMetadata
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
@@ -62,13 +62,16 @@ class RequestFiles:
     notes: tuple[str, ...] = ()
 
 
-def request_files(directory: Path, model: ModelMetadata, mark_texts: Mapping[str, str] = NOTHING) -> RequestFiles:
+def request_files(
+    directory: Path, model: ModelMetadata, mark_texts: Mapping[str, str] = NOTHING, pattern: str = ""
+) -> RequestFiles:
     """Read what the checkpoint says of requests and of sampling; what it has not, the bundle lacks.
 
-    model: metadata out of config.json. mark_texts: see `ModelConfig`. Raises CheckpointError for a file that cannot be
-    read, is not what it should be, or does not go with `model`: what a request would run into is found here.
+    model: metadata out of config.json. mark_texts: see `ModelConfig`. pattern: see `tokenizer_files`. Raises
+    CheckpointError for a file that cannot be read, is not what it should be, or does not go with `model`: what a
+    request would run into is found here.
     """
-    tokens, template, images = tokenizer_files(directory), chat_template(directory), preprocessor(directory)
+    tokens, template, images = tokenizer_files(directory, pattern), chat_template(directory), preprocessor(directory)
     generation = optional_json(directory, GENERATION_CONFIG)
     sampling = sampling_defaults(generation)
     files, notes, variables = {}, list(sampling.notes), tokens.named if tokens else {}
@@ -78,6 +81,8 @@ def request_files(directory: Path, model: ModelMetadata, mark_texts: Mapping[str
         marks = {mark: (_mark_id(tokenizer, text),) for mark, text in mark_texts.items()}
         model = msgspec.structs.replace(model, image_marks=msgspec.structs.replace(model.image_marks, **marks))
         _check_marks(tokens, tokenizer, model)
+        if tokens.file != TOKENIZER:
+            notes.append(f"{TOKENIZER} is made of {tokens.file}: {tokenizer.largest_id + 1:,} tokens")
     named = variables.get("eos_token")
     of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
     ends = end_tokens(generation, model, of_tokenizer, tokenizer is not None)

@@ -1,5 +1,7 @@
 """A checkpoint's tokenizer in one file: tokenizer.json with the tokens that three other files may add to it.
 
+Where only tiktoken.model or tekken.json is published, tokenizer.json is made of that.
+
 Rules of transformers 5.24 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`): docs/checkpoint-files.md.
 """
 
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moevlm.export.checkpoint.files import find, optional_json, read_text
+from moevlm.export.checkpoint.tekken_file import TEKKEN, of_tekken
+from moevlm.export.checkpoint.tiktoken_file import TIKTOKEN, of_tiktoken
 from moevlm.runtime.core.errors import BundleError, CheckpointError, one_line, shown
 from moevlm.runtime.request.tokenizer import Tokenizer, library_errors
 
@@ -16,17 +20,21 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
-_OTHER_KINDS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json")
+_OTHER_KINDS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """text: tokenizer.json with all tokens. named: what a chat template may use by name, eos_token and others."""
+    """text: tokenizer.json with all tokens. named: what a chat template may use by name, eos_token and others.
+
+    file: what was published, tokenizer.json or another.
+    """
 
     text: str
     named: Mapping[str, str]
+    file: str = TOKENIZER
 
 
 @dataclass(frozen=True)
@@ -39,19 +47,15 @@ class _Token:
     id: int | None = None
 
 
-def tokenizer_files(directory: Path) -> TokenizerFiles | None:
+def tokenizer_files(directory: Path, pattern: str = "") -> TokenizerFiles | None:
     """None for a checkpoint without a tokenizer.
 
-    Raises CheckpointError for a tokenizer of another kind than tokenizer.json, a file that is malformed, and a token
-    whose id is not the one that tokenizer.json leads to.
+    pattern: how texts are split, as a regular expression of their pieces, for a tiktoken.model, which does not say it;
+    empty where it is not known. Raises CheckpointError for a tokenizer of another kind, a file that is malformed, and a
+    token whose id is not the one that the tokenizer leads to.
     """
-    if find(directory, TOKENIZER) is None:
-        others = [name for name in _OTHER_KINDS if find(directory, name)]
-        if others:
-            raise CheckpointError(
-                f"{directory} has no {TOKENIZER}, only {', '.join(others)}: let transformers write it "
-                "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
-            )
+    file = _published(directory)
+    if file is None:
         return None
     config = optional_json(directory, CONFIG)
     where = dict.fromkeys(config, CONFIG)
@@ -67,8 +71,38 @@ def tokenizer_files(directory: Path) -> TokenizerFiles | None:
     extra = list(_extra(config, where))
     if "added_tokens_decoder" not in config:
         listed += _older(optional_json(directory, _ADDED), {token.content for token in (*named.values(), *extra)})
-    text = _merged(read_text(directory, TOKENIZER), listed, list(named.values()), extra)
-    return TokenizerFiles(text, {name: token.content for name, token in named.items()})
+    names: dict[str, str] = {}
+    if file == TEKKEN:
+        tekken = of_tekken(directory)
+        text, names = tekken.text, dict(tekken.named)
+    elif file == TIKTOKEN:
+        if not pattern:
+            raise CheckpointError(
+                f"{directory} has no {TOKENIZER}, only {TIKTOKEN}, and that does not say how texts are split "
+                "(known: of Kimi's models)"
+            )
+        text = of_tiktoken(directory, pattern, {token.id: token.content for token in listed if token.id is not None})
+    else:
+        text = read_text(directory, TOKENIZER)
+    try:
+        Tokenizer(text)  # also that it does not blow texts up, before a token is given to it
+    except BundleError as error:
+        raise CheckpointError(str(error) if file == TOKENIZER else f"{file} makes no tokenizer: {error}") from error
+    text = _merged(text, listed, list(named.values()), extra)
+    return TokenizerFiles(text, names | {name: token.content for name, token in named.items()}, file)
+
+
+def _published(directory: Path) -> str | None:
+    """The file that has the checkpoint's tokenizer. Raises CheckpointError if there are only such as are not read."""
+    for name in (TOKENIZER, TIKTOKEN, TEKKEN):
+        if find(directory, name):
+            return name
+    if others := [name for name in _OTHER_KINDS if find(directory, name)]:
+        raise CheckpointError(
+            f"{directory} has no {TOKENIZER}, only {', '.join(others)}: let transformers write it "
+            "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
+        )
+    return None
 
 
 def _decoder(value: Any) -> Iterator[_Token]:
@@ -135,10 +169,6 @@ def _merged(text: str, listed: list[_Token], named: list[_Token], extra: list[_T
     """tokenizer.json with the tokens `listed`, as they say, and those of `named` and `extra` that it still lacks."""
     import tokenizers
 
-    try:
-        Tokenizer(text)  # also that it does not blow texts up, before a token is given to it
-    except BundleError as error:
-        raise CheckpointError(str(error)) from error
     core = tokenizers.Tokenizer.from_str(text)
     known = {token.content: token for token in core.get_added_tokens_decoder().values()}
     special, changed = {token.content for token in named}, False

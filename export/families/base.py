@@ -80,6 +80,8 @@ class Family(ABC):
     older: prefixes of tensors in older checkpoints, which transformers reads, by its own.
     left_out: patterns of tensors that have no part in text and images, or that transformers does not load, and why.
     part: the object of config.json that describes the model of text and images; empty for config.json itself.
+    splitting: how a text is split where a checkpoint's tokenizer does not say it, as a regular expression; empty where
+    that is not known.
     """
 
     about: ClassVar[About]
@@ -111,6 +113,11 @@ class Family(ABC):
     def left_out(self) -> Mapping[str, str]:
         """See above."""
         return LEFT_OUT
+
+    @property
+    def splitting(self) -> str:
+        """See above."""
+        return ""
 
     def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
         """Logits [T, E] and chosen experts [T, k], in any order, of what a router module of transformers returns."""

@@ -20,6 +20,7 @@ from PIL import Image
 
 from moevlm.export.checkpoint.files import optional_json
 from moevlm.export.parity.oracle_images import oracle_images
+from moevlm.export.parity.rank_tokenizer import RankTokenizer
 from moevlm.export.parity.report import Check
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
@@ -50,25 +51,33 @@ _BLOCKS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F3
 _PICTURE = {"type": "image"}
 _IMAGE_ROWS, _IMAGE_COLUMNS = 2, 3  # of visual tokens
 
+# As mistral-common and transformers' own conversion call special tokens of a tekken.json.
+_TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
 Messages = list[dict[str, Any]]
 
 
-def request_checks(bundle: Bundle, checkpoint: Path, seed: int) -> list[Check]:
+def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str = "") -> list[Check]:
     """Token ids of conversations, control tokens typed by a user, and patches of images. Raises CheckpointError.
 
+    splitting: see `families.base.Family`, for a checkpoint with a tiktoken.model alone.
     What neither bundle nor checkpoint has is one check that passes, and its note says what was not compared.
     """
     transformers.logging.set_verbosity_error()
     files, model = bundle.manifest.files, bundle.manifest.model
     found: list[Check] = []
     images = load_images(bundle)
-    if "tokenizer.json" in files and "chat_template.jinja" in files:
-        tokenizer = bundle.read_text("tokenizer.json")
-        template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
-        theirs = _TheirText.load(checkpoint)
-        found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
+    if "tokenizer.json" not in files:
+        found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no tokenizer"))
     else:
-        found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no tokenizer or no chat template"))
+        tokenizer = bundle.read_text("tokenizer.json")
+        theirs = _TheirText.load(checkpoint, splitting)
+        if "chat_template.jinja" in files:
+            template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
+            found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
+        else:
+            found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no chat template"))
+            found.append(_plain_texts(Tokenizer(tokenizer), theirs, seed))
     if model.vision is None:
         return found
     if images is None:
@@ -84,19 +93,25 @@ def _check(quantity: str, value: float, limit: float, note: str = "") -> Check:
 
 @dataclass(frozen=True)
 class _TheirText:
-    """transformers' tokenizer, and the template that its processor renders with."""
+    """transformers' tokenizer, or a reader of tiktoken.model, and the template that its processor renders with."""
 
     tokenizer: Any
     template: str
 
     @classmethod
-    def load(cls, checkpoint: Path) -> "_TheirText":
+    def load(cls, checkpoint: Path, splitting: str) -> "_TheirText":
         # Without a class transformers takes one by the kind of model, whose own normalizer and splitting take the place
         # of those in tokenizer.json; what the file says counts then.
-        named = "tokenizer_class" in optional_json(checkpoint, "tokenizer_config.json")
-        kind = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
+        config = optional_json(checkpoint, "tokenizer_config.json")
+        converted = not (checkpoint / "tokenizer.json").exists()
+        named = "tokenizer_class" in config and not converted
+        kind: Any = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
+        names = {name: token for name, token in _TEKKEN.items() if converted and name not in config}
         try:
-            tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+            if converted and (checkpoint / "tiktoken.model").exists():
+                tokenizer: Any = RankTokenizer(checkpoint, splitting)
+            else:
+                tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False, **names)
             fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
             template = fields.get("chat_template") or tokenizer.chat_template
             return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
@@ -120,10 +135,17 @@ class _TheirText:
         written = oracle_images(vision).written(self.tokenizer, image_token, _IMAGE_ROWS, _IMAGE_COLUMNS)
         return text.replace(image_token, written)
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, text: str, as_it_is: bool = False) -> list[int]:
+        """as_it_is: without a token that begins all texts."""
         bos = self.tokenizer.bos_token
         has_bos = bos is not None and text.startswith(bos)
-        return list(self.tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=not (has_bos or as_it_is))["input_ids"])
+
+
+def _plain_texts(ours: Tokenizer, theirs: _TheirText, seed: int) -> Check:
+    texts = _texts(np.random.default_rng(seed))
+    differ = [number for number, text in enumerate(texts) if ours.encode(text) != theirs.ids(text, as_it_is=True)]
+    return _check(f"{len(texts)} texts whose ids differ", len(differ), 0, f"text {differ[0]}" if differ else "")
 
 
 class _Texts:
@@ -150,7 +172,10 @@ class _Texts:
 
     def _own_rules(self) -> str:
         """Name the parts that transformers' class has of its own, instead of those of tokenizer.json."""
-        ours, theirs = (json.loads(core.to_str()) for core in (self._core, self._theirs.tokenizer.backend_tokenizer))
+        backend = getattr(self._theirs.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return ""
+        ours, theirs = (json.loads(core.to_str()) for core in (self._core, backend))
         own = [part for part in ("normalizer", "pre_tokenizer") if ours[part] != theirs[part]]
         return f" (class {type(self._theirs.tokenizer).__name__} has its own {' and '.join(own)})" if own else ""
 
@@ -204,8 +229,7 @@ def _user(text: str) -> Messages:
 
 
 def _conversations(seed: int, pictures: Messages) -> Iterator[tuple[str, Messages]]:
-    rng = np.random.default_rng(seed)
-    texts = [*_TEXTS, *(_random_text(rng) for _ in range(6))]
+    texts = _texts(np.random.default_rng(seed))
     for number, text in enumerate(texts):
         parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         question: Messages = [{"role": "user", "content": parts}]
@@ -217,6 +241,10 @@ def _conversations(seed: int, pictures: Messages) -> Iterator[tuple[str, Message
         yield f"text {number} about two images", two
         yield f"text {number} after a turn", question + answer + two
         yield f"text {number} after a system message and two turns", system + two + answer + question + answer + two
+
+
+def _texts(rng: np.random.Generator) -> list[str]:
+    return [*_TEXTS, *(_random_text(rng) for _ in range(6))]
 
 
 def _random_text(rng: np.random.Generator) -> str:

@@ -96,7 +96,7 @@ def check_parity(
         progress(f"parity {needs}", 0, 0)
         needs.require(available_memory())
         progress("comparing requests", 0, 0)
-        requests = request_checks(opened, Path(checkpoint), seed)
+        requests = request_checks(opened, Path(checkpoint), seed, model.family.splitting)
         oracle = Oracle(source, family_for(source.config), metadata.vision)
         answers = oracle.outputs(cases, partial(progress, "running transformers"))
         del oracle

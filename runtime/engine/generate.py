@@ -114,7 +114,10 @@ class Runtime:
         """
         if self._prompts is None:
             missing = "chat_template.jinja" if self.tokenizer else "tokenizer.json"
-            raise BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens")
+            raise BundleError(
+                f"the bundle has no {missing}: messages cannot be turned into tokens (add one to the checkpoint, and "
+                "build it again)"
+            )
         return self._prompts.build(messages, template_options or {}, max_image_tokens)
 
     def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> list[VisualFeatures]:

@@ -18,7 +18,8 @@ _REGISTRY: dict[str, type["TextModel"]] = {}
 class TextModel(ABC):
     """mixer, routing: what people are told, see `about.About`.
 
-    router_suffix, left_out: as in `base.Family`. config_names: too, by the fields' names inside of the text's object.
+    router_suffix, left_out, splitting: as in `base.Family`. config_names: too, by the fields' names inside of the
+    text's object.
     """
 
     mixer: ClassVar[str]
@@ -26,6 +27,7 @@ class TextModel(ABC):
     router_suffix: ClassVar[str]
     config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[Mapping[str, str]] = {}
+    splitting: ClassVar[str] = ""
 
     @classmethod
     def of(cls, text: Fields) -> Self:

@@ -10,6 +10,7 @@ from moevlm.export.config import DecoderConfig
 from moevlm.export.families import shared
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis, rope_fields
+from moevlm.export.families.splitting import KIMI
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import register_text
 from moevlm.export.families.text.grouped import grouped_experts
@@ -25,6 +26,7 @@ class DeepseekV3(LatentText):
 
     mixer = "MLA, scaled rope"
     routing = "sigmoid, correction bias, groups; shared experts"
+    splitting = KIMI  # DeepSeek's own checkpoints have a tokenizer.json
     # The layer behind the last one, which predicts a second token.
     left_out: ClassVar = {r"model\.layers\.61\..*": shared.NEXT_TOKENS}
 

@@ -70,5 +70,9 @@ class Wrapper(Family):
     def left_out(self) -> Mapping[str, str]:
         return {**LEFT_OUT, **self.text.left_out, **self.own_left_out}
 
+    @property
+    def splitting(self) -> str:
+        return self.text.splitting
+
     def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
         return self.text.routed(returned)
