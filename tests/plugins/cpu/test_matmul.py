@@ -222,10 +222,14 @@ def expected_experts(x, index, weight, plain, spec, block, biases):
 
 
 def assert_close_experts(y, expected, step):
-    """Nearly all hidden values are quantized as float64 has them; one near the middle may fall to the other side."""
+    """Nearly all hidden values are quantized as float64 has them; one near the middle may fall to the other side.
+
+    That one changes every output of its token, so of one token or two nothing closer than a step can be said.
+    """
     error = np.abs(y - expected)
     assert (error <= 2 * step).all()
-    assert np.quantile(error / (np.abs(expected).max(initial=0) + 1e-30), 0.5) <= 2e-6
+    if len(y) > 2:
+        assert np.median(error / (np.abs(expected).max() + 1e-30)) <= 2e-6
 
 
 @pytest.mark.parametrize("has_biases", [False, True], ids=["", "biases"])
