@@ -19,8 +19,6 @@ inline __m512 broadcast_float(const uint8_t* p) {
   return _mm512_set1_ps(value);
 }
 
-constexpr int64_t kAhead = 3072;  // bytes to prefetch ahead: what one core reads from memory in some 130 ns
-
 // GroupSize = 0: known at run time only. With one row or two, the values of k with an even and an odd number of four
 // are summed apart: one chain of products that wait for each other would take longer than memory takes for the weights.
 template <Codes C, int GroupSize, int Rows>
