@@ -96,7 +96,7 @@ class OnnxTarget:
     ) -> tuple[EngineMetadata, int]:
         """As `Target.rehearse`."""
         lowered = {name: self.lower(graph, name) for name, graph in canonical.items()}
-        found = cost(canonical, lowered, config.patches_per_token)
+        found = cost(canonical, lowered, config.tower)
         return self.metadata(found, canonical, lowered, config), sum(
             data_bytes(plan(graph)) for graph in lowered.values()
         )
@@ -106,7 +106,7 @@ class OnnxTarget:
         lowered = {name: self.lower(graph, name) for name, graph in build.canonical.items()}
         for name, graph in lowered.items():
             build.writer.add_model(graph, self.path(name), partial(build.progress, f"writing {self.name} {name}"))
-        found = cost(build.canonical, lowered, build.config.patches_per_token)
+        found = cost(build.canonical, lowered, build.config.tower)
         return self.metadata(found, build.canonical, lowered, build.config)
 
     def path(self, graph: str) -> str:

@@ -19,6 +19,7 @@ from moevlm.runtime.core.manifest import (
     VideoMetadata,
 )
 from moevlm.runtime.core.states import StateSpec
+from moevlm.runtime.core.towers import VisionMetadata
 
 NORMS = ("pre", "sandwich", "parallel")
 
@@ -160,9 +161,9 @@ class ModelConfig:
         return found
 
     @property
-    def patches_per_token(self) -> int:
-        """Patches that become a visual token; 1 where there are none."""
-        return 1 if self.vision is None else self.vision.metadata().patches_per_token
+    def tower(self) -> VisionMetadata | None:
+        """Metadata of the vision tower, if there is one."""
+        return None if self.vision is None else self.vision.metadata()
 
     @property
     def moe(self) -> dict[int, MoEConfig]:
@@ -200,7 +201,7 @@ class ModelConfig:
             eos_token_ids=self.eos_token_ids,
             image_token_id=self.image_token_id,
             ropes=decoder.ropes,
-            vision=None if self.vision is None else self.vision.metadata(),
+            vision=self.tower,
             image_marks=self.image_marks,
             video=self.video,
             query_scale=decoder.query_scale,

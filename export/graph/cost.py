@@ -1,7 +1,7 @@
 """What one token and one patch cost an engine: the bytes of weights it reads, the multiplications it does."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -13,19 +13,22 @@ from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.modules.layers import IMAGES
 from moevlm.export.modules.vision.base import PER_PATCH
 from moevlm.runtime.core.manifest import CostMetadata
+from moevlm.runtime.core.towers import VisionMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read
 _SPARSE = ("MoE", "QMoE", "TRT_MoE", EXPERTS)
 _DOWN = 4  # of the inputs of EXPERTS; biases follow
 
 
-def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], patches_per_token: int) -> CostMetadata:
+def cost(
+    canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], tower: VisionMetadata | None
+) -> CostMetadata:
     """Bytes as the lowered graphs store weights, multiplications as the canonical graphs have them.
 
-    Both by name, vision, if there is one, and decoder. patches_per_token: that become a visual token.
+    Both by name, vision, if there is one, and decoder. tower: of vision.
     """
     read = _sum(lowered["decoder"], _bytes)
-    multiplied, tower = _sum(canonical["decoder"], _multiplied), canonical.get("vision")
+    multiplied = _sum(canonical["decoder"], _multiplied)
     return CostMetadata(
         dense_bytes=read["dense"],
         expert_bytes=read["expert"],
@@ -35,8 +38,9 @@ def cost(canonical: Mapping[str, ir.Model], lowered: Mapping[str, ir.Model], pat
         expert_macs=multiplied["expert"],
         head_macs=multiplied["head"],
         vision_bytes=_sum(lowered["vision"], _bytes)["dense"] if tower else 0,
-        patch_macs=patch_macs(tower, patches_per_token) if tower else 0,
-        patch_pair_macs=_patch_pair_macs(tower) if tower else 0,
+        patch_macs=patch_macs(canonical["vision"], tower) if tower else 0,
+        patch_pair_macs=_patch_pair_macs(canonical["vision"]) if tower else 0,
+        image_macs=_image_macs(canonical["vision"], tower) if tower else 0,
         lookup_bytes=sum(map(_lookup_bytes, lowered.values())),
         state_macs=sum(node_spec(node).state_macs for node in canonical["decoder"].graph if is_op(node, GATED_DELTA)),
     )
@@ -94,20 +98,34 @@ def _elements(value: ir.Value) -> int:
     return math.prod(value.shape.numpy())
 
 
-def patch_macs(vision: ir.Model, patches_per_token: int) -> int:
+def patch_macs(vision: ir.Model, tower: VisionMetadata) -> int:
     """Multiplications for each patch: projections, those of visual tokens in parts, and a resampler's queries."""
     total = 0
+    for weight in _projections(vision):
+        per_patch = str(weight.name).startswith(PER_PATCH)
+        total += _elements(weight) if per_patch else token_macs(_elements(weight), tower)
+    queries = (node.inputs[0] for node in vision.graph if is_op(node, CROSS_ATTENTION))
+    return total + sum(2 * _elements(q) for q in queries if q is not None)
+
+
+def token_macs(elements: int, tower: VisionMetadata) -> int:
+    """A patch's part of the multiplications by a weight for visual tokens; none of those that every image has."""
+    return 0 if tower.queries else math.ceil(elements / tower.merge_size**2)
+
+
+def _image_macs(vision: ir.Model, tower: VisionMetadata) -> int:
+    """Multiplications of projections for an image that has as many visual tokens as any other."""
+    weights = (weight for weight in _projections(vision) if not str(weight.name).startswith(PER_PATCH))
+    return tower.queries * sum(map(_elements, weights))
+
+
+def _projections(vision: ir.Model) -> Iterator[ir.Value]:
+    """Weights of all projections."""
     for node in vision.graph:
         if node.op_type == "Gemm":
             weight = node.inputs[1]
             assert weight is not None
-            per_patch = 1 if str(weight.name).startswith(PER_PATCH) else 1 / patches_per_token
-            total += math.ceil(_elements(weight) * per_patch)
-        elif is_op(node, CROSS_ATTENTION):
-            queries = node.inputs[0]
-            assert queries is not None
-            total += 2 * _elements(queries)
-    return total
+            yield weight
 
 
 def _patch_pair_macs(vision: ir.Model) -> int:

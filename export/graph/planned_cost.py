@@ -1,17 +1,17 @@
 """What an engine with dense weights of one dtype will cost, from the model's config alone; nothing is traced."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from moevlm.export.config import ModelConfig, MoEConfig, VisionConfig
+from moevlm.export.graph.cost import token_macs
 from moevlm.export.modules.decoder import Decoder
 from moevlm.export.modules.gated_delta import GatedDelta
 from moevlm.export.modules.layers import ImageExperts, MoE
 from moevlm.export.modules.vision import vision_tower
-from moevlm.export.modules.vision.base import PER_PATCH
+from moevlm.export.modules.vision.base import PER_PATCH, TABLES
 from moevlm.runtime.core.manifest import CostMetadata
 
 
@@ -57,17 +57,18 @@ def _of_vision(vision: VisionConfig | None, table: int, weight: int) -> dict[str
         return {"vision_bytes": 0, "patch_macs": 0, "patch_pair_macs": 0, "lookup_bytes": table * weight}
     with torch.device("meta"):
         module = vision_tower(vision)
-    positions = [one for name, one in module.named_parameters() if name == "position_embedding"]
-    patches = dict(_matrices(module, positions))
-    tower, places = vision.metadata(), sum(one.numel() for one in positions)
-    looked_up = places if "position_index" in tower.inputs else 0
+    tables = {name: one for name, one in module.named_parameters() if name in TABLES}
+    patches, tower = dict(_matrices(module, [*tables.values()])), vision.metadata()
+    looked_up = tables["position_embedding"].numel() if "position_index" in tower.inputs else 0
+    places, width = sum(one.numel() for one in tables.values()), vision.heads * vision.head_dim
     return {
         "vision_bytes": (sum(patches.values()) + places - looked_up) * weight,
         "patch_macs": sum(
-            size if name.startswith(PER_PATCH) else math.ceil(size / tower.patches_per_token)
-            for name, size in patches.items()
-        ),
-        "patch_pair_macs": vision.depth * 2 * vision.heads * vision.head_dim,
+            size if name.startswith(PER_PATCH) else token_macs(size, tower) for name, size in patches.items()
+        )
+        + 2 * tower.queries * width,
+        "patch_pair_macs": vision.depth * 2 * width,
+        "image_macs": tower.queries * sum(n for name, n in patches.items() if not name.startswith(PER_PATCH)),
         "lookup_bytes": (table + looked_up) * weight,
     }
 

@@ -178,6 +178,7 @@ class CostMetadata(_Metadata, frozen=True):
     vision_bytes: all weights of the vision graph but these. patch_macs: multiplications of a patch by a weight,
     and with a query that all images share.
     patch_pair_macs: multiplications in attention for a patch and another of its image.
+    image_macs: multiplications for an image, however many patches it has.
     state_macs: multiplications of a token with recurrent states.
     image_expert_bytes: as expert_bytes, where tokens of images have experts of their own, which expert leaves out.
     """
@@ -194,6 +195,7 @@ class CostMetadata(_Metadata, frozen=True):
     lookup_bytes: int = 0
     state_macs: int = 0
     image_expert_bytes: int = 0
+    image_macs: int = 0
 
 
 class TensorRTMetadata(_Metadata, frozen=True):

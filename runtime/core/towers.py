@@ -52,14 +52,14 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         return self.channels * self.patch_size**2
 
     @property
-    def patches_per_token(self) -> int:
-        """Patches, one after the other, that become one visual token."""
-        return self.merge_size**2
+    def queries(self) -> int:
+        """Visual tokens of every image, whatever its grid; 0 where they are a share of its patches."""
+        return 0
 
     @property
     def unit(self) -> int:
         """Patches that every image is a multiple of."""
-        return self.patches_per_token if self.grid is None else self.grid[0] * self.grid[1]
+        return self.merge_size**2 if self.grid is None else self.grid[0] * self.grid[1]
 
     @property
     def grid(self) -> Grid | None:
@@ -68,7 +68,15 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     def tokens(self, grid: Grid) -> int:
         """Visual tokens of an image."""
-        return grid[0] * grid[1] // self.patches_per_token
+        return self.rows(grid[0] * grid[1], 1)
+
+    def rows(self, patches: int, images: int) -> int:
+        """Visual tokens of some images that have so many patches together."""
+        return images * self.queries or patches // self.merge_size**2
+
+    def most_images(self, patches: int) -> int:
+        """The most images of an engine's call of so many patches, which has room for `rows` of both."""
+        return max(1, patches // max(self.unit, self.queries))
 
     @property
     @abstractmethod
@@ -82,7 +90,7 @@ class Tower(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         """(field, value, what is allowed) of what no tower has, beyond LIMITS."""
         if self.patch_width > _PATCH_VALUES:
             yield "patch_size", self.patch_size, f"patches of up to {_PATCH_VALUES} numbers"
-        if self.patches_per_token * self.patch_size**2 > _PIXELS:
+        if (self.merge_size * self.patch_size) ** 2 > _PIXELS:
             yield "merge_size", self.merge_size, f"visual tokens of up to {_PIXELS} pixels"
 
     def _ropes(self) -> dict[str, tuple[int, str]]:
@@ -217,4 +225,26 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
         yield from super().refused()
 
 
-VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | ResampledTower | TileTower
+class QueryTower(Tower, frozen=True, kw_only=True, tag="queries"):
+    """Visual tokens that ask an image's patches by cross-attention, as many for every image (Aria).
+
+    queries: how many. position_grid: side of the table of positions, [position_grid**2, hidden], of which a patch gets
+    the row at its place in the image, as if the image were as large as the table.
+    """
+
+    queries: int
+    position_grid: int
+
+    LIMITS: ClassVar[Ranges] = _SHARED | {
+        "rope_theta": (0, 0),
+        "queries": (1, 1 << 16),
+        "position_grid": (1, 1 << 14),
+        "merge_size": (1, 1),
+    }
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int, str]]:
+        return {"pixel_patches": (self.patch_width, "float32"), "position_index": (1, "int64")}
+
+
+VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | ResampledTower | TileTower | QueryTower

@@ -41,9 +41,10 @@ class ImageEncoder:
         for number, image in enumerate(images, 1):
             patches = math.prod(self._processor.grid(image))
             if most is not None and patches > most:
+                smaller = f" ({SMALLER_IMAGES}: at most {self._vision.rows(most, 1)} here)"
                 raise RequestError(
-                    f"image {number} has {patches} patches, the engine was built for up to {most} "
-                    f"({SMALLER_IMAGES}: at most {most // self._vision.patches_per_token} here)"
+                    f"image {number} has {patches} patches, the engine was built for up to {most}"
+                    f"{'' if self._vision.queries else smaller}"
                 )
 
     def encode(self, images: Sequence[Image | Slice], cancellation: Cancellation) -> Iterator[VisualFeatures]:

@@ -28,7 +28,8 @@ class Work:
 def vision_work(cost: CostMetadata, patches: list[int]) -> Work:
     """patches: of each image."""
     pairs = sum(n * n for n in patches)
-    return Work(cost.vision_bytes, sum(patches) * cost.patch_macs, pairs * cost.patch_pair_macs)
+    weights = sum(patches) * cost.patch_macs + len(patches) * cost.image_macs
+    return Work(cost.vision_bytes, weights, pairs * cost.patch_pair_macs)
 
 
 def prefill_work(model: ModelMetadata, cost: CostMetadata, tokens: int) -> Work:

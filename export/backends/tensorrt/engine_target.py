@@ -109,7 +109,7 @@ class TensorRTTarget:
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
         graphs = self._lowered(canonical, lambda _: b"")
-        found, weights = cost(canonical, graphs, config.patches_per_token), _weights(graphs)
+        found, weights = cost(canonical, graphs, config.tower), _weights(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
         return self._fitted(config)._metadata(config, image_patches, found, weights=weights), dense + (
@@ -179,14 +179,14 @@ class TensorRTTarget:
             "decoder": decoder_profiles(graphs["decoder"], o, columns, max_pages(states), max_rows(states)),
         }
         if config.vision is not None:
-            unit, patches = config.vision.metadata().unit, _patches(config, build.image_patches)
-            profiles["vision"] = vision_profiles(graphs["vision"], unit, patches)
+            patches = _patches(config, build.image_patches)
+            profiles["vision"] = vision_profiles(graphs["vision"], config.vision.metadata(), patches)
         built = {
             name: self._build(writer, graph, name, profiles[name], partial(progress, f"building {self.name} {name}"))
             for name, graph in graphs.items()
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
-        found, version = cost(canonical, graphs, config.patches_per_token), built["decoder"].version
+        found, version = cost(canonical, graphs, config.tower), built["decoder"].version
         weights = _weights(graphs)
         known = weight_errors(weights) | shared_errors(o.experts_path, build.engines.values())
         made = self._metadata(config, build.image_patches, found, version, pruned, weights)

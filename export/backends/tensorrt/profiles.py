@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.runtime.core.states import PAGE_SIZE, PagedKV, Recurrent, StateSpec
+from moevlm.runtime.core.towers import VisionMetadata
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # smallest, tuned for, largest
 Profile = dict[str, Range]
@@ -40,10 +41,11 @@ def decoder_profiles(decoder: ir.Model, options: Options, columns: int, pages: i
     return [_profile(decoder, shared | sizes) for sizes in (any_step, decode)]
 
 
-def vision_profiles(vision: ir.Model, unit: int, patches: int) -> list[Profile]:
-    """For one packed call of any images; every image is a multiple of `unit` patches. patches: at most."""
+def vision_profiles(vision: ir.Model, tower: VisionMetadata, patches: int) -> list[Profile]:
+    """For one packed call of any images. patches: at most."""
+    unit = tower.unit
     usual = max(1, min(USUAL_PATCHES, patches) // unit) * unit
-    sizes = {"patches": (unit, usual, patches), "starts": (2, 2, patches // unit + 1)}
+    sizes = {"patches": (unit, usual, patches), "starts": (2, 2, tower.most_images(patches) + 1)}
     return [_profile(vision, sizes)]
 
 

@@ -51,7 +51,7 @@ def workspace(config: ModelConfig, options: Options, max_patches: int) -> int:
     tower = vision.metadata()
     block = max(4 * vision.heads * vision.head_dim, vision.mlp.width * (3 if vision.mlp.gated else 2))
     images = max_patches * ((2 * vision.hidden + block) * value + tower.patch_width * _FLOAT32)
-    rows = 2 * max_patches // tower.patches_per_token + options.max_tokens
+    rows = 2 * tower.rows(max_patches, tower.most_images(max_patches)) + options.max_tokens
     features = rows * (1 + tower.deepstack) * decoder.hidden * value
     return max(step, images) + features + logits
 

@@ -9,8 +9,9 @@ from moevlm.export.config import VisionConfig
 
 # A tower keeps its config as `config`. Its forward takes the inputs that its metadata names, and image_start. It
 # returns embeds [V, H], and deepstack [L, V, H] or None. Its modules of PER_PATCH see every patch, the others a visual
-# token; position_embedding is its learned table of positions, where it has one.
-PER_PATCH = ("patch_embedding", "blocks")
+# token; parameters of TABLES are multiplied with nothing: positions, and what visual tokens ask patches for.
+PER_PATCH = ("patch_embedding", "blocks", "keys", "values")
+TABLES = ("position_embedding", "queries")
 Maker = Callable[[Any], nn.Module]
 
 _MAKERS: dict[type[VisionConfig], Maker] = {}

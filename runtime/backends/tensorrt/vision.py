@@ -20,7 +20,7 @@ class VisionTower:
 
     def __init__(self, engine: DeviceEngine, tower: VisionMetadata, memory: FeatureMemory, max_patches: int) -> None:
         """max_patches: of a call. Raises EngineError if the engine is not what the manifest says."""
-        self._memory, self._merge, self._most = memory, tower.patches_per_token, max_patches
+        self._memory, self._tower, self._most = memory, tower, max_patches
         deepstack = {"deepstack_embeds"} if tower.deepstack else set()
         for names, given in (
             ({*tower.inputs, "image_start"}, set(engine.inputs)),
@@ -36,7 +36,7 @@ class VisionTower:
         most = {name: engine.most(name, 0) for name in engine.inputs}
         self._images = most["image_start"][0] - 1
         inputs = sum(math.prod(shape) * TENSORRT[engine.dtypes[name]].bits // 8 for name, shape in most.items())
-        self._call_bytes = inputs + 2 * memory.layout.size(max_patches // self._merge)
+        self._call_bytes = inputs + 2 * memory.layout.size(tower.rows(max_patches, self._images))
         self._execution = Execution(engine, 0)
 
     @property
@@ -57,7 +57,7 @@ class VisionTower:
 
     def _call(self, inputs: VisionInputs) -> DeviceFeatures:
         arrays = inputs.arrays
-        features = self._memory.allocate(inputs.patches // self._merge)
+        features = self._memory.allocate(self._tower.rows(inputs.patches, len(inputs.image_start) - 1))
         self._execution.bind("visual_embeds", *features.embeds)
         if self._memory.layout.levels:
             self._execution.bind("deepstack_embeds", *features.levels)

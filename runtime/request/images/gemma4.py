@@ -45,7 +45,7 @@ class Gemma4Images(ImageProcessor):
 
     @property
     def max_patches(self) -> int:
-        return self._budget * self._vision.patches_per_token
+        return self._budget * self._vision.merge_size**2
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         """The largest size of about the same shape with sides of whole blocks and no more than the budget's tokens.

@@ -60,7 +60,7 @@ class PixtralImages(ShrinkingImages):
 
     @property
     def max_patches(self) -> int:
-        return math.ceil(self._longest / self._block) ** 2 * self._vision.patches_per_token
+        return math.ceil(self._longest / self._block) ** 2 * self._vision.merge_size**2
 
     def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
         longest, most = self._longest, self._most(limits)

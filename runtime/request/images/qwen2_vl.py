@@ -37,7 +37,7 @@ class Qwen2VLImages(ImageProcessor):
 
     @property
     def max_patches(self) -> int:
-        return self._longest // (self._frames * self._block**2) * self._vision.patches_per_token
+        return self._longest // (self._frames * self._block**2) * self._vision.merge_size**2
 
     @property
     def _frames(self) -> int:

@@ -26,7 +26,7 @@ def test_costs_count_blocks_by_the_patch_and_the_projector_by_the_token() -> Non
     tower = TinyInternVLTower.of("heads of 64")
     graph, hidden, merged = traced(tower.ours, tower.weights), 128, 4 * 128
     per_patch = 2 * (4 * hidden * hidden + 2 * hidden * 64) + hidden * tower.metadata.patch_width
-    assert patch_macs(graph, 4) == per_patch + merged * OUT // 4 + OUT * OUT // 4
+    assert patch_macs(graph, tower.metadata) == per_patch + merged * OUT // 4 + OUT * OUT // 4
 
 
 def test_a_block_is_seven_launches_of_its_plan(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ class WholeGraph:
 def _size(dim: Any, shapes: Shapes) -> int:
     if not isinstance(dim, list):
         return int(dim)
-    source, axis, divisor = dim
-    assert shapes[source][axis] % divisor == 0
-    return shapes[source][axis] // divisor
+    source, axis, divisor, factor, less = (*dim, 1, 0)[:5]
+    size = shapes[source][axis] - less
+    assert size % divisor == 0
+    return size // divisor * factor

@@ -102,6 +102,8 @@ def gpu_bundle(bundle: Path, folder: Path, sms: tuple[int, ...] = (86, 89), targ
     for tower in vision:  # one, or none for a model of text alone
         onnx.save(tower, graphs / "vision.onnx")
         rows = ["pixel_patches", 0, model.tower.merge_size**2]
+        if queries := model.tower.queries:
+            rows = ["image_start", 0, 1, queries, 1]
         outputs = {"visual_embeds": ("FLOAT", [rows, model.hidden])}
         if model.deepstack:
             outputs["deepstack_embeds"] = "FLOAT", [model.deepstack, rows, model.hidden]

@@ -32,7 +32,8 @@ def plan_bytes(
     graph: Path, inputs: dict[str, Any], outputs: dict[str, Any], profiles: int, sms: list[int], **more: Any
 ) -> bytes:
     """A plan as the fake reads it. inputs: name to (DataType, shape, [max shape of each profile]); outputs: name to
-    (DataType, shape), where a dimension may be [input, axis, divisor]. more: what the evaluation wants to know.
+    (DataType, shape), where a dimension may be [input, axis, divisor] or [input, axis, divisor, factor, less]: that is
+    (size - less) / divisor * factor. more: what the evaluation wants to know.
     """
     body = {"graph": str(graph), "inputs": inputs, "outputs": outputs, "profiles": profiles, "sms": sms, **more}
     data = json.dumps(body).encode()

@@ -17,6 +17,7 @@ from moevlm.export.parity.measures import relative_error
 from moevlm.export.passes.base import run
 from moevlm.plugins.ops.attention import cross_attention
 from moevlm.runtime.core.errors import UnsupportedModelError
+from moevlm.runtime.core.towers import QueryTower
 
 HEADS, WIDTH = 4, 64
 # float32 on both sides, sums in another order.
@@ -89,7 +90,9 @@ def test_an_image_gets_to_the_bit_what_it_gets_alone():
 
 def test_a_patch_is_multiplied_with_every_query_twice():
     """For its score, and for what the query takes of its value."""
-    assert patch_macs(traced(16), patches_per_token=4) == 2 * 16 * WIDTH
+    sizes = {"patch_size": 4, "merge_size": 1, "channels": 3, "head_dim": WIDTH // HEADS, "rope_theta": 0.0}
+    tower = QueryTower(**sizes, queries=16, position_grid=8)
+    assert patch_macs(traced(16), tower) == 2 * 16 * WIDTH
 
 
 def test_missing_patches_are_refused():

@@ -17,6 +17,7 @@ from moevlm.export.backends.tensorrt.target import targets as plan_targets
 from moevlm.export.graph.op import ONNX_OPSET
 from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.states import PagedKV
+from moevlm.runtime.core.towers import QueryTower, RotaryTower, TileTower
 from tests.support.fakes.tensorrt_builder import PLAN, FakeTensorRT
 
 VERSIONS = ("10.15.1.29", "11.4.0.1")
@@ -194,20 +195,39 @@ def test_profiles_cover_any_step_and_decode() -> None:
     assert decode == any_step | {name: tuple((n, *any_step[name][0][1:]) for n in (1, 4, 4)) for name in ones}
 
 
-@pytest.mark.parametrize("unit", [1, 4, 9])
-def test_vision_takes_whole_visual_tokens(unit: int) -> None:
-    patches = max_patches(unit, 10_001)
-    ((name, ranges),) = vision_profiles(model(pixel_patches=["patches", 24]), unit, patches)[0].items()
-    assert name == "pixel_patches"
-    assert all(count % unit == 0 and width == 24 for count, width in ranges)
-    assert ranges[2][0] == patches == 10_001 // unit * unit
+VISION = {"patch_size": 4, "channels": 3, "head_dim": 8, "rope_theta": 0.0}
+GRAPH = {"pixel_patches": ["patches", 24], "image_start": ["starts"]}
+
+
+@pytest.mark.parametrize("merge", [1, 2, 3])
+def test_vision_takes_whole_visual_tokens(merge: int) -> None:
+    tower = RotaryTower(**VISION, merge_size=merge)
+    patches = max_patches(tower.unit, 10_001)
+    profile = vision_profiles(model(**GRAPH), tower, patches)[0]
+    assert profile.keys() == GRAPH.keys()
+    assert all(count % merge**2 == 0 and width == 24 for count, width in profile["pixel_patches"])
+    assert profile["pixel_patches"][2][0] == patches == 10_001 // merge**2 * merge**2
+    assert profile["image_start"] == ((2,), (2,), (patches // merge**2 + 1,))
 
 
 def test_one_large_image_is_always_within_the_profile() -> None:
     """Images of one size, of more patches than are usual."""
-    patches = max_patches(5000, 5000)
-    (ranges,) = vision_profiles(model(pixel_patches=["patches", 24]), 5000, patches)[0].values()
-    assert [count for count, _ in ranges] == [5000, 5000, 5000]
+    tower = TileTower(**VISION, merge_size=1, side=71)
+    profile = vision_profiles(model(**GRAPH), tower, max_patches(tower.unit, 71**2))[0]
+    assert [count for count, _ in profile["pixel_patches"]] == [71**2] * 3
+    assert profile["image_start"][2] == (2,)
+
+
+@pytest.mark.parametrize(("queries", "images"), [(256, 19), (1, 4900), (6000, 1)])
+def test_images_that_all_have_as_many_visual_tokens_have_no_more_of_them_than_patches(
+    queries: int, images: int
+) -> None:
+    """Or one image's, where that has more."""
+    tower = QueryTower(**VISION, merge_size=1, queries=queries, position_grid=70)
+    profile = vision_profiles(model(**GRAPH), tower, max_patches(tower.unit, 4900))[0]
+    assert profile["pixel_patches"][2] == (4900, 24)
+    assert profile["image_start"][2] == (images + 1,)
+    assert tower.rows(4900, images) == images * queries
 
 
 @pytest.mark.parametrize(("image", "patches"), [(None, 65536), (100, 4096), (16384, 16384), (10**9, 65536)])
