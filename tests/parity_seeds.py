@@ -24,6 +24,7 @@ MODELS = {
     "glm4v_moe": TinyCheckpoint("glm4v_moe", text={"moe_intermediate_size": 48}),
     "qwen3_5_moe": TinyCheckpoint("qwen3_5_moe", text={"moe_intermediate_size": 48}),
     "gemma4": TinyCheckpoint("gemma4", text={"moe_intermediate_size": 48}),
+    "aria": TinyCheckpoint("aria", text={"intermediate_size": 48}),
     "internvl": TinyCheckpoint("internvl", text={"moe_intermediate_size": 48}),
     "internvl, gpt-oss": TinyCheckpoint("internvl", text=GPT_OSS | {"intermediate_size": 48}),
     "mistral3": TinyCheckpoint("mistral3", text={"moe_intermediate_size": 48}),

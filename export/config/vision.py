@@ -11,6 +11,7 @@ from moevlm.runtime.core.towers import (
     GridTower,
     MoonTower,
     PooledTower,
+    QueryTower,
     ResampledTower,
     RotaryTower,
     TileTower,
@@ -200,3 +201,17 @@ class TileVisionConfig(EvenVisionConfig):
 
     def metadata(self) -> TileTower:
         return TileTower(**self.sizes, side=self.side)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueryVisionConfig(EvenVisionConfig):
+    """The tower of Aria: SigLIP, then queries that make visual tokens of an image's patches by cross-attention.
+
+    queries: visual tokens of every image. position_grid: side of the table of positions.
+    """
+
+    queries: int
+    position_grid: int
+
+    def metadata(self) -> QueryTower:
+        return QueryTower(**self.sizes, queries=self.queries, position_grid=self.position_grid)

@@ -1,6 +1,7 @@
 """One file per model family; importing this package registers them all."""
 
 from moevlm.export.families import (
+    aria,
     ernie4_5_vl_moe,
     gemma4,
     glm4v_moe,
@@ -19,6 +20,7 @@ from moevlm.export.families.base import Family, family_for
 __all__ = [
     "Family",
     "family_for",
+    "aria",
     "ernie4_5_vl_moe",
     "gemma4",
     "glm4v_moe",

@@ -132,7 +132,8 @@ class _TheirText:
         """With the tokens of images, and what processors put around and between them; text alone as it is."""
         if vision is None:
             return text
-        written = oracle_images(vision).written(self.tokenizer, image_token, _IMAGE_ROWS, _IMAGE_COLUMNS)
+        shape = (1, vision.queries) if vision.queries else (_IMAGE_ROWS, _IMAGE_COLUMNS)
+        written = oracle_images(vision).written(self.tokenizer, image_token, *shape)
         return text.replace(image_token, written)
 
     def ids(self, text: str, as_it_is: bool = False) -> list[int]:

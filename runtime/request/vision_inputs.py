@@ -11,6 +11,7 @@ from moevlm.runtime.core.towers import (
     GridTower,
     MoonTower,
     PooledTower,
+    QueryTower,
     ResampledTower,
     RotaryTower,
     TileTower,
@@ -19,6 +20,7 @@ from moevlm.runtime.core.towers import (
 )
 from moevlm.runtime.request.images.axis_tables import pack_axes
 from moevlm.runtime.request.images.grid_tables import pack_grids
+from moevlm.runtime.request.images.query_tables import pack_buckets
 from moevlm.runtime.request.images.rotary_tables import pack_axial, pack_rotary
 from moevlm.runtime.request.images.tile_tables import pack_tiles
 
@@ -27,6 +29,7 @@ _TABLES: dict[type[Tower], Callable[[Sequence[Grid], Any], Mapping[str, np.ndarr
     GridTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     MoonTower: lambda grids, vision: pack_grids(grids, vision)._asdict(),
     PooledTower: pack_axes,
+    QueryTower: pack_buckets,
     ResampledTower: pack_axial,
     RotaryTower: pack_rotary,
     TileTower: pack_tiles,

@@ -79,8 +79,7 @@ class TinyPixtralTower(TinyTower):
     @torch.no_grad()
     def wanted(self, inputs: VisionInputs) -> np.ndarray:
         """In one padded batch."""
-        vision, starts = self.metadata, inputs.image_start
-        grids = [(h * vision.merge_size, w * vision.merge_size) for h, w in self.sizes]
+        vision, starts, grids = self.metadata, inputs.image_start, self.grids
         side = vision.patch_size
         pixels = np.zeros((len(grids), 3, *(side * max(axis) for axis in zip(*grids, strict=True))), np.float32)
         rows, columns = block_order(grids, vision.merge_size)

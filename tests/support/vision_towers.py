@@ -36,7 +36,7 @@ from moevlm.export.modules.vision import vision_tower
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.runtime.backends.libraries import operators_path, plugin_path
-from moevlm.runtime.core.towers import TileTower, VisionMetadata
+from moevlm.runtime.core.towers import Grid, TileTower, VisionMetadata
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.vision_inputs import VisionInputs, pack
 from tests.support.plan_graphs import evaluate
@@ -49,7 +49,8 @@ class TinyTower(ABC):
 
     CONFIGURATIONS: options of `of` by name. WIDE: the one with heads as wide as published. PLANNED: of which
     TensorRT-RTX builds a plan. OUT: width of visual tokens. UNPRUNED: matrices that pruning leaves as they are.
-    SIZES: of images, in visual tokens. ROUNDING: the largest relative error of engines on a CPU with integer weights.
+    SIZES: of images, in blocks of patches. ROUNDING: the largest relative error of engines on a CPU with integer
+    weights.
     """
 
     ours: nn.Module
@@ -75,12 +76,22 @@ class TinyTower(ABC):
 
     @property
     def sizes(self) -> Sequence[tuple[int, int]]:
-        """Of images, in visual tokens."""
+        """Of images, in blocks of patches that a visual token has, where it is a share of these."""
         return self.SIZES
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of images, in patches."""
+        return [(h * self.metadata.merge_size, w * self.metadata.merge_size) for h, w in self.sizes]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Visual tokens of each image."""
+        return [self.metadata.tokens(grid) for grid in self.grids]
 
     def images(self) -> VisionInputs:
         """Random images of `sizes`."""
-        return random_images(self.metadata, self.sizes)
+        return random_images(self.metadata, self.grids)
 
 
 @dataclass(frozen=True)
@@ -134,9 +145,8 @@ def bound(
     return module, weights
 
 
-def random_images(vision: VisionMetadata, sizes: Sequence[tuple[int, int]], seed: int = 1) -> VisionInputs:
-    """Random pixels from -1 to 1. sizes: of images, in visual tokens."""
-    grids = [(h * vision.merge_size, w * vision.merge_size) for h, w in sizes]
+def random_images(vision: VisionMetadata, grids: Sequence[Grid], seed: int = 1) -> VisionInputs:
+    """Random pixels from -1 to 1. grids: of images, in patches."""
     patches = sum(h * w for h, w in grids)
     pixels = 2 * np.random.default_rng(seed).random((patches, vision.patch_width), np.float32) - 1
     return pack(pixels, grids, vision)
@@ -195,7 +205,7 @@ def assert_builds_a_plan(graph: ir.Model, vision: VisionMetadata, depth: int, fo
         onnx=str(folder / "vision.onnx"),
         plan=str(folder / "vision.plan"),
         sms=(89,),
-        profiles=vision_profiles(graph, vision.unit, 4095 // vision.unit * vision.unit),
+        profiles=vision_profiles(graph, vision, 4095 // vision.unit * vision.unit),
         links=str(folder),
         plugins=str(plugin_path()),
         plugin_layers=sum(node.domain == DOMAIN for node in graph.graph),

@@ -1,6 +1,7 @@
 """One file per text model; importing this package registers them all."""
 
 from moevlm.export.families.text import (
+    aria_text,
     deepseek_v3,
     glm4_moe,
     gpt_oss,
@@ -14,6 +15,7 @@ from moevlm.export.families.text.base import TextModel, text_model, text_models
 
 __all__ = [
     "TextModel",
+    "aria_text",
     "deepseek_v3",
     "glm4_moe",
     "gpt_oss",

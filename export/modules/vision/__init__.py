@@ -1,6 +1,14 @@
 """Vision towers: any number of images of any sizes as one sequence of patches; a file for each kind."""
 
-from moevlm.export.modules.vision import grid, moon, pooled, resampled, rotary, tile  # noqa: F401  (they register)
+from moevlm.export.modules.vision import (  # noqa: F401  (they register)
+    grid,
+    moon,
+    pooled,
+    query,
+    resampled,
+    rotary,
+    tile,
+)
 from moevlm.export.modules.vision.base import vision_tower
 
 __all__ = ("vision_tower",)

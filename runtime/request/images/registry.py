@@ -5,6 +5,7 @@ from typing import Any
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import VisionMetadata
+from moevlm.runtime.request.images.aria import AriaImages
 from moevlm.runtime.request.images.ernie import ErnieImages
 from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.gemma4 import Gemma4Images
@@ -17,6 +18,7 @@ from moevlm.runtime.request.images.qwen2_vl import Glm4vImages, Qwen2VLImages
 
 # By image_processor_type, without the suffix of the implementation.
 _PROCESSORS: dict[str, type[ImageProcessor]] = {
+    "AriaImageProcessor": AriaImages,
     "Ernie4_5_VLMoeImageProcessor": ErnieImages,
     "Gemma4ImageProcessor": Gemma4Images,
     "GotOcr2ImageProcessor": GotOcr2Images,

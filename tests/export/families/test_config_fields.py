@@ -236,7 +236,7 @@ def test_nested_objects_as_transformers_4_wrote_them_are_read(model_type: str, s
     assert changed == parse(saved[model_type])
 
 
-@pytest.mark.parametrize("model_type", ["internvl", "kimi_k25", "mistral3"])
+@pytest.mark.parametrize("model_type", ["aria", "internvl", "kimi_k25", "mistral3"])
 def test_nested_objects_of_wrappers_as_transformers_4_wrote_them_are_read(
     model_type: str, saved: dict[str, Path]
 ) -> None:

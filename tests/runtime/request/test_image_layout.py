@@ -12,13 +12,14 @@ import pytest
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from transformers.models.aria.processing_aria import AriaProcessor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
 from transformers.models.llama4.processing_llama4 import Llama4Processor
 from transformers.models.pixtral import image_processing_pil_pixtral
 
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ImageMarks, ModelMetadata, RopeMetadata
-from moevlm.runtime.core.towers import Grid, GridTower
+from moevlm.runtime.core.towers import Grid, GridTower, QueryTower, VisionMetadata
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.layout import ImageLayout
@@ -53,7 +54,7 @@ def processor(kind: type, *arguments: Any, **named: Any) -> Any:
     return type("Unchecked", (kind,), own)(*arguments, **named)
 
 
-def model_of(tokens: tuple[str, ...], vision: GridTower = MODEL.vision, **marks: str) -> ModelMetadata:
+def model_of(tokens: tuple[str, ...], vision: VisionMetadata = MODEL.vision, **marks: str) -> ModelMetadata:
     ids = {mark: (1 + tokens.index(token),) for mark, token in marks.items()}
     return msgspec.structs.replace(
         MODEL, image_token_id=1, image_marks=ImageMarks(**ids), ropes=(COUNTED,), vision=vision
@@ -100,6 +101,21 @@ def test_ids_of_tiles_with_separators_are_those_of_llama4s_processor(rows: int, 
     layout = ImageLayout(TILE) if whole else ImageLayout(TILE, rows, columns, TILE)
     assert layout.ids(model) == text.encode(written)
     assert (model.image_placeholder, model.image_token_id) == (2, 1)
+
+
+@pytest.mark.parametrize(("side", "queries"), [(490, 128), (980, 256)])
+def test_ids_of_an_image_of_one_number_of_tokens_are_those_of_arias_processor(side: int, queries: int) -> None:
+    text = tokenizer(("<|img|>",), image_token="<|img|>")
+    pixels = {"pixel_values": np.zeros((1, 3, side, side)), "num_crops": 1}
+    written = processor(AriaProcessor, None, text).replace_image_token(pixels, 0)
+    tower = QueryTower(
+        **{"patch_size": 14, "merge_size": 1, "channels": 3, "head_dim": 8, "rope_theta": 0.0},
+        queries=queries,
+        position_grid=70,
+    )
+    for grid in ((1, 70), (70, 24)):
+        ids = ImageLayout(grid).ids(model_of(("<|img|>",), tower))
+        assert ids == text.encode(written) == [1] * tower.tokens(grid)
 
 
 class Tiled(Qwen2VLImages):

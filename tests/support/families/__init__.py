@@ -1,6 +1,7 @@
 """Tiny models of every family, one file each."""
 
 from tests.support.families import (
+    aria,
     deepseek_v3,
     ernie4_5_vl_moe,
     gemma4,
@@ -34,6 +35,7 @@ TINY: dict[str, TinyFamily] = {
     "internvl": internvl.FAMILY,
     "kimi_k25": kimi_k25.FAMILY,
     "ernie4_5_vl_moe": ernie4_5_vl_moe.FAMILY,
+    "aria": aria.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "mixtral": mixtral.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,

@@ -1,0 +1,84 @@
+"""The image processor of Aria: the longer side always of one length, the shorter one filled up to whole patches.
+
+Numerically AriaImageProcessor of Hugging Face transformers 5.24 on its Pillow backend, called by AriaProcessor. The
+patches behind an image, which make its pixels a square there, are masked for every layer; here there are none.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.towers import QueryTower
+from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
+from moevlm.runtime.request.images.fields import pixel_values, refuse
+from moevlm.runtime.request.images.processor import ImageProcessor
+
+_LONGEST = 980  # pixels: AriaProcessor says so, whatever the fields say
+_SHORTEST = 336  # where the fields do not say
+
+
+class AriaImages(ImageProcessor):
+    """AriaImageProcessor.
+
+    max_image_size and what says how images are split count for nothing: AriaProcessor asks for 980 pixels in one piece.
+    """
+
+    TOWER = QueryTower
+    KNOWN: ClassVar = {"max_image_size", "min_image_size", "split_image", "split_resolutions"}
+    SIZES: ClassVar = {}
+
+    def __init__(
+        self,
+        preprocessor: Mapping[str, Any],
+        vision: QueryTower,
+        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
+        max_tokens: int | None = None,
+    ) -> None:
+        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+        if _LONGEST % vision.patch_size:
+            refuse("max_image_size", _LONGEST, f"a multiple of patch_size = {vision.patch_size} in manifest.json")
+        shortest = self._fields.get("min_image_size", _SHORTEST)
+        if isinstance(shortest, bool) or not isinstance(shortest, int) or not 1 <= shortest <= _LONGEST:
+            refuse("min_image_size", shortest, f"a whole number from 1 to {_LONGEST}")
+        self._shortest = shortest
+        self._values = pixel_values(self._fields, True, (0.5,) * 3, (0.5,) * 3)
+
+    @property
+    def max_patches(self) -> int:
+        return (_LONGEST // self._vision.patch_size) ** 2
+
+    def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> list[Image.Image]:
+        height, width = self._resized(image.height, image.width, limits)
+        whole = Image.new("RGB", (width, height))
+        rows, columns = self._inner(image.height, image.width)
+        whole.paste(image.resize((columns, rows), self._resample))
+        return [whole]
+
+    def _resized(self, height: int, width: int, limits: ImageLimits) -> tuple[int, int]:
+        self._check(limits)
+        rows, columns = (-(-side // self._block) for side in self._inner(height, width))
+        return rows * self._block, columns * self._block
+
+    def _inner(self, height: int, width: int) -> tuple[int, int]:
+        """The size of the image itself. The reference computes in double precision; so does this."""
+        scale = _LONGEST / max(height, width)
+        shorter = max(int(min(height, width) * scale), self._shortest)
+        return (shorter, _LONGEST) if width >= height else (_LONGEST, shorter)
+
+    def _check(self, limits: ImageLimits) -> None:
+        """Raises RequestError for limits that no image keeps: all have a side and a number of tokens in common."""
+        for name in ("min_pixels", "max_pixels"):
+            if (value := getattr(limits, name)) is not None:
+                raise RequestError(
+                    f"unsupported value {name} = {shown(value)} (allowed: none, for the longer side of an image always "
+                    f"gets {_LONGEST} pixels)"
+                )
+        most = self.most_tokens(limits)
+        if most is not None and most < self._vision.queries:
+            raise RequestError(
+                f"unsupported value max_image_tokens = {most} (allowed: {self._vision.queries}, which every image of "
+                "this model has, or more)"
+            )

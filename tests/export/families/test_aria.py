@@ -1,0 +1,226 @@
+"""Aria: where its tensors lie, what is refused, and requests with images, all of which have as many visual tokens."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moevlm.export.build import build
+from moevlm.export.families import family_for
+from moevlm.export.parity.run import check_parity
+from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
+from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import CheckpointError, RequestError, UnsupportedModelError
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
+from moevlm.runtime.request.sampling import SamplingParams
+from tests.export.families.test_mistral3 import as_published, as_transformers, assert_same, names, renamed, with_field
+from tests.support.bundles import edit_manifest
+from tests.support.checkpoints import canonical, refused
+from tests.support.fakes.gpu import TARGET, gpu_bundle
+from tests.support.gpu_steps import assert_steps_are_those_of_reference
+from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
+
+TARGETS = ("reference", "ort-cpu", "cpu:int8", "cpu:int4")
+QUERIES = 6  # of an image of the tiny model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """To be left as it is."""
+    return TinyCheckpoint("aria", text={"vocab_size": 96}, seed=86).save(tmp_path_factory.mktemp("aria") / "it")
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def as_in_the_model(name: str) -> str:
+    """All names are those of transformers' parameters, experts' too."""
+    name = as_transformers(name)
+    return name.replace("experts.fc1.weight", "experts.gate_up_proj").replace("experts.fc2.weight", "experts.down_proj")
+
+
+@pytest.mark.parametrize("spell", [as_in_the_model, as_transformers, as_published])
+def test_names_of_either_kind_are_one_model(spell: Callable[[str], str], saved: Path, copy: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    directory = renamed(copy, spell)
+    found = names(directory)
+    assert ("language_model.lm_head.weight" in found) == (spell is as_published)
+    assert ("vision_tower.post_layernorm.weight" in found) == (spell is as_published)
+    assert ("language_model.model.layers.1.mlp.experts.fc2.weight" in found) == (spell is as_published)
+    _, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+    assert not info["missing_keys"] | info["unexpected_keys"]
+    assert_same(canonical(directory), canonical(saved))
+
+
+def test_the_norm_behind_the_towers_last_block_is_not_asked_for(saved: Path, copy: Path) -> None:
+    """Published checkpoints have none."""
+    edit_tensors(copy, lambda tensors: [tensors.pop(n) for n in list(tensors) if "post_layernorm" in n])
+    assert_same(canonical(copy), canonical(saved))
+
+
+@pytest.mark.parametrize("width", [16, 32])
+def test_experts_are_turned_even_if_they_are_square(width: int, tmp_path: Path) -> None:
+    """With 32 values to a token, gates and ups of width 16 are square, and downs of width 32: shapes say nothing."""
+    text = {"vocab_size": 96, "intermediate_size": width}
+    directory = TinyCheckpoint("aria", text=text, seed=87).save(tmp_path / "checkpoint")
+    stored: dict[str, torch.Tensor] = {}
+    edit_tensors(directory, lambda tensors: stored.update(tensors))
+    found, base = canonical(directory), "language_model.model.layers.0.mlp.experts"
+    for ours, theirs in (("gate_up", "fc1"), ("down", "fc2")):
+        wanted = stored[f"{base}.{theirs}.weight"]
+        np.testing.assert_array_equal(found[f"decoder.layers.0.feed_forward.{ours}"], wanted.mT.numpy())
+    plain = canonical(directory, "in_out")
+    assert_same(plain, found)
+    edit_tensors(directory, lambda tensors: tensors.update({n: t.mT for n, t in tensors.items() if ".experts." in n}))
+    assert_same(canonical(directory, "out_in"), found)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_config_that_does_not_say_so_has_the_head_that_the_checkpoint_has(there: bool, copy: Path) -> None:
+    edit_json(copy / "config.json", lambda config: config.pop("tie_word_embeddings"))
+    (head,) = (name for name in names(copy) if "lm_head" in name)
+    if not there:
+        edit_tensors(copy, lambda tensors: tensors.pop(head))
+    found = canonical(copy)
+    assert np.array_equal(found["decoder.head"], found["decoder.embedding"]) == (not there)
+
+
+def test_fewer_queries_than_config_json_says_are_refused_by_name(copy: Path) -> None:
+    cut = "multi_modal_projector.query"
+    edit_tensors(copy, lambda tensors: tensors.update({cut: tensors[cut][:5]}))
+    told = "tensor model.multi_modal_projector.query has shape [5, 32], the config asks for 6 or more queries of 32"
+    refused(CheckpointError, told, act=lambda: canonical(copy))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("text_config.model_type", "llama", 'text_config.model_type = "llama" (supported: aria_text)'),
+        ("text_config.hidden_act", "gelu", 'text_config.hidden_act = "gelu" (supported: silu)'),
+        ("text_config.mlp_bias", True, "text_config.mlp_bias = true (supported: false)"),
+        ("text_config.moe_topk", 9, "text_config.moe_topk = 9"),
+        ("vision_feature_layer", -2, "vision_feature_layer = -2 (supported: -1, 2)"),
+        ("vision_config.hidden_act", "relu", 'vision_config.hidden_act = "relu"'),
+        ("vision_config.model_type", "siglip", 'vision_config.model_type = "siglip" (supported: idefics3_vision)'),
+        ("vision_config.tie_last_hidden_states", True, "vision_config.tie_last_hidden_states = true"),
+        ("vision_config.num_attention_heads", 3, "vision_config.num_attention_heads = 3"),
+        ("image_token_index", 96, "image_token_index = 96"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "=" not in value else None,
+)
+def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
+    config = with_field(saved, path, value)
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("vision_config.patch_size", 16, "vision_config.patch_size = 16 (a divisor of 980, the side of an image)"),
+        ("vision_config.image_size", 139, "vision_config.image_size = 139 (140, the side of a patch, or more)"),
+        ("projector_patch_to_query_dict", {"16": 4}, "(49 among them, the patches of an image with its padding)"),
+        ("projector_patch_to_query_dict", {"49": 0}, "projector_patch_to_query_dict.49 = 0 (an integer from 1 to "),
+        ("projector_patch_to_query_dict", 6, "projector_patch_to_query_dict = 6 (an object)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else None,
+)
+def test_value_that_cannot_be_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
+    config = with_field(saved, path, value)
+    refused(CheckpointError, told, act=lambda: family_for(config).config(config))
+
+
+@pytest.mark.parametrize("part", ["", "text_config.", "vision_config.", "text_config.rope_parameters."])
+def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> None:
+    config = with_field(saved, f"{part}talks_backwards", 3)
+    told = f"unsupported field in config.json: {part}talks_backwards = 3"
+    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
+
+
+def test_config_of_aria_is_understood() -> None:
+    """Its sizes; fields that it leaves out have transformers' defaults."""
+    text = {
+        **{"model_type": "aria_text", "hidden_size": 2560, "intermediate_size": 1664, "num_hidden_layers": 28},
+        **{"num_attention_heads": 20, "moe_num_experts": 64, "moe_topk": 6, "vocab_size": 100352},
+        **{"max_position_embeddings": 65536, "rope_theta": 5000000},
+    }
+    vision = {
+        **{"model_type": "idefics3_vision", "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304},
+        **{"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14},
+    }
+    values = {"model_type": "aria", "text_config": text, "vision_config": vision}
+    config = family_for(values).config(values)
+    assert {(moe.experts, moe.router.top_k, moe.width, moe.shared_width) for moe in config.moe.values()} == {
+        (64, 6, 1664, 3328)
+    }
+    assert (config.image_token_id, config.eos_token_ids, len(config.moe)) == (9, (2,), 28)
+    assert config.tower is not None
+    assert (config.tower.tokens((70, 48)), config.tower.tokens((24, 70)), config.tower.position_grid) == (256, 256, 70)
+    (layer,) = {layer.mixer for layer in config.decoder.layers}
+    assert (layer.heads, layer.kv_heads, layer.head_dim) == (20, 20, 128)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
+    """And its checkpoint."""
+    folder = tmp_path_factory.mktemp("bundle")
+    checkpoint = TinyCheckpoint("aria", side_files=True, seed=88).save(folder / "checkpoint")
+    return build(checkpoint, folder / "tiny.moevlm", TARGETS), checkpoint
+
+
+def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
+    report = check_parity(bundle[0].directory, bundle[1], quick=True)
+    assert [check for check in report.checks if not check.passed] == []
+    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
+    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
+
+
+def picture(width: int, height: int) -> dict[str, Any]:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def test_every_image_has_as_many_tokens_alone_and_beside_others(bundle: tuple[Bundle, Path]) -> None:
+    with load_runtime(bundle[0].directory, "cpu:int8", LoadOptions(threads=1)) as runtime:
+        wide, small = picture(48, 20), picture(16, 16)
+        messages = [{"role": "user", "content": [wide, {"type": "text", "text": "?"}, small]}]
+        prompt = runtime.prompt(messages)
+        assert prompt.image_tokens == 2 * QUERIES == prompt.ids.tolist().count(runtime.model.image_token_id)
+        np.testing.assert_array_equal(prompt.positions, [range(len(prompt.ids))] * 3)
+        assert runtime.prompt(messages, max_image_tokens=QUERIES).image_tokens == 2 * QUERIES
+        with pytest.raises(RequestError, match=r"^unsupported value max_image_tokens = 5 \(allowed: 6, which every "):
+            runtime.prompt(messages, max_image_tokens=QUERIES - 1)
+        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
+        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
+        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
+        assert found[1:] == found[:1] * 2
+
+
+def test_steps_on_a_gpu_are_given_the_tokens_of_every_image(bundle: tuple[Bundle, Path], tmp_path: Path) -> None:
+    """On a fake GPU that evaluates the canonical graphs, with images that no call of the tower takes at once."""
+    parts: list[list[dict[str, Any]]] = [[picture(48, 20), picture(16, 16)], [picture(32, 48)], []]
+    requests = [[{"role": "user", "content": [*images, {"type": "text", "text": "is?"}]}] for images in parts]
+    directory = gpu_bundle(bundle[0].directory, tmp_path)
+    edit_manifest(directory, lambda manifest: manifest["engines"][TARGET]["tensorrt"].update(max_patches=60))
+    assert_steps_are_those_of_reference(directory, requests, tmp_path)
+
+
+def test_tensorrt_rtx_builds_plans_of_its_tower_and_its_decoder(tmp_path: Path) -> None:
+    checkpoint = TinyCheckpoint("aria", side_files=True).save(tmp_path / "checkpoint")
+    built = build(checkpoint, tmp_path / "tiny.moevlm", ["rtx:sm89"])
+    (engine,) = built.manifest.engines.values()
+    for plan in (engine.vision, engine.decoder):
+        data = built.path(plan).read_bytes()
+        found = plan_header(data[:HEADER_BYTES])
+        assert found is not None
+        assert (found.product, found.sms, found.length) == ("tensorrt_rtx", (89,), len(data))
