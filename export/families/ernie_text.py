@@ -16,10 +16,10 @@ from moevlm.runtime.core.manifest import RopeMetadata
 def ernie_decoder(text: Fields, tied: bool) -> DecoderConfig:
     """The decoder of config.json's text_config. tied: the head is the embedding."""
     text.choice("use_bias", (False,), False)
-    rope, heads = _rope(text), text.positive("num_attention_heads")
+    rope = _rope(text)
     attention = GQAConfig(
-        heads=heads,
-        kv_heads=text.positive("num_key_value_heads", heads),
+        heads=text.positive("num_attention_heads"),
+        kv_heads=text.positive("num_key_value_heads", 4),
         head_dim=rope.dim,
         rotary_dim=rope.dim,
         qk_norm=False,

@@ -25,7 +25,7 @@ def ernie_tower(vision: Fields, out: int, out_epsilon: float) -> ResampledVision
         heads=heads,
         head_dim=hidden // heads,
         mlp=MLPConfig(
-            vision.positive("intermediate_size", 4 * hidden),
+            vision.positive("intermediate_size", 5120),
             vision.choice("hidden_act", _ACTIVATIONS, "quick_gelu"),
             gated=False,
         ),

@@ -64,9 +64,9 @@ class Fields:
     def __getitem__(self, key: str) -> Any:
         return self.get(key)
 
-    def positive(self, key: str, default: Any = _REQUIRED) -> int:
-        """An integer from 1 to the most that this field may be."""
-        return self._whole(key, default, 1)
+    def positive(self, key: str, default: Any = _REQUIRED, null: int | None = None) -> int:
+        """An integer from 1 to the most that this field may be. null: what null means, where it is not refused."""
+        return self._whole(key, default, 1, null)
 
     def aliased(self, key: str, alias: str, default: Any = _REQUIRED) -> int:
         """A positive integer under either name, or under both with one value."""
@@ -79,8 +79,8 @@ class Fields:
         """An integer from 0 to the most that this field may be."""
         return self._whole(key, default, 0)
 
-    def _whole(self, key: str, default: Any, least: int) -> int:
-        value, most = self.get(key, default), _MOST.get(key, _MOST_OF_OTHERS)
+    def _whole(self, key: str, default: Any, least: int, null: int | None = None) -> int:
+        value, most = self._not_absent(key, default, null), _MOST.get(key, _MOST_OF_OTHERS)
         if not _is_count(value) or not least <= value <= most:
             raise self.invalid(key, value, f"an integer from {least} to {most}")
         return int(value)
@@ -93,14 +93,21 @@ class Fields:
             raise self.invalid(key, value, f"a list of integers from 0 to {_LARGEST_ITEM}, at most {_MOST_ITEMS}")
         return tuple(value)
 
-    def ids(self, key: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """One token id, a list of them, or nothing."""
+    def ids(self, key: str, default: tuple[int, ...], null: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """One token id, a list of them, or null."""
+        if self.is_null(key):
+            return null
         value = self.get(key, default)
         return self.counts(key, default) if isinstance(value, list | tuple) else (self._whole(key, default, 0),)
 
+    def _not_absent(self, key: str, default: Any, null: Any) -> Any:
+        """The value, where null is something else than an absent field: transformers has defaults for absent ones."""
+        value = self.get(key, default)
+        return null if self.is_null(key) else value
+
     def number(self, key: str, default: Any = _REQUIRED) -> float:
         """A positive number that float32 holds."""
-        value = self.get(key, default)
+        value = self._not_absent(key, default, None)
         if not _is_number(value):
             raise self.invalid(key, value, f"a number from {_SMALLEST} to {_LARGEST}")
         return float(value)
@@ -113,8 +120,8 @@ class Fields:
         return tuple(map(float, value))
 
     def flag(self, key: str, default: bool) -> bool:
-        """True or false."""
-        value = self.get(key, default)
+        """True or false; null is false."""
+        value = self._not_absent(key, default, False)
         if not isinstance(value, bool):
             raise self.invalid(key, value, "true or false")
         return value
@@ -143,11 +150,13 @@ class Fields:
             )
         return tuple(value)
 
-    def sub(self, key: str, default: Mapping[str, Any] | None = None) -> "Fields":
-        """A nested object."""
+    def sub(self, key: str, default: Mapping[str, Any] | None = None, *, nulls: bool = True) -> "Fields":
+        """A nested object. nulls: in it, null is something else than an absent field."""
         value = self.get(key) if default is None else self.get(key, default)
         if not isinstance(value, Mapping):
             raise self.invalid(key, value, "an object")
+        if not nulls:
+            value = {name: entry for name, entry in value.items() if entry is not None}
         child = Fields(value, self._name(key), self._ignored)
         self._children.append(child)
         return child

@@ -79,6 +79,6 @@ class Gemma4(Family):
             model_type="gemma4",
             decoder=decoder,
             vision=gemma4_tower(fields.sub("vision_config"), decoder.hidden),
-            **shared.token_ids(fields, text),
+            **shared.token_ids(fields, text, (1,)),
             image_marks=image_marks(fields),
         )

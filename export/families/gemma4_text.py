@@ -47,7 +47,7 @@ def _attention(text: Fields, kinds: list[str]) -> tuple[tuple[RopeMetadata, ...]
     window, images = text.positive("sliding_window", 512), "use_bidirectional_attention"
     bidirectional = images in text and text.choice(images, ("vision",)) == "vision"
     rope, heads = text.sub("rope_parameters", _ROPES), _heads(text, kinds, keyed)
-    ropes = tuple(one_axis(text, head_dim, rope=rope.sub(kind)) for kind, (head_dim, _) in heads.items())
+    ropes = tuple(one_axis(text, head_dim, rope=rope.sub(kind, nulls=False)) for kind, (head_dim, _) in heads.items())
     rope.get(_SLIDING, None)  # there may be no such layer
     return ropes, {
         kind: GQAConfig(
@@ -72,7 +72,7 @@ def _attention(text: Fields, kinds: list[str]) -> tuple[tuple[RopeMetadata, ...]
 def _heads(text: Fields, kinds: list[str], keyed: bool) -> dict[str, tuple[int, int]]:
     """head_dim and kv_heads of each kind of layer; transformers 5.24 writes them layer by layer."""
     head_dim, kv_heads = text.positive("head_dim", 256), text.positive("num_key_value_heads", 4)
-    wide, few = text.positive("global_head_dim", 512), text.positive("num_global_key_value_heads", kv_heads)
+    wide, few = text.positive("global_head_dim", 512), text.positive("num_global_key_value_heads", kv_heads, kv_heads)
     if "per_layer_config" not in text:
         found = {_SLIDING: (head_dim, kv_heads), _FULL: (wide, few if keyed else kv_heads)}
         return {kind: found[kind] for kind in sorted(set(kinds), reverse=True)}

@@ -42,5 +42,5 @@ class InternVL(Wrapper):
             decoder=decoder,
             vision=vision,
             mark_texts={"begin": "<img>", "end": "</img>"},
-            **shared.token_ids(fields, text),
+            **shared.token_ids(fields, text, self.text.eos),
         )

@@ -61,5 +61,5 @@ class KimiK25(Wrapper):
             decoder=decoder,
             vision=moon_tower(fields.sub("vision_config"), fields, decoder.hidden),
             image_token_id=fields.aliased("image_token_id", "media_placeholder_token_id", 163605),
-            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),
+            eos_token_ids=shared.eos_ids(fields, text, self.text.eos),
         )

@@ -73,7 +73,7 @@ class Llama4(Wrapper):
             decoder=decoder,
             vision=llama4_tower(vision, decoder.hidden),
             image_token_id=fields.aliased("image_token_index", "image_token_id", 200092),
-            eos_token_ids=fields.ids("eos_token_id", text.ids("eos_token_id")),
+            eos_token_ids=shared.eos_ids(fields, text, self.text.eos),
             image_marks=ImageMarks(
                 begin=(fields.aliased("boi_token_index", "boi_token_id", 200080),),
                 end=(fields.aliased("eoi_token_index", "eoi_token_id", 200081),),

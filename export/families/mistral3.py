@@ -38,8 +38,6 @@ class Mistral3(Wrapper):
             decoder=decoder,
             vision=pixtral_tower(fields.sub("vision_config"), fields, decoder.hidden, decoder.epsilon),
             image_token_id=fields.aliased("image_token_index", "image_token_id", 10),
-            eos_token_ids=fields.ids(
-                "eos_token_id", text.ids("eos_token_id", () if text.is_null("eos_token_id") else (2,))
-            ),
+            eos_token_ids=shared.eos_ids(fields, text, self.text.eos),
             mark_texts={"row_break": "[IMG_BREAK]", "end": "[IMG_END]"},
         )

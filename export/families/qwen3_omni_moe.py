@@ -28,6 +28,7 @@ class Qwen3OmniMoe(Qwen3VLMoe):
         vision="packed grid, deepstack",
     )
     part = "thinker_config"
+    usual: ClassVar = {"num_key_value_heads": 4, "intermediate_size": 18944}
     left_out: ClassVar = {
         **LEFT_OUT,
         **dict.fromkeys((r"^talker", r"^code2wav"), "speech is not supported"),

@@ -3,6 +3,7 @@
 Source: transformers 5.24 `models/qwen3_vl_moe`. Checkpoints: Qwen/Qwen3-VL-30B-A3B-Instruct, ...-235B-A22B.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from moevlm.export.config import DecoderConfig, ModelConfig
@@ -17,7 +18,7 @@ from moevlm.export.families.text.qwen3_moe import qwen3_decoder
 
 @register("qwen3_vl_moe")
 class Qwen3VLMoe(Family):
-    """See the module's docstring."""
+    """See the module's docstring. usual: fields of text_config that it may leave out."""
 
     about = About(
         checkpoints=("Qwen3-VL-30B-A3B", "Qwen3-VL-235B-A22B"),
@@ -26,6 +27,7 @@ class Qwen3VLMoe(Family):
         vision="packed grid, deepstack",
     )
     router_suffix = "mlp.gate"
+    usual: ClassVar[Mapping[str, int]] = {"num_key_value_heads": 16, "intermediate_size": 5632}
     weights: ClassVar[shared.Weights] = {
         **shared.decoder_weights(Experts("model.language_model.layers.{i}.mlp.experts", per_expert=False)),
         **qwen_vision.weights("model.visual."),
@@ -51,4 +53,4 @@ class Qwen3VLMoe(Family):
         """The language model."""
         rope = mrope(text, shared.head_dim(text), interleaved=True, default_sections=(24, 20, 20))
         levels = len(vision.counts("deepstack_visual_indexes"))
-        return qwen3_decoder(text, tied=tied, rope=rope, renormalize=renormalize, deepstack=levels)
+        return qwen3_decoder(text, tied=tied, rope=rope, renormalize=renormalize, usual=self.usual, deepstack=levels)

@@ -47,18 +47,18 @@ def mrope(
 def rope_fields(text: Fields) -> Fields:
     """The object with a text model's rope, which is empty if only its theta is said. Raises CheckpointError for two."""
     if "rope_parameters" not in text:
-        return text.sub("rope_scaling", {})
+        return text.sub("rope_scaling", {}, nulls=False)
     if "rope_scaling" in text:  # transformers takes this one, whole: without the theta of the other
         value = text.get("rope_scaling")
         raise text.invalid("rope_scaling", value, "not beside rope_parameters: its fields belong there")
-    return text.sub("rope_parameters")
+    return text.sub("rope_parameters", nulls=False)
 
 
 def axial_theta(vision: Fields, default: float = 10000.0) -> float:
     """The base of the vision tower's 2-axis rope. default: where config.json has none, as before transformers 5."""
     if "rope_parameters" not in vision:
         return vision.number("rope_theta", default)
-    rope = vision.sub("rope_parameters")
+    rope = vision.sub("rope_parameters", nulls=False)
     _kind(rope, ("axial", "default"))  # transformers reads "default" as axial here
     return rope.number("rope_theta", default)
 

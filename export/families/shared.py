@@ -79,7 +79,8 @@ def all_attend(text: Fields) -> None:
 
 def head_dim(text: Fields) -> int:
     """Of a head of the decoder, said or an equal part of a row."""
-    return text.positive("head_dim", text.positive("hidden_size") // text.positive("num_attention_heads"))
+    equal = text.positive("hidden_size") // text.positive("num_attention_heads")
+    return text.positive("head_dim", equal, equal)
 
 
 def vision_sizes(vision: Fields) -> dict[str, Any]:
@@ -99,12 +100,18 @@ def vision_sizes(vision: Fields) -> dict[str, Any]:
     }
 
 
-def token_ids(fields: Fields, text: Fields) -> dict[str, Any]:
-    """The fields of `ModelConfig` that join text and images, and end it; of two eos_token_id the outer goes first."""
+def token_ids(fields: Fields, text: Fields, eos: tuple[int, ...] = ()) -> dict[str, Any]:
+    """The fields of `ModelConfig` that join text and images, and end it. eos: see `eos_ids`."""
     return {
         "image_token_id": fields.count("image_token_id"),
-        "eos_token_ids": fields.ids("eos_token_id", text.ids("eos_token_id")),
+        "eos_token_ids": eos_ids(fields, text, eos),
     }
+
+
+def eos_ids(fields: Fields, text: Fields, eos: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens that end a text; of two eos_token_id the outer goes first. eos: where config.json has none."""
+    inner = text.ids("eos_token_id", eos)
+    return fields.ids("eos_token_id", inner, inner)
 
 
 def video(fields: Fields, begin: str, end: str, token: str = "video_token_id") -> VideoMetadata | None:

@@ -38,7 +38,7 @@ class Alone(Wrapper):
             decoder=replace(decoder, visual=False),
             vision=None,
             image_token_id=None,
-            eos_token_ids=fields.ids("eos_token_id"),
+            eos_token_ids=fields.ids("eos_token_id", self.text.eos),
         )
 
 

@@ -16,7 +16,7 @@ _REGISTRY: dict[str, type["TextModel"]] = {}
 
 
 class TextModel(ABC):
-    """mixer, routing: what people are told, see `about.About`.
+    """mixer, routing: what people are told, see `about.About`. eos: eos_token_id where config.json has none.
 
     router_suffix, left_out, splitting: as in `base.Family`. config_names: too, by the fields' names inside of the
     text's object.
@@ -25,6 +25,7 @@ class TextModel(ABC):
     mixer: ClassVar[str]
     routing: ClassVar[str]
     router_suffix: ClassVar[str]
+    eos: ClassVar[tuple[int, ...]] = ()
     config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[Mapping[str, str]] = {}
     splitting: ClassVar[str] = ""

@@ -27,6 +27,7 @@ class DeepseekV3(LatentText):
     mixer = "MLA, scaled rope"
     routing = "sigmoid, correction bias, groups; shared experts"
     splitting = KIMI  # DeepSeek's own checkpoints have a tokenizer.json
+    eos = (1,)
     # The layer behind the last one, which predicts a second token.
     left_out: ClassVar = {r"model\.layers\.61\..*": shared.NEXT_TOKENS}
 
@@ -40,4 +41,6 @@ class DeepseekV3(LatentText):
             rope=one_axis(text, sizes.rope, rope=rope),
             scale=score_scale(rope, sizes.query),
             moe=grouped_experts(text, "sigmoid", groups=8, chosen_groups=4, scale=2.5),
+            kv_heads=128,
+            q_rank=1536,
         )

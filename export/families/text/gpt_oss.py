@@ -43,7 +43,7 @@ class GptOss(TextModel):
         text.choice("experts_per_token", (top_k,), top_k)
         usual = tuple(_FULL if i % 2 else _SLIDING for i in range(layers))
         bias, window = text.flag("attention_bias", True), text.positive("sliding_window", 128)
-        rope = None if "rope_scaling" in text else text.sub("rope_parameters", _ROPE)
+        rope = None if "rope_scaling" in text else text.sub("rope_parameters", _ROPE, nulls=False)
         attention = {
             kind: GQAConfig(
                 heads=text.positive("num_attention_heads"),

@@ -97,15 +97,20 @@ def latent_decoder(
     rope: RopeMetadata,
     scale: float,
     moe: MoEConfig,
+    kv_heads: int,
+    q_rank: int,
     query_scale: QueryScaleMetadata | None = None,
 ) -> DecoderConfig:
-    """A decoder of latent attention. scale: of the scores of attention. moe: the sparse layers."""
+    """A decoder of latent attention. scale: of the scores of attention. moe: the sparse layers.
+
+    kv_heads, q_rank: num_key_value_heads and q_lora_rank where config.json has none.
+    """
     heads, sizes = text.positive("num_attention_heads"), HeadSizes.of(text)
-    text.choice("num_key_value_heads", (heads,), heads)
+    text.choice("num_key_value_heads", (heads,), heads if text.is_null("num_key_value_heads") else kv_heads)
     text.choice("qk_head_dim", (sizes.query,), sizes.query)
     attention = MLAConfig(
         heads=heads,
-        q_rank=text.count("q_lora_rank", 0),
+        q_rank=0 if text.is_null("q_lora_rank") else text.positive("q_lora_rank", q_rank),
         kv_rank=sizes.latent,
         nope_dim=sizes.nope,
         rope_dim=sizes.rope,

@@ -37,6 +37,7 @@ class Llama4Text(TextModel):
 
     mixer = "GQA in chunks, each fourth layer to all without rope"
     routing = "sigmoid of the best, on the expert's input; shared expert"
+    eos = (2,)
     router_suffix = "feed_forward.router"
     config_names: ClassVar = {"experts": "num_local_experts", "width of experts": "intermediate_size"}
 

@@ -18,6 +18,7 @@ class Ministral3(TextModel):
 
     mixer = "GQA, queries by place"
     routing = "dense"
+    eos = (2,)
     router_suffix = "mlp.gate"
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:

@@ -18,6 +18,7 @@ class Mistral4(LatentText):
 
     mixer = "MLA, yarn, queries scaled by their place"
     routing = "softmax, groups; shared experts"
+    eos = (2,)
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         sizes, rope = HeadSizes.of(text), rope_fields(text)
@@ -31,6 +32,8 @@ class Mistral4(LatentText):
             rope=one_axis(text, sizes.query, rope=rope, default_partial=partial),
             scale=score_scale(rope, sizes.query),
             moe=grouped_experts(text, "softmax"),
+            kv_heads=32,
+            q_rank=1024,
             query_scale=QueryScaleMetadata(
                 beta=rope.number("llama_4_scaling_beta"), original=rope.positive("original_max_position_embeddings")
             ),

@@ -23,6 +23,7 @@ class Mixtral(TextModel):
 
     mixer = "GQA"
     routing = "softmax, renormalised"
+    eos = (2,)
     router_suffix = "mlp.gate"
     config_names: ClassVar = {
         "experts": "num_local_experts",

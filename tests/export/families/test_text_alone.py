@@ -236,6 +236,8 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 
 
 REFUSED = [
+    ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit = null ("),
+    ("deepseek_v3", {"n_group": None}, "n_group = null ("),
     ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
     ("deepseek_v3", {"kv_lora_rank": 1 << 15}, "kv_lora_rank = 32768 (an integer from 1 to 16384)"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = true (supported: false)"),
