@@ -18,7 +18,7 @@ from moevlm.export.checkpoint.side_files import (
     preprocessor,
     video_preprocessor,
 )
-from moevlm.export.checkpoint.tokenizer_files import TOKENIZER, TokenizerFiles, tokenizer_files
+from moevlm.export.checkpoint.tokenizer_files import TokenizerFiles, tokenizer_files
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, shown
 from moevlm.runtime.core.manifest import ImageMarks, ModelMetadata
 from moevlm.runtime.request.chat import NOTHING, ChatTemplate
@@ -81,8 +81,8 @@ def request_files(
         marks = {mark: (_mark_id(tokenizer, text),) for mark, text in mark_texts.items()}
         model = msgspec.structs.replace(model, image_marks=msgspec.structs.replace(model.image_marks, **marks))
         _check_marks(tokens, tokenizer, model)
-        if tokens.file != TOKENIZER:
-            notes.append(f"{TOKENIZER} is made of {tokens.file}: {tokenizer.largest_id + 1:,} tokens")
+        if tokens.note:
+            notes.append(tokens.note)
     named = variables.get("eos_token")
     of_tokenizer = tokenizer.added.get(named) if tokenizer and named else None
     ends = end_tokens(generation, model, of_tokenizer, tokenizer is not None)

@@ -54,6 +54,13 @@ def of_tekken(directory: Path) -> Tekken:
     return Tekken(text, {name: text for name, text in _NAMED.items() if text in special})
 
 
+def splitting_of(directory: Path) -> str | None:
+    """The regular expression by which the directory's tekken.json splits texts; None if it has none."""
+    config = read_json(directory, TEKKEN).get("config")
+    pattern = config.get("pattern") if isinstance(config, dict) else None
+    return pattern if isinstance(pattern, str) else None
+
+
 def _special(file: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     """Special tokens, whose ids are their ranks: those that the file lists."""
     if file.get("special_tokens") is None:

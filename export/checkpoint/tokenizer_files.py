@@ -5,13 +5,14 @@ Where only tiktoken.model or tekken.json is published, tokenizer.json is made of
 Rules of transformers 5.24 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`): docs/checkpoint-files.md.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moevlm.export.checkpoint.files import find, optional_json, read_text
-from moevlm.export.checkpoint.tekken_file import TEKKEN, of_tekken
+from moevlm.export.checkpoint.tekken_file import TEKKEN, of_tekken, splitting_of
 from moevlm.export.checkpoint.tiktoken_file import TIKTOKEN, of_tiktoken
 from moevlm.runtime.core.errors import BundleError, CheckpointError, one_line, shown
 from moevlm.runtime.request.tokenizer import Tokenizer, library_errors
@@ -29,12 +30,13 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 class TokenizerFiles:
     """text: tokenizer.json with all tokens. named: what a chat template may use by name, eos_token and others.
 
-    file: what was published, tokenizer.json or another.
+    file: what was published, tokenizer.json or another. note: what the user should know, or "".
     """
 
     text: str
     named: Mapping[str, str]
     file: str = TOKENIZER
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def tokenizer_files(directory: Path, pattern: str = "") -> TokenizerFiles | None
     extra = list(_extra(config, where))
     if "added_tokens_decoder" not in config:
         listed += _older(optional_json(directory, _ADDED), {token.content for token in (*named.values(), *extra)})
-    names: dict[str, str] = {}
+    names, note = dict[str, str](), ""
     if file == TEKKEN:
         tekken = of_tekken(directory)
         text, names = tekken.text, dict(tekken.named)
@@ -84,12 +86,16 @@ def tokenizer_files(directory: Path, pattern: str = "") -> TokenizerFiles | None
         text = of_tiktoken(directory, pattern, {token.id: token.content for token in listed if token.id is not None})
     else:
         text = read_text(directory, TOKENIZER)
+    if file != TOKENIZER:
+        note = f"{TOKENIZER} is made of {file}"
     try:
         Tokenizer(text)  # also that it does not blow texts up, before a token is given to it
     except BundleError as error:
         raise CheckpointError(str(error) if file == TOKENIZER else f"{file} makes no tokenizer: {error}") from error
+    if file == TOKENIZER and find(directory, TEKKEN):
+        note = _other_splitting(text, splitting_of(directory))
     text = _merged(text, listed, list(named.values()), extra)
-    return TokenizerFiles(text, names | {name: token.content for name, token in named.items()}, file)
+    return TokenizerFiles(text, names | {name: token.content for name, token in named.items()}, file, note)
 
 
 def _published(directory: Path) -> str | None:
@@ -103,6 +109,24 @@ def _published(directory: Path) -> str | None:
             "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"
         )
     return None
+
+
+def _other_splitting(text: str, pattern: str | None) -> str:
+    """A note if tokenizer.json does not split texts by `pattern`, as some that Mistral published do not."""
+    if pattern is None or pattern in _expressions(json.loads(text).get("pre_tokenizer")):
+        return ""
+    return (
+        f"{TOKENIZER} does not split texts by the expression of {TEKKEN}: some get other tokens than in Mistral's own "
+        f"code (without {TOKENIZER}, the bundle's is made of {TEKKEN})"
+    )
+
+
+def _expressions(part: Any) -> Iterator[str]:
+    """The regular expressions of a part of tokenizer.json."""
+    for name, value in part.items() if isinstance(part, dict) else enumerate(part if isinstance(part, list) else ()):
+        if name == "Regex":
+            yield value
+        yield from _expressions(value)
 
 
 def _decoder(value: Any) -> Iterator[_Token]:

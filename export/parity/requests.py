@@ -101,10 +101,11 @@ class _TheirText:
     @classmethod
     def load(cls, checkpoint: Path, splitting: str) -> "_TheirText":
         # Without a class transformers takes one by the kind of model, whose own normalizer and splitting take the place
-        # of those in tokenizer.json; what the file says counts then.
+        # of those in tokenizer.json; what the file says counts then, and where the class is code of the checkpoint.
         config = optional_json(checkpoint, "tokenizer_config.json")
         converted = not (checkpoint / "tokenizer.json").exists()
-        named = "tokenizer_class" in config and not converted
+        own_code = isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]
+        named = "tokenizer_class" in config and not converted and not own_code
         kind: Any = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
         names = {name: token for name, token in _TEKKEN.items() if converted and name not in config}
         try:

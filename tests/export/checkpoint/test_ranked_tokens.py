@@ -5,6 +5,7 @@ import random
 import sys
 import unicodedata
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,11 @@ def test_special_tokens_keep_their_ids_and_gaps_are_reserved(tmp_path: Path) -> 
     write_tiktoken(tmp_path, trained(), SPECIAL, NAMES | {"chat_template": "x"})
     found = tokenizer_files(tmp_path, KIMI)
     assert found is not None
-    assert (found.named, found.file) == (NAMES, "tiktoken.model")
+    assert (found.named, found.file, found.note) == (
+        NAMES,
+        "tiktoken.model",
+        "tokenizer.json is made of tiktoken.model",
+    )
     tokenizer = Tokenizer(found.text)
     reserved = {i: f"<|reserved_token_{i}|>" for i in range(BASE, BASE + 10)}
     assert tokenizer.added == {text: i for i, text in (reserved | SPECIAL).items()}
@@ -103,15 +108,21 @@ KIMI_SETS = (
 )
 
 
+@cache
+def known_characters() -> str:
+    return "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs"))
+
+
 @pytest.mark.parametrize("expression", KIMI_SETS)
 def test_sets_of_characters_mean_the_same_to_another_library(expression: str) -> None:
     """Of all characters that Python's tables know; newer ones are known to one library before the other."""
     assert expression in KIMI or expression == "(?i:s)"
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(expression), "removed")
     pattern = regex.compile(expression, regex.V1)
-    known = "".join(chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) not in ("Cn", "Cs"))
-    others = "".join(piece for piece, _ in split.pre_tokenize_str(known))
-    assert set(others) ^ set(pattern.sub("", known)) <= {"\u0295"}  # a letter of lower case, until Unicode 17
+    others = "".join(piece for piece, _ in split.pre_tokenize_str(known_characters()))
+    assert set(others) ^ set(pattern.sub("", known_characters())) <= {
+        "\u0295"
+    }  # a letter of lower case, until Unicode 17
 
 
 @pytest.mark.parametrize("left_out", [0, 30])
@@ -156,6 +167,24 @@ def test_a_tokenizer_json_goes_before_both(tmp_path: Path, tiny_checkpoint: Path
     found = tokenizer_files(tmp_path)
     assert found is not None
     assert (found.text, found.file) == ((tmp_path / "tokenizer.json").read_text(), "tokenizer.json")
+
+
+def test_a_tokenizer_json_that_splits_otherwise_than_tekken_is_a_note(tmp_path: Path) -> None:
+    """As in Mistral-Small-3.1, of which transformers warns."""
+    content = tekken(trained(), MISTRAL, 12)
+    write_tekken(tmp_path, content)
+    made = tokenizer_files(tmp_path)
+    assert made is not None
+    (tmp_path / "tokenizer.json").write_text(made.text)
+    same = tokenizer_files(tmp_path)
+    assert same is not None
+    assert (same.text, same.note) == (made.text, "")
+    content["config"]["pattern"] = KIMI
+    write_tekken(tmp_path, content)
+    other = tokenizer_files(tmp_path)
+    assert other is not None
+    assert other.text == made.text
+    assert other.note.startswith("tokenizer.json does not split texts by the expression of tekken.json: some get other")
 
 
 def refused(folder: Path, told: str) -> None:
