@@ -33,6 +33,8 @@ class Aria(Wrapper):
 
     def translate(self, fields: Fields) -> ModelConfig:
         text, decoder = self.decoder(fields)
+        for part, key in ((fields, "ignore_index"), (text, "moe_z_loss_coeff"), (text, "moe_aux_loss_coeff")):
+            part.get(key, None)  # of training, as its first releases wrote them
         return ModelConfig(
             model_type="aria",
             decoder=decoder,

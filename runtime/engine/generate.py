@@ -32,7 +32,7 @@ from moevlm.runtime.engine.visual import VisualFeatures
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
-from moevlm.runtime.request.prompt import SMALLER_IMAGES, Prompt, PromptBuilder
+from moevlm.runtime.request.prompt import Prompt, PromptBuilder, smaller_images
 from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -213,7 +213,7 @@ class Runtime:
             self._encoder.check(prompt.images)
         room = self.context - len(prompt.ids)
         if room < 1:
-            smaller = f" ({SMALLER_IMAGES})" if prompt.image_tokens else ""
+            smaller = smaller_images(self.model) if prompt.image_tokens else ""
             raise RequestError(
                 f"the prompt has {len(prompt.ids)} tokens and leaves no room in the {self._whose} context of "
                 f"{self.context}{' (a larger cache_memory holds more)' if self._whose == CACHE else smaller}"

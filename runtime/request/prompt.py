@@ -40,6 +40,11 @@ MAX_SIDE = 1 << 20  # patches; products of two such fit into int64
 SMALLER_IMAGES = "max_image_tokens makes images smaller"
 
 
+def smaller_images(model: ModelMetadata) -> str:
+    """What follows an error about too many tokens of images: a remedy, where there is one."""
+    return "" if model.tower.queries else f" ({SMALLER_IMAGES})"
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One sequence before generation.
@@ -151,7 +156,7 @@ class PromptBuilder:
             if total > self._model.context:
                 raise RequestError(
                     f"the first {len(planned)} of the prompt's {len(given)} {kinds} have {total} tokens, "
-                    f"the model's context {self._model.context} ({SMALLER_IMAGES})"
+                    f"the model's context {self._model.context}{smaller_images(self._model)}"
                 )
         return planned
 
@@ -265,7 +270,7 @@ def _check_grids(grids: Sequence[Grid], model: ModelMetadata) -> None:
 
 def _require_room(tokens: int, model: ModelMetadata, images: bool = False) -> None:
     if tokens > model.context:
-        remedy = f" ({SMALLER_IMAGES})" if images else ""
+        remedy = smaller_images(model) if images else ""
         raise RequestError(f"the prompt has {tokens} tokens, the model's context {model.context}{remedy}")
 
 

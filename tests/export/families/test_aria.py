@@ -17,7 +17,7 @@ from moevlm.export.families import family_for
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.errors import CheckpointError, RequestError, UnsupportedModelError
+from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
@@ -148,17 +148,17 @@ def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> N
 
 
 def test_config_of_aria_is_understood() -> None:
-    """Its sizes; fields that it leaves out have transformers' defaults."""
+    """Its sizes, with fields of training; fields that it leaves out have transformers' defaults."""
     text = {
         **{"model_type": "aria_text", "hidden_size": 2560, "intermediate_size": 1664, "num_hidden_layers": 28},
         **{"num_attention_heads": 20, "moe_num_experts": 64, "moe_topk": 6, "vocab_size": 100352},
-        **{"max_position_embeddings": 65536, "rope_theta": 5000000},
+        **{"max_position_embeddings": 65536, "rope_theta": 5000000, "moe_z_loss_coeff": 1e-5},
     }
     vision = {
         **{"model_type": "idefics3_vision", "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304},
         **{"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14},
     }
-    values = {"model_type": "aria", "text_config": text, "vision_config": vision}
+    values = {"model_type": "aria", "text_config": text, "vision_config": vision, "ignore_index": -100}
     config = family_for(values).config(values)
     assert {(moe.experts, moe.router.top_k, moe.width, moe.shared_width) for moe in config.moe.values()} == {
         (64, 6, 1664, 3328)
@@ -185,6 +185,33 @@ def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) 
     assert not [check.note for check in report.checks if check.step == "requests" and check.note]
 
 
+def test_costs_count_the_towers_blocks_by_the_patch_and_its_queries_by_the_image(bundle: tuple[Bundle, Path]) -> None:
+    cost, hidden, out = bundle[0].manifest.engines["reference"].cost, 32, 32
+    assert cost is not None
+    block, of_patches = 4 * hidden**2 + 2 * hidden * 40, 4 * hidden**2  # both of keys, both of values
+    assert cost.patch_macs == 3 * 140**2 * hidden + 2 * block + of_patches + 2 * QUERIES * hidden
+    assert cost.image_macs == QUERIES * (2 * hidden**2 + 2 * hidden**2 + hidden * out + out**2)
+    assert cost.patch_pair_macs == 2 * 2 * hidden
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("queries", 0, "1 to 65536"),
+        ("queries", 1 << 17, "1 to 65536"),
+        ("merge_size", 2, "1 to 1"),
+        ("position_grid", 0, "1 to 16384"),
+        ("rope_theta", 1e4, "0 to 0"),
+    ],
+)
+def test_a_manifest_with_another_tower_is_refused_by_name(
+    field: str, value: Any, allowed: str, bundle: tuple[Bundle, Path], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle[0].directory, tmp_path / "copy"))
+    edit_manifest(copy, lambda manifest: manifest["model"]["vision"].update({field: value}))
+    refused(BundleError, f"model.vision.{field} = {value}", allowed, act=lambda: Bundle.open(copy))
+
+
 def picture(width: int, height: int) -> dict[str, Any]:
     pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
     return {"type": "image", "image": Image.fromarray(pixels)}
@@ -200,6 +227,11 @@ def test_every_image_has_as_many_tokens_alone_and_beside_others(bundle: tuple[Bu
         assert runtime.prompt(messages, max_image_tokens=QUERIES).image_tokens == 2 * QUERIES
         with pytest.raises(RequestError, match=r"^unsupported value max_image_tokens = 5 \(allowed: 6, which every "):
             runtime.prompt(messages, max_image_tokens=QUERIES - 1)
+        many = [{"role": "user", "content": [small] * 90}]
+        with pytest.raises(
+            RequestError, match=r"86 of the prompt's 90 images have 516 tokens, the model's context 512$"
+        ):
+            runtime.prompt(many)
         params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
         (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
         found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]

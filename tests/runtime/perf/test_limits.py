@@ -60,6 +60,11 @@ def engine(kv_cache: str = "float32") -> EngineMetadata:
     return EngineMetadata(vision="v", decoder="d", dtype="int4", group_size=32, states=states)
 
 
+def test_images_are_multiplied_by_their_patches_by_pairs_of_these_and_each_alone() -> None:
+    work = vision_work(msgspec.structs.replace(COST, image_macs=5), [10, 20])
+    assert (work.bytes, work.weight_macs, work.attention_macs) == (700, 30 * 40 + 2 * 5, (100 + 400) * 6)
+
+
 def test_decoding_reads_the_weights_of_the_chosen_experts_and_the_cache() -> None:
     work = decode_work(MODEL, engine(), COST, context=100)
     cached = 2 * 2 * 2 * 16 * 4 * 100  # keys and values, layers, heads of the cache, values, bytes, tokens
