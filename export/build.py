@@ -26,8 +26,9 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked, require_new
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BuildError, FieldError
-from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, Manifest, ModelMetadata
+from moevlm.runtime.core.manifest import SCHEMA, Manifest, ModelMetadata
 from moevlm.runtime.core.printable import recoded_text
 from moevlm.runtime.core.progress import Stages, silent
 

@@ -15,8 +15,9 @@ from moevlm.export.checkpoint.files import read_json
 from moevlm.export.checkpoint.quantized.methods import settings_of
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.model import CanonicalModel
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BuildError, CheckpointError
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.progress import Stages, silent
 
 

@@ -272,8 +272,11 @@ def test_imports_are_those_of_the_table(part: str) -> None:
 
 
 def test_no_code_but_a_backend_s_own_asks_which_backend_an_engine_has() -> None:
-    """Metadata of TensorRT are read in its folders, in the manifest's own module, and where inspect shows them all."""
-    own = ("runtime/backends/tensorrt/", "export/backends/tensorrt/", "runtime/core/manifest")
+    """Metadata of TensorRT are read in its folders, in the manifest's own modules, and where inspect shows them all."""
+    own = (
+        *("runtime/backends/tensorrt/", "export/backends/tensorrt/"),
+        *("runtime/core/engine_metadata", "runtime/core/manifest"),
+    )
     found = {
         path.relative_to(ROOT).as_posix()
         for path in sources(*PARTS)

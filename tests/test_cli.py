@@ -451,7 +451,7 @@ def test_parity_exits_with_1_and_names_the_engine_that_differs(
 def test_build_prints_progress_and_nothing_of_the_libraries(tiny_checkpoint: Path, tmp_path: Path) -> None:
     result = spawn("build", tiny_checkpoint, "-o", tmp_path / "b.moevlm", "--target", "ort-cpu")
     assert (result.status, len(result.out.splitlines())) == (0, 2)
-    assert all(re.match("(tracing|writing|hashing) ", line) for line in result.err.splitlines()), result.err
+    assert all(re.match("(reading|tracing|writing|hashing) ", line) for line in result.err.splitlines()), result.err
 
 
 def test_warnings_are_silent_unless_asked_for(

@@ -13,7 +13,7 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.graph.weights import Weight
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.progress import Stages
 
 GRAPHS = ("vision", "decoder")

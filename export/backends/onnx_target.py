@@ -19,7 +19,7 @@ from moevlm.export.graph.weights import Weight
 from moevlm.export.passes.base import Pass, run
 from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
 from moevlm.export.writing.model_file import data_bytes, plan
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
 
 # Neither is what decoding waits for, so they get the bits that cost no accuracy.
 EMBEDDING = IntFormat(8, 32)

@@ -15,8 +15,9 @@ from moevlm.runtime.cli.command_line import require
 from moevlm.runtime.cli.console import console, progress_bar
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.gpus import gpu_text
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.printable import bytes_text, in_shell
 from moevlm.runtime.perf.memory import memory_report
 

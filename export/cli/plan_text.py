@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from moevlm.runtime.cli.console import table
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.printable import bytes_text, in_shell, recoded_text
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.perf.limits import cache_bytes_per_token, decode_work

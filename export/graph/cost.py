@@ -12,7 +12,7 @@ from moevlm.export.graph.moe_functions import EXPERTS
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.modules.layers import IMAGES
 from moevlm.export.modules.vision.base import PER_PATCH
-from moevlm.runtime.core.manifest import CostMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata
 from moevlm.runtime.core.towers import VisionMetadata
 
 _LOOKUPS = ("Gather", "GatherBlockQuantized")  # of these, a row is read

@@ -12,7 +12,7 @@ from moevlm.export.modules.gated_delta import GatedDelta
 from moevlm.export.modules.layers import ImageExperts, MoE
 from moevlm.export.modules.vision import vision_tower
 from moevlm.export.modules.vision.base import PER_PATCH, TABLES
-from moevlm.runtime.core.manifest import CostMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata
 
 
 def planned_cost(

@@ -27,7 +27,7 @@ from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.parity.recorded_engine import RecordedSequence
 from moevlm.export.parity.torch_engine import Images, zeros
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.visual import HostFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs

@@ -17,7 +17,7 @@ from moevlm.export.parity.report import Check, Cost
 from moevlm.export.parity.stored_weights import stored_weights
 from moevlm.export.parity.tolerances import CHUNK_TOKENS, EXACT, QUANTIZED, QuantizedTolerance
 from moevlm.plugins.ops.router import choice_scores, route
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.visual import HostFeatures
 

@@ -18,7 +18,8 @@ from moevlm.export.parity.checks import Expected
 from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.visual import HostFeatures
 

@@ -19,7 +19,7 @@ from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.modules.layers import ExactLinear
 from moevlm.export.modules.mla import LatentAttention
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 
 
 def stored_weights(model: CanonicalModel, engine: EngineMetadata) -> tuple[Mapping[str, Weight], Mapping[str, Weight]]:

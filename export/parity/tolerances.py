@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 
 
 @dataclass(frozen=True)

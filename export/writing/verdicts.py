@@ -8,8 +8,9 @@ import msgspec
 from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.destination import locked
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import EngineMetadata, FileMetadata
+from moevlm.runtime.core.manifest import FileMetadata
 
 
 def reserve(bundle: Bundle) -> None:

@@ -12,9 +12,10 @@ import msgspec
 
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import Misfit
 from moevlm.runtime.core.experts_in import DEVICE
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from moevlm.runtime.backends.base import Backend
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 
 # By `EngineMetadata.backend`: module and class.
 BACKENDS = {

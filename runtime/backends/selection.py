@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle, preferred
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BundleError, Misfit
-from moevlm.runtime.core.manifest import EngineMetadata
 from moevlm.runtime.core.printable import in_shell
 
 

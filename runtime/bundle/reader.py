@@ -12,9 +12,10 @@ import msgspec
 
 from moevlm.runtime.bundle.file_hashes import check_files, read_checked
 from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BundleError, shown
 from moevlm.runtime.core.gpus import sm_of
-from moevlm.runtime.core.manifest import SCHEMA, EngineMetadata, FileMetadata, Manifest, digest_of
+from moevlm.runtime.core.manifest import SCHEMA, FileMetadata, Manifest, digest_of
 from moevlm.runtime.core.manifest_limits import check_metadata
 from moevlm.runtime.core.printable import in_shell
 from moevlm.runtime.core.progress import Progress

@@ -7,7 +7,8 @@ import msgspec
 from moevlm.runtime.backends.base import KernelsReport
 from moevlm.runtime.backends.registry import Backends
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.reports import Report
 from moevlm.runtime.core.states import row_bytes
 from moevlm.runtime.perf.limits import cache_bytes_per_token
@@ -16,7 +17,7 @@ from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `manifest.EngineMetadata`.
+    """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `engine_metadata.EngineMetadata`.
 
     cache_bytes_per_token: of one sequence, all layers. state_bytes: of its recurrent states. problems: what its plans
     say that the manifest does not, a line each. kernels: None if the bundle does not say. memory: of an engine on a

@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
 from moevlm.runtime.core.errors import BundleError, shown
-from moevlm.runtime.core.manifest import LayerMetadata, Manifest, RopeMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, Manifest, RopeMetadata
 from moevlm.runtime.core.states import STATE_DTYPES, PagedKV, StateSpec
 
 _SIZE = (1, 1 << 20)

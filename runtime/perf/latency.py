@@ -9,8 +9,9 @@ from time import perf_counter
 import numpy as np
 from PIL import Image
 
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import RequestError
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.perf.latency_report import LatencyReport, Limit, Seconds
 from moevlm.runtime.perf.limits import decode_work, limit, prefill_work, vision_work

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, LayerMetadata, ModelMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata
 from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.perf.latency_report import Limit
 from moevlm.runtime.perf.machine import GpuMachine, Machine

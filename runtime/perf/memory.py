@@ -11,8 +11,9 @@ import msgspec
 
 from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
 from moevlm.runtime.backends.tensorrt.needs import Needs, needs_of
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.states import page_bytes, row_bytes
 from moevlm.runtime.engine.pool_size import SEQUENCES, rows_of, rows_within
 from moevlm.runtime.perf.limits import decode_work, experts_read

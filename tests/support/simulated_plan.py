@@ -11,7 +11,8 @@ from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt.engine_target import TensorRTTarget
 from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.product import RTX
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 from moevlm.runtime.core.states import PAGE_SIZE, StateSpec
 from moevlm.runtime.engine.protocol import check_step

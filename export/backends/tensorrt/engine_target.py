@@ -53,8 +53,8 @@ from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.gated_delta import HEAD_DIMS
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.errors import BuildError, FieldError
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.core.states import PAGE_SIZE
 

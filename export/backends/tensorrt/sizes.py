@@ -9,7 +9,7 @@ from moevlm.export.graph.planned_cost import planned_cost
 from moevlm.export.graph.weights import Weight
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
-from moevlm.runtime.core.manifest import CostMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata
 
 _FLOAT32 = 4
 _CHUNK = 32  # tokens of a chunk of the delta rule, at most: see `plugins.gpu.tiles`

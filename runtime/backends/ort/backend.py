@@ -12,9 +12,10 @@ from moevlm.runtime.backends.ort.library import onnxruntime
 from moevlm.runtime.backends.ort.limits import limits_of
 from moevlm.runtime.bundle.graph_file import GraphFile
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import EngineError, Misfit, RequestError, shown
 from moevlm.runtime.core.experts_in import DEVICE
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits

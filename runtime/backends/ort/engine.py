@@ -16,8 +16,9 @@ from moevlm.runtime.backends.ort.limits import limits_of
 from moevlm.runtime.backends.ort.pools import Pool, SequencePages, SharedPages
 from moevlm.runtime.backends.ort.session import Session
 from moevlm.runtime.bundle.graph_file import GraphFile
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, output_name
 from moevlm.runtime.engine.cancellation import Cancellation

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS, CANDIDATES
 from moevlm.runtime.core.states import PagedKV, Recurrent, StateSpec, output_name
 

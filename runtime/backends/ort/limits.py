@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.step import EngineLimits
 
 _ANY = 1 << 20  # tokens or logits of a step: the graph has no limit of its own

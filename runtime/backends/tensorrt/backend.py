@@ -12,10 +12,11 @@ from moevlm.runtime.backends.tensorrt.library import find_module
 from moevlm.runtime.backends.tensorrt.limits import limits_of
 from moevlm.runtime.backends.tensorrt.plan_check import plan_problems
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.errors import EngineError, Misfit, RequestError
 from moevlm.runtime.core.experts_in import host_layers
 from moevlm.runtime.core.gpus import gpu_text, sms_text
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.printable import bytes_text
 from moevlm.runtime.core.progress import Stages, silent
 from moevlm.runtime.engine.protocol import Engine

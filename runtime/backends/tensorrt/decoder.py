@@ -17,7 +17,8 @@ from moevlm.runtime.backends.tensorrt.expert_memory import ExpertMemory, expert_
 from moevlm.runtime.backends.tensorrt.page_tables import PageTables
 from moevlm.runtime.backends.tensorrt.state_memory import Bindings, StateMemory, page_shapes, row_shapes
 from moevlm.runtime.bundle.verified_file import MappedFile
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 from moevlm.runtime.core.progress import Progress
 from moevlm.runtime.core.states import Recurrent, StateSpec

@@ -5,8 +5,9 @@ from __future__ import annotations
 from moevlm.runtime.backends.tensorrt.device_engine import DeviceEngine
 from moevlm.runtime.backends.tensorrt.state_memory import Shapes
 from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.names import CANDIDATE_OUTPUTS
 
 ANY, DECODE = 0, 1  # profiles: of any step, and of one token of each sequence

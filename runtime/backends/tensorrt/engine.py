@@ -21,9 +21,10 @@ from moevlm.runtime.backends.tensorrt.limits import limits_of
 from moevlm.runtime.backends.tensorrt.memory_budget import cache_memory
 from moevlm.runtime.backends.tensorrt.vision import VisionTower
 from moevlm.runtime.bundle.verified_file import MappedFile
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.gpus import sms_text
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.progress import Progress, silent
 from moevlm.runtime.core.states import row_bytes
 from moevlm.runtime.engine.cancellation import Cancellation

@@ -8,8 +8,8 @@ import msgspec
 
 from moevlm.runtime.backends.base import KernelsReport
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import EngineMetadata
 
 KERNELS = "kernels.json"
 

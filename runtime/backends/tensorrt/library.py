@@ -8,9 +8,9 @@ from collections import deque
 from typing import Any
 
 from moevlm.runtime.backends.tensorrt.plugin_library import checked_plugin_path
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
 from moevlm.runtime.core.errors import EngineError, Misfit
 from moevlm.runtime.core.installation import install_command
-from moevlm.runtime.core.manifest import TensorRTMetadata
 from moevlm.runtime.core.names import PLUGINS
 
 # By product.

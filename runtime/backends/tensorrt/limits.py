@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moevlm.runtime.core.manifest import EngineMetadata, ModelMetadata, TensorRTMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.step import EngineLimits
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from moevlm.runtime.backends.tensorrt.cuda import Device
 from moevlm.runtime.core import defaults
+from moevlm.runtime.core.engine_metadata import TensorRTMetadata
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import TensorRTMetadata
 from moevlm.runtime.core.states import StateSpec, page_bytes, row_bytes
 
 # For features of images that are kept, and for what the driver takes later: recordings, kernels that are loaded when

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moevlm.runtime.core.manifest import EngineMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 
 
 @dataclass(frozen=True)

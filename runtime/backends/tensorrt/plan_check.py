@@ -5,9 +5,9 @@ from __future__ import annotations
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.bundle.verified_file import BundleFile
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.errors import BundleError
 from moevlm.runtime.core.gpus import sms_text
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 
 
 def plan_problems(bundle: Bundle, engine: EngineMetadata, built: TensorRTMetadata) -> list[str]:

@@ -28,7 +28,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from tests.support.command_line import call
 from tests.support.published import FORMATS, floats, projections
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moevlm.export.build import build
-from moevlm.runtime.core.manifest import CostMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata
 
 HIDDEN, EXPERTS, WIDTH, VOCABULARY = 64, 8, 32, 96
 QKV, OUT = HIDDEN * (4 + 2 + 2) * 16, 4 * 16 * HIDDEN

@@ -26,14 +26,9 @@ from moevlm.export.writing.bundle_writer import BundleWriter
 from moevlm.export.writing.model_file import INLINE_BYTES, PAGE
 from moevlm.export.writing.streamed_file import StreamedFile
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BuildError, CheckpointError, ExportError
-from moevlm.runtime.core.manifest import (
-    EngineMetadata,
-    LayerMetadata,
-    Manifest,
-    ModelMetadata,
-    RopeMetadata,
-)
+from moevlm.runtime.core.manifest import LayerMetadata, Manifest, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.towers import GridTower
 
 RNG = np.random.default_rng(11)

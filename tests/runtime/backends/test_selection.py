@@ -15,10 +15,10 @@ import pytest
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.backends.tensorrt.library import find_module
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.errors import BundleError, EngineError
 from moevlm.runtime.core.gpus import gpu_text
 from moevlm.runtime.core.installation import install_command
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from tests.support.fakes.gpu import FakeGpu, fake_gpu
 
 RTX = TensorRTMetadata(

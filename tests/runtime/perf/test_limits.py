@@ -5,14 +5,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.manifest import (
-    CostMetadata,
-    EngineMetadata,
-    LayerMetadata,
-    ModelMetadata,
-    RopeMetadata,
-)
+from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.perf.latency import measure, random_prompt

@@ -6,8 +6,8 @@ import msgspec
 import pytest
 
 from moevlm.runtime.cli.memory_text import memory_text
+from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
-from moevlm.runtime.core.manifest import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from moevlm.runtime.perf.memory import CONTEXT, DRIVER_BYTES, LEAST_TOKENS, GpuFit, memory_report
 from tests.runtime.perf.test_limits import COST, MODEL

@@ -17,8 +17,8 @@ from moevlm.export.dry_run import dry_run
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.stored_reference import Storage, stored_model
+from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.errors import BuildError
-from moevlm.runtime.core.manifest import EngineMetadata
 from tests.support.command_line import call
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint

@@ -21,7 +21,8 @@ from moevlm.export.families import family_for
 from moevlm.export.graph.cost import cost
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.cli.memory_text import memory_text
-from moevlm.runtime.core.manifest import CostMetadata, EngineMetadata, ModelMetadata
+from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
+from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.perf.memory import DRIVER_BYTES, MemoryReport, memory_report
 from tests.support.hybrid import save
 
