@@ -40,7 +40,5 @@ class Aria(Wrapper):
             decoder=decoder,
             vision=aria_tower(fields.sub("vision_config"), fields, decoder.hidden),
             image_token_id=fields.aliased("image_token_index", "image_token_id", 9),
-            eos_token_ids=fields.ids(
-                "eos_token_id", text.ids("eos_token_id", () if text.is_null("eos_token_id") else (2,))
-            ),
+            eos_token_ids=shared.eos_ids(fields, text, self.text.eos),
         )

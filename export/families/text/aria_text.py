@@ -24,6 +24,7 @@ class AriaText(TextModel):
 
     mixer = "GQA"
     routing = "softmax, renormalised; shared experts"
+    eos = (2,)
     router_suffix = "mlp.router"
     config_names: ClassVar = {
         "experts": "moe_num_experts",
@@ -33,11 +34,11 @@ class AriaText(TextModel):
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         rope, bias = one_axis(text, shared.head_dim(text)), text.flag("attention_bias", False)
-        heads, width = text.positive("num_attention_heads", 32), text.positive("intermediate_size", 4096)
+        heads, width = text.positive("num_attention_heads"), text.positive("intermediate_size", 4096)
         text.choice("mlp_bias", (False,), False)
         attention = GQAConfig(
             heads=heads,
-            kv_heads=text.positive("num_key_value_heads", heads),
+            kv_heads=text.positive("num_key_value_heads", heads, heads),
             head_dim=shared.head_dim(text),
             rotary_dim=rope.dim,
             qk_norm=False,
