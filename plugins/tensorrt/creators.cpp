@@ -11,8 +11,8 @@ namespace moevlm::tensorrt {
 namespace {
 
 // The same as PLUGINS of runtime/core/names.py.
-constexpr const char* kOps[] = {"MoERouter",        "MoEExperts", "PagedAttention",
-                                "SegmentAttention", "GatedDelta", "Candidates"};
+constexpr const char* kOps[] = {"MoERouter",      "MoEExperts", "PagedAttention", "SegmentAttention",
+                                "CrossAttention", "GatedDelta", "Candidates"};
 
 std::string_view program_field(const abi::Fields& fields) {
   for (int32_t i = 0; i < fields.count; ++i) {

@@ -225,6 +225,7 @@ from bench.gpu.cases.experts import ExpertsCall
 from bench.gpu.cases.gated_delta import LengthsCall
 from bench.gpu.cases.paged_attention import SequencesCall
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
+from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
@@ -237,6 +238,7 @@ calls = {
     ],
     RouterOp(RouterSpec(top_k=2), 6): [1, 5],
     SegmentAttentionOp(1, 20, "float16"): [(4,), (9, 0, 7)],
+    CrossAttentionOp(3, 1, 20, "float16"): [(4,), (9, 1, 7)],
     PagedAttentionOp(AttentionSpec(2, 1, 16), 16, 16, "float16", "int8", has_norms=True): [
         SequencesCall(((70, 1),)), SequencesCall(((3, 5), (0, 1)))
     ],
@@ -272,6 +274,7 @@ def test_checker_passes_the_kernels_and_finds_wrong_ones() -> None:
         "MoEExperts": "1 tokens: off by inf",
         "MoERouter": "token 0 of 1 chooses",
         "SegmentAttention": "(4,): off by inf",
+        "CrossAttention": "(4,): off by inf",
         "PagedAttention": "1 sequences: 70+1: off by inf",
         "GatedDelta": "2 sequences: 1, 1: off by inf",
         "Candidates": "ids of row 0 at 0: ",

@@ -15,7 +15,7 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.sizes import sizes_of
-from moevlm.plugins.ops.attention import attention, segment_attention
+from moevlm.plugins.ops.attention import attention, cross_attention, segment_attention
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.experts import experts
 from moevlm.plugins.ops.gated_delta import gated_delta
@@ -158,6 +158,12 @@ class SegmentAttention(_Plugin):
         return (segment_attention(q, k, v, heads=op.heads, **tables | inputs),)
 
 
+class CrossAttention(_Plugin):
+    def computed(self, op: Any, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+        k, v = np.split(inputs["kv"], 2, axis=1)
+        return (cross_attention(inputs["q"], k, v, inputs["image_start"], op.heads),)
+
+
 class GatedDelta(_Plugin):
     """Writes into the arrays of the states that it is given, but into row 0."""
 
@@ -199,4 +205,4 @@ class TRT_MoE(OpRun):
         return (y.astype(x.dtype),)
 
 
-NODES = (MoERouter, MoEExperts, PagedAttention, SegmentAttention, GatedDelta, Candidates, TRT_MoE)
+NODES = (MoERouter, MoEExperts, PagedAttention, SegmentAttention, CrossAttention, GatedDelta, Candidates, TRT_MoE)

@@ -18,8 +18,8 @@ from moevlm.export.backends.onnx_target import OnnxTarget
 from moevlm.export.backends.registry import known_targets
 from moevlm.export.backends.tensorrt import worker
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
-from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
-from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
+from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginCrossAttention, PluginSegmentAttention
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.backends.tensorrt.plan_builder import Job
 from moevlm.export.backends.tensorrt.profiles import vision_profiles
@@ -33,7 +33,7 @@ from moevlm.export.graph.trace import trace_vision
 from moevlm.export.graph.weights import Constant, Weight
 from moevlm.export.model import load
 from moevlm.export.modules.vision import vision_tower
-from moevlm.export.passes.base import run
+from moevlm.export.passes.base import Pass, run
 from moevlm.plugins.gpu.compiler import compile_program
 from moevlm.runtime.backends.libraries import operators_path, plugin_path
 from moevlm.runtime.core.towers import Grid, TileTower, VisionMetadata
@@ -189,16 +189,14 @@ def lowered(graph: ir.Model, target: str) -> ir.Model:
 
 def as_on_gpus(graph: ir.Model, dtype: str, inputs: VisionInputs) -> np.ndarray:
     """Visual tokens [V, H] of the graph that TensorRT gets, evaluated by its operators' references."""
-    run((*([] if dtype == "float32" else [Typed(dtype)]), PluginSegmentAttention(dtype, named)), graph)
+    run((*([] if dtype == "float32" else [Typed(dtype)]), *_plugins(dtype, named)), graph)
     assert not graph.functions
     return evaluate(graph, inputs.arrays)["visual_embeds"]
 
 
 def assert_builds_a_plan(graph: ir.Model, vision: VisionMetadata, depth: int, folder: Path) -> None:
-    """TensorRT-RTX builds an engine of the graph, with an attention of the plugin in each of its blocks."""
-    run(
-        (Typed("bfloat16"), PluginSegmentAttention("bfloat16", lambda op: compile_program(op, (89,)).to_bytes())), graph
-    )
+    """TensorRT-RTX builds an engine of the graph: a plugin in each of its blocks, and one for a resampler's queries."""
+    run((Typed("bfloat16"), *_plugins("bfloat16", lambda op: compile_program(op, (89,)).to_bytes())), graph)
     write_onnx(graph, folder / "vision.onnx")
     job = Job(
         product="tensorrt_rtx",
@@ -210,8 +208,12 @@ def assert_builds_a_plan(graph: ir.Model, vision: VisionMetadata, depth: int, fo
         plugins=str(plugin_path()),
         plugin_layers=sum(node.domain == DOMAIN for node in graph.graph),
     )
-    assert job.plugin_layers == depth
+    assert job.plugin_layers == depth + bool(vision.queries)
     assert worker.run(job, lambda *_: None).file.size == (folder / "vision.plan").stat().st_size
+
+
+def _plugins(dtype: str, programs: Programs) -> tuple[Pass, ...]:
+    return PluginSegmentAttention(dtype, programs), PluginCrossAttention(dtype, programs)
 
 
 def tiles_of(inputs: VisionInputs, vision: TileTower) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bench.gpu.cases.base import Cases
 from bench.gpu.cases.candidates import CandidatesCases
+from bench.gpu.cases.cross_attention import CrossAttentionCases
 from bench.gpu.cases.experts import ExpertsCases
 from bench.gpu.cases.gated_delta import GatedDeltaCases
 from bench.gpu.cases.paged_attention import PagedAttentionCases
@@ -15,6 +16,7 @@ CASES: tuple[Cases, ...] = (
     PagedAttentionCases(),
     GatedDeltaCases(),
     SegmentAttentionCases(),
+    CrossAttentionCases(),
     CandidatesCases(),
     ExpertsCases(),
     RouterCases(),

@@ -20,7 +20,11 @@ from moevlm.export.backends.tensorrt.options import Options
 from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
 from moevlm.export.backends.tensorrt.passes.pack_delta import PackDelta
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
-from moevlm.export.backends.tensorrt.passes.plugin_attention import PluginPagedAttention, PluginSegmentAttention
+from moevlm.export.backends.tensorrt.passes.plugin_attention import (
+    PluginCrossAttention,
+    PluginPagedAttention,
+    PluginSegmentAttention,
+)
 from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
 from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
@@ -40,6 +44,7 @@ from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
 from moevlm.export.formats.stored import recoded, weight_errors, weights_of
 from moevlm.export.graph.cost import cost
+from moevlm.export.graph.cross_attention import CROSS_ATTENTION
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
@@ -209,11 +214,13 @@ class TensorRTTarget:
         pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
         native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
         typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        first = (*pruned, PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION), PackDelta(), LowerHeadLinear(), typed)
+        packed = PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION, CROSS_ATTENTION)
+        first = (*pruned, packed, PackDelta(), LowerHeadLinear(), typed)
         attention = PluginPagedAttention(o.activations, o.cache, programs)
         moe = (*native, PluginMoE(o.activations, o.weights, o.group, programs))
         if "vision" in graphs:
-            run((*first, PluginSegmentAttention(o.activations, programs)), graphs["vision"])
+            images = (plugin(o.activations, programs) for plugin in (PluginSegmentAttention, PluginCrossAttention))
+            run((*first, *images), graphs["vision"])
         delta = PluginGatedDelta(o.activations, programs)
         run((*first, RowSums(), attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
         return graphs

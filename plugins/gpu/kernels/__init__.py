@@ -4,6 +4,7 @@ Two constants are other ones where Triton's interpreter launches: INTERPRETED is
 bfloat16, so everything is float32 there between a load and a store; OVERLAPS is false, as launches never overlap.
 """
 
+from moevlm.plugins.gpu.kernels.attention.cross import cross_attention
 from moevlm.plugins.gpu.kernels.attention.decode import decode
 from moevlm.plugins.gpu.kernels.attention.merge import merge
 from moevlm.plugins.gpu.kernels.attention.prefill import prefill
@@ -26,6 +27,7 @@ __all__ = [
     "combine",
     "convolve",
     "count_rows",
+    "cross_attention",
     "decode",
     "delta_chunks",
     "delta_recurrent",

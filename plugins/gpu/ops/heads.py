@@ -2,6 +2,11 @@
 
 from dataclasses import dataclass
 
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
+from moevlm.runtime.core.errors import FieldError
+
+HEAD_DIMS = range(4, 257, 2)  # of attention among patches
+
 
 @dataclass(frozen=True)
 class Heads:
@@ -27,3 +32,13 @@ def parts(dim: int) -> tuple[int, int]:
         return wide, 0
     narrow = max(16, 1 << (dim - wide - 1).bit_length())
     return (2 * wide, 0) if narrow == wide else (wide, narrow)
+
+
+def require_heads(heads: int, head_dim: int, dtype: str) -> None:
+    """Raise FieldError for heads that attention to patches does not take."""
+    if dtype not in ACTIVATION_DTYPES:
+        raise FieldError("dtype", dtype, ", ".join(map(repr, ACTIVATION_DTYPES)))
+    if heads < 1:
+        raise FieldError("heads", heads, "1 or more")
+    if head_dim not in HEAD_DIMS:
+        raise FieldError("head_dim", head_dim, f"an even number from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")

@@ -4,15 +4,12 @@ from dataclasses import dataclass
 from math import e, log2
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft, KernelSpec
-from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
-from moevlm.plugins.gpu.ops.heads import Heads, parts
+from moevlm.plugins.gpu.ops.heads import Heads, parts, require_heads
 from moevlm.plugins.gpu.program import TOKENS, Argument, Launch, Variant
 from moevlm.plugins.gpu.sizes import ONE, SYMBOLS, Count, Linear, N, T, Tensor, at_most, fixed, per_token
 from moevlm.plugins.gpu.tiles import segment_tile
 from moevlm.runtime.core.dtypes import DTYPES
-from moevlm.runtime.core.errors import FieldError
 
-HEAD_DIMS = range(4, 257, 2)
 ROTATE_STEP = 64  # patches that one program rotates
 _IMAGES = Argument("symbol", SYMBOLS.index("N"))
 _TURNED = Argument("workspace", 0)
@@ -35,12 +32,7 @@ class SegmentAttentionOp:
     name = "SegmentAttention"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ACTIVATION_DTYPES:
-            raise FieldError("dtype", self.dtype, ", ".join(map(repr, ACTIVATION_DTYPES)))
-        if self.heads < 1:
-            raise FieldError("heads", self.heads, "1 or more")
-        if self.head_dim not in HEAD_DIMS:
-            raise FieldError("head_dim", self.head_dim, f"an even number from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}")
+        require_heads(self.heads, self.head_dim, self.dtype)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

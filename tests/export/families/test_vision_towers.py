@@ -35,7 +35,6 @@ TOWERS: dict[str, type[TinyTower]] = {
     "mistral3": TinyPixtralTower,
 }
 FIRST = [(family, tower.PLANNED or next(iter(tower.CONFIGURATIONS))) for family, tower in TOWERS.items()]
-ON_GPUS = [pair for pair in FIRST if pair[0] != "aria"]  # no plugin of cross-attention
 CONFIGURATIONS = [(family, name) for family, tower in TOWERS.items() for name in tower.CONFIGURATIONS]
 
 families = pytest.mark.parametrize("family", TOWERS)
@@ -89,7 +88,7 @@ def test_an_image_of_one_size_has_the_same_bits_alone_on_a_cpu(family: str) -> N
     np.testing.assert_array_equal(in_onnxruntime(graph, inputs), np.concatenate(singles))
 
 
-@pytest.mark.parametrize(("family", "name"), ON_GPUS)
+@pytest.mark.parametrize(("family", "name"), FIRST)
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-5), ("float16", 0.01), ("bfloat16", 0.05)])
 def test_graphs_for_tensorrt_cost_their_rounding(family: str, name: str, dtype: str, limit: float) -> None:
     tower = TOWERS[family].of(name, seed=4)

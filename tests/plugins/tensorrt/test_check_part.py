@@ -14,6 +14,7 @@ from bench.gpu.cases.paged_attention import SequencesCall
 from bench.plugin_harness import PluginLibrary
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
+from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp
@@ -50,6 +51,7 @@ MIXTURES = [SequencesCall(((70, 1),)), SequencesCall(((3, 5), (0, 1)))]
         (ExpertsOp(ExpertsSpec(), 4, 2, 32, 24, "float16", "int8", 32), [ExpertsCall(1), ExpertsCall(600)]),
         (CandidatesOp(300), [1, 3]),
         (SegmentAttentionOp(1, 20, "float16"), [(4,), (9, 0, 7)]),
+        (CrossAttentionOp(3, 1, 20, "float16"), [(4,), (9, 1, 7)]),
         (ATTENTION, MIXTURES),
     ],
     ids=lambda value: getattr(value, "name", ""),

@@ -10,12 +10,13 @@ from bench.plugin_harness import Io, PluginLibrary
 from bench.variants import EXPERTS, MODELS, router_inputs
 from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
+from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.gpu.program import Program
-from moevlm.plugins.ops.attention import segment_attention
+from moevlm.plugins.ops.attention import cross_attention, segment_attention
 from moevlm.plugins.ops.candidates import candidates
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import AttentionSpec, ExpertsSpec
@@ -89,6 +90,18 @@ def test_segment_attention_agrees_with_the_spec(
     assert np.linalg.norm(y - want) <= 1e-5 * np.linalg.norm(want)
 
 
+def test_cross_attention_agrees_with_the_spec(
+    library: PluginLibrary, cuda: FakeCuda, triton_interpreter: Interpreter
+) -> None:
+    op, random = CrossAttentionOp(19, 2, 20, "float32"), np.random.default_rng(0)
+    starts = np.array([0, 33, 34, 57], np.int32)
+    q, kv = (random.standard_normal(shape).astype(np.float32) for shape in ((19, 40), (57, 80)))
+    inputs = {"q": q, "kv": kv, "image_start": starts}
+    y = execute(library, cuda, triton_interpreter, op, inputs, 80, {"T": 100, "N": 9})["y"]
+    want = cross_attention(q, *np.split(kv, 2, 1), starts, op.heads)
+    assert np.linalg.norm(y - want) <= 1e-5 * np.linalg.norm(want)
+
+
 @pytest.mark.parametrize("cache", ["", "int8"])
 @pytest.mark.parametrize("step", ["decode", "mixture"])
 def test_paged_attention_agrees_with_the_spec(
@@ -110,6 +123,7 @@ LAYERS: dict[str, KernelOp] = {
     "DeepSeek-V3": ExpertsOp(ExpertsSpec(), 256, 8, 7168, 2048, "float16", "int4"),
     "router": RouterOp(MODELS["deepseek_v3"], EXPERTS, True),
     "vision": SegmentAttentionOp(16, 72, "float16"),
+    "resampler": CrossAttentionOp(256, 16, 72, "float16"),
     "candidates": CandidatesOp(151936),
     "attention": PagedAttentionOp(AttentionSpec(32, 4, rotary_dim=128), 128, 128, "float16", has_norms=True),
     "MLA": PagedAttentionOp(MLA, 576, 512, "float16", "int8"),

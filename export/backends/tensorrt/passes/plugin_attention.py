@@ -1,4 +1,4 @@
-"""Attention as TensorRT plugins: over pages of keys and values, and among the patches of an image."""
+"""Attention as TensorRT plugins: over pages of keys and values, and of and to the patches of an image."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,13 @@ import onnx_ir as ir
 
 from moevlm.export.backends.tensorrt.passes.plugin import PluginPass, Programs, rounded, side_by_side
 from moevlm.export.graph.builder import width
+from moevlm.export.graph.cross_attention import CROSS_ATTENTION
 from moevlm.export.graph.op import is_op, node_spec
 from moevlm.export.graph.paged_attention import PAGED_ATTENTION, caches, inputs_of
 from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.passes.base import left
 from moevlm.plugins.gpu.ops.base import KernelOp
+from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.runtime.core.states import PAGE_SIZE, SCALE_BYTES
@@ -98,3 +100,27 @@ class PluginSegmentAttention(PluginPass):
         heads = node_spec(node).heads
         op = SegmentAttentionOp(heads, width(values[0]) // heads, self.dtype, rotates=len(values) == 6)
         return op, [side_by_side(graph, node, values[:3]), *values[3:]]
+
+
+class PluginCrossAttention(PluginPass):
+    """moevlm::CrossAttention -> a plugin on queries, and on rows of k and v side by side."""
+
+    def __init__(self, dtype: str, programs: Programs) -> None:
+        """dtype: of activations."""
+        super().__init__(programs)
+        self.dtype = dtype
+
+    def ensures(self, model: ir.Model) -> Iterator[str]:
+        """No moevlm::CrossAttention is left."""
+        yield from left(model, CROSS_ATTENTION, self.matches)
+
+    def matches(self, node: ir.Node) -> bool:
+        return is_op(node, CROSS_ATTENTION)
+
+    def described(self, graph: ir.Graph, node: ir.Node) -> tuple[KernelOp, list[ir.Value]]:
+        q, k, v, image_start = (value for value in node.inputs if value is not None)
+        heads, shape = node_spec(node).heads, q.shape
+        assert shape is not None
+        queries, wide = shape.numpy()
+        op = CrossAttentionOp(queries, heads, wide // heads, self.dtype)
+        return op, [q, side_by_side(graph, node, [k, v]), image_start]

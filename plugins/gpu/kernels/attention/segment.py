@@ -105,14 +105,15 @@ def store_block(
 def attend(
     query,  # [BM, H.first]
     query_rest,  # [BM, H.rest]
-    keys,  # one head's, of rows H.dim apart, from the block's first
-    values,  # one head's, of rows STRIDE apart
+    keys,  # one head's, of rows KEY_STRIDE apart, from the block's first
+    values,  # one head's, of rows VALUE_STRIDE apart
     rows,  # how many the block has, if SHORT
     top,  # [BM] float32
     total,  # [BM] float32
     acc,  # [BM, H.first] float32
     acc_rest,  # [BM, H.rest] float32
-    STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     H: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -121,21 +122,58 @@ def attend(
 ):
     """top, total, acc and acc_rest with BN keys more."""
     score = tl.zeros([BM, BN], tl.float32)
-    key = load_block(keys, rows, 0, H.first, H.dim, H, BN, SHORT)
+    key = load_block(keys, rows, 0, H.first, KEY_STRIDE, H, BN, SHORT)
     score = multiply(query, tl.trans(key), score, INTERPRETED)
     if H.rest > 0:
-        key = load_block(keys, rows, H.first, H.rest, H.dim, H, BN, SHORT)
+        key = load_block(keys, rows, H.first, H.rest, KEY_STRIDE, H, BN, SHORT)
         score = multiply(query_rest, tl.trans(key), score, INTERPRETED)
     if SHORT:
         score = tl.where((tl.arange(0, BN) < rows)[None, :], score, float("-inf"))
     power, top, total, shrink = include(score, top, total)
     power = power.to(values.dtype.element_ty)
-    value = load_block(values, rows, 0, H.first, STRIDE, H, BN, SHORT)
+    value = load_block(values, rows, 0, H.first, VALUE_STRIDE, H, BN, SHORT)
     acc = multiply(power, value, acc * shrink[:, None], INTERPRETED)
     if H.rest > 0:
-        value = load_block(values, rows, H.first, H.rest, STRIDE, H, BN, SHORT)
+        value = load_block(values, rows, H.first, H.rest, VALUE_STRIDE, H, BN, SHORT)
         acc_rest = multiply(power, value, acc_rest * shrink[:, None], INTERPRETED)
     return top, total, acc, acc_rest
+
+
+@triton.jit
+def attend_rows(
+    query,  # [BM, H.first], times the scores' scale in base 2
+    query_rest,  # [BM, H.rest]
+    keys,  # one head's, of rows KEY_STRIDE apart
+    values,  # one head's, of rows VALUE_STRIDE apart
+    start,
+    stop,
+    KEY_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    H: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """What the queries find in rows `start` to `stop`: [BM, H.first] and, if H.rest, [BM, H.rest], float32."""
+    acc = tl.zeros([BM, H.first], tl.float32)
+    acc_rest = acc
+    if H.rest > 0:
+        acc_rest = tl.zeros([BM, H.rest], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    # A short last block has a loop of its own, so that the other loop has no masks: a fifth of its instructions. As a
+    # loop, for its loads to be copied ahead, too, and first, where that takes fewer registers.
+    whole = (stop - start) // BN
+    for short in tl.static_range(1, -1, -1):
+        for block in range(whole if short else 0, (stop - start + BN - 1) // BN if short else whole):
+            row = start + block * BN
+            # A head's keys side by side are less than 2 ** 31 values; 64 bits would take a register more.
+            key_row = row if H.dim == KEY_STRIDE else row.to(tl.int64)
+            top, total, acc, acc_rest = attend(
+                query, query_rest, keys + key_row * KEY_STRIDE, values + row.to(tl.int64) * VALUE_STRIDE,
+                stop - row, top, total, acc, acc_rest, KEY_STRIDE, VALUE_STRIDE, H, BM, BN, short == 1, INTERPRETED,
+            )  # fmt: skip
+    return acc / total[:, None], acc_rest / total[:, None]
 
 
 @triton.jit
@@ -162,27 +200,13 @@ def segment_attention(
     head = tl.program_id(1).to(tl.int64)
     queries = turned + (head * patches + first) * H.dim
     query = load_block(queries, stop - first, 0, H.first, H.dim, H, BM, True)
-    acc = tl.zeros([BM, H.first], tl.float32)
     query_rest = query
-    acc_rest = acc
     if H.rest > 0:
         query_rest = load_block(queries, stop - first, H.first, H.rest, H.dim, H, BM, True)
-        acc_rest = tl.zeros([BM, H.rest], tl.float32)
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
     keys = turned + (HEADS + head) * patches * H.dim
     values = qkv + (2 * HEADS + head) * H.dim
-    # A short last block has a loop of its own, so that the other loop has no masks: a fifth of its instructions. As a
-    # loop, for its loads to be copied ahead, too, and first, where that takes fewer registers.
-    whole = (stop - start) // BN
-    for short in tl.static_range(1, -1, -1):
-        for block in range(whole if short else 0, (stop - start + BN - 1) // BN if short else whole):
-            row = start + block * BN
-            top, total, acc, acc_rest = attend(
-                query, query_rest, keys + row * H.dim, values + row.to(tl.int64) * STRIDE, stop - row,
-                top, total, acc, acc_rest, STRIDE, H, BM, BN, short == 1, INTERPRETED,
-            )  # fmt: skip
+    acc, acc_rest = attend_rows(query, query_rest, keys, values, start, stop, H.dim, STRIDE, H, BM, BN, INTERPRETED)
     out = y + first.to(tl.int64) * (HEADS * H.dim) + head * H.dim
-    store_block(out, acc / total[:, None], stop - first, 0, H.first, HEADS * H.dim, H, BM)
+    store_block(out, acc, stop - first, 0, H.first, HEADS * H.dim, H, BM)
     if H.rest > 0:
-        store_block(out, acc_rest / total[:, None], stop - first, H.first, H.rest, HEADS * H.dim, H, BM)
+        store_block(out, acc_rest, stop - first, H.first, H.rest, HEADS * H.dim, H, BM)
