@@ -15,7 +15,6 @@ from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unp
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, ExpertsOp
-from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.program import Launch, chosen
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
@@ -25,9 +24,9 @@ from moevlm.plugins.ops.spec import RouterSpec
 SIZES = ((16, 4, 256, 128), (8, 2, 136, 72), (24, 3, 101, 51))
 # format, group size, dtype of scales, whether groups have zeros
 STORED = (
-    ("", GROUP_SIZES[0], "", False),
-    *((weights, size, "", False) for weights in FORMATS if weights for size in GROUP_SIZES),
-    *(("int4", size, scales, True) for size, scales in zip(GROUP_SIZES, ("", "float16"), strict=True)),
+    ("", GROUP_SIZES[""][0], "", False),
+    *((weights, size, "", False) for weights, sizes in GROUP_SIZES.items() if weights for size in sizes),
+    *(("int4", size, scales, True) for size, scales in zip(GROUP_SIZES["int4"], ("", "float16"), strict=True)),
     ("fp8", 128, "float32", False),
 )
 BEYOND = 40  # tokens past a variant's limit, for the last one, which has none
