@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
+from moevlm.export.config.feed_forward import MLPConfig, MoEConfig
 from moevlm.export.config.mixers import MixerConfig
 from moevlm.export.config.vision import VisionConfig
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.manifest import (
     NO_MARKS,
@@ -22,45 +22,6 @@ from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.core.towers import VisionMetadata
 
 NORMS = ("pre", "sandwich", "parallel")
-
-
-@dataclass(frozen=True)
-class MLPConfig:
-    """A dense feed-forward layer: gated (down(act(gate) * up), no biases) or plain (fc2(act(fc1)), biases)."""
-
-    width: int
-    activation: str
-    gated: bool = True
-
-
-@dataclass(frozen=True)
-class MoEConfig:
-    """A sparse feed-forward layer.
-
-    router_bias: [experts], part of the logits. correction_bias: [experts] added to scores for the choice alone.
-    expert_scale: [experts], factor on a chosen expert's weight. expert_biases: both projections of an expert have one.
-    shared_width: of an expert that always runs; 0 for none.
-    shared_gate: what the shared expert returns is multiplied by the sigmoid of a projection to one number.
-    dense_width: of a dense layer beside the experts, each side with norms of its own (Gemma 4); 0 for none.
-    image_width: of as many experts again, with a router like this one, that tokens of images go to instead (ERNIE 4.5
-    VL); 0 for none.
-    """
-
-    experts: int
-    width: int
-    router: RouterSpec
-    expert: ExpertsSpec
-    router_bias: bool = False
-    correction_bias: bool = False
-    expert_scale: bool = False
-    expert_biases: bool = False
-    shared_width: int = 0
-    shared_gate: bool = False
-    dense_width: int = 0
-    image_width: int = 0
-
-    def __post_init__(self) -> None:
-        self.router.check(self.experts)
 
 
 @dataclass(frozen=True)

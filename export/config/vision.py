@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from moevlm.export.config.feed_forward import MLPConfig
 from moevlm.runtime.core.errors import FieldError
 from moevlm.runtime.core.towers import (
     GridTower,
@@ -17,9 +18,6 @@ from moevlm.runtime.core.towers import (
     TileTower,
     VisionMetadata,
 )
-
-if TYPE_CHECKING:
-    from moevlm.export.config.model import MLPConfig
 
 
 @dataclass(frozen=True, kw_only=True)

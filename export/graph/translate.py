@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 
 from moevlm.export.graph import functions  # noqa: F401 - its imports register the ops
+from moevlm.export.graph.nodes import Nodes
 from moevlm.export.graph.op import ONNX_OPSET, traced_op
 from moevlm.export.graph.rules import RULES
-from moevlm.export.graph.weights import Constant, Weight, initializer
+from moevlm.export.graph.weights import Weight
 from moevlm.plugins.ops.spec import DOMAIN, OPSET_VERSION
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.errors import ExportError
@@ -33,8 +33,7 @@ class Translator:
     def __init__(self, program: torch.export.ExportedProgram, weights: Mapping[str, Weight]) -> None:
         self.program, self.weights = program, weights
         self.values: dict[torch.fx.Node, Any] = {}
-        self.initializers: dict[str, ir.Value] = {}
-        self.nodes: list[ir.Node] = []
+        self.graph = Nodes()
         self.symbols: dict[str, str] = {}
 
     def model(self, name: str, inputs: Mapping[str, tuple[str | int, ...]], outputs: tuple[str, ...]) -> ir.Model:
@@ -44,7 +43,8 @@ class Translator:
         for node in self.program.graph.nodes:
             if node.op == "placeholder" and node.name in parameters:
                 if node.users:
-                    self.values[node] = self._initializer(parameters[node.name], self.weights[parameters[node.name]])
+                    parameter = parameters[node.name]
+                    self.values[node] = self.graph.initializer(parameter, self.weights[parameter])
             elif node.op == "placeholder":
                 if node.meta.get("val") is None:  # an optional input that this model does not have
                     self.values[node] = None
@@ -63,33 +63,12 @@ class Translator:
         graph = ir.Graph(
             graph_inputs,
             results,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
+            nodes=self.graph.nodes,
+            initializers=list(self.graph.initializers.values()),
             opset_imports={"": ONNX_OPSET, DOMAIN: OPSET_VERSION},
             name=name,
         )
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="moevlm")
-
-    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, domain: str = "", **attributes: Any) -> Any:
-        """Append one node; returns its output value, or a list of them."""
-        node = ir.node(op_type, inputs, attributes=attributes, domain=domain, num_outputs=outputs)
-        self.nodes.append(node)
-        return node.outputs[0] if outputs == 1 else list(node.outputs)
-
-    def constant(self, value: Any, dtype: type = np.int64) -> ir.Value:
-        """A small initializer, one for all uses of the same value."""
-        array: np.ndarray = np.asarray(value, dtype)
-        name = f"const.{array.dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(map(str, array.flatten()))}"
-        return self._initializer(name, Constant(array))
-
-    def ones(self, shape: list[int]) -> ir.Value:
-        """float32 ones of a shape, one initializer for all uses."""
-        return self._initializer(f"ones.{'x'.join(map(str, shape))}", Constant(np.ones(shape, np.float32)))
-
-    def _initializer(self, name: str, weight: Weight) -> ir.Value:
-        if name not in self.initializers:
-            self.initializers[name] = initializer(name, weight)
-        return self.initializers[name]
 
     def _call(self, node: torch.fx.Node) -> Any:
         if node.target is operator.getitem:
@@ -98,7 +77,7 @@ class Translator:
         rule = RULES.get(node.target) or _registered(node)
         if rule is None:
             raise ExportError(f"no ONNX translation for {node.target} (known: {', '.join(map(str, RULES))})")
-        result = rule(self, *(self._argument(a) for a in node.args), **node.kwargs)
+        result = rule(self.graph, *(self._argument(a) for a in node.args), **node.kwargs)
         return self._typed(result, node.meta["val"]) if isinstance(result, ir.Value) else result
 
     def _typed(self, value: ir.Value, tensor: torch.Tensor) -> ir.Value:
@@ -126,13 +105,13 @@ def _registered(node: torch.fx.Node) -> Callable[..., Any] | None:
     names, attributes = [argument.name for argument in schema.arguments], {field.name for field in fields(op.spec)}
     made = node.meta["val"]
 
-    def rule(t: Translator, *values: Any) -> Any:
+    def rule(graph: Nodes, *values: Any) -> Any:
         given = dict(zip(names, values, strict=True))
         inputs = [value for name, value in given.items() if name not in attributes]
         while inputs and inputs[-1] is None:
             inputs.pop()
         outputs = len(made) if isinstance(made, list | tuple) else 1
         spec = {name: value for name, value in given.items() if name in attributes}
-        return t.op(op.name, *inputs, outputs=outputs, domain=DOMAIN, **spec)
+        return graph.op(op.name, *inputs, outputs=outputs, domain=DOMAIN, **spec)
 
     return rule
