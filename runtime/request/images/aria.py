@@ -4,12 +4,10 @@ Numerically AriaImageProcessor of Hugging Face transformers 5.24 on its Pillow b
 patches behind an image, which make its pixels a square there, are masked for every layer; here there are none.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from PIL import Image
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import QueryTower
 from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
@@ -30,16 +28,12 @@ class AriaImages(ImageProcessor):
     KNOWN: ClassVar = {"max_image_size", "min_image_size", "split_image", "split_resolutions"}
     SIZES: ClassVar = {}
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: QueryTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
-        if _LONGEST % vision.patch_size:
-            refuse("max_image_size", _LONGEST, f"a multiple of patch_size = {vision.patch_size} in manifest.json")
+    _vision: QueryTower
+
+    def _read(self) -> None:
+        super()._read()
+        if _LONGEST % self._vision.patch_size:
+            refuse("max_image_size", _LONGEST, f"a multiple of patch_size = {self._vision.patch_size} in manifest.json")
         shortest = self._fields.get("min_image_size", _SHORTEST)
         if isinstance(shortest, bool) or not isinstance(shortest, int) or not 1 <= shortest <= _LONGEST:
             refuse("min_image_size", shortest, f"a whole number from 1 to {_LONGEST}")

@@ -4,12 +4,10 @@ Numerically that of Hugging Face transformers 5.24 on its Pillow backend.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import PooledTower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
@@ -26,18 +24,14 @@ class Gemma4Images(ImageProcessor):
     KNOWN: ClassVar = {"size", "max_soft_tokens"}
     SIZES: ClassVar = {"patch_size": (16, "patch_size"), "pooling_kernel_size": (3, "merge_size")}
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: PooledTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+    _vision: PooledTower
+
+    def _read(self) -> None:
+        super()._read()
         self._budget = self._fields.get("max_soft_tokens", 280)
         if not isinstance(self._budget, int) or self._budget not in _BUDGETS:
             refuse("max_soft_tokens", self._budget, ", ".join(map(str, _BUDGETS)))
-        self._longest = vision.position_table // vision.merge_size  # side of an image, in visual tokens
+        self._longest = self._vision.position_table // self._vision.merge_size  # side of an image, in visual tokens
         if self._budget > self._longest:
             refuse("max_soft_tokens", self._budget, f"up to {self._longest}, for the sides of images")
         # From -1 to 1: the reference's tower does that to values from 0 to 1, its processor does not.

@@ -3,10 +3,8 @@
 Numerically GotOcr2ImageProcessor of Hugging Face transformers 5.24 on its Pillow backend, called by InternVLProcessor.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, pixel_values
 from moevlm.runtime.request.images.tiles import TileImages
@@ -18,14 +16,10 @@ class GotOcr2Images(TileImages):
     KNOWN: ClassVar = {"size", "crop_to_patches", "min_patches", "max_patches"}
     SIDE, TILES = 384, 12
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: TileTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+    _vision: TileTower
+
+    def _read(self) -> None:
+        super()._read()
         self._least = self._count("min_patches", 1)
         if self._least > self._tiles:  # the reference leaves every image in one piece
             self._tiles = 1

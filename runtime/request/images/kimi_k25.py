@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.towers import MoonTower
 from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
@@ -40,14 +39,14 @@ class KimiK25Images(ShrinkingImages):
     SIZES: ClassVar = {"patch_size": (14, "patch_size"), "merge_size": (2, "merge_size")}
     MEANS = DEVIATIONS = (0.5,) * 3
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: MoonTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(_as_reference(preprocessor), vision, max_pixels, max_tokens)
+    _vision: MoonTower
+
+    @staticmethod
+    def _spelled(preprocessor: Mapping[str, Any]) -> Mapping[str, Any]:
+        return _as_reference(preprocessor)
+
+    def _read(self) -> None:
+        super()._read()
         size = self._fields.get("size", {"max_height": 512, "max_width": 512})
         sides = [size.get(name) if isinstance(size, Mapping) else None for name in ("max_height", "max_width")]
         if sides[0] != sides[1] or not _whole(sides[0], _MOST_SIDE):

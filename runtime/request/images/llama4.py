@@ -5,13 +5,11 @@ of a resized image may differ by one.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.dtypes import DTYPES
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
@@ -28,14 +26,10 @@ class Llama4Images(TileImages):
     SIDE, TILES = 336, 16
     EXACT = False
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: TileTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+    _vision: TileTower
+
+    def _read(self) -> None:
+        super()._read()
         self._resample = Image.Resampling(self._fields.get("resample", Image.Resampling.BILINEAR))
         if self._resample not in _RESAMPLINGS:
             refuse("resample", int(self._resample), ", ".join(str(int(one)) for one in _RESAMPLINGS))

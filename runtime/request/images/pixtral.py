@@ -6,9 +6,8 @@ Numerically that of Hugging Face transformers 5.24 on its Pillow backend, called
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.towers import RotaryTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, refuse
@@ -25,14 +24,10 @@ class PixtralImages(ShrinkingImages):
     SIZES: ClassVar = {}
     MEANS, DEVIATIONS = CLIP_MEAN, CLIP_DEVIATION
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: RotaryTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+    _vision: RotaryTower
+
+    def _read(self) -> None:
+        super()._read()
         self._check_block()
         self._longest = self._read_longest()
 

@@ -51,12 +51,21 @@ class ImageProcessor(ABC):
         max_tokens: int | None = None,
     ) -> None:
         """See `registry.image_processor`."""
-        self._fields = read_fields(preprocessor, self.KNOWN, self.SIZES, vision)
+        self._fields = read_fields(self._spelled(preprocessor), self.KNOWN, self.SIZES, vision)
         if vision.channels != 3:
             raise BundleError(f"unsupported value in manifest.json: vision.channels = {vision.channels} (supported: 3)")
         self._vision = vision
         self._max_pixels = max_pixels
         self._max_tokens = max_tokens
+        self._read()
+
+    @staticmethod
+    def _spelled(preprocessor: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fields by the names that the reference has for them, which are those of most files."""
+        return preprocessor
+
+    def _read(self) -> None:
+        """Take what the fields say, which are the reference's. Raises BundleError."""
         self._resample = Image.Resampling(self._fields.get("resample", Image.Resampling.BICUBIC))
 
     def open(self, image: ImageSource) -> Image.Image:

@@ -3,10 +3,8 @@
 Numerically those of Hugging Face transformers 5.24 on their Pillow backend.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower, ResampledTower, Tower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
@@ -23,15 +21,11 @@ class Qwen2VLImages(ImageProcessor):
     SIZES: ClassVar = grid_sizes(14)
     EDGES: ClassVar = (56 * 56, 28 * 28 * 1280)
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: GridTower | ResampledTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
-        self._copies = vision.temporal_patch_size
+    _vision: GridTower | ResampledTower
+
+    def _read(self) -> None:
+        super()._read()
+        self._copies = self._vision.temporal_patch_size
         self._shortest, self._longest = read_edges(self._fields, self.EDGES)
         self._values = pixel_values(self._fields, True, CLIP_MEAN, CLIP_DEVIATION)
 

@@ -1,11 +1,8 @@
 """Image processors that leave an image as it is or make it smaller, never larger."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
-from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
 from moevlm.runtime.request.images.fields import pixel_values
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -17,14 +14,8 @@ class ShrinkingImages(ImageProcessor):
     MEANS: ClassVar[tuple[float, ...]]
     DEVIATIONS: ClassVar[tuple[float, ...]]
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: VisionMetadata,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
+    def _read(self) -> None:
+        super()._read()
         self._values = pixel_values(self._fields, True, self.MEANS, self.DEVIATIONS)
 
     def _most(self, limits: ImageLimits) -> int | None:

@@ -1,10 +1,8 @@
 """What image processors for a TileTower have in common: how many tiles an image may have, the values of a patch."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
@@ -26,15 +24,11 @@ class TileImages(ImageProcessor):
     SIDE: ClassVar[int]
     TILES: ClassVar[int]
 
-    def __init__(
-        self,
-        preprocessor: Mapping[str, Any],
-        vision: TileTower,
-        max_pixels: int = defaults.MAX_IMAGE_PIXELS,
-        max_tokens: int | None = None,
-    ) -> None:
-        super().__init__(preprocessor, vision, max_pixels, max_tokens)
-        self._grid, self._side = (vision.side, vision.side), vision.side * vision.patch_size
+    _vision: TileTower
+
+    def _read(self) -> None:
+        super()._read()
+        self._grid, self._side = (self._vision.side, self._vision.side), self._vision.side * self._vision.patch_size
         size = self._fields.get("size", {"height": self.SIDE, "width": self.SIDE})
         if size != {"height": self._side, "width": self._side}:
             refuse("size", size, f"height = width = {self._side}, as in manifest.json")
