@@ -23,6 +23,8 @@ SKIPPED = {
     "python -m demo.evaluate_bundle ": "550 questions take minutes",
 }
 DOCS = [path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md")]
+FOLDERS = ("bench", "demo", "docs", "export", "plugins", "runtime", "tests")
+FILES = [*ROOT.glob("*.*"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))]
 ON_A_GPU = "on that GPU"  # in a line's comment
 
 
@@ -83,6 +85,15 @@ def test_what_is_skipped_is_there() -> None:
 def test_links_lead_to_files(page: str) -> None:
     links = re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
     assert not [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *sorted(map(str, DOCS))])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    """By their whole name, or by its end; NAME and BACKEND stand for any."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./*-]+|[\w./*-]+\.(?:py|h|cpp|toml))`", text)
+    patterns = [re.sub("NAME|BACKEND", "*", name.rstrip("/")) for name in named]
+    assert not [pattern for pattern in patterns if not any(path.match(pattern) for path in FILES)]
 
 
 def test_every_page_can_be_found_from_the_readme() -> None:
