@@ -26,8 +26,7 @@ from moevlm.runtime.core.errors import BuildError, CheckpointError, RequestError
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from tests.export.families.test_mistral3 import assert_same, names, renamed, with_field
-from tests.support.checkpoints import canonical, refused
+from tests.support.checkpoints import assert_same, canonical, names, refused, renamed, with_field
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS, floats
@@ -145,13 +144,6 @@ def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, t
 def test_value_that_cannot_be_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
     config = with_field(saved, path, value)
     refused(CheckpointError, told, act=lambda: family_for(config).config(config))
-
-
-@pytest.mark.parametrize("part", ["", "text_config.", "vision_config.", "text_config.rope_parameters."])
-def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> None:
-    config = with_field(saved, f"{part}talks_backwards", 3)
-    told = f"unsupported field in config.json: {part}talks_backwards = 3"
-    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
 
 
 @pytest.fixture(scope="module")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors import safe_open
 
 from bench.plan_launches import launches
 from moevlm.export.build import build
@@ -22,7 +19,7 @@ from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.sampling import SamplingParams
-from tests.support.checkpoints import canonical, refused
+from tests.support.checkpoints import canonical, names, refused, with_field
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS, floats
@@ -41,56 +38,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(saved, tmp_path / "copy"))
-
-
-def names(directory: Path) -> set[str]:
-    with safe_open(directory / "model.safetensors", "np") as file:
-        return set(file.keys())
-
-
-def as_transformers(name: str) -> str:
-    """The name in the model, whichever of the two ways it was saved."""
-    name = name.replace("language_model.lm_head", "lm_head").replace("language_model.model.", "language_model.")
-    return name if name.startswith(("model.", "lm_head")) else f"model.{name}"
-
-
-def as_published(name: str) -> str:
-    name = as_transformers(name).removeprefix("model.")
-    return name.replace("language_model.", "language_model.model.", 1).replace("lm_head", "language_model.lm_head", 1)
-
-
-def renamed(directory: Path, spell: Callable[[str], str]) -> Path:
-    edit_tensors(directory, lambda tensors: tensors.update({spell(name): tensors.pop(name) for name in list(tensors)}))
-    return directory
-
-
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    assert one.keys() == other.keys()
-    for name, array in one.items():
-        np.testing.assert_array_equal(array, other[name], err_msg=name)
-
-
-@pytest.mark.parametrize("spell", [as_transformers, as_published], ids=["as transformers names them", "as published"])
-def test_prefixes_of_either_kind_are_one_model(spell: Callable[[str], str], saved: Path, copy: Path) -> None:
-    from transformers import AutoModelForImageTextToText
-
-    directory = renamed(copy, spell)
-    found = names(directory)
-    assert ("language_model.lm_head.weight" in found) == (spell is as_published)
-    assert any(name.startswith("vision_tower.transformer") for name in found) == (spell is as_published)
-    _, info = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
-    assert not info["missing_keys"] | info["unexpected_keys"]
-    assert_same(canonical(directory), canonical(saved))
-
-
-@pytest.mark.parametrize("there", [True, False])
-def test_a_config_that_does_not_say_so_has_the_head_that_the_checkpoint_has(there: bool, copy: Path) -> None:
-    edit_json(copy / "config.json", lambda config: config.pop("tie_word_embeddings"))
-    (head,) = (name for name in names(copy) if "lm_head" in name)
-    if not there:
-        edit_tensors(copy, lambda tensors: tensors.pop(head))
-    found = canonical(copy)
-    assert np.array_equal(found["decoder.head"], found["decoder.embedding"]) == (not there)
 
 
 def test_a_head_that_config_json_says_there_is_is_missed(copy: Path) -> None:
@@ -119,22 +66,6 @@ def test_a_head_unlike_an_embedding_that_is_said_to_be_it_is_refused(copy: Path)
 def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, told: str, saved: Path) -> None:
     config = with_field(saved, path, value)
     refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
-
-
-@pytest.mark.parametrize("part", ["", "text_config.", "vision_config.", "text_config.rope_parameters."])
-def test_field_that_nobody_knows_is_refused_by_name(part: str, saved: Path) -> None:
-    config = with_field(saved, f"{part}talks_backwards", 3)
-    told = f"unsupported field in config.json: {part}talks_backwards = 3"
-    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
-
-
-def with_field(checkpoint: Path, path: str, value: Any) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((checkpoint / "config.json").read_text())
-    place, *keys = config, *path.split(".")
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
-    return config
 
 
 def test_a_tokenizer_without_the_tokens_of_images_is_refused_by_their_name(tmp_path: Path) -> None:

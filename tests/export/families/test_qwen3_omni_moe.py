@@ -14,7 +14,7 @@ from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
 from moevlm.runtime.request.images.registry import image_processor
-from tests.support.checkpoints import canonical, refused
+from tests.support.checkpoints import canonical, refused, with_field
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 CHOICES = [
@@ -31,15 +31,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return MODEL.save(tmp_path_factory.mktemp("omni") / "checkpoint")
 
 
-def with_field(checkpoint: Path, path: str, value: Any) -> dict[str, Any]:
-    config = json.loads((checkpoint / "config.json").read_text())
-    place, *keys = config, *path.split(".")
-    for key in keys[:-1]:
-        place = place[key]
-    place[keys[-1]] = value
-    return config
-
-
 @pytest.mark.parametrize(("path", "value", "allowed"), CHOICES)
 def test_value_that_is_not_supported_is_refused_by_its_whole_name(
     path: str, value: Any, allowed: str, checkpoint: Path
@@ -47,15 +38,6 @@ def test_value_that_is_not_supported_is_refused_by_its_whole_name(
     config = with_field(checkpoint, path, value)
     told = f"unsupported value in config.json: {path} = "
     refused(UnsupportedModelError, told, f"(supported: {allowed})", act=lambda: family_for(config).config(config))
-
-
-@pytest.mark.parametrize(
-    "part", ["", "thinker_config.", "thinker_config.text_config.", "thinker_config.vision_config."]
-)
-def test_field_that_nobody_knows_is_refused_by_name(part: str, checkpoint: Path) -> None:
-    config = with_field(checkpoint, f"{part}talks_backwards", 3)
-    told = f"unsupported field in config.json: {part}talks_backwards = 3"
-    refused(UnsupportedModelError, told, act=lambda: family_for(config).config(config))
 
 
 def test_size_that_does_not_fit_is_named_where_it_stands(checkpoint: Path) -> None:

@@ -19,6 +19,7 @@ from moevlm.runtime.core.towers import Grid, QueryTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.query_tables import pack_buckets
 from moevlm.runtime.request.images.registry import image_processor
+from tests.support.images import noise
 
 VISION = QueryTower(
     patch_size=14, merge_size=1, channels=3, head_dim=72, rope_theta=0.0, queries=256, position_grid=70
@@ -30,11 +31,6 @@ SIZES = [(640, 480), (1, 1), (17, 400), (2000, 30), (980, 980), (981, 980), (479
 
 def ours(vision: QueryTower = VISION, **fields: Any) -> Any:
     return image_processor(KIND | fields, vision)
-
-
-def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng([seed, *size]).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
 
 
 def assert_as_transformers(image: Image.Image, vision: QueryTower = VISION, **fields: Any) -> None:
@@ -109,20 +105,6 @@ def test_rows_of_positions_are_those_of_transformers(side: int) -> None:
     index = pack_buckets(grids, vision)["position_index"]
     assert (index.dtype, index.shape) == (np.int64, (sum(h * w for h, w in grids), 1))
     np.testing.assert_array_equal(index[:, 0], np.concatenate(positions(vision, grids)))
-
-
-def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
-    mine = ours()
-    images = [mine.fit(noise(size))[0] for size in ((300, 100), (20, 700), (64, 64))]
-    packed, grids = mine.pack(images)
-    singles = [mine.pack([image])[0] for image in images]
-    assert packed.rows.keys() == VISION.inputs.keys()
-    for name, rows in packed.rows.items():
-        width, dtype = VISION.inputs[name]
-        assert (rows.shape[1:], rows.dtype) == ((width,), dtype)
-        np.testing.assert_array_equal(rows, np.concatenate([single.rows[name] for single in singles]), err_msg=name)
-    np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
-    assert ours().pack([])[0].rows["position_index"].shape == (0, 1)
 
 
 def test_max_patches_is_that_of_a_square() -> None:

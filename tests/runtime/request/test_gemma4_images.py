@@ -18,8 +18,8 @@ from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.images.registry import image_processor
 from moevlm.runtime.request.prompt import PromptBuilder
-from moevlm.runtime.request.vision_inputs import pack
 from tests.runtime.request.test_chat import CORE, MODEL, PLAIN, TOKENIZER
+from tests.support.images import noise
 
 VISION = PooledTower(patch_size=16, merge_size=3, channels=3, head_dim=72, rope_theta=100.0, position_table=10240)
 KIND = {"image_processor_type": "Gemma4ImageProcessor"}
@@ -28,11 +28,6 @@ SIZES = [(640, 480), (1, 1), (17, 400), (4000, 30), (3, 2999), (48, 48), (47, 49
 
 def ours(vision: PooledTower = VISION, **fields: Any) -> Any:
     return image_processor(KIND | fields, vision)
-
-
-def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng([seed, *size]).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
 
 
 def assert_as_transformers(image: Image.Image, vision: PooledTower = VISION, **fields: Any) -> None:
@@ -82,25 +77,6 @@ def test_random_sizes_and_budgets_are_those_of_transformers(seed: int) -> None:
 )
 def test_fields_change_pixels_as_in_transformers(fields: dict[str, Any]) -> None:
     assert_as_transformers(noise((300, 200)), **fields)
-
-
-def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
-    mine = ours(max_soft_tokens=70)
-    images = [mine.fit(noise(size))[0] for size in ((300, 100), (20, 700), (64, 64))]
-    packed, grids = mine.pack(images)
-    singles = [mine.pack([image])[0] for image in images]
-    assert packed.rows.keys() == VISION.inputs.keys()
-    for name, rows in packed.rows.items():
-        width, dtype = VISION.inputs[name]
-        assert (rows.shape[1:], rows.dtype) == ((width,), dtype)
-        np.testing.assert_array_equal(rows, np.concatenate([single.rows[name] for single in singles]), err_msg=name)
-    np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
-
-
-def test_no_image_gives_inputs_of_no_patches() -> None:
-    inputs = pack(np.zeros((0, VISION.patch_width), np.float32), [], VISION)
-    assert [(name, len(rows)) for name, rows in inputs.rows.items()] == [(name, 0) for name in VISION.inputs]
-    assert inputs.image_start.tolist() == [0]
 
 
 def test_max_patches_is_the_budget() -> None:

@@ -15,6 +15,7 @@ from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.registry import image_processor
+from tests.support.images import noise
 
 VISION = TileTower(patch_size=4, merge_size=2, channels=3, head_dim=64, rope_theta=0.0, side=8)
 SIDE = 32  # of a tile, in pixels
@@ -24,11 +25,6 @@ SIZES = [(64, 32), (1, 1), (500, 30), (30, 500), (32, 32), (97, 61), (61, 97), (
 
 def ours(**fields: Any) -> Any:
     return image_processor(KIND | fields, VISION)
-
-
-def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng([seed, *size]).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
 
 
 def assert_as_transformers(image: Image.Image, **fields: Any) -> ImageLayout:

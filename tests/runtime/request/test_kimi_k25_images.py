@@ -15,7 +15,7 @@ from moevlm.runtime.core.errors import BundleError, RequestError
 from moevlm.runtime.core.towers import MoonTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.registry import image_processor
-from tests.runtime.request import test_got_ocr2_images
+from tests.support import images
 from tests.support.torchvision import in_place_of_torchvision
 
 VISION = MoonTower(patch_size=14, merge_size=2, channels=3, head_dim=72, rope_theta=1e4, position_grid=64)
@@ -31,7 +31,7 @@ def theirs() -> Iterator[type]:
 
 def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
     """Of bytes in the middle: where one pass goes beyond 0 or 255, the other library's order of passes shows."""
-    return test_got_ocr2_images.noise(size, seed).point(lambda value: 64 + value // 2).convert(mode)
+    return images.noise(size, seed).point(lambda value: 64 + value // 2).convert(mode)
 
 
 def ours(vision: MoonTower = VISION, **fields: Any) -> Any:

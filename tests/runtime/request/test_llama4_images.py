@@ -15,7 +15,7 @@ from moevlm.runtime.core.towers import TileTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.registry import image_processor
-from tests.runtime.request.test_got_ocr2_images import noise
+from tests.support.images import noise
 from tests.support.torchvision import in_place_of_torchvision
 
 VISION = TileTower(patch_size=4, merge_size=2, channels=3, head_dim=64, rope_theta=1e4, side=8)

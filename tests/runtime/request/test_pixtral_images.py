@@ -19,7 +19,7 @@ from moevlm.runtime.core.towers import RotaryTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.images.registry import image_processor
-from moevlm.runtime.request.vision_inputs import pack
+from tests.support.images import noise
 
 VISION = RotaryTower(patch_size=14, merge_size=2, channels=3, head_dim=64, rope_theta=1e4)
 KIND = {"image_processor_type": "PixtralImageProcessor"}
@@ -29,11 +29,6 @@ SIZES = [(640, 480), (1, 1), (17, 400), (2000, 30), (28, 28), (29, 27), (1540, 1
 
 def ours(vision: RotaryTower = VISION, **fields: Any) -> Any:
     return image_processor(KIND | fields, vision)
-
-
-def noise(size: tuple[int, int], seed: int = 0, mode: str = "RGB") -> Image.Image:
-    values = np.random.default_rng([seed, *size]).integers(0, 256, (*size[::-1], 3), np.uint8)
-    return Image.fromarray(values).convert(mode)
 
 
 def assert_as_transformers(image: Image.Image, vision: RotaryTower = VISION, **fields: Any) -> None:
@@ -88,25 +83,6 @@ def test_a_side_that_the_reference_makes_none_is_one_block() -> None:
         PixtralImageProcessorPil(**PUBLISHED | {"patch_size": 28})(images=[image])
     mine = ours(**PUBLISHED)
     assert mine.grid(mine.fit(image)[0]) == (2, 110)
-
-
-def test_images_of_different_sizes_in_one_call_equal_single_calls() -> None:
-    mine = ours()
-    images = [mine.fit(noise(size))[0] for size in ((300, 100), (20, 700), (64, 64))]
-    packed, grids = mine.pack(images)
-    singles = [mine.pack([image])[0] for image in images]
-    assert packed.rows.keys() == VISION.inputs.keys()
-    for name, rows in packed.rows.items():
-        width, dtype = VISION.inputs[name]
-        assert (rows.shape[1:], rows.dtype) == ((width,), dtype)
-        np.testing.assert_array_equal(rows, np.concatenate([single.rows[name] for single in singles]), err_msg=name)
-    np.testing.assert_array_equal(np.diff(packed.image_start), [h * w for h, w in grids])
-
-
-def test_no_image_gives_inputs_of_no_patches() -> None:
-    inputs = pack(np.zeros((0, VISION.patch_width), np.float32), [], VISION)
-    assert [(name, len(rows)) for name, rows in inputs.rows.items()] == [(name, 0) for name in VISION.inputs]
-    assert inputs.image_start.tolist() == [0]
 
 
 def test_max_patches_is_that_of_a_square_as_long_as_allowed() -> None:
