@@ -84,7 +84,8 @@ IMPORTS: dict[str, set[str]] = {
     "export.checkpoint": {"runtime.core", "runtime.bundle", "runtime.request"},
     "export.graph.weights": {"runtime.core"},
     "export.graph.rearranged": {"export.graph.weights"},
-    "export.graph.codes": {"export.graph.weights", "export.graph.rearranged"},
+    "export.graph.codes": set(),
+    "export.graph.moved_codes": {"export.graph.weights", "export.graph.rearranged", "export.graph.codes"},
     "export.checkpoint.quantized": {
         "runtime.core",
         "export.checkpoint",
@@ -98,6 +99,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.graph.weights",
         "export.graph.rearranged",
         "export.graph.codes",
+        "export.graph.moved_codes",
     },
     "export.families": {
         "runtime.core",
@@ -107,6 +109,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.graph.weights",
         "export.graph.rearranged",
         "export.graph.codes",
+        "export.graph.moved_codes",
     },
     "export.modules": {"runtime.core", "plugins.ops", "export.config", "export.formats"},
     "export.graph": {
@@ -123,6 +126,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.graph.weights",
         "export.graph.rearranged",
         "export.graph.codes",
+        "export.graph.moved_codes",
         "export.formats",
         "export.graph",
     },
@@ -139,6 +143,7 @@ IMPORTS: dict[str, set[str]] = {
         "export.graph.weights",
         "export.graph.rearranged",
         "export.graph.codes",
+        "export.graph.moved_codes",
         "export.formats",
         "export.graph",
         "export.passes",

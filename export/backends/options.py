@@ -44,14 +44,14 @@ def option(default: T, told: Option) -> T:
     return made
 
 
-def group_size(counts: Callable[[str, Values], bool], more: str = "") -> int:
+def group_size(counts: Callable[[str, Values], bool], more: str = "", choices: tuple[int, ...] = GROUP_SIZES) -> int:
     """The field `group_size` of a backend whose targets may be quantized.
 
     more: what else is to be said of it, where 0 leaves it to the checkpoint.
     """
     whose = "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"
     usual = "Weights per scale in int8, int4 and fp8: 32, by default, or 128."
-    told = Option(more or usual, whose, counts, GROUP_SIZES)
+    told = Option(more or usual, whose, counts, choices)
     return option(0 if more else defaults.GROUP_SIZE, told)
 
 

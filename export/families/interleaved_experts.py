@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moevlm.export.families.experts import ExpertsPart
 from moevlm.export.families.sources import Indices, Shape, Source, Tensors, named
-from moevlm.export.graph.codes import coded
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.rearranged import Picked, swap_last
 from moevlm.export.graph.weights import Weight
 

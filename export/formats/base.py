@@ -51,7 +51,10 @@ def grouped(rows: Array, group_size: int) -> Array:
 
 
 def rounded(values: Array, dtype: str) -> Array:
-    """values as `dtype` (float32, float16, bfloat16) holds them, to nearest even: float32."""
+    """values as `dtype` (float32, float16, bfloat16) holds them, to nearest even: float32.
+
+    As E4M3 they stay what they are: products of two levels, which are stored.
+    """
     values = np.ascontiguousarray(values, np.float32)
     if dtype == "float16":
         with np.errstate(over="ignore"):

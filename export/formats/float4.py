@@ -1,6 +1,7 @@
 """fp4: e2m1 codes, each group's scale maps its largest magnitude to the format's largest number, 6.
 
-For what a checkpoint holds so: of float weights, integers of four bits lose less.
+For what a checkpoint holds so: of float weights, integers of four bits lose less. With scales in E4M3 each is
+a number of e4m3 times a float32 of its row, which maps the row's largest to 448: NVFP4 with such a float32 of each row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moevlm.export.formats import float8
 from moevlm.export.formats.base import Array, grouped, held
+from moevlm.runtime.core.dtypes import E4M3
 
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of the codes 0 to 7; +8 for the sign
 _NUMBERS = np.concatenate([_MAGNITUDES, -_MAGNITUDES])
@@ -19,7 +22,7 @@ LARGEST = 6.0
 
 @dataclass(frozen=True)
 class Float4Format:
-    """A `WeightFormat` of e2m1 numbers."""
+    """A `WeightFormat` of e2m1 numbers. scales: E4M3 for two levels, see `graph.codes.Levels`."""
 
     group_size: int
     scales: str = "float32"
@@ -32,8 +35,18 @@ class Float4Format:
         """As `WeightFormat.encode`."""
         values = grouped(rows, self.group_size)
         scales = held(np.abs(values).max(-1) / LARGEST, self.scales)
+        if self.scales == E4M3:
+            of_groups, of_rows = self.levels(rows)
+            scales = float8.numbers(of_groups) * of_rows[:, None]
         units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
         return _codes(units), scales
+
+    def levels(self, rows: Array) -> tuple[Array, Array]:
+        """The scales that rows [n, K] get in two levels: codes of e4m3 [n, groups], and float32 [n]."""
+        scales = np.abs(grouped(rows, self.group_size)).max(-1) / np.float32(LARGEST)
+        of_rows = scales.max(-1, keepdims=True) / np.float32(float8.LARGEST)
+        units = np.divide(scales, of_rows, out=np.zeros_like(scales), where=of_rows > 0)
+        return float8.nearest(units), of_rows[:, 0]
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""

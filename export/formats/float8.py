@@ -38,17 +38,22 @@ class Float8Format:
         values = grouped(rows, self.group_size)
         scales = held(np.abs(values).max(-1) / LARGEST, self.scales)
         units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
-        return _codes(units), scales
+        return nearest(units), scales
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""
-        magnitude = np.append(VALUES, 480.0)[codes & 127]
-        values = np.where(codes >= 128, -magnitude, magnitude).astype(np.float32)
+        values = numbers(codes)
         values *= scales.astype(np.float32)[..., None]
         return values.reshape(*scales.shape[:-1], -1)
 
 
-def _codes(values: Array) -> Array:
+def numbers(codes: Array) -> Array:
+    """The number of each e4m3 code: float32."""
+    magnitude = np.append(VALUES, 480.0)[codes & 127]
+    return np.where(codes >= 128, -magnitude, magnitude).astype(np.float32)
+
+
+def nearest(values: Array) -> Array:
     """To the nearest e4m3, ties to the even code, beyond the largest to the largest: uint8."""
     magnitude = np.minimum(np.abs(values), LARGEST)
     above = np.searchsorted(VALUES, magnitude).clip(1)

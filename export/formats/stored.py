@@ -15,8 +15,10 @@ from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.integers import SMALLEST_GROUP, IntFormat
 from moevlm.export.formats.registry import INTEGERS, weight_format
 from moevlm.export.formats.widened import Widened, widened
-from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, grouped
+from moevlm.export.graph.codes import Coded, CodeForm, Codes, Levels, grouped
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.weights import Cast, Weight, WeightTensor, cast
+from moevlm.runtime.core.dtypes import E4M3
 
 LARGEST_GROUP = 256  # of the CPU kernels
 
@@ -151,8 +153,11 @@ def _fate(weight: Weight) -> str:
 def keeping(form: WeightFormat, *weights: Weight) -> WeightFormat:
     """The format with what it takes to keep the weights' own codes exactly: places for zeros, scales that hold theirs.
 
-    Scales of other weights are rounded to the dtype of `form`, or to float32 where the dtypes of all differ.
+    Scales of other weights are rounded to the dtype of `form`, or to float32 where the dtypes of all differ. Those in
+    two levels stay so.
     """
+    if _has_levels(form):
+        return form
     roomy = roomiest(form)
     kept = [own.form for weight in weights if (own := own_codes(weight, roomy)) is not None]
     dtypes = {own.scales for own in kept} | ({form.scales} if len(kept) < max(1, len(weights)) else set())
@@ -181,8 +186,10 @@ def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:
 
 
 def _encoded_anew(rows: np.ndarray, form: WeightFormat) -> Codes:
-    codes, scales = form.encode(rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False))
-    return Codes(codes, scales, np.full(scales.shape, form.zero, np.uint8) if _has_zeros(form) else None)
+    rows = rows.reshape(-1, rows.shape[-1]).astype(np.float32, copy=False)
+    codes, scales = form.encode(rows)
+    zeros = np.full(scales.shape, form.zero, np.uint8) if _has_zeros(form) else None
+    return Codes(codes, scales, zeros, Levels(*form.levels(rows)) if _has_levels(form) else None)
 
 
 def own_codes(weight: Weight, form: WeightFormat) -> Coded | None:
@@ -237,7 +244,13 @@ def _has_zeros(form: WeightFormat) -> TypeGuard[IntFormat]:
     return isinstance(form, IntFormat) and form.zeros
 
 
+def _has_levels(form: WeightFormat) -> TypeGuard[Float4Format]:
+    return isinstance(form, Float4Format) and form.scales == E4M3
+
+
 def _holds(form: WeightFormat, own: CodeForm, width: int) -> bool:
+    if _has_levels(form) and (own.scales, own.group_size) != (E4M3, form.group_size):
+        return False
     fits = own.group_size % form.group_size == 0 or own.group_size >= width
     return own.kind == form.name and fits and (_has_zeros(form) or not own.zeros)
 
@@ -255,4 +268,8 @@ def _regrouped(found: Codes, own: Coded, form: WeightFormat) -> Codes:
     if _has_zeros(form):
         own_zeros = np.full(found.scales.shape, form.zero, np.uint8) if found.zeros is None else found.zeros
         zeros = own_zeros.reshape(len(codes), -1)[:, from_group]
-    return Codes(grouped(np.ascontiguousarray(codes), form.group_size), scales, zeros)
+    levels = None
+    if _has_levels(form):
+        assert found.levels is not None
+        levels = Levels(found.levels.groups.reshape(len(codes), -1), found.levels.rows.reshape(-1))
+    return Codes(grouped(np.ascontiguousarray(codes), form.group_size), scales, zeros, levels)

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from moevlm.export.graph.codes import Coded, CodeForm, Codes
+from moevlm.runtime.core.dtypes import E4M3
 
 _NUMBERS = CodeForm("fp4", 0).numbers[:16]
 # By the wider format: the code of each of the 16, and the factor on scales.
@@ -32,7 +33,8 @@ class Widened(Coded):
 
     @property
     def form(self) -> CodeForm:
-        return replace(self.part.form, kind=self.wider)
+        form = self.part.form
+        return replace(form, kind=self.wider, scales="float32" if form.scales == E4M3 else form.scales)
 
     def codes(self, start: int, stop: int) -> Codes:
         found, (codes, factor) = self.part.codes(start, stop), _WIDER[self.wider]

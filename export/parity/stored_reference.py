@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moevlm.export.backends.tensorrt.expert_formats import held_form
+from moevlm.export.backends.tensorrt.expert_formats import expert_form, held_form
 from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import as_stored, pruned
-from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.stored import keeping
 from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
@@ -67,7 +66,7 @@ def stored_model(model: CanonicalModel, storage: Storage) -> CanonicalModel:
             both = [weights[name] for name in names]
             form = held_form(*both) if storage.experts == MIXED else usual
             if form is not None:
-                exact = keeping(weight_format(*form, storage.scales), *both)
+                exact = keeping(expert_form(*form, storage.scales), *both)
                 weights |= {name: as_stored(weights[name], exact) for name in names}
     return replace(model, vision_weights=changed["vision"], decoder_weights=changed["decoder"])
 

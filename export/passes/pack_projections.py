@@ -7,9 +7,10 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from moevlm.export.graph.builder import Builder
-from moevlm.export.graph.codes import CodeForm, coded
+from moevlm.export.graph.codes import CodeForm
 from moevlm.export.graph.gated_delta import GATED_DELTA, INPUTS
 from moevlm.export.graph.moe_functions import routes
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.op import is_op
 from moevlm.export.graph.weights import Concat, initializer, weight_of
 from moevlm.export.passes.base import Pass, replaced_deciders

@@ -44,6 +44,7 @@ class DType:
         return np.dtype(self.name)
 
 
+E4M3 = "float8_e4m3fn"
 _OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "int4")
 _TABLE = (
     #     name          bits  ONNX  safetensors TensorRT       short

@@ -28,7 +28,7 @@ from bench.gpu.driver import POISON, CubinRunner
 from moevlm.export.build import build
 from moevlm.plugins.gpu import tiles
 from moevlm.plugins.gpu.draft import Draft
-from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import GROUP_SIZES, ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import TOKENS, Argument, Fill, Image, Kernel, Launch, Program, Variant, chosen
@@ -158,7 +158,8 @@ def test_weights_taking_turns_exceed_any_cache() -> None:
 def test_ops_between_them_have_every_format_dtype_and_attribute(sm: int) -> None:
     ops = ExpertsCases().ops(sm)
     formats = {(op.weights, op.group_size) for op in ops if op.weights}
-    assert formats == {(weights, size) for weights in ("int8", "int4", "fp8", "fp4") for size in (32, 128)}
+    assert formats == {(weights, size) for weights in FORMATS if weights for size in GROUP_SIZES[weights]}
+    assert ("fp4", 16) in formats
     dtypes = {"float16", "float32"} | ({"bfloat16"} if sm >= 80 else set())
     assert {(op.dtype, op.weights) for op in ops} == {(d, w) for d in dtypes for w in FORMATS}
     assert {(op.spec, op.has_biases) for op in ops} == {(s, b) for s in variants.BLOCKS.values() for b in (False, True)}
@@ -226,7 +227,7 @@ from bench.gpu.cases.gated_delta import LengthsCall
 from bench.gpu.cases.paged_attention import SequencesCall
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
-from moevlm.plugins.gpu.ops.experts import ExpertsOp
+from moevlm.plugins.gpu.ops.experts import GROUP_SIZES, ExpertsOp
 from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
 from moevlm.plugins.gpu.ops.paged_attention import PagedAttentionOp
 from moevlm.plugins.gpu.ops.router import RouterOp

@@ -76,7 +76,8 @@ def unpacked(op: ExpertsOp, arrays: Iterable[np.ndarray]) -> dict[str, np.ndarra
         form = weight_format(*op.form)
         for name, width in (("gate_up", op.hidden), ("down", op.inner)):
             zeros = held.pop(f"{name}_zero", None)
-            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width, zeros)
+            row_scales = held.pop(f"{name}_row_scale", None)
+            held[name] = unpack(held[name], held.pop(f"{name}_scale"), form, width, zeros, row_scales)
     return {name: array.astype(np.float32) for name, array in held.items()}
 
 

@@ -9,23 +9,28 @@ import torch
 
 from bench import variants
 from bench.gpu.cases.base import ALLOWED, Case, worst
+from bench.gpu.cases.stored_weights import meant_weight, stored_weight
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.float8 import Float8Format
-from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unpack
-from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
-from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, ExpertsOp
+from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES, GROUP_SIZES, NVFP4_GROUP, ExpertsOp
 from moevlm.plugins.gpu.program import Launch, chosen
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec
+from moevlm.runtime.core.dtypes import E4M3
 
 # experts, k, hidden, inner: round, with short last groups, and odd.
 SIZES = ((16, 4, 256, 128), (8, 2, 136, 72), (24, 3, 101, 51))
 # format, group size, dtype of scales, whether groups have zeros
 STORED = (
     ("", GROUP_SIZES[""][0], "", False),
-    *((weights, size, "", False) for weights, sizes in GROUP_SIZES.items() if weights for size in sizes),
+    *(
+        (weights, size, E4M3 if size == NVFP4_GROUP else "", False)
+        for weights, sizes in GROUP_SIZES.items()
+        if weights
+        for size in sizes
+    ),
     *(("int4", size, scales, True) for size, scales in zip(GROUP_SIZES["int4"], ("", "float16"), strict=True)),
     ("fp8", 128, "float32", False),
 )
@@ -94,15 +99,9 @@ class ExpertsCases:
         meant: dict[str, np.ndarray] = {}
         for name, array in drawn.items():
             if op.weights and name in ("gate_up", "down"):
-                form, zeros = weight_format(*op.form), None
-                codes, found = form.encode(array.reshape(-1, array.shape[-1]))
-                stored = pack(codes, op.weights).reshape(*array.shape[:2], -1)
-                scales = pack_scales(found.reshape(*array.shape[:2], -1))
-                arrays |= {name: stored, f"{name}_scale": scales}
-                if op.zeros:
-                    drawn_zeros = np.random.default_rng(seed).integers(0, 16, (*array.shape[:2], found.shape[1]))
-                    zeros = arrays[f"{name}_zero"] = pack_zeros(drawn_zeros.astype(np.uint8))
-                meant[name] = unpack(stored, scales, form, array.shape[-1], zeros)
+                stored = stored_weight(op, name, array, seed)
+                arrays |= stored
+                meant[name] = meant_weight(op, name, stored, array.shape[-1])
             else:
                 arrays[name] = meant[name] = rounded(array, op.dtype)
         held = partial(in_e4m3, group=op.group_size) if call.quantized else np.asarray

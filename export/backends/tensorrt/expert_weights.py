@@ -6,10 +6,10 @@ from functools import partial
 
 import numpy as np
 
-from moevlm.export.backends.tensorrt.expert_formats import held_form
+from moevlm.export.backends.tensorrt.expert_formats import expert_form, held_form
 from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import Encoded
-from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros
+from moevlm.export.formats.gpu_packing import pack, pack_scale_words, pack_scales, pack_zeros
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.stored import keeping, narrowed
@@ -33,7 +33,7 @@ def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, We
             form = weight_format(*op.form)
             if op.zeros and isinstance(form, IntFormat):
                 form = replace(form, zeros=True)
-            names = [f"{name}{part}" for part in ("_scale", "_zero") if f"{name}{part}" in shapes]
+            names = [f"{name}{part}" for part in ("_scale", "_zero", "_row_scale") if f"{name}{part}" in shapes]
             packed = partial(_packed, name=form.name, rows=weight.shape[1])
             encoded = Encoded(uncast(weight), form, packed, shapes[name], *(shapes[other] for other in names))
             stored |= {name: encoded.values} | dict(zip(names, encoded.others, strict=True))
@@ -51,7 +51,7 @@ def storing(op: ExpertsOp, form: str, group_size: int, *weights: Weight) -> Expe
         form, group_size = held_form(*weights) or ("", group_size)
     if not form:
         return op
-    kept = keeping(weight_format(form, group_size, op.dtype), *map(uncast, weights))
+    kept = keeping(expert_form(form, group_size, op.dtype), *map(uncast, weights))
     scales = "" if kept.scales == op.dtype else kept.scales
     zeros = isinstance(kept, IntFormat) and kept.zeros
     return replace(op, weights=form, group_size=group_size, scales=scales, zeros=zeros)
@@ -60,5 +60,8 @@ def storing(op: ExpertsOp, form: str, group_size: int, *weights: Weight) -> Expe
 def _packed(found: Codes, name: str, rows: int) -> tuple[np.ndarray, ...]:
     """found: of [experts * rows, groups, group_size], whole experts, in the format of that name."""
     groups = found.scales.shape[1]
+    if found.levels is not None:
+        words = pack_scale_words(found.levels.groups.reshape(-1, rows, groups))
+        return pack(found.codes, name), words, found.levels.rows
     packed = pack(found.codes, name), pack_scales(found.scales.reshape(-1, rows, groups))
     return packed if found.zeros is None else (*packed, pack_zeros(found.zeros.reshape(-1, rows, groups)))

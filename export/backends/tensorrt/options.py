@@ -24,7 +24,8 @@ _EXPERTS = (
     "how the experts' weights are stored: auto, by default, as the checkpoint holds them where that is in one of these "
     "formats, else as the other weights are; same, as these are; or in a format."
 )
-_GROUP_SIZE = "rtx, trt: with --experts; by default the checkpoint's, where its codes are kept so, else 32."
+_GROUP_SIZE = "rtx, trt: with --experts, in fp4 16, too; by default the checkpoint's where its codes are kept, else 32."
+_GROUP_SIZES = (16, 32, 128)
 _KV_CACHE = (
     "keys and values as the activations are (same, by default), or int8 or fp8 with a scale per token and head: half "
     "the memory, and half of what a long context reads; GPUs before sm89 decode fp8 in software: int8 is faster there."
@@ -53,7 +54,7 @@ class Options:
 
     dtype: str = option("bf16", _both("dtype of weights and activations.", tuple(DTYPES)))
     experts: str = option(AUTO, _both(_EXPERTS, EXPERTS))
-    group_size: int = group_size(lambda _, values: values["experts"] not in (AUTO, SAME), _GROUP_SIZE)
+    group_size: int = group_size(lambda _, values: values["experts"] not in (AUTO, SAME), _GROUP_SIZE, _GROUP_SIZES)
     kv_cache: str = option("same", _both(_KV_CACHE, tuple(CACHES)))
     max_sequences: int = option(64, _both("sequences in a step."))
     chunk_tokens: int = option(
@@ -65,6 +66,8 @@ class Options:
 
     def __post_init__(self) -> None:
         check_choices(replace(self, experts=AUTO) if self.experts == MIXED else self)
+        if self.group_size == 16 and self.experts not in ("fp4", AUTO, MIXED):
+            raise BuildError(f"unsupported group size 16 of {self.experts} experts (supported: 32, 128)")
         for name, value in (("max sequences", self.max_sequences), ("chunk tokens", self.chunk_tokens)):
             if value < 1:
                 raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")

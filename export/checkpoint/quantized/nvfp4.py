@@ -12,9 +12,10 @@ import numpy as np
 from moevlm.export.checkpoint.quantized.layout import Format, Parts, Spelling, matrix_shape, wrong_value
 from moevlm.export.checkpoint.quantized.nibbles import nibbles
 from moevlm.export.checkpoint.safetensors_file import Stored
-from moevlm.export.graph.codes import FLOAT, Coded, CodeForm, Codes, grouped
+from moevlm.export.graph.codes import FLOAT, Coded, CodeForm, Codes, Levels, grouped
 from moevlm.export.graph.rearranged import Swapped
 from moevlm.export.graph.weights import Weight
+from moevlm.runtime.core.dtypes import E4M3
 
 _GROUP = 16
 
@@ -39,14 +40,17 @@ class NVFP4(Coded):
 
     @property
     def form(self) -> CodeForm:
-        return CodeForm("fp4", _GROUP)
+        return CodeForm("fp4", _GROUP, scales=E4M3)
 
     def codes(self, start: int, stop: int) -> Codes:
-        packed, scales = self.packed.rows(start, stop), self.scales.rows(start, stop).astype(FLOAT)
+        packed, found = self.packed.rows(start, stop), self.scales.rows(start, stop)
         if self.turned:
-            packed, scales = (np.ascontiguousarray(array.swapaxes(1, 2)) for array in (packed, scales))
-        of_all = self._of_all(start, stop)
-        return Codes(grouped(nibbles(packed), _GROUP), scales / of_all if self.divides else scales * of_all)
+            packed, found = (np.ascontiguousarray(array.swapaxes(1, 2)) for array in (packed, found))
+        of_all, scales = self._of_all(start, stop), found.astype(FLOAT)
+        factor = 1 / of_all if self.divides else of_all
+        levels = Levels(found.view(np.uint8), np.broadcast_to(factor, scales.shape)[..., 0])
+        scales = scales / of_all if self.divides else scales * of_all
+        return Codes(grouped(nibbles(packed), _GROUP), scales, levels=levels)
 
     def _of_all(self, start: int, stop: int) -> np.ndarray:
         """To be broadcast with scales [stop - start, .., groups]."""

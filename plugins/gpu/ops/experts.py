@@ -5,15 +5,16 @@ from dataclasses import dataclass
 
 from moevlm.plugins.gpu.draft import MAX_TOKENS, Draft
 from moevlm.plugins.gpu.ops.experts_draft import ExpertsDraft
-from moevlm.plugins.gpu.ops.projection import FORMATS, Projection
+from moevlm.plugins.gpu.ops.projection import FORMATS, SCALES_PER_WORD, Projection
 from moevlm.plugins.gpu.sizes import T, Tensor
 from moevlm.plugins.ops.spec import ExpertsSpec
-from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.dtypes import DTYPES, E4M3
 from moevlm.runtime.core.errors import FieldError
 
 ACTIVATION_DTYPES = ("float16", "bfloat16", "float32")
-GROUP_SIZES = {"": (32, 128), "int8": (32, 128), "int4": (32, 128), "fp8": (32, 128), "fp4": (32, 128)}  # rising
+GROUP_SIZES = {"": (32, 128), "int8": (32, 128), "int4": (32, 128), "fp8": (32, 128), "fp4": (16, 32, 128)}  # rising
 SCALE_DTYPES = ("float16", "float32")  # beside that of activations
+NVFP4_GROUP = 16  # of fp4 alone, and with E4M3 scales alone
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class ExpertsOp:
     weights: "" for `dtype`, or "int8", "int4", "fp8" (e4m3), "fp4" (e2m1), in groups of `group_size` values along the
     input axis, the last one short where `group_size` does not divide it. scales: the dtype of a group's scale, "" for
     `dtype`; zeros: an int4 group has a zero of its own. A weight is (code - zero) * scale, rounded to `dtype` once.
+    fp4 in groups of NVFP4_GROUP has E4M3 scales and a float32 scale of each row: its weights, code * scale, are not
+    rounded, and what they yield is multiplied by the row's scale in float32.
     How they are stored: see `moevlm.export.formats.gpu_packing`.
     """
 
@@ -45,7 +48,7 @@ class ExpertsOp:
             ("dtype", self.dtype, ACTIVATION_DTYPES),
             ("weights", self.weights, tuple(FORMATS)),
             ("group_size", self.group_size, GROUP_SIZES.get(self.weights, ())),
-            ("scales", self.scales, ("", self.dtype, *SCALE_DTYPES)),
+            ("scales", self.scales, (E4M3,) if self.group_size == NVFP4_GROUP else ("", self.dtype, *SCALE_DTYPES)),
             ("zeros", self.zeros, (False, True) if self.weights == "int4" else (False,)),
         ):
             if value not in allowed:
@@ -68,6 +71,11 @@ class ExpertsOp:
         return self.weights, self.group_size, self.scales or self.dtype
 
     @property
+    def row_scales(self) -> bool:
+        """Whether rows of weights have scales, too."""
+        return self.scales == E4M3
+
+    @property
     def rows(self) -> int:
         """Rows of gate_up: 2I, or I if the experts are not gated."""
         return self.inner * (2 if self.spec.gated else 1)
@@ -76,8 +84,9 @@ class ExpertsOp:
     def projections(self) -> dict[str, Projection]:
         """gate_up and down, of one expert."""
         shapes = {"gate_up": (self.rows, self.hidden), "down": (self.hidden, self.inner)}
+        group = SCALES_PER_WORD * self.group_size if self.row_scales else self.group_size
         return {
-            name: Projection.of(*shape, self.weights, self.group_size, self.has_biases, self.zeros)
+            name: Projection.of(*shape, self.weights, group, self.has_biases, self.zeros, self.row_scales)
             for name, shape in shapes.items()
         }
 
@@ -93,8 +102,14 @@ class ExpertsOp:
             dtype, shape = weight.stored(self.dtype)
             tensors.append(Tensor(name, dtype, (self.experts, *shape)))
         if self.weights:
+            scales = "int32" if self.row_scales else self.scales or self.dtype
             tensors += [
-                Tensor(f"{name}_scale", self.scales or self.dtype, (self.experts, weight.groups, weight.scale_rows))
+                Tensor(f"{name}_scale", scales, (self.experts, weight.groups, weight.scale_rows))
+                for name, weight in self.projections.items()
+            ]
+        if self.row_scales:
+            tensors += [
+                Tensor(f"{name}_row_scale", "float32", (self.experts, weight.rows))
                 for name, weight in self.projections.items()
             ]
         if self.zeros:

@@ -21,7 +21,7 @@ ROWS_AT_ONCE, ROWS_PLACED = 512, 16  # rows that one launch sorts, and of these 
 COLUMNS_STEP = 1024  # columns that one program adds up, or quantizes
 Sort = Callable[[Layout, int], tuple[Given, Given, Given]]
 Grid = tuple[Count, Count, Count]
-_PARTS = ("", "_scale", "_zero", "_bias")  # of a weight, as kernels take them
+_PARTS = ("", "_scale", "_zero", "_row_scale", "_bias")  # of a weight, as kernels take them
 _TOKENS: Given = (TOKENS, "i32")
 
 
@@ -223,7 +223,7 @@ class ExpertsDraft:
     def _product(self, projection: str, tile: Tile) -> dict[str, Hashable]:
         """What the kernel of one product is specialised to."""
         stored = self.op.projections[projection]
-        weight = replace(stored, native_fp8=stored.format == "fp8" and self.sm >= ADA)
+        weight = replace(stored, native_fp8=(stored.format == "fp8" or stored.row_scales) and self.sm >= ADA)
         return {"W": weight, "TILE": tile, "INTERPRETED": False}
 
     def _launch(

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.graph.codes import CodeForm, coded, decode
+from moevlm.export.graph.codes import CodeForm, decode
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
 from tests.support.checkpoints import canonical

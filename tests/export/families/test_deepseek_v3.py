@@ -12,7 +12,7 @@ import pytest
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
-from moevlm.export.graph.codes import coded
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.core.errors import CheckpointError

@@ -16,7 +16,7 @@ from bench.plan_launches import launches
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
-from moevlm.export.graph.codes import coded
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.registry import targets
 from moevlm.export.backends.tensorrt.engine_target import shared_errors
+from moevlm.export.backends.tensorrt.expert_formats import expert_form
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.build import build, traced
@@ -22,12 +24,14 @@ from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.stored import Narrowed, encoded, keeping, kept_form, own_codes, recoded, weight_errors
-from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded
+from moevlm.export.graph.codes import Coded, CodeForm, Codes
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.weights import Constant, Weight, read
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.dtypes import E4M3
 from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from tests.support.command_line import call
 from tests.support.published import FORMATS, floats, projections
@@ -171,6 +175,22 @@ def test_float4_format_rounds_to_the_nearest_number() -> None:
     np.testing.assert_allclose(decoded, numbers[codes] * scales[..., None], rtol=1e-6)
 
 
+def test_scales_of_float4_in_two_levels() -> None:
+    """Each is a number of e4m3 times its row's, and what is stored is what `encode` rounds to."""
+    rows = np.random.RandomState(2).standard_normal((6, 72)).astype(np.float32) * np.float32(0.01)
+    rows[1] = 0
+    form = Float4Format(16, E4M3)
+    codes, scales = form.encode(rows)
+    of_groups, of_rows = form.levels(rows)
+    assert of_groups.dtype == np.uint8 and of_rows.dtype == np.float32
+    numbers = of_groups.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    np.testing.assert_array_equal(scales, numbers * of_rows[:, None])
+    assert (numbers.max(1) == np.where(np.arange(6) == 1, 0, 448)).all()
+    np.testing.assert_allclose(scales, np.abs(np.pad(rows, ((0, 0), (0, 8))).reshape(6, 5, 16)).max(-1) / 6, rtol=2**-4)
+    decoded = form.decode(codes, scales)[:, :72]
+    assert np.linalg.norm(decoded - rows) < 0.13 * np.linalg.norm(rows)
+
+
 def relative_error(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
     """Of what was stored against what is exact: root mean square over root mean square."""
     errors, exact = zip(*((np.sum((a - b) ** 2.0), np.sum(a**2.0)) for a, b in pairs), strict=True)
@@ -278,6 +298,9 @@ def test_engines_that_share_experts_share_what_these_cost() -> None:
         ("fp8-blocks-fused-transposed", "fp8", 128, "bfloat16"),
         ("fp8-channels", "fp8", 128, "bfloat16"),
         ("fp8-static-fused", "fp8", 32, "bfloat16"),
+        ("nvfp4", "fp4", 16, "bfloat16"),
+        ("nvfp4-fused", "fp4", 16, "float16"),
+        ("nvfp4-compressed", "fp4", 16, "bfloat16"),
     ],
 )
 def test_experts_on_a_gpu_have_the_codes_of_the_checkpoint(
@@ -286,15 +309,17 @@ def test_experts_on_a_gpu_have_the_codes_of_the_checkpoint(
     graph = graph_of(name)
     exact = {n: read(v.const_value.weight) for n, v in graph.graph.initializers.items() if "feed_forward" in n}
     run((Typed(dtype), PluginMoE(dtype, weights, group_size, lambda _: b"")), graph)
-    form, stored = weight_format(weights, group_size), expert_weights(graph)
-    assert any(name.endswith("_zero") for name in stored) == ("zeros" in name or "awq" in name)
-    assert sum(name.endswith("_scale") for name in stored) >= 4
-    for scale in (name for name in stored if name.endswith("_scale")):
+    form, stored = expert_form(weights, group_size), expert_weights(graph)
+    assert any(n.endswith("_zero") for n in stored) == ("zeros" in name or "awq" in name)
+    assert sum(n.endswith("_scale") for n in stored) >= 4
+    for scale in (n for n in stored if n.endswith("_scale") and not n.endswith("_row_scale")):
         part = scale.removesuffix("_scale")
         assert stored[part].encoding.own
-        values, scales = read(stored[part]), read(stored[scale]).astype(np.float32)
-        zeros = read(stored[f"{part}_zero"]) if f"{part}_zero" in stored else None
-        np.testing.assert_array_equal(unpack_gpu(values, scales, form, exact[part].shape[-1], zeros), exact[part])
+        values, scales = read(stored[part]), read(stored[scale])
+        others = [read(stored[part + end]) if part + end in stored else None for end in ("_zero", "_row_scale")]
+        found = unpack_gpu(values, scales, form, exact[part].shape[-1], *others)
+        digits = 2.0**-22 if name == "nvfp4-compressed" else 0.0  # of the inverse of its scale of all
+        np.testing.assert_allclose(found, exact[part], rtol=digits, atol=0)
 
 
 @pytest.mark.parametrize(

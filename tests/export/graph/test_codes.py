@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from moevlm.export.graph.codes import Coded, CodeForm, Codes, coded, decode
+from moevlm.export.graph.codes import Coded, CodeForm, Codes, decode
+from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.rearranged import Picked, Reordered, RowBlocks, swap_last
 from moevlm.export.graph.weights import Concat, Constant, Stack, Weight, cast, read
 

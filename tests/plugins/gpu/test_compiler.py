@@ -21,6 +21,7 @@ from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.gpu.program import Kernel, Launch, Program
 from moevlm.plugins.gpu.resources import Resources
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
+from moevlm.runtime.core.dtypes import E4M3
 from tests.plugins.gpu import program_reader
 from tests.plugins.gpu import toy_kernels as toy
 from tests.plugins.gpu.interpreter import Interpreter
@@ -159,6 +160,15 @@ def test_products_of_e4m3_fit_the_gpus_that_have_them(sm: int) -> None:
     used = [kernels[name] for name in ("quantize_rows", "fp8_gate_up", "fp8_down")]
     compiled = compiler._compile([(compiler.KERNELS, spec, sm) for spec in used], lambda *_: None)
     assert [one.resources.spilled for one in compiled.values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("group_size", "scales"), [(16, E4M3), (32, "")])
+def test_e2m1_numbers_of_gate_and_up_fit_the_registers(group_size: int, scales: str) -> None:
+    sizes = {"experts": 6, "top_k": 2, "hidden": 256, "inner": 256}
+    op = ExpertsOp(ExpertsSpec(), **sizes, weights="fp4", group_size=group_size, scales=scales)
+    used = [spec for spec in op.draft(80).kernels if spec.function.endswith("gate_up")]
+    compiled = compiler._compile([(compiler.KERNELS, spec, 80) for spec in used], lambda *_: None)
+    assert [one.resources.spilled for one in compiled.values()] == [0] * len(used) == [0] * 5
 
 
 def test_a_kernel_is_compiled_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

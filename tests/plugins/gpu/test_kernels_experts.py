@@ -8,16 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.gpu.cases.stored_weights import meant_weight, stored_weight
 from bench.variants import BLOCKS, expert_weights, hidden_states
 from moevlm.export.formats.base import rounded
-from moevlm.export.formats.gpu_packing import pack, pack_scales, pack_zeros, unpack
-from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.gpu.ops.projection import FORMATS
 from moevlm.plugins.gpu.program import Launch
 from moevlm.plugins.gpu.tiles import FAMILIES, Range, tiles
 from moevlm.plugins.ops.experts import experts as reference_experts
 from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.runtime.core.dtypes import E4M3
 from tests.plugins.gpu.interpreter import Interpreter
 
 # Relative Frobenius norm. Interpreted bfloat16 is cut off, not rounded.
@@ -40,12 +40,7 @@ def draw_inputs(op: ExpertsOp, tokens: int, seed: int) -> dict[str, np.ndarray]:
     }
     for name, values in weights.items():
         if op.weights and values.ndim == 3:
-            codes, scales = weight_format(*op.form).encode(values.reshape(-1, values.shape[-1]))
-            inputs[name] = pack(codes, op.weights).reshape(*values.shape[:2], -1)
-            inputs[f"{name}_scale"] = pack_scales(scales.reshape(*values.shape[:2], -1))
-            if op.zeros:
-                zeros = rng.integers(0, 16, (*values.shape[:2], scales.shape[1]), np.uint8)
-                inputs[f"{name}_zero"] = pack_zeros(zeros)
+            inputs |= stored_weight(op, name, values, seed)
         else:
             inputs[name] = rounded(values, op.dtype)
     return inputs
@@ -56,8 +51,7 @@ def expected(op: ExpertsOp, inputs: dict[str, np.ndarray]) -> np.ndarray:
     for name, width in (("gate_up", op.hidden), ("down", op.inner)):
         weights[name] = inputs[name]
         if op.weights:
-            given = inputs[name], inputs[f"{name}_scale"], weight_format(*op.form), width
-            weights[name] = unpack(*given, inputs.get(f"{name}_zero"))
+            weights[name] = meant_weight(op, name, inputs, width)
         if op.has_biases:
             weights[f"{name}_bias"] = inputs[f"{name}_bias"]
     weights = {name: values.astype(np.float64) for name, values in weights.items()}
@@ -117,6 +111,9 @@ def test_every_format_of_weights_agrees_with_the_spec(
         ("int8", 32, "bfloat16", "float16", False),
         ("fp8", 128, "bfloat16", "float32", False),
         ("fp8", 32, "float16", "float32", False),
+        ("fp4", 16, "bfloat16", E4M3, False),
+        ("fp4", 16, "float16", E4M3, False),
+        ("fp4", 16, "float32", E4M3, False),
     ],
 )
 def test_zeros_and_scales_of_their_own_precision_agree_with_the_spec(

@@ -7,6 +7,7 @@ import pytest
 from moevlm.plugins.gpu.compiler import KERNELS
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.plugins.ops.spec import ExpertsSpec
+from moevlm.runtime.core.dtypes import E4M3
 from tests.plugins.gpu import toy_kernels as toy
 from tests.plugins.gpu.loop_loads import waiting_loads
 
@@ -17,7 +18,7 @@ SPECS: dict[int, tuple[tuple[str, int, str, bool], ...]] = {
     86: (("fp8", 32, "", False), ("fp4", 32, "", False)),
     90: (("", 32, "", False), ("int8", 32, "", False), ("int4", 128, "", False), ("fp8", 128, "float32", False)),
     100: (("int8", 128, "", False),),
-    120: (("int4", 32, "float16", True), ("fp8", 128, "", False)),
+    120: (("int4", 32, "float16", True), ("fp8", 128, "", False), ("fp4", 16, E4M3, False)),
 }
 CASES = [(sm, *stored) for sm, all_stored in SPECS.items() for stored in all_stored]
 

@@ -17,6 +17,7 @@ from moevlm.plugins.gpu.kernels.moe.products import (
     expert_zeros,
     gate_up_tile,
     inner_of,
+    load_row_scales,
     load_rows,
     store_tile,
 )
@@ -51,6 +52,7 @@ def few_gate_up(
     w,
     scale,
     zero,
+    row_scale,
     bias,
     inner,  # [T * k, I], written
     tokens,
@@ -77,7 +79,9 @@ def few_gate_up(
         factor = tl.load(weight + row, mask=mask, other=0.0)
     n = tl.program_id(0) * TILE.BN + tl.arange(0, TILE.BN)
     offset = tl.arange(0, TILE.BM).to(tl.int64) * W.width
-    out = gate_up_tile(x, offset, mask, factor, w, scale, zero, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED)
+    out = gate_up_tile(
+        x, offset, mask, factor, w, scale, zero, row_scale, bias, e.to(tl.int64), n, SPEC, W, TILE, INTERPRETED
+    )
     store_tile(inner, row, n, out, mask, INNER)
 
 
@@ -88,6 +92,7 @@ def few_down(
     w,
     scale,
     zero,
+    row_scale,
     bias,
     out,  # [T * k, H], written
     tokens,
@@ -112,7 +117,7 @@ def few_down(
         prefetch_expert(w, e, tl.minimum(n, W.rows - 1), W)
     wait_for_previous(OVERLAPS)
     offset = row.to(tl.int64) * W.width
-    acc = down_tile(inner, offset, mask, w, scale, zero, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
+    acc = down_tile(inner, offset, mask, w, scale, zero, row_scale, bias, e.to(tl.int64), n, W, TILE, INTERPRETED)
     store_tile(out, row, n, acc, mask, W.rows)
 
 
@@ -124,6 +129,7 @@ def single_down(
     w,  # [E, H, I]
     scale,
     zero,
+    row_scale,
     bias,
     y,  # [1, H], written: the sum over the token's experts
     EXPERTS: tl.constexpr,
@@ -142,7 +148,8 @@ def single_down(
     line = tl.arange(0, TILE.BM)
     offset = tl.zeros([TILE.BM], tl.int64)
     slot = tl.arange(0, triton.next_power_of_2(TOP_K))
-    any_expert = is_expert(tl.max(tl.load(index + slot, mask=slot < TOP_K, other=-1), 0))
+    every = tl.load(index + slot, mask=slot < TOP_K, other=-1)
+    any_expert = is_expert(tl.max(every, 0))
     # `index` is older than gate_up, with which this launch overlaps.
     if OVERLAPS:  # noqa: SIM102 - known when the kernel is compiled, and the other is not
         if any_expert:
@@ -154,6 +161,9 @@ def single_down(
         return
     acc = tl.zeros([TILE.BM, TILE.BN], tl.float32)  # of one expert; all but the first row are zeros
     total = tl.zeros([TILE.BM, TILE.BN], tl.float32)
+    if W.row_scales:  # all before the loop, in which a load would be waited for
+        place = nearest_expert(every, EXPERTS).to(tl.int64) * W.rows
+        of_rows = load_row_scales(row_scale, place[:, None] + n[None, :], W)
     # Read one step ahead: weights that wait for an index read in their own step are copied ahead less far.
     first = tl.load(index)
     e, lead = nearest_expert(first, EXPERTS), tl.minimum(first, 0)  # a row of no expert is as good as zeros
@@ -165,7 +175,10 @@ def single_down(
         expert, scales, zeros = expert_weights(w, wide, W), expert_scales(scale, wide, W), expert_zeros(zero, wide, W)
         acc = add_product(acc, rows, expert, scales, zeros, n, part, W, TILE, INTERPRETED)
         last = part == STEPS - 1
-        total += tl.where(last, acc if SCALES_INPUT else acc * factor, 0.0)
+        whole = acc
+        if W.row_scales:
+            whole *= tl.sum(tl.where((slot == step // STEPS)[:, None], of_rows, 0.0), 0)[None, :]
+        total += tl.where(last, whole if SCALES_INPUT else whole * factor, 0.0)
         acc = tl.where(last, 0.0, acc)
         after = tl.minimum((step + 1) // STEPS, TOP_K - 1)
         following = tl.load(index + after)

@@ -36,6 +36,7 @@ def grouped_gate_up(
     w,
     scale,
     zero,
+    row_scale,
     bias,
     rows,  # [T * k] int32: rows by expert
     starts,  # [2, E + 1] int32
@@ -59,7 +60,7 @@ def grouped_gate_up(
     row, factor = routed_rows(rows, weight, place, mask, SPEC, TILE.BM)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = (row // TOP_K).to(tl.int64) * W.width
-    out = gate_up_tile(x, offset, mask, factor, w, scale, zero, bias, e, n, SPEC, W, TILE, INTERPRETED)
+    out = gate_up_tile(x, offset, mask, factor, w, scale, zero, row_scale, bias, e, n, SPEC, W, TILE, INTERPRETED)
     store_tile(inner, place, n, out, mask, INNER)
 
 
@@ -69,6 +70,7 @@ def grouped_down(
     w,
     scale,
     zero,
+    row_scale,
     bias,
     rows,
     starts,
@@ -89,7 +91,7 @@ def grouped_down(
     row = tl.load(rows + place, mask=mask, other=0)
     n = (tl.program_id(0) % TILES) * TILE.BN + tl.arange(0, TILE.BN)
     offset = place.to(tl.int64) * W.width
-    acc = down_tile(inner, offset, mask, w, scale, zero, bias, e, n, W, TILE, INTERPRETED)
+    acc = down_tile(inner, offset, mask, w, scale, zero, row_scale, bias, e, n, W, TILE, INTERPRETED)
     store_tile(out, row, n, acc, mask, W.rows)
 
 

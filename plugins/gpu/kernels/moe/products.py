@@ -73,12 +73,26 @@ def raised_eight(dtype):
 
 
 @triton.jit
-def twice_e2m1(code, dtype: tl.constexpr):
-    """Twice the number of each 4-bit code in 16 bits, an integer from -12 to 12."""
-    exponent, fraction = (code >> 1) & 3, code & 1
-    magnitude = tl.where(exponent == 0, fraction, (fraction + 2) << tl.maximum(exponent - 1, 0))
-    value = raised(magnitude, dtype) - (raised_eight(dtype) - 8)
-    return tl.where(code >= 8, -value, value)
+def e2m1(units, part: tl.constexpr, dtype: tl.constexpr):
+    """The numbers of the e2m1 codes that 16-bit units have in the 4 bits of a part.
+
+    As float16, whose exponent has more bits, such a code is its number times 2 ** -14.
+    """
+    if part < 3:
+        magnitude = units << (9 - 4 * part)
+    else:
+        magnitude = units >> 3
+    bits = (magnitude & 0x0E00) | ((units << (12 - 4 * part)) & -32768)
+    return (bits.to(tl.float16, bitcast=True) * 16384).to(dtype)
+
+
+@triton.jit
+def e4m3_of(words, part: tl.constexpr, NATIVE: tl.constexpr):
+    """The number of each word's byte `part`, a code in e4m3, as `decode_fp8` has it.
+
+    float16 holds its product with an e2m1 number, six binary digits at most: nothing is rounded.
+    """
+    return decode_fp8((words >> (8 * part)).to(tl.int8), tl.float16, NATIVE)
 
 
 @triton.jit
@@ -120,10 +134,10 @@ def load_zero(zero, n, step, W: tl.constexpr, BK: tl.constexpr):
 
 @triton.jit
 def load_factor(scale, n, step, W: tl.constexpr, BK: tl.constexpr):
-    """The scales of one step: [BN, groups of the step]."""
+    """The scales of one step: [BN, groups of the step]; int32 words of four scales where rows have scales, too."""
     group = groups_of(step, W, BK)
     mask = group[None, :] < W.groups
-    if scale.dtype.element_ty == tl.float32:
+    if scale.dtype.element_ty.primitive_bitwidth == 32:
         factor = tl.load(scale + group[None, :] * W.scale_rows + n[:, None], mask=mask, other=0.0)
     else:
         # Nothing below 4 bytes is copied asynchronously, so a row's scale is read with its neighbour's.
@@ -175,22 +189,22 @@ def add_product(
         given: tl.constexpr = rows[0].dtype if W.quarters else rows.dtype
         dtype: tl.constexpr = tl.float32 if INTERPRETED and given == tl.bfloat16 else given
         factor = load_factor(scale, n, step, W, TILE.BK)
-        if factor.dtype != dtype:  # its own precision, or the interpreter's
+        if factor.dtype != dtype and not W.row_scales:  # its own precision, or the interpreter's
             factor = factor.to(tl.float32)
         if W.quarters:
             units = load_codes(w.to(tl.pointer_type(tl.int16)), n, step, W.stored_width // 4, TILE.BK // 4)
-            if W.format == "fp4":
-                factor *= 0.5
             less = raised(load_zero(zero, n, step, W, TILE.BK), dtype) if W.zeros else None
             for part in tl.static_range(4):
-                code = (units >> (4 * part)) & 15
-                if W.format == "fp4":
-                    value = twice_e2m1(code, dtype)
+                if W.row_scales:
+                    numbers, of_part = e2m1(units, part, tl.float16), e4m3_of(factor, part, W.native_fp8)
+                    value = scaled(numbers, None, of_part, TILE.BN, GROUPS, TILE.BK // 4).to(dtype)
+                elif W.format == "fp4":
+                    value = scaled(e2m1(units, part, dtype), None, factor, TILE.BN, GROUPS, TILE.BK // 4)
                 else:
-                    value = raised(code, dtype)
+                    value = raised((units >> (4 * part)) & 15, dtype)
                     if not W.zeros:
                         value -= raised_eight(dtype)
-                value = scaled(value, less, factor, TILE.BN, GROUPS, TILE.BK // 4)
+                    value = scaled(value, less, factor, TILE.BN, GROUPS, TILE.BK // 4)
                 acc = multiply(rows[part], value, acc, INTERPRETED)
         else:
             code = load_codes(w, n, step, W.stored_width, TILE.BK)
@@ -224,6 +238,21 @@ def expert_zeros(zero, e, W: tl.constexpr):
     if W.zeros:
         zero += e * (W.groups * (W.scale_rows // 8))
     return zero
+
+
+@triton.jit
+def load_row_scales(row_scale, place, W: tl.constexpr):
+    """Scales of rows, for products with scales of groups as `e4m3_of` has them."""
+    factor = tl.load(row_scale + place)
+    return factor if W.native_fp8 else factor * 256
+
+
+@triton.jit
+def by_row_scales(acc, row_scale, e, n, W: tl.constexpr):
+    """acc [BM, BN], products with rows n of expert e, times the scales of these rows, if weights have any."""
+    if W.row_scales:
+        acc *= load_row_scales(row_scale, e * W.rows + n, W)[None, :]
+    return acc
 
 
 @triton.jit
@@ -272,6 +301,7 @@ def gate_up_tile(
     w,  # [E, R, H], R = 2I, gate rows first, or I
     scale,  # [E, groups, scale rows] or null
     zero,  # [E, groups, words of scale rows] or null
+    row_scale,  # [E, R] float32 or null
     bias,  # [E, R] or null
     e,  # int64: the expert
     n,  # [BN]: which of its I outputs; those beyond are computed as the last
@@ -293,6 +323,9 @@ def gate_up_tile(
         gate = add_product(gate, rows, w, scale, zero, n, step, W, TILE, INTERPRETED)
         if SPEC.gated:
             up = add_product(up, rows, w, scale, zero, n + INNER, step, W, TILE, INTERPRETED)
+    gate = by_row_scales(gate, row_scale, e, n, W)
+    if SPEC.gated:
+        up = by_row_scales(up, row_scale, e, n + INNER, W)
     return finish_gate_up(gate, up, factor, bias, e, n, SPEC, W)
 
 
@@ -304,6 +337,7 @@ def down_tile(
     w,  # [E, H, I]
     scale,  # [E, groups, scale rows] or null
     zero,  # [E, groups, words of scale rows] or null
+    row_scale,  # [E, H] float32 or null
     bias,  # [E, H] or null
     e,
     n,  # [BN]: which of its H outputs
@@ -320,6 +354,7 @@ def down_tile(
     for step in range(STEPS):
         rows = load_rows(x, offset, mask, step, W, TILE.BK)
         acc = add_product(acc, rows, w, scale, zero, n, step, W, TILE, INTERPRETED)
+    acc = by_row_scales(acc, row_scale, e, n, W)
     if W.has_bias:
         acc += tl.load(bias + e * W.rows + n).to(tl.float32)[None, :]
     return acc

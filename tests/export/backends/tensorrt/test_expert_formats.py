@@ -36,6 +36,8 @@ KEPT = {
     "mxfp8": ("fp8", 32, "fp8 kept"),
     "int8-channels": ("int8", 128, "int8 kept"),
     "mxfp4-compressed-fused": ("fp4", 32, "fp4 kept"),
+    "nvfp4": ("fp4", 16, "fp4 kept"),
+    "nvfp4-compressed-fused": ("fp4", 16, "fp4 kept"),
 }
 SIZES = {"hidden_size": 256, "moe_intermediate_size": 320, "num_experts": 4}
 NOT_KEPT = {
@@ -122,6 +124,9 @@ def test_floats_stay_floats_and_a_bare_config_has_none(publish: Publish, tmp_pat
         ("gptq-128", {"experts": "int4"}, "int4", 128, "int4 kept"),
         ("gptq-128", {"experts": "int4", "group_size": 32}, "int4", 32, "int4 kept"),
         ("mxfp4-compressed", {"experts": "fp8"}, "fp8", 32, "fp4 kept as fp8"),
+        ("nvfp4", {"experts": "fp4"}, "fp4", 16, "fp4 kept"),
+        ("nvfp4", {"experts": "fp4", "group_size": 32}, "fp4", 32, "fp4 to fp4"),
+        ("mxfp4-compressed", {"experts": "fp4", "group_size": 16}, "fp4", 16, "fp4 to fp4"),
     ],
 )
 def test_a_format_that_is_asked_for_wins(
@@ -137,10 +142,11 @@ def test_a_format_that_is_asked_for_wins(
     ("parts", "fates"),
     [
         ([("int4-32", "layers.0."), ("fp8-blocks", "layers.1.")], {"int4 kept", "fp8 kept"}),
+        ([("nvfp4-compressed", "layers.0."), ("mxfp4-compressed", "layers.1.")], {"fp4 kept"}),
         ([("int4-128-zeros", "layers.0.")], {"int4 kept"}),
         ([("mxfp4-compressed", "layers.0."), ("gptq-act-order", "layers.1.")], {"fp4 kept"}),
     ],
-    ids=["two formats", "one layer in floats", "one layer in what no kernel holds"],
+    ids=["two formats", "two of one name", "one layer in floats", "one layer in what no kernel holds"],
 )
 def test_layers_that_differ_have_each_its_own(parts: list[tuple[str, str]], fates: set[str], publish: Publish) -> None:
     target, engine = lowered(publish(*parts))
@@ -166,6 +172,15 @@ def test_parity_takes_the_experts_of_a_mixed_engine_as_they_are(publish: Publish
     for name in (name for names in model.config.expert_matrices for name in names):
         assert stored.decoder_weights[name] is not model.decoder_weights[name]
         np.testing.assert_array_equal(read(stored.decoder_weights[name]), read(model.decoder_weights[name]))
+
+
+def test_nvfp4_takes_four_bits_and_a_half(publish: Publish) -> None:
+    model, target = model_and_target(publish(("nvfp4", "")))
+    engine = target.planned(model.config, model.decoder_weights, None)
+    assert engine is not None and engine.cost is not None
+    weights = 3 * SIZES["hidden_size"] * SIZES["moe_intermediate_size"]
+    rows = 2 * SIZES["moe_intermediate_size"] + SIZES["hidden_size"]
+    assert engine.cost.expert_bytes == 2 * (weights * 9 // 16 + 4 * rows)  # two layers
 
 
 def test_group_size_alone_says_nothing(publish: Publish) -> None:
