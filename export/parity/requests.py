@@ -101,18 +101,22 @@ class _TheirText:
     @classmethod
     def load(cls, checkpoint: Path, splitting: str) -> "_TheirText":
         # Without a class transformers takes one by the kind of model, whose own normalizer and splitting take the place
-        # of those in tokenizer.json; what the file says counts then, and where the class is code of the checkpoint.
+        # of those in tokenizer.json; what the file says counts then. So it does where the class is code of the
+        # checkpoint, or may be mistral-common's, which reads a tekken.json instead.
         config = optional_json(checkpoint, "tokenizer_config.json")
         converted = not (checkpoint / "tokenizer.json").exists()
         own_code = isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]
-        named = "tokenizer_class" in config and not converted and not own_code
+        own_file = own_code or (checkpoint / "tekken.json").exists()
+        named = "tokenizer_class" in config and not converted and not own_file
         kind: Any = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
-        names = {name: token for name, token in _TEKKEN.items() if converted and name not in config}
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if converted:
+            options |= {name: token for name, token in _TEKKEN.items() if name not in config}
         try:
             if converted and (checkpoint / "tiktoken.model").exists():
                 tokenizer: Any = RankTokenizer(checkpoint, splitting)
             else:
-                tokenizer = kind.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False, **names)
+                tokenizer = kind.from_pretrained(checkpoint, **options)
             fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
             template = fields.get("chat_template") or tokenizer.chat_template
             return cls(tokenizer, template["default"] if isinstance(template, dict) else template)

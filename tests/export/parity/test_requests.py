@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,15 @@ def test_a_good_bundle_s_requests_are_those_of_transformers(tiny_bundle: Path, t
         "values of their patches",
     ]
     assert all(check.passed and not check.note and check.step == "requests" for check in found)
+
+
+def test_beside_a_tekken_json_the_class_of_mistral_common_is_not_needed(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    (checkpoint / "tekken.json").write_text("{}")
+    (checkpoint / "tokenizer_config.json").write_text('{"tokenizer_class": "MistralCommonBackend"}')
+    assert all(check.passed and not check.note for check in checked(tiny_bundle, checkpoint))
 
 
 def test_tokens_around_an_image_are_those_of_transformers_processor(tmp_path: Path) -> None:
