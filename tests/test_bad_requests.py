@@ -175,7 +175,7 @@ def test_options_of_sampling_need_a_temperature(options: list[str], tiny_bundle:
     [
         (b"{", ("--messages is not valid JSON",)),
         (b"\xff\xff", ("--messages is not valid JSON",)),
-        (b"{}", ("messages must be a non-empty list",)),
+        (b"{}", ("unsupported value messages = {} (allowed: a list of",)),
         (b'[{"role": "king", "content": "Hi"}]', ("messages[0].role = 'king'", "supported: assistant, system, user")),
         (b'[{"role": "user", "content": [{"type": "image", "image": 5}]}]', ("image is 5", "a path")),
         (b'[{"role": "user", "content": [{"type": "film"}]}]', ("messages[0].content[0].type = 'film'", "supported:")),

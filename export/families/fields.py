@@ -128,7 +128,7 @@ class Fields:
 
     def invalid(self, key: str, value: Any, allowed: str) -> CheckpointError:
         """The error for the value of `key`, which may be its default."""
-        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {shown(value)} ({allowed})")
+        return CheckpointError(f"invalid value in config.json: {self._name(key)} = {shown(value)} (allowed: {allowed})")
 
     def choice(self, key: str, allowed: Mapping[Any, Any] | Sequence[Any], default: Any = _REQUIRED) -> Any:
         """One of `allowed`; with a mapping, what the value maps to. Raises UnsupportedModelError for any other."""
@@ -184,7 +184,7 @@ class Fields:
                 remedy = f" (if it leaves the arithmetic as it is: --ignore-config {self._name(key)})"
                 raise UnsupportedModelError(found + remedy)
             if original._used[key] != value:
-                raise UnsupportedModelError(f"{found} ({original._name(key)} = {shown(original._used[key])})")
+                raise UnsupportedModelError(f"{found} (allowed: {original._name(key)} = {shown(original._used[key])})")
         for child in self._children:
             child.refuse_unread()
 

@@ -50,7 +50,7 @@ def rope_fields(text: Fields) -> Fields:
         return text.sub("rope_scaling", {}, nulls=False)
     if "rope_scaling" in text:  # transformers takes this one, whole: without the theta of the other
         value = text.get("rope_scaling")
-        raise text.invalid("rope_scaling", value, "not beside rope_parameters: its fields belong there")
+        raise text.invalid("rope_scaling", value, "none beside rope_parameters, where its fields belong")
     return text.sub("rope_parameters", nulls=False)
 
 
@@ -69,12 +69,13 @@ def _rope(text: Fields, rope: Fields, head_dim: int, default_partial: float | No
     if kind != "proportional":
         dim = int(head_dim * _partial(text, rope, default_partial))
         if dim % 2 or not 0 < dim <= head_dim:
-            rotated = f"{dim} of its dimensions rotate, allowed: an even number from 2 to {head_dim}"
-            raise text.invalid("head_dim", head_dim, rotated)
+            rotating = f"an even number of rotating dimensions from 2 to {head_dim}, here {dim}"
+            raise text.invalid("head_dim", head_dim, rotating)
     with np.errstate(all="ignore"):
         frequencies, factor = KINDS[kind](Rope(rope, text, dim, theta))
     if frequencies is not None and not (frequencies <= _FASTEST).all():
-        raise rope.invalid("rope_type", kind, f"with these numbers a frequency is {frequencies.max():.1e}")
+        told = f"frequencies up to {_FASTEST}, with these numbers one is {frequencies.max():.1e}"
+        raise rope.invalid("rope_type", kind, told)
     if frequencies is None or np.array_equal(frequencies, inverse_frequencies(dim, theta)):
         return RopeMetadata(dim=dim, theta=theta, factor=factor)
     return RopeMetadata(dim=dim, theta=theta, frequencies=tuple(frequencies.tolist()), factor=factor)

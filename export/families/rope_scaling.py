@@ -68,7 +68,7 @@ def _proportional(given: Rope) -> Scaling:
     partial, pairs = given.fields.number("partial_rotary_factor", 1.0), given.dim // 2
     turning = int(partial * given.dim // 2)
     if not 0 < turning <= pairs:
-        told = f"1 to {pairs} frequencies turn, and not {turning}"
+        told = f"a part of which 1 to {pairs} frequencies turn, here {turning}"
         raise given.fields.invalid("partial_rotary_factor", partial, told)
     frequencies = given.own
     frequencies[turning:] = 0

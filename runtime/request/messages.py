@@ -52,14 +52,18 @@ def plain_messages(messages: Sequence[Message], most: int = MAX_CHARACTERS) -> l
     all, counted before anything is copied.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError("messages must be a non-empty list of {role, content}")
+        raise RequestError(
+            f"unsupported value messages = {shown(messages)} (allowed: a list of {{role, content}}, not empty)"
+        )
     _require_count(messages, most)
     room = MAX_CHARACTERS
     plain = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise RequestError(f"{where} must be an object with role and content")
+            raise RequestError(
+                f"unsupported value {where} = {shown(message)} (allowed: an object with role and content)"
+            )
         _require_fields(message, ("role", "content"), where)
         role = message.get("role")
         if not isinstance(role, str) or str.__str__(role) not in ROLES:
@@ -158,7 +162,7 @@ def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return _plain_text(content, where)
     if not isinstance(content, (list, tuple)):
-        raise RequestError(f"{where} must be text or a list of parts")
+        raise RequestError(f"unsupported value {where} = {shown(content)} (allowed: text, or a list of parts)")
     parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
@@ -176,7 +180,7 @@ def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
 
 def _plain_text(text: object, where: str) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"{where} must be text")
+        raise RequestError(f"unsupported value {where} = {shown(text)} (allowed: text)")
     try:
         return text.encode().decode()  # also turns a subclass of str into str
     except UnicodeEncodeError as error:

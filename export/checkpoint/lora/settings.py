@@ -94,7 +94,7 @@ def _alpha(name: str, value: Any) -> float:
 
 
 def _invalid(name: str, value: Any, allowed: str) -> CheckpointError:
-    return CheckpointError(f"invalid value in {CONFIG}: {name} = {quoted(value)} ({allowed})")
+    return CheckpointError(f"invalid value in {CONFIG}: {name} = {quoted(value)} (allowed: {allowed})")
 
 
 def _unsupported(name: str, value: Any, supported: str) -> UnsupportedModelError:

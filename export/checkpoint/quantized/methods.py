@@ -43,7 +43,7 @@ def _entries(values: Mapping[str, Any], path: str, depth: int) -> list[tuple[str
         place = f"{path}.{name}" if path else name
         if name in ENTRIES and value:
             if not isinstance(value, Mapping):
-                raise CheckpointError(f"invalid value in config.json: {place} = {shown(value)} (an object)")
+                raise CheckpointError(f"invalid value in config.json: {place} = {shown(value)} (allowed: an object)")
             found.append((place, value))
         elif isinstance(value, Mapping) and depth:
             found += _entries(value, place, depth - 1)

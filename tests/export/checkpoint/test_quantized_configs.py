@@ -26,7 +26,7 @@ CONFIGS: list[tuple[Any, type[MoevlmError], tuple[str, ...]]] = [
     ({"quant_method": "bitsandbytes"}, UnsupportedModelError, ('.quant_method = "bitsandbytes" (supported: fp8, ',)),
     ({"quant_method": ["fp8"]}, UnsupportedModelError, ('.quant_method = ["fp8"] (supported: fp8, ',)),
     ({"bits": 4}, UnsupportedModelError, (".quant_method = null (supported: fp8, ",)),
-    ("fp8", CheckpointError, ("quantization_config = 'fp8' (an object)",)),
+    ("fp8", CheckpointError, ("quantization_config = 'fp8' (allowed: an object)",)),
     (
         {"quant_method": "fp8", "fmt": "e5m2"},
         UnsupportedModelError,

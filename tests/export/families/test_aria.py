@@ -108,11 +108,27 @@ def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, t
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        ("vision_config.patch_size", 16, "vision_config.patch_size = 16 (a divisor of 980, the side of an image)"),
-        ("vision_config.image_size", 139, "vision_config.image_size = 139 (140, the side of a patch, or more)"),
-        ("projector_patch_to_query_dict", {"16": 4}, "(49 among them, the patches of an image with its padding)"),
-        ("projector_patch_to_query_dict", {"49": 0}, "projector_patch_to_query_dict.49 = 0 (an integer from 1 to "),
-        ("projector_patch_to_query_dict", 6, "projector_patch_to_query_dict = 6 (an object)"),
+        (
+            "vision_config.patch_size",
+            16,
+            "vision_config.patch_size = 16 (allowed: a divisor of 980, the side of an image)",
+        ),
+        (
+            "vision_config.image_size",
+            139,
+            "vision_config.image_size = 139 (allowed: 140, the side of a patch, or more)",
+        ),
+        (
+            "projector_patch_to_query_dict",
+            {"16": 4},
+            "(allowed: 49 among them, the patches of an image with its padding)",
+        ),
+        (
+            "projector_patch_to_query_dict",
+            {"49": 0},
+            "projector_patch_to_query_dict.49 = 0 (allowed: an integer from 1 to ",
+        ),
+        ("projector_patch_to_query_dict", 6, "projector_patch_to_query_dict = 6 (allowed: an object)"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else None,
 )

@@ -135,9 +135,13 @@ def test_value_that_is_not_supported_is_refused_by_name(path: str, value: Any, t
 @pytest.mark.parametrize(
     ("path", "value", "told"),
     [
-        ("text_config.moe_intermediate_size", [24], "[24] (two widths, for text and for images)"),
+        ("text_config.moe_intermediate_size", [24], "[24] (allowed: two widths, for text and for images)"),
         ("text_config.moe_intermediate_size", 24, "text_config.moe_intermediate_size = 24"),
-        ("text_config.rope_parameters.mrope_section", [2, 3, 3], "mrope_section = [2, 3, 3] (height, width and time, "),
+        (
+            "text_config.rope_parameters.mrope_section",
+            [2, 3, 3],
+            "mrope_section = [2, 3, 3] (allowed: height, width and time, ",
+        ),
         ("text_config.rope_parameters.mrope_section", [3, 3, 3], "the first two alike, that add up to 8)"),
     ],
 )

@@ -182,9 +182,12 @@ def rope(**full: Any) -> dict[str, Any]:
         ),
         (
             rope(rope_type="proportional", partial_rotary_factor=2),
-            "partial_rotary_factor = 2.0 (1 to 256 frequencies turn, and not 512)",
+            "partial_rotary_factor = 2.0 (allowed: a part of which 1 to 256 frequencies turn, here 512)",
         ),
-        ({"head_dim": 7}, "text_config.head_dim = 7 (7 of its dimensions rotate, allowed: an even number from 2 to 7)"),
+        (
+            {"head_dim": 7},
+            "text_config.head_dim = 7 (allowed: an even number of rotating dimensions from 2 to 7, here 7)",
+        ),
         ({"top_k_experts": 129}, "text_config.top_k_experts = 129 (allowed: 1 to the 128 experts not masked out)"),
         ({"moe_layer_indices": [1, 3]}, "unsupported field in config.json: text_config.moe_layer_indices = [1, 3]"),
     ],

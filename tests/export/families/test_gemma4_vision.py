@@ -20,8 +20,8 @@ from tests.support.gemma4_tower import BASE, OUT
     ("fields", "error", "words"),
     [
         ({"use_clipped_linears": True}, UnsupportedModelError, "use_clipped_linears = true"),
-        ({"num_key_value_heads": 1}, CheckpointError, r"num_key_value_heads = 1 \(num_attention_heads = 2\)"),
-        ({"pooling_kernel_size": 1}, CheckpointError, r"pooling_kernel_size = 1 \(2 or more"),
+        ({"num_key_value_heads": 1}, CheckpointError, r"num_key_value_heads = 1 \(allowed: num_attention_heads = 2\)"),
+        ({"pooling_kernel_size": 1}, CheckpointError, r"pooling_kernel_size = 1 \(allowed: 2 or more"),
         ({"hidden_activation": "silu"}, UnsupportedModelError, 'hidden_activation = "silu"'),
         ({"rope_parameters": {"rope_type": "yarn"}}, UnsupportedModelError, 'rope_type = "yarn"'),
     ],

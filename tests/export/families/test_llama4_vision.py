@@ -17,11 +17,19 @@ from tests.support.llama4_tower import OUT, VISION
     [
         ({"num_attention_heads": 3}, FieldError, "vision heads"),
         ({"num_attention_heads": 16}, FieldError, "vision heads = 16"),
-        ({"image_size": 12}, CheckpointError, "image_size = 12 \\(a multiple of 8, the side of a visual token"),
+        (
+            {"image_size": 12},
+            CheckpointError,
+            "image_size = 12 \\(allowed: a multiple of 8, the side of a visual token",
+        ),
         ({"pixel_shuffle_ratio": 0.3}, UnsupportedModelError, r"pixel_shuffle_ratio = 0.3 \(supported: 1.0, 0.5, 0.25"),
-        ({"intermediate_size": 64}, CheckpointError, r"intermediate_size = 64 \(128, that of the patches"),
-        ({"projector_output_dim": 41}, CheckpointError, r"projector_output_dim = 41 \(projector_input_dim = 40"),
-        ({"vision_output_dim": 41}, CheckpointError, r"vision_output_dim = 41 \(projector_input_dim = 40"),
+        ({"intermediate_size": 64}, CheckpointError, r"intermediate_size = 64 \(allowed: 128, that of the patches"),
+        (
+            {"projector_output_dim": 41},
+            CheckpointError,
+            r"projector_output_dim = 41 \(allowed: projector_input_dim = 40",
+        ),
+        ({"vision_output_dim": 41}, CheckpointError, r"vision_output_dim = 41 \(allowed: projector_input_dim = 40"),
         ({"rope_parameters": {"rope_type": "yarn"}}, UnsupportedModelError, 'rope_type = "yarn"'),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",

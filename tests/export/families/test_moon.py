@@ -26,13 +26,18 @@ def test_a_tower_as_published_is_the_same(name: str) -> None:
 @pytest.mark.parametrize(
     ("vision", "top", "error", "words"),
     [
-        ({"pos_emb_width": 6}, {}, CheckpointError, r"pos_emb_width = 6 \(pos_emb_height = 5\)"),
-        ({"merge_kernel_size": [2, 3]}, {}, CheckpointError, r"merge_kernel_size = \[2, 3\] \(the same number twice"),
+        ({"pos_emb_width": 6}, {}, CheckpointError, r"pos_emb_width = 6 \(allowed: pos_emb_height = 5\)"),
+        (
+            {"merge_kernel_size": [2, 3]},
+            {},
+            CheckpointError,
+            r"merge_kernel_size = \[2, 3\] \(allowed: the same number twice",
+        ),
         ({"num_attention_heads": 3}, {}, FieldError, "vision heads"),
         ({"hidden_act": "silu"}, {}, UnsupportedModelError, 'hidden_act = "silu"'),
         ({"rope_parameters": {"rope_type": "yarn"}}, {}, UnsupportedModelError, 'rope_type = "yarn"'),
         ({"merge_type": "sd2"}, {}, UnsupportedModelError, 'merge_type = "sd2"'),
-        ({"vt_hidden_size": 64}, {}, CheckpointError, r"vt_hidden_size = 64 \(hidden_size = 32\)"),
+        ({"vt_hidden_size": 64}, {}, CheckpointError, r"vt_hidden_size = 64 \(allowed: hidden_size = 32\)"),
         ({}, {"projection_hidden_size": 1152}, UnsupportedModelError, "projection_hidden_size = 1152"),
     ],
     ids=["table", "merge", "heads", "activation", "rope", "merger", "two widths", "projector"],

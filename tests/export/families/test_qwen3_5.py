@@ -60,7 +60,7 @@ def test_fields_of_experts_are_refused_by_name(field: str, save_checkpoint: Call
 def test_model_without_any_attention_is_refused_by_name(save_checkpoint: Callable[..., Path]) -> None:
     config = json.loads((save_checkpoint(model_type="qwen3_5") / "config.json").read_text())
     config["text_config"]["layer_types"] = ["linear_attention"] * 2
-    told = 'text_config.layer_types = ["linear_attention", "linear_attention"] (one full_attention or more)'
+    told = 'text_config.layer_types = ["linear_attention", "linear_attention"] (allowed: one full_attention or more)'
     refused(CheckpointError, told, act=lambda: family_for(config).config(config))
 
 

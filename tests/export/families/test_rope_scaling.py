@@ -193,7 +193,7 @@ def test_two_spellings_at_once_are_refused() -> None:
     """As in a config.json that transformers saved and to which somebody added what a model card says."""
     both = {"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     one_axis(Fields(both | {"rope_scaling": None}), 128)
-    told = re.escape("(not beside rope_parameters: its fields belong there)")
+    told = re.escape("(allowed: none beside rope_parameters, where its fields belong)")
     with pytest.raises(CheckpointError, match=rf"rope_scaling = \{{.* {told}$"):
         one_axis(Fields(both | {"rope_scaling": YARN}), 128)
 
@@ -215,16 +215,22 @@ def test_lengths_of_contexts_stand_in_for_each_other(rope: Values) -> None:
 @pytest.mark.parametrize(
     ("rope", "told"),
     [
-        ({"rope_type": "yarn", "factor": "8"}, "rope_parameters.factor = '8' (a number"),
+        ({"rope_type": "yarn", "factor": "8"}, "rope_parameters.factor = '8' (allowed: a number"),
         ({"rope_type": "linear"}, "config.json lacks rope_parameters.factor"),
-        (LLAMA3 | {"high_freq_factor": 0.5}, "high_freq_factor = 0.5 (low_freq_factor = 1.0 or more)"),
+        (LLAMA3 | {"high_freq_factor": 0.5}, "high_freq_factor = 0.5 (allowed: low_freq_factor = 1.0 or more)"),
         (
             LONG | {"original_max_position_embeddings": 2048},
-            "max_position_embeddings = 4096 (up to original_max_position_embeddings = 2048: longrope has other",
+            "max_position_embeddings = 4096 (allowed: up to original_max_position_embeddings = 2048: longrope has",
         ),
-        (LLAMA3 | {"factor": 1e-30}, "rope_type = 'llama3' (with these numbers a frequency is 2.0e+27)"),
-        ({"rope_type": "linear", "factor": 1e-30}, "rope_type = 'linear' (with these numbers a frequency is 1.0e+30)"),
-        (LONG | {"short_factor": [1.0] * 7}, "short_factor = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] (32 numbers"),
+        (
+            LLAMA3 | {"factor": 1e-30},
+            "rope_type = 'llama3' (allowed: frequencies up to 1048576, with these numbers one is 2.0e+27)",
+        ),
+        (
+            {"rope_type": "linear", "factor": 1e-30},
+            "rope_type = 'linear' (allowed: frequencies up to 1048576, with these numbers one is 1.0e+30)",
+        ),
+        (LONG | {"short_factor": [1.0] * 7}, "short_factor = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0] (allowed: 32 numbers"),
     ],
     ids=[
         "no number",

@@ -236,10 +236,10 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 
 
 REFUSED = [
-    ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit = null ("),
-    ("deepseek_v3", {"n_group": None}, "n_group = null ("),
+    ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit = null (allowed: "),
+    ("deepseek_v3", {"n_group": None}, "n_group = null (allowed: "),
     ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
-    ("deepseek_v3", {"kv_lora_rank": 1 << 15}, "kv_lora_rank = 32768 (an integer from 1 to 16384)"),
+    ("deepseek_v3", {"kv_lora_rank": 1 << 15}, "kv_lora_rank = 32768 (allowed: an integer from 1 to 16384)"),
     ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window = true (supported: false)"),
     ("qwen3_moe", {"use_qk_norm": False}, "use_qk_norm = false (supported: true)"),
     ("qwen3_moe", {"hidden_act": "gelu"}, 'hidden_act = "gelu" (supported: silu)'),
@@ -247,8 +247,12 @@ REFUSED = [
     ("qwen3_moe", {"layer_types": ["linear_attention"] * 2}, 'layer_types = ["linear_attention", "linear_attention"]'),
     ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok = 9 (allowed: 1 to the 8 experts"),
     ("mixtral", {"attn_logit_softcapping": 30.0}, "unsupported field in config.json: attn_logit_softcapping = 30.0"),
-    ("glm4_moe", {"n_group": 3}, "n_group = 3 (a divisor of the 8 experts up to 4)"),
-    ("glm4_moe", {"partial_rotary_factor": 0.2, "rope_parameters": {"rope_theta": 1e4}}, "head_dim = 16 (3 of its dim"),
+    ("glm4_moe", {"n_group": 3}, "n_group = 3 (allowed: a divisor of the 8 experts up to 4)"),
+    (
+        "glm4_moe",
+        {"partial_rotary_factor": 0.2, "rope_parameters": {"rope_theta": 1e4}},
+        "head_dim = 16 (allowed: an even",
+    ),
     ("glm4_moe", {"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, 'rope_parameters.rope_type = "su" (supp'),
 ]
 
