@@ -9,14 +9,21 @@ from moevlm.export.families.convolutions import depthwise
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import exponential, halves_of_heads, plus_one
+from moevlm.runtime.core.manifest import RopeMetadata
 
 _KINDS = ("linear_attention", "full_attention")
 
 
-def qwen3_5_decoder(text: Fields, tied: bool, feed_forward: MLPConfig | MoEConfig) -> DecoderConfig:
-    """The decoder of config.json's text_config. tied: the head is the embedding. feed_forward: of every layer."""
+def qwen3_5_decoder(
+    text: Fields, tied: bool, feed_forward: MLPConfig | MoEConfig, rope: RopeMetadata | None = None
+) -> DecoderConfig:
+    """The decoder of config.json's text_config. tied: the head is the embedding. feed_forward: of every layer.
+
+    rope: where it is not that on three axes.
+    """
     head_dim = text.positive("head_dim", 256)
-    rope = mrope(text, head_dim, interleaved=True, default_sections=(11, 11, 10), default_partial=0.25)
+    if rope is None:
+        rope = mrope(text, head_dim, interleaved=True, default_sections=(11, 11, 10), default_partial=0.25)
     text.choice("attn_output_gate", (True,), True)
     text.choice("output_gate_type", ("swish", "silu"), "swish")
     bias = text.flag("attention_bias", False)

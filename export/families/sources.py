@@ -178,6 +178,19 @@ def halves_of_heads(pattern: str, heads: str, part: int) -> Source:
     return source
 
 
+def blocks_of_rows(pattern: str, sizes: Sequence[int], parts: Sequence[int]) -> Source:
+    """Some of several projections that are stored as one: a group's rows of each, then those of the next group.
+
+    sizes: rows of a group, by projection. parts: numbers of the projections, which follow each other here.
+    """
+    taken, every = sum(sizes[part] for part in parts), sum(sizes)
+
+    def blocks(weight: Weight, _: Shape) -> Weight:
+        return Concat([RowBlocks(weight, sizes[part], every, sum(sizes[:part])) for part in parts])
+
+    return changed(pattern, blocks, lambda shape: (shape[0] // taken * every, *shape[1:]))
+
+
 def head_size(tensors: Tensors, name: str, rows: int, unit: int = 1) -> int:
     """How many rows a head has, by the gain of its norm, which has this name. rows: of all heads.
 

@@ -4,12 +4,14 @@ from moevlm.export.families.text import (
     aria_text,
     deepseek_v3,
     glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
     llama4_text,
     ministral3,
     mistral4,
     mixtral,
     qwen3_moe,
+    qwen3_next,
 )
 from moevlm.export.families.text.base import TextModel, text_model, text_models
 
@@ -18,12 +20,14 @@ __all__ = [
     "aria_text",
     "deepseek_v3",
     "glm4_moe",
+    "glm4_moe_lite",
     "gpt_oss",
     "llama4_text",
     "ministral3",
     "mistral4",
     "mixtral",
     "qwen3_moe",
+    "qwen3_next",
     "text_model",
     "text_models",
 ]

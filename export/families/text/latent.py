@@ -1,6 +1,6 @@
 """What text models with latent attention have in common: fields of config.json, and where the weights lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -99,11 +99,14 @@ def latent_decoder(
     moe: MoEConfig,
     kv_heads: int,
     q_rank: int,
+    epsilon: float = 1e-6,
+    sparse: Sequence[bool] | None = None,
     query_scale: QueryScaleMetadata | None = None,
 ) -> DecoderConfig:
     """A decoder of latent attention. scale: of the scores of attention. moe: the sparse layers.
 
-    kv_heads, q_rank: num_key_value_heads and q_lora_rank where config.json has none.
+    kv_heads, q_rank, epsilon: num_key_value_heads, q_lora_rank and rms_norm_eps where config.json has none. sparse: of
+    each layer, where first_k_dense_replace does not say so.
     """
     heads, sizes = text.positive("num_attention_heads"), HeadSizes.of(text)
     text.choice("num_key_value_heads", (heads,), heads if text.is_null("num_key_value_heads") else kv_heads)
@@ -121,14 +124,16 @@ def latent_decoder(
         query_scale=query_scale is not None,
     )
     dense = MLPConfig(text.positive("intermediate_size"), moe.expert.activation)
-    dense_layers = text.count("first_k_dense_replace")
+    if sparse is None:
+        first = text.count("first_k_dense_replace")
+        sparse = [i >= first for i in range(text.positive("num_hidden_layers"))]
     text.choice("moe_layer_freq", (1,), 1)
     return shared.decoder(
         text,
-        epsilon=1e-6,
+        epsilon=epsilon,
         tied=tied,
         rope=rope,
-        layer=lambda i: LayerConfig(attention, dense if i < dense_layers else moe),
+        layer=lambda i: LayerConfig(attention, moe if sparse[i] else dense),
         query_scale=query_scale,
     )
 

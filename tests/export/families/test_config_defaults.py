@@ -27,7 +27,7 @@ from tests.support.tiny import TinyCheckpoint
 Config = dict[str, Any]
 
 # As many heads as each default of num_key_value_heads divides, and for latent attention just as many.
-HEADS = {**dict.fromkeys(("deepseek_v3", "kimi_k2", "kimi_k25"), 128), "ernie4_5_vl_moe": 4}
+HEADS = {**dict.fromkeys(("deepseek_v3", "kimi_k2", "kimi_k25"), 128), "glm4_moe_lite": 20, "ernie4_5_vl_moe": 4}
 WIDE = {"ernie4_5_vl_moe": {"hidden_size": 64}}  # whose heads have an equal part of it
 CHECKED_IF_SAID = {  # numbers that must be those of other fields, which decide
     *("gemma4: vision_config.num_key_value_heads", "internvl: image_seq_length", "kimi_k25: projection_hidden_size"),
@@ -55,7 +55,7 @@ def tiny_config(family: str, name: str) -> Config:
     options = dict(TINY[family].configurations[name])
     heads = {"num_attention_heads": HEADS.get(family, 32)}
     options["text"] = options.get("text", {}) | heads | WIDE.get(family, {})
-    if family in ("deepseek_v3", "kimi_k2", "kimi_k25", "mistral3"):
+    if family in ("deepseek_v3", "kimi_k2", "kimi_k25", "glm4_moe_lite", "mistral3"):
         options["text"] |= {"num_key_value_heads": heads["num_attention_heads"]}
     config = json.loads(json.dumps(TinyCheckpoint(family, **options).config().to_dict()))
     part = families()[family].part

@@ -29,9 +29,9 @@ from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", "kimi_k2", "llama4_text")
+NOT_PLANNED = ("kimi_k2", "llama4_text", "glm4_moe_lite", "qwen3_next")  # tested as deepseek_v3, llama4, qwen3_5_moe
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", *NOT_PLANNED)
 each = pytest.mark.parametrize("model_type", ALONE)
-PLANNED = ALONE[:5]  # plans of the others' layers are those of deepseek_v3 and of llama4
 HELLO = [{"role": "user", "content": "Hi"}]
 
 
@@ -117,7 +117,7 @@ def test_every_step_of_parity_on_engines_of_the_cpu(model_type: str, saved: dict
     assert [check for check in report.checks if "conversations" in check.quantity]
 
 
-@pytest.mark.parametrize("model_type", PLANNED)
+@pytest.mark.parametrize("model_type", [name for name in ALONE if name not in NOT_PLANNED])
 def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
     built = build(saved[model_type], tmp_path / "bundle", ["reference"]).directory
     opened = add_targets(built, saved[model_type], ["rtx:sm89"], dtype="fp16", experts="int4")
@@ -219,11 +219,37 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"vocab_size": 163840, "eos_token_id": 163585, "tie_word_embeddings": False, "num_nextn_predict_layers": 0},
     },
 }
+PUBLISHED |= {
+    "Qwen3-Next-80B-A3B-Instruct": {
+        **{"model_type": "qwen3_next", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5120},
+        **{"num_hidden_layers": 48, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256},
+        **{"full_attention_interval": 4, "linear_num_key_heads": 16, "linear_num_value_heads": 32},
+        **{"linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4},
+        **{"num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 512, "mlp_only_layers": []},
+        **{"shared_expert_intermediate_size": 512, "norm_topk_prob": True, "decoder_sparse_step": 1},
+        **{"max_position_embeddings": 262144, "partial_rotary_factor": 0.25, "rope_theta": 1e7, "rope_scaling": None},
+        **{"rms_norm_eps": 1e-6, "vocab_size": 151936, "use_sliding_window": False, "tie_word_embeddings": False},
+        **{"eos_token_id": 151645, "router_aux_loss_coef": 0.001},
+    },
+    "GLM-4.7-Flash": {
+        **{"model_type": "glm4_moe_lite", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10240},
+        **{"num_hidden_layers": 47, "num_attention_heads": 20, "num_key_value_heads": 20, "q_lora_rank": 768},
+        **{"kv_lora_rank": 512, "qk_nope_head_dim": 192, "qk_rope_head_dim": 64, "v_head_dim": 256},
+        **{"n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 4, "moe_intermediate_size": 1536},
+        **{"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc"},
+        **{"norm_topk_prob": True, "routed_scaling_factor": 1.8, "num_nextn_predict_layers": 1},
+        **{"max_position_embeddings": 202752, "partial_rotary_factor": 1.0, "rope_theta": 1e6, "rope_scaling": None},
+        **{"rms_norm_eps": 1e-5, "vocab_size": 154880, "attention_bias": False, "tie_word_embeddings": False},
+        **{"eos_token_id": [154820, 154827, 154829]},
+    },
+}
 BILLIONS = {
     "Mixtral-8x22B": (140.6, 39.2),
     "Qwen3-Coder-30B-A3B": (30.5, 3.4),
     "GLM-4.5": (352.8, 33.6),
     "Kimi-K2-Instruct": (1026.4, 32.9),
+    "Qwen3-Next-80B-A3B-Instruct": (79.7, 3.9),
+    "GLM-4.7-Flash": (29.9, 3.9),
 }
 
 
@@ -236,6 +262,14 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 
 
 REFUSED = [
+    ("qwen3_next", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 (supported: 1)"),
+    ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] (allowed: none, for every layer has experts)"),
+    ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_key_heads = 2 (allowed: a divisor"),
+    (
+        "glm4_moe_lite",
+        {"mlp_layer_types": ["dense"]},
+        'mlp_layer_types = ["dense"] (supported: 2 times dense or sparse',
+    ),
     ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit = null (allowed: "),
     ("deepseek_v3", {"n_group": None}, "n_group = null (allowed: "),
     ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
@@ -369,17 +403,25 @@ QUANTIZED = [
     ("qwen3_moe", "fp8-blocks"),
     ("qwen3_moe", "nvfp4"),
     ("glm4_moe", "int4-32"),
+    ("qwen3_next", "fp8-blocks"),
 ]
 SIZES = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 384},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 320},
     "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 320, "intermediate_size": 384},
+    # Rows of in_proj_qkvz: 2 key heads of 40 + 40 + 48 + 48, of which 128 share a scale.
+    "qwen3_next": {
+        **{"num_experts": 4, "moe_intermediate_size": 160, "linear_key_head_dim": 40, "linear_value_head_dim": 24},
+    },
 }
+
+
+PROJECTIONS = ("_proj.weight", "_qkvz.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 
 
 def projection(name: str) -> bool:
     """Of the decoder's layers, experts' parts among them; routers stay as they are."""
-    return ".layers." in name and name.endswith(("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight"))
+    return ".layers." in name and name.endswith(PROJECTIONS)
 
 
 @pytest.mark.parametrize(("model_type", "name"), QUANTIZED, ids=[f"{model}: {name}" for model, name in QUANTIZED])

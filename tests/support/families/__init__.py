@@ -6,6 +6,7 @@ from tests.support.families import (
     ernie4_5_vl_moe,
     gemma4,
     glm4_moe,
+    glm4_moe_lite,
     glm4v_moe,
     gpt_oss,
     internvl,
@@ -18,6 +19,7 @@ from tests.support.families import (
     qwen3_5,
     qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
     qwen3_omni_moe,
     qwen3_vl_moe,
 )
@@ -42,5 +44,7 @@ TINY: dict[str, TinyFamily] = {
     "gpt_oss": gpt_oss.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "kimi_k2": kimi_k2.FAMILY,
+    "glm4_moe_lite": glm4_moe_lite.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
     "llama4_text": llama4_text.FAMILY,
 }
