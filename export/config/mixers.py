@@ -48,9 +48,9 @@ class GQAConfig(MixerConfig):
     kv_heads: int
     head_dim: int
     rotary_dim: int
-    qk_norm: bool
-    qkv_bias: bool
-    out_bias: bool
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     rope: int = 0
     value_dim: int = 0
     window: int = 0

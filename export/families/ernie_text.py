@@ -22,9 +22,6 @@ def ernie_decoder(text: Fields, tied: bool) -> DecoderConfig:
         kv_heads=text.positive("num_key_value_heads", 4),
         head_dim=rope.dim,
         rotary_dim=rope.dim,
-        qk_norm=False,
-        qkv_bias=False,
-        out_bias=False,
     )
     activation = text.choice("hidden_act", {"silu": "silu"}, "silu")
     moe, dense = _moe(text, activation), MLPConfig(text.positive("intermediate_size"), activation)

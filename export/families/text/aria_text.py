@@ -41,7 +41,6 @@ class AriaText(TextModel):
             kv_heads=text.positive("num_key_value_heads", heads, heads),
             head_dim=shared.head_dim(text),
             rotary_dim=rope.dim,
-            qk_norm=False,
             qkv_bias=bias,
             out_bias=bias,
         )

@@ -48,7 +48,6 @@ def glm4_decoder(text: Fields, *, tied: bool, rope: RopeMetadata, bias: bool, qk
         rotary_dim=rope.dim,
         qk_norm=qk_norm,
         qkv_bias=text.flag("attention_bias", bias),
-        out_bias=False,
     )
     moe = grouped_experts(text, "sigmoid")
     dense = MLPConfig(text.positive("intermediate_size"), moe.expert.activation)

@@ -50,7 +50,6 @@ class GptOss(TextModel):
                 kv_heads=text.positive("num_key_value_heads", 8),
                 head_dim=head_dim,
                 rotary_dim=head_dim,
-                qk_norm=False,
                 qkv_bias=bias,
                 out_bias=bias,
                 window=window if kind == _SLIDING else 0,

@@ -29,9 +29,6 @@ class Ministral3(TextModel):
             kv_heads=text.positive("num_key_value_heads", 8),
             head_dim=head_dim,
             rotary_dim=rope.dim,
-            qk_norm=False,
-            qkv_bias=False,
-            out_bias=False,
             window=text.positive("sliding_window") if "sliding_window" in text else 0,
             query_scale=True,
         )

@@ -37,9 +37,6 @@ class Mixtral(TextModel):
             kv_heads=text.positive("num_key_value_heads", 8),
             head_dim=shared.head_dim(text),
             rotary_dim=rope.dim,
-            qk_norm=False,
-            qkv_bias=False,
-            out_bias=False,
             window=text.positive("sliding_window") if "sliding_window" in text else 0,
         )
         moe = MoEConfig(
