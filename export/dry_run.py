@@ -10,7 +10,7 @@ import numpy as np
 from moevlm.export.backends.base import Target
 from moevlm.export.backends.registry import counting, known_targets, planned_names, require_effect
 from moevlm.export.build import suited, traced
-from moevlm.export.checkpoint.directory import CONFIG, Checkpoint
+from moevlm.export.checkpoint.directory import CONFIG, Checkpoint, download_hint
 from moevlm.export.checkpoint.files import read_json
 from moevlm.export.checkpoint.quantized.methods import settings_of
 from moevlm.export.checkpoint.request_files import image_patches, request_files
@@ -25,10 +25,12 @@ from moevlm.runtime.core.progress import Stages, silent
 class PlannedTarget:
     """engine: what the manifest would say; None where the target cannot be built, for the reason `refused`.
 
-    bytes: of its files. elsewhere: why it must be built on another machine, "" where it need not.
+    asked: the name that it was asked for by. bytes: of its files. elsewhere: why it must be built on another machine,
+    "" where it need not.
     """
 
     name: str
+    asked: str
     engine: EngineMetadata | None = None
     bytes: int = 0
     refused: str = ""
@@ -71,9 +73,9 @@ def dry_run(
         try:
             for target in suited(known_targets([name], counting(name, options)), found.model):
                 engine, size = target.rehearse(graphs, found.model.config, found.patches)
-                planned.append(PlannedTarget(target.name, engine, size, elsewhere=_missing(target)))
+                planned.append(PlannedTarget(target.name, name, engine, size, elsewhere=_missing(target)))
         except BuildError as error:
-            planned.append(PlannedTarget(name, refused=str(error)))
+            planned.append(PlannedTarget(name, name, refused=str(error)))
     return Plan(found.model.metadata(), found.tensors, tuple(planned), found.notes)
 
 
@@ -118,7 +120,7 @@ def _read(
             patches = image_patches(source, model.metadata())
             return _Source(model, len(checkpoint.tensors), patches, (*model.notes, *carried.notes))
     elif not (source / CONFIG).is_file():
-        raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}")
+        raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}{download_hint(source)}")
     if lora is not None:
         raise CheckpointError(f"an adapter needs the weights that it is for, and {source} has none")
     config = read_json(source, CONFIG)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from moevlm.runtime.backends.base import EngineOptions
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import RequestError, require_positive, shown
+from moevlm.runtime.core.errors import RefusedOption, require_positive
 from moevlm.runtime.core.experts_in import DEVICE, require_experts_in
 from moevlm.runtime.perf.process_limits import cores
 
@@ -30,7 +30,7 @@ class LoadOptions:
             if value is not None or name == "max_image_pixels":
                 require_positive(name, value)
         if not isinstance(self.spinning, bool):
-            raise RequestError(f"unsupported value spinning = {shown(self.spinning)} (allowed: true or false)")
+            raise RefusedOption("spinning", self.spinning, "true or false")
         require_experts_in(self.experts_in)
 
     @property
@@ -44,4 +44,4 @@ def require_cores(threads: int | None) -> None:
     most = cores()
     good = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= most
     if threads is not None and not good:
-        raise RequestError(f"unsupported value threads = {shown(threads)} (allowed: 1 to {most}, this process's cores)")
+        raise RefusedOption("threads", threads, f"1 to {most}, this process's cores")

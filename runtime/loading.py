@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 
 from moevlm.runtime.backends.base import EngineOptions
@@ -10,7 +11,7 @@ from moevlm.runtime.backends.registry import backend_of
 from moevlm.runtime.backends.selection import select
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import BundleError, RequestError, shown
+from moevlm.runtime.core.errors import BundleError, RefusedOption
 from moevlm.runtime.core.json_object import json_object
 from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.engine.generate import Runtime
@@ -22,6 +23,7 @@ from moevlm.runtime.request.generation_file import GENERATION, released_sampling
 from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
+from moevlm.runtime.request.prompt import PromptBuilder, no_messages
 from moevlm.runtime.request.tokenizer import Tokenizer
 from moevlm.runtime.request.videos.processor import VideoProcessor
 from moevlm.runtime.request.videos.registry import video_processor
@@ -32,18 +34,27 @@ def load_runtime(
     target: str | None = None,
     options: LoadOptions | None = None,
     progress: Stages | None = None,
+    first: Callable[[PromptBuilder], None] | None = None,
 ) -> Runtime:
-    """See `moevlm.runtime.load`; progress is told what takes long: files are verified, steps prepared."""
+    """See `moevlm.runtime.load`; progress is told what takes long: files are verified, steps prepared.
+
+    first: is called before the engine is loaded, which may take minutes, so that a request can be refused before that.
+    """
     options = options or LoadOptions()
     if target is not None and not isinstance(target, str):
-        raise RequestError(f"unsupported value target = {shown(target)} (allowed: the name of an engine)")
+        raise RefusedOption("target", target, "the name of an engine")
     bundle = Bundle.open(_directory(path))
     name, _ = select(bundle, target)
     vocabulary, template = (bundle.optional_text(file) for file in ("tokenizer.json", "chat_template.jinja"))
     tokenizer = None if vocabulary is None else Tokenizer(vocabulary)
     chat = None if template is None else ChatTemplate(template, bundle.manifest.template_variables)
     images = load_images(bundle, options.max_image_pixels, options.max_image_tokens)
+    videos = load_videos(bundle, images)
     sampling = released_sampling(bundle.optional_text(GENERATION))
+    if first is not None:
+        if tokenizer is None or chat is None:
+            raise no_messages(tokenizer)
+        first(PromptBuilder(bundle.manifest.model, tokenizer, chat, images, videos))
     engine = load_engine(bundle, name, options.engine, progress)
     cache_memory = options.cache_memory
     if cache_memory is None and engine.limits.cache_memory is None and (free := available_memory()) is not None:
@@ -54,7 +65,7 @@ def load_runtime(
         chat,
         engine,
         images,
-        load_videos(bundle, images),
+        videos,
         chunk_tokens=options.chunk_tokens,
         target=name,
         sampling=sampling,
@@ -104,4 +115,4 @@ def _directory(path: str | os.PathLike[str]) -> str:
             return name
     except UnicodeEncodeError:
         pass
-    raise RequestError(f"unsupported value path = {shown(path)} (allowed: the path of a bundle, as text)")
+    raise RefusedOption("path", path, "the path of a bundle, as text")

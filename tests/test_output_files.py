@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from moevlm.runtime.cli.command_line import OutputFile
+from moevlm.runtime.cli.option_types import OutputFile
 from moevlm.runtime.core.installation import install_command
 from tests.support.command_line import call
 

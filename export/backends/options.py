@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from moevlm.export.formats.registry import GROUP_SIZES
 from moevlm.export.formats.sparsity import SPARSITIES
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.errors import RefusedBuildOption
 
 Values = Mapping[str, Any]
 T = TypeVar("T")
@@ -67,17 +67,16 @@ def options_of(kind: type) -> dict[str, tuple[Any, Option]]:
 
 
 def made(kind: type[T], given: Values) -> T:
-    """The options of one backend, from all that were given. Raises BuildError for a value that is not allowed."""
+    """The options of one backend, from all that were given. Raises RefusedBuildOption."""
     return kind(**{one.name: given[one.name] for one in _options(kind) if one.name in given})
 
 
 def check_choices(options: Any) -> None:
-    """Raises BuildError, naming an option, its value and what is allowed, for a choice that there is not."""
+    """Raises RefusedBuildOption for a choice that there is not."""
     for one in _options(type(options)):
         value, choices = getattr(options, one.name), one.metadata[_KEY].choices
         if choices and value not in (*choices, one.default):
-            name, allowed = one.name.replace("_", " "), ", ".join(map(str, choices))
-            raise BuildError(f"unsupported {name} {value} (supported: {allowed})")
+            raise RefusedBuildOption(one.name, value, ", ".join(map(str, choices)))
 
 
 def _options(kind: Any) -> list[Field[Any]]:

@@ -45,10 +45,7 @@ class Checkpoint:
         """
         directory = Path(directory)
         if not directory.is_dir():
-            hint = (
-                f" (hf download {directory} --local-dir DIR fetches it)" if _HUB_NAME.fullmatch(str(directory)) else ""
-            )
-            raise CheckpointError(f"no checkpoint directory at {directory}{hint}")
+            raise CheckpointError(f"no checkpoint directory at {directory}{download_hint(directory)}")
         config = read_json(directory, CONFIG)
         shards, tensors = read_shards(directory)
         stated = (CONFIG, MODELOPT) if find(directory, MODELOPT) else (CONFIG,)
@@ -142,3 +139,9 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path(name)} is not the file that the bundle was exported from: "
                 f"its sha256 is {actual[name].sha256}, the bundle says {expected.sha256}"
             )
+
+
+def download_hint(directory: Path) -> str:
+    """For an error: how to fetch what stands where a folder is meant; empty for what is no name on the hub."""
+    named = _HUB_NAME.fullmatch(str(directory)) and directory.name != CONFIG
+    return f" (hf download {directory} --local-dir DIR fetches it)" if named else ""

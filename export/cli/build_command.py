@@ -1,19 +1,20 @@
 """`moevlm build`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from moevlm.export.backends.registry import all_options
+from moevlm.export.backends.registry import all_options, counting
 from moevlm.export.cli.plan_text import plan_lines
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.cli.command_line import require
 from moevlm.runtime.cli.console import console, progress_bar
 from moevlm.runtime.cli.memory_text import memory_text
+from moevlm.runtime.cli.option_types import OneOf, WholeNumber
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.gpus import gpu_text
@@ -21,9 +22,12 @@ from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.printable import bytes_text, in_shell
 from moevlm.runtime.perf.memory import memory_report
 
+if TYPE_CHECKING:
+    from moevlm.export.dry_run import Plan
+
 _LAYOUT = click.option(
     "--expert-layout",
-    type=click.Choice(["auto", "out_in", "in_out"]),
+    type=OneOf(["auto", "out_in", "in_out"]),
     default="auto",
     show_default=True,
     help="How fused expert tensors lie on disk, if their shape does not tell.",
@@ -43,15 +47,15 @@ _FORCE = click.option("--force", is_flag=True, help="Replace a bundle that is th
 def _backend_options(command: Any) -> Any:
     """Every option of any backend, as its options class states it."""
     for name, (default, told) in reversed(all_options().items()):
-        flag, kind = f"--{name.replace('_', '-')}", type(default)
-        if kind is bool:
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
             command = click.option(flag, is_flag=True, help=told.help)(command)
             continue
         named = all(isinstance(choice, str) for choice in told.choices) and told.choices
         command = click.option(
             flag,
             metavar=None if named else "N",
-            type=click.Choice(told.choices) if named else kind,
+            type=OneOf(told.choices) if named else WholeNumber(),
             default=default or None,
             show_default=True,
             help=told.help,
@@ -71,7 +75,10 @@ def _backend_options(command: Any) -> Any:
     f"trt:sm90 for TensorRT on its GPU; repeatable.  [default: {defaults.TARGET}]",
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Say what would be built and how large it is, or what is refused and why."
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be built and how large it is, or what is refused and why. Exit status 1 where a --target is "
+    "refused.",
 )
 @click.option(
     "--lora", metavar="DIR", type=click.Path(path_type=Path), help="A LoRA adapter, as PEFT saves it, to merge."
@@ -102,10 +109,12 @@ def build(
     require("torch", "export")
     source_of = click.get_current_context().get_parameter_source
     given = {name: value for name, value in options.items() if source_of(name) is ParameterSource.COMMANDLINE}
+    reading: dict[str, Any] = {"lora": lora, "expert_layout": expert_layout, "ignored_config": ignored_config}
     if dry_run:
         if output or checkpoint or force:
             raise click.UsageError("--dry-run takes a checkpoint or its config.json, and writes nothing")
-        _dry_run(source, targets, lora=lora, expert_layout=expert_layout, ignored_config=ignored_config, **given)
+        _require_no_bundle(source)
+        _dry_run(source, targets, reading, given)
         return
     from moevlm.export.build import add_targets
     from moevlm.export.build import build as build_bundle
@@ -116,12 +125,14 @@ def build(
     with ExitStack() as stack:
         if click.get_current_context().obj:  # --debug
             stack.enter_context(checked())
-        progress = stack.enter_context(progress_bar())
+        telling: Any = {"note": notes.append, "planned": _say_memory, "progress": stack.enter_context(progress_bar())}
         if checkpoint is None and output is not None:
+            _require_no_bundle(source)
+            if source.is_file():
+                planning = f"moevlm build {in_shell(source)} --dry-run says what it would become"
+                raise click.UsageError(f"{source} is a file: a build needs a checkpoint's folder ({planning})")
             bundle, origin = output, source
-            reading: Any = {"expert_layout": expert_layout, "ignored_config": ignored_config, "lora": lora}
-            reading |= {"note": notes.append, "planned": _say_memory}
-            built = build_bundle(origin, bundle, names, replace=force, progress=progress, **reading, **given)
+            built = build_bundle(origin, bundle, names, replace=force, **telling, **reading, **given)
         elif checkpoint is not None and output is None:
             for option, said in (("--expert-layout", expert_layout != "auto"), ("--ignore-config", ignored_config)):
                 if said:
@@ -129,8 +140,7 @@ def build(
             if force:
                 raise click.UsageError("--force is for CHECKPOINT -o BUNDLE: targets are added, or built anew, without")
             bundle, origin = source, checkpoint
-            reading = {"lora": lora, "note": notes.append, "planned": _say_memory}
-            built = add_targets(bundle, origin, names, progress=progress, **reading, **given)
+            built = add_targets(bundle, origin, names, lora=lora, **telling, **given)
         elif checkpoint is None:
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
@@ -150,15 +160,36 @@ def build(
     console().print(_next_step(names, built, parity + (f" --lora {in_shell(lora)}" if lora else "")))
 
 
-def _dry_run(source: Path, targets: tuple[str, ...], **options: Any) -> None:
+def _require_no_bundle(source: Path) -> None:
+    if (source / "manifest.json").is_file():
+        adding = f"moevlm build {in_shell(source)} --checkpoint CHECKPOINT adds targets to it"
+        raise click.UsageError(f"{source} is a bundle, not a checkpoint ({adding})")
+
+
+def _dry_run(source: Path, targets: tuple[str, ...], reading: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Exit status 1 where a target that was named is refused, or all are. reading, given: options of the build."""
     from moevlm.export.dry_run import dry_run
 
     with progress_bar() as progress:
-        plan = dry_run(source, targets, progress=progress, **options)
-    for line in plan_lines(source, plan):
+        plan = dry_run(source, targets, progress=progress, **reading, **given)
+    for line in plan_lines(source, plan, list(_options_of(plan, reading, given)), bool(targets)):
         console().print(line)
-    if all(target.refused for target in plan.targets):
+    refused = [bool(target.refused) for target in plan.targets]
+    if any(refused) if targets else all(refused):
         click.get_current_context().exit(1)
+
+
+def _options_of(plan: "Plan", reading: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The options that a build needs, too, each with the name of a target that it counts for; "" for all of them."""
+    if reading["lora"]:
+        yield "", f"--lora {in_shell(reading['lora'])}"
+    if reading["expert_layout"] != "auto":
+        yield "", f"--expert-layout {reading['expert_layout']}"
+    for field in reading["ignored_config"]:
+        yield "", f"--ignore-config {in_shell(field)}"
+    for name in dict.fromkeys(target.asked for target in plan.targets if not target.refused):
+        for option, value in counting(name, given).items():
+            yield name, f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
 
 
 def _say_memory(model: ModelMetadata, engines: Mapping[str, EngineMetadata]) -> None:

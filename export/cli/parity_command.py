@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from moevlm.runtime.cli.command_line import OutputFile, complete_target, require, require_apart
+from moevlm.runtime.cli.command_line import complete_target, require, require_apart
 from moevlm.runtime.cli.console import console, progress_bar, publish
+from moevlm.runtime.cli.option_types import OutputFile, WholeNumber
 from moevlm.runtime.core.printable import in_shell
 
 
@@ -24,13 +25,20 @@ from moevlm.runtime.core.printable import in_shell
     shell_complete=complete_target,
     help="Which engines; repeatable.  [default: all that run here]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the random prompts and images.")
+@click.option(
+    "--seed",
+    metavar="N",
+    type=WholeNumber(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the random prompts and images.",
+)
 @click.option("--quick", is_flag=True, help="Two prompts and few steps, for a first look; notes no verdict.")
 @click.option(
     "--text", type=click.Path(path_type=Path), help="Also give perplexity and KL of each engine on this file."
 )
 @click.option(
-    "--max-tokens", metavar="N", type=click.IntRange(16), help="How many tokens of --text to read.  [default: 4096]"
+    "--max-tokens", metavar="N", type=WholeNumber(16), help="How many tokens of --text to read.  [default: 4096]"
 )
 @click.option("--json", "output", type=OutputFile(), help="Also write the results here; - prints only them.")
 def parity(
@@ -44,7 +52,10 @@ def parity(
     max_tokens: int | None,
     output: Path | None,
 ) -> None:
-    """Hold canonical PyTorch and each engine to Hugging Face on random prompts. Exit status 1 on a mismatch.
+    """Hold canonical PyTorch and each engine to Hugging Face on random prompts.
+
+    Exit status 0 if all that was compared agrees, 1 on a mismatch, 2 if it could not be carried out. The last line says
+    what could not be compared.
 
     "passed" means that the kernels are right. What rounding the weights costs is shown beside the checks, without a
     limit; --text shows it on a text of your own.

@@ -1,11 +1,12 @@
 """What `moevlm build --dry-run` says."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moevlm.runtime.cli.console import table
 from moevlm.runtime.cli.memory_text import memory_text
+from moevlm.runtime.cli.model_text import model_rows
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.manifest import ModelMetadata
@@ -20,48 +21,41 @@ if TYPE_CHECKING:
 _HEADS = ("target", "on disk", "a sequence keeps", "read for a token")
 
 
-def plan_lines(source: Path, plan: "Plan") -> Iterator[str]:
-    """The model, a table of targets, the reasons of those that are refused, and what to do next."""
-    yield model_text(plan.model)
-    if plan.tensors:
-        yield f"checkpoint: {plan.tensors:,} tensors, each has its place"
-    else:
-        yield "no weights here: their names and shapes were not checked"
+def plan_lines(source: Path, plan: "Plan", options: Sequence[tuple[str, str]], named: bool) -> Iterator[str]:
+    """The model, a table of targets, the reasons of those that are refused, and what to do next.
+
+    options: (target, words) of the build's other options, with the asked name of a target that they count for; "" for
+    all.
+    named: whether the targets were asked for; by default one build is suggested, otherwise one of all that can be built
+    here.
+    """
+    found = f"{plan.tensors:,} tensors, each has its place"
+    weights = found if plan.tensors else "no weights here: their names and shapes were not checked"
+    yield table(str(source), ("", ""), [*model_rows(plan.model), ("checkpoint", weights)], header=False)
     for note in plan.notes:
         yield f"note: {note}"
     possible = [(target, target.engine) for target in plan.targets if target.engine is not None]
     if possible:
-        yield table("what would be built", _HEADS, [_row(plan.model, *each) for each in possible])
+        yield "\n" + table("what would be built", _HEADS, [_row(plan.model, *each) for each in possible])
         yield f"read for a token: of weights and cache, at {CONTEXT:,} tokens"
     for target, engine in possible:
         if engine.recoded:
             yield f"{target.name}, weights made of tensors in codes: {recoded_text(engine.recoded)}"
     for target, engine in possible:
         if (report := memory_report(plan.model, engine)) is not None:
-            yield memory_text(target.name, report, plan.model)
+            yield "\n" + memory_text(target.name, report, plan.model)
+    yield ""
     for target in plan.targets:
         if target.elsewhere:
-            yield f"{target.name} is not to be built here: {target.elsewhere}"
+            yield f"{target.name} can be built, but not on this machine: {target.elsewhere}"
         if target.refused:
-            yield f"{target.name} cannot be built: {target.refused}"
-    if here := [target.name for target, _ in possible if not target.elsewhere]:
-        name = defaults.TARGET if defaults.TARGET in here else here[0]
-        yield f"next: moevlm build {in_shell(source) if plan.tensors else 'CHECKPOINT'} -o BUNDLE --target {name}"
-
-
-def model_text(model: ModelMetadata) -> str:
-    """One line of sizes."""
-    sparse = [layer for layer in model.layers if layer.experts]
-    attention = sum(layer.heads > 0 for layer in model.layers)
-    parts = [
-        f"{model.parameters / 1e9:.3g} billion parameters, {model.active_parameters / 1e9:.3g} of them for a token"
-    ]
-    parts.append(
-        f"{len(model.layers)} layers" + (f", {attention} with attention" if attention < len(model.layers) else "")
-    )
-    if sparse:
-        parts.append(f"{len(sparse)} sparse: {sparse[0].experts} experts, {sparse[0].top_k} for a token")
-    return f"{model.model_type}: {'; '.join(parts)}; context {model.context:,}"
+            yield f"refused: {target.refused if target.name in target.refused else f'{target.name}: {target.refused}'}"
+    if here := list(dict.fromkeys(target.asked for target, _ in possible if not target.elsewhere)):
+        chosen = here if named else [defaults.TARGET if defaults.TARGET in here else here[0]]
+        words = [f"--target {name}" for name in chosen]
+        words += dict.fromkeys(word for name, word in options if name in ("", *chosen))
+        place = in_shell(source) if plan.tensors else "CHECKPOINT"
+        yield f"next: moevlm build {place} -o BUNDLE {' '.join(words)}"
 
 
 def _row(model: ModelMetadata, target: "PlannedTarget", engine: EngineMetadata) -> tuple[str, ...]:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
+_SCORINGS = {"softmax": "softmax", "sigmoid": "sigmoid", "softmax_after_topk": "softmax of the chosen logits"}
+
 
 @dataclass(frozen=True)
 class MLPConfig:
@@ -42,3 +44,22 @@ class MoEConfig:
 
     def __post_init__(self) -> None:
         self.router.check(self.experts)
+
+    @property
+    def words(self) -> str:
+        """How tokens go to experts, for people, as `families.about` has it."""
+        facts = {
+            _SCORINGS[self.router.scoring]: True,
+            "correction bias": self.correction_bias,
+            "groups": self.router.n_group > 1,
+            "renormalised": self.router.renormalize and self.router.scoring != "softmax_after_topk",
+            "on the expert's input": self.expert.weight_on == "input",
+            "a factor for each expert": self.expert_scale,
+        }
+        beside = {
+            "others for images": self.image_width > 0,
+            "gated shared expert" if self.shared_gate else "shared experts": self.shared_width > 0,
+            "dense layer beside the experts": self.dense_width > 0,
+        }
+        parts = (", ".join(word for word, true in group.items() if true) for group in (facts, beside))
+        return "; ".join(filter(None, parts))

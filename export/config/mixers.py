@@ -17,9 +17,14 @@ class MixerConfig(ABC):
     def states(self, layer: int) -> tuple[StateSpec, ...]:
         """What a sequence keeps of layer `layer` between steps, in the order of the module's states."""
 
+    @property
+    def words(self) -> str:
+        """Its name for people, as `families.about` has it; none here."""
+        return ""
+
     def metadata(self) -> LayerMetadata:
         """The manifest's shapes of attention; none here."""
-        return LayerMetadata()
+        return LayerMetadata(mixer=self.words)
 
     def rotations(self) -> Mapping[int, int]:
         """How many dimensions of a head it rotates, by rope group; none here."""
@@ -109,7 +114,14 @@ class GQAConfig(MixerConfig):
             window=self.window,
             chunk=self.chunk,
             bidirectional_images=self.bidirectional_images,
+            mixer=self.words,
         )
+
+    @property
+    def words(self) -> str:
+        with_ = ["q/k norms"] * self.qk_norm + ["sinks"] * self.sinks
+        facts = ["gated GQA" if self.output_gate else "GQA"] + [f"with {' and '.join(with_)}"] * bool(with_)
+        return " ".join(facts) + ", values from keys" * self.value_is_key
 
     def rotations(self) -> Mapping[int, int]:
         return {self.rope: self.rotary_dim} if self.rotary_dim else {}
@@ -168,7 +180,13 @@ class MLAConfig(MixerConfig):
         return (PagedKV(layer=layer, kv_heads=1, key_dim=self.key_dim, value_dim=self.kv_rank, value_in_key=True),)
 
     def metadata(self) -> LayerMetadata:
-        return LayerMetadata(heads=self.heads, kv_heads=1, key_dim=self.key_dim, value_dim=self.kv_rank)
+        return LayerMetadata(
+            heads=self.heads, kv_heads=1, key_dim=self.key_dim, value_dim=self.kv_rank, mixer=self.words
+        )
+
+    @property
+    def words(self) -> str:
+        return "MLA on a latent cache"
 
     def rotations(self) -> Mapping[int, int]:
         return {self.rope: self.rope_dim}
@@ -193,6 +211,10 @@ class GatedDeltaConfig(MixerConfig):
 
     def __post_init__(self) -> None:
         _ = self.spec  # refuses sizes that do not fit
+
+    @property
+    def words(self) -> str:
+        return "gated delta rule"
 
     @property
     def spec(self) -> GatedDeltaSpec:

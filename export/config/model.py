@@ -173,4 +173,6 @@ def _layer_metadata(layer: LayerConfig) -> LayerMetadata:
     metadata, feed_forward = layer.mixer.metadata(), layer.feed_forward
     if not isinstance(feed_forward, MoEConfig):
         return metadata
-    return msgspec.structs.replace(metadata, experts=feed_forward.experts, top_k=feed_forward.router.top_k)
+    return msgspec.structs.replace(
+        metadata, experts=feed_forward.experts, top_k=feed_forward.router.top_k, routing=feed_forward.words
+    )

@@ -23,6 +23,7 @@ class Check(msgspec.Struct, frozen=True):
 
     value, limit: relative error, KL divergence in nats, or a share or a count of what differs.
     note: what is worth knowing, or "". flips: of the check of routings, every one.
+    compared: false where it could not be; then it counts as passed, and the note says why, and what would help.
     An infinite value (another shape, NaN) is null in JSON.
     """
 
@@ -33,6 +34,7 @@ class Check(msgspec.Struct, frozen=True):
     passed: bool
     note: str = ""
     flips: list[Flip] = []
+    compared: bool = True
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -74,8 +76,9 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     pruned: engines from pruned weights. rounded: those with experts in blocks for a GPU. The checks of both are against
     canonical PyTorch on the same weights. plans: engines of TensorRT, whose routing and hidden states cannot be seen.
     quick: few prompts and steps, and no verdict in the manifest.
-    left_out: engines that do not run here and why, in one line, or "". costs: of quantized engines on a CPU, whose
-    checks are against canonical PyTorch on the same rounded weights. text: of `--text`, else None.
+    left_out: engines that do not run here and why, in one line, or "". not_compared: quantities of checks that could
+    not be made; `passed` says nothing of them. costs: of quantized engines on a CPU, whose checks are against canonical
+    PyTorch on the same rounded weights. text: of `--text`, else None.
     """
 
     bundle: str
@@ -90,6 +93,7 @@ class ParityReport(Report, frozen=True, tag="moevlm.parity/1"):
     rounded: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
     left_out: str = ""
+    not_compared: tuple[str, ...] = ()
     costs: tuple[Cost, ...] = ()
     text: TextReport | None = None
     quick: bool = False
@@ -108,6 +112,9 @@ def table_of(report: ParityReport) -> str:
             rows.append(("  routing, hidden states", "", "", "", "not visible in a plan"))
         for check in (check for check in report.checks if check.step == step):
             verdict = "ok" if check.passed else "MISMATCH"
+            if not check.compared:
+                rows.append((f"  {check.quantity}", "-", "-", "NOT COMPARED", ""))
+                continue
             rows.append((f"  {check.quantity}", _number(check.value), _number(check.limit), verdict, check.note))
         costs = [cost for cost in report.costs if cost.step == step]
         if costs:
@@ -118,6 +125,9 @@ def table_of(report: ParityReport) -> str:
     left_out = f"left out: {report.left_out}\n" if report.left_out else ""
     if report.quick:
         left_out += "left out: several images in a prompt, most decode steps; the bundle notes no verdict (--quick)\n"
+    left_out += "".join(
+        f"NOT COMPARED: {check.quantity}: {check.note}\n" for check in report.checks if not check.compared
+    )
     shown = [table(title, ("", "found", "limit", "", ""), rows)]
     if report.text is not None:
         shown.append(_text_table(report.text))
@@ -136,12 +146,13 @@ def verdict_of(report: ParityReport) -> str:
     failed = next((check for check in report.checks if not check.passed), None)
     if failed is not None:
         return f"failed, first at {failed.step}: {failed.quantity}"
+    passed = "passed"
+    if report.not_compared:
+        passed += f", but {' and '.join(report.not_compared)} were not compared"
     quantized = ", ".join(dict.fromkeys(cost.step for cost in report.costs))
     if not quantized:
-        return "passed"
-    return (
-        f"passed: the kernels of {quantized} are right; what rounding the weights costs is shown above, without a limit"
-    )
+        return passed
+    return f"{passed}: the kernels of {quantized} are right; what rounding costs is shown above, without a limit"
 
 
 def _number(value: float) -> str:

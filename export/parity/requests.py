@@ -61,14 +61,14 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str =
     """Token ids of conversations, control tokens typed by a user, and patches of images. Raises CheckpointError.
 
     splitting: see `families.base.Family`, for a checkpoint with a tiktoken.model alone.
-    What neither bundle nor checkpoint has is one check that passes, and its note says what was not compared.
+    What cannot be compared is one check that says so.
     """
     transformers.logging.set_verbosity_error()
     files, model = bundle.manifest.files, bundle.manifest.model
     found: list[Check] = []
     images = load_images(bundle)
     if "tokenizer.json" not in files:
-        found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no tokenizer"))
+        found.append(_not_compared("conversations", "the checkpoint has no tokenizer"))
     else:
         tokenizer = bundle.read_text("tokenizer.json")
         theirs = _TheirText.load(checkpoint, splitting)
@@ -76,12 +76,12 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str =
             template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
             found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
         else:
-            found.append(_check("conversations", 0, 0, "not compared: the checkpoint has no chat template"))
+            found.append(_not_compared("conversations", "the checkpoint has no chat template"))
             found.append(_plain_texts(Tokenizer(tokenizer), theirs, seed))
     if model.vision is None:
         return found
     if images is None:
-        found.append(_check("images", 0, 0, "not compared: the checkpoint has no image processor"))
+        found.append(_not_compared("images", "the checkpoint has no image processor"))
     else:
         found += _image_checks(images, checkpoint, model, seed)
     return found
@@ -89,6 +89,10 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str =
 
 def _check(quantity: str, value: float, limit: float, note: str = "") -> Check:
     return Check(STEP, quantity, value, limit, value <= limit, note)
+
+
+def _not_compared(quantity: str, why: str) -> Check:
+    return Check(STEP, quantity, 0, 0, True, why, compared=False)
 
 
 @dataclass(frozen=True)
@@ -260,7 +264,8 @@ def _random_text(rng: np.random.Generator) -> str:
 
 def _image_checks(ours: ImageProcessor, checkpoint: Path, model: ModelMetadata, seed: int) -> Iterator[Check]:
     if not ours.EXACT and find_spec("torchvision") is None:
-        yield _check("images", 0, 0, "not compared: transformers' image processor of this model needs torchvision")
+        needed = "pip install torchvision, of the release that goes with this torch, and run parity again"
+        yield _not_compared("images", f"transformers' image processor of this model needs torchvision ({needed})")
         return
     try:
         theirs = transformers.AutoImageProcessor.from_pretrained(

@@ -133,6 +133,7 @@ def check_parity(
             rounded=tuple(name for name, storage in stored.items() if storage.experts),
             plans=tuple(name for name in names if engines[name].sms),
             left_out=left_out,
+            not_compared=tuple(check.quantity for check in found if not check.compared),
             costs=tuple(costs),
             text=None if read is None else _text_report(opened, names, read, model, progress),
             quick=quick,
@@ -178,6 +179,7 @@ def _verdicts(names: list[str], report: ParityReport) -> dict[str, Any]:
             "transformers": report.transformers,
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
+            "not_compared": list(report.not_compared),
         }
         costs = [cost for cost in report.costs if cost.step == name]
         if costs:

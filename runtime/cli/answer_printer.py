@@ -13,14 +13,14 @@ from moevlm.runtime.core.printable import printable
 
 if TYPE_CHECKING:
     from moevlm.runtime.cli.background import Background
-    from moevlm.runtime.engine.answer import Answer, Piece
+    from moevlm.runtime.engine.answer import Piece
     from moevlm.runtime.engine.generate import Runtime
     from moevlm.runtime.request.prompt import Prompt
     from moevlm.runtime.request.sampling import SamplingParams
 
 
 class AnswerPrinter:
-    """Called with a conversation, it prints the answer and returns its pieces. An interrupt cancels the answer."""
+    """Called with a prompt, it prints the answer and returns its pieces. An interrupt cancels the answer."""
 
     def __init__(
         self,
@@ -40,10 +40,15 @@ class AnswerPrinter:
         # A terminal would obey what the model writes; a file or a pipe gets it as it is.
         self._shown = printable if sys.stdout is not None and sys.stdout.isatty() else str
 
-    def __call__(self, messages: list[dict[str, Any]]) -> list[Piece]:
-        """Raises RequestError for a conversation that is refused, EngineError for a step that fails."""
+    def prompt(self, messages: list[dict[str, Any]]) -> Prompt:
+        """Raises RequestError for a conversation that is refused."""
+        return self._background.call(partial(self._runtime.prompt, messages, self._options, self._max_image_tokens))
+
+    def __call__(self, prompt: Prompt) -> list[Piece]:
+        """Raises RequestError for a prompt that is too long, EngineError for a step that fails."""
         pieces: list[Piece] = []
-        with self._begin(messages) as answer:
+        _tell_large_images(prompt)
+        with self._background.call(partial(self._runtime.generate, prompt, params=self._params)) as answer:
             while (piece := self._background.call(partial(next, answer, None), answer.cancel)) is not None:
                 pieces.append(piece)
                 if not self._silent:
@@ -52,12 +57,6 @@ class AnswerPrinter:
             click.echo()
             self._say_how_it_went(pieces[-1])
         return pieces
-
-    def _begin(self, messages: list[dict[str, Any]]) -> Answer:
-        prompt = partial(self._runtime.prompt, messages, self._options, self._max_image_tokens)
-        request = self._background.call(prompt)
-        _tell_large_images(request)
-        return self._background.call(partial(self._runtime.generate, request, params=self._params))
 
     def _say_how_it_went(self, last: Piece) -> None:
         """On standard error: whether the answer was cut, where a person may read it, and what it cost."""

@@ -13,13 +13,12 @@ from moevlm.runtime.cli.command_line import (
     EXPERTS_IN,
     SPINNING,
     THREADS,
-    OutputFile,
-    Size,
     complete_target,
     require,
     require_apart,
 )
-from moevlm.runtime.core.errors import EngineError, RequestError
+from moevlm.runtime.cli.option_types import OutputFile, Size, WholeNumber
+from moevlm.runtime.core.errors import EngineError, RequestError, refusal
 from moevlm.runtime.core.experts_in import DEVICE
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ def bench() -> None:
     """Measure a bundle on this machine."""
 
 
-@bench.command()
+@bench.command(short_help="Time one request, stage by stage.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--prompt-tokens",
     metavar="N",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=256,
     show_default=True,
     help="Tokens of the random text; those of the image come on top.",
@@ -47,12 +46,12 @@ def bench() -> None:
 @click.option(
     "--new-tokens",
     metavar="N",
-    type=click.IntRange(2),
+    type=WholeNumber(2),
     default=64,
     show_default=True,
     help="Length of the answer, in tokens.",
 )
-@click.option("--image-size", metavar="N", type=click.IntRange(0, 4096), help=_SIZE)
+@click.option("--image-size", metavar="N", type=WholeNumber(0, 4096), help=_SIZE)
 @click.option(
     "--target",
     "targets",
@@ -63,12 +62,12 @@ def bench() -> None:
 @click.option(
     "--repeats",
     metavar="N",
-    type=click.IntRange(1, 1000),
+    type=WholeNumber(1, 1000),
     default=5,
     show_default=True,
     help="Number of timed requests; one before them is not timed.",
 )
-@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--threads", metavar="N", type=WholeNumber(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
 @click.option("--experts-in", metavar="PLACE", default=DEVICE, help=EXPERTS_IN)
@@ -104,7 +103,7 @@ def latency(
     require_apart([output, plot], [bundle])
     if plot is not None:
         if plot.suffix.lower() != ".png":
-            raise click.UsageError(f"--plot {plot}: the roofline is a PNG file (allowed: a name that ends in .png)")
+            raise click.UsageError(refusal("--plot", str(plot), "a PNG file: a name that ends in .png"))
         require("matplotlib", "plot")
     opened = Bundle.open(bundle)
     model, images = opened.manifest.model, load_images(opened)
@@ -200,7 +199,7 @@ def _table(report: BenchReport) -> str:
     ]
     prompt = f"{report.prompt_tokens} prompt tokens, {report.image_tokens} of them image"
     title = f"{prompt}; {report.new_tokens} new; ms, medians of {report.repeats}"
-    text = table(title, ("target", "image", "prompt", "tok/s", "first", "token", "tok/s", "load"), rows)
+    text = table(title, ("target", "image", "prompt", "prompt tok/s", "first", "token", "decode tok/s", "load"), rows)
     return text + _limits_table(report)
 
 

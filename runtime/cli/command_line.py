@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import click
 
-from moevlm.runtime.core.errors import MoevlmError
+from moevlm.runtime.core.errors import MoevlmError, RefusedValue
 from moevlm.runtime.core.installation import install_command
 
 # The order of a newcomer's steps; commands of other packages follow.
@@ -61,17 +60,25 @@ def cli(debug: bool) -> None:  # `run` has taken --debug out of the arguments: h
 def run(arguments: list[str]) -> Any:
     """Run a command; what it returns. Raises what click and the commands raise."""
     debug = "--debug" in arguments
+    others = [argument for argument in arguments if argument != "--debug"]
     with _quiet(debug):
         try:
-            others = [argument for argument in arguments if argument != "--debug"]
             return cli.main(others, prog_name="moevlm", standalone_mode=False, obj=debug)
+        except RefusedValue as error:
+            option = f"--{error.name.replace('_', '-')}"
+            if any(argument.partition("=")[0] == option for argument in others):
+                raise click.UsageError(error.named(option)) from error
+            raise
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(2)
 
 
 def usage_message(error: BaseException) -> str | None:
-    """Click's message in our form, one line and where to read more; None for another kind of error."""
+    """Click's message in our form, one line and, where it says no remedy, where to read more.
+
+    None for another kind of error.
+    """
     if isinstance(error, click.Abort):
         return "standard input ended"
     if not isinstance(error, click.ClickException):
@@ -79,7 +86,7 @@ def usage_message(error: BaseException) -> str | None:
     message = " ".join(error.format_message().split()).removesuffix(".")
     if message[1:2].islower():
         message = message[0].lower() + message[1:]
-    if isinstance(error, click.UsageError) and error.ctx is not None:
+    if isinstance(error, click.UsageError) and error.ctx is not None and not message.endswith(")"):
         message += f" (see {error.ctx.command_path} --help)"
     return message
 
@@ -126,51 +133,6 @@ def complete_target(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     except MoevlmError:  # no bundle yet, or none that can be read: nothing to offer
         return []
     return sorted(name for name in engines if name.startswith(incomplete))
-
-
-class Size(click.ParamType):
-    """A number of bytes, such as 800M or 1.5G, in powers of 1024."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([KMGT]?)(?:i?B)?", value, re.IGNORECASE)
-        size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-        if size < 1:
-            self.fail(f"{value!r} (allowed: a size, such as 800M or 1.5G)", param, ctx)
-        return size
-
-
-class InputFile(click.File):
-    """A file of bytes, or - for standard input, which may be closed."""
-
-    name = "file"
-
-    def __init__(self) -> None:
-        super().__init__("rb")
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "-" and sys.stdin is None:
-            self.fail("standard input is closed: nothing can be read from it", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-class OutputFile(click.Path):
-    """A file to be written at the end; whether that is possible is found out at the start."""
-
-    name = "file"
-
-    def __init__(self) -> None:
-        super().__init__(dir_okay=False, writable=True, allow_dash=True, path_type=Path)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        new = str(path) != "-" and not os.path.exists(path)  # noqa: PTH110 - Path.exists raises for a name too long
-        if new and not os.access(path.parent, os.W_OK):
-            self.fail(f"{str(path.parent)!r} is not a directory that can be written to", param, ctx)
-        return path
 
 
 @contextmanager

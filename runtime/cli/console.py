@@ -1,6 +1,7 @@
 """How the commands talk to people: tables, sizes, files of results, and progress on standard error."""
 
 import re
+import textwrap
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _NUMBER = re.compile(r"(-?\d[\d.]*(e[-+]?\d+)?|-?inf|nan)( ?[\w/%]+)?|-|")  # wi
 _NOTICE_SECONDS = 1.0
 _LINE_SECONDS = 15.0  # between two lines of one stage where there is no terminal
 _COUNTS = 10_000
+_LEAST_COLUMN = 24  # cells, in which a text can still be read
+_KEPT = "\ue000"  # in the place of a space at which no line ends
 
 
 class _Console(Console):
@@ -47,10 +50,22 @@ def console(stderr: bool = False) -> Console:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> str:
-    """A plain table under its title, as wide as it needs to be; columns of numbers are aligned on the right."""
+    """A plain table under its title; columns of numbers are aligned on the right.
+
+    It is as wide as it needs to be. What is too wide for a terminal is folded there: the last column's texts, or, where
+    there is no room for these, every row into words of its own.
+    """
     body = [[printable(cell) for cell in row] for row in rows]
     lines = [list(columns), *body] if header else body
     widths = [max((cell_len(line[i]) for line in lines), default=0) for i in range(len(columns))]
+    room = _terminal_width()
+    if room is not None and sum(widths) + 2 * len(widths) - 2 > room:
+        left = room - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        if left < _LEAST_COLUMN:
+            return "\n".join([title, *(_in_words(columns, row, room) for row in body)])
+        body = [line for row in body for line in _folded(row, left)]
+        lines = [list(columns), *body] if header else body
+        widths[-1] = left
     numeric = [bool(body) and all(_NUMBER.fullmatch(row[i]) for row in body) for i in range(len(columns))]
 
     def pad(cell: str, width: int, right: bool) -> str:
@@ -59,6 +74,29 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
 
     texts = ["  ".join(map(pad, line, widths, numeric)).rstrip() for line in lines]
     return "\n".join([title, *texts])
+
+
+def _terminal_width() -> int | None:
+    """Of standard output; None where that is no terminal, and lines may have any length."""
+    screen = console()
+    return screen.width if screen.is_terminal else None
+
+
+def _folded(row: list[str], width: int) -> Iterator[list[str]]:
+    """Lines of a row whose last text has up to so many cells a line."""
+    first, *others = textwrap.wrap(row[-1], width, break_on_hyphens=False) or [""]
+    yield [*row[:-1], first]
+    yield from ([""] * (len(row) - 1) + [text] for text in others)
+
+
+def _in_words(columns: Sequence[str], row: Sequence[str], width: int) -> str:
+    """cpu:int8: size 138.1 kB, parity not checked"""
+    cells = (cell.replace(" ", _KEPT) if len(cell) < _LEAST_COLUMN else cell for cell in row[1:])
+    facts = (f"{head} {cell}".strip() for head, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-"))
+    indent = " " * (len(row[0]) - len(row[0].lstrip()) + 2)
+    text = f"{row[0]}: {', '.join(facts)}"
+    lines = textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+    return lines.replace(_KEPT, " ")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,7 @@ import click
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import BundleError
-from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.core.printable import counted, in_shell
+from moevlm.runtime.core.printable import in_shell
 
 if TYPE_CHECKING:
     from moevlm.runtime.bundle.reader import Bundle
@@ -57,53 +55,10 @@ def _weights(engine: EngineReport) -> str:
     return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 
-def _parameters(model: ModelMetadata) -> str:
-    """, 30.5 B parameters, 3.3 B for a token; empty where the bundle does not say."""
-    from moevlm.runtime.core.printable import count_text
-
-    if not model.parameters:
-        return ""
-    return f", {count_text(model.parameters)} parameters, {count_text(model.active_parameters)} active for a token"
-
-
-def _experts(model: ModelMetadata) -> str:
-    """47 sparse, top 8 of 128 experts"""
-    sparse = [layer for layer in model.layers if layer.experts]
-    kinds = dict.fromkeys(f"top {layer.top_k} of {layer.experts} experts" for layer in sparse)
-    return ", ".join((f"{len(sparse)} sparse", *kinds))
-
-
-def _images(model: ModelMetadata) -> str:
-    """patches of 16, 3 deepstack levels"""
-    if model.vision is None:
-        return "none"
-    levels = f", {counted(model.deepstack, 'deepstack level')}" if model.deepstack else ""
-    return f"patches of {model.vision.patch_size}{levels}"
-
-
-def _attention(model: ModelMetadata) -> str:
-    """32 heads on 4 key-value heads of 128; where layers differ, how many are of each kind."""
-    kinds: Counter[str] = Counter()
-    for layer in model.layers:
-        size = str(layer.key_dim) if layer.value_dim == layer.key_dim else f"{layer.key_dim} and {layer.value_dim}"
-        window = f", window {layer.window}" if layer.window else ""
-        window += f", chunks of {layer.chunk}" if layer.chunk else ""
-        text = (
-            f"{counted(layer.heads, 'head')} on {counted(layer.kv_heads, 'key-value head')} of {size}{window}"
-            if layer.heads
-            else "a recurrent state"
-        )
-        kinds[text] += 1
-    return (
-        next(iter(kinds))
-        if len(kinds) == 1
-        else "; ".join(f"{counted(n, 'layer')}: {text}" for text, n in kinds.items())
-    )
-
-
 def _metadata(bundle: Bundle, report: InspectReport) -> str:
     from moevlm.runtime.cli.console import table
     from moevlm.runtime.cli.memory_text import memory_text
+    from moevlm.runtime.cli.model_text import model_rows
     from moevlm.runtime.core.printable import bytes_text, recoded_text, stored_text
     from moevlm.runtime.request.generation_file import FIELDS, sampling_text
     from moevlm.runtime.request.sampling import SamplingParams
@@ -111,11 +66,7 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     model = bundle.manifest.model
     sampling = SamplingParams(**{name: getattr(report.sampling, name) for name in FIELDS})
     rows = [
-        ("model", f"{model.model_type}{_parameters(model)}"),
-        ("decoder", f"{len(model.layers)} layers of width {model.hidden}, {_experts(model)}"),
-        ("attention", _attention(model)),
-        ("vocabulary", f"{model.vocabulary} tokens, context {model.context}"),
-        ("images", _images(model)),
+        *model_rows(model),
         ("sampling", sampling_text(sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
@@ -145,6 +96,9 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
         f"{e.target}, weights made of tensors in codes: {recoded_text(e.recoded, e.weight_errors)}"
         for e in report.engines
         if e.recoded
+    ]
+    fates += [
+        f"{e.target}, parity could not compare: {', '.join(e.not_compared)}" for e in report.engines if e.not_compared
     ]
     memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
     return "\n\n".join(("\n".join((text + _tables(bundle), *fates)), *memory))

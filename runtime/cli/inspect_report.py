@@ -19,6 +19,8 @@ from moevlm.runtime.request.generation_file import FIELDS, GENERATION, released_
 class EngineReport(msgspec.Struct, frozen=True):
     """One engine of a bundle; parity: "passed", "failed" or "not checked". Else as `engine_metadata.EngineMetadata`.
 
+    not_compared: what parity could not compare, such as images.
+
     cache_bytes_per_token: of one sequence, all layers. state_bytes: of its recurrent states. problems: what its plans
     say that the manifest does not, a line each. kernels: None if the bundle does not say. memory: of an engine on a
     GPU.
@@ -40,6 +42,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     state_bytes: int = 0
     built: str = ""
     memory: MemoryReport | None = None
+    not_compared: list[str] = []
 
 
 class SamplingReport(msgspec.Struct, frozen=True):
@@ -98,6 +101,7 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
                 problems=backends.of(engine).problems(bundle, engine),
                 kernels=backends.of(engine).kernels(bundle, engine),
                 memory=memory_report(manifest.model, engine),
+                not_compared=_not_compared(manifest.parity.get(name)),
             )
             for name, engine in sorted(manifest.engines.items())
         ],
@@ -113,3 +117,8 @@ def inspect_report(bundle: Bundle, verified: bool) -> InspectReport:
 def _verdict(parity: Any) -> str:
     result = parity.get("result") if isinstance(parity, dict) else None
     return result if result in ("passed", "failed") else "not checked"
+
+
+def _not_compared(parity: Any) -> list[str]:
+    found = parity.get("not_compared") if isinstance(parity, dict) else None
+    return [part for part in found if isinstance(part, str)] if isinstance(found, list) else []

@@ -14,11 +14,11 @@ from moevlm.runtime.cli.command_line import (
     EXPERTS_IN,
     SPINNING,
     THREADS,
-    InputFile,
-    Size,
     complete_target,
 )
+from moevlm.runtime.cli.option_types import InputFile, Number, Size, WholeNumber
 from moevlm.runtime.core import defaults
+from moevlm.runtime.core.errors import refusal
 from moevlm.runtime.core.experts_in import DEVICE
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-new-tokens",
     metavar="N",
-    type=int,
+    type=WholeNumber(),
     default=defaults.MAX_NEW_TOKENS,
     show_default=True,
     help="End the answer after N tokens.",
@@ -64,16 +64,20 @@ if TYPE_CHECKING:
 @click.option(
     "--temperature",
     metavar="X",
-    type=float,
+    type=Number(),
     help="Sampling temperature; 0 always takes the likeliest token.  [default: the model's, else 0]",
 )
-@click.option("--top-k", metavar="N", type=int, help="Sample among the N likeliest tokens.")
-@click.option("--top-p", metavar="X", type=float, help="Sample among the fewest tokens with a total probability of X.")
-@click.option("--min-p", metavar="X", type=float, help="Drop tokens less likely than X times the likeliest.")
+@click.option("--top-k", metavar="N", type=WholeNumber(), help="Sample among the N likeliest tokens.")
 @click.option(
-    "--repetition-penalty", metavar="X", type=float, help="Divide the logits of tokens that already occurred by X."
+    "--top-p", metavar="X", type=Number(), help="Sample among the fewest tokens with a total probability of X."
 )
-@click.option("--seed", metavar="N", type=int, help="Seed of the sampling: the same seed gives the same text.")
+@click.option("--min-p", metavar="X", type=Number(), help="Drop tokens less likely than X times the likeliest.")
+@click.option(
+    "--repetition-penalty", metavar="X", type=Number(), help="Divide the logits of tokens that already occurred by X."
+)
+@click.option(
+    "--seed", metavar="N", type=WholeNumber(), help="Seed of the sampling: the same seed gives the same text."
+)
 @click.option("--stop", multiple=True, help="End the answer before this text; repeatable.")
 @click.option(
     "--skip-special-tokens/--no-skip-special-tokens",
@@ -91,15 +95,15 @@ if TYPE_CHECKING:
 @click.option(
     "--logprobs",
     metavar="N",
-    type=int,
+    type=WholeNumber(),
     help="With --json: report log-probabilities, and of N alternatives for each token.",
 )
-@click.option("--threads", metavar="N", type=click.IntRange(1), help=THREADS)
+@click.option("--threads", metavar="N", type=WholeNumber(1), help=THREADS)
 @click.option("--spinning/--no-spinning", default=True, show_default=True, help=SPINNING)
 @click.option(
     "--chunk-tokens",
     metavar="N",
-    type=int,
+    type=WholeNumber(),
     help="Read at most N prompt tokens in one step.  [default: 512, on a GPU what the engine was built for]",
 )
 @click.option("--cache-memory", metavar="SIZE", type=Size(), help=CACHE_MEMORY)
@@ -107,7 +111,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-image-megapixels",
     metavar="X",
-    type=float,
+    type=Number(),
     default=defaults.MAX_IMAGE_PIXELS / 1e6,
     show_default=True,
     help="Refuse images of more than X million pixels.",
@@ -115,7 +119,7 @@ if TYPE_CHECKING:
 @click.option(
     "--max-image-tokens",
     metavar="N",
-    type=int,
+    type=WholeNumber(),
     help="Make larger images smaller, to at most N tokens each.  [default: the checkpoint's own limit]",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Show the engine, the number of tokens and tokens per second, too.")
@@ -146,13 +150,13 @@ def run(
     from moevlm.runtime.cli.answer_printer import AnswerPrinter
     from moevlm.runtime.cli.background import Background
     from moevlm.runtime.cli.console import notice, print_json
-    from moevlm.runtime.cli.run_options import conversation_of, template_options_of
+    from moevlm.runtime.cli.run_options import conversation_of, require_taken, template_options_of
     from moevlm.runtime.cli.run_report import run_report
     from moevlm.runtime.core.reports import to_json
     from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.request.generation_file import GENERATION, released_sampling
-    from moevlm.runtime.request.prompt import require_tower
+    from moevlm.runtime.request.prompt import Prompt, PromptBuilder
     from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
 
     if sampling["logprobs"] is not None and not as_json:
@@ -170,7 +174,7 @@ def run(
     options = template_options_of(template_options)
     conversation = [] if chatting else conversation_of(prompt, images, videos, system, messages)
     opened = Bundle.open(bundle)
-    require_tower(opened.manifest.model, len(images))  # before weights are read
+    require_taken(opened.manifest.model, images, videos)
     released = released_sampling(opened.optional_text(GENERATION))
     if (released.temperature if sampling["temperature"] is None else sampling["temperature"]) == 0:
         for name in (*NARROWING, "seed"):
@@ -178,16 +182,17 @@ def run(
                 raise click.UsageError(f"--{name.replace('_', '-')} needs --temperature above 0: 0 is greedy")
     params = released.updated(SamplingOptions(**sampling))  # type: ignore[typeddict-item]
     name, _ = select(opened, target)
+    loading = LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory, experts_in=experts_in)
+    ready: list[Prompt] = []
+
+    def first(prompts: PromptBuilder) -> None:
+        """Refuse what can be refused before weights are read."""
+        asked = conversation_of("?", images, (), system, None) if chatting else conversation
+        ready.append(prompts.build(asked, options, max_image_tokens))
+
     with Background() as background:
         with notice() as show:
-            load = partial(
-                load_runtime,
-                bundle,
-                name,
-                LoadOptions(threads, spinning, chunk_tokens, pixels, cache_memory=cache_memory, experts_in=experts_in),
-                show,
-            )
-            runtime = background.call(load)
+            runtime = background.call(partial(load_runtime, bundle, name, loading, show, first))
         with runtime:
             answer = AnswerPrinter(
                 background, runtime, params, options, max_image_tokens, silent=as_json, verbose=verbose
@@ -195,7 +200,7 @@ def run(
             if chatting:
                 _chat(answer, system, images, name)
             else:
-                pieces = answer(conversation)
+                pieces = answer(ready[0])
     if as_json:
         print_json(to_json(run_report(name, pieces, params.logprobs is not None)))
 
@@ -214,7 +219,11 @@ def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], t
         import readline  # noqa: F401 - input() edits lines with it
 
     say(f"{target}; /help lists the commands, Ctrl-D leaves")
-    chat = TerminalChat(lambda messages: "".join(piece.text for piece in answer(messages)), say, system)
+
+    def reply(messages: list[dict[str, Any]]) -> str:
+        return "".join(piece.text for piece in answer(answer.prompt(messages)))
+
+    chat = TerminalChat(reply, say, system, check=answer.prompt)
     for image in images:
         chat.add_image(image)
     chat.run(partial(input, ">>> "))
@@ -223,5 +232,5 @@ def _chat(answer: AnswerPrinter, system: str | None, images: tuple[Path, ...], t
 
 def _pixels(megapixels: float) -> int:
     if not 0 < megapixels <= 10_000:  # NaN fails, too
-        raise click.BadParameter(f"{megapixels} (allowed: above 0, up to 10000)", param_hint="--max-image-megapixels")
+        raise click.UsageError(refusal("--max-image-megapixels", megapixels, "a number above 0, up to 10000"))
     return max(1, int(megapixels * 1e6))

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.errors import RequestError, refusal
+from moevlm.runtime.core.manifest import ModelMetadata
 
 
 def conversation_of(
@@ -36,6 +37,15 @@ def conversation_of(
     content = [*({"type": kind, kind: path} for kind, path in shown), {"type": "text", "text": text}]
     said = [{"role": "system", "content": _argument("--system", system)}] if system else []
     return [*said, {"role": "user", "content": content}]
+
+
+def require_taken(model: ModelMetadata, images: tuple[Path, ...], videos: tuple[Path, ...]) -> None:
+    """Raise RequestError, naming the option, for a kind of file that the model does not take."""
+    if images and model.vision is None:
+        raise RequestError(f"--image {images[0]}: {model.model_type} takes text alone")
+    if videos and model.video is None:
+        taken = "text alone" if model.vision is None else "no videos, but images"
+        raise RequestError(f"--video {videos[0]}: {model.model_type} takes {taken}")
 
 
 def _with_path(part: dict[str, Any]) -> dict[str, Any]:
@@ -72,9 +82,9 @@ def template_options_of(words: tuple[str, ...]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not (name and equals):
-            raise click.BadParameter(f"{word!r} (allowed: NAME=VALUE)", param_hint="--template-option")
+            raise click.UsageError(refusal("--template-option", word, "NAME=VALUE"))
         if name in options:
-            raise click.BadParameter(f"{name} is given twice", param_hint="--template-option")
+            raise click.UsageError(f"--template-option {name} is given twice")
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):

@@ -22,20 +22,28 @@ class TerminalChat:
     """The messages so far, and what a typed line does to them."""
 
     def __init__(
-        self, answer: Callable[[list[Message]], str], say: Callable[[str], None], system: str | None = None
+        self,
+        answer: Callable[[list[Message]], str],
+        say: Callable[[str], None],
+        system: str | None = None,
+        check: Callable[[list[Message]], object] = lambda _: None,
     ) -> None:
-        """answer: prints the reply to a conversation while it is made, and returns it. say: prints a line."""
-        self._answer, self._say = answer, say
+        """answer: prints the reply to a conversation while it is made, and returns it. say: prints a line.
+
+        check: raises RequestError for a conversation that will be refused; an image is held to it when it is added.
+        """
+        self._answer, self._say, self._check = answer, say, check
         self._first: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._first)
         self._images: list[Path] = []
 
     def add_image(self, path: Path) -> None:
-        """To the next message. Raises RequestError for what is no file."""
+        """To the next message. Raises RequestError for what is no file, and for an image that is refused."""
         if not path.name:
             raise RequestError("which image? /image FILE")
         if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a name that is too long
             raise RequestError(f"image {shown(str(path))} does not exist or is no file")
+        self._check([_user_message([path], "?")])
         self._images.append(path)
 
     def run(self, read: Callable[[], str]) -> None:
@@ -78,8 +86,7 @@ class TerminalChat:
 
         Images of a refused one are dropped: one of them may be why, and would be in the way of the next message, too.
         """
-        content = [*({"type": "image", "image": path} for path in self._images), {"type": "text", "text": text}]
-        messages = [*self._messages, {"role": "user", "content": content if self._images else text}]
+        messages = [*self._messages, _user_message(self._images, text)]
         try:
             reply = self._answer(messages)
         except KeyboardInterrupt:
@@ -92,3 +99,8 @@ class TerminalChat:
             raise RequestError(f"{error} (the message and its images are forgotten)") from None
         self._messages = [*messages, {"role": "assistant", "content": reply}]
         self._images = []
+
+
+def _user_message(images: list[Path], text: str) -> Message:
+    parts = [*({"type": "image", "image": path} for path in images), {"type": "text", "text": text}]
+    return {"role": "user", "content": parts if images else text}

@@ -61,6 +61,29 @@ class DeadlineExceeded(MoevlmError):
     """A request did not end before its deadline."""
 
 
+class RefusedValue(MoevlmError):
+    """An option, or a field of a request, has a value that is not allowed; the command line calls it by its option.
+
+    name: in the code. value: as it is. allowed: what would do, in words.
+    """
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        self.name, self.value, self.allowed = name, value, allowed
+        super().__init__(self.named(name))
+
+    def named(self, name: str) -> str:
+        """The message under another name."""
+        return refusal(name, self.value, self.allowed)
+
+
+class RefusedOption(RefusedValue, RequestError):
+    """Of a request, or of how a bundle is loaded."""
+
+
+class RefusedBuildOption(RefusedValue, BuildError):
+    """Of a build."""
+
+
 class FieldError(MoevlmError, ValueError):
     """A field of a configuration has a value that is not allowed; whoever knows the field's file names both.
 
@@ -96,6 +119,11 @@ def shown(value: object) -> str:
     return one_line(_SHORT.repr(value), 60)
 
 
+def refusal(name: str, value: object, allowed: str) -> str:
+    """The message for a value that is not allowed."""
+    return f"unsupported value {name} = {shown(value)} (allowed: {allowed})"
+
+
 def quoted(value: object) -> str:
     """`shown`, but for text in JSON's quotation marks."""
     text = shown(value)
@@ -126,4 +154,4 @@ _SHORT = _Short()
 def require_positive(name: str, value: object) -> None:
     """Raises RequestError unless value is a whole number of at least 1."""
     if not (isinstance(value, SupportsIndex) and not isinstance(value, bool) and operator.index(value) >= 1):
-        raise RequestError(f"unsupported value {name} = {shown(value)} (allowed: a whole number, 1 or more)")
+        raise RefusedOption(name, value, "a whole number, 1 or more")

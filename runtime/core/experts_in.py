@@ -2,24 +2,24 @@
 
 import re
 
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RefusedOption
 
 DEVICE = "device"
 _ALLOWED = "device, host, or host:N for the experts of N layers"
 
 
 def require_experts_in(value: str) -> None:
-    """Raises RequestError for a text that is none of these."""
+    """Raises RefusedOption for a text that is none of these."""
     if not isinstance(value, str) or re.fullmatch(r"device|host(:[1-9][0-9]{0,5})?", value) is None:
-        raise RequestError(f"unsupported value experts_in = {shown(value)} (allowed: {_ALLOWED})")
+        raise RefusedOption("experts_in", value, _ALLOWED)
 
 
 def host_layers(value: str, sparse: int) -> int:
-    """How many of the `sparse` layers with experts keep them in the host's memory. Raises RequestError for too many."""
+    """How many of the `sparse` layers with experts keep them in the host's memory. Raises RefusedOption for more."""
     require_experts_in(value)
     if value == DEVICE:
         return 0
     count = int(value.partition(":")[2] or sparse)
     if count > sparse:
-        raise RequestError(f"unsupported value experts_in = {value} (allowed: up to host:{sparse}, all sparse layers)")
+        raise RefusedOption("experts_in", value, f"up to host:{sparse}, all sparse layers")
     return count

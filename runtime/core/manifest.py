@@ -52,6 +52,7 @@ class LayerMetadata(Metadata, frozen=True):
     chunk: positions are cut into chunks of so many, and a query sees its own; 0 for one chunk.
     bidirectional_images: an image's tokens see those of their image that follow, too.
     experts: routed ones; 0 for a dense layer. top_k: experts that a token is sent to.
+    mixer, routing: for people, how its tokens see each other and how experts are chosen; routing is "" without any.
     """
 
     heads: int = 0
@@ -63,6 +64,8 @@ class LayerMetadata(Metadata, frozen=True):
     bidirectional_images: bool = False
     experts: int = 0
     top_k: int = 0
+    mixer: str = ""
+    routing: str = ""
 
 
 class VideoMetadata(Metadata, frozen=True):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import (
-    BundleError,
     Cancelled,
     EngineError,
     RequestError,
@@ -32,7 +31,7 @@ from moevlm.runtime.engine.visual import VisualFeatures
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
-from moevlm.runtime.request.prompt import Prompt, PromptBuilder, smaller_images
+from moevlm.runtime.request.prompt import Prompt, PromptBuilder, no_messages, smaller_images
 from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -113,11 +112,7 @@ class Runtime:
         Raises RequestError, and BundleError if there is no tokenizer or no template.
         """
         if self._prompts is None:
-            missing = "chat_template.jinja" if self.tokenizer else "tokenizer.json"
-            raise BundleError(
-                f"the bundle has no {missing}: messages cannot be turned into tokens (add one to the checkpoint, and "
-                "build it again)"
-            )
+            raise no_messages(self.tokenizer)
         return self._prompts.build(messages, template_options or {}, max_image_tokens)
 
     def encode(self, prompts: Sequence[Prompt], cancellation: Cancellation | None = None) -> list[VisualFeatures]:
@@ -210,7 +205,7 @@ class Runtime:
         else:
             prompt = self.prompt(messages, template_options, max_image_tokens)
         if self._encoder is not None:
-            self._encoder.check(prompt.images)
+            self._encoder.check(prompt)
         room = self.context - len(prompt.ids)
         if room < 1:
             smaller = smaller_images(self.model) if prompt.image_tokens else ""

@@ -12,7 +12,7 @@ from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.visual import VisualFeatures
-from moevlm.runtime.request.prompt import SMALLER_IMAGES
+from moevlm.runtime.request.prompt import SMALLER_IMAGES, Prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,15 +35,15 @@ class ImageEncoder:
         """How many rows of features a resized image, or a slice of a video, has."""
         return self._vision.tokens(self._processor.grid(image))
 
-    def check(self, images: Sequence[Image | Slice]) -> None:
+    def check(self, prompt: Prompt) -> None:
         """Raises RequestError for an image that the engine cannot take."""
         most = self._engine.limits.max_patches
-        for number, image in enumerate(images, 1):
+        for image, source in zip(prompt.images, prompt.sources, strict=True):
             patches = math.prod(self._processor.grid(image))
             if most is not None and patches > most:
                 smaller = f" ({SMALLER_IMAGES}: at most {self._vision.rows(most, 1)} here)"
                 raise RequestError(
-                    f"image {number} has {patches} patches, the engine was built for up to {most}"
+                    f"{source} needs {patches} patches at once, the engine was built for up to {most}"
                     f"{'' if self._vision.queries else smaller}"
                 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moevlm.runtime.core.errors import RequestError
+from moevlm.runtime.core.errors import RefusedOption
 from moevlm.runtime.core.states import StateSpec, page_bytes, row_bytes
 from moevlm.runtime.engine.step import EngineLimits
 
@@ -34,10 +34,8 @@ class PoolSize:
         if cache_memory is None:
             cache_memory = limits.cache_memory
         elif limits.cache_memory is not None and cache_memory > limits.cache_memory:
-            raise RequestError(
-                f"unsupported value cache_memory = {cache_memory} (allowed: up to {limits.cache_memory} bytes, "
-                "the memory that the engine leaves free)"
-            )
+            most = f"up to {limits.cache_memory} bytes, the memory that the engine leaves free"
+            raise RefusedOption("cache_memory", cache_memory, most)
         sequences = max(limits.max_sequences, SEQUENCES)
         page, row = page_bytes(states, limits.page_size), row_bytes(states)
         rows = rows_of(sequences) if row else 0
@@ -55,10 +53,8 @@ class PoolSize:
         if each == 1:  # the engine lets a page grow with its sequence, whatever a whole one would take
             fitting = max(fitting, 2)
         if fitting < 2:
-            raise RequestError(
-                f"unsupported value cache_memory = {cache_memory} (allowed: {2 * (row + page)} bytes or more, "
-                f"{limits.page_size} tokens)"
-            )
+            least = f"{2 * (row + page)} bytes or more, {limits.page_size} tokens"
+            raise RefusedOption("cache_memory", cache_memory, least)
         return cls(min(pages, fitting), rows)
 
 

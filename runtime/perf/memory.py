@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
+from moevlm.runtime.backends.tensorrt.memory_budget import reserved
 from moevlm.runtime.backends.tensorrt.needs import Needs, needs_of
 from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
@@ -18,7 +18,7 @@ from moevlm.runtime.core.states import page_bytes, row_bytes
 from moevlm.runtime.engine.pool_size import SEQUENCES, rows_of, rows_within
 from moevlm.runtime.perf.limits import decode_work, experts_read
 
-DRIVER_BYTES = RESERVED + (512 << 20)  # what the engine leaves free, the driver's context, TensorRT
+_CONTEXT_BYTES = 512 << 20  # the driver's context, TensorRT
 CONTEXT = 1024  # tokens of each sequence whose decoding is predicted
 LEAST_TOKENS = 8192  # of cache, below which experts had better stay on the host
 
@@ -45,7 +45,7 @@ class MemoryReport(msgspec.Struct, frozen=True):
     """Bytes that an engine takes of any GPU, and the GPUs of its kinds.
 
     dense: weights of the decoder, but for experts. experts: all of them. vision: weights. workspace: of kernels while
-    they run, and features of images; an estimate. driver: an allowance, see DRIVER_BYTES. page: of the cache, with
+    they run, and features of images; an estimate. driver: an allowance, see `driver_bytes`. page: of the cache, with
     page_tokens tokens. row: recurrent states of a request, or of a snapshot, in the same memory; 0 without any.
     """
 
@@ -70,6 +70,11 @@ class MemoryReport(msgspec.Struct, frozen=True):
         return self.page / self.page_tokens
 
 
+def driver_bytes(engine: EngineMetadata) -> int:
+    """What an engine leaves free, and what the driver and TensorRT take."""
+    return reserved(bool(engine.vision)) + _CONTEXT_BYTES
+
+
 def memory_report(
     model: ModelMetadata, engine: EngineMetadata, gpus: Iterable[GpuModel] = GPU_MODELS
 ) -> MemoryReport | None:
@@ -83,7 +88,7 @@ def memory_report(
         experts=(cost.expert_bytes + cost.image_expert_bytes) * max(sparse, default=0),
         vision=cost.vision_bytes,
         workspace=needs.bytes,
-        driver=DRIVER_BYTES,
+        driver=driver_bytes(engine),
         page=page_bytes(engine.states, engine.page_size),
         page_tokens=engine.page_size,
         row=row_bytes(engine.states),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from moevlm.runtime.core.errors import BundleError, MoevlmError, RequestError, one_line, reason, shown
+from moevlm.runtime.core.errors import BundleError, MoevlmError, RefusedOption, RequestError, one_line, reason, shown
 from moevlm.runtime.request.messages import MAX_CHARACTERS, Message, plain_messages, texts_of
 from moevlm.runtime.request.tokenizer import Tokenizer
 
@@ -70,7 +70,7 @@ class ChatTemplate:
 
     def _checked(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         if not isinstance(options, Mapping):
-            raise RequestError(f"unsupported value template_options = {shown(options)} (allowed: an object)")
+            raise RefusedOption("template_options", options, "an object")
         for name, value in options.items():
             if name not in self.options:
                 known = ", ".join(sorted(self.options)) or "none"
@@ -158,8 +158,7 @@ def _require_json(value: Any, where: str) -> None:
         count += 1
         inner = len(item) if type(item) in (list, dict) else 0
         if count + len(waiting) + inner > _MAX_VALUES or depth > _MAX_DEPTH:
-            allowed = f"{_MAX_VALUES} values, {_MAX_DEPTH} in each other"
-            raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: {allowed})")
+            raise RefusedOption(where, value, f"{_MAX_VALUES} values, {_MAX_DEPTH} in each other")
         if type(item) is list:
             waiting += [(one, depth + 1) for one in item]
         elif type(item) is dict:
@@ -168,7 +167,7 @@ def _require_json(value: Any, where: str) -> None:
             if not _is_unicode(item) or len(item) > MAX_CHARACTERS:
                 raise RequestError(f"{where} is not Unicode text of at most {MAX_CHARACTERS} characters")
         elif not (item is None or isinstance(item, (bool, float)) or (isinstance(item, int) and abs(item) < 1 << 63)):
-            raise RequestError(f"unsupported value {where} = {shown(value)} (allowed: JSON)")
+            raise RefusedOption(where, value, "JSON")
 
 
 def _is_unicode(text: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moevlm.runtime.core.errors import RequestError, one_line, require_positive, shown
+from moevlm.runtime.core.errors import RefusedOption, RequestError, one_line, require_positive
 from moevlm.runtime.request.image_limits import ImageLimits
 
 Message = Mapping[str, Any]
@@ -52,22 +52,18 @@ def plain_messages(messages: Sequence[Message], most: int = MAX_CHARACTERS) -> l
     all, counted before anything is copied.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise RequestError(
-            f"unsupported value messages = {shown(messages)} (allowed: a list of {{role, content}}, not empty)"
-        )
+        raise RefusedOption("messages", messages, "a list of {role, content}, one or more")
     _require_count(messages, most)
     room = MAX_CHARACTERS
     plain = []
     for i, message in enumerate(messages):
         where = f"messages[{i}]"
         if not isinstance(message, Mapping):
-            raise RequestError(
-                f"unsupported value {where} = {shown(message)} (allowed: an object with role and content)"
-            )
+            raise RefusedOption(where, message, "an object with role and content")
         _require_fields(message, ("role", "content"), where)
         role = message.get("role")
         if not isinstance(role, str) or str.__str__(role) not in ROLES:
-            raise RequestError(f"unsupported value {where}.role = {shown(role)} (supported: {', '.join(ROLES)})")
+            raise RefusedOption(f"{where}.role", role, ", ".join(ROLES))
         content = _plain_content(message.get("content"), f"{where}.content")
         room -= sum(map(len, texts_of(content)))
         if room < 0:
@@ -95,9 +91,7 @@ def require_no_video(plain: Sequence[Mapping[str, Any]], images: bool) -> None:
     for i, message in enumerate(plain):
         for j, part in enumerate(message["content"] if isinstance(message["content"], list) else ()):
             if part["type"] == "video":
-                raise RequestError(
-                    f"unsupported value messages[{i}].content[{j}].type = 'video' (supported: {', '.join(taken)})"
-                )
+                raise RefusedOption(f"messages[{i}].content[{j}].type", "video", ", ".join(taken))
 
 
 def visuals_of(messages: Sequence[Message]) -> list[GivenImage | GivenVideo]:
@@ -134,7 +128,7 @@ def _video(part: Mapping[str, Any], where: str) -> GivenVideo:
     if part.get("video") is None:
         raise RequestError(f"{where}.video is missing")
     if fps is not None and not (isinstance(fps, (int, float)) and not isinstance(fps, bool) and 1e-3 <= fps <= 1e4):
-        raise RequestError(f"unsupported value {where}.fps = {shown(fps)} (allowed: a number from 0.001 to 10000)")
+        raise RefusedOption(f"{where}.fps", fps, "a number from 0.001 to 10000")
     if frames is not None:
         require_positive(f"{where}.max_frames", frames)
     return GivenVideo(part["video"], fps, frames, ImageLimits(max_pixels=part.get("max_pixels")))
@@ -153,23 +147,19 @@ def _require_count(messages: Sequence[Message], most: int) -> None:
 def _require_fields(value: Mapping[Any, Any], known: tuple[str, ...], where: str) -> None:
     for name in value:
         if name not in known:
-            raise RequestError(
-                f"unsupported field {where}.{one_line(name, 60)} (supported: {', '.join(sorted(known))})"
-            )
+            raise RequestError(f"unsupported field {where}.{one_line(name, 60)} (allowed: {', '.join(sorted(known))})")
 
 
 def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return _plain_text(content, where)
     if not isinstance(content, (list, tuple)):
-        raise RequestError(f"unsupported value {where} = {shown(content)} (allowed: text, or a list of parts)")
+        raise RefusedOption(where, content, "text, or a list of parts")
     parts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str) or kind not in _PART_FIELDS:
-            raise RequestError(
-                f"unsupported value {where}[{j}].type = {shown(kind)} (supported: {', '.join(_PART_FIELDS)})"
-            )
+            raise RefusedOption(f"{where}[{j}].type", kind, ", ".join(_PART_FIELDS))
         _require_fields(part, _PART_FIELDS[kind], f"{where}[{j}]")
         if kind == "text":
             parts.append({"type": "text", "text": _plain_text(part.get("text"), f"{where}[{j}].text")})
@@ -180,7 +170,7 @@ def _plain_content(content: object, where: str) -> str | list[dict[str, str]]:
 
 def _plain_text(text: object, where: str) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"unsupported value {where} = {shown(text)} (allowed: text)")
+        raise RefusedOption(where, text, "text")
     try:
         return text.encode().decode()  # also turns a subclass of str into str
     except UnicodeEncodeError as error:
@@ -196,10 +186,10 @@ def _data_uri(value: object, where: str) -> tuple[bytes, bool]:
     if not isinstance(url, str):
         raise RequestError(f"{where}.url is missing")
     if detail is not None and not (isinstance(detail, str) and detail in ("low", "high", "auto")):
-        raise RequestError(f"unsupported value {where}.detail = {shown(detail)} (supported: auto, high, low)")
+        raise RefusedOption(f"{where}.detail", detail, "auto, high, low")
     head, comma, body = url.partition(",")
     if not (head.startswith("data:image/") and head.endswith(";base64") and comma):
-        raise RequestError(f"unsupported value {where}.url = {shown(url)} (supported: data:image/...;base64,...)")
+        raise RefusedOption(f"{where}.url", url, "data:image/...;base64,...")
     try:
         return base64.b64decode(body, validate=True), detail == "low"
     except (binascii.Error, ValueError) as error:

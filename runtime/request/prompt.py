@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moevlm.runtime.core.errors import BundleError, RequestError, require_positive, shown
+from moevlm.runtime.core.errors import BundleError, RefusedOption, RequestError, require_positive
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.core.printable import counted
 from moevlm.runtime.core.towers import Grid
@@ -52,6 +52,7 @@ class Prompt:
     ids: [S] int64. visual_index: [S] int64, running row of this prompt's visual features, -1 for text.
     positions: [3, S] int64, on the time, height and width axes. next_position: of the first generated token.
     images: resized to whole patches, in the order of their tokens: pieces of images, and slices of videos.
+    sources: of which image or video each of them is a part, for messages: image 1.
     """
 
     ids: np.ndarray
@@ -59,6 +60,7 @@ class Prompt:
     positions: np.ndarray
     next_position: int
     images: tuple[Image | Slice, ...] = ()
+    sources: tuple[str, ...] = ()
 
     @property
     def image_tokens(self) -> int:
@@ -71,15 +73,20 @@ class Prompt:
         grids: Sequence[Grid],
         model: ModelMetadata,
         images: Sequence[Image | Slice] = (),
+        sources: Sequence[str] = (),
     ) -> Prompt:
-        """ids: [S], images already expanded. grids: (h, w) in patches of each of `images`. Raises RequestError."""
+        """ids: [S], images already expanded. grids: (h, w) in patches of each of `images`. Raises RequestError.
+
+        sources: by default each of `images` is an image of its own.
+        """
         tokens = _token_ids(ids, model)
         _require_room(len(tokens), model)
         _check_grids(grids, model)
         is_image = np.isin(tokens, model.visual_token_ids)
         visual_index = np.where(is_image, np.cumsum(is_image) - 1, -1)
         positions, next_position = rope_positions(tokens, list(grids), model)
-        return cls(tokens, visual_index, positions, next_position, tuple(images))
+        named = sources or [f"image {number}" for number in range(1, len(images) + 1)]
+        return cls(tokens, visual_index, positions, next_position, tuple(images), tuple(named))
 
 
 class PromptBuilder:
@@ -131,11 +138,16 @@ class PromptBuilder:
         ids = self.prompt_ids(messages, [self._ids(one) for one in planned], options)
         _require_room(len(ids), self._model, bool(given))
         images: list[Image | Slice] = []
-        for one in planned:
+        sources: list[str] = []
+        for number, one in enumerate(planned, 1):
             assert self._images is not None
-            images += one.pieces(self._images) if isinstance(one, _CountedImage) else one.slices()
+            kind, pieces = (
+                ("image", one.pieces(self._images)) if isinstance(one, _CountedImage) else ("video", one.slices())
+            )
+            images += pieces
+            sources += [f"{kind} {number}"] * len(pieces)
         grids = [self._images.grid(image) for image in images] if self._images else []
-        return Prompt.from_ids(ids, grids, self._model, images)
+        return Prompt.from_ids(ids, grids, self._model, images, sources)
 
     def _planned(self, given: Sequence[GivenImage | GivenVideo]) -> list[_CountedImage | PlannedVideo]:
         """Each image and video, to be decoded later, and how many visual tokens it has."""
@@ -232,6 +244,13 @@ class _CountedImage:
         return images.fit(opened, self.given.limits)
 
 
+def no_messages(tokenizer: Tokenizer | None) -> BundleError:
+    """For a bundle whose checkpoint lacked a file: the tokenizer's, or else that of the chat template."""
+    missing = "tokenizer.json" if tokenizer is None else "chat_template.jinja"
+    remedy = "add one to the checkpoint, and build it again"
+    return BundleError(f"the bundle has no {missing}: messages cannot be turned into tokens ({remedy})")
+
+
 def require_tower(model: ModelMetadata, images: int) -> None:
     """Raise RequestError for images of a prompt that goes to a model of text alone. images: how many."""
     if images and model.vision is None:
@@ -247,7 +266,7 @@ def _token_ids(ids: Sequence[int] | np.ndarray, model: ModelMetadata) -> np.ndar
     if tokens.size == 0 and tokens.ndim == 1:
         raise RequestError("the prompt is empty")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise RequestError(f"unsupported value ids = {shown(ids)} (allowed: a list of whole numbers)")
+        raise RefusedOption("ids", ids, "a list of whole numbers")
     unknown = tokens[(tokens < 0) | (tokens >= model.vocabulary)]
     if unknown.size:
         raise RequestError(f"token id {unknown[0]} is outside the model's vocabulary of {model.vocabulary}")
@@ -264,8 +283,7 @@ def _check_grids(grids: Sequence[Grid], model: ModelMetadata) -> None:
         pair = grid if isinstance(grid, (list, tuple)) else ()
         good = len(pair) == 2 and all(isinstance(n, (int, np.integer)) and 0 < n <= MAX_SIDE for n in pair)
         if not good or any(n % merge for n in pair) or model.vision.grid not in (None, (*pair,)):
-            allowed = model.vision.grid or f"(h, w), multiples of {merge}"
-            raise RequestError(f"unsupported value grids = {shown(grids)} (allowed: {allowed})")
+            raise RefusedOption("grids", grids, str(model.vision.grid or f"(h, w), multiples of {merge}"))
 
 
 def _require_room(tokens: int, model: ModelMetadata, images: bool = False) -> None:

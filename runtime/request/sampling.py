@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 import numpy as np
 
 from moevlm.runtime.core import defaults
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RefusedOption
 
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
@@ -66,10 +66,11 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         if not isinstance(stop, (tuple, list)) or len(stop) > MAX_STOPS:
             self._refuse("stop", f"at most {MAX_STOPS} strings")
-        if not all(isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS for text in stop):
-            self._refuse("stop", f"strings of 1 to {MAX_STOP_CHARACTERS} characters")
-        if any("\ud800" <= char <= "\udfff" for text in stop for char in text):
-            self._refuse("stop", "Unicode text: a lone surrogate never occurs")
+        for text in stop:
+            if not (isinstance(text, str) and 0 < len(text) <= MAX_STOP_CHARACTERS):
+                raise RefusedOption("stop", text, f"text of 1 to {MAX_STOP_CHARACTERS} characters")
+            if any("\ud800" <= char <= "\udfff" for char in text):
+                raise RefusedOption("stop", text, "Unicode text: a lone surrogate never occurs")
         object.__setattr__(self, "stop", tuple(stop))
         if self.temperature == 0:
             for name in NARROWING:
@@ -101,7 +102,7 @@ class SamplingParams:
         object.__setattr__(self, name, float(value))
 
     def _refuse(self, name: str, allowed: str) -> None:
-        raise RequestError(f"unsupported value {name} = {shown(getattr(self, name))} (allowed: {allowed})")
+        raise RefusedOption(name, getattr(self, name), allowed)
 
 
 class SamplingOptions(TypedDict, total=False):

@@ -77,7 +77,8 @@ def test_each_target_writes_its_engine_and_the_canonical_graphs(
 def test_manifest_says_what_the_runtime_needs(tiny_bundle: Path, tiny_checkpoint: Path) -> None:
     manifest = Bundle.open(tiny_bundle).manifest
     model = manifest.model
-    layer = LayerMetadata(heads=4, kv_heads=2, key_dim=16, value_dim=16, experts=8, top_k=2)
+    words = {"mixer": "GQA with q/k norms", "routing": "softmax, renormalised"}
+    layer = LayerMetadata(heads=4, kv_heads=2, key_dim=16, value_dim=16, experts=8, top_k=2, **words)
     assert (model.model_type, model.layers, model.context) == ("qwen3_vl_moe", (layer, layer), 512)
     states = tuple(PagedKV(layer=i, kv_heads=2, key_dim=16, value_dim=16) for i in range(2))
     assert all(engine.states == states for engine in manifest.engines.values())

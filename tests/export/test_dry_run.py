@@ -84,18 +84,21 @@ def test_what_a_build_refuses_a_dry_run_refuses(copy: Path, config: Path) -> Non
 
 
 def test_command_shows_the_plan_and_leaves_nothing(config: Path) -> None:
-    said = call("build", config, "--dry-run", "--target", "cpu:int8", "--target", "cpu:int3")
-    assert said.status == 0
+    names = [word for name in ("cpu:int8", "cpu:int3", "rtx:sm89", "ort-cpu") for word in ("--target", name)]
+    said = call("build", config, "--dry-run", *names, "--experts", "int4")
+    assert said.status == 1  # one of those that were named cannot be built
     assert "no weights here" in said.out
-    assert 'cpu:int3 cannot be built: unknown target "cpu:int3"' in said.out
-    assert "next: moevlm build CHECKPOINT -o BUNDLE --target cpu:int8" in said.out
+    assert '\nrefused: unknown target "cpu:int3" (allowed: ' in said.out
+    possible = "--target cpu:int8 --target rtx:sm89 --target ort-cpu --experts int4"
+    assert said.out.splitlines()[-1] == f"next: moevlm build CHECKPOINT -o BUNDLE {possible}"
     assert [path.name for path in config.parent.iterdir()] == ["config.json"]
-    assert call("build", config, "--dry-run", "--target", "cpu:int3").status == 1
+    assert call("build", config, "--dry-run", "--target", "cpu:int8").status == 0
     assert_refused(call("build", config, "--dry-run", "-o", "x"), "--dry-run takes a checkpoint or its config.json")
+    assert_refused(call("build", config, "-o", "x"), f"moevlm build {config} --dry-run says what it would become")
 
 
 def test_plan_of_every_backend_is_the_default(config: Path) -> None:
     said = call("build", config, "--dry-run")
     for name in ("reference", "ort-cpu:int4", "cpu:int4", "rtx:sm80,sm86,sm89,sm120,sm121:bf16", "trt:sm90:bf16"):
-        assert f"\n{name} " in said.out
+        assert f"\n{name} " in said.out or f"\nrefused: {name} " in said.out
     assert json.loads(config.read_text())["model_type"] in said.out

@@ -6,7 +6,7 @@ from moevlm.export.backends.options import Option, check_choices, group_size, op
 from moevlm.export.formats.gpu_packing import LAYOUT
 from moevlm.export.formats.registry import FORMATS
 from moevlm.runtime.core import defaults, dtypes
-from moevlm.runtime.core.errors import BuildError
+from moevlm.runtime.core.errors import RefusedBuildOption
 
 NAMES = ("rtx:smNN,...", "trt:smNN")
 PLANNED = (
@@ -49,7 +49,7 @@ class Options:
     kv_cache: the dtype of activations, or quantized, with a scale per token and head. max_sequences: in a step.
     chunk_tokens: prompt tokens in a step, beside one of each other sequence.
     version_compatible: engines for the lean runtime of that TensorRT, too. native_moe: TensorRT's own MoE layer.
-    sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises BuildError, naming a value and what is allowed.
+    sparsity: "2:4" lets it use sparse kernels on pruned weights. Raises RefusedBuildOption.
     """
 
     dtype: str = option("bf16", _both("dtype of weights and activations.", tuple(DTYPES)))
@@ -67,10 +67,10 @@ class Options:
     def __post_init__(self) -> None:
         check_choices(replace(self, experts=AUTO) if self.experts == MIXED else self)
         if self.group_size == 16 and self.experts not in ("fp4", AUTO, MIXED):
-            raise BuildError(f"unsupported group size 16 of {self.experts} experts (supported: 32, 128)")
-        for name, value in (("max sequences", self.max_sequences), ("chunk tokens", self.chunk_tokens)):
+            raise RefusedBuildOption("group_size", 16, f"32 or 128, for {self.experts} experts")
+        for name, value in (("max_sequences", self.max_sequences), ("chunk_tokens", self.chunk_tokens)):
             if value < 1:
-                raise BuildError(f"unsupported {name} {value} (allowed: 1 or more)")
+                raise RefusedBuildOption(name, value, "a whole number, 1 or more")
 
     @property
     def activations(self) -> str:

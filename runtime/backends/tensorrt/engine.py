@@ -121,7 +121,7 @@ class TensorRTEngine:
             resources.callback(self._vision.close)
         self._decoder.warm_up(progress)
         kernels.save()
-        page, images = self.limits.page_size, 0 if self._vision is None else self._vision.call_bytes
+        page, images = self.limits.page_size, None if self._vision is None else self._vision.call_bytes
         memory = cache_memory(self._device, self.states, page, metadata, images)
         self.limits = replace(self.limits, cache_memory=memory)
 

@@ -137,7 +137,7 @@ def test_reference_stays_dense(names: list[str], tiny_checkpoint: Path, tmp_path
 
 
 def test_other_patterns_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match=r"^unsupported sparsity 1:4 \(supported: 2:4\)$"):
+    with pytest.raises(BuildError, match=r"^unsupported value sparsity = '1:4' \(allowed: 2:4\)$"):
         build(tiny_checkpoint, tmp_path / "b", ["ort-cpu"], sparsity="1:4")
 
 

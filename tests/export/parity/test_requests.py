@@ -124,10 +124,9 @@ def test_what_a_bundle_lacks_is_said_not_to_be_compared(
         (bundle / name).unlink()
         edit_manifest(bundle, lambda manifest, name=name: manifest["files"].pop(name))  # type: ignore[misc]
     found = checked(bundle, tiny_checkpoint)
-    assert [check.note for check in found] == [
-        "not compared: the checkpoint has no chat template",
-        "",
-        "not compared: the checkpoint has no image processor",
+    assert [(check.quantity, check.note) for check in found if not check.compared] == [
+        ("conversations", "the checkpoint has no chat template"),
+        ("images", "the checkpoint has no image processor"),
     ]
 
 
@@ -141,8 +140,9 @@ def test_images_that_transformers_cuts_with_torchvision_are_not_compared_without
     fields = {"image_processor_type": "Llama4ImageProcessor", "size": {"height": 32, "width": 32}}
     (bundle / "preprocessor.json").write_text(json.dumps(fields))
     rehash(bundle, "preprocessor.json")
-    note = checked(bundle, tiny_checkpoint)[-1].note
-    assert note == "not compared: transformers' image processor of this model needs torchvision"
+    images = checked(bundle, tiny_checkpoint)[-1]
+    assert (images.quantity, images.compared) == ("images", False)
+    assert images.note.startswith("transformers' image processor of this model needs torchvision (pip install torch")
 
 
 def test_variables_and_templates_are_those_that_transformers_takes(

@@ -28,7 +28,7 @@ def test_a_load_into_a_pipe_shows_no_notice(monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr() == ("", "")
 
 
-def test_tables_align_numbers_on_the_right_and_never_wrap() -> None:
+def test_tables_align_numbers_on_the_right_and_never_wrap_in_a_pipe() -> None:
     rows = [("a", "1.5 MB", "x" * 100), ("bb", "-", "4 of 9, margin 2"), ("天", "12.5 MB", "")]
     assert table("title", ("name", "size", "note"), rows).splitlines() == [
         "title",
@@ -80,4 +80,21 @@ def test_without_a_terminal_a_long_stage_says_how_far_it_is(
         "layers",
         "layers: 25% (20 of 80), 60 s left",
         "layers: 50% (40 of 80), 40 s left",
+    ]
+
+
+def test_tables_too_wide_for_a_terminal_are_folded_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "console", lambda **_: Console(force_terminal=True, width=40))
+    facts = [("layers", "2 of width 32; scaled rope, queries scaled by their place")]
+    assert table("model", ("", ""), facts, header=False).splitlines() == [
+        "model",
+        "layers  2 of width 32; scaled rope,",
+        "        queries scaled by their place",
+    ]
+    engines = [("cpu:int8", "138.1 kB", "-", "2026-11-27 17:17:07", "not checked")]
+    assert table("engines", ("target", "size", "a token", "built", "parity"), engines).splitlines() == [
+        "engines",
+        "cpu:int8: size 138.1 kB, built",
+        "  2026-11-27 17:17:07, parity",
+        "  not checked",
     ]

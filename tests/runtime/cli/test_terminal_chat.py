@@ -110,3 +110,16 @@ def test_exit_leaves_and_a_path_is_no_command() -> None:
     terminal = Terminal("/usr/bin is a folder", "/help", "/exit", "never").chat()
     assert [messages[-1] for messages in terminal.asked] == [user("/usr/bin is a folder")]
     assert "/image FILE" in terminal.said[0]
+
+
+def test_an_image_that_will_be_refused_is_refused_when_it_is_added(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+
+    def refuse(messages: list[dict[str, Any]]) -> None:
+        assert messages[0]["content"][0] == {"type": "image", "image": tmp_path / "a.png"}
+        raise RequestError("mixtral takes text alone")
+
+    terminal = Terminal(f"/image {tmp_path / 'a.png'}", "one")
+    TerminalChat(terminal.answer, terminal.said.append, check=refuse).run(terminal.read)
+    assert terminal.said == ["error: mixtral takes text alone"]
+    assert terminal.asked == [[user("one")]]

@@ -6,10 +6,11 @@ import msgspec
 import pytest
 
 from moevlm.runtime.cli.memory_text import memory_text
+from moevlm.runtime.core.defaults import FEATURE_MEMORY
 from moevlm.runtime.core.engine_metadata import EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.gpu_models import GPU_MODELS, GpuModel
 from moevlm.runtime.core.states import PagedKV, Recurrent
-from moevlm.runtime.perf.memory import CONTEXT, DRIVER_BYTES, LEAST_TOKENS, GpuFit, memory_report
+from moevlm.runtime.perf.memory import CONTEXT, LEAST_TOKENS, GpuFit, driver_bytes, memory_report
 from tests.runtime.perf.test_limits import COST, MODEL
 
 GIGA = 10**9
@@ -43,7 +44,7 @@ ENGINE = EngineMetadata(
     tensorrt=BUILT,
 )
 PAGE = 256_000
-FIXED = 2 * GIGA + GIGA // 2 + GIGA // 2 + 8 * GIGA + GIGA + GIGA // 4 + DRIVER_BYTES
+FIXED = 2 * GIGA + GIGA // 2 + GIGA // 2 + 8 * GIGA + GIGA + GIGA // 4 + driver_bytes(ENGINE)
 
 
 def gpu(memory: int, link: int = GIGA) -> GpuModel:
@@ -63,6 +64,14 @@ def test_an_engine_takes_its_weights_workspace_and_the_driver_s_share() -> None:
     assert (report.dense, report.experts, report.vision, report.fixed) == (3 * GIGA, 8 * GIGA, GIGA, FIXED)
     assert (report.page, report.page_tokens, report.token) == (PAGE, 64, 4000)
     assert [fit.gpu for fit in report.gpus] == [model.name for model in GPU_MODELS if model.sm == 89]
+
+
+def test_an_engine_of_text_alone_leaves_nothing_free_for_features_of_images() -> None:
+    text = msgspec.structs.replace(ENGINE, vision="")
+    assert driver_bytes(ENGINE) - driver_bytes(text) == FEATURE_MEMORY > 0
+    report = memory_report(MODEL, text)
+    assert report is not None
+    assert report.driver == driver_bytes(text)
 
 
 def test_what_is_left_holds_pages_and_the_first_is_no_sequence_s() -> None:

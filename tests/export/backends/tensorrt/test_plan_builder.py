@@ -287,12 +287,12 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dtype": "fp32"}, r"dtype fp32 \(supported: bf16, fp16\)"),
-        ({"experts": "int2"}, r"experts int2 \(supported: auto, same, int8, int4, fp8, fp4\)"),
-        ({"group_size": 64}, r"group size 64 \(supported: 32, 128\)"),
-        ({"max_sequences": 0}, r"max sequences 0 \(allowed: 1 or more\)"),
-        ({"chunk_tokens": -1}, r"chunk tokens -1 \(allowed: 1 or more\)"),
-        ({"kv_cache": "float32"}, r"kv cache float32 \(supported: same, int8, fp8\)"),
+        ({"dtype": "fp32"}, r"dtype = 'fp32' \(allowed: bf16, fp16\)"),
+        ({"experts": "int2"}, r"experts = 'int2' \(allowed: auto, same, int8, int4, fp8, fp4\)"),
+        ({"group_size": 64}, r"group_size = 64 \(allowed: 32, 128\)"),
+        ({"max_sequences": 0}, r"max_sequences = 0 \(allowed: a whole number, 1 or more\)"),
+        ({"chunk_tokens": -1}, r"chunk_tokens = -1 \(allowed: a whole number, 1 or more\)"),
+        ({"kv_cache": "float32"}, r"kv_cache = 'float32' \(allowed: same, int8, fp8\)"),
     ],
 )
 def test_option_that_there_is_not_is_refused_by_name(options: dict, message: str) -> None:

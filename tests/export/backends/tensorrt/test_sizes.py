@@ -23,7 +23,7 @@ from moevlm.export.model import CanonicalModel
 from moevlm.runtime.cli.memory_text import memory_text
 from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.perf.memory import DRIVER_BYTES, MemoryReport, memory_report
+from moevlm.runtime.perf.memory import MemoryReport, memory_report
 from tests.support.hybrid import save
 
 DOCS = Path(__file__).parents[4] / "docs/gpu.md"
@@ -87,7 +87,7 @@ def test_the_page_on_gpus_shows_these_numbers() -> None:
         for change in ({"kv_cache": "int8"}, {"group_size": 32})
     ]
     weights = report.dense + report.experts + report.vision
-    sizes = (h200.memory, report.experts, weights, h200.memory - weights, DRIVER_BYTES, report.workspace)
+    sizes = (h200.memory, report.experts, weights, h200.memory - weights, report.driver, report.workspace)
     for size in (*sizes, others[1].experts):
         assert f"{size / 1e9:.1f} GB" in text, size
     with_int8, in_small_groups = (fit for one in others for fit in one.gpus if fit.gpu == "H200")

@@ -20,7 +20,7 @@ from moevlm.export.build import build
 from moevlm.export.families import base as families
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.runtime.backends.tensorrt.engine import EngineFiles, TensorRTEngine
-from moevlm.runtime.backends.tensorrt.memory_budget import RESERVED
+from moevlm.runtime.backends.tensorrt.memory_budget import reserved
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, EngineError, MoevlmError, RequestError
 from moevlm.runtime.engine.generate import Runtime
@@ -339,7 +339,7 @@ def test_images_that_do_not_fit_into_one_call_are_split_between_images(bundle, r
 def test_an_image_that_is_too_large_is_refused_before_the_first_piece(bundle, copy) -> None:
     edit_manifest(copy, lambda m: m["engines"][TARGET]["tensorrt"].update(max_patches=32))
     with load_runtime(copy, TARGET) as runtime:
-        with pytest.raises(RequestError, match=r"image 1 has 60 patches, the engine was built for up to 32"):
+        with pytest.raises(RequestError, match=r"image 1 needs 60 patches at once, the engine was built for up to 32"):
             runtime.generate(TWO_IMAGES)
         with pytest.raises(EngineError, match=r"an image has 60 patches \(the engine was built for up to 32\)"):
             runtime.encode([runtime.prompt(TWO_IMAGES)])
@@ -481,7 +481,7 @@ def test_pages_take_the_memory_that_is_free_once_the_engine_has_run(copy, gpu) -
         engine = engine_of(runtime)
         assert engine.limits.cache_memory == LIMITS["max_pages"] * page  # the engine takes no more
         used = gpu.driver.total - gpu.driver.cuMemGetInfo.__wrapped__(gpu.driver)[0]
-        fixed = used - LIMITS["max_pages"] * page + RESERVED + engine._vision.call_bytes
+        fixed = used - LIMITS["max_pages"] * page + reserved(images=True) + engine._vision.call_bytes
     gpu.driver.total = fixed + 5 * page + 1000
     with load_runtime(copy, TARGET) as runtime:
         assert 4 * page < engine_of(runtime).limits.cache_memory < 6 * page
