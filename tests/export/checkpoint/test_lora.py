@@ -105,9 +105,10 @@ def test_merged_weights_are_those_of_peft(model_type: str, options: dict, tmp_pa
     assert any(name.startswith("vision.") for name in changed)
 
 
-def test_square_experts_that_lie_the_other_way_round_take_their_updates(tmp_path: Path) -> None:
-    """gpt-oss: gate and up rows take turns in the updates, too, and the shape of down tells nothing."""
-    plain = TinyCheckpoint("gpt_oss", text={"intermediate_size": 32}).save(tmp_path / "plain")
+@pytest.mark.parametrize("model_type", ["aria", "gpt_oss"])
+def test_square_experts_that_lie_the_other_way_round_take_their_updates(model_type: str, tmp_path: Path) -> None:
+    """The shape of down tells nothing. In gpt-oss gate and up rows take turns in the updates, too."""
+    plain = TinyCheckpoint(model_type, text={"intermediate_size": 32}).save(tmp_path / "plain")
     adapter = adapter_for(plain, tmp_path / "adapter", seed=2)
     peft.PeftModel.from_pretrained(model_of(plain), adapter).merge_and_unload().save_pretrained(tmp_path / "merged")
     found, wanted, before = weights(plain, adapter), weights(tmp_path / "merged"), weights(plain)
@@ -115,6 +116,7 @@ def test_square_experts_that_lie_the_other_way_round_take_their_updates(tmp_path
         np.testing.assert_allclose(array, wanted[name], rtol=0, atol=TOLERANCE * np.abs(array).max(), err_msg=name)
     changed = {name for name, array in found.items() if (array != before[name]).any()}
     assert {f"layers.{i}.feed_forward.{name}" for i in (0, 1) for name in ("gate_up", "down")} <= changed
+    assert any(name.startswith("vision.") for name in changed) == (model_type == "aria")
     bundle = build(plain, tmp_path / "b", ["reference"], lora=adapter).directory
     assert check_parity(bundle, plain, lora=adapter, quick=True).passed
 
