@@ -3,6 +3,7 @@
 from moevlm.export.families.text import (
     aria_text,
     deepseek_v3,
+    ernie4_5_moe,
     glm4_moe,
     glm4_moe_lite,
     gpt_oss,
@@ -19,6 +20,7 @@ __all__ = [
     "TextModel",
     "aria_text",
     "deepseek_v3",
+    "ernie4_5_moe",
     "glm4_moe",
     "glm4_moe_lite",
     "gpt_oss",

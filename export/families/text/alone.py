@@ -32,7 +32,7 @@ class Alone(Wrapper):
         self.text.mend(model)
 
     def translate(self, fields: Fields) -> ModelConfig:
-        decoder = self.text.decoder(fields, fields.flag("tie_word_embeddings", False))
+        decoder = self.text.decoder(fields, fields.flag("tie_word_embeddings", self.text.tied))
         return ModelConfig(
             model_type=self.texts[0],
             decoder=replace(decoder, visual=False),

@@ -16,7 +16,8 @@ _REGISTRY: dict[str, type["TextModel"]] = {}
 
 
 class TextModel(ABC):
-    """mixer, routing: what people are told, see `about.About`. eos: eos_token_id where config.json has none.
+    """mixer, routing: what people are told, see `about.About`. eos, tied: eos_token_id and
+    tie_word_embeddings where config.json has none.
 
     router_suffix, left_out, splitting: as in `base.Family`. config_names: too, by the fields' names inside of the
     text's object.
@@ -26,6 +27,7 @@ class TextModel(ABC):
     routing: ClassVar[str]
     router_suffix: ClassVar[str]
     eos: ClassVar[tuple[int, ...]] = ()
+    tied: ClassVar[bool] = False
     config_names: ClassVar[Mapping[str, str]] = {}
     left_out: ClassVar[Mapping[str, str]] = {}
     splitting: ClassVar[str] = ""

@@ -27,7 +27,12 @@ from tests.support.tiny import TinyCheckpoint
 Config = dict[str, Any]
 
 # As many heads as each default of num_key_value_heads divides, and for latent attention just as many.
-HEADS = {**dict.fromkeys(("deepseek_v3", "kimi_k2", "kimi_k25"), 128), "glm4_moe_lite": 20, "ernie4_5_vl_moe": 4}
+HEADS = {
+    **dict.fromkeys(("deepseek_v3", "kimi_k2", "kimi_k25"), 128),
+    "glm4_moe_lite": 20,
+    "ernie4_5_vl_moe": 4,
+    "ernie4_5_moe": 16,
+}
 WIDE = {"ernie4_5_vl_moe": {"hidden_size": 64}}  # whose heads have an equal part of it
 CHECKED_IF_SAID = {  # numbers that must be those of other fields, which decide
     *("gemma4: vision_config.num_key_value_heads", "internvl: image_seq_length", "kimi_k25: projection_hidden_size"),

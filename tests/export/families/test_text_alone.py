@@ -29,7 +29,8 @@ from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-NOT_PLANNED = ("kimi_k2", "llama4_text", "glm4_moe_lite", "qwen3_next")  # tested as deepseek_v3, llama4, qwen3_5_moe
+# Plans of their layers are those of deepseek_v3, llama4, qwen3_5_moe and ernie4_5_vl_moe.
+NOT_PLANNED = ("kimi_k2", "llama4_text", "glm4_moe_lite", "qwen3_next", "ernie4_5_moe")
 ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", *NOT_PLANNED)
 each = pytest.mark.parametrize("model_type", ALONE)
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -219,6 +220,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         **{"vocab_size": 163840, "eos_token_id": 163585, "tie_word_embeddings": False, "num_nextn_predict_layers": 0},
     },
 }
+PUBLISHED["ERNIE-4.5-21B-A3B"] = {
+    **{"model_type": "ernie4_5_moe", "hidden_act": "silu", "hidden_size": 2560, "intermediate_size": 12288},
+    **{"num_hidden_layers": 28, "num_attention_heads": 20, "num_key_value_heads": 4, "rms_norm_eps": 1e-5},
+    **{"moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2, "moe_intermediate_size": 1536},
+    **{"moe_layer_start_index": 1, "moe_layer_end_index": 27, "moe_layer_interval": 1, "moe_gate": "topk"},
+    **{"moe_capacity": [64, 64, 64], "moe_use_aux_free": True, "use_bias": False, "num_nextn_predict_layers": 1},
+    **{"max_position_embeddings": 131072, "rope_theta": 500000.0, "vocab_size": 103424, "eos_token_id": 2},
+    "tie_word_embeddings": True,
+}
+PUBLISHED["ERNIE-4.5-300B-A47B"] = PUBLISHED["ERNIE-4.5-21B-A3B"] | {
+    **{"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 54, "num_attention_heads": 64},
+    **{"num_key_value_heads": 8, "moe_k": 8, "moe_num_shared_experts": 0, "moe_intermediate_size": 3584},
+    **{"moe_layer_start_index": 3, "moe_layer_end_index": 53, "tie_word_embeddings": False},
+}
 PUBLISHED |= {
     "Qwen3-Next-80B-A3B-Instruct": {
         **{"model_type": "qwen3_next", "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 5120},
@@ -250,6 +265,8 @@ BILLIONS = {
     "Kimi-K2-Instruct": (1026.4, 32.9),
     "Qwen3-Next-80B-A3B-Instruct": (79.7, 3.9),
     "GLM-4.7-Flash": (29.9, 3.9),
+    "ERNIE-4.5-21B-A3B": (21.8, 3.4),
+    "ERNIE-4.5-300B-A47B": (299.5, 47.9),
 }
 
 
@@ -262,6 +279,9 @@ def test_published_configs_are_understood_whole_and_have_the_parameters_that_are
 
 
 REFUSED = [
+    ("ernie4_5_moe", {"use_bias": True}, "use_bias = true (supported: false)"),
+    ("ernie4_5_moe", {"moe_norm_min": 0.5}, "moe_norm_min = 0.5 (supported: 1e-12)"),
+    ("ernie4_5_moe", {"moe_k": 9}, "moe_k = 9 (allowed: 1 to the 8 experts"),
     ("qwen3_next", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 (supported: 1)"),
     ("qwen3_next", {"mlp_only_layers": [0]}, "mlp_only_layers = [0] (allowed: none, for every layer has experts)"),
     ("qwen3_next", {"linear_num_value_heads": 3}, "linear_num_key_heads = 2 (allowed: a divisor"),
@@ -403,12 +423,14 @@ QUANTIZED = [
     ("qwen3_moe", "fp8-blocks"),
     ("qwen3_moe", "nvfp4"),
     ("glm4_moe", "int4-32"),
+    ("ernie4_5_moe", "int4-32"),
     ("qwen3_next", "fp8-blocks"),
 ]
 SIZES = {
     "mixtral": {"num_local_experts": 4, "intermediate_size": 384},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 320},
     "glm4_moe": {"n_routed_experts": 4, "moe_intermediate_size": 320, "intermediate_size": 384},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_intermediate_size": 320, "intermediate_size": 384},
     # Rows of in_proj_qkvz: 2 key heads of 40 + 40 + 48 + 48, of which 128 share a scale.
     "qwen3_next": {
         **{"num_experts": 4, "moe_intermediate_size": 160, "linear_key_head_dim": 40, "linear_value_head_dim": 24},

@@ -3,6 +3,7 @@
 from tests.support.families import (
     aria,
     deepseek_v3,
+    ernie4_5_moe,
     ernie4_5_vl_moe,
     gemma4,
     glm4_moe,
@@ -46,5 +47,6 @@ TINY: dict[str, TinyFamily] = {
     "kimi_k2": kimi_k2.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "qwen3_next": qwen3_next.FAMILY,
+    "ernie4_5_moe": ernie4_5_moe.FAMILY,
     "llama4_text": llama4_text.FAMILY,
 }
