@@ -14,7 +14,8 @@ from typing import Any
 
 from moevlm.runtime.core.errors import CheckpointError, shown
 
-MAX_TOKEN_BYTES = 1024  # the longest that are published are runs of some hundred blanks
+MAX_TOKEN_BYTES = 1024  # the longest that are published have some hundred
+MAX_SPECIAL = 4096  # Kimi has 256, Mistral 1,000
 
 _PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
 _OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moevlm.export.checkpoint.files import read_json
-from moevlm.export.checkpoint.ranked_tokens import ranked, tokenizer_json
+from moevlm.export.checkpoint.ranked_tokens import MAX_SPECIAL, ranked, tokenizer_json
 from moevlm.runtime.core.errors import CheckpointError, shown
 
 TEKKEN = "tekken.json"
@@ -40,10 +40,10 @@ def of_tekken(directory: Path) -> Tekken:
     special = _special(file, config)
     count = _of(config, "default_num_special_tokens", int, len(special))
     size = _of(config, "default_vocab_size", int, len(vocab) + count)
-    if not (len(special) <= count <= size <= len(vocab) + count):
+    if not (len(special) <= count <= MAX_SPECIAL and count <= size <= len(vocab) + count):
         raise CheckpointError(
             f"{TEKKEN}: default_vocab_size = {size} with default_num_special_tokens = {count} does not go with "
-            f"{len(special)} special and {len(vocab)} other tokens"
+            f"{len(special)} special and {len(vocab)} other tokens (allowed: up to {MAX_SPECIAL} special ones)"
         )
     tokens = ranked(_entries(vocab[: size - count]), TEKKEN)
     special += [f"<SPECIAL_{token_id}>" for token_id in range(len(special), count)]

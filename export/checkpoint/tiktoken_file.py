@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from moevlm.export.checkpoint.files import read_text
-from moevlm.export.checkpoint.ranked_tokens import ranked, tokenizer_json
+from moevlm.export.checkpoint.ranked_tokens import MAX_SPECIAL, ranked, tokenizer_json
 from moevlm.runtime.core.errors import CheckpointError, shown
 
 TIKTOKEN = "tiktoken.model"
@@ -17,12 +17,12 @@ TIKTOKEN = "tiktoken.model"
 def of_tiktoken(directory: Path, pattern: str, named: Mapping[int, str]) -> str:
     """tokenizer.json of the directory's tiktoken.model. named: special tokens by id. Raises CheckpointError."""
     tokens = ranked(_lines(read_text(directory, TIKTOKEN)), TIKTOKEN)
-    ordinary = set(tokens)
+    ordinary, first, end = set(tokens), len(tokens), len(tokens) + MAX_SPECIAL
     for token_id, content in named.items():
-        if token_id < len(tokens) or content.encode() in ordinary:
+        if not first <= token_id < end or content.encode() in ordinary:
             raise CheckpointError(
-                f"tokenizer_config.json: the token {shown(content)}, with the id {token_id}, is one of the "
-                f"{len(tokens)} of {TIKTOKEN}, too (allowed: other tokens, from {len(tokens)} on)"
+                f"tokenizer_config.json: the token {shown(content)} with the id {token_id} does not go with the "
+                f"{first} of {TIKTOKEN} (allowed: other tokens than these, from {first} to {end - 1})"
             )
     ids = range(len(tokens), max(named, default=-1) + 1)
     control = {token_id: named.get(token_id, f"<|reserved_token_{token_id}|>") for token_id in ids}
