@@ -17,7 +17,7 @@ from moevlm.export.backends.base import BuildContext, Target
 from moevlm.export.backends.ort.target import REFERENCE
 from moevlm.export.backends.registry import target_names as all_names
 from moevlm.export.backends.registry import targets
-from moevlm.export.checkpoint.directory import Checkpoint, require_same_source
+from moevlm.export.checkpoint.directory import Checkpoint, require_same_files, require_same_source
 from moevlm.export.checkpoint.request_files import image_patches, request_files
 from moevlm.export.config import ModelConfig
 from moevlm.export.families import Family
@@ -132,6 +132,7 @@ def add_targets(
         stack.enter_context(locked(Path(bundle), progress))
         existing = Bundle.open(bundle)
         source = stack.enter_context(Checkpoint.open(checkpoint, lora))
+        require_same_files(existing.manifest, source)
         writer = stack.enter_context(BundleWriter(bundle, changes=existing))
         source.start_hashing()
         model = CanonicalModel.of(source, existing.manifest.expert_layout, existing.manifest.ignored_config)

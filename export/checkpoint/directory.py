@@ -111,8 +111,11 @@ class Checkpoint:
         return require_known_hashes(self._fingerprint)
 
 
-def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
+def require_same_files(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `checkpoint` has the files, by name and size, that the bundle was exported from.
+
+    That is known at once, while a hash takes a second per gigabyte.
+    """
     names = (*checkpoint.hashed, *checkpoint.adapter_files)
     merged = any(name.startswith(_ADAPTER) for name in manifest.source)
     if merged != (checkpoint.adapter is not None):
@@ -127,11 +130,16 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
         )
     for name, expected in manifest.source.items():
         size = checkpoint.path(name).stat().st_size
-        if size != expected.size:  # known at once, while a hash takes a second per gigabyte
+        if size != expected.size:
             raise CheckpointError(
                 f"{checkpoint.path(name)} is not the file that the bundle was exported from: "
                 f"it has {size} bytes, the bundle says {expected.size}"
             )
+
+
+def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless `checkpoint` is, byte for byte, the one that the bundle was exported from."""
+    require_same_files(manifest, checkpoint)
     actual = checkpoint.fingerprint()
     for name, expected in manifest.source.items():
         if actual[name].sha256 != expected.sha256:

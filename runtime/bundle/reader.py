@@ -234,7 +234,8 @@ def _read_manifest(directory: Path) -> Manifest:
     if not exists or not os.path.lexists(path):
         build = f"moevlm build {in_shell(directory)} -o BUNDLE"
         hint = f" (a checkpoint becomes one: {build})" if _is_checkpoint(directory) else ""
-        raise BundleError(f"{directory} is not a bundle: it has no {MANIFEST}{hint}")
+        why = f"it has no {MANIFEST}" if exists else "it is a file, and a bundle is a folder"
+        raise BundleError(f"{directory} is not a bundle: {why}{hint}")
     with BundleFile(directory, MANIFEST) as file:
         if file.size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} has {file.size} bytes (allowed: up to {MAX_MANIFEST_BYTES})")

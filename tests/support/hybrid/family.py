@@ -136,7 +136,7 @@ class Hybrid(Family):
             ),
             vision=VISION,
             image_token_id=fields.count("image_token_id"),
-            eos_token_ids=fields.ids("eos_token_id"),
+            eos_token_ids=fields.ids("eos_token_id", ()),
         )
 
     weights: ClassVar[Mapping[str, str | Source]] = {
