@@ -160,7 +160,7 @@ def suited(chosen: Iterable[Target], model: CanonicalModel) -> tuple[Target, ...
     """The targets as they are built from this checkpoint. Raises BuildError for a size that kernels do not take."""
     found = tuple(target.suited(model.config, model.decoder_weights) for target in chosen)
     for target in found:
-        _require_sizes(target, model.config, model.family)
+        require_sizes(target, model.config, model.family)
     return found
 
 
@@ -190,7 +190,7 @@ def _tell(engines: Mapping[str, EngineMetadata], note: Callable[[str], None]) ->
             note(f"{name}, weights made of tensors in codes: {recoded_text(engine.recoded, engine.weight_errors)}")
 
 
-def _require_sizes(target: Target, config: ModelConfig, family: Family) -> None:
+def require_sizes(target: Target, config: ModelConfig, family: Family) -> None:
     """Raise BuildError, by its field of config.json, for a size that the target's kernels do not take."""
     try:
         target.sizes.require(config)

@@ -409,6 +409,28 @@ def test_glms_layers_for_further_tokens_are_left_out_by_name(tmp_path: Path) -> 
     refused(CheckpointError, "model.layers.3.enorm.weight", act=lambda: canonical(checkpoint))
 
 
+NEXT_TOKENS = {
+    "glm4_moe_lite": "model.layers.47.eh_proj.weight",
+    "qwen3_next": "mtp.fc.weight",
+    "ernie4_5_moe": "model.mtp_linear_proj.0.weight",
+}
+
+
+@pytest.mark.parametrize("model_type", NEXT_TOKENS)
+def test_tensors_that_predict_further_tokens_are_left_out_by_name(
+    model_type: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    checkpoint = TinyCheckpoint(model_type).save(tmp_path / "checkpoint")
+    edit_tensors(
+        checkpoint, lambda tensors: tensors.update({NEXT_TOKENS[model_type]: tensors["model.norm.weight"].clone()})
+    )
+    with Checkpoint.open(checkpoint) as source:
+        model = CanonicalModel.of(source)
+    assert list(model.left_out.values()) == [1]
+    expected, found = canonical(saved[model_type]), canonical(checkpoint)
+    assert all(np.array_equal(expected[name], found[name]) for name in expected)
+
+
 def test_older_spelling_of_config_json_is_the_same_model(saved: dict[str, Path]) -> None:
     new = json.loads((saved["qwen3_moe"] / "config.json").read_text())
     old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
