@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from bench.plan_launches import launches
 from moevlm.export.build import build
 from moevlm.export.families import family_for
 from moevlm.export.parity.run import check_parity
-from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, plan_header
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
@@ -237,12 +237,13 @@ def test_steps_on_a_gpu_are_given_the_tokens_of_every_image(bundle: tuple[Bundle
     assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
-def test_tensorrt_rtx_builds_plans_of_its_tower_and_its_decoder(tmp_path: Path) -> None:
-    checkpoint = TinyCheckpoint("aria", side_files=True).save(tmp_path / "checkpoint")
-    built = build(checkpoint, tmp_path / "tiny.moevlm", ["rtx:sm89"])
-    (engine,) = built.manifest.engines.values()
-    for plan in (engine.vision, engine.decoder):
-        data = built.path(plan).read_bytes()
-        found = plan_header(data[:HEADER_BYTES])
-        assert found is not None
-        assert (found.product, found.sms, found.length) == ("tensorrt_rtx", (89,), len(data))
+def test_tensorrt_rtx_builds_plans_of_its_tower_and_its_decoder(saved: Path, tmp_path: Path) -> None:
+    bundle = build(saved, tmp_path / "b.moevlm", ["rtx:sm89"])
+    engine = bundle.manifest.engines["rtx:sm89:bf16"]
+    for plan, plugins in (
+        (engine.decoder, {"PagedAttention": 2}),
+        (engine.vision, {"SegmentAttention": 2, "CrossAttention": 1}),
+    ):
+        for profile in launches(bundle.path(plan).read_bytes()):
+            found = [launch.plugin for launch in profile]
+            assert {plugin: found.count(plugin) for plugin in plugins} == plugins
