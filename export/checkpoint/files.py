@@ -13,6 +13,8 @@ MAX_BYTES = 16 << 20
 # each expert).
 _LARGER = {"tokenizer.json": 256 << 20, "tekken.json": 64 << 20, "model.safetensors.index.json": 64 << 20}
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 
 def find(directory: Path, name: str) -> Path | None:
     """The path of a file of the checkpoint, whatever its size; None if nothing of that name is there.
@@ -55,7 +57,14 @@ def read_bytes(directory: Path, name: str) -> bytes:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     if len(data) > limit:
         raise CheckpointError(f"{path} has more than {limit >> 20} MB (the most that is allowed for it)")
+    refuse_pointer(path, data)
     return data
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raises CheckpointError for what a clone without Git LFS has in a file's place. beginning: of the file."""
+    if beginning.startswith(_POINTER):
+        raise CheckpointError(f"{path} is not the file but Git LFS's pointer to it (git lfs pull fetches it)")
 
 
 def read_text(directory: Path, name: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moevlm.export.checkpoint.files import refuse_pointer
 from moevlm.runtime.bundle.safetensors import read_entries
 from moevlm.runtime.core.errors import CheckpointError
 
@@ -130,6 +131,7 @@ def read_header(path: Path) -> dict[str, Stored]:
                 file.seek(offset)
                 return file.read(count)
 
+            refuse_pointer(path, read(0, 64))
             entries = read_entries(path, status.st_size, read, CheckpointError)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error

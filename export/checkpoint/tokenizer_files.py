@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 _SPECIAL_MAP = "special_tokens_map.json"
 _ADDED = "added_tokens.json"
-_OTHER_KINDS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+_OTHER_KINDS = ("vocab.json", "vocab.txt", "tokenizer.model*", "spiece.model", "*.tiktoken")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
@@ -103,7 +103,7 @@ def _published(directory: Path) -> str | None:
     for name in (TOKENIZER, TIKTOKEN, TEKKEN):
         if find(directory, name):
             return name
-    if others := [name for name in _OTHER_KINDS if find(directory, name)]:
+    if others := [path.name for kind in _OTHER_KINDS for path in sorted(directory.glob(kind))]:
         raise CheckpointError(
             f"{directory} has no {TOKENIZER}, only {', '.join(others)}: let transformers write it "
             "(AutoTokenizer.from_pretrained(folder).save_pretrained(folder))"

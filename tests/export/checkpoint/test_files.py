@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from moevlm.export.checkpoint.files import MAX_BYTES, find, read_bytes, read_json, read_text
+from moevlm.export.checkpoint.safetensors_file import read_header
 from moevlm.runtime.core.errors import CheckpointError
 from moevlm.runtime.core.json_object import MAX_DEPTH
 
@@ -87,6 +88,16 @@ def test_file_larger_than_its_kind_ever_is_is_not_read(folder: Path) -> None:
         file.truncate(4 << 30)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json has more than 256 MB"):
         read_text(folder, "tokenizer.json")
+
+
+def test_what_a_clone_without_git_lfs_leaves_is_refused_with_the_remedy(folder: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 5\n"
+    (folder / NAME).write_text(pointer)
+    refused(folder, "not the file but Git LFS's pointer to it (git lfs pull fetches it)")
+    shard = folder / "model.safetensors"
+    shard.write_text(pointer)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not the file but Git LFS's pointer"):
+        read_header(shard)
 
 
 def test_links_lead_inside_the_checkpoint_or_to_the_blobs_of_its_cache(folder: Path) -> None:

@@ -127,7 +127,7 @@ def test_a_checkpoint_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert tokenizer_files(tmp_path) is None
 
 
-@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["vocab.json", "tokenizer.model", "tokenizer.model.v3", "qwen.tiktoken"])
 def test_a_tokenizer_of_another_kind_is_refused_with_a_remedy(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"x")
     refused(tmp_path, f"no tokenizer.json, only {name}", "save_pretrained")
