@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from moevlm.export.build import build
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
@@ -74,6 +76,16 @@ def test_prompt_has_tiles_in_rows_with_separators_and_an_overview(runtime: Runti
         assert ids[start : start + len(written)] == written
 
 
+def test_tiles_that_are_too_much_for_an_engine_are_told_by_their_image(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = runtime.prompt(asked(picture(1, 32, 48), picture(2, 9, 16)))
+    assert prompt.sources == ("image 1",) * 7 + ("image 2",)  # six tiles and their overview, and one alone
+    monkeypatch.setattr(runtime.engine, "limits", replace(runtime.engine.limits, max_patches=15))
+    with pytest.raises(RequestError, match=r"^image 2 needs 16 patches at once, the engine was built for up to 15 "):
+        runtime.generate(replace(prompt, images=prompt.images[7:], sources=prompt.sources[7:]))
+
+
 def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, runtime: Runtime) -> None:
     alone = [logprobs(runtime, [request])[0] for request in REQUESTS]
     assert len({tuple(each) for each in alone}) == len(REQUESTS)
@@ -104,4 +116,5 @@ def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:
     assert "of them image" in said.err + said.out
     told = call("inspect", bundle.directory)
     assert told.status == 0
-    assert "3 layers: 4 heads on 2 key-value heads of 16, chunks of 16; 1 layer: " in told.out
+    heads = "4 heads on 2 key-value heads of 16"
+    assert f"3 layers: GQA with q/k norms, {heads}, chunks of 16; 1 layer: GQA, {heads}\n" in told.out

@@ -59,6 +59,7 @@ def test_a_video_is_read_as_transformers_reads_it(loaded: Loaded) -> None:
     prompt = runtime.prompt(question(frames))
     slices = [one for one in prompt.images if isinstance(one, Slice)]
     assert len(slices) == len(prompt.images) > 1
+    assert prompt.sources == ("video 1",) * len(slices)
 
     metadata = metadata_of(loaded.processor, FRAMES, FPS)
     taken = [frames[index].resize(slices[0].size, 3) for index in metadata.frames_indices]

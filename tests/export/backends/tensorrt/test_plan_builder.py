@@ -289,7 +289,7 @@ def test_missing_compiler_of_kernels_is_named_before_any_work(monkeypatch: pytes
     [
         ({"dtype": "fp32"}, r"dtype = 'fp32' \(allowed: bf16, fp16\)"),
         ({"experts": "int2"}, r"experts = 'int2' \(allowed: auto, same, int8, int4, fp8, fp4\)"),
-        ({"group_size": 64}, r"group_size = 64 \(allowed: 32, 128\)"),
+        ({"group_size": 64}, r"group_size = 64 \(allowed: 16, 32, 128\)"),
         ({"max_sequences": 0}, r"max_sequences = 0 \(allowed: a whole number, 1 or more\)"),
         ({"chunk_tokens": -1}, r"chunk_tokens = -1 \(allowed: a whole number, 1 or more\)"),
         ({"kv_cache": "float32"}, r"kv_cache = 'float32' \(allowed: same, int8, fp8\)"),
