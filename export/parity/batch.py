@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 
+from moevlm.export.parity.batch_sequence import BatchSequence, LogitPlaces, Span
 from moevlm.export.parity.tolerances import DECODE_STEPS
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ModelMetadata
@@ -16,8 +17,6 @@ from moevlm.runtime.core.states import Recurrent
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
 from moevlm.runtime.engine.visual import VisualFeatures, rows_between, step_features
-from moevlm.runtime.request.image_runs import ImageRuns
-from moevlm.runtime.request.positions import query_scales, rope_tables
 from moevlm.runtime.request.prompt import Prompt
 
 Array = np.ndarray
@@ -46,37 +45,6 @@ class BatchLimits:
         return cls(limits.max_sequences, limits.max_tokens, limits.max_logits, limits.page_size, steps)
 
 
-class _Sequence:
-    """A prompt and the tokens that will follow it, as steps take them.
-
-    ids, visual_index: [S] int64. visible_end: [S] int32. query_scale: [S] float32, or None.
-    ropes: by rope group cos and sin, each [S, R / 2] float32. runs: of its images' tokens.
-    prompt: how many of the S tokens it has. length: how many went through the engine. pages: [M] int32.
-    """
-
-    def __init__(self, prompt: Prompt, model: ModelMetadata, steps: int, first_visual: int, pages: Array) -> None:
-        self.prompt, self.length, self.pages = len(prompt.ids), 0, pages
-        self.runs = ImageRuns.of(prompt.visual_index)
-        self.ids = np.concatenate([prompt.ids, np.zeros(steps, np.int64)])
-        index = np.where(prompt.visual_index < 0, -1, prompt.visual_index + first_visual)
-        self.visual_index = np.concatenate([index, np.full(steps, -1)])
-        self.visible_end = self.runs.visible_end(0, len(self.ids))
-        scale = model.query_scale
-        self.query_scale = None if scale is None else query_scales(np.arange(len(self.ids)), scale)
-        after = np.broadcast_to(prompt.next_position + np.arange(steps), (3, steps))
-        positions = np.concatenate([prompt.positions, after], axis=1)
-        self.ropes = {str(group): rope_tables(positions, rope) for group, rope in enumerate(model.ropes)}
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Tokens `start` to `stop` of sequence `number` in a step."""
-
-    number: int
-    start: int
-    stop: int
-
-
 class Batch:
     """Prompts in an engine's pool, which it reserves: of an engine's batches only the last is of use.
 
@@ -95,12 +63,12 @@ class Batch:
         """visual: features of the images of all prompts, in order."""
         self._engine, self._visual, self._limits = engine, visual, limits
         self._whole_images = model.bidirectional_images
-        self._sequences: list[_Sequence] = []
+        self._sequences: list[BatchSequence] = []
         rows, pages = 0, 0
         for prompt in prompts:
             count = -(-(len(prompt.ids) + limits.steps) // limits.page_size)
             own = np.arange(pages + count, pages, -1, dtype=np.int32)
-            self._sequences.append(_Sequence(prompt, model, limits.steps, rows, own))
+            self._sequences.append(BatchSequence(prompt, model, limits.steps, rows, own))
             rows, pages = rows + prompt.image_tokens, pages + count
         self._recurrent = any(isinstance(state, Recurrent) for state in engine.states)
         engine.reserve(1 + pages, 1 + 2 * len(prompts))
@@ -111,7 +79,7 @@ class Batch:
         Returns logits [B, vocabulary] float32 of each prompt's last token, or, with every_position,
         [sum of prompt lengths, vocabulary], prompt after prompt.
         """
-        places = _Places(self._sequences, every_position)
+        places = LogitPlaces(self._sequences, every_position)
         logits: Array | None = None
         for spans in self._chunks(chunk_tokens or self._limits.tokens):
             index, targets = places.of(spans)
@@ -134,7 +102,7 @@ class Batch:
 
         Returns logits of every position, and the engine's debug outputs by name, both prompt after prompt.
         """
-        places = _Places(self._sequences, every_position=True)
+        places = LogitPlaces(self._sequences, every_position=True)
         kept: dict[str, Array] = {}
         for spans in self._chunks(self._limits.tokens):
             index, targets = places.of(spans)
@@ -152,7 +120,7 @@ class Batch:
         rows: list[Array] = []
         for sequence, token in zip(self._sequences, tokens, strict=True):
             sequence.ids[sequence.length] = token
-        spans = [_Span(n, sequence.length, sequence.length + 1) for n, sequence in enumerate(self._sequences)]
+        spans = [Span(n, sequence.length, sequence.length + 1) for n, sequence in enumerate(self._sequences)]
         together = min(self._limits.sequences, self._limits.tokens, self._limits.logits)
         for first in range(0, len(spans), together):
             part = spans[first : first + together]
@@ -180,11 +148,11 @@ class Batch:
         behind = np.stack([each[size:] for each, size in zip(own, prompts, strict=True)], axis=1)
         return np.concatenate([each[:size] for each, size in zip(own, prompts, strict=True)]), behind
 
-    def _mixtures(self, size: int, steps: int) -> Iterator[list[_Span]]:
+    def _mixtures(self, size: int, steps: int) -> Iterator[list[Span]]:
         """What each step takes until every sequence has its prompt and `steps` tokens: chunks, and single tokens."""
         free_rows, first = min(self._limits.tokens, self._limits.logits), 0
         while any(sequence.length < sequence.prompt + steps for sequence in self._sequences):
-            spans: list[_Span] = []
+            spans: list[Span] = []
             free, count = free_rows, len(self._sequences)
             for number in ((first + i) % count for i in range(count)):
                 sequence = self._sequences[number]
@@ -192,22 +160,22 @@ class Batch:
                 wanted = min(size, left) if left > 0 else min(1, left + steps)
                 taken = self._taken(sequence, wanted, free)
                 if taken > 0 and len(spans) < self._limits.sequences:
-                    spans.append(_Span(number, sequence.length, sequence.length + taken))
+                    spans.append(Span(number, sequence.length, sequence.length + taken))
                     free -= taken
             first += 1
             if not spans:
                 raise RequestError(f"an image of parity has more tokens than a step: {free_rows}")
             yield spans
 
-    def _chunks(self, size: int) -> Iterator[list[_Span]]:
+    def _chunks(self, size: int) -> Iterator[list[Span]]:
         """What each step of the prefill takes, until nothing is left."""
         while True:
-            spans: list[_Span] = []
+            spans: list[Span] = []
             free = self._limits.tokens
             for number, sequence in enumerate(self._sequences):
                 count = self._taken(sequence, min(size, sequence.prompt - sequence.length), free)
                 if count > 0 and len(spans) < self._limits.sequences:
-                    spans.append(_Span(number, sequence.length, sequence.length + count))
+                    spans.append(Span(number, sequence.length, sequence.length + count))
                     free -= count
             if not spans:
                 if any(sequence.length < sequence.prompt for sequence in self._sequences):
@@ -215,7 +183,7 @@ class Batch:
                 return
             yield spans
 
-    def _taken(self, sequence: _Sequence, wanted: int, free: int) -> int:
+    def _taken(self, sequence: BatchSequence, wanted: int, free: int) -> int:
         """How many tokens come next: `wanted`, or what is `free`, but a whole image where its tokens see each other."""
         count = min(wanted, free)
         if self._whole_images and (run := sequence.runs.around(sequence.length + count)):
@@ -223,14 +191,14 @@ class Batch:
             count = (end if end - sequence.length <= free else start) - sequence.length
         return count
 
-    def _row_copies(self, spans: list[_Span], back: bool) -> tuple[tuple[int, int], ...]:
+    def _row_copies(self, spans: list[Span], back: bool) -> tuple[tuple[int, int], ...]:
         """Copies of the recurrent states that these tokens begin with: to spare rows, or back from there."""
         rows = [span.number + 1 for span in spans if self._recurrent and span.start > 0]
         pairs = [(row, row + len(self._sequences)) for row in rows]
         return tuple((spare, row) if back else (row, spare) for row, spare in pairs)
 
     def _forward(
-        self, spans: list[_Span], logits_index: Array, row_copies: tuple[tuple[int, int], ...] = ()
+        self, spans: list[Span], logits_index: Array, row_copies: tuple[tuple[int, int], ...] = ()
     ) -> StepOutput:
         parts = [(self._sequences[span.number], slice(span.start, span.stop)) for span in spans]
         scales = [sequence.query_scale[part] for sequence, part in parts if sequence.query_scale is not None]
@@ -266,26 +234,3 @@ class Batch:
         for sequence, part in parts:
             sequence.length = part.stop
         return output
-
-
-class _Places:
-    """Where the rows of logits of a prefill go: [total, vocabulary], prompt after prompt."""
-
-    def __init__(self, sequences: Sequence[_Sequence], every_position: bool) -> None:
-        self._every, self._lengths = every_position, [sequence.prompt for sequence in sequences]
-        self._offsets = np.cumsum([0, *self._lengths])
-        self.total = int(self._offsets[-1]) if every_position else len(sequences)
-
-    def of(self, spans: Sequence[_Span]) -> tuple[Array, Array]:
-        """Rows of a step whose logits are wanted, and their places: [L] int64 each."""
-        index, targets, first = [], [], 0
-        for span in spans:
-            count = span.stop - span.start
-            if self._every:
-                index.append(first + np.arange(count))
-                targets.append(self._offsets[span.number] + np.arange(span.start, span.stop))
-            elif span.stop == self._lengths[span.number]:
-                index.append(np.array([first + count - 1]))
-                targets.append(np.array([span.number]))
-            first += count
-        return np.concatenate([np.zeros(0, np.int64), *index]), np.concatenate([np.zeros(0, np.int64), *targets])

@@ -167,7 +167,7 @@ def _version(name: str) -> str | None:
 
 def _gpu() -> tuple[Gpu | None, str]:
     """The first GPU, or why there is none."""
-    from moevlm.runtime.backends.tensorrt.cuda import find_gpu
+    from moevlm.runtime.backends.tensorrt.driver import find_gpu
 
     try:
         found = find_gpu()

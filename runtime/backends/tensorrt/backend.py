@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 
 from moevlm.runtime.backends.base import EngineOptions, KernelsReport, Table, opened_files
-from moevlm.runtime.backends.tensorrt.cuda import find_gpu
+from moevlm.runtime.backends.tensorrt.driver import find_gpu
 from moevlm.runtime.backends.tensorrt.kernel_resources import kernels_of
 from moevlm.runtime.backends.tensorrt.library import find_module
 from moevlm.runtime.backends.tensorrt.limits import limits_of

@@ -1,44 +1,17 @@
-"""The few calls of the CUDA driver that an engine needs, each checked. cuda.bindings is imported at the first."""
+"""What an engine needs of a GPU: its memory, copies, marks in a stream, recorded work; each call is checked."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from moevlm.runtime.backends.tensorrt.driver import call, find_gpu, load_driver
 from moevlm.runtime.core.errors import EngineError
-from moevlm.runtime.core.installation import install_command
 
 ALIGNMENT = 256  # of what is bound to TensorRT
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """The first GPU that this process may use. sm: 89 for compute capability 8.9. driver: its CUDA, 13000 for 13.0."""
-
-    name: str
-    sm: int
-    driver: int
-
-
-def find_gpu() -> Gpu:
-    """Raises EngineError, saying why, where there is none; nothing is allocated on the device."""
-    driver = _load()
-    device = _call(driver, "cuDeviceGet", 0)
-    attributes = driver.CUdevice_attribute
-    major, minor = (
-        _call(driver, "cuDeviceGetAttribute", attribute, device)
-        for attribute in (
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    name = _call(driver, "cuDeviceGetName", 256, device).split(b"\0", 1)[0].decode(errors="replace")
-    return Gpu(name, 10 * major + minor, _call(driver, "cuDriverGetVersion"))
 
 
 class Device:
@@ -49,7 +22,7 @@ class Device:
 
     def __init__(self) -> None:
         self.gpu = find_gpu()  # first: without a device some libraries crash instead of failing
-        self._driver = _load()
+        self._driver = load_driver()
         self._device = self._call("cuDeviceGet", 0)
         self._stream: Any = None
         self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
@@ -197,7 +170,7 @@ class Device:
         return recorded
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        return _call(self._driver, name, *arguments)
+        return call(self._driver, name, *arguments)
 
 
 class DeviceMemory:
@@ -264,33 +237,3 @@ class Graph:
         handle, self._handle = self._handle, None
         if handle is not None:
             self._device._call("cuGraphExecDestroy", handle)
-
-
-def _load() -> Any:
-    """The module, once the driver is up. Raises EngineError."""
-    try:
-        driver = importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise EngineError(
-            f"no NVIDIA GPU that can be used: cuda-bindings is not installed ({install_command('rtx')})"
-        ) from error
-    try:
-        result = driver.cuInit(0)[0]
-    except Exception as error:  # the bindings' own, of several kinds over their versions
-        raise EngineError("no NVIDIA GPU: its driver, libcuda, was not found") from error
-    if result == driver.CUresult.CUDA_ERROR_NO_DEVICE:
-        raise EngineError("no NVIDIA GPU that this process may use")
-    _require(driver, "cuInit", result)
-    return driver
-
-
-def _call(driver: Any, name: str, *arguments: Any) -> Any:
-    result, *values = getattr(driver, name)(*arguments)
-    _require(driver, name, result)
-    return values[0] if len(values) == 1 else tuple(values)
-
-
-def _require(driver: Any, name: str, result: Any) -> None:
-    if result != driver.CUresult.CUDA_SUCCESS:
-        text = driver.cuGetErrorString(result)[1]
-        raise EngineError(f"{name} failed: {result.name}" + (f" ({text.decode()})" if text else ""))

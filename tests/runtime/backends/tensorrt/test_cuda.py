@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from cuda.bindings import driver as real
 
-from moevlm.runtime.backends.tensorrt.cuda import Device, Gpu, find_gpu
+from moevlm.runtime.backends.tensorrt.cuda import Device
+from moevlm.runtime.backends.tensorrt.driver import Gpu, find_gpu
 from moevlm.runtime.core.errors import EngineError
 from tests.support.fakes.cuda_driver import Driver
 
