@@ -23,7 +23,7 @@ from moevlm.runtime.request.generation_file import GENERATION, released_sampling
 from moevlm.runtime.request.images.fields import VIDEO_FILE
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.images.registry import image_processor
-from moevlm.runtime.request.prompt import PromptBuilder, no_messages
+from moevlm.runtime.request.prompt_builder import PromptBuilder, no_messages
 from moevlm.runtime.request.tokenizer import Tokenizer
 from moevlm.runtime.request.videos.processor import VideoProcessor
 from moevlm.runtime.request.videos.registry import video_processor

@@ -31,7 +31,7 @@ from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.processor import ImageProcessor
 from moevlm.runtime.request.messages import texts_alone
-from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.prompt_builder import PromptBuilder
 from moevlm.runtime.request.special_tokens import control_tokens
 from moevlm.runtime.request.tokenizer import Tokenizer
 

@@ -156,7 +156,8 @@ def run(
     from moevlm.runtime.load_options import LoadOptions
     from moevlm.runtime.loading import load_runtime
     from moevlm.runtime.request.generation_file import GENERATION, released_sampling
-    from moevlm.runtime.request.prompt import Prompt, PromptBuilder
+    from moevlm.runtime.request.prompt import Prompt
+    from moevlm.runtime.request.prompt_builder import PromptBuilder
     from moevlm.runtime.request.sampling import NARROWING, SamplingOptions, SamplingParams
 
     if sampling["logprobs"] is not None and not as_json:

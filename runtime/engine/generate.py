@@ -31,7 +31,8 @@ from moevlm.runtime.engine.visual import VisualFeatures
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.detokenize import StreamDecoder
 from moevlm.runtime.request.messages import Message
-from moevlm.runtime.request.prompt import Prompt, PromptBuilder, no_messages, smaller_images
+from moevlm.runtime.request.prompt import Prompt, smaller_images
+from moevlm.runtime.request.prompt_builder import PromptBuilder, no_messages
 from moevlm.runtime.request.sampling import SamplingOptions, SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.messages import visuals_of
-from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.prompt_builder import PromptBuilder
 from moevlm.runtime.request.tokenizer import Tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "[Z]"]
@@ -440,6 +440,8 @@ def test_tokenizer_without_the_image_token_is_a_bundle_error():
 
 
 def test_import_loads_neither_jinja_nor_tokenizers():
-    code = "import sys, moevlm.runtime.request.prompt; print({'jinja2', 'tokenizers', 'PIL'} & set(sys.modules))"
+    code = (
+        "import sys, moevlm.runtime.request.prompt_builder; print({'jinja2', 'tokenizers', 'PIL'} & set(sys.modules))"
+    )
     result = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

@@ -17,7 +17,7 @@ from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.blocks import block_order
 from moevlm.runtime.request.images.registry import image_processor
-from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.prompt_builder import PromptBuilder
 from tests.runtime.request.test_chat import CORE, MODEL, PLAIN, TOKENIZER
 from tests.support.images import noise
 

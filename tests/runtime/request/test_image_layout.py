@@ -25,7 +25,8 @@ from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.qwen2_vl import Qwen2VLImages
 from moevlm.runtime.request.positions import rope_positions
-from moevlm.runtime.request.prompt import Prompt, PromptBuilder
+from moevlm.runtime.request.prompt import Prompt
+from moevlm.runtime.request.prompt_builder import PromptBuilder
 from tests.runtime.request.test_chat import IMAGE as PLACEHOLDER
 from tests.runtime.request.test_chat import MODEL as CHAT_MODEL
 from tests.runtime.request.test_chat import TOKENIZER

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Core
 from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.core.manifest import ImageMarks, VideoMetadata
 from moevlm.runtime.request.chat import ChatTemplate
-from moevlm.runtime.request.prompt import PromptBuilder
+from moevlm.runtime.request.prompt_builder import PromptBuilder
 from moevlm.runtime.request.tokenizer import Tokenizer
 from tests.runtime.request.test_chat import CONVERSATION, CORE, IMAGE, MODEL, PLAIN, TOKENIZER
 
