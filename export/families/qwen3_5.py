@@ -7,7 +7,8 @@ from moevlm.export.config import MLPConfig
 from moevlm.export.families.about import About
 from moevlm.export.families.base import register
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.qwen3_5_moe import Qwen35Moe, activation
+from moevlm.export.families.qwen3_5_moe import Qwen35Moe
+from moevlm.export.families.qwen3_5_text import qwen3_5_dense
 
 
 @register("qwen3_5")
@@ -23,4 +24,4 @@ class Qwen35(Qwen35Moe):
     model_type = "qwen3_5"
 
     def feed_forward(self, text: Fields) -> MLPConfig:
-        return MLPConfig(text.positive("intermediate_size"), activation(text))
+        return qwen3_5_dense(text)

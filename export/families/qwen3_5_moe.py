@@ -9,13 +9,8 @@ from moevlm.export.config import MLPConfig, ModelConfig, MoEConfig
 from moevlm.export.families import qwen_vision, shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, Family, register
-from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.qwen3_5_text import activation, qwen3_5_decoder, qwen3_5_weights
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
-
-_MODEL = "model.language_model."
-_OURS, _MLP = "decoder.layers.{i}.feed_forward.", f"{_MODEL}layers.{{i}}.mlp."
+from moevlm.export.families.qwen3_5_text import qwen3_5_decoder, qwen3_5_experts, qwen3_5_rope, qwen3_5_text_weights
 
 
 @register("qwen3_5_moe")
@@ -32,10 +27,7 @@ class Qwen35Moe(Family):
     router_suffix = "mlp.gate"
     left_out: ClassVar = {**LEFT_OUT, r"^mtp.*": shared.NEXT_TOKENS}
     weights: ClassVar[shared.Weights] = {
-        **shared.decoder_weights(Experts(f"{_MLP}experts", per_expert=False), _MODEL),
-        **qwen3_5_weights(_MODEL),
-        **shared.renamed({f"{_OURS}shared.{p}": f"{_MLP}shared_expert.{p}_proj" for p in shared.GATED}),
-        **shared.renamed({f"{_OURS}shared_gate": f"{_MLP}shared_expert_gate"}),
+        **qwen3_5_text_weights("model.language_model."),
         **qwen_vision.weights("model.visual."),
     }
 
@@ -44,7 +36,9 @@ class Qwen35Moe(Family):
         text.get("tie_word_embeddings", False)  # the outer field decides
         return ModelConfig(
             model_type=self.model_type,
-            decoder=qwen3_5_decoder(text, fields.flag("tie_word_embeddings", False), self.feed_forward(text)),
+            decoder=qwen3_5_decoder(
+                text, fields.flag("tie_word_embeddings", False), self.feed_forward(text), qwen3_5_rope(text)
+            ),
             vision=qwen_vision.config(vision),
             video=shared.video(fields, "vision_start_token_id", "vision_end_token_id"),
             **shared.token_ids(fields, text),
@@ -52,12 +46,4 @@ class Qwen35Moe(Family):
 
     def feed_forward(self, text: Fields) -> MLPConfig | MoEConfig:
         """Of every layer."""
-        text.choice("norm_topk_prob", (True,), True)
-        return MoEConfig(
-            experts=text.aliased("num_experts", "num_local_experts"),
-            width=text.positive("moe_intermediate_size"),
-            router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
-            expert=ExpertsSpec(activation=activation(text)),
-            shared_width=text.positive("shared_expert_intermediate_size"),
-            shared_gate=True,
-        )
+        return qwen3_5_experts(text)

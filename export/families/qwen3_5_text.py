@@ -6,24 +6,25 @@ Source: transformers 5.24 `models/qwen3_5`: Qwen3_5TextConfig and Qwen3_5TextMod
 from moevlm.export.config import DecoderConfig, GatedDeltaConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
 from moevlm.export.families import shared
 from moevlm.export.families.convolutions import depthwise
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import mrope
 from moevlm.export.families.sources import exponential, halves_of_heads, plus_one
+from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
 
 _KINDS = ("linear_attention", "full_attention")
 
 
-def qwen3_5_decoder(
-    text: Fields, tied: bool, feed_forward: MLPConfig | MoEConfig, rope: RopeMetadata | None = None
-) -> DecoderConfig:
-    """The decoder of config.json's text_config. tied: the head is the embedding. feed_forward: of every layer.
-
-    rope: where it is not that on three axes.
-    """
+def qwen3_5_rope(text: Fields) -> RopeMetadata:
+    """On three axes."""
     head_dim = text.positive("head_dim", 256)
-    if rope is None:
-        rope = mrope(text, head_dim, interleaved=True, default_sections=(11, 11, 10), default_partial=0.25)
+    return mrope(text, head_dim, interleaved=True, default_sections=(11, 11, 10), default_partial=0.25)
+
+
+def qwen3_5_decoder(text: Fields, tied: bool, feed_forward: MLPConfig | MoEConfig, rope: RopeMetadata) -> DecoderConfig:
+    """The decoder of a text's fields. tied: the head is the embedding. feed_forward: of every layer."""
+    head_dim = text.positive("head_dim", 256)
     text.choice("attn_output_gate", (True,), True)
     text.choice("output_gate_type", ("swish", "silu"), "swish")
     bias = text.flag("attention_bias", False)
@@ -55,10 +56,39 @@ def qwen3_5_decoder(
     )
 
 
+def qwen3_5_dense(text: Fields) -> MLPConfig:
+    """A feed-forward layer without experts."""
+    return MLPConfig(text.positive("intermediate_size"), activation(text))
+
+
+def qwen3_5_experts(text: Fields) -> MoEConfig:
+    """A feed-forward layer of experts."""
+    text.choice("norm_topk_prob", (True,), True)
+    return MoEConfig(
+        experts=text.aliased("num_experts", "num_local_experts"),
+        width=text.positive("moe_intermediate_size"),
+        router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
+        expert=ExpertsSpec(activation=activation(text)),
+        shared_width=text.positive("shared_expert_intermediate_size"),
+        shared_gate=True,
+    )
+
+
 def activation(text: Fields) -> str:
     """Of feed-forward layers, and of the convolution before the delta rule."""
     found: str = text.choice("hidden_act", {"silu": "silu"})
     return found
+
+
+def qwen3_5_text_weights(model: str) -> shared.Weights:
+    """Of the whole decoder, with experts or without. model: the prefix of all."""
+    ours, mlp = "decoder.layers.{i}.feed_forward.", f"{model}layers.{{i}}.mlp."
+    return {
+        **shared.decoder_weights(Experts(f"{mlp}experts", per_expert=False), model),
+        **qwen3_5_weights(model),
+        **shared.renamed({f"{ours}shared.{part}": f"{mlp}shared_expert.{part}_proj" for part in shared.GATED}),
+        **shared.renamed({f"{ours}shared_gate": f"{mlp}shared_expert_gate"}),
+    }
 
 
 def qwen3_5_weights(model: str) -> shared.Weights:

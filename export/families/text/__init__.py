@@ -11,6 +11,7 @@ from moevlm.export.families.text import (
     ministral3,
     mistral4,
     mixtral,
+    qwen3_5_text,
     qwen3_moe,
     qwen3_next,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "ministral3",
     "mistral4",
     "mixtral",
+    "qwen3_5_text",
     "qwen3_moe",
     "qwen3_next",
     "text_model",

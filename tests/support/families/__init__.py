@@ -19,6 +19,7 @@ from tests.support.families import (
     mixtral,
     qwen3_5,
     qwen3_5_moe,
+    qwen3_5_text,
     qwen3_moe,
     qwen3_next,
     qwen3_omni_moe,
@@ -47,6 +48,8 @@ TINY: dict[str, TinyFamily] = {
     "kimi_k2": kimi_k2.FAMILY,
     "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "qwen3_next": qwen3_next.FAMILY,
+    "qwen3_5_moe_text": qwen3_5_text.MOE,
+    "qwen3_5_text": qwen3_5_text.DENSE,
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
     "llama4_text": llama4_text.FAMILY,
 }
