@@ -50,6 +50,12 @@ def grouped(rows: Array, group_size: int) -> Array:
     return np.ascontiguousarray(rows, np.float32).reshape(n, -1, group_size)
 
 
+def in_units(values: Array, scales: Array) -> Array:
+    """values [..., size] over their scales [...], which are not negative; 0 where a scale is 0."""
+    scales = scales[..., None]
+    return np.divide(values, scales, out=np.zeros_like(values), where=scales > 0)
+
+
 def rounded(values: Array, dtype: str) -> Array:
     """values as `dtype` (float32, float16, bfloat16) holds them, to nearest even: float32.
 

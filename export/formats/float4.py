@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moevlm.export.formats import float8
-from moevlm.export.formats.base import Array, grouped, held
+from moevlm.export.formats.base import Array, grouped, held, in_units
 from moevlm.runtime.core.dtypes import E4M3
 
 _MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of the codes 0 to 7; +8 for the sign
@@ -38,15 +38,13 @@ class Float4Format:
         if self.scales == E4M3:
             of_groups, of_rows = self.levels(rows)
             scales = float8.numbers(of_groups) * of_rows[:, None]
-        units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
-        return _codes(units), scales
+        return _codes(in_units(values, scales)), scales
 
     def levels(self, rows: Array) -> tuple[Array, Array]:
         """The scales that rows [n, K] get in two levels: codes of e4m3 [n, groups], and float32 [n]."""
         scales = np.abs(grouped(rows, self.group_size)).max(-1) / np.float32(LARGEST)
-        of_rows = scales.max(-1, keepdims=True) / np.float32(float8.LARGEST)
-        units = np.divide(scales, of_rows, out=np.zeros_like(scales), where=of_rows > 0)
-        return float8.nearest(units), of_rows[:, 0]
+        of_rows = scales.max(-1) / np.float32(float8.LARGEST)
+        return float8.nearest(in_units(scales, of_rows)), of_rows
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moevlm.export.formats.base import Array, grouped, held
+from moevlm.export.formats.base import Array, grouped, held, in_units
 
 LARGEST = 448.0
 
@@ -37,8 +37,7 @@ class Float8Format:
         """As `WeightFormat.encode`."""
         values = grouped(rows, self.group_size)
         scales = held(np.abs(values).max(-1) / LARGEST, self.scales)
-        units = np.divide(values, scales[..., None], out=np.zeros_like(values), where=scales[..., None] > 0)
-        return nearest(units), scales
+        return nearest(in_units(values, scales)), scales
 
     def decode(self, codes: Array, scales: Array, zeros: Array | None = None) -> Array:  # noqa: ARG002 - it has none
         """As `WeightFormat.decode`."""

@@ -1,6 +1,6 @@
 """A TensorRT target: one pair of engines, vision and decoder, and the experts' weights beside them."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,23 +13,15 @@ from moevlm.export.backends.base import BuildContext
 from moevlm.export.backends.sizes import Sizes
 from moevlm.export.backends.states import kept
 from moevlm.export.backends.tensorrt import machine, worker
+from moevlm.export.backends.tensorrt.compiled_programs import CompiledPrograms
 from moevlm.export.backends.tensorrt.expert_formats import chosen
+from moevlm.export.backends.tensorrt.experts_file import add_experts, shared_errors
 from moevlm.export.backends.tensorrt.kernels_file import kernels_json
+from moevlm.export.backends.tensorrt.lowering import lower, stored_weights
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.options import Options
-from moevlm.export.backends.tensorrt.passes.native_moe import NativeMoE
-from moevlm.export.backends.tensorrt.passes.pack_delta import PackDelta
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN, Programs
-from moevlm.export.backends.tensorrt.passes.plugin_attention import (
-    PluginCrossAttention,
-    PluginPagedAttention,
-    PluginSegmentAttention,
-)
-from moevlm.export.backends.tensorrt.passes.plugin_candidates import PluginCandidates
-from moevlm.export.backends.tensorrt.passes.plugin_gated_delta import PluginGatedDelta
-from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
-from moevlm.export.backends.tensorrt.passes.row_sums import RowSums
-from moevlm.export.backends.tensorrt.passes.typed import Typed
+from moevlm.export.backends.tensorrt.passes.plugin_moe import expert_weights
 from moevlm.export.backends.tensorrt.plan_builder import Built, Job
 from moevlm.export.backends.tensorrt.product import NO_FLOAT32_GEMM, Product
 from moevlm.export.backends.tensorrt.profiles import (
@@ -42,25 +34,16 @@ from moevlm.export.backends.tensorrt.profiles import (
 )
 from moevlm.export.backends.tensorrt.sizes import cost_of, workspace
 from moevlm.export.config import ModelConfig
-from moevlm.export.formats.stored import recoded, weight_errors, weights_of
+from moevlm.export.formats.stored import recoded, weight_errors
 from moevlm.export.graph.cost import cost
-from moevlm.export.graph.cross_attention import CROSS_ATTENTION
-from moevlm.export.graph.paged_attention import PAGED_ATTENTION
-from moevlm.export.graph.segment_attention import SEGMENT_ATTENTION
 from moevlm.export.graph.weights import Weight
-from moevlm.export.passes.base import Pass, run
-from moevlm.export.passes.lower_head_linear import LowerHeadLinear
-from moevlm.export.passes.pack_projections import PackProjections
-from moevlm.export.passes.prune_2_4 import PruneTwoOfFour, pruned_count
+from moevlm.export.passes.prune_2_4 import pruned_count
 from moevlm.export.writing.bundle_writer import BundleWriter
-from moevlm.export.writing.tensors_file import header_of, tensor_bytes, write_tensors
-from moevlm.plugins.gpu.ops.base import KernelOp
 from moevlm.plugins.gpu.ops.gated_delta import HEAD_DIMS
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.kernel_resources import KERNELS
 from moevlm.runtime.core.engine_metadata import CostMetadata, EngineMetadata, TensorRTMetadata
 from moevlm.runtime.core.errors import BuildError, FieldError
-from moevlm.runtime.core.progress import Stages
 from moevlm.runtime.core.states import PAGE_SIZE
 
 
@@ -113,8 +96,8 @@ class TensorRTTarget:
         self, canonical: Mapping[str, ir.Model], config: ModelConfig, image_patches: int | None
     ) -> tuple[EngineMetadata, int]:
         """See `Target`. The bytes are those of weights: what TensorRT adds is not known before."""
-        graphs = self._lowered(canonical, lambda _: b"")
-        found, weights = cost(canonical, graphs, config.tower), _weights(graphs)
+        graphs = self.lower(canonical, lambda _: b"")
+        found, weights = cost(canonical, graphs, config.tower), stored_weights(graphs)
         experts = max((moe.experts for moe in config.moe.values()), default=0)
         dense = found.dense_bytes + found.head_bytes + found.lookup_bytes + found.vision_bytes
         return self._fitted(config)._metadata(config, image_patches, found, weights=weights), dense + (
@@ -171,11 +154,11 @@ class TensorRTTarget:
 
     def _write(self, build: BuildContext) -> EngineMetadata:
         writer, canonical, config, progress = build.writer, build.canonical, build.config, build.progress
-        programs = _Programs(self.sms, progress)
-        graphs = self._lowered(canonical, programs.of)
+        programs = CompiledPrograms(self.sms, progress)
+        graphs = self.lower(canonical, programs.of)
         experts = expert_weights(graphs["decoder"])
         if experts:
-            self._add_experts(build, experts)
+            add_experts(build, self.options.experts_path, experts)
         if programs.ops:
             writer.add_bytes(f"{self.folder}/{KERNELS}", kernels_json(programs.ops, self.sms))
         o, columns = self.options, -(-config.decoder.context // PAGE_SIZE)
@@ -192,49 +175,18 @@ class TensorRTTarget:
         }
         pruned = sum(map(pruned_count, canonical.values())) if o.sparsity else 0
         found, version = cost(canonical, graphs, config.tower), built["decoder"].version
-        weights = _weights(graphs)
+        weights = stored_weights(graphs)
         known = weight_errors(weights) | shared_errors(o.experts_path, build.engines.values())
         made = self._metadata(config, build.image_patches, found, version, pruned, weights)
         errors = {fate: error for fate, error in known.items() if fate in made.recoded}
         return msgspec.structs.replace(made, weight_errors=errors)
 
-    def _lowered(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
-        try:
-            return self.lower(canonical, programs)
-        except FieldError as error:  # a size that a kernel does not take
-            raise BuildError(f"{self.name} cannot run this model: {error}") from error
-
     def lower(self, canonical: Mapping[str, ir.Model], programs: Programs) -> dict[str, ir.Model]:
-        """The graphs that TensorRT is given, by name; the canonical ones stay, the weights are shared.
-
-        programs: compiles an op, see `plugins.gpu.program`.
-        """
-        graphs = {name: graph.clone() for name, graph in canonical.items()}
-        o = self.options
-        pruned: tuple[Pass, ...] = (PruneTwoOfFour(),) if o.sparsity else ()
-        native: tuple[Pass, ...] = (NativeMoE(),) if o.native_moe else ()
-        typed = Typed(o.activations, exact_router=min(self.sms) > NO_FLOAT32_GEMM)
-        packed = PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION, CROSS_ATTENTION)
-        first = (*pruned, packed, PackDelta(), LowerHeadLinear(), typed)
-        attention = PluginPagedAttention(o.activations, o.cache, programs)
-        moe = (*native, PluginMoE(o.activations, o.weights, o.group, programs))
-        if "vision" in graphs:
-            images = (plugin(o.activations, programs) for plugin in (PluginSegmentAttention, PluginCrossAttention))
-            run((*first, *images), graphs["vision"])
-        delta = PluginGatedDelta(o.activations, programs)
-        run((*first, RowSums(), attention, delta, *moe, PluginCandidates(programs)), graphs["decoder"])
-        return graphs
-
-    def _add_experts(self, build: BuildContext, experts: Mapping[str, Weight]) -> None:
-        path, existing = self.options.experts_path, build.existing
-        if path in build.writer:
-            return
-        if existing is not None and path in existing.manifest.files:
-            build.writer.keep(existing, [path])
-            return
-        size = len(header_of(experts)) + sum(map(tensor_bytes, experts.values()))
-        told = partial(build.progress, f"writing {path}")
-        build.writer.add_stream(path, size, lambda file: write_tensors(experts, file, told))
+        """See `lowering.lower`. Raises BuildError for a size that a kernel does not take."""
+        try:
+            return lower(canonical, self.options, self.sms, programs)
+        except FieldError as error:
+            raise BuildError(f"{self.name} cannot run this model: {error}") from error
 
     def _build(
         self, writer: BundleWriter, graph: ir.Model, name: str, profiles: list[Profile], progress: Callable
@@ -265,39 +217,3 @@ class TensorRTTarget:
 def _patches(config: ModelConfig, image_patches: int | None) -> int:
     """Of a call for images; 0 for a model of text alone."""
     return 0 if config.vision is None else max_patches(config.vision.metadata().unit, image_patches)
-
-
-def _weights(graphs: Mapping[str, ir.Model]) -> list[Weight]:
-    inside = [weight for graph in graphs.values() for weight in weights_of(graph)]
-    return [*inside, *expert_weights(graphs["decoder"]).values()]
-
-
-def shared_errors(experts: str, engines: Iterable[EngineMetadata]) -> dict[str, float]:
-    """`weight_errors` of the engine that wrote this file of experts, which others do not read again."""
-    sharing = (engine for engine in engines if engine.tensorrt is not None and engine.tensorrt.experts == experts)
-    return next((engine.weight_errors for engine in sharing), {})
-
-
-class _Programs:
-    """Compiles each op once."""
-
-    def __init__(self, sms: tuple[int, ...], progress: Stages) -> None:
-        self._sms, self._progress = sms, progress
-        self._known: dict[KernelOp, bytes] = {}
-
-    @property
-    def ops(self) -> tuple[KernelOp, ...]:
-        """All that were compiled."""
-        return tuple(self._known)
-
-    def of(self, op: KernelOp) -> bytes:
-        from moevlm.plugins.gpu.compiler import compile_program
-
-        if op not in self._known:
-            try:
-                self._known[op] = compile_program(op, self._sms, self._progress).to_bytes()
-            except ValueError as error:
-                raise BuildError(
-                    f"cannot compile {op.name} for {', '.join(f'sm{sm}' for sm in self._sms)}: {error}"
-                ) from error
-        return self._known[op]

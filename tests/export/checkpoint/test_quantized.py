@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ from moevlm.export.graph.codes import CodeForm, decode
 from moevlm.export.graph.moved_codes import coded
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel
+from moevlm.runtime.core.dtypes import E4M3
 from tests.support.checkpoints import canonical
 from tests.support.published import BLOCKS, FORMATS, WEIGHTS, Published, floats, projections, turn_experts
 from tests.support.quantized import fp8_tiles, mxfp4, nvfp4, packed_ints
@@ -124,7 +126,7 @@ def test_fused_fp4_experts_may_be_packed_along_the_first_of_two_axes(
     same(canonical(quantized), canonical(plain))
     found = coded(model_of(quantized).decoder_weights["layers.1.feed_forward.down"])
     assert found is not None
-    assert found.form == CodeForm("fp4", 16)
+    assert found.form == CodeForm("fp4", 16, scales=E4M3)
     assert model_of(quantized).stored_as == stored
 
 
@@ -247,7 +249,7 @@ FORMS = {
     "int4-128-zeros": CodeForm("int4", 128, zeros=True, scales="bfloat16"),
     "gptq-128": CodeForm("int4", 128, scales="float16"),
     "awq-32": CodeForm("int4", 32, zeros=True, scales="float16"),
-    "nvfp4": CodeForm("fp4", 16),
+    "nvfp4": CodeForm("fp4", 16, scales=E4M3),
     "mxfp4-fused": CodeForm("fp4", 32, scales="bfloat16"),
 }
 
@@ -268,6 +270,10 @@ def test_codes_follow_joined_stacked_and_turned_weights(name: str, publish: Call
         assert codes.codes.dtype == np.uint8
         assert codes.scales.shape == codes.codes.shape[:-1]
         assert (codes.zeros is not None) == found.form.zeros
+        assert (codes.levels is not None) == (found.form.scales == E4M3)
+        if codes.levels is not None:
+            of_groups = codes.levels.groups.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+            np.testing.assert_array_equal(of_groups * codes.levels.rows[..., None], codes.scales)
         np.testing.assert_array_equal(decode(codes, found.form, weight.shape[2]), weight.rows(1, 3))
         blocks = codes.scales[:, : weight.shape[1] // found.form.block_rows * found.form.block_rows]
         blocks = blocks.reshape(2, -1, found.form.block_rows, groups)

@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from moevlm.export.backends.registry import targets
-from moevlm.export.backends.tensorrt.engine_target import shared_errors
 from moevlm.export.backends.tensorrt.expert_formats import expert_form
+from moevlm.export.backends.tensorrt.experts_file import shared_errors
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE, expert_weights
 from moevlm.export.backends.tensorrt.passes.typed import Typed
 from moevlm.export.build import build, traced

@@ -12,6 +12,7 @@ import pytest
 
 from bench.variants import MODELS
 from moevlm.export.backends.tensorrt import engine_target, machine, worker
+from moevlm.export.backends.tensorrt.compiled_programs import CompiledPrograms
 from moevlm.export.backends.tensorrt.onnx_file import write_onnx
 from moevlm.export.backends.tensorrt.passes.plugin import DOMAIN
 from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
@@ -229,7 +230,7 @@ def test_block_of_every_router_builds_with_its_plugins(name: str, tmp_path: Path
 def test_nothing_is_left_where_tensorrt_refuses_a_graph(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_target._Programs, "of", lambda *_: b"no program")
+    monkeypatch.setattr(CompiledPrograms, "of", lambda *_: b"no program")
     message = r"^TensorRT-RTX [\d.]+ refused vision.onnx: SegmentAttention: .*program"
     with pytest.raises(BuildError, match=message):
         build(tiny_checkpoint, tmp_path / "out.moevlm", ["rtx:sm89"])
