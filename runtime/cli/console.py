@@ -62,7 +62,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
     if room is not None and sum(widths) + 2 * len(widths) - 2 > room:
         left = room - sum(widths[:-1]) - 2 * (len(widths) - 1)
         if left < _LEAST_COLUMN:
-            return "\n".join([title, *(_in_words(columns, row, room) for row in body)])
+            return "\n".join([title, *(_in_words(columns, row) for row in body)])
         body = [line for row in body for line in _folded(row, left)]
         lines = [list(columns), *body] if header else body
         widths[-1] = left
@@ -74,6 +74,14 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
 
     texts = ["  ".join(map(pad, line, widths, numeric)).rstrip() for line in lines]
     return "\n".join([title, *texts])
+
+
+def folded(text: str, indent: str) -> str:
+    """A text as lines that fit a terminal, all but the first behind `indent`; in one line where there is none."""
+    width = _terminal_width()
+    if width is None:
+        return text
+    return textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
 
 
 def _terminal_width() -> int | None:
@@ -89,14 +97,13 @@ def _folded(row: list[str], width: int) -> Iterator[list[str]]:
     yield from ([""] * (len(row) - 1) + [text] for text in others)
 
 
-def _in_words(columns: Sequence[str], row: Sequence[str], width: int) -> str:
+def _in_words(columns: Sequence[str], row: Sequence[str]) -> str:
     """cpu:int8: size 138.1 kB, parity not checked"""
     cells = (cell.replace(" ", _KEPT) if len(cell) < _LEAST_COLUMN else cell for cell in row[1:])
     facts = (f"{head} {cell}".strip() for head, cell in zip(columns[1:], cells, strict=True) if cell not in ("", "-"))
     indent = " " * (len(row[0]) - len(row[0].lstrip()) + 2)
     text = f"{row[0]}: {', '.join(facts)}"
-    lines = textwrap.fill(text, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
-    return lines.replace(_KEPT, " ")
+    return folded(text, indent).replace(_KEPT, " ")
 
 
 @contextmanager

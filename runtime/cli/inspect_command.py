@@ -67,6 +67,7 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     sampling = SamplingParams(**{name: getattr(report.sampling, name) for name in FIELDS})
     rows = [
         *model_rows(model),
+        *((("lacks", lacking),) if (lacking := _lacking(bundle)) else ()),
         ("sampling", sampling_text(sampling)),
         ("size", bytes_text(report.bytes) + (", every hash checked" if report.verified else "")),
         *((("ignored fields", ", ".join(report.ignored_config)),) if report.ignored_config else ()),
@@ -102,6 +103,14 @@ def _metadata(bundle: Bundle, report: InspectReport) -> str:
     ]
     memory = (memory_text(e.target, e.memory, model) for e in report.engines if e.memory is not None)
     return "\n\n".join(("\n".join((text + _tables(bundle), *fates)), *memory))
+
+
+def _lacking(bundle: Bundle) -> str:
+    """tokenizer.json (takes no messages), preprocessor.json (takes no images)"""
+    needed = {"tokenizer.json": "messages", "chat_template.jinja": "messages"}
+    needed |= {"preprocessor.json": "images"} if bundle.manifest.model.vision is not None else {}
+    absent = {name: what for name, what in needed.items() if name not in bundle.manifest.files}
+    return ", ".join(f"{name} (takes no {what})" for name, what in absent.items())
 
 
 def left_out_text(left_out: Mapping[str, int]) -> str:
