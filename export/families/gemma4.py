@@ -10,16 +10,12 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import LEFT_OUT, Family, register
-from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.gemma4_text import gemma4_decoder
+from moevlm.export.families.gemma4_text import gemma4_decoder, gemma4_logits, gemma4_weights
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower, image_marks
-from moevlm.export.families.sources import rooted
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_OURS, _THEIRS = "decoder.layers.{i}.", "model.language_model.layers.{i}."
 
 
 @register("gemma4")
@@ -42,32 +38,13 @@ class Gemma4(Family):
     }
     left_out: ClassVar = {**LEFT_OUT, **dict.fromkeys((r"audio_tower\.", r"embed_audio\."), shared.AUDIO)}
     weights: ClassVar[shared.Weights] = {
-        **shared.decoder_weights(Experts(f"{_THEIRS}experts", per_expert=False)),
-        **shared.renamed(
-            {
-                f"{_OURS}{ours}": f"{_THEIRS}{theirs}"
-                for ours, theirs in {
-                    "attention_post_norm": "post_attention_layernorm",
-                    "feed_forward_norm": "pre_feedforward_layernorm",
-                    "feed_forward_post_norm": "post_feedforward_layernorm",
-                    "feed_forward.mlp_norm": "pre_feedforward_layernorm",
-                    "feed_forward.mlp_post_norm": "post_feedforward_layernorm_1",
-                    "feed_forward.experts_norm": "pre_feedforward_layernorm_2",
-                    "feed_forward.experts_post_norm": "post_feedforward_layernorm_2",
-                    "feed_forward.router": "router.proj",
-                    **{f"feed_forward.mlp.{part}": f"mlp.{part}_proj" for part in shared.GATED},
-                }.items()
-            }
-        ),
-        f"{_OURS}feed_forward.router_norm.weight": rooted(f"{_THEIRS}router.scale", -1),
-        f"{_OURS}feed_forward.expert_scale": f"{_THEIRS}router.per_expert_scale",
-        f"{_OURS}scale": f"{_THEIRS}layer_scalar",
+        **gemma4_weights("model.language_model."),
         **GEMMA4_TOWER,
     }
 
     def routed(self, returned: "tuple[Tensor, ...]") -> "tuple[Tensor, Tensor]":
-        probabilities, index = super().routed(returned)  # the softmax of whose logarithms they are
-        return probabilities.clamp(min=2.0**-126).log(), index
+        probabilities, index = super().routed(returned)
+        return gemma4_logits(probabilities), index
 
     def translate(self, fields: Fields) -> ModelConfig:
         text = fields.sub("text_config")

@@ -3,11 +3,19 @@
 Source: transformers 5.24 `models/gemma4`: Gemma4TextConfig and Gemma4TextModel.
 """
 
+from typing import TYPE_CHECKING
+
 from moevlm.export.config import DecoderConfig, GQAConfig, LayerConfig, MLPConfig, MoEConfig
+from moevlm.export.families import shared
+from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import one_axis
+from moevlm.export.families.sources import rooted
 from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 from moevlm.runtime.core.manifest import RopeMetadata
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _ROPES = {
@@ -16,8 +24,8 @@ _ROPES = {
 }
 
 
-def gemma4_decoder(text: Fields, tied: bool) -> DecoderConfig:
-    """The decoder of config.json's text_config. tied: the head is the embedding."""
+def gemma4_decoder(text: Fields, tied: bool, visual: bool = True) -> DecoderConfig:
+    """The decoder of a text's fields. tied: the head is the embedding. visual: there may be images."""
     hidden, layers = text.positive("hidden_size"), text.positive("num_hidden_layers")
     text.choice("hidden_size_per_layer_input", (0,), 256)
     text.choice("num_kv_shared_layers", (0,), 0)
@@ -25,7 +33,7 @@ def gemma4_decoder(text: Fields, tied: bool) -> DecoderConfig:
         text.get(key, None)
     usual = tuple(_FULL if i % 6 == 5 else _SLIDING for i in range(layers))
     kinds = [*text.each("layer_types", (_SLIDING, _FULL), usual)[:-1], _FULL]  # the last one always is
-    ropes, attention = _attention(text, kinds)
+    ropes, attention = _attention(text, kinds, visual)
     feed_forward = _feed_forward(text)
     softcap = "final_logit_softcapping"
     return DecoderConfig(
@@ -41,11 +49,11 @@ def gemma4_decoder(text: Fields, tied: bool) -> DecoderConfig:
     )
 
 
-def _attention(text: Fields, kinds: list[str]) -> tuple[tuple[RopeMetadata, ...], dict[str, GQAConfig]]:
+def _attention(text: Fields, kinds: list[str], visual: bool) -> tuple[tuple[RopeMetadata, ...], dict[str, GQAConfig]]:
     """The rope of each kind of layer that there is, and its attention."""
     bias, keyed = text.flag("attention_bias", False), text.flag("attention_k_eq_v", False)
     window, images = text.positive("sliding_window", 512), "use_bidirectional_attention"
-    bidirectional = images in text and text.choice(images, ("vision",)) == "vision"
+    bidirectional = images in text and text.choice(images, ("vision",)) == "vision" and visual
     rope, heads = text.sub("rope_parameters", _ROPES), _heads(text, kinds, keyed)
     ropes = tuple(one_axis(text, head_dim, rope=rope.sub(kind, nulls=False)) for kind, (head_dim, _) in heads.items())
     rope.get(_SLIDING, None)  # there may be no such layer
@@ -101,3 +109,35 @@ def _feed_forward(text: Fields) -> MLPConfig | MoEConfig:
         expert_scale=True,
         dense_width=width,
     )
+
+
+def gemma4_weights(model: str) -> shared.Weights:
+    """Of the whole decoder. model: the prefix of all."""
+    ours, theirs = "decoder.layers.{i}.", f"{model}layers.{{i}}."
+    return {
+        **shared.decoder_weights(Experts(f"{theirs}experts", per_expert=False), model),
+        **shared.renamed(
+            {
+                f"{ours}{name}": f"{theirs}{their_name}"
+                for name, their_name in {
+                    "attention_post_norm": "post_attention_layernorm",
+                    "feed_forward_norm": "pre_feedforward_layernorm",
+                    "feed_forward_post_norm": "post_feedforward_layernorm",
+                    "feed_forward.mlp_norm": "pre_feedforward_layernorm",
+                    "feed_forward.mlp_post_norm": "post_feedforward_layernorm_1",
+                    "feed_forward.experts_norm": "pre_feedforward_layernorm_2",
+                    "feed_forward.experts_post_norm": "post_feedforward_layernorm_2",
+                    "feed_forward.router": "router.proj",
+                    **{f"feed_forward.mlp.{part}": f"mlp.{part}_proj" for part in shared.GATED},
+                }.items()
+            }
+        ),
+        f"{ours}feed_forward.router_norm.weight": rooted(f"{theirs}router.scale", -1),
+        f"{ours}feed_forward.expert_scale": f"{theirs}router.per_expert_scale",
+        f"{ours}scale": f"{theirs}layer_scalar",
+    }
+
+
+def gemma4_logits(probabilities: "Tensor") -> "Tensor":
+    """Of a router that returns [T, E] probabilities: the softmax of their logarithms."""
+    return probabilities.clamp(min=2.0**-126).log()
