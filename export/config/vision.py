@@ -205,11 +205,13 @@ class TileVisionConfig(EvenVisionConfig):
 class QueryVisionConfig(EvenVisionConfig):
     """The tower of Aria: SigLIP, then queries that make visual tokens of an image's patches by cross-attention.
 
-    queries: visual tokens of every image. position_grid: side of the table of positions.
+    queries: visual tokens of every image. side: the longer one of an image, in patches. position_grid: side of the
+    table of positions.
     """
 
     queries: int
+    side: int
     position_grid: int
 
     def metadata(self) -> QueryTower:
-        return QueryTower(**self.sizes, queries=self.queries, position_grid=self.position_grid)
+        return QueryTower(**self.sizes, queries=self.queries, side=self.side, position_grid=self.position_grid)

@@ -16,7 +16,7 @@ from moevlm.runtime.core.errors import CheckpointError
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _BLOCK, _CROSS = f"{_TOWER}encoder.layers.{{i}}.", f"{_PROJECTOR}cross_attn."
 _ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu"}
-_LONGEST = 980  # side of an image with its padding, in pixels: AriaProcessor asks for it, whatever a file says
+_LONGEST = 980  # pixels of the longer side of an image: AriaProcessor asks for them, whatever a file says
 _QUERIES = {"1225": 128, "4900": 256}  # by the patches of an image with its padding
 
 
@@ -34,6 +34,8 @@ def aria_tower(vision: Fields, fields: Fields, out: int) -> QueryVisionConfig:
     image = vision.positive("image_size", 224)
     if image < patch:
         raise vision.invalid("image_size", image, f"{patch}, the side of a patch, or more")
+    if _LONGEST % patch:
+        raise vision.invalid("patch_size", patch, f"a divisor of {_LONGEST}, the side of an image")
     return QueryVisionConfig(
         hidden=hidden,
         depth=depth,
@@ -50,16 +52,15 @@ def aria_tower(vision: Fields, fields: Fields, out: int) -> QueryVisionConfig:
         channels=vision.positive("num_channels", 3),
         rope_theta=0.0,
         out=out,
-        queries=_queries(fields, vision, patch),
+        queries=_queries(fields, _LONGEST // patch),
+        side=_LONGEST // patch,
         position_grid=image // patch,
     )
 
 
-def _queries(fields: Fields, vision: Fields, patch: int) -> int:
-    """Visual tokens of an image."""
-    if _LONGEST % patch:
-        raise vision.invalid("patch_size", patch, f"a divisor of {_LONGEST}, the side of an image")
-    key, patches = "projector_patch_to_query_dict", str((_LONGEST // patch) ** 2)
+def _queries(fields: Fields, side: int) -> int:
+    """Visual tokens of an image, which has so many patches a side with its padding."""
+    key, patches = "projector_patch_to_query_dict", str(side**2)
     fields.get(f"max_value_{key}", None)  # what follows from the other
     table = fields.sub(key, _QUERIES)
     queries = {size: table.positive(size) for size in fields.get(key, _QUERIES)}

@@ -217,8 +217,6 @@ class _RowImages(OracleImages):
 class _MaskedImages(OracleImages):
     """Towers that take images as squares of one size, and a mask of the pixels that belong to each (Aria)."""
 
-    _SIDE = 980
-
     def watch(self, model: Any, found: Callable[[Features], None]) -> None:
         model.model.multi_modal_projector.register_forward_hook(
             lambda _m, _i, output: found((output.flatten(0, 1), ()))
@@ -227,25 +225,31 @@ class _MaskedImages(OracleImages):
     def inputs(self, cases: Sequence[Case], vision: Tower) -> dict[str, Tensor]:
         grids = [grid for case in cases for grid in case.grids]
         patches, size = np.concatenate([case.patches for case in cases]), vision.patch_size
-        side, image = self._SIDE // size, np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
+        side, image = _longer_side(vision), np.repeat(np.arange(len(grids)), [h * w for h, w in grids])
         pixels, there = (
             np.zeros((len(grids), side, side, 3, size, size), np.float32),
             np.zeros((len(grids), side, side)),
         )
         at = (image, *block_order(grids, vision.merge_size))
         pixels[at], there[at] = patches.reshape(-1, 3, size, size), 1
-        batch = pixels.transpose(0, 3, 1, 4, 2, 5).reshape(len(grids), 3, self._SIDE, self._SIDE)
+        batch = pixels.transpose(0, 3, 1, 4, 2, 5).reshape(len(grids), 3, side * size, side * size)
         mask = there.repeat(size, axis=1).repeat(size, axis=2) > 0
         return {"pixel_values": torch.from_numpy(batch), "pixel_mask": torch.from_numpy(mask)}
 
-    def processing(self, vision: Tower) -> dict[str, Any]:  # noqa: ARG002
-        return {"max_image_size": self._SIDE, "split_image": False}
+    def processing(self, vision: Tower) -> dict[str, Any]:
+        return {"max_image_size": _longer_side(vision) * vision.patch_size, "split_image": False}
 
     def patches(self, processed: Any, vision: Tower) -> tuple[list[Grid], np.ndarray]:
-        (mask,), (pixels,), size = processed["pixel_mask"], processed["pixel_values"], vision.patch_size
+        (mask,), (pixels,) = processed["pixel_mask"], processed["pixel_values"]
+        side, size = _longer_side(vision), vision.patch_size
         height, width = (-(-int(line.sum()) // size) for line in (mask[:, 0], mask[0]))
-        patches = pixels.reshape(3, self._SIDE // size, size, self._SIDE // size, size).transpose(1, 3, 0, 2, 4)
+        patches = pixels.reshape(3, side, size, side, size).transpose(1, 3, 0, 2, 4)
         return [(height, width)], patches[:height, :width].reshape(height * width, -1)
+
+
+def _longer_side(vision: Tower) -> int:
+    assert isinstance(vision, QueryTower)
+    return vision.side
 
 
 _KINDS: dict[type[Tower], OracleImages] = {

@@ -228,16 +228,19 @@ class TileTower(Tower, frozen=True, kw_only=True, tag="tiles"):
 class QueryTower(Tower, frozen=True, kw_only=True, tag="queries"):
     """Visual tokens that ask an image's patches by cross-attention, as many for every image (Aria).
 
-    queries: how many. position_grid: side of the table of positions, [position_grid**2, hidden], of which a patch gets
-    the row at its place in the image, as if the image were as large as the table.
+    queries: how many. side: the longer one of an image, in patches. position_grid: side of the table of positions,
+    [position_grid**2, hidden], of which a patch gets the row at its place in the image, as if the image were as large
+    as the table.
     """
 
     queries: int
+    side: int
     position_grid: int
 
     LIMITS: ClassVar[Ranges] = _SHARED | {
         "rope_theta": (0, 0),
         "queries": (1, 1 << 16),
+        "side": (1, 1 << 10),
         "position_grid": (1, 1 << 14),
         "merge_size": (1, 1),
     }
@@ -245,6 +248,11 @@ class QueryTower(Tower, frozen=True, kw_only=True, tag="queries"):
     @property
     def inputs(self) -> Mapping[str, tuple[int, str]]:
         return {"pixel_patches": (self.patch_width, "float32"), "position_index": (1, "int64")}
+
+    def refused(self) -> Iterator[tuple[str, Any, str]]:
+        if (self.side * self.patch_size) ** 2 > _PIXELS:
+            yield "side", self.side, f"images of up to {_PIXELS} pixels"
+        yield from super().refused()
 
 
 VisionMetadata = GridTower | PooledTower | MoonTower | RotaryTower | ResampledTower | TileTower | QueryTower

@@ -44,7 +44,7 @@ class Resampler(nn.Module):
 def tower(queries: int) -> QueryTower:
     """The metadata of a tower that ends in one."""
     sizes = {"patch_size": 4, "merge_size": 1, "channels": 3, "head_dim": WIDTH // HEADS, "rope_theta": 0.0}
-    return QueryTower(**sizes, queries=queries, position_grid=8)
+    return QueryTower(**sizes, queries=queries, side=8, position_grid=8)
 
 
 def images(sizes: list[int]) -> dict[str, np.ndarray]:

@@ -14,14 +14,14 @@ from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
 from moevlm.runtime.request.images.fields import pixel_values, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 
-_LONGEST = 980  # pixels: AriaProcessor says so, whatever the fields say
-_SHORTEST = 336  # where the fields do not say
+_SHORTEST = 336  # pixels of the shorter side at least, where the fields do not say
 
 
 class AriaImages(ImageProcessor):
     """AriaImageProcessor.
 
-    max_image_size and what says how images are split count for nothing: AriaProcessor asks for 980 pixels in one piece.
+    max_image_size and what says how images are split count for nothing: AriaProcessor asks for 980 pixels in one piece,
+    and the manifest says how many patches that are.
     """
 
     TOWER = QueryTower
@@ -32,17 +32,16 @@ class AriaImages(ImageProcessor):
 
     def _read(self) -> None:
         super()._read()
-        if _LONGEST % self._vision.patch_size:
-            refuse("max_image_size", _LONGEST, f"a multiple of patch_size = {self._vision.patch_size} in manifest.json")
+        self._longest = self._vision.side * self._vision.patch_size
         shortest = self._fields.get("min_image_size", _SHORTEST)
-        if isinstance(shortest, bool) or not isinstance(shortest, int) or not 1 <= shortest <= _LONGEST:
-            refuse("min_image_size", shortest, f"a whole number from 1 to {_LONGEST}")
+        if isinstance(shortest, bool) or not isinstance(shortest, int) or not 1 <= shortest <= self._longest:
+            refuse("min_image_size", shortest, f"a whole number from 1 to {self._longest}")
         self._shortest = shortest
         self._values = pixel_values(self._fields, True, (0.5,) * 3, (0.5,) * 3)
 
     @property
     def max_patches(self) -> int:
-        return (_LONGEST // self._vision.patch_size) ** 2
+        return self._vision.side**2
 
     def fit(self, image: Image.Image, limits: ImageLimits = NO_LIMITS) -> list[Image.Image]:
         height, width = self._resized(image.height, image.width, limits)
@@ -58,9 +57,9 @@ class AriaImages(ImageProcessor):
 
     def _inner(self, height: int, width: int) -> tuple[int, int]:
         """The size of the image itself. The reference computes in double precision; so does this."""
-        scale = _LONGEST / max(height, width)
+        scale = self._longest / max(height, width)
         shorter = max(int(min(height, width) * scale), self._shortest)
-        return (shorter, _LONGEST) if width >= height else (_LONGEST, shorter)
+        return (shorter, self._longest) if width >= height else (self._longest, shorter)
 
     def _check(self, limits: ImageLimits) -> None:
         """Raises RequestError for limits that no image keeps: all have a side and a number of tokens in common."""
@@ -68,7 +67,7 @@ class AriaImages(ImageProcessor):
             if (value := getattr(limits, name)) is not None:
                 raise RequestError(
                     f"unsupported value {name} = {shown(value)} (allowed: none, for the longer side of an image always "
-                    f"gets {_LONGEST} pixels)"
+                    f"gets {self._longest} pixels)"
                 )
         most = self.most_tokens(limits)
         if most is not None and most < self._vision.queries:

@@ -33,10 +33,10 @@ def _buckets(place: np.ndarray, patches: np.ndarray, side: int) -> np.ndarray:
 
 
 def _borders(side: int) -> np.ndarray:
-    """torch.arange(1 / side, 1, 1 / side) of a CPU, float32 [side - 1] or so: patches lie on its numbers.
+    """The numbers of torch.arange(1 / side, 1, 1 / side) on a CPU, float32: patches often lie on them, so bits count.
 
-    It counts in double precision from the last multiple of 8 whose own number is rounded; behind the last 16 that are
-    whole, from none.
+    It makes 16 at a time: either half begins with a number that is rounded, to which multiples of the step are added in
+    double precision. Those that fill no 16 are rounded once.
     """
     step = 1 / side
     at = np.arange(math.ceil((1.0 - step) / step))

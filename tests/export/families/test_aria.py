@@ -189,6 +189,8 @@ def test_costs_count_the_towers_blocks_by_the_patch_and_its_queries_by_the_image
     [
         ("queries", 0, "1 to 65536"),
         ("queries", 1 << 17, "1 to 65536"),
+        ("side", 0, "1 to 1024"),
+        ("side", 1024, "images of up to 67108864 pixels"),
         ("merge_size", 2, "1 to 1"),
         ("position_grid", 0, "1 to 16384"),
         ("rope_theta", 1e4, "0 to 0"),

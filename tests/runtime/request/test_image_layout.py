@@ -112,6 +112,7 @@ def test_ids_of_an_image_of_one_number_of_tokens_are_those_of_arias_processor(si
     tower = QueryTower(
         **{"patch_size": 14, "merge_size": 1, "channels": 3, "head_dim": 8, "rope_theta": 0.0},
         queries=queries,
+        side=70,
         position_grid=70,
     )
     for grid in ((1, 70), (70, 24)):

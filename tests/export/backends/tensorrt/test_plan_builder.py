@@ -223,7 +223,7 @@ def test_images_that_all_have_as_many_visual_tokens_have_no_more_of_them_than_pa
     queries: int, images: int
 ) -> None:
     """Or one image's, where that has more."""
-    tower = QueryTower(**VISION, merge_size=1, queries=queries, position_grid=70)
+    tower = QueryTower(**VISION, merge_size=1, queries=queries, side=70, position_grid=70)
     profile = vision_profiles(model(**GRAPH), tower, max_patches(tower.unit, 4900))[0]
     assert profile["pixel_patches"][2] == (4900, 24)
     assert profile["image_start"][2] == (images + 1,)
