@@ -143,6 +143,14 @@ def _mean(graph: Nodes, x: ir.Value, axes: list[int]) -> ir.Value:
     return graph.op("ReduceMean", x, graph.constant(axes), keepdims=0)
 
 
+@_rule(aten.transpose.int)
+def _transpose(graph: Nodes, x: ir.Value, first: int, second: int) -> ir.Value:
+    assert x.shape is not None
+    axes = list(range(len(x.shape)))
+    axes[first], axes[second] = axes[second], axes[first]
+    return graph.op("Transpose", x, perm=axes)
+
+
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(graph: Nodes, x: ir.Value, axis: int) -> ir.Value:
     return graph.op("Unsqueeze", x, graph.constant([axis]))

@@ -169,9 +169,10 @@ def traced(module: nn.Module, weights: Mapping[str, Weight]) -> ir.Model:
     return graph
 
 
-def in_onnxruntime(graph: ir.Model, inputs: VisionInputs) -> np.ndarray:
-    """Visual tokens [V, H]."""
+def in_onnxruntime(graph: ir.Model, inputs: VisionInputs, threads: int = 0) -> np.ndarray:
+    """Visual tokens [V, H]. threads: 0 for as many as there are cores."""
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.register_custom_ops_library(str(operators_path()))
     session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options)

@@ -8,6 +8,7 @@ from moevlm.export.config import GridVisionConfig, MLPConfig
 from moevlm.export.modules.layers import MLP, RMSNorm
 from moevlm.export.modules.vision.base import register
 from moevlm.export.modules.vision.block import VisionBlock
+from moevlm.export.modules.vision.positions import between
 
 LAYER_NORM_EPSILON = 1e-6  # of Qwen's mergers; GLM's merger keeps torch's default
 
@@ -73,7 +74,7 @@ class GridVision(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Embeds [V, H] and deepstack [L, V, H] or None; inputs as `GridTower` says."""
         x = self.first_norm(self.patch_embedding(pixel_patches))
-        x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
+        x = x + between(self.position_embedding, position_index, position_weight)
         levels = []
         for i, block in enumerate(self.blocks):
             x = block(x, rope_cos, rope_sin, image_start)

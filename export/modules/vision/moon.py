@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from moevlm.export.config import MLPConfig, MoonVisionConfig
 from moevlm.export.modules.layers import MLP
 from moevlm.export.modules.vision.base import register
 from moevlm.export.modules.vision.block import VisionBlock
+from moevlm.export.modules.vision.positions import between
 
 
 @register(MoonVisionConfig)
@@ -38,7 +38,7 @@ class MoonVision(nn.Module):
     ) -> tuple[Tensor, None]:
         """Embeds [V, H], and no deepstack; inputs as `MoonTower` says."""
         x = self.patch_embedding(pixel_patches)
-        x = x + (F.embedding(position_index, self.position_embedding) * position_weight.unsqueeze(-1)).sum(1)
+        x = x + between(self.position_embedding, position_index, position_weight)
         for block in self.blocks:
             x = block(x, rope_cos, rope_sin, image_start)
         return self.projector(self.projector_norm(self.last_norm(x)).view(-1, self.width)), None

@@ -66,8 +66,10 @@ class PooledVision(nn.Module):
         x = self.patch_embedding(pixel_patches) + F.embedding(position_index, self.position_embedding).sum(1)
         for block in self.blocks:
             x = block(x, rope_cos, rope_sin, image_start)
-        # Patches of a token follow each other. Their mean times the root of the width may be beyond float16.
-        x = x.view(-1, self.config.merge_size**2, self.config.hidden).mean(1)
+        # Patches of a token follow each other. Their mean is over the first of two axes, where ONNX Runtime adds in one
+        # order, see `positions.between`. Times the root of the width, it may be beyond float16.
+        x = x.view(-1, self.config.merge_size**2, self.config.hidden).transpose(0, 1).flatten(1).mean(0)
+        x = x.view(-1, self.config.hidden)
         if self.standard_bias is None or self.standard_gain is None:
             x = x * self.config.hidden**0.5
         else:

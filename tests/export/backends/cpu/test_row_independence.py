@@ -19,15 +19,17 @@ from tests.support.tiny import TinyCheckpoint
 SIZES = ((8, 8), (24, 16), (40, 72), (104, 96), (200, 256))  # of images, in pixels
 
 
-@pytest.fixture(scope="module", params=(*ATTENDING, "gemma4", "qwen3_5_moe"))
+@pytest.fixture(scope="module", params=(*ATTENDING, "gemma4", "kimi_k25", "qwen3_5_moe"))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     directory = tmp_path_factory.mktemp(request.param)
     checkpoint = TinyCheckpoint(request.param, side_files=True).save(directory / "checkpoint")
     return build(checkpoint, directory / "tiny.moevlm", ["cpu:int8"])
 
 
-def test_images_among_others_are_those_alone(bundle: Bundle) -> None:
-    images, engine = load_images(bundle), load_engine(bundle, options=EngineOptions(threads=2))
+@pytest.mark.parametrize("threads", [2, 31])
+def test_images_among_others_are_those_alone(bundle: Bundle, threads: int) -> None:
+    """Also where an image has fewer visual tokens than there are threads."""
+    images, engine = load_images(bundle), load_engine(bundle, options=EngineOptions(threads=threads))
     assert images is not None
     rng = np.random.default_rng(0)
     fitted = [images.fit(Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)))[0] for size in SIZES]
@@ -90,7 +92,18 @@ def test_only_these_operators_are_onnx_runtime_s(bundle: Bundle) -> None:
         if node.domain not in ("moevlm", "moevlm.cpu")
     }
     tested = {op for nodes in OPERATORS.values() for op, _, _ in nodes}
-    moving = {"Concat", "Constant", "Gather", "GreaterOrEqual", "Max", "Reshape", "Split", "Unsqueeze", "Where"}
+    moving = {
+        "Concat",
+        "Constant",
+        "Gather",
+        "GreaterOrEqual",
+        "Max",
+        "Reshape",
+        "Split",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
     # A row of the embedding by itself; some rows of the position table, weighted; the mean of a visual token's patches.
     looking_up = {"GatherBlockQuantized", "ReduceSum", "ReduceMean"}
     assert found <= tested | moving | looking_up
