@@ -8,18 +8,17 @@ from dataclasses import replace
 import onnx
 
 from moevlm.export.config import ModelConfig
+from moevlm.export.parity.wrapped_engine import WrappedEngine
 from moevlm.plugins.ops.router import route
 from moevlm.runtime.backends.ort.backend import open_graphs, operators_for
 from moevlm.runtime.backends.ort.engine import OrtEngine
 from moevlm.runtime.bundle.reader import Bundle
-from moevlm.runtime.core.states import StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
-from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
-from moevlm.runtime.engine.visual import FeatureRows, VisualFeatures
-from moevlm.runtime.request.vision_inputs import VisionInputs
+from moevlm.runtime.engine.step import Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows
 
 
-class DebugEngine:
+class DebugEngine(WrappedEngine):
     """An engine of a bundle whose steps also say which experts each token went to, and its hidden states.
 
     A graph that keeps its routers shows `expert_index` itself; where the kernel routes (kernel_routes), the numpy spec
@@ -40,33 +39,21 @@ class DebugEngine:
             for name in wanted:
                 dtype = onnx.TensorProto.INT32 if name.endswith("index") else onnx.TensorProto.FLOAT
                 graph.graph.output.append(onnx.helper.make_tensor_value_info(name, dtype, [None, None]))
-        self._engine = OrtEngine(
-            next(iter(vision), None),
-            replace(decoder, data=graph.SerializeToString()),
-            bundle.manifest.model,
-            engine,
-            operators=operators_for(engine),
+        super().__init__(
+            OrtEngine(
+                next(iter(vision), None),
+                replace(decoder, data=graph.SerializeToString()),
+                bundle.manifest.model,
+                engine,
+                operators=operators_for(engine),
+            )
         )
         self.kernel_routes = not any(f"layers.{i}.expert_index" in produced for i in config.moe_layers)
-
-    @property
-    def limits(self) -> EngineLimits:
-        return self._engine.limits
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        return self._engine.states
-
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
-        return self._engine.encode(inputs, cancellation)
-
-    def reserve(self, pages: int, rows: int) -> None:
-        self._engine.reserve(pages, rows)
 
     def forward(
         self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
-        output = self._engine.forward(step, visual, cancellation)
+        output = super().forward(step, visual, cancellation)
         if not self.kernel_routes:
             return output
         chosen = {  # such a kernel has no correction bias, see `LowerMoE`
@@ -74,6 +61,3 @@ class DebugEngine:
             for i, moe in self._config.moe.items()
         }
         return replace(output, outputs={**output.outputs, **chosen})
-
-    def close(self) -> None:
-        self._engine.close()

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from moevlm.runtime.core.states import StateSpec
+from moevlm.export.parity.wrapped_engine import WrappedEngine
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.protocol import Engine
-from moevlm.runtime.engine.step import EngineLimits, Step, StepOutput
-from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, VisualFeatures, joined
-from moevlm.runtime.request.vision_inputs import VisionInputs
+from moevlm.runtime.engine.step import Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
 
 Array = np.ndarray
 LOGITS_KEPT = 8  # rows at each end of a step's: there kernels differ, and all of them are many
@@ -52,35 +51,24 @@ class _Kept:
         return RecordedSequence({name: part for name, (part,) in self.parts.items()}, visual, self.logits)
 
 
-class RecordedEngine:
+class RecordedEngine(WrappedEngine):
     """An engine of which is kept what every step was given, what came out and, if it has any, its debug outputs.
 
     A sequence is known by its state row, from one `reserve` to the next.
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        super().__init__(engine)
         self._pools: list[dict[int, _Kept]] = []
 
-    @property
-    def limits(self) -> EngineLimits:
-        return self._engine.limits
-
-    @property
-    def states(self) -> tuple[StateSpec, ...]:
-        return self._engine.states
-
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> VisualFeatures:
-        return self._engine.encode(inputs, cancellation)
-
     def reserve(self, pages: int, rows: int) -> None:
-        self._engine.reserve(pages, rows)
+        super().reserve(pages, rows)
         self._pools.append({})
 
     def forward(
         self, step: Step, visual: Sequence[FeatureRows] = (), cancellation: Cancellation | None = None
     ) -> StepOutput:
-        output = self._engine.forward(step, visual, cancellation)
+        output = super().forward(step, visual, cancellation)
         pool = self._pools[-1]
         features = joined(visual) if visual else None
         values = {"input_ids": step.input_ids, "visual_index": step.visual_index, **output.outputs}

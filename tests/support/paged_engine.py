@@ -28,6 +28,17 @@ from moevlm.runtime.request.vision_inputs import VisionInputs
 VOCABULARY = 41
 ROPE = RopeMetadata(dim=4, theta=100.0, sections=(1, 1, 0), interleaved=False)
 EOS, IMAGE = 3, VOCABULARY - 1
+TOWER = GridTower(
+    patch_size=4,
+    temporal_patch_size=2,
+    merge_size=2,
+    channels=3,
+    head_dim=4,
+    rope_theta=1e4,
+    position_grid=4,
+    position_resampling="bilinear",
+    deepstack=0,
+)
 MODEL = ModelMetadata(
     model_type="paged",
     hidden=1,
@@ -37,17 +48,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(EOS,),
     image_token_id=IMAGE,
     ropes=(ROPE,),
-    vision=GridTower(
-        patch_size=4,
-        temporal_patch_size=2,
-        merge_size=2,
-        channels=3,
-        head_dim=4,
-        rope_theta=1e4,
-        position_grid=4,
-        position_resampling="bilinear",
-        deepstack=0,
-    ),
+    vision=TOWER,
 )
 SEEING_MODEL = msgspec.structs.replace(
     MODEL, layers=tuple(msgspec.structs.replace(layer, bidirectional_images=True) for layer in MODEL.layers)

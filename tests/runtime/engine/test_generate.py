@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from moevlm.runtime.core.errors import BundleError, EngineError, RequestError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
 from moevlm.runtime.core.states import PagedKV
-from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.engine.answer import Piece
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.generate import Runtime
@@ -29,6 +28,7 @@ from moevlm.runtime.request.sampler import Sampler
 from moevlm.runtime.request.sampling import SamplingParams
 from moevlm.runtime.request.tokenizer import Tokenizer
 from moevlm.runtime.request.vision_inputs import VisionInputs
+from tests.support.paged_engine import TOWER
 
 SPECIAL = ["<|end|>", "<|start|>", "<|image|>"]
 END, START, IMAGE = range(3)
@@ -57,17 +57,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(END,),
     image_token_id=IMAGE,
     ropes=(RopeMetadata(dim=8, theta=100.0, sections=(2, 1, 1), interleaved=False),),
-    vision=GridTower(
-        patch_size=4,
-        temporal_patch_size=2,
-        merge_size=2,
-        channels=3,
-        head_dim=4,
-        rope_theta=1e4,
-        position_grid=4,
-        position_resampling="bilinear",
-        deepstack=0,
-    ),
+    vision=TOWER,
 )
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",

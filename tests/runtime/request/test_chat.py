@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 from moevlm.runtime.core.errors import BundleError, RequestError
 from moevlm.runtime.core.manifest import LayerMetadata, ModelMetadata, RopeMetadata
-from moevlm.runtime.core.towers import GridTower
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.messages import visuals_of
 from moevlm.runtime.request.prompt_builder import PromptBuilder
 from moevlm.runtime.request.tokenizer import Tokenizer
+from tests.support.paged_engine import TOWER
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "[Z]"]
 IMAGE = SPECIAL.index("<|image_pad|>")
@@ -136,17 +136,7 @@ MODEL = ModelMetadata(
     eos_token_ids=(2,),
     image_token_id=IMAGE,
     ropes=(RopeMetadata(dim=4, theta=1e4, sections=(1, 1, 0), interleaved=True),),
-    vision=GridTower(
-        patch_size=4,
-        temporal_patch_size=2,
-        merge_size=2,
-        channels=3,
-        head_dim=4,
-        rope_theta=1e4,
-        position_grid=4,
-        position_resampling="bilinear",
-        deepstack=0,
-    ),
+    vision=TOWER,
 )
 
 
