@@ -9,21 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bench.plan_launches import launches
 from moevlm.export.build import build
 from moevlm.export.families import family_for
-from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import BundleError, CheckpointError, RequestError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.bundles import edit_manifest
 from tests.support.checkpoints import assert_same, canonical, names, refused, renamed, with_field
 from tests.support.fakes.gpu import TARGET, gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
+from tests.support.requests import assert_alone_as_together, assert_parity, picture
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 TARGETS = ("reference", "ort-cpu", "cpu:int8", "cpu:int4")
@@ -169,10 +167,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
 
 
 def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
-    report = check_parity(bundle[0].directory, bundle[1], quick=True)
-    assert [check for check in report.checks if not check.passed] == []
-    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
-    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
+    assert assert_parity(*bundle, TARGETS) == ()
 
 
 def test_costs_count_the_towers_blocks_by_the_patch_and_its_queries_by_the_image(bundle: tuple[Bundle, Path]) -> None:
@@ -204,11 +199,6 @@ def test_a_manifest_with_another_tower_is_refused_by_name(
     refused(BundleError, f"model.vision.{field} = {value}", allowed, act=lambda: Bundle.open(copy))
 
 
-def picture(width: int, height: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels)}
-
-
 def test_every_image_has_as_many_tokens_alone_and_beside_others(bundle: tuple[Bundle, Path]) -> None:
     with load_runtime(bundle[0].directory, "cpu:int8", LoadOptions(threads=1)) as runtime:
         wide, small = picture(48, 20), picture(16, 16)
@@ -224,10 +214,7 @@ def test_every_image_has_as_many_tokens_alone_and_beside_others(bundle: tuple[Bu
             RequestError, match=r"86 of the prompt's 90 images have 516 tokens, the model's context 512$"
         ):
             runtime.prompt(many)
-        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
-        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
-        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
-        assert found[1:] == found[:1] * 2
+        assert_alone_as_together(runtime, prompt)
 
 
 def test_steps_on_a_gpu_are_given_the_tokens_of_every_image(bundle: tuple[Bundle, Path], tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from moevlm.export.build import build
 from moevlm.runtime.bundle.reader import Bundle
@@ -14,14 +13,10 @@ from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
-from tests.support.command_line import call
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
+from tests.support.requests import asked, commands_answer, logprobs, picture
 from tests.support.tiny import TinyCheckpoint
-
-TOKENS = 6
-PARAMS = SamplingParams(max_new_tokens=TOKENS, ignore_eos=True, logprobs=3)
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +32,16 @@ def runtime(bundle: Bundle) -> Iterator[Runtime]:
         yield loaded
 
 
-def picture(seed: int, tokens: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (40, 56, 3), np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels), "max_pixels": 64 * tokens}
-
-
-def asked(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return [{"role": "user", "content": content}]
+def pooled(seed: int, tokens: int) -> dict[str, Any]:
+    return picture(56, 40, seed, max_pixels=64 * tokens)
 
 
 REQUESTS = [
     asked("hi"),
-    asked("what is on ", picture(1, 12), " and on ", picture(2, 30), "?"),
-    asked("more text than a window has, and then ", picture(3, 70)),
-    asked("what is on ", picture(1, 12), " and on ", picture(4, 20), "?"),
+    asked("what is on ", pooled(1, 12), " and on ", pooled(2, 30), "?"),
+    asked("more text than a window has, and then ", pooled(3, 70)),
+    asked("what is on ", pooled(1, 12), " and on ", pooled(4, 20), "?"),
 ]
-
-
-def logprobs(runtime: Runtime, requests: list[Any]) -> list[list[float]]:
-    answers = runtime.generate_many(requests, params=PARAMS)
-    return [[token.logprob for token in answer.sampled] for answer in answers]
 
 
 def test_prompt_has_marks_around_its_images_and_counted_positions(runtime: Runtime) -> None:
@@ -88,15 +72,10 @@ def test_what_is_left_out_of_the_model_is_refused_in_a_request(kind: str, runtim
 
 def test_steps_on_a_gpu_are_given_what_image_tokens_see(bundle: Bundle, tmp_path: Path) -> None:
     """On a fake GPU that evaluates the canonical graphs."""
-    requests = [asked("hi"), asked("on ", picture(1, 12), " and ", picture(2, 9), "?"), asked(picture(3, 16), " is?")]
+    requests = [asked("hi"), asked("on ", pooled(1, 12), " and ", pooled(2, 9), "?"), asked(pooled(3, 16), " is?")]
     directory = gpu_bundle(bundle.directory, tmp_path)
     assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
 def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:
-    Image.new("RGB", (64, 40), "red").save(tmp_path / "red.png")
-    arguments = ["--image", tmp_path / "red.png", "--prompt", "What is this?", "--max-new-tokens", "4", "--verbose"]
-    said = call("run", bundle.directory, "--target", "cpu:int8", *arguments)
-    assert said.status == 0
-    assert "of them image" in said.err + said.out
-    assert call("inspect", bundle.directory).status == 0
+    commands_answer(bundle, tmp_path)

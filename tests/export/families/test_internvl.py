@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from moevlm.export.build import build
 from moevlm.export.checkpoint.directory import Checkpoint
@@ -20,13 +19,13 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.bundles import edit_manifest
 from tests.support.checkpoints import assert_same, canonical, refused, with_field
 from tests.support.fakes.gpu import TARGET, gpu_bundle
 from tests.support.families.internvl import GPT_OSS
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS
+from tests.support.requests import assert_alone_as_together, assert_parity, picture
 from tests.support.tiny import TinyCheckpoint
 
 TARGETS = ("reference", "ort-cpu", "cpu:int8", "cpu:int4")
@@ -96,15 +95,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
-    report = check_parity(bundle[0].directory, bundle[1], quick=True)
-    assert [check for check in report.checks if not check.passed] == []
-    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
-    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
-
-
-def picture(width: int, height: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels)}
+    assert assert_parity(*bundle, TARGETS) == ()
 
 
 def test_tiles_and_overview_stand_between_the_marks_of_an_image(bundle: tuple[Bundle, Path]) -> None:
@@ -122,10 +113,7 @@ def test_tiles_and_overview_stand_between_the_marks_of_an_image(bundle: tuple[Bu
         assert prompt.image_tokens == 32
         assert runtime.prompt(messages, max_image_tokens=12).image_tokens == 4 * 3 + 4  # 1 x 2 tiles and an overview
         np.testing.assert_array_equal(prompt.positions, [range(len(ids))] * 3)
-        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
-        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
-        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
-        assert found[1:] == found[:1] * 2
+        assert_alone_as_together(runtime, prompt)
 
 
 def test_steps_on_a_gpu_are_given_whole_tiles(bundle: tuple[Bundle, Path], tmp_path: Path) -> None:

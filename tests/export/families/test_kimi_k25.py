@@ -19,7 +19,6 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.graph.moved_codes import coded
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, UnsupportedModelError
 from moevlm.runtime.engine.generate import Runtime
@@ -28,6 +27,7 @@ from moevlm.runtime.loading import load_runtime
 from tests.support.checkpoints import assert_same, canonical, names, refused, renamed, with_field
 from tests.support.families.kimi_k25 import AS_PUBLISHED
 from tests.support.published import FORMATS, floats
+from tests.support.requests import assert_parity
 from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
 MODEL = TinyCheckpoint("kimi_k25", text={"vocab_size": 96}, seed=76)
@@ -159,11 +159,7 @@ def runtime(bundle: tuple[Bundle, Path]) -> Iterator[Runtime]:
 
 
 def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
-    report = check_parity(bundle[0].directory, bundle[1], quick=True)
-    assert [check for check in report.checks if not check.passed] == []
-    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
-    assert report.not_compared == (("images",) if find_spec("torchvision") is None else ())
-    assert [check.note for check in report.checks if check.step == "requests" and check.compared and check.note] == []
+    assert assert_parity(*bundle, TARGETS) == (("images",) if find_spec("torchvision") is None else ())
 
 
 def test_an_image_s_tokens_stand_inside_of_what_the_template_writes(runtime: Runtime) -> None:

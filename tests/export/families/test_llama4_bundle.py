@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from moevlm.export.build import build
 from moevlm.runtime.bundle.reader import Bundle
@@ -17,14 +14,12 @@ from moevlm.runtime.core.errors import RequestError
 from moevlm.runtime.engine.generate import Runtime
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
-from tests.support.command_line import call
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.families.llama4 import SEPARATORS
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
+from tests.support.requests import asked, commands_answer, logprobs, picture
 from tests.support.tiny import TinyCheckpoint
 
-PARAMS = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=3)
 TOKENS = 4  # visual tokens of a tile, whose side is 16 pixels
 
 
@@ -41,27 +36,12 @@ def runtime(bundle: Bundle) -> Iterator[Runtime]:
         yield loaded
 
 
-def picture(seed: int, width: int, height: int) -> dict[str, Any]:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return {"type": "image", "image": Image.fromarray(pixels)}
-
-
-def asked(*parts: str | dict[str, Any]) -> list[dict[str, Any]]:
-    content = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
-    return [{"role": "user", "content": content}]
-
-
 REQUESTS = [
     asked("hi"),
-    asked("what is on ", picture(1, 32, 48), " and on ", picture(2, 9, 16), "?"),
-    asked("more text than a chunk of positions has, and then ", picture(3, 90, 20)),
-    asked("what is on ", picture(1, 32, 48), " and on ", picture(4, 16, 33), "?"),
+    asked("what is on ", picture(32, 48, seed=1), " and on ", picture(9, 16, seed=2), "?"),
+    asked("more text than a chunk of positions has, and then ", picture(90, 20, seed=3)),
+    asked("what is on ", picture(32, 48, seed=1), " and on ", picture(16, 33, seed=4), "?"),
 ]
-
-
-def logprobs(runtime: Runtime, requests: list[Any]) -> list[list[float]]:
-    answers = runtime.generate_many(requests, params=PARAMS)
-    return [[token.logprob for token in answer.sampled] for answer in answers]
 
 
 def test_prompt_has_tiles_in_rows_with_separators_and_an_overview(runtime: Runtime) -> None:
@@ -69,7 +49,7 @@ def test_prompt_has_tiles_in_rows_with_separators_and_an_overview(runtime: Runti
     image, across, down = (tokenizer.added[name] for name in SEPARATORS)
     visual, marks = [model.image_token_id] * TOKENS, model.image_marks
     tiled = [*visual, across, *visual, down] * 3
-    for part, middle in ((picture(1, 32, 48), tiled), (picture(2, 9, 16), [])):
+    for part, middle in ((picture(32, 48, seed=1), tiled), (picture(9, 16, seed=2), [])):
         ids = runtime.prompt(asked("a", part, "b")).ids.tolist()
         written = [*marks.begin, *middle, image, *visual, *marks.end]
         start = ids.index(marks.begin[0])
@@ -79,7 +59,7 @@ def test_prompt_has_tiles_in_rows_with_separators_and_an_overview(runtime: Runti
 def test_tiles_that_are_too_much_for_an_engine_are_told_by_their_image(
     runtime: Runtime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompt = runtime.prompt(asked(picture(1, 32, 48), picture(2, 9, 16)))
+    prompt = runtime.prompt(asked(picture(32, 48, seed=1), picture(9, 16, seed=2)))
     assert prompt.sources == ("image 1",) * 7 + ("image 2",)  # six tiles and their overview, and one alone
     monkeypatch.setattr(runtime.engine, "limits", replace(runtime.engine.limits, max_patches=15))
     with pytest.raises(RequestError, match=r"^image 2 needs 16 patches at once, the engine was built for up to 15 "):
@@ -103,18 +83,12 @@ def test_every_engine_answers(target: str, bundle: Bundle) -> None:
 
 def test_steps_on_a_gpu_are_given_the_scales_of_queries(bundle: Bundle, tmp_path: Path) -> None:
     """On a fake GPU that evaluates the canonical graphs."""
-    requests = [asked("hi"), asked("on ", picture(1, 32, 32), " and ", picture(2, 9, 9), "?")]
+    requests = [asked("hi"), asked("on ", picture(32, 32, seed=1), " and ", picture(9, 9, seed=2), "?")]
     directory = gpu_bundle(bundle.directory, tmp_path)
     assert_steps_are_those_of_reference(directory, requests, tmp_path)
 
 
 def test_commands_answer_and_inspect(bundle: Bundle, tmp_path: Path) -> None:
-    Image.new("RGB", (64, 40), "red").save(tmp_path / "red.png")
-    arguments = ["--image", tmp_path / "red.png", "--prompt", "What is this?", "--max-new-tokens", "4", "--verbose"]
-    said = call("run", bundle.directory, "--target", "cpu:int8", *arguments)
-    assert said.status == 0
-    assert "of them image" in said.err + said.out
-    told = call("inspect", bundle.directory)
-    assert told.status == 0
+    told = commands_answer(bundle, tmp_path)
     heads = "4 heads on 2 key-value heads of 16"
-    assert f"3 layers: GQA with q/k norms, {heads}, chunks of 16; 1 layer: GQA, {heads}\n" in told.out
+    assert f"3 layers: GQA with q/k norms, {heads}, chunks of 16; 1 layer: GQA, {heads}\n" in told

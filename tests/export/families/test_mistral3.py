@@ -18,11 +18,11 @@ from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, UnsupportedModelError
 from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
-from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.checkpoints import canonical, names, refused, with_field
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
 from tests.support.published import FORMATS, floats
+from tests.support.requests import assert_alone_as_together, assert_parity
 from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
 MODEL = TinyCheckpoint("mistral3", text={"vocab_size": 96}, seed=66)
@@ -84,10 +84,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Path]:
 
 
 def test_every_target_and_its_requests_pass_parity(bundle: tuple[Bundle, Path]) -> None:
-    report = check_parity(bundle[0].directory, bundle[1], quick=True)
-    assert [check for check in report.checks if not check.passed] == []
-    assert {check.step for check in report.checks} >= {*TARGETS, "requests"}
-    assert not [check.note for check in report.checks if check.step == "requests" and check.note]
+    assert assert_parity(*bundle, TARGETS) == ()
 
 
 def test_an_image_has_a_break_behind_each_row_but_the_last_and_an_end(bundle: tuple[Bundle, Path]) -> None:
@@ -104,10 +101,7 @@ def test_an_image_has_a_break_behind_each_row_but_the_last_and_an_end(bundle: tu
         assert ids[first : first + 15] == whole
         assert ids[first + 16 : first + 31] == whole
         np.testing.assert_array_equal(prompt.positions, [range(len(ids))] * 3)
-        params = SamplingParams(max_new_tokens=4, ignore_eos=True, logprobs=2)
-        (alone,), together = (runtime.generate_many([prompt] * count, params=params) for count in (1, 2))
-        found = [[token.logprob for token in answer.sampled] for answer in (alone, *together)]
-        assert found[1:] == found[:1] * 2
+        assert_alone_as_together(runtime, prompt)
 
 
 def test_steps_on_a_gpu_are_given_images_and_what_stands_between_their_rows(
