@@ -8,7 +8,7 @@ from moevlm.export.config import MLPConfig, QueryVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.convolutions import flattened
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import Indices, Shape, Source, Tensors, changed, named, side_by_side, stored
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors, changed, stored
 from moevlm.export.graph.rearranged import RowBlocks
 from moevlm.export.graph.weights import Weight
 from moevlm.runtime.core.errors import CheckpointError
@@ -92,12 +92,7 @@ ARIA_TOWER: shared.Weights = {
     "vision.patch_embedding.weight": flattened(f"{_TOWER}embeddings.patch_embedding.weight"),
     "vision.patch_embedding.bias": f"{_TOWER}embeddings.patch_embedding.bias",
     "vision.position_embedding": f"{_TOWER}embeddings.position_embedding.weight",
-    **{
-        f"vision.blocks.{{i}}.attention.qkv.{part}": side_by_side(
-            *(named(f"{_BLOCK}self_attn.{name}_proj.{part}") for name in "qkv")
-        )
-        for part in shared.BOTH
-    },
+    **shared.joined_qkv(f"{_BLOCK}self_attn."),
     "vision.queries": _first_queries,
     **{
         f"vision.{ours}.1.{part}": _third(f"{_CROSS}multihead_attn.in_proj_{part}", third)

@@ -8,7 +8,7 @@ from moevlm.export.config import MLPConfig, ProjectorConfig, TileVisionConfig
 from moevlm.export.families import shared
 from moevlm.export.families.convolutions import flattened
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import Indices, Shape, Source, Tensors, named, side_by_side, without_batch
+from moevlm.export.families.sources import Indices, Shape, Source, Tensors, named, without_batch
 from moevlm.export.families.tiles import merged_side, positions, tile_sides
 from moevlm.export.graph.weights import ScaledRows, Weight
 
@@ -79,12 +79,7 @@ INTERNVL_TOWER: shared.Weights = {
         joined=f"{_PROJECTOR}layer_norm.weight",
         class_first=True,
     ),
-    **{
-        f"vision.blocks.{{i}}.attention.qkv.{part}": side_by_side(
-            *(named(f"{_BLOCK}attention.{name}_proj.{part}") for name in "qkv")
-        )
-        for part in shared.BOTH
-    },
+    **shared.joined_qkv(f"{_BLOCK}attention."),
     **{
         f"vision.blocks.{{i}}.attention.out.{part}": _scaled(
             f"{_BLOCK}attention.projection_layer.{part}", f"{_BLOCK}lambda_1"

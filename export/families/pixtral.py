@@ -8,7 +8,6 @@ from moevlm.export.families import shared
 from moevlm.export.families.convolutions import flattened, unfolded
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import named, side_by_side
 
 _TOWER, _PROJECTOR = "model.vision_tower.", "model.multi_modal_projector."
 _BLOCK = f"{_TOWER}transformer.layers.{{i}}."
@@ -46,9 +45,7 @@ def pixtral_tower(vision: Fields, fields: Fields, out: int, epsilon: float) -> R
 
 PIXTRAL_TOWER: shared.Weights = {
     "vision.patch_embedding.weight": flattened(f"{_TOWER}patch_conv.weight"),
-    "vision.blocks.{i}.attention.qkv.weight": side_by_side(
-        *(named(f"{_BLOCK}attention.{name}_proj.weight") for name in "qkv")
-    ),
+    **shared.joined_qkv(f"{_BLOCK}attention."),
     "vision.merger.join.weight": unfolded(f"{_PROJECTOR}patch_merger.merging_layer.weight"),
     **shared.renamed(
         {

@@ -8,7 +8,7 @@ from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.interleaved_experts import InterleavedExperts
 from moevlm.export.families.rope import axial_theta
-from moevlm.export.families.sources import Source
+from moevlm.export.families.sources import Source, named, side_by_side
 from moevlm.runtime.core.manifest import QueryScaleMetadata, RopeMetadata, VideoMetadata
 
 Weights = Mapping[str, str | Source]
@@ -25,6 +25,16 @@ NEXT_TOKENS = "layers that predict further tokens, which transformers does not l
 def renamed(modules: Mapping[str, str], parts: Iterable[str] = ("weight",)) -> dict[str, str]:
     """Parameters of modules, ours to theirs."""
     return {f"{ours}.{part}": f"{theirs}.{part}" for ours, theirs in modules.items() for part in parts}
+
+
+def joined_qkv(attention: str) -> dict[str, Source]:
+    """The projection of a tower's block out of three. attention: what comes before the names of these."""
+    return {
+        f"vision.blocks.{{i}}.attention.qkv.{part}": side_by_side(
+            *(named(f"{attention}{name}_proj.{part}") for name in "qkv")
+        )
+        for part in BOTH
+    }
 
 
 def decoder_weights(experts: Experts | InterleavedExperts, model: str = "model.language_model.") -> Weights:
