@@ -184,7 +184,7 @@ def test_positions_are_those_of_transformers(runtime: Runtime) -> None:
 
 
 def test_videos_are_refused_by_name(runtime: Runtime) -> None:
-    with pytest.raises(RequestError, match=r'\.type = .?"?video.* \(supported: image, '):
+    with pytest.raises(RequestError, match=r'\.type = .?"?video.* \(allowed: image, '):
         runtime.prompt([{"role": "user", "content": [{"type": "video", "video": "file"}]}])
 
 

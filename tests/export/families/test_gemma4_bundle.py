@@ -66,7 +66,7 @@ def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, ru
 
 @pytest.mark.parametrize("kind", ["audio", "video"])
 def test_what_is_left_out_of_the_model_is_refused_in_a_request(kind: str, runtime: Runtime) -> None:
-    with pytest.raises(RequestError, match=rf'\.type = .?"?{kind}.* \(supported: image, '):
+    with pytest.raises(RequestError, match=rf'\.type = .?"?{kind}.* \(allowed: image, '):
         runtime.prompt(asked({"type": kind, kind: "file"}))
 
 

@@ -174,7 +174,7 @@ def test_an_image_s_tokens_stand_inside_of_what_the_template_writes(runtime: Run
 
 
 def test_videos_are_refused_by_name(runtime: Runtime) -> None:
-    with pytest.raises(RequestError, match=r'\.type = .?"?video.* \(supported: image, '):
+    with pytest.raises(RequestError, match=r'\.type = .?"?video.* \(allowed: image, '):
         runtime.prompt([{"role": "user", "content": [{"type": "video", "video": "file"}]}])
 
 
