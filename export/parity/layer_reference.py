@@ -26,7 +26,8 @@ from moevlm.export.modules.layers import ExactLinear
 from moevlm.export.modules.mixers import StepTensors
 from moevlm.export.modules.ops import Arithmetic, computing, recorded_taps
 from moevlm.export.parity.recorded_engine import RecordedSequence
-from moevlm.export.parity.torch_engine import Images, zeros
+from moevlm.export.parity.torch_engine import zeros
+from moevlm.export.parity.torch_images import Images
 from moevlm.runtime.core.engine_metadata import EngineMetadata
 from moevlm.runtime.core.states import PagedKV
 from moevlm.runtime.engine.visual import HostFeatures

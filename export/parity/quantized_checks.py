@@ -8,7 +8,8 @@ import numpy as np
 
 from moevlm.export.backends.onnx_target import VISION
 from moevlm.export.model import CanonicalModel
-from moevlm.export.parity.checks import Expected, alone, routing_flips
+from moevlm.export.parity.checks import alone, routing_flips
+from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.flip_margin import flip_margin
 from moevlm.export.parity.layer_reference import Deviation, Rounding, layer_deviations, vision_deviations
 from moevlm.export.parity.measures import kl_divergences, relative_error, rms_error

@@ -13,8 +13,9 @@ from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.batch import BatchLimits
 from moevlm.export.parity.cases import long_cases, random_cases
-from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs, hidden_states, rounding_checks
+from moevlm.export.parity.checks import ask, checks, debug_outputs, hidden_states, rounding_checks
 from moevlm.export.parity.debug_engine import DebugEngine
+from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.needs import Needs
 from moevlm.export.parity.oracle import Oracle
 from moevlm.export.parity.quantized_checks import Recording, quantized_checks

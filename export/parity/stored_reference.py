@@ -13,7 +13,7 @@ from moevlm.export.graph.weights import Weight
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.batch import Batch, BatchLimits
 from moevlm.export.parity.cases import Case, pack
-from moevlm.export.parity.checks import Expected
+from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable

@@ -4,20 +4,19 @@ What parity asks an engine does not depend on what it answers. So it is asked tw
 each layer takes all of them before the next one is read; then the same calls get their answers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from moevlm.export.config import DecoderConfig
 from moevlm.export.graph.weights import read
 from moevlm.export.model import CanonicalModel, load
 from moevlm.export.modules.decoder import Decoder, Layer, of_images, visual_rows
 from moevlm.export.modules.mixers import States, StepTensors
 from moevlm.export.modules.ops import recorded_taps
-from moevlm.export.modules.streaming import parts_of, release, set_tensor, stream
+from moevlm.export.modules.streaming import release, set_tensor
+from moevlm.export.parity.step_notes import PAGE, NotedPool, NotedStep, StepNotes, limits_of
+from moevlm.export.parity.torch_images import Images, equal
 from moevlm.runtime.core.errors import EngineError
 from moevlm.runtime.core.names import CANDIDATES
 from moevlm.runtime.core.progress import Progress
@@ -25,107 +24,9 @@ from moevlm.runtime.core.states import PagedKV, StateSpec
 from moevlm.runtime.engine.cancellation import Cancellation
 from moevlm.runtime.engine.candidates import candidates_of
 from moevlm.runtime.engine.protocol import Engine
-from moevlm.runtime.engine.step import Candidates, EngineLimits, Step, StepOutput
-from moevlm.runtime.engine.visual import FeatureRows, HostFeatures, joined
+from moevlm.runtime.engine.step import Step, StepOutput
+from moevlm.runtime.engine.visual import FeatureRows, HostFeatures
 from moevlm.runtime.request.vision_inputs import VisionInputs
-
-PAGE = 16  # tokens: short prompts have several pages
-_ANY = 1 << 20  # sequences, tokens or logits of a step
-
-
-@dataclass
-class NotedStep:
-    """A step and what became of it. x: the residual stream, [T, H]. outputs: debug outputs, if they were asked for."""
-
-    step: Step
-    visual: HostFeatures
-    x: torch.Tensor
-    asked: bool = False
-    outputs: dict[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass
-class NotedPool:
-    """The steps on one pool, in order."""
-
-    pages: int
-    rows: int
-    steps: list[NotedStep] = field(default_factory=list)
-
-
-class _Asked(Mapping[str, np.ndarray]):
-    """Empty; who looks into it will have the step's debug outputs the second time."""
-
-    def __init__(self, noted: NotedStep) -> None:
-        self._noted = noted
-
-    def __iter__(self) -> Iterator[str]:
-        self._noted.asked = True
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        raise KeyError(name)
-
-
-class StepNotes:
-    """The first time: an engine that encodes images, and answers steps with logits of no vocabulary."""
-
-    def __init__(self, config: DecoderConfig, images: "Images") -> None:
-        self._config, self._images = config, images
-        self.limits, self.states = _limits(config), config.states
-        self.pools: list[NotedPool] = []
-
-    def encode(self, inputs: VisionInputs, cancellation: Cancellation | None = None) -> HostFeatures:  # noqa: ARG002
-        return self._images.encode(inputs)
-
-    def reserve(self, pages: int, rows: int) -> None:
-        self.pools.append(NotedPool(pages, rows))
-
-    def forward(
-        self,
-        step: Step,
-        visual: Sequence[FeatureRows] = (),
-        cancellation: Cancellation | None = None,  # noqa: ARG002
-    ) -> StepOutput:
-        none = HostFeatures(
-            np.zeros((1, self._config.hidden), np.float32),
-            np.zeros((self._config.deepstack, 1, self._config.hidden), np.float32),
-        )
-        noted = NotedStep(step, joined(visual) if visual else none, torch.empty(0))
-        self.pools[-1].steps.append(noted)
-        rows = len(step.logits_index)
-        logits, ids = np.zeros((rows, 0), np.float32), np.zeros((rows, 0), np.int32)
-        return StepOutput(Candidates(logits, ids, np.zeros(rows, np.float32)), logits.__getitem__, _Asked(noted))
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-class Images:
-    """The vision tower, block by block. An input that it has seen is not computed again."""
-
-    def __init__(self, vision: nn.Module, model: CanonicalModel) -> None:
-        self._vision, self._seen = vision, list[tuple[VisionInputs, HostFeatures]]()
-        weights = model.vision_weights
-        parts = parts_of(vision, (nn.ModuleList,))
-        for name in vision.state_dict():
-            if not name.startswith(tuple(f"{part}." for part in parts)):
-                set_tensor(vision, name, torch.from_numpy(read(weights[name])))
-        stream(parts, lambda name: load(parts[name], weights, f"{name}."))
-
-    @torch.no_grad()
-    def encode(self, inputs: VisionInputs) -> HostFeatures:
-        for known, features in self._seen:
-            if _equal(known, inputs):
-                return features
-        embeds, deepstack = self._vision(**{name: torch.from_numpy(array) for name, array in inputs.arrays.items()})
-        empty = np.zeros((0, *embeds.shape), np.float32)
-        features = HostFeatures(embeds.numpy(), empty if deepstack is None else deepstack.numpy())
-        self._seen.append((inputs, features))
-        return features
 
 
 class TorchEngine:
@@ -139,7 +40,7 @@ class TorchEngine:
         self, model: CanonicalModel, ask: Callable[[Engine], object], progress: Progress = lambda *_: None
     ) -> None:
         config = model.config.decoder
-        self.limits, self.states = _limits(config), config.states
+        self.limits, self.states = limits_of(config), config.states
         vision, self._decoder = model.towers()
         self._images = Images(vision, model)
         notes = StepNotes(config, self._images)
@@ -164,7 +65,7 @@ class TorchEngine:
         visual: Sequence[FeatureRows] = (),  # noqa: ARG002
         cancellation: Cancellation | None = None,  # noqa: ARG002
     ) -> StepOutput:
-        if not self._pool.steps or not _equal(step, self._pool.steps[0].step):
+        if not self._pool.steps or not equal(step, self._pool.steps[0].step):
             raise EngineError("nobody announced this step")
         noted = self._pool.steps.pop(0)
         logits = self._decoder.logits(noted.x, torch.from_numpy(step.logits_index)).numpy()
@@ -256,18 +157,3 @@ def _run_layer(decoder: Decoder, i: int, layer: Layer, pools: Sequence[NotedPool
         deepstack = torch.from_numpy(noted.visual.deepstack) if decoder.config.deepstack else None
         visual = visual_rows(torch.from_numpy(noted.step.visual_index))
         noted.x = decoder.add_deepstack(i, x, deepstack, visual)
-
-
-def _limits(config: DecoderConfig) -> EngineLimits:
-    return EngineLimits(_ANY, _ANY, _ANY, config.context, PAGE)
-
-
-def _equal(first: object, second: object) -> bool:
-    """Arrays, or dataclasses, mappings and tuples of them."""
-    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray):
-        return np.array_equal(first, second)
-    if isinstance(first, Mapping) and isinstance(second, Mapping):
-        return first.keys() == second.keys() and all(_equal(value, second[name]) for name, value in first.items())
-    if isinstance(first, tuple) and isinstance(second, tuple):
-        return len(first) == len(second) and all(map(_equal, first, second))
-    return _equal(vars(first), vars(second)) if hasattr(first, "__dataclass_fields__") else first == second

@@ -15,7 +15,8 @@ from moevlm.export.checkpoint.directory import Checkpoint
 from moevlm.export.families import family_for
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.cases import Case, ordinary_ids, random_cases
-from moevlm.export.parity.checks import Expected, ask, checks, debug_outputs
+from moevlm.export.parity.checks import ask, checks, debug_outputs
+from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.oracle import Oracle, auto_model, inputs_of, reference_config
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.tolerances import EXACT

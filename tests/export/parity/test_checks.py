@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from moevlm.export.parity.checks import DebugOutputs, FirstChoices, _routing
+from moevlm.export.parity.checks import FirstChoices, _routing
+from moevlm.export.parity.expected import DebugOutputs
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.tolerances import Tolerance
 from moevlm.plugins.ops.spec import RouterSpec

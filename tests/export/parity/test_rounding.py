@@ -14,7 +14,8 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.export.graph.functions import add_functions
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.cases import Case, random_cases
-from moevlm.export.parity.checks import Expected, checks, rounding_checks
+from moevlm.export.parity.checks import checks, rounding_checks
+from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.report import Check
 from moevlm.export.parity.stored_reference import Storage, expected_on, stored_model
 from moevlm.export.parity.tolerances import tolerance_of
