@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load_file
 
 from bench.variants import MODELS
 from moevlm.export.backends.tensorrt import engine_target, machine, worker
@@ -19,6 +21,8 @@ from moevlm.export.backends.tensorrt.passes.plugin_moe import PluginMoE
 from moevlm.export.backends.tensorrt.plan_builder import Job, build_plan
 from moevlm.export.build import add_targets, build
 from moevlm.export.checkpoint.safetensors_file import read_header
+from moevlm.export.formats.float4 import Float4Format
+from moevlm.export.formats.gpu_packing import unpack
 from moevlm.export.passes.base import run
 from moevlm.plugins.gpu import compiler
 from moevlm.plugins.gpu.compiler import compile_program
@@ -27,6 +31,7 @@ from moevlm.plugins.ops.spec import ExpertsSpec
 from moevlm.runtime.backends.libraries import plugin_path
 from moevlm.runtime.backends.tensorrt.plan_header import HEADER_BYTES, PlanHeader, plan_header
 from moevlm.runtime.bundle.reader import Bundle
+from moevlm.runtime.core.dtypes import E4M3
 from moevlm.runtime.core.errors import BuildError, BundleError
 from moevlm.runtime.core.printable import bytes_text
 from moevlm.runtime.core.states import PagedKV, Recurrent
@@ -36,7 +41,7 @@ from tests.support.command_line import assert_refused, call
 from tests.support.fakes.tensorrt_builder import FakeTensorRT
 from tests.support.moe_cases import Case
 from tests.support.published import FORMATS
-from tests.support.tiny import edit_tensors
+from tests.support.tiny import TinyCheckpoint, edit_tensors
 
 DEMO = Path(__file__).parents[4] / "demo" / "checkpoint"
 NAME = "rtx:sm86,sm89:bf16"
@@ -145,6 +150,27 @@ def test_plans_of_gemma4_with_fp8_experts_and_an_int8_cache(
     found = {"SegmentAttention": 1, "PagedAttention": 2, "MoERouter": 1, "MoEExperts": 1, "Candidates": 1}
     assert ops == found
     assert {state.key_dim for state in engine.states} == {16, 32}
+
+
+def test_plan_of_nvfp4_experts_as_the_checkpoint_holds_them(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 160, "moe_intermediate_size": 96, "num_experts": 4}
+    floats = TinyCheckpoint("qwen3_moe", text=sizes).save(tmp_path / "floats")
+    checkpoint = FORMATS["nvfp4"].publish(
+        floats, tmp_path / "nvfp4", tmp_path / "plain", lambda name: ".experts." in name
+    )
+    built = build(checkpoint, tmp_path / "b.moevlm", ["rtx:sm86"])
+    engine = built.manifest.engines["rtx:sm86:bf16-fp4"]
+    assert (engine.dtype, engine.group_size) == ("fp4", 16)
+    assert (engine.recoded, engine.weight_errors) == ({"fp4 kept": 2}, {})
+    assert engine.tensorrt is not None
+    stored = load_file(built.path(engine.tensorrt.experts))
+    plain = load_file(tmp_path / "plain/model.safetensors")
+    for part, names in (("gate_up", ("gate_proj", "up_proj")), ("down", ("down_proj",))):
+        values, *others = (stored[f"layers.0.feed_forward.{part}{end}"] for end in ("", "_scale", "_row_scale"))
+        experts = [[plain[f"model.layers.0.mlp.experts.{e}.{name}.weight"] for name in names] for e in range(4)]
+        exact = np.stack([np.concatenate(expert) for expert in experts])
+        found = unpack(values, others[0], Float4Format(16, E4M3), exact.shape[2], row_scales=others[1])
+        np.testing.assert_array_equal(found, exact)
 
 
 def test_command_builds_for_turing_with_the_int4_experts_of_a_checkpoint(
