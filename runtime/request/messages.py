@@ -52,7 +52,7 @@ def plain_messages(messages: Sequence[Message], most: int = MAX_CHARACTERS) -> l
     all, counted before anything is copied.
     """
     if isinstance(messages, (str, bytes)) or not isinstance(messages, Sequence) or not messages:
-        raise RefusedOption("messages", messages, "a list of {role, content}, one or more")
+        raise RefusedOption("messages", messages, "a list of {role, content}, not empty")
     _require_count(messages, most)
     room = MAX_CHARACTERS
     plain = []

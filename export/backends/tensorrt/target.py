@@ -35,7 +35,8 @@ def _sms(name: str, rest: str, product: Product) -> tuple[int, ...]:
         sm = sm_of(part) or 0
         if sm not in product.sms:
             other = f'; "trt:{part}" is built on its own GPU' if product is RTX and sm in TENSORRT.sms else ""
-            raise BuildError(f'target {name}: {product.title} takes no GPU "{part}" (allowed: {allowed}{other})')
+            wrong = f'takes no GPU "{part}"' if part else "needs a GPU's name"
+            raise BuildError(f"target {name}: {product.title} {wrong} (allowed: {allowed}{other})")
         sms.append(sm)
     return tuple(sorted(set(sms)))
 

@@ -254,7 +254,7 @@ def test_images_and_placeholders_must_be_as_many():
 @pytest.mark.parametrize(
     ("messages", "expected"),
     [
-        ([], r"^unsupported value messages = \[\] \(allowed: a list of {role, content}, one or more\)$"),
+        ([], r"^unsupported value messages = \[\] \(allowed: a list of {role, content}, not empty\)$"),
         ("hello", "messages = 'hello' "),
         (["hello"], r"messages\[0\] = 'hello' \(allowed: an object"),
         ([{"role": "user", "content": ""}], "the prompt is empty"),

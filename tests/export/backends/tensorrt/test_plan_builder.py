@@ -251,7 +251,7 @@ def test_rtx_plans_are_for_several_gpus_and_tensorrt_s_for_the_one_at_hand(monke
     ("name", "options", "message"),
     [
         ("rtx:sm90", {}, r'takes no GPU "sm90" \(allowed: sm75 \(T4, .*; "trt:sm90" is built on its own GPU\)'),
-        ("rtx:", {}, 'takes no GPU ""'),
+        ("rtx:", {}, "needs a GPU's name"),
         ("rtx:sm89,90", {}, 'takes no GPU "90"'),
         ("rtx:sm75,sm89", {}, "sm75 has no bfloat16 .use --dtype fp16"),
         ("rtx:sm89", {"version_compatible": True}, "version compatible: trt only"),
