@@ -7,7 +7,6 @@ are put together here as `ProcessorMixin.apply_chat_template` does.
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,13 @@ import tokenizers
 import transformers
 from PIL import Image
 
-from moevlm.export.checkpoint.files import optional_json
 from moevlm.export.parity.oracle_images import oracle_images
-from moevlm.export.parity.rank_tokenizer import RankTokenizer
 from moevlm.export.parity.report import Check
+from moevlm.export.parity.their_text import IMAGE_COLUMNS, IMAGE_ROWS, Messages, TheirText
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.core.errors import CheckpointError, RequestError, one_line, reason
 from moevlm.runtime.core.manifest import ModelMetadata
-from moevlm.runtime.core.towers import Grid, Tower
+from moevlm.runtime.core.towers import Grid
 from moevlm.runtime.loading import load_images
 from moevlm.runtime.request.chat import ChatTemplate
 from moevlm.runtime.request.images.layout import ImageLayout
@@ -49,12 +47,6 @@ _TEXTS = (
 )
 _BLOCKS = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F300, 0x1F650))
 _PICTURE = {"type": "image"}
-_IMAGE_ROWS, _IMAGE_COLUMNS = 2, 3  # of visual tokens
-
-# As mistral-common and transformers' own conversion call special tokens of a tekken.json.
-_TEKKEN = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-
-Messages = list[dict[str, Any]]
 
 
 def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str = "") -> list[Check]:
@@ -71,7 +63,7 @@ def request_checks(bundle: Bundle, checkpoint: Path, seed: int, splitting: str =
         found.append(_not_compared("conversations", "the checkpoint has no tokenizer"))
     else:
         tokenizer = bundle.read_text("tokenizer.json")
-        theirs = _TheirText.load(checkpoint, splitting)
+        theirs = TheirText.load(checkpoint, splitting)
         if "chat_template.jinja" in files:
             template = ChatTemplate(bundle.read_text("chat_template.jinja"), bundle.manifest.template_variables)
             found += _Texts(tokenizer, template, theirs, msgspec.structs.replace(model, context=_CONTEXT)).checks(seed)
@@ -95,71 +87,14 @@ def _not_compared(quantity: str, why: str) -> Check:
     return Check(STEP, quantity, 0, 0, True, why, compared=False)
 
 
-@dataclass(frozen=True)
-class _TheirText:
-    """transformers' tokenizer, or a reader of tiktoken.model, and the template that its processor renders with."""
-
-    tokenizer: Any
-    template: str
-
-    @classmethod
-    def load(cls, checkpoint: Path, splitting: str) -> "_TheirText":
-        # Without a class transformers takes one by the kind of model, whose own normalizer and splitting take the place
-        # of those in tokenizer.json; what the file says counts then. So it does where the class is code of the
-        # checkpoint, or may be mistral-common's, which reads a tekken.json instead.
-        config = optional_json(checkpoint, "tokenizer_config.json")
-        converted = not (checkpoint / "tokenizer.json").exists()
-        own_code = isinstance(config.get("auto_map"), dict) and "AutoTokenizer" in config["auto_map"]
-        own_file = own_code or (checkpoint / "tekken.json").exists()
-        named = "tokenizer_class" in config and not converted and not own_file
-        kind: Any = transformers.AutoTokenizer if named else transformers.PreTrainedTokenizerFast
-        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-        if converted:
-            options |= {name: token for name, token in _TEKKEN.items() if name not in config}
-        try:
-            if converted and (checkpoint / "tiktoken.model").exists():
-                tokenizer: Any = RankTokenizer(checkpoint, splitting)
-            else:
-                tokenizer = kind.from_pretrained(checkpoint, **options)
-            fields = transformers.ProcessorMixin.get_processor_dict(checkpoint, local_files_only=True)[0]
-            template = fields.get("chat_template") or tokenizer.chat_template
-            return cls(tokenizer, template["default"] if isinstance(template, dict) else template)
-        except Exception as error:  # as for the model: it is not this project's code that refuses
-            raise CheckpointError(f"transformers cannot load the tokenizer of {checkpoint}: {reason(error)}") from error
-
-    def rendered(self, messages: Messages) -> str | None:
-        """None for messages that the template refuses."""
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, add_generation_prompt=True, tokenize=False
-            )
-        except Exception:  # a template is code
-            return None
-        return str(text)
-
-    def expanded(self, text: str, image_token: str, vision: Tower | None) -> str:
-        """With the tokens of images, and what processors put around and between them; text alone as it is."""
-        if vision is None:
-            return text
-        shape = (1, vision.queries) if vision.queries else (_IMAGE_ROWS, _IMAGE_COLUMNS)
-        written = oracle_images(vision).written(self.tokenizer, image_token, *shape)
-        return text.replace(image_token, written)
-
-    def ids(self, text: str, as_it_is: bool = False) -> list[int]:
-        """as_it_is: without a token that begins all texts."""
-        bos = self.tokenizer.bos_token
-        has_bos = bos is not None and text.startswith(bos)
-        return list(self.tokenizer(text, add_special_tokens=not (has_bos or as_it_is))["input_ids"])
-
-
-def _plain_texts(ours: Tokenizer, theirs: _TheirText, seed: int) -> Check:
+def _plain_texts(ours: Tokenizer, theirs: TheirText, seed: int) -> Check:
     texts = _texts(np.random.default_rng(seed))
     differ = [number for number, text in enumerate(texts) if ours.encode(text) != theirs.ids(text, as_it_is=True)]
     return _check(f"{len(texts)} texts whose ids differ", len(differ), 0, f"text {differ[0]}" if differ else "")
 
 
 class _Texts:
-    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: _TheirText, model: ModelMetadata) -> None:
+    def __init__(self, tokenizer: str, template: ChatTemplate, theirs: TheirText, model: ModelMetadata) -> None:
         """tokenizer: content of tokenizer.json."""
         self._core, self._theirs, self._model = tokenizers.Tokenizer.from_str(tokenizer), theirs, model
         self._tokenizer = Tokenizer(tokenizer)
@@ -199,7 +134,7 @@ class _Texts:
 
     def _image(self) -> list[int]:
         merge = self._model.tower.merge_size
-        return ImageLayout((merge * _IMAGE_ROWS, merge * _IMAGE_COLUMNS)).ids(self._model)
+        return ImageLayout((merge * IMAGE_ROWS, merge * IMAGE_COLUMNS)).ids(self._model)
 
     def _rendered(self, messages: Messages) -> str | None:
         return self._theirs.rendered(messages if self._model.vision else texts_alone(messages))
