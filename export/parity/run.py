@@ -180,8 +180,9 @@ def _verdicts(names: list[str], report: ParityReport) -> dict[str, Any]:
             "transformers": report.transformers,
             "seed": report.seed,
             "checks": {check.quantity: check.value for check in ours},
-            "not_compared": list(report.not_compared),
         }
+        if report.not_compared:
+            results[name]["not_compared"] = list(report.not_compared)
         costs = [cost for cost in report.costs if cost.step == name]
         if costs:
             results[name]["costs"] = {cost.quantity: cost.value for cost in costs}
