@@ -103,7 +103,7 @@ def test_what_a_quantized_cache_costs_is_within_the_limits(canonical, seed: int,
     assert [check for check in made if not check.passed] == [], f"seed {seed}"
 
 
-@pytest.mark.parametrize("experts", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("experts", ["int8", "fp8", "int4", "fp4"])
 @pytest.mark.parametrize("sparsity", ["", "2:4"])
 def test_storing_experts_costs_as_little_as_it_should(canonical, seed: int, sparsity: str, experts: str) -> None:
     stored = Storage(sparsity, experts, 32, "bfloat16")
