@@ -286,7 +286,7 @@ def test_experts_of_chosen_layers_are_read_from_the_host_s_memory(bundle, gpu, r
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("host:9", r"experts_in = host:9 \(allowed: up to host:\d, all sparse layers\)"),
+        ("host:9", r"experts_in = 'host:9' \(allowed: up to host:\d, all sparse layers\)"),
         ("host:0", "experts_in = 'host:0' .allowed: device, host, or host:N"),
         ("disk", "experts_in = 'disk' .allowed: device, host, or host:N"),
     ],
