@@ -30,6 +30,7 @@ def aria_tower(vision: Fields, fields: Fields, out: int) -> QueryVisionConfig:
     vision.choice("tie_last_hidden_states", (False,), False)  # or visual tokens are made behind another norm
     hidden, heads = vision.positive("hidden_size", 1152), vision.positive("num_attention_heads", 16)
     depth, patch = vision.positive("num_hidden_layers", 12), vision.positive("patch_size", 32)
+    vision.repeated("attention_heads", heads)  # as published files have it
     fields.choice("vision_feature_layer", (-1, depth), -1)
     image = vision.positive("image_size", 224)
     if image < patch:

@@ -75,6 +75,11 @@ class Fields:
             raise self.invalid(alias, self[alias], f"{self._name(key)} = {value}")
         return value
 
+    def repeated(self, key: str, value: int) -> None:
+        """Leave a field unread that transformers does not read either, if it says this, as another field does."""
+        if self._values.get(key) == value:
+            self._used[key] = value
+
     def count(self, key: str, default: Any = _REQUIRED) -> int:
         """An integer from 0 to the most that this field may be."""
         return self._whole(key, default, 0)

@@ -44,10 +44,13 @@ class AriaText(TextModel):
             qkv_bias=bias,
             out_bias=bias,
         )
+        top_k = text.positive("moe_topk", 2)
+        for key, value in (("num_experts_per_tok", top_k), ("moe_intermediate_size", width)):
+            text.repeated(key, value)  # as published files have them
         moe = MoEConfig(
             experts=text.positive("moe_num_experts", 8),
             width=width,
-            router=RouterSpec(top_k=text.positive("moe_topk", 2), scoring="softmax", renormalize=True),
+            router=RouterSpec(top_k=top_k, scoring="softmax", renormalize=True),
             expert=ExpertsSpec(activation=text.choice("hidden_act", {"silu": "silu"}, "silu")),
             shared_width=width * text.positive("moe_num_shared_experts", 2),
         )

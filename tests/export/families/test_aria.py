@@ -88,7 +88,11 @@ def test_fewer_queries_than_config_json_says_are_refused_by_name(copy: Path) -> 
         ("text_config.model_type", "llama", 'text_config.model_type = "llama" (supported: aria_text)'),
         ("text_config.hidden_act", "gelu", 'text_config.hidden_act = "gelu" (supported: silu)'),
         ("text_config.mlp_bias", True, "text_config.mlp_bias = true (supported: false)"),
+        ("text_config.model_type", "aria_moe_lm", 'text_config.model_type = "aria_moe_lm" (supported: aria_text)'),
         ("text_config.moe_topk", 9, "text_config.moe_topk = 9"),
+        ("text_config.num_experts_per_tok", 3, "field in config.json: text_config.num_experts_per_tok = 3"),
+        ("text_config.moe_intermediate_size", 8, "field in config.json: text_config.moe_intermediate_size = 8"),
+        ("vision_config.attention_heads", 1, "field in config.json: vision_config.attention_heads = 1"),
         ("vision_feature_layer", -2, "vision_feature_layer = -2 (supported: -1, 2)"),
         ("vision_config.hidden_act", "relu", 'vision_config.hidden_act = "relu"'),
         ("vision_config.model_type", "siglip", 'vision_config.model_type = "siglip" (supported: idefics3_vision)'),
@@ -136,15 +140,16 @@ def test_value_that_cannot_be_is_refused_by_name(path: str, value: Any, told: st
 
 
 def test_config_of_aria_is_understood() -> None:
-    """Its sizes, with fields of training; fields that it leaves out have transformers' defaults."""
+    """Fields that it leaves out have transformers' defaults; some are of training, or say again what others do."""
     text = {
         **{"model_type": "aria_text", "hidden_size": 2560, "intermediate_size": 1664, "num_hidden_layers": 28},
         **{"num_attention_heads": 20, "moe_num_experts": 64, "moe_topk": 6, "vocab_size": 100352},
         **{"max_position_embeddings": 65536, "rope_theta": 5000000, "moe_z_loss_coeff": 1e-5},
+        **{"num_experts_per_tok": 6, "moe_intermediate_size": 1664},
     }
     vision = {
-        **{"model_type": "idefics3_vision", "hidden_size": 1152, "image_size": 980, "intermediate_size": 4304},
-        **{"num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14},
+        **{"model_type": "idefics3_vision", "image_size": 980, "intermediate_size": 4304, "attention_heads": 16},
+        **{"num_hidden_layers": 27, "patch_size": 14},
     }
     values = {"model_type": "aria", "text_config": text, "vision_config": vision, "ignore_index": -100}
     config = family_for(values).config(values)
@@ -152,7 +157,9 @@ def test_config_of_aria_is_understood() -> None:
         (64, 6, 1664, 3328)
     }
     assert (config.image_token_id, config.eos_token_ids, len(config.moe)) == (9, (2,), 28)
+    assert config.vision is not None
     assert config.tower is not None
+    assert (config.vision.hidden, config.vision.heads, config.vision.depth) == (1152, 16, 27)
     assert (config.tower.tokens((70, 48)), config.tower.tokens((24, 70)), config.tower.position_grid) == (256, 256, 70)
     (layer,) = {layer.mixer for layer in config.decoder.layers}
     assert (layer.heads, layer.kv_heads, layer.head_dim) == (20, 20, 128)
