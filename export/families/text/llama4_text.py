@@ -29,7 +29,8 @@ class Llama4Text(TextModel):
 
     Queries and keys turn in pairs of neighbours: their rows are read as halves, also where nothing turns, as a product
     of a query and a key does not know the order of its terms. They are normed behind the rotation there, and before it
-    here: a norm without a gain divides a head by its length, which no rotation changes.
+    here: a norm without a gain divides a head by its length, which no rotation changes. A factor on cosine and sine
+    does, and is refused beside these norms.
     """
 
     mixer = "GQA in chunks, each fourth layer to all without rope"
@@ -47,7 +48,10 @@ class Llama4Text(TextModel):
 
     def decoder(self, text: Fields, tied: bool) -> DecoderConfig:
         head_dim = text.positive("head_dim", 128)
-        layers = llama4_layers(text, head_dim)
+        layers, rope = llama4_layers(text, head_dim), one_axis(text, head_dim)
+        if rope.factor != 1 and text.flag("use_qk_norm", True):
+            told = f"false where cosine and sine have a factor, here {rope.factor:.6g}, which these norms would undo"
+            raise text.invalid("use_qk_norm", True, told)
         scaled = any(layer.mixer.scales_queries for layer in layers)
         scale = QueryScaleMetadata(
             beta=text.number("attn_scale", 0.1), original=text.positive("floor_scale", 8192), offset=1
@@ -56,7 +60,7 @@ class Llama4Text(TextModel):
             text,
             epsilon=1e-5,
             tied=tied,
-            rope=one_axis(text, head_dim),
+            rope=rope,
             layer=lambda i: layers[i],
             query_scale=scale if scaled else None,
         )

@@ -299,6 +299,11 @@ REFUSED = [
         {"mlp_layer_types": ["dense"]},
         'mlp_layer_types = ["dense"] (supported: 2 times dense or sparse',
     ),
+    (
+        "llama4_text",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0}},
+        "use_qk_norm = true (allowed: false where cosine and sine have a factor, here 1.20794",
+    ),
     ("gpt_oss", {"swiglu_limit": None}, "swiglu_limit = null (allowed: "),
     ("deepseek_v3", {"n_group": None}, "n_group = null (allowed: "),
     ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method = "greedy" (supported: noaux_tc)'),
