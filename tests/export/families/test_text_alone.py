@@ -29,8 +29,9 @@ from tests.support.fakes.gpu import TARGET, fake_gpu, gpu_bundle
 from tests.support.published import FORMATS
 from tests.support.tiny import TinyCheckpoint, edit_tensors
 
-# Plans of their layers are those of deepseek_v3, llama4, qwen3_5_moe, gemma4 and ernie4_5_vl_moe.
-NOT_PLANNED = (
+# The layers of these are those of families that are tested in full: deepseek_v3, llama4, qwen3_5_moe, gemma4 and
+# ernie4_5_vl_moe.
+OF_OTHERS = (
     "kimi_k2",
     "llama4_text",
     "glm4_moe_lite",
@@ -40,7 +41,7 @@ NOT_PLANNED = (
     "qwen3_5_text",
     "gemma4_text",
 )
-ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", *NOT_PLANNED)
+ALONE = ("qwen3_moe", "mixtral", "glm4_moe", "gpt_oss", "deepseek_v3", *OF_OTHERS)
 each = pytest.mark.parametrize("model_type", ALONE)
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -121,13 +122,13 @@ def test_commands_say_what_a_model_of_text_alone_is(bundle: Path, saved: dict[st
 @each
 def test_every_step_of_parity_on_engines_of_the_cpu(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
     built = build(saved[model_type], tmp_path / "bundle", ["cpu:int8", "cpu:int4"]).directory
-    report = check_parity(built, saved[model_type])
+    report = check_parity(built, saved[model_type], quick=model_type in OF_OTHERS)
     assert [check for check in report.checks if not check.passed] == []
     assert not [check.quantity for check in report.checks if "image" in check.quantity or "patch" in check.quantity]
     assert [check for check in report.checks if "conversations" in check.quantity]
 
 
-@pytest.mark.parametrize("model_type", [name for name in ALONE if name not in NOT_PLANNED])
+@pytest.mark.parametrize("model_type", ["mixtral", "glm4_moe"])  # other tests build plans of the others' layers
 def test_plan_of_the_decoder_alone(model_type: str, saved: dict[str, Path], tmp_path: Path) -> None:
     built = build(saved[model_type], tmp_path / "bundle", ["reference"]).directory
     opened = add_targets(built, saved[model_type], ["rtx:sm89"], dtype="fp16", experts="int4")
