@@ -13,6 +13,7 @@ from moevlm.export.families.base import LEFT_OUT, Family, register
 from moevlm.export.families.fields import Fields
 from moevlm.export.families.gemma4_text import gemma4_decoder, gemma4_logits, gemma4_weights
 from moevlm.export.families.gemma4_vision import GEMMA4_TOWER, gemma4_tower, image_marks
+from moevlm.export.families.text.gemma4_text import Gemma4Text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +25,8 @@ class Gemma4(Family):
 
     about = About(
         checkpoints=("Gemma-4-26B-A4B", "Gemma-4-31B"),
-        mixer="GQA in windows and to all, values from keys, partial rope, sandwich norms",
-        routing="softmax, renormalised, a factor for each expert; dense layer beside the experts",
+        mixer=Gemma4Text.mixer,
+        routing=Gemma4Text.routing,
         vision="packed grid, pooled; an image's tokens see each other",
     )
     router_suffix = ".router"

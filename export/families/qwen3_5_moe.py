@@ -46,4 +46,4 @@ class Qwen35Moe(Family):
 
     def feed_forward(self, text: Fields) -> MLPConfig | MoEConfig:
         """Of every layer."""
-        return qwen3_5_experts(text)
+        return qwen3_5_experts(text, text.choice("norm_topk_prob", (True,), True))

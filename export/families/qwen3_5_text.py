@@ -61,13 +61,12 @@ def qwen3_5_dense(text: Fields) -> MLPConfig:
     return MLPConfig(text.positive("intermediate_size"), activation(text))
 
 
-def qwen3_5_experts(text: Fields) -> MoEConfig:
-    """A feed-forward layer of experts."""
-    text.choice("norm_topk_prob", (True,), True)
+def qwen3_5_experts(text: Fields, renormalize: bool) -> MoEConfig:
+    """A feed-forward layer of experts. renormalize: the weights of the chosen ones are divided by their sum."""
     return MoEConfig(
         experts=text.aliased("num_experts", "num_local_experts"),
         width=text.positive("moe_intermediate_size"),
-        router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=True),
+        router=RouterSpec(top_k=text.positive("num_experts_per_tok"), scoring="softmax", renormalize=renormalize),
         expert=ExpertsSpec(activation=activation(text)),
         shared_width=text.positive("shared_expert_intermediate_size"),
         shared_gate=True,
@@ -80,19 +79,19 @@ def activation(text: Fields) -> str:
     return found
 
 
-def qwen3_5_text_weights(model: str) -> shared.Weights:
-    """Of the whole decoder, with experts or without. model: the prefix of all."""
+def qwen3_5_text_weights(model: str, per_expert: bool = False) -> shared.Weights:
+    """Of the whole decoder, with experts or without. model: the prefix of all. per_expert: as in `Experts`."""
     ours, mlp = "decoder.layers.{i}.feed_forward.", f"{model}layers.{{i}}.mlp."
     return {
-        **shared.decoder_weights(Experts(f"{mlp}experts", per_expert=False), model),
-        **qwen3_5_weights(model),
+        **shared.decoder_weights(Experts(f"{mlp}experts", per_expert), model),
+        **_norms_and_mixers(model),
         **shared.renamed({f"{ours}shared.{part}": f"{mlp}shared_expert.{part}_proj" for part in shared.GATED}),
         **shared.renamed({f"{ours}shared_gate": f"{mlp}shared_expert_gate"}),
     }
 
 
-def qwen3_5_weights(model: str) -> shared.Weights:
-    """Of norms, whose gains are stored as their difference from 1, and of mixers. model: the prefix of all."""
+def _norms_and_mixers(model: str) -> shared.Weights:
+    """Norms' gains are stored as their difference from 1, but for the one behind the delta rule."""
     layer, theirs = "decoder.layers.{i}.", f"{model}layers.{{i}}."
     mixer, attention, delta = f"{layer}attention.", f"{theirs}self_attn.", f"{theirs}linear_attn."
     return {

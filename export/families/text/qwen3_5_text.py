@@ -38,7 +38,7 @@ class Qwen35MoeText(TextModel):
 
     def feed_forward(self, text: Fields) -> MLPConfig | MoEConfig:
         """Of every layer."""
-        return qwen3_5_experts(text)
+        return qwen3_5_experts(text, text.choice("norm_topk_prob", (True,), True))
 
     def weights(self, model: str, head: str) -> shared.Weights:
         return {**qwen3_5_text_weights(model), "decoder.head": head}

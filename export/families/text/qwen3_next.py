@@ -6,16 +6,14 @@ Qwen3-Coder-Next.
 
 from typing import ClassVar, Self
 
-from moevlm.export.config import DecoderConfig, MoEConfig
+from moevlm.export.config import DecoderConfig
 from moevlm.export.families import shared
-from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.qwen3_5_text import activation, qwen3_5_decoder, qwen3_5_weights
+from moevlm.export.families.qwen3_5_text import qwen3_5_decoder, qwen3_5_experts, qwen3_5_text_weights
 from moevlm.export.families.rope import one_axis
 from moevlm.export.families.sources import blocks_of_rows
 from moevlm.export.families.text.alone import register_alone
 from moevlm.export.families.text.base import TextModel, register_text
-from moevlm.plugins.ops.spec import ExpertsSpec, RouterSpec
 
 
 @register_alone("qwen3_next", "Qwen3-Next-80B-A3B", "Qwen3-Coder-Next")
@@ -42,35 +40,18 @@ class Qwen3Next(TextModel):
         if text.counts("mlp_only_layers", ()):
             raise text.invalid("mlp_only_layers", text["mlp_only_layers"], "none, for every layer has experts")
         text.get("intermediate_size", None)  # of layers without experts
-        moe = MoEConfig(
-            experts=text.aliased("num_experts", "num_local_experts"),
-            width=text.positive("moe_intermediate_size"),
-            router=RouterSpec(
-                top_k=text.positive("num_experts_per_tok"),
-                scoring="softmax",
-                renormalize=text.flag("norm_topk_prob", True),
-            ),
-            expert=ExpertsSpec(activation=activation(text)),
-            shared_width=text.positive("shared_expert_intermediate_size"),
-            shared_gate=True,
-        )
+        moe = qwen3_5_experts(text, text.flag("norm_topk_prob", True))
         rope = one_axis(text, text.positive("head_dim", 256), default_partial=0.25)
         return qwen3_5_decoder(text, tied, moe, rope)
 
     def weights(self, model: str, head: str) -> shared.Weights:
-        layer, theirs = "decoder.layers.{i}.", f"{model}layers.{{i}}."
-        ours, delta, mlp = f"{layer}attention.", f"{theirs}linear_attn.", f"{theirs}mlp."
+        ours, delta = "decoder.layers.{i}.attention.", f"{model}layers.{{i}}.linear_attn."
         projections, k, v, g = f"{delta}in_proj_qkvz.weight", self._keys, self._values, self._group
         return {
-            **shared.decoder_weights(Experts(f"{mlp}experts", per_expert=True), model),
+            **qwen3_5_text_weights(model, per_expert=True),
             "decoder.head": head,
-            **qwen3_5_weights(model),
             f"{ours}qkv.weight": blocks_of_rows(projections, (k, k, v, v), (0, 1, 2)),
             f"{ours}z.weight": blocks_of_rows(projections, (k, k, v, v), (3,)),
             f"{ours}b.weight": blocks_of_rows(f"{delta}in_proj_ba.weight", (g, g), (0,)),
             f"{ours}a.weight": blocks_of_rows(f"{delta}in_proj_ba.weight", (g, g), (1,)),
-            **shared.renamed(
-                {f"{layer}feed_forward.shared.{part}": f"{mlp}shared_expert.{part}_proj" for part in shared.GATED}
-            ),
-            **shared.renamed({f"{layer}feed_forward.shared_gate": f"{mlp}shared_expert_gate"}),
         }
