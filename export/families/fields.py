@@ -76,7 +76,7 @@ class Fields:
         return value
 
     def repeated(self, key: str, value: int) -> None:
-        """Leave a field unread that transformers does not read either, if it says this, as another field does."""
+        """Allow a field that transformers does not read, where it repeats the value of another one."""
         if self._values.get(key) == value:
             self._used[key] = value
 
