@@ -56,10 +56,15 @@ class EncodedFrom:
     form: WeightFormat
     deviation: Deviation = field(default_factory=Deviation, compare=False)
 
+    @cached_property
+    def codes(self) -> Coded | None:
+        """See `own_codes`. Found once: it takes a look at every expert, and `rows` is called for each."""
+        return own_codes(self.weight, self.form)
+
     @property
     def own(self) -> bool:
         """Whether the codes are the checkpoint's."""
-        return own_codes(self.weight, self.form) is not None
+        return self.codes is not None
 
     @cached_property
     def kinds(self) -> tuple[str, ...]:
@@ -68,8 +73,7 @@ class EncodedFrom:
 
     def rows(self, start: int, stop: int) -> Codes:
         """See `encoded`. Measures how far they are from the checkpoint's."""
-        own = own_codes(self.weight, self.form)
-        if own is not None:
+        if (own := self.codes) is not None:
             codes = own.codes(start, stop)
             found = _regrouped(codes, own, self.form)
             if not np.array_equal(codes.scales, rounded(codes.scales, self.form.scales)):
@@ -143,8 +147,7 @@ def _encoding(weight: Weight) -> EncodedFrom | None:
 
 def _fate(weight: Weight) -> str:
     encoding = _encoding(weight)
-    if encoding is not None and encoding.own:
-        own = own_codes(encoding.weight, encoding.form)
+    if encoding is not None and (own := encoding.codes) is not None:
         return f"{own.part.form.kind} kept as {own.wider}" if isinstance(own, Widened) else f"{encoding.form.name} kept"
     kinds = kinds_of(weight) if encoding is None else encoding.kinds
     return f"{' and '.join(kinds)} to {weight.dtype.name if encoding is None else encoding.form.name}" if kinds else ""

@@ -23,10 +23,19 @@ from moevlm.export.formats.float4 import Float4Format
 from moevlm.export.formats.gpu_packing import unpack as unpack_gpu
 from moevlm.export.formats.integers import IntFormat
 from moevlm.export.formats.registry import weight_format
-from moevlm.export.formats.stored import Narrowed, encoded, keeping, kept_form, own_codes, recoded, weight_errors
+from moevlm.export.formats.stored import (
+    EncodedFrom,
+    Narrowed,
+    encoded,
+    keeping,
+    kept_form,
+    own_codes,
+    recoded,
+    weight_errors,
+)
 from moevlm.export.graph.codes import Coded, CodeForm, Codes
 from moevlm.export.graph.moved_codes import coded
-from moevlm.export.graph.weights import Constant, Weight, read
+from moevlm.export.graph.weights import Constant, Stack, Weight, read
 from moevlm.export.model import CanonicalModel
 from moevlm.export.parity.run import check_parity
 from moevlm.export.passes.base import run
@@ -189,6 +198,25 @@ def test_scales_of_float4_in_two_levels() -> None:
     np.testing.assert_allclose(scales, np.abs(np.pad(rows, ((0, 0), (0, 8))).reshape(6, 5, 16)).max(-1) / 6, rtol=2**-4)
     decoded = form.decode(codes, scales)[:, :72]
     assert np.linalg.norm(decoded - rows) < 0.13 * np.linalg.norm(rows)
+
+
+def test_an_expert_s_rows_cost_no_look_at_the_others() -> None:
+    """A model of 384 experts is read one expert at a time."""
+    looks: list[Coded] = []
+
+    class Expert(_Held):
+        @property
+        def form(self) -> CodeForm:
+            looks.append(self)
+            return super().form
+
+    experts = Stack([Expert(CodeForm("int4", 32), 64) for _ in range(32)])
+    encoding = EncodedFrom(experts, IntFormat(4, 32))
+    assert encoding.own
+    before = len(looks)
+    for i in range(32):
+        encoding.rows(i, i + 1)
+    assert len(looks) - before <= 4 * 32
 
 
 def relative_error(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
