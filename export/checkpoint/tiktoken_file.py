@@ -24,7 +24,12 @@ def of_tiktoken(directory: Path, pattern: str, named: Mapping[int, str]) -> str:
                 f"tokenizer_config.json: the token {shown(content)} with the id {token_id} does not go with the "
                 f"{first} of {TIKTOKEN} (allowed: other tokens than these, from {first} to {end - 1})"
             )
-    ids = range(len(tokens), max(named, default=-1) + 1)
+    if min(named, default=None) != first:  # of a file that lost its last lines, and where nothing names the tokens
+        raise CheckpointError(
+            f"{TIKTOKEN} has {first} tokens, and tokenizer_config.json names no special token with the next id, "
+            f"{first}: lines are missing, or special tokens"
+        )
+    ids = range(first, max(named) + 1)
     control = {token_id: named.get(token_id, f"<|reserved_token_{token_id}|>") for token_id in ids}
     if len(set(control.values())) < len(control):
         twice = next(text for text in control.values() if list(control.values()).count(text) > 1)

@@ -232,8 +232,10 @@ def test_a_damaged_tiktoken_model_is_refused_by_its_place(lines: list[str], told
         ({406: "the"}, "'the' with the id 406 does not go with the 406 of tiktoken.model"),
         ({406: "[BOS]", 408: "[BOS]"}, "tokenizer_config.json has the token '[BOS]' under two ids"),
         ({406: "<|reserved_token_407|>", 408: "[BOS]"}, "has the token '<|reserved_token_407|>' under two ids"),
+        ({407: "[BOS]"}, "has 406 tokens, and tokenizer_config.json names no special token with the next id, 406"),
+        ({}, "has 406 tokens, and tokenizer_config.json names no special token with the next id, 406"),
     ],
-    ids=["an ordinary id", "far away", "an ordinary token", "twice", "a reserved name"],
+    ids=["an ordinary id", "far away", "an ordinary token", "twice", "a reserved name", "a gap", "none"],
 )
 def test_special_tokens_that_do_not_go_with_tiktoken_model_are_refused(
     special: dict[int, str], told: str, tmp_path: Path
