@@ -125,6 +125,9 @@ def _read(
         raise CheckpointError(f"an adapter needs the weights that it is for, and {source} has none")
     config = read_json(source, CONFIG)
     method = settings_of(source, config, ignored_config).method
-    told = (f"the checkpoint is quantized: {method}; a dry run of the whole checkpoint looks at its tensors",)
+    told = (
+        f"the checkpoint is quantized: {method}; sizes are those of one in floats: "
+        "a dry run of the whole checkpoint looks at its tensors",
+    )
     model = CanonicalModel.of_config(config, Absent, ignored_config)
     return _Source(model, notes=told if method else ())

@@ -410,8 +410,18 @@ def test_targets_are_added_to_a_bundle_then_parity_passes_and_is_noted(tiny_chec
     assert decode(call("inspect", bundle, "--json").out, InspectReport).engines[0].parity == "passed"
 
 
-def test_parity_suggests_no_image_for_a_bundle_that_takes_none(
+def test_parity_suggests_no_run_of_a_bundle_that_takes_no_messages(
     tiny_checkpoint: Path, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = copy_bundle(tiny_bundle, tmp_path)
+    (bundle / "chat_template.jinja").unlink()
+    edit_manifest(bundle, lambda manifest: manifest["files"].pop("chat_template.jinja"))
+    proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu", "--quick")
+    assert proved.out.splitlines()[-1] == "parity: passed, but conversations were not compared"
+
+
+def test_parity_suggests_no_image_for_a_bundle_that_takes_none(
+    tiny_checkpoint: Path, tiny_bundle: Path, images: list[Path], tmp_path: Path
 ) -> None:
     bundle = copy_bundle(tiny_bundle, tmp_path)
     for name in ("preprocessor.json", "video_preprocessor.json"):
@@ -422,6 +432,8 @@ def test_parity_suggests_no_image_for_a_bundle_that_takes_none(
     assert "\nNOT COMPARED: images: the checkpoint has no image processor\n" in proved.out
     assert "\nparity: passed, but images were not compared\n" in proved.out
     assert proved.out.splitlines()[-1] == f'next: moevlm run {bundle} --prompt "..."'
+    shown = call("run", bundle, "--prompt", "Hi", "--image", images[0])
+    assert_refused(shown, "the prompt has 1 image, and the bundle's checkpoint had no image preprocessing")
 
 
 def test_parity_exits_with_1_and_names_the_engine_that_differs(

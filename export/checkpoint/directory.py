@@ -151,5 +151,5 @@ def require_same_source(manifest: Manifest, checkpoint: Checkpoint) -> None:
 
 def download_hint(directory: Path) -> str:
     """For an error: how to fetch what stands where a folder is meant; empty for what is no name on the hub."""
-    named = _HUB_NAME.fullmatch(str(directory)) and directory.name != CONFIG
+    named = _HUB_NAME.fullmatch(str(directory)) and directory.name != CONFIG and not directory.exists()
     return f" (hf download {directory} --local-dir DIR fetches it)" if named else ""

@@ -82,6 +82,7 @@ def parity(
     publish(table_of(report), to_json(report), output)
     if not report.passed:
         click.get_current_context().exit(1)
-    if str(output) != "-":
-        image = " --image FILE" if IMAGE_FILE in Bundle.open(bundle).manifest.files else ""
+    files = Bundle.open(bundle).manifest.files
+    if str(output) != "-" and files.keys() >= {"tokenizer.json", "chat_template.jinja"}:
+        image = " --image FILE" if IMAGE_FILE in files else ""
         console().print(f'next: moevlm run {in_shell(bundle)} --prompt "..."{image}')

@@ -75,7 +75,7 @@ class PromptBuilder:
         require_tower(self._model, len(given))
         if given and self._images is None:
             raise RequestError(
-                f"the prompt has {counted(len(given), 'image')}, and this runtime was made without image input"
+                f"the prompt has {counted(len(given), 'image')}, and the bundle's checkpoint had no image preprocessing"
             )
         # By headers, so that nothing is decoded for a prompt that is too long; then only resized images are kept.
         planned = self._planned(given)

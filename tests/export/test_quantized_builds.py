@@ -80,4 +80,7 @@ def test_dry_run_says_what_a_checkpoint_and_what_a_config_alone_hold(checkpoint:
     for name in ("config.json", "hf_quant_config.json"):
         shutil.copy(checkpoint / name, tmp_path)
     told = [note for note in dry_run(tmp_path, ["cpu:int8"]).notes if note.startswith("the checkpoint is quantized")]
-    assert told == ["the checkpoint is quantized: modelopt; a dry run of the whole checkpoint looks at its tensors"]
+    assert told == [
+        "the checkpoint is quantized: modelopt; sizes are those of one in floats: "
+        "a dry run of the whole checkpoint looks at its tensors"
+    ]
