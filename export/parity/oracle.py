@@ -15,7 +15,7 @@ from moevlm.export.parity.dequantized import dequantized
 from moevlm.export.parity.oracle_adapter import merge_when_run
 from moevlm.export.parity.oracle_images import IMAGE_TYPES, Features, oracle_images
 from moevlm.export.parity.oracle_weights import OracleWeights
-from moevlm.runtime.core.errors import CheckpointError, reason
+from moevlm.runtime.core.errors import CheckpointError, reason, shown
 from moevlm.runtime.core.towers import VisionMetadata
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # logits [T, E] and chosen experts [T, k]
@@ -135,13 +135,19 @@ def _joined(routers: list[Routed], is_image: torch.Tensor) -> list[Routed]:
 def reference_config(checkpoint: Checkpoint, family: Family) -> Any:
     """transformers' config of the family's part of a checkpoint.
 
-    Of a model_type that transformers does not know it is that of the architecture (Kimi-K2).
+    Of a model_type that transformers does not know it is that of the architecture (Kimi-K2). Raises CheckpointError
+    for one that it does not know, either.
     """
     given, directory = checkpoint.config, checkpoint.directory
     if given["model_type"] in transformers.CONFIG_MAPPING:
         config: Any = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     else:
-        kind = getattr(transformers, given["architectures"][0]).config_class
+        names = given.get("architectures")
+        name = names[0] if isinstance(names, list) and names else ""
+        kind = getattr(getattr(transformers, str(name), None), "config_class", None)
+        if kind is None:
+            allowed = f"a model of transformers {transformers.__version__} first"
+            raise CheckpointError(f"invalid value in config.json: architectures = {shown(names)} (allowed: {allowed})")
         config = kind.from_dict({**given, "model_type": kind.model_type})
     return getattr(config, family.part) if family.part else config
 

@@ -35,7 +35,8 @@ class RankTokenizer:
         self._bytes = {rank: token for token, rank in self._ranks.items()}
         self._bytes |= {token_id: name.encode() for name, token_id in self._special.items()}
         self._pieces = regex.compile(splitting, regex.V1)  # which has && in sets of characters
-        self._specials = regex.compile("|".join(map(regex.escape, sorted(self._special, key=len, reverse=True))))
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._specials = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")  # which nothing matches
         self._named = {
             name: token if isinstance(token, str) else token["content"]
             for name, token in config.items()

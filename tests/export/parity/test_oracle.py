@@ -25,7 +25,7 @@ from moevlm.runtime.core.errors import CheckpointError, EngineError
 from moevlm.runtime.core.towers import VisionMetadata
 from moevlm.runtime.engine.protocol import Engine
 from tests.export.parity.test_run import CHECKPOINTS
-from tests.support.tiny import TinyCheckpoint, edit_tensors
+from tests.support.tiny import TinyCheckpoint, edit_json, edit_tensors
 
 DEEP = {"vocab_size": 96, "num_hidden_layers": 6}
 
@@ -121,6 +121,17 @@ def test_a_tensor_that_transformers_does_not_find_is_named_and_not_made_up(tmp_p
     edit_tensors(checkpoint, lambda tensors: tensors.pop(name))
     with Checkpoint.open(checkpoint) as source, pytest.raises(CheckpointError, match=f"no tensor .* for {name}"):
         Oracle(source, family_for(source.config), metadata.vision).outputs(cases)
+
+
+@pytest.mark.parametrize("names", [None, [], ["KimiK2ForCausalLM"]], ids=str)
+def test_a_model_that_transformers_knows_by_no_name_is_refused(names: list[str] | None, tmp_path: Path) -> None:
+    directory = TinyCheckpoint("kimi_k2").save(tmp_path / "checkpoint")
+    edit_json(directory / "config.json", lambda config: config.update(architectures=names))
+    with (
+        Checkpoint.open(directory) as source,
+        pytest.raises(CheckpointError, match=r"architectures = .* \(allowed: a model of transformers "),
+    ):
+        Oracle(source, family_for(source.config), None)
 
 
 def test_canonical_pytorch_answers_the_calls_that_were_announced_and_no_others(tmp_path: Path) -> None:
