@@ -70,22 +70,27 @@ def held(checkpoint: Path, seed: int) -> Iterator[Held]:
         )
         family.mend(whole)
         ordinary = ordinary_ids(metadata, source.config)
-        cases = [_followed(case, whole, metadata, ordinary) for case in random_cases(metadata, source.config, seed)]
+        cases = _followed(random_cases(metadata, source.config, seed), whole, metadata, ordinary)
         answers = Oracle(source, family, metadata.vision).outputs(cases)
         yield Held(model, Expected(model, metadata, cases, answers), ordinary)
 
 
 @torch.no_grad()
-def _followed(case: Case, model: torch.nn.Module, metadata: ModelMetadata, ordinary: np.ndarray) -> Case:
-    """The case with the tokens behind its prompt that the model likes best, without any cache.
+def _followed(cases: list[Case], model: torch.nn.Module, metadata: ModelMetadata, ordinary: np.ndarray) -> list[Case]:
+    """The cases with the tokens behind their prompts that the model likes best, without any cache.
 
-    ordinary: ids that it may choose: a random model would choose image tokens as well.
+    Short rows are filled up behind: no token sees a later one but those of its image. ordinary: ids that it may choose:
+    a random model would choose image tokens as well.
     """
-    prompt = case.prompt
+    prompts = [case.prompt for case in cases]
     for _ in range(GREEDY_TOKENS):
-        known = Case(prompt, prompt, case.grids, case.patches)
-        inputs = inputs_of(model.config, metadata.vision, torch.from_numpy(prompt.ids)[None], [known])
+        known = [Case(prompt, prompt, case.grids, case.patches) for prompt, case in zip(prompts, cases, strict=True)]
+        ids = np.full((len(cases), max(len(prompt.ids) for prompt in prompts)), ordinary[0])
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = prompt.ids
+        inputs = inputs_of(model.config, metadata.vision, torch.from_numpy(ids), known)
         logits = model(**inputs, use_cache=False).logits
-        ids = np.append(prompt.ids, ordinary[int(logits[0, -1, ordinary].argmax())])
-        prompt = Prompt.from_ids(ids, case.grids, metadata)
-    return Case(case.prompt, prompt, case.grids, case.patches)
+        for row, (prompt, case) in enumerate(zip(prompts, cases, strict=True)):
+            best = ordinary[int(logits[row, len(prompt.ids) - 1, ordinary].argmax())]
+            prompts[row] = Prompt.from_ids(np.append(prompt.ids, best), case.grids, metadata)
+    return [Case(case.prompt, whole, case.grids, case.patches) for case, whole in zip(cases, prompts, strict=True)]
