@@ -77,7 +77,7 @@ def build(
         metadata = msgspec.structs.replace(
             model.metadata(), eos_token_ids=carried.eos_token_ids, image_marks=carried.image_marks
         )
-        for text in (*model.notes, *carried.notes):
+        for text in (*carried.lacking(metadata), *model.notes, *carried.notes):
             note(text)
         for path, data in carried.files.items():
             writer.add_bytes(path, data)

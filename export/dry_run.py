@@ -118,7 +118,8 @@ def _read(
             texts, splitting = model.config.mark_texts, model.family.splitting
             carried = request_files(source, model.metadata(), texts, splitting)
             patches = image_patches(source, model.metadata())
-            return _Source(model, len(checkpoint.tensors), patches, (*model.notes, *carried.notes))
+            notes = (*carried.lacking(model.metadata()), *model.notes, *carried.notes)
+            return _Source(model, len(checkpoint.tensors), patches, notes)
     elif not (source / CONFIG).is_file():
         raise CheckpointError(f"no checkpoint and no {CONFIG} at {source}{download_hint(source)}")
     if lora is not None:

@@ -61,6 +61,14 @@ class RequestFiles:
     image_marks: ImageMarks
     notes: tuple[str, ...] = ()
 
+    def lacking(self, model: ModelMetadata) -> Iterator[str]:
+        """Notes on what the bundle will not take, as the checkpoint has no file for it."""
+        absent = [name for name in ("tokenizer.json", "chat_template.jinja") if name not in self.files]
+        if absent:
+            yield f"the checkpoint has no {' and no '.join(absent)}: moevlm run needs it"
+        if model.vision is not None and "preprocessor.json" not in self.files:
+            yield "the checkpoint has no preprocessor_config.json: this bundle takes no images"
+
 
 def request_files(
     directory: Path, model: ModelMetadata, mark_texts: Mapping[str, str] = NOTHING, pattern: str = ""

@@ -145,7 +145,7 @@ def build(
             raise click.UsageError("missing -o BUNDLE, the bundle to write (to add to one: --checkpoint CHECKPOINT)")
         else:
             raise click.UsageError("either CHECKPOINT -o BUNDLE, or BUNDLE --checkpoint CHECKPOINT")
-    _report(bundle, built.manifest.model, notes)
+    _report(bundle, notes)
     if sparsity := given.get("sparsity"):
         zeros = max(engine.pruned_weights for engine in built.manifest.engines.values())
         console().print(
@@ -209,13 +209,8 @@ def _next_step(names: tuple[str, ...], built: Bundle, parity: str) -> str:
     return f"next, on a machine with {' or '.join(map(gpu_text, sms))}: {parity}"
 
 
-def _report(bundle: Path, model: ModelMetadata, notes: list[str]) -> None:
+def _report(bundle: Path, notes: list[str]) -> None:
     size = sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file())
     console().print(f"bundle: {bundle} ({bytes_text(size)})")
-    absent = [name for name in ("tokenizer.json", "chat_template.jinja") if not (bundle / name).exists()]
-    if absent:
-        console().print(f"note: the checkpoint has no {' and no '.join(absent)}: moevlm run needs it")
-    if model.vision is not None and not (bundle / "preprocessor.json").exists():
-        console().print("note: the checkpoint has no preprocessor_config.json: this bundle takes no images")
     for note in notes:
         console().print(f"note: {note}")

@@ -47,6 +47,15 @@ def test_config_alone_gives_the_sizes_of_its_checkpoint(copy: Path, config: Path
     assert dry_run(config.parent, TARGETS) == bare
 
 
+def test_what_a_checkpoint_lacks_is_said_before_the_build(copy: Path) -> None:
+    lacking = ["the checkpoint has no chat_template.jinja: moevlm run needs it"]
+    lacking.append("the checkpoint has no preprocessor_config.json: this bundle takes no images")
+    assert not [note for note in dry_run(copy, ["cpu:int8"]).notes if note in lacking]
+    (copy / "chat_template.jinja").unlink()
+    (copy / "preprocessor_config.json").unlink()
+    assert [note for note in dry_run(copy, ["cpu:int8"]).notes if note in lacking] == lacking
+
+
 def test_gpu_targets_are_planned_on_a_machine_that_cannot_build_them(config: Path) -> None:
     rtx, trt = dry_run(config, ["rtx:sm89", "trt:sm90"], experts="int4").targets
     assert (rtx.name, rtx.elsewhere) == ("rtx:sm89:bf16-int4", "")
