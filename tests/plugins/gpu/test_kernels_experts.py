@@ -125,7 +125,8 @@ def test_zeros_and_scales_of_their_own_precision_agree_with_the_spec(
     zeros: bool,
     tokens: int,
 ) -> None:
-    op = ExpertsOp(SILU, 3, 2, group_size + 8, 24, dtype, weights, group_size, scales=scales, zeros=zeros)
+    hidden = 176 if scales == E4M3 else group_size + 8  # of NVFP4 three words of scales a row, the last one short
+    op = ExpertsOp(SILU, 3, 2, hidden, 24, dtype, weights, group_size, scales=scales, zeros=zeros)
     agrees(triton_interpreter, op, tokens)
 
 
