@@ -27,7 +27,8 @@ class GpuFit(msgspec.Struct, frozen=True):
     """An engine on one kind of GPU.
 
     memory: bytes of it. fits: False where not even all experts on the host leave room for the cache.
-    host_layers: sparse layers whose experts stay in the host's memory, as few as leave room. tokens: of cache.
+    host_layers: sparse layers whose experts stay in the host's memory, as few as leave room if all are of one size.
+    tokens: of cache.
     decode: tokens per second at most, of one sequence of CONTEXT tokens; decode_together: of `sequences` of them.
     """
 
