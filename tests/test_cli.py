@@ -427,7 +427,8 @@ def test_parity_suggests_no_image_for_a_bundle_that_takes_none(
     for name in ("preprocessor.json", "video_preprocessor.json"):
         (bundle / name).unlink()
         edit_manifest(bundle, lambda manifest, name=name: manifest["files"].pop(name))
-    assert re.search(r"^lacks +preprocessor\.json \(takes no images\)$", call("inspect", bundle).out, flags=re.M)
+    lacks = r"^lacks +preprocessor\.json \(takes no images\), video_preprocessor\.json \(takes no videos\)$"
+    assert re.search(lacks, call("inspect", bundle).out, flags=re.M)
     proved = call("parity", bundle, "--checkpoint", tiny_checkpoint, "--target", "ort-cpu", "--quick")
     assert "\nNOT COMPARED: images: the checkpoint has no image processor\n" in proved.out
     assert "\nparity: passed, but images were not compared\n" in proved.out

@@ -65,9 +65,12 @@ class RequestFiles:
         """Notes on what the bundle will not take, as the checkpoint has no file for it."""
         absent = [name for name in ("tokenizer.json", "chat_template.jinja") if name not in self.files]
         if absent:
-            yield f"the checkpoint has no {' and no '.join(absent)}: moevlm run needs it"
+            needed = "them" if absent[1:] else "it"
+            yield f"the checkpoint has no {' and no '.join(absent)}: moevlm run needs {needed}"
         if model.vision is not None and "preprocessor.json" not in self.files:
             yield "the checkpoint has no preprocessor_config.json: this bundle takes no images"
+        elif model.video is not None and VIDEO_FILE not in self.files:
+            yield "the checkpoint has no video preprocessing that could be used: this bundle takes no videos"
 
 
 def request_files(
@@ -109,7 +112,7 @@ def request_files(
                 video_processor(videos.fields, model.tower, processor)
                 files[VIDEO_FILE] = json.dumps(videos.fields, indent=1).encode()
             except BundleError as error:
-                notes.append(f"this bundle takes no videos: {videos.file}: {error}")
+                notes.append(f"video preprocessing is not used: {videos.file}: {error}")
     if template:
         opened = _opened(template, variables)
         files["chat_template.jinja"] = template.text.encode()

@@ -109,6 +109,7 @@ def _lacking(bundle: Bundle) -> str:
     """tokenizer.json (takes no messages), preprocessor.json (takes no images)"""
     needed = {"tokenizer.json": "messages", "chat_template.jinja": "messages"}
     needed |= {"preprocessor.json": "images"} if bundle.manifest.model.vision is not None else {}
+    needed |= {"video_preprocessor.json": "videos"} if bundle.manifest.model.video is not None else {}
     absent = {name: what for name, what in needed.items() if name not in bundle.manifest.files}
     return ", ".join(f"{name} (takes no {what})" for name, what in absent.items())
 

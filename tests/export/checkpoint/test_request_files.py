@@ -58,6 +58,19 @@ def test_what_a_checkpoint_lacks_its_bundle_lacks(folder: Path, model: ModelMeta
     assert request_files(folder, model) == RequestFiles({}, {}, model.eos_token_ids, NO_MARKS)
 
 
+def test_what_a_bundle_cannot_do_is_said(folder: Path, model: ModelMetadata) -> None:
+    assert list(request_files(folder, model).lacking(model)) == []
+    (folder / "video_preprocessor_config.json").unlink()
+    (videos,) = request_files(folder, model).lacking(model)
+    assert videos.endswith(": this bundle takes no videos")
+    for name in ("tokenizer.json", "chat_template.jinja", "preprocessor_config.json"):
+        (folder / name).unlink()
+    assert list(request_files(folder, model).lacking(model)) == [
+        "the checkpoint has no tokenizer.json and no chat_template.jinja: moevlm run needs them",
+        "the checkpoint has no preprocessor_config.json: this bundle takes no images",
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [
