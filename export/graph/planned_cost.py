@@ -14,14 +14,16 @@ from moevlm.export.modules.vision import vision_tower
 from moevlm.export.modules.vision.base import PER_PATCH, TABLES
 from moevlm.runtime.core.engine_metadata import CostMetadata
 
+_FLOAT32 = 4  # bytes
+
 
 def planned_cost(
     config: ModelConfig, weight: int, router_weight: int, expert_bytes: Callable[[tuple[str, str], MoEConfig], int]
 ) -> CostMetadata:
     """As `cost` will find it in the lowered graphs.
 
-    weight, router_weight: bytes of a stored weight. expert_bytes: of a bank of experts, as they are stored; see
-    `ModelConfig.expert_matrices`.
+    weight, router_weight: bytes of a stored weight; the convolutions before the delta rule stay float32. expert_bytes:
+    of a bank of experts, as they are stored; see `ModelConfig.expert_matrices`.
     """
     with torch.device("meta"):
         decoder = Decoder(config.decoder)
@@ -35,18 +37,20 @@ def planned_cost(
 
     routed = [parameter for moe in sparse for parameter in moe.of_experts]
     routers = sum(moe.router.weight.numel() for moe in sparse)
+    delta = [module for module in decoder.modules() if isinstance(module, GatedDelta)]
+    convolutions = sum(module.conv.numel() for module in delta)
     head = config.decoder.vocabulary * config.decoder.hidden
     tables = [decoder.embedding, *([] if decoder.head is None else [decoder.head])]
     dense = sum(size for _, size in _matrices(decoder, (*routed, *tables)))
     return CostMetadata(
-        dense_bytes=(dense - routers) * weight + routers * router_weight,
+        dense_bytes=(dense - routers - convolutions) * weight + routers * router_weight + convolutions * _FLOAT32,
         expert_bytes=bytes_of_one(of_text),
         image_expert_bytes=bytes_of_one(of_images),
         head_bytes=head * weight,
         dense_macs=dense,
         expert_macs=sum((moe.gate_up.numel() + moe.down.numel()) // moe.config.experts for moe in of_text),
         head_macs=head,
-        state_macs=sum(module.spec.state_macs for module in decoder.modules() if isinstance(module, GatedDelta)),
+        state_macs=sum(module.spec.state_macs for module in delta),
         **_of_vision(config.vision, decoder.embedding.numel(), weight),
     )
 

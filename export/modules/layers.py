@@ -25,7 +25,7 @@ IMAGES = ".images."  # in names of the weights of experts for images
 class ExactLinear(nn.Linear):
     """A projection to few numbers that decide much: which experts are chosen, what a state keeps.
 
-    No target rounds its weight or what it reads.
+    No quantized target rounds its weight or what it reads. On a GPU it takes the engine's dtype, but for a router's.
     """
 
     def __init__(self, size: int, out: int, bias: bool = False) -> None:

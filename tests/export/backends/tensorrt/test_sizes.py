@@ -97,7 +97,7 @@ def test_the_page_on_gpus_shows_these_numbers() -> None:
     assert f"{report.page // 64:,} bytes" in text
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe", "ernie4_5_vl_moe", "aria", "qwen3_5_moe"])
 @pytest.mark.parametrize(("experts", "group_size"), [("same", 32), ("int4", 32), ("int8", 128)])
 def test_planned_sizes_are_those_of_the_lowered_graphs(save_checkpoint, family, experts, group_size) -> None:
     assert_planned(save_checkpoint(model_type=family), Options(experts=experts, group_size=group_size))
