@@ -49,8 +49,8 @@ def group_size(counts: Callable[[str, Values], bool], more: str = "", choices: t
 
     more: what else is to be said of it, where 0 leaves it to the checkpoint.
     """
-    whose = "targets with int8, int4 or fp8 weights, on rtx and trt those of --experts"
-    usual = "Weights per scale in int8, int4 and fp8: 32, by default, or 128."
+    whose = "targets with int8, int4, fp8 or fp4 weights, on rtx and trt those of --experts"
+    usual = "Weights per scale in int8, int4, fp8 and fp4: 32, by default, or 128."
     told = Option(more or usual, whose, counts, choices)
     return option(0 if more else defaults.GROUP_SIZE, told)
 

@@ -28,7 +28,7 @@ class Ernie45VLMoe(Family):
 
     about = About(
         checkpoints=("ERNIE-4.5-VL-28B-A3B", "ERNIE-4.5-VL-424B-A47B"),
-        mixer="GQA, mrope",
+        mixer="GQA, M-RoPE",
         routing="softmax, correction bias, renormalised; others for images; shared experts",
         vision="packed grid, resampler",
     )

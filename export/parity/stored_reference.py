@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moevlm.export.backends.tensorrt.expert_formats import expert_form, held_form
-from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import as_stored, pruned
 from moevlm.export.formats.stored import keeping
 from moevlm.export.graph.weights import Weight
@@ -17,7 +16,7 @@ from moevlm.export.parity.expected import Expected
 from moevlm.export.parity.oracle import ReferenceOutput
 from moevlm.export.parity.torch_engine import TorchEngine
 from moevlm.export.passes.prune_2_4 import prunable
-from moevlm.runtime.core.engine_metadata import EngineMetadata
+from moevlm.runtime.core.engine_metadata import MIXED, EngineMetadata
 from moevlm.runtime.core.manifest import ModelMetadata
 from moevlm.runtime.engine.protocol import Engine
 from moevlm.runtime.engine.visual import HostFeatures

@@ -50,8 +50,11 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
 
 
 def _weights(engine: EngineReport) -> str:
-    """int4/32, 2:4 for groups of 32 weights that share a scale, pruned."""
-    text = f"{engine.dtype}/{engine.group_size}" if engine.group_size else engine.dtype
+    """int4/32, 2:4 for groups of 32 weights that share a scale, pruned; mixed where layers differ."""
+    from moevlm.runtime.core.engine_metadata import MIXED
+
+    one = engine.group_size and engine.dtype != MIXED
+    text = f"{engine.dtype}/{engine.group_size}" if one else engine.dtype
     return f"{text}, {engine.sparsity}" if engine.sparsity else text
 
 

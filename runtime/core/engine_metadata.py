@@ -5,6 +5,8 @@ import msgspec
 from moevlm.runtime.core.metadata import Metadata
 from moevlm.runtime.core.states import PagedKV, StateSpec
 
+MIXED = "mixed"  # dtype of experts that differ in it from layer to layer
+
 
 class CostMetadata(Metadata, frozen=True):
     """What a token or a patch costs an engine.
@@ -73,7 +75,7 @@ class EngineMetadata(Metadata, frozen=True):
     page_size: tokens of a page of its caches; 0 where a step has one sequence, and that lies in one page.
     row_independent: a token's numbers have the same bits whatever else is in its step.
     group_size: weights that share a scale, 0 if they are not quantized. On a GPU both are of the experts; where layers
-    differ, dtype is "mixed" and group_size the smallest.
+    differ, dtype is MIXED and group_size the smallest.
     operators: domain of the operators that the engine library must be given, "" if its own are enough.
     sparsity: "2:4" if two of every four weights of the dense layers were set to zero, pruned_weights in all, else "".
     recoded: of weights that a quantized checkpoint holds in codes, how many were kept or became what, in words.

@@ -7,7 +7,6 @@ from functools import partial
 import numpy as np
 
 from moevlm.export.backends.tensorrt.expert_formats import expert_form, held_form
-from moevlm.export.backends.tensorrt.options import MIXED
 from moevlm.export.formats.encoded import Encoded
 from moevlm.export.formats.gpu_packing import pack, pack_scale_words, pack_scales, pack_zeros
 from moevlm.export.formats.integers import IntFormat
@@ -17,6 +16,7 @@ from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import Weight, uncast
 from moevlm.plugins.gpu.ops.experts import ExpertsOp
 from moevlm.runtime.core.dtypes import DTYPES
+from moevlm.runtime.core.engine_metadata import MIXED
 
 
 def expert_tensors(op: ExpertsOp, weights: Mapping[str, Weight]) -> dict[str, Weight]:

@@ -6,6 +6,7 @@ from moevlm.export.backends.options import Option, check_choices, group_size, op
 from moevlm.export.formats.gpu_packing import LAYOUT
 from moevlm.export.formats.registry import FORMATS
 from moevlm.runtime.core import defaults, dtypes
+from moevlm.runtime.core.engine_metadata import MIXED
 from moevlm.runtime.core.errors import RefusedBuildOption
 
 NAMES = ("rtx:smNN,...", "trt:smNN")
@@ -16,7 +17,6 @@ PLANNED = (
 DTYPES = {row.short: row.name for row in (dtypes.DTYPES["bfloat16"], dtypes.DTYPES["float16"])}
 AUTO, SAME = "auto", "same"
 EXPERTS = (AUTO, SAME, *FORMATS)
-MIXED = "mixed"  # the experts of each layer as the checkpoint holds them, in formats that differ
 # --kv-cache: as PagedAttentionOp names it, and as a state's dtype.
 CACHES = {"same": ("", ""), "int8": ("int8", "int8"), "fp8": ("fp8", "float8_e4m3fn")}
 MIN_LOGITS = 64
