@@ -157,7 +157,8 @@ def test_heads_of_each_layer_as_transformers_5_24_writes_them() -> None:
     own["11"] = {"head_dim": 128}
     refused(
         CheckpointError,
-        "text_config.per_layer_config.11 = [128, 8] (heads like those of other layers of full_attention: [512, 2])",
+        "text_config.per_layer_config.11 = [128, 8] (allowed: heads like those of other layers of full_attention: "
+        "[512, 2])",
         act=lambda: family_for(written).config(written),
     )
 

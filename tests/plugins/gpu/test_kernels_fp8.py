@@ -8,7 +8,7 @@ import pytest
 
 from bench.gpu.cases.experts import ExpertsCall, ExpertsCases, in_e4m3
 from bench.variants import BLOCKS
-from moevlm.export.formats.float8 import VALUES, _codes
+from moevlm.export.formats.float8 import VALUES, nearest
 from moevlm.export.formats.gpu_packing import unpack
 from moevlm.export.formats.registry import weight_format
 from moevlm.plugins.gpu.draft import Draft
@@ -127,7 +127,7 @@ def test_codes_are_those_of_the_format(triton_interpreter: Interpreter) -> None:
     values = np.concatenate([values, -values]).astype(np.float32)
     found = triton_interpreter.call(encoded, np.append(values, np.float32(np.nan)))
     assert found[-1] & 0x7F == 0x7F
-    np.testing.assert_array_equal(found[:-1], _codes(values.astype(np.float64)))
+    np.testing.assert_array_equal(found[:-1], nearest(values.astype(np.float64)))
 
 
 def encoded(values: np.ndarray) -> np.ndarray:
