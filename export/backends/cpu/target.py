@@ -19,6 +19,7 @@ from moevlm.export.passes.pack_projections import PackProjections
 from moevlm.export.passes.quantize_embedding import QuantizeEmbedding
 from moevlm.plugins.cpu import limits
 from moevlm.runtime.backends.libraries import DOMAIN
+from moevlm.runtime.core import defaults
 from moevlm.runtime.core.states import PAGE_SIZE
 
 _SIZES = Sizes(
@@ -34,7 +35,8 @@ _SIZES = Sizes(
 
 
 def targets(name: str, options: Options) -> tuple[Target, ...]:
-    """The target of this name; empty if there is none."""
+    """The target of this name; cpu is the default one. Empty if there is none."""
+    name = defaults.TARGET if name == "cpu" else name
     _, _, dtype = name.partition(":")
     if dtype not in INTEGERS:
         return ()

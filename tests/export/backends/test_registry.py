@@ -43,6 +43,7 @@ def test_targets_are_made_with_the_options_that_are_theirs() -> None:
     assert (ours.group_size, ours.kv_cache) == (128, "float32")
     assert targets(["ort-cpu:fp32", "ort-cpu"], {})[0].name == "ort-cpu"
     assert len(targets(["ort-cpu:fp32", "ort-cpu"], {})) == 1
+    assert [target.name for target in targets(["cpu", "cpu:int8"], {})] == ["cpu:int8"]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_targets_are_made_with_the_options_that_are_theirs() -> None:
         (["cpu:int8"], {"kv_cache": "fp8"}, r"unsupported value kv_cache = 'fp8' \(allowed: float32, int8\)"),
         (["cpu:int3"], {}, r'unknown target "cpu:int3" \(allowed: reference, ort-cpu, .*, cpu:int8, .*, trt:smNN\)'),
         (["cuda"], {}, r'unknown target "cuda"'),
-        (["cpu"], {}, r'unknown target "cpu"'),
+        (["cpu:"], {}, r'unknown target "cpu:"'),
     ],
 )
 def test_what_does_not_do_is_refused_by_name(names: list[str], given: dict[str, object], message: str) -> None:
