@@ -31,7 +31,8 @@ AS_GIVEN = Storage()
 
 @pytest.fixture(scope="module")
 def seed() -> int:
-    return int(np.random.default_rng().integers(1 << 31))
+    """One for all runs: now and then a near tie early in a prompt sends all that follows elsewhere."""
+    return 5
 
 
 class Canonical:
