@@ -8,7 +8,7 @@ import numpy as np
 
 from moevlm.export.formats.base import WeightFormat
 from moevlm.export.formats.sparsity import prune
-from moevlm.export.formats.stored import EncodedFrom, encoded
+from moevlm.export.formats.stored import EncodedFrom
 from moevlm.export.graph.codes import Codes
 from moevlm.export.graph.weights import PerRow, Weight
 
@@ -18,13 +18,14 @@ Shaped = tuple[tuple[int, ...], np.dtype]
 
 def as_stored(weight: Weight, form: WeightFormat) -> Weight:
     """A weight [..., K] as kernels see it: encoded and decoded again, float32."""
+    encoding = EncodedFrom(weight, form)
 
     def rows(start: int, stop: int) -> np.ndarray:
-        found = encoded(weight, form, start, stop)
+        found = encoding.rows(start, stop)
         decoded = form.decode(found.codes, found.scales, found.zeros)
         return decoded[:, : weight.shape[-1]].reshape(-1, *weight.shape[1:])
 
-    return _Part(weight.shape, np.dtype(np.float32), rows, EncodedFrom(weight, form))
+    return _Part(weight.shape, np.dtype(np.float32), rows, encoding)
 
 
 def pruned(weight: Weight) -> Weight:

@@ -72,7 +72,11 @@ class EncodedFrom:
         return kinds_of(self.weight)
 
     def rows(self, start: int, stop: int) -> Codes:
-        """See `encoded`. Measures how far they are from the checkpoint's."""
+        """Rows [start:stop] of the first axis of [..., K] as `WeightFormat.encode` gives them, all outer axes as one.
+
+        With zeros where the format has them. Codes that a checkpoint has stay as they are, see `own_codes`; scales are
+        rounded to the format's dtype. Measures how far the rows are from the checkpoint's.
+        """
         if (own := self.codes) is not None:
             codes = own.codes(start, stop)
             found = _regrouped(codes, own, self.form)
@@ -174,18 +178,6 @@ def keeping(form: WeightFormat, *weights: Weight) -> WeightFormat:
 def roomiest(form: WeightFormat) -> WeightFormat:
     """The format with places for zeros, if it can have some."""
     return replace(form, zeros=True) if isinstance(form, IntFormat) and form.bits == 4 else form
-
-
-def encoded(weight: Weight, form: WeightFormat, start: int, stop: int) -> Codes:
-    """Rows [start:stop] of the first axis of [..., K] as `WeightFormat.encode` gives them, all outer axes as one.
-
-    With zeros where the format has them. Codes that a checkpoint has stay as they are, see `own_codes`; scales are
-    rounded to the format's dtype.
-    """
-    own = own_codes(weight, form)
-    if own is not None:
-        return _regrouped(own.codes(start, stop), own, form)
-    return _encoded_anew(weight.rows(start, stop), form)
 
 
 def _encoded_anew(rows: np.ndarray, form: WeightFormat) -> Codes:

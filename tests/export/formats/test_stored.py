@@ -26,7 +26,6 @@ from moevlm.export.formats.registry import weight_format
 from moevlm.export.formats.stored import (
     EncodedFrom,
     Narrowed,
-    encoded,
     keeping,
     kept_form,
     own_codes,
@@ -165,7 +164,7 @@ def test_experts_of_which_one_matrix_alone_is_in_e2m1_are_rounded_anew(graph_of)
 def test_eight_bits_hold_e2m1_numbers() -> None:
     weight = _Held(CodeForm("fp4", 32, scales="bfloat16"), 80)
     for form in (weight_format("int8", 16), weight_format("int8", 32), weight_format("fp8", 32)):
-        found = encoded(weight, form, 0, 4)
+        found = EncodedFrom(weight, form).rows(0, 4)
         np.testing.assert_array_equal(form.decode(found.codes, found.scales)[:, :80], read(weight))
     assert own_codes(weight, weight_format("int4", 32)) is None
     assert own_codes(weight, weight_format("int8", 128)) is None
@@ -391,7 +390,7 @@ def test_forms_that_kernels_take_and_those_that_they_do_not() -> None:
 def test_a_row_s_one_scale_fills_groups_of_any_size() -> None:
     weight, exact = _Held(CodeForm("int4", 80), 80), Constant(np.ones((2, 64), np.float32))
     assert own_codes(weight, IntFormat(4, 32)) is not None
-    found = encoded(weight, IntFormat(4, 32), 1, 3)
+    found = EncodedFrom(weight, IntFormat(4, 32)).rows(1, 3)
     assert found.codes.shape == (2, 3, 32)
     assert (found.codes[:, 2, 16:] == 8).all()
     assert found.zeros is None
