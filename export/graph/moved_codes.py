@@ -26,7 +26,7 @@ def coded(weight: Weight) -> Coded | None:
         case Swapped(source):
             whole = coded(source)  # blocks of one row would become groups of one weight
             turns = whole is not None and not whole.form.zeros and whole.form.block_rows > 1
-            return _Turned(whole) if whole is not None and turns else None
+            return _Turned(whole, weight) if whole is not None and turns else None
         case Picked(source):
             whole = coded(source)
             return _Picked(whole, weight) if whole is not None and len(weight.shape) == 3 else None
@@ -85,15 +85,20 @@ class _Stacked(Coded):
 
 
 @dataclass(frozen=True)
-class _Turned(Coded):
-    """[e, m, n] as [e, n, m]: a block of block_rows x group_size turns with its scale."""
+class _Moved(Coded):
+    """The codes of `part`, moved as a recipe says."""
 
     part: Coded
+    recipe: Swapped | Picked | RowBlocks | Reordered
 
     @property
     def shape(self) -> tuple[int, ...]:
-        e, m, n = self.part.shape
-        return e, n, m
+        return self.recipe.shape
+
+
+@dataclass(frozen=True)
+class _Turned(_Moved):
+    """[e, m, n] as [e, n, m]: a block of block_rows x group_size turns with its scale."""
 
     @property
     def form(self) -> CodeForm:
@@ -109,69 +114,54 @@ class _Turned(Coded):
 
 
 @dataclass(frozen=True)
-class _Picked(Coded):
+class _Picked(_Moved):
     """Some rows of each matrix of [e, m, n]."""
 
-    part: Coded
-    picked: Picked
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.picked.shape
+    recipe: Picked
 
     @property
     def form(self) -> CodeForm:
-        form, places = self.part.form, self.picked.places
+        form, places = self.part.form, self.recipe.places
         aligned = isinstance(places, range) and places.step == 1 and places.start % form.block_rows == 0
         return form if aligned else replace(form, block_rows=1)
 
     def codes(self, start: int, stop: int) -> Codes:
-        return self.part.codes(start, stop).moved(self.picked.pick)
+        return self.part.codes(start, stop).moved(self.recipe.pick)
 
 
 @dataclass(frozen=True)
-class _RowBlocks(Coded):
+class _RowBlocks(_Moved):
     """Blocks of rows of a matrix, at equal distances."""
 
-    part: Coded
-    blocks: RowBlocks
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.blocks.shape
+    recipe: RowBlocks
 
     @property
     def form(self) -> CodeForm:
-        form, blocks = self.part.form, self.blocks
+        form, blocks = self.part.form, self.recipe
         aligned = not any(number % form.block_rows for number in (blocks.size, blocks.every, blocks.first))
         return form if aligned else replace(form, block_rows=1)
 
     def codes(self, start: int, stop: int) -> Codes:
-        return _together([self.part.codes(a, b) for a, b in self.blocks.places(start, stop)], np.concatenate)
+        return _together([self.part.codes(a, b) for a, b in self.recipe.places(start, stop)], np.concatenate)
 
 
 @dataclass(frozen=True)
-class _Reordered(Coded):
+class _Reordered(_Moved):
     """Each group of so many rows of a matrix in another order."""
 
-    part: Coded
-    reordered: Reordered
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.part.shape
+    recipe: Reordered
 
     @property
     def form(self) -> CodeForm:
         form = self.part.form
-        stays = form.block_rows % len(self.reordered.order) == 0  # each row, in its block
+        stays = form.block_rows % len(self.recipe.order) == 0  # each row, in its block
         return form if stays else replace(form, block_rows=1)
 
     def codes(self, start: int, stop: int) -> Codes:
-        first, last = self.reordered.groups(start, stop)
+        first, last = self.recipe.groups(start, stop)
 
         def turned(array: np.ndarray) -> np.ndarray:
-            return self.reordered.turned(array)[start - first : stop - first]
+            return self.recipe.turned(array)[start - first : stop - first]
 
         return self.part.codes(first, last).moved(turned)
 
