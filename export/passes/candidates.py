@@ -25,11 +25,11 @@ class AddCandidates(Pass):
 
     def requires(self, model: ir.Model) -> Iterator[str]:
         """There is a float32 output `logits` of known width."""
-        found = [value for value in model.graph.outputs if value.name == "logits" and value.shape is not None]
-        if not found or not isinstance(found[0].shape[-1], int):  # type: ignore[index]
+        found = next((value for value in model.graph.outputs if value.name == "logits"), None)
+        if found is None or found.shape is None or not isinstance(found.shape[-1], int):
             yield "there is no output logits of known width"
-        elif found[0].dtype is not ir.DataType.FLOAT:
-            yield f"the output logits is {found[0].dtype}"
+        elif found.dtype is not ir.DataType.FLOAT:
+            yield f"the output logits is {found.dtype}"
 
     def ensures(self, model: ir.Model) -> Iterator[str]:
         """candidate_values, candidate_ids and log_sum_exp follow the logits."""

@@ -20,7 +20,7 @@ def plugin_node(op: KernelOp, inputs: Sequence[ir.Value], programs: Programs, na
     assert len(inputs) == len(op.inputs)
     node = ir.node(op.name, inputs, domain=DOMAIN, num_outputs=len(op.outputs), name=name, version=1)
     # Bytes in the place of text: TensorRT's parser hands a string over as it is, NUL bytes too.
-    node.attributes["program"] = ir.AttrString("program", programs(op))  # type: ignore[arg-type]
+    node.attributes["program"] = ir.Attr("program", ir.AttributeType.STRING, programs(op))
     for value, tensor in zip(node.outputs, op.outputs, strict=True):
         value.type = ir.TensorType(ir.DataType(DTYPES[tensor.dtype].onnx))
     return node
