@@ -12,13 +12,13 @@ from moevlm.export.config import ModelConfig
 from moevlm.export.families import shared
 from moevlm.export.families.about import About
 from moevlm.export.families.base import Family, register
-from moevlm.export.families.ernie_text import ernie_decoder
+from moevlm.export.families.ernie_text import ernie_image_decoder, ernie_weights
 from moevlm.export.families.ernie_vision import ernie_tower, ernie_vision_weights
 from moevlm.export.families.experts import Experts
 from moevlm.export.families.fields import Fields
-from moevlm.export.families.sources import halves, reordered, row_of, turned
+from moevlm.export.families.sources import row_of, turned
 
-_LAYER, _MLP = "model.layers.{i}.", "model.layers.{i}.mlp."
+_MLP = "model.layers.{i}.mlp."
 _FEED, _IMAGES = "decoder.layers.{i}.feed_forward.", "decoder.layers.{i}.feed_forward.images."
 
 
@@ -44,18 +44,12 @@ class Ernie45VLMoe(Family):
 
     @property
     def weights(self) -> shared.Weights:
-        text, images = (Experts(f"{_MLP}experts", per_expert=True, bank=bank) for bank in range(2))
-        pairs, bias = halves(self._head_dim), f"{_MLP}moe_statics.e_score_correction_bias"
+        images = Experts(f"{_MLP}experts", per_expert=True, bank=1)
         return {
-            **shared.decoder_weights(text, "model."),
-            **{
-                f"decoder.layers.{{i}}.attention.{p}.weight": reordered(f"{_LAYER}self_attn.{p}_proj.weight", pairs)
-                for p in "qk"
-            },
+            **ernie_weights("model.", self._head_dim, banks=2),
             f"{_FEED}router.weight": turned(f"{_MLP}gate.weight"),
             f"{_IMAGES}router.weight": turned(f"{_MLP}gate.weight_1"),
-            f"{_FEED}correction_bias": row_of(bias, 0, 2),
-            f"{_IMAGES}correction_bias": row_of(bias, 1, 2),
+            f"{_IMAGES}correction_bias": row_of(f"{_MLP}moe_statics.e_score_correction_bias", 1, 2),
             f"{_IMAGES}gate_up": images.gate_up(),
             f"{_IMAGES}down": images.down(),
             **ernie_vision_weights(),
@@ -66,7 +60,7 @@ class Ernie45VLMoe(Family):
         text.get("tie_word_embeddings", None)  # the outer field decides
         ids = shared.token_ids(fields, text)
         around = [fields.count(f"image_{side}_token_id") for side in ("start", "end")]
-        decoder = ernie_decoder(text, fields.flag("tie_word_embeddings", True))
+        decoder = ernie_image_decoder(text, fields.flag("tie_word_embeddings", True))
         decoder = replace(decoder, image_ids=(ids["image_token_id"], *around))
         return ModelConfig(
             model_type="ernie4_5_vl_moe",
