@@ -2,6 +2,7 @@
 
 from onnx import FunctionProto, parser
 
+from moevlm.export.graph.image_loop import PACKED, each_image
 from moevlm.export.graph.op import Op, register
 from moevlm.plugins.ops.spec import CrossAttentionSpec
 
@@ -53,42 +54,19 @@ CrossAttention <heads> (q, k, v, image_start) => (y)
 
 
 def cross_flash_attention_function(_: CrossAttentionSpec, present: tuple[bool, ...]) -> FunctionProto:
-    """CrossAttention on ONNX Runtime's MultiHeadAttention, one image at a time; see `segment_flash_attention_function`.
+    """CrossAttention on ONNX Runtime's MultiHeadAttention, one image at a time; see `image_loop`.
 
     No query is copied, and none sees the patches of other images, not even to mask them.
     """
     _require_all(present)
     return parser.parse_function(
-        """<domain: "moevlm", opset_import: ["" : 24, "com.microsoft" : 1]>
+        f"""<domain: "moevlm", opset_import: ["" : 24, "com.microsoft" : 1]>
 CrossFlashAttention <heads> (q, k, v, image_start) => (y)
-{
-    axis_0 = Constant <value_ints: ints = [0]> ()
-    axis_1 = Constant <value_ints: ints = [1]> ()
-    zero_1 = Constant <value_ints: ints = [0]> ()
-    one = Constant <value_int: int = 1> ()
-    one_1 = Constant <value_ints: ints = [1]> ()
-    always = Cast <to: int = 9> (one)
-    q_packed = Unsqueeze (q, axis_0)
-    k_packed = Unsqueeze (k, axis_0)
-    v_packed = Unsqueeze (v, axis_0)
-    starts = Cast <to: int = 7> (image_start)
-    boundaries = Size (starts)
-    images = Sub (boundaries, one)
-    nothing = Slice (q_packed, zero_1, zero_1, axis_0)
-    y = Loop (images, always, nothing) <body: graph = one_image
-        (int64 i, bool go_in, float[done, queries, width] y_in) => (bool go_out, float[more, queries, width] y_out)
-    {
-        go_out = Identity (go_in)
-        i_1 = Unsqueeze (i, axis_0)
-        next_1 = Add (i_1, one_1)
-        start = Gather (starts, i_1)
-        end = Gather (starts, next_1)
-        k_part = Slice (k_packed, start, end, axis_1)
-        v_part = Slice (v_packed, start, end, axis_1)
-        y_part = com.microsoft.MultiHeadAttention <num_heads: int = @heads> (q_packed, k_part, v_part)
-        y_out = Concat <axis: int = 0> (y_in, y_part)
-    }>
-}
+{{
+    {PACKED}
+    {each_image("q_packed", "k_packed", "Identity (q_packed)", axis=0)}
+    y = Identity (y_packed)
+}}
 """
     )
 

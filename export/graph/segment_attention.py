@@ -2,6 +2,7 @@
 
 from onnx import FunctionProto, parser
 
+from moevlm.export.graph.image_loop import PACKED, each_image
 from moevlm.export.graph.op import Op, register
 from moevlm.plugins.ops.spec import SegmentAttentionSpec
 
@@ -60,46 +61,17 @@ SegmentAttention <heads> (q, k, v, cos, sin, image_start) => (y)
 
 
 def segment_flash_attention_function(_: SegmentAttentionSpec, present: tuple[bool, ...]) -> FunctionProto:
-    """SegmentAttention on ONNX Runtime's MultiHeadAttention, one image at a time, so that no mask is needed.
-
-    Without one its CPU kernel works in tiles: memory grows with the patches, not with their square, and images do not
-    pay for each other.
-    """
+    """SegmentAttention on ONNX Runtime's MultiHeadAttention, one image at a time; see `image_loop`."""
     return parser.parse_function(
-        """<domain: "moevlm", opset_import: ["" : 24, "com.microsoft" : 1]>
+        f"""<domain: "moevlm", opset_import: ["" : 24, "com.microsoft" : 1]>
 SegmentFlashAttention <heads> (q, k, v, cos, sin, image_start) => (y)
-{
-    axis_0 = Constant <value_ints: ints = [0]> ()
-    axis_1 = Constant <value_ints: ints = [1]> ()
-    zero_1 = Constant <value_ints: ints = [0]> ()
-    one = Constant <value_int: int = 1> ()
-    one_1 = Constant <value_ints: ints = [1]> ()
-    always = Cast <to: int = 9> (one)
-    q_packed = Unsqueeze (q, axis_0)
-    k_packed = Unsqueeze (k, axis_0)
-    v_packed = Unsqueeze (v, axis_0)
-    ROTATED
-    starts = Cast <to: int = 7> (image_start)
-    boundaries = Size (starts)
-    images = Sub (boundaries, one)
-    nothing = Slice (q_turned, zero_1, zero_1, axis_1)
-    y_packed = Loop (images, always, nothing) <body: graph = one_image
-        (int64 i, bool go_in, float[one_batch, done, width] y_in) => (bool go_out, float[one_batch, more, width] y_out)
-    {
-        go_out = Identity (go_in)
-        i_1 = Unsqueeze (i, axis_0)
-        next_1 = Add (i_1, one_1)
-        start = Gather (starts, i_1)
-        end = Gather (starts, next_1)
-        q_part = Slice (q_turned, start, end, axis_1)
-        k_part = Slice (k_turned, start, end, axis_1)
-        v_part = Slice (v_packed, start, end, axis_1)
-        y_part = com.microsoft.MultiHeadAttention <num_heads: int = @heads> (q_part, k_part, v_part)
-        y_out = Concat <axis: int = 1> (y_in, y_part)
-    }>
+{{
+    {PACKED}
+    {_rotation(present)}
+    {each_image("q_turned", "k_turned", "Slice (q_turned, start, end, axis_1)", axis=1)}
     y = Squeeze (y_packed, axis_0)
-}
-""".replace("ROTATED", _rotation(present))
+}}
+"""
     )
 
 
