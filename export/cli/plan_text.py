@@ -25,9 +25,8 @@ def plan_lines(source: Path, plan: "Plan", options: Sequence[tuple[str, str]], n
     """The model, a table of targets, the reasons of those that are refused, and what to do next.
 
     options: (target, words) of the build's other options, with the asked name of a target that they count for; "" for
-    all.
-    named: whether the targets were asked for; by default one build is suggested, otherwise one of all that can be built
-    here.
+    all. named: whether the targets were asked for; by default one build is suggested, otherwise one of all that can be
+    built here.
     """
     found = f"{plan.tensors:,} tensors, each has its place"
     weights = found if plan.tensors else "no weights here: their names and shapes were not checked"

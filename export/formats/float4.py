@@ -1,7 +1,7 @@
 """fp4: e2m1 codes, each group's scale maps its largest magnitude to the format's largest number, 6.
 
-For what a checkpoint holds so: of float weights, integers of four bits lose less. With scales in E4M3 each is
-a number of e4m3 times a float32 of its row, which maps the row's largest to 448: NVFP4 with such a float32 of each row.
+For what a checkpoint holds so: of float weights, integers of four bits lose less. With scales in E4M3 each is a number
+of e4m3 times a float32 of its row, which maps the row's largest to 448: NVFP4 with such a float32 of each row.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Recipes that put the numbers of a weight in another order: rows that are picked, axes that change places.
 
-Each is a class that says what it does, so that codes of a quantized checkpoint can follow it, see `codes.coded`.
+Each is a class that says what it does, so that codes of a quantized checkpoint can follow it, see `moved_codes`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,11 +16,10 @@ _REGISTRY: dict[str, type["TextModel"]] = {}
 
 
 class TextModel(ABC):
-    """mixer, routing: what people are told, see `about.About`. eos, tied: eos_token_id and
-    tie_word_embeddings where config.json has none.
+    """mixer, routing: what people are told, see `about.About`.
 
-    router_suffix, left_out, splitting: as in `base.Family`. config_names: too, by the fields' names inside of the
-    text's object.
+    eos, tied: eos_token_id and tie_word_embeddings where config.json has none. router_suffix, left_out, splitting: as
+    in `base.Family`. config_names: too, by the fields' names inside of the text's object.
     """
 
     mixer: ClassVar[str]
