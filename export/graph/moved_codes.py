@@ -57,13 +57,8 @@ class _Joined(Coded):
         return form if whole and same else replace(form, block_rows=1)
 
     def codes(self, start: int, stop: int) -> Codes:
-        pieces, offset = [], 0
-        for part in self.parts:
-            a, b = max(start - offset, 0), min(stop - offset, part.shape[0])
-            if a < b:
-                pieces.append(part.codes(a, b))
-            offset += part.shape[0]
-        return _together(pieces, np.concatenate)
+        places = Concat(self.parts).places(start, stop)
+        return _together([self.parts[i].codes(a, b) for i, a, b in places], np.concatenate)
 
 
 @dataclass(frozen=True)

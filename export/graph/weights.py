@@ -115,14 +115,18 @@ class Concat:
         return np.result_type(*(source.dtype for source in self.sources))
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        parts, offset = [], 0
-        for source in self.sources:
-            a, b = max(start - offset, 0), min(stop - offset, source.shape[0])
-            if a < b:
-                parts.append(source.rows(a, b))
-            offset += source.shape[0]
+        parts = [self.sources[i].rows(a, b) for i, a, b in self.places(start, stop)]
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return joined.astype(self.dtype, copy=False)  # sources may differ in dtype
+
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Where rows [start:stop] lie: the number of a source, and its rows [a:b], source by source."""
+        offset = 0
+        for number, source in enumerate(self.sources):
+            a, b = max(start - offset, 0), min(stop - offset, source.shape[0])
+            if a < b:
+                yield number, a, b
+            offset += source.shape[0]
 
 
 @dataclass(frozen=True)
