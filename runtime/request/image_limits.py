@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from moevlm.runtime.core.errors import RefusedOption
+
 LOW_DETAIL_PIXELS = 512 * 512  # of an image part with detail "low", as the OpenAI API has it
 
 
@@ -21,3 +23,15 @@ class ImageLimits:
 
 
 NO_LIMITS = ImageLimits()
+
+
+def require_pixels(name: str, value: object, least: int, unit: str, most: int) -> None:
+    """Raise RefusedOption unless an area is a whole number of pixels from `least`, which is one `unit`, to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise RefusedOption(name, value, f"{least}, which is one {unit}, to {most}")
+
+
+def require_absent(name: str, value: object, why: str) -> None:
+    """Raise RefusedOption for a limit that images of a model cannot have."""
+    if value is not None:
+        raise RefusedOption(name, value, f"none, for {why}")

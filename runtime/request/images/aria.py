@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from PIL import Image
 
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RefusedOption
 from moevlm.runtime.core.towers import QueryTower
-from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits
+from moevlm.runtime.request.image_limits import NO_LIMITS, ImageLimits, require_absent
 from moevlm.runtime.request.images.fields import pixel_values, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 
@@ -62,16 +62,10 @@ class AriaImages(ImageProcessor):
         return (shorter, self._longest) if width >= height else (self._longest, shorter)
 
     def _check(self, limits: ImageLimits) -> None:
-        """Raises RequestError for limits that no image keeps: all have a side and a number of tokens in common."""
-        for name in ("min_pixels", "max_pixels"):
-            if (value := getattr(limits, name)) is not None:
-                raise RequestError(
-                    f"unsupported value {name} = {shown(value)} (allowed: none, for the longer side of an image always "
-                    f"gets {self._longest} pixels)"
-                )
-        most = self.most_tokens(limits)
-        if most is not None and most < self._vision.queries:
-            raise RequestError(
-                f"unsupported value max_image_tokens = {most} (allowed: {self._vision.queries}, which every image of "
-                "this model has, or more)"
-            )
+        """Raises RefusedOption for limits that no image keeps: all have a side and a number of tokens in common."""
+        why = f"the longer side of an image always gets {self._longest} pixels"
+        require_absent("min_pixels", limits.min_pixels, why)
+        require_absent("max_pixels", limits.max_pixels, why)
+        most, each = self.most_tokens(limits), self._vision.queries
+        if most is not None and most < each:
+            raise RefusedOption("max_image_tokens", most, f"{each}, which every image of this model has, or more")

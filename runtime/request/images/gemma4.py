@@ -8,9 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import PooledTower
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits, require_absent, require_pixels
 from moevlm.runtime.request.images.fields import pixel_values, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
 
@@ -56,21 +55,12 @@ class Gemma4Images(ImageProcessor):
         return max(rows, 1) * block, max(columns, 1) * block
 
     def _limited(self, limits: ImageLimits) -> int:
-        """The most visual tokens that an image may have."""
+        """The most visual tokens that an image may have. Raises RefusedOption."""
         budget, block = self._budget, self._block**2
-        if limits.min_pixels is not None:
-            raise RequestError(
-                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
-                "get as many pixels as max_pixels allows)"
-            )
+        why = "images of this model get as many pixels as max_pixels allows"
+        require_absent("min_pixels", limits.min_pixels, why)
         if limits.max_pixels is not None:
-            most = self._longest * block
-            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
-            if not whole or not block <= limits.max_pixels <= most:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
-                    f"to {most})"
-                )
+            require_pixels("max_pixels", limits.max_pixels, block, "token", self._longest * block)
             budget = limits.max_pixels // block
         if (most_tokens := self.most_tokens(limits)) is not None:
             budget = min(budget, most_tokens)

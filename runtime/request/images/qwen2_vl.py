@@ -5,9 +5,9 @@ Numerically those of Hugging Face transformers 5.24 on their Pillow backend.
 
 from typing import ClassVar
 
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RefusedOption, RequestError
 from moevlm.runtime.core.towers import GridTower, ResampledTower, Tower
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits, require_pixels
 from moevlm.runtime.request.images.edges import blocks_within, enlarged, read_edges, require_aspect
 from moevlm.runtime.request.images.fields import CLIP_DEVIATION, CLIP_MEAN, grid_sizes, pixel_values
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -54,16 +54,12 @@ class Qwen2VLImages(ImageProcessor):
         return rows * block, columns * block
 
     def _limited_edges(self, limits: ImageLimits, frames: int) -> tuple[int, int]:
-        """The smallest and the largest area that is allowed, counted as the processor does."""
+        """The smallest and the largest area that is allowed, counted as the processor does. Raises RefusedOption."""
         shortest, longest = self._shortest, self._longest
-        least, largest = frames * self._block**2, frames * self._max_pixels
+        least, largest = frames * self._block**2, max(self._max_pixels, longest // frames)
         for name, value in (("min_pixels", limits.min_pixels), ("max_pixels", limits.max_pixels)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if value is not None and not (whole and least <= frames * value <= max(largest, longest)):
-                raise RequestError(
-                    f"unsupported value {name} = {shown(value)} (allowed: {self._block**2}, which is one token, to "
-                    f"{max(largest, longest) // frames})"
-                )
+            if value is not None:
+                require_pixels(name, value, self._block**2, "token", largest)
         if limits.max_pixels is not None:
             longest = frames * limits.max_pixels
         if (most := self.most_tokens(limits)) is not None:
@@ -73,10 +69,8 @@ class Qwen2VLImages(ImageProcessor):
         if limits.min_pixels is None:  # nothing is enlarged only to be too large
             return shortest if shortest <= longest else least, longest
         if frames * limits.min_pixels > longest:
-            raise RequestError(
-                f"unsupported value min_pixels = {limits.min_pixels} (allowed: up to {longest // frames}, the most "
-                "pixels of an image)"
-            )
+            allowed = f"up to {longest // frames}, the most pixels of an image"
+            raise RefusedOption("min_pixels", limits.min_pixels, allowed)
         return frames * limits.min_pixels, longest
 
 

@@ -2,8 +2,7 @@
 
 from typing import ClassVar
 
-from moevlm.runtime.core.errors import RequestError, shown
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits, require_absent, require_pixels
 from moevlm.runtime.request.images.fields import pixel_values
 from moevlm.runtime.request.images.processor import ImageProcessor
 
@@ -19,22 +18,13 @@ class ShrinkingImages(ImageProcessor):
         self._values = pixel_values(self._fields, True, self.MEANS, self.DEVIATIONS)
 
     def _most(self, limits: ImageLimits) -> int | None:
-        """The most visual tokens that an image may have, where something says so. Raises RequestError."""
+        """The most visual tokens that an image may have, where something says so. Raises RefusedOption."""
         block = self._block**2
-        if limits.min_pixels is not None:
-            raise RequestError(
-                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
-                "are never enlarged)"
-            )
+        require_absent("min_pixels", limits.min_pixels, "images of this model are never enlarged")
         found = [] if (most := self.most_tokens(limits)) is None else [most]
         if limits.max_pixels is not None:
             largest = self.max_patches * self._vision.patch_size**2
-            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
-            if not whole or not block <= limits.max_pixels <= largest:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {block}, which is one token, "
-                    f"to {largest})"
-                )
+            require_pixels("max_pixels", limits.max_pixels, block, "token", largest)
             found.append(limits.max_pixels // block)
         if limits.low_detail:
             found.append(max(1, LOW_DETAIL_PIXELS // block))

@@ -3,9 +3,9 @@
 from abc import abstractmethod
 from typing import ClassVar
 
-from moevlm.runtime.core.errors import RequestError, shown
+from moevlm.runtime.core.errors import RefusedOption
 from moevlm.runtime.core.towers import TileTower
-from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits
+from moevlm.runtime.request.image_limits import LOW_DETAIL_PIXELS, ImageLimits, require_absent, require_pixels
 from moevlm.runtime.request.images.fields import refuse
 from moevlm.runtime.request.images.layout import ImageLayout
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -59,27 +59,17 @@ class TileImages(ImageProcessor):
         return self._side, self._side
 
     def _most_tiles(self, limits: ImageLimits) -> int:
-        """The most tiles that an image may have beside its overview; 1: it stays in one piece."""
+        """The most tiles that an image may have beside its overview; 1: it stays in one piece. Raises RefusedOption."""
         tiles, area = self._tiles, self._side**2
-        if limits.min_pixels is not None:
-            raise RequestError(
-                f"unsupported value min_pixels = {shown(limits.min_pixels)} (allowed: none, for images of this model "
-                f"are cut into tiles of {self._side} x {self._side} pixels)"
-            )
+        why = f"images of this model are cut into tiles of {self._side} x {self._side} pixels"
+        require_absent("min_pixels", limits.min_pixels, why)
         if limits.max_pixels is not None:
             largest = area * max(tiles, min(_MOST_TILES, self._max_pixels // area))
-            whole = isinstance(limits.max_pixels, int) and not isinstance(limits.max_pixels, bool)
-            if not whole or not area <= limits.max_pixels <= largest:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(limits.max_pixels)} (allowed: {area}, which is one tile, "
-                    f"to {largest})"
-                )
+            require_pixels("max_pixels", limits.max_pixels, area, "tile", largest)
             tiles = limits.max_pixels // area
         if (tokens := self.most_tokens(limits)) is not None:
             each = self._vision.tokens(self._grid)
             if tokens < each:
-                raise RequestError(
-                    f"unsupported value max_image_tokens = {tokens} (allowed: {each}, which is one tile, or more)"
-                )
+                raise RefusedOption("max_image_tokens", tokens, f"{each}, which is one tile, or more")
             tiles = min(tiles, max(1, tokens // each - 1))
         return min(tiles, max(1, LOW_DETAIL_PIXELS // area)) if limits.low_detail else tiles

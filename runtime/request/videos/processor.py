@@ -13,7 +13,7 @@ from PIL import Image
 from moevlm.runtime.core import defaults
 from moevlm.runtime.core.errors import RequestError, shown
 from moevlm.runtime.core.towers import GridTower
-from moevlm.runtime.request.image_limits import ImageLimits
+from moevlm.runtime.request.image_limits import ImageLimits, require_pixels
 from moevlm.runtime.request.images.edges import blocks_within, enlarged, read_edges, require_aspect
 from moevlm.runtime.request.images.fields import VIDEO_FILE, pixel_values, read_fields, refuse
 from moevlm.runtime.request.images.processor import ImageProcessor
@@ -160,11 +160,7 @@ class VideoProcessor(ABC):
         """The most pixels of a frame that a request allows."""
         found, given = [], limits.max_pixels
         if given is not None:
-            if not isinstance(given, int) or isinstance(given, bool) or not self._block**2 <= given <= _MAX_EDGE:
-                raise RequestError(
-                    f"unsupported value max_pixels = {shown(given)} (allowed: {self._block**2}, which is one token, "
-                    f"to {_MAX_EDGE})"
-                )
+            require_pixels("max_pixels", given, self._block**2, "token", _MAX_EDGE)
             found.append(given)
         if (tokens := self.images.most_tokens(limits)) is not None:
             found.append(tokens * self._block**2)

@@ -14,7 +14,7 @@ from transformers.models.aria.processing_aria import AriaProcessor
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
-from moevlm.runtime.core.errors import BundleError, RequestError
+from moevlm.runtime.core.errors import BundleError, RefusedOption
 from moevlm.runtime.core.towers import Grid, QueryTower
 from moevlm.runtime.request.image_limits import ImageLimits
 from moevlm.runtime.request.images.query_tables import pack_buckets
@@ -131,7 +131,7 @@ def test_limits_that_every_image_keeps_change_nothing(limits: ImageLimits) -> No
 )
 def test_limits_that_no_image_keeps_are_refused_by_name(limits: ImageLimits, words: str) -> None:
     for act in (ours().fit, ours().layout):
-        with pytest.raises(RequestError, match=words):
+        with pytest.raises(RefusedOption, match=words):
             act(noise((30, 30)), limits)
 
 
