@@ -58,16 +58,14 @@ class Number(_Type):
             self.refuse(value, "a number", param, ctx)
 
 
-class OneOf(click.Choice[str]):
+class OneOf(click.Choice[str], _Type):
     """One of some words."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter:
-            assert param is not None
-            name = max(param.opts, key=len)
-            raise click.UsageError(refusal(name, value, ", ".join(self.choices)), ctx) from None
+            self.refuse(value, ", ".join(self.choices), param, ctx)
 
 
 class Size(_Type):
