@@ -66,13 +66,13 @@ class System(ABC):
     def decode(self, history: np.ndarray, steps: np.ndarray) -> Timed:
         """history: [B, past] int64, not timed. steps: [B, T] int64, fed one column at a time whatever was chosen."""
 
-    def clients(self, history: np.ndarray, tokens: int) -> Timed:  # noqa: ARG002 - of systems that have it
+    def clients(self, history: np.ndarray, tokens: int) -> Timed:
         """history: [B, past] int64, not timed. Each of B clients then gets `tokens` tokens."""
-        raise ValueError(f"{type(self).__name__} has no clients")
+        raise NotImplementedError(f"{type(self).__name__} has no clients")
 
-    def first_token(self, pixels: np.ndarray, ids: np.ndarray) -> Timed:  # noqa: ARG002 - of systems that have it
+    def first_token(self, pixels: np.ndarray, ids: np.ndarray) -> Timed:
         """pixels: [height, width, 3] uint8, an image before the text ids [S] int64."""
-        raise ValueError(f"{type(self).__name__} takes no images")
+        raise NotImplementedError(f"{type(self).__name__} takes no images")
 
 
 def arguments(description: str) -> argparse.Namespace:
