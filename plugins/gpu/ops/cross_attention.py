@@ -32,8 +32,10 @@ class CrossAttentionOp:
 
     def __post_init__(self) -> None:
         require_heads(self.heads, self.head_dim, self.dtype)
-        if self.queries < 1:
-            raise FieldError("queries", self.queries, "1 or more")
+        # The kernel finds a query's row in 32 bits; in 64 it takes more registers, and spills on SM120.
+        most = ((1 << 31) - 1) // (self.heads * self.head_dim)
+        if not 1 <= self.queries <= most:
+            raise FieldError("queries", self.queries, f"1 to {most}, whose numbers are fewer than 2 ** 31")
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:

@@ -100,11 +100,12 @@ def test_keys_and_values_are_copied_ahead(sm: int) -> None:
     ("fields", "message"),
     [
         ({"queries": 0, "heads": 1, "head_dim": 8}, "queries = 0"),
+        ({"queries": 1 << 16, "heads": 128, "head_dim": 256}, r"queries = 65536 \(allowed: 1 to 65535, "),
         ({"queries": 1, "heads": 0, "head_dim": 8}, "heads = 0"),
         ({"queries": 1, "heads": 1, "head_dim": 7}, r"head_dim = 7 \(allowed: an even number from 4 to 256\)"),
         ({"queries": 1, "heads": 1, "head_dim": 8, "dtype": "int8"}, 'dtype = "int8"'),
     ],
-    ids=["queries", "heads", "odd", "dtype"],
+    ids=["queries", "32 bits", "heads", "odd", "dtype"],
 )
 def test_fields_that_mean_nothing_are_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(FieldError, match=message):
