@@ -13,8 +13,8 @@ constexpr int kMaxRows = 6;
 // rounding of longer sums shows.
 constexpr int kMaxFloatRows = 12, kFloatDepth = 128;
 
-// Bytes of weights to prefetch ahead: more than one core reads while memory answers, some 130 ns, even beside a busy
-// core.
+// Bytes of weights to prefetch ahead: nearly twice what one core reads, at 33 to 41 GB/s, in the 130 ns in which memory
+// answers. With 6144 a product with one row takes up to 6 % longer.
 constexpr int64_t kAhead = 8192;
 
 // Products of the 32 rows of a panel with `rows` quantized rows of activations: out[r * 32 + i]. `ahead` is where the

@@ -13,7 +13,7 @@ inline __m256i broadcast_four(const uint8_t* p) {
   return _mm256_set1_epi32(four);
 }
 
-// 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out; Parts times.
+// Parts times 8 rows of a panel by Rows rows of activations over one group: int32 sums, the zero point taken out.
 // 4 bits: two products are at most 2 * 15 * 127, and 16 bits hold eight such pairs, which is 32 values of k; of fp4 at
 // most 2 * 24 * 127, and half as many.
 template <Codes C, int Rows, int Parts>
