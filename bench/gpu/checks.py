@@ -33,7 +33,7 @@ def check(op: KernelOp, sm: int, device: str) -> dict[str, Any]:
         draft, allowed = op.draft(sm), cases.allowed(op)
         found: dict[str, float] = {}
         with _running(op, draft, device) as run:
-            for call in cases.calls(op, draft):
+            for call in cases.calls(draft):
                 case = cases.case(op, call, seed)
                 inputs = [tensor.to(device) for tensor in case.inputs]
                 found[str(call)] = case.deviation(results(op, inputs, run(inputs)))

@@ -43,7 +43,7 @@ def check(op: KernelOp, library: PluginLibrary, sm: int, device: str = "cuda") -
     entry: dict[str, Any] = {"kind": "plugin", "op": cases.describe(op), "seed": seed}
     try:
         program, draft = compile_program(op, [sm]), op.draft(sm)
-        pairs = [[cases.case(op, call, seed + i) for i in range(2)] for call in cases.calls(op, draft)]
+        pairs = [[cases.case(op, call, seed + i) for i in range(2)] for call in cases.calls(draft)]
         least, most = range_of(program, [first for first, _ in pairs])
         built = library.plugin(op.name, program.to_bytes())
         profile = Io.of(program.inputs, program.outputs, least, most)

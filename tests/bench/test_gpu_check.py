@@ -190,7 +190,7 @@ def reachable(draft: Draft) -> set[int]:
 def test_calls_use_every_variant_of_a_draft_and_have_the_shapes_that_the_op_states(cases: Cases) -> None:
     for op in cases.ops(90)[2:3]:
         draft = op.draft(90)
-        calls = cases.calls(op, draft)
+        calls = cases.calls(draft)
         drawn, other = [cases.case(op, call, seed=3) for call in calls], cases.case(op, calls[0], seed=4)
         for case in (*drawn, other):
             assert [str(tensor.dtype)[6:] for tensor in case.inputs] == [tensor.dtype for tensor in op.inputs]

@@ -1,12 +1,14 @@
 """What it takes to check an op: variants of it, calls of each, and what their results are held to."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from moevlm.plugins.gpu.devices import device
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.base import KernelOp
 
@@ -27,34 +29,41 @@ class Case:
     deviation: Callable[[Arrays], float]
 
 
-class Cases(Protocol):
+class Cases(ABC):
     """Of one kind of op. kind: its class. step: parts that take longer check one op in so many.
 
-    The sizes of a call are the op's own matter; printed, they say which call it was.
+    sizes: of calls, where they are the same for every draft. The sizes of a call are the op's own matter; printed, they
+    say which call it was. roundings: of outputs, how many there are as large as one.
     """
 
-    kind: type
-    step: int
+    kind: ClassVar[type]
+    step: ClassVar[int]
+    sizes: ClassVar[Sequence[Any]]
+    roundings: ClassVar[int] = 1
+
+    @abstractmethod
+    def every_op(self) -> list[Any]:
+        """Ops that between them use every branch of the kernels."""
 
     def ops(self, sm: int) -> list[Any]:
-        """Ops that between them use every branch of the kernels."""
-        ...
+        """Those of `every_op` that a GPU has the dtypes for."""
+        return [op for op in self.every_op() if device(sm).bf16 or "bfloat16" not in {x.dtype for x in op.outputs}]
 
+    @abstractmethod
     def describe(self, op: Any) -> str:
         """An op in one line: what it was specialised to."""
-        ...
 
-    def allowed(self, op: Any) -> float:
-        """The deviation that rounding explains."""
-        ...
+    def allowed(self, op: KernelOp) -> float:
+        """The deviation that rounding explains. Whole numbers have none."""
+        return self.roundings * max(ALLOWED.get(output.dtype, 0.0) for output in op.outputs)
 
-    def calls(self, op: Any, draft: Draft) -> list[Any]:
+    def calls(self, draft: Draft) -> Sequence[Any]:  # noqa: ARG002 - a kind whose drafts differ has its own
         """Sizes that use every variant of a draft, the smallest first."""
-        ...
+        return self.sizes
 
+    @abstractmethod
     def case(self, op: Any, call: Any, seed: int) -> Case:
         """A call of such sizes. Its shapes depend on the sizes alone, its numbers on the seed."""
-        ...
 
 
 def deviation(found: np.ndarray, expected: np.ndarray) -> float:

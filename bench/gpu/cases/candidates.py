@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from bench.gpu.cases.base import ALLOWED, Arrays, Case, deviation
-from moevlm.plugins.gpu.draft import Draft
+from bench.gpu.cases.base import Arrays, Case, Cases, deviation
 from moevlm.plugins.gpu.ops.candidates import CandidatesOp
 from moevlm.plugins.ops.candidates import candidates
 
@@ -14,22 +13,17 @@ VOCABULARIES = (1, 100, 257, 32_000, 151_936)
 DISTINCT = 3000  # values among the logits: most of a large row have equals
 
 
-class CandidatesCases:
+class CandidatesCases(Cases):
     """See `Cases`. A call is its number of rows."""
 
     kind, step = CandidatesOp, 2
+    sizes = (1, 5, 64)
 
-    def ops(self, sm: int) -> list[CandidatesOp]:  # noqa: ARG002 - the same on all
+    def every_op(self) -> list[CandidatesOp]:
         return [CandidatesOp(vocabulary) for vocabulary in VOCABULARIES]
 
     def describe(self, op: CandidatesOp) -> str:
         return f"candidates {op.columns} of {op.vocabulary}"
-
-    def allowed(self, op: CandidatesOp) -> float:  # noqa: ARG002 - float32 all
-        return ALLOWED["float32"]
-
-    def calls(self, op: CandidatesOp, draft: Draft) -> list[int]:  # noqa: ARG002 - one variant
-        return [1, 5, 64]
 
     def case(self, op: CandidatesOp, call: int, seed: int) -> Case:
         random = np.random.default_rng(seed)

@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from bench.gpu.cases.base import ALLOWED, Case, worst
+from bench.gpu.cases.base import Case, Cases, worst
 from moevlm.export.formats.base import rounded
-from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.cross_attention import CrossAttentionOp
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.ops.attention import cross_attention
@@ -13,24 +12,18 @@ from moevlm.plugins.ops.attention import cross_attention
 SHAPES = ((128, 2, 72), (256, 1, 64), (1, 4, 20), (65, 1, 256))  # queries, heads, dimensions of a head
 
 
-class CrossAttentionCases:
+class CrossAttentionCases(Cases):
     """See `Cases`. A call is the patches of each image."""
 
     kind, step = CrossAttentionOp, 3
+    sizes = ((4,), (33, 1, 16, 7), (257, 128), (1000,))
 
-    def ops(self, sm: int) -> list[CrossAttentionOp]:
+    def every_op(self) -> list[CrossAttentionOp]:
         """Every dtype with many sizes."""
-        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        return [CrossAttentionOp(*shape, dtype) for shape in SHAPES for dtype in dtypes]
+        return [CrossAttentionOp(*shape, dtype) for shape in SHAPES for dtype in ACTIVATION_DTYPES]
 
     def describe(self, op: CrossAttentionOp) -> str:
         return f"cross attention {op.queries} queries, {op.heads} heads of {op.head_dim} {op.dtype}"
-
-    def allowed(self, op: CrossAttentionOp) -> float:
-        return ALLOWED[op.dtype]
-
-    def calls(self, op: CrossAttentionOp, draft: Draft) -> list[tuple[int, ...]]:  # noqa: ARG002 - one variant
-        return [(4,), (33, 1, 16, 7), (257, 128), (1000,)]
 
     def case(self, op: CrossAttentionOp, call: tuple[int, ...], seed: int) -> Case:
         random, start = np.random.default_rng(seed), np.cumsum([0, *call]).astype(np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bench import variants
-from bench.gpu.cases.base import ALLOWED, Case, worst
+from bench.gpu.cases.base import Case, Cases, worst
 from bench.gpu.cases.stored_weights import meant_weight, stored_weight
 from moevlm.export.formats.base import rounded
 from moevlm.export.formats.float8 import Float8Format
@@ -50,16 +50,15 @@ class ExpertsCall:
         return f"{self.tokens} tokens{', skewed' if self.skewed else ''}{', in e4m3' if self.quantized else ''}"
 
 
-class ExpertsCases:
+class ExpertsCases(Cases):
     """See `Cases`."""
 
     kind, step = ExpertsOp, 3
 
-    def ops(self, sm: int) -> list[ExpertsOp]:
+    def every_op(self) -> list[ExpertsOp]:
         """Every dtype with every format of weights, and every combination of the experts' attributes."""
-        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
         blocks = [(spec, has_biases) for spec in variants.BLOCKS.values() for has_biases in (False, True)]
-        stored = [(dtype, *format_) for dtype in dtypes for format_ in STORED]
+        stored = [(dtype, *format_) for dtype in ACTIVATION_DTYPES for format_ in STORED]
         count = 2 * max(len(blocks), len(stored))  # twice: each meets others the second time, as their numbers differ
         return [
             ExpertsOp(spec, *sizes, dtype, weights, group_size, has_biases, scales, zeros)
@@ -75,10 +74,7 @@ class ExpertsCases:
         biases = " biases" if op.has_biases else ""
         return f"experts E{op.experts} k{op.top_k} H{op.hidden} I{op.inner} {op.dtype}{weights} {kind}{biases}"
 
-    def allowed(self, op: ExpertsOp) -> float:
-        return ALLOWED[op.dtype]
-
-    def calls(self, op: ExpertsOp, draft: Draft) -> list[ExpertsCall]:  # noqa: ARG002 - the draft says all
+    def calls(self, draft: Draft) -> list[ExpertsCall]:
         """The last variant has tokens beyond the others' limits."""
         limits = [variant.max_tokens for variant in draft.variants][:-1]
         counts = sorted({1, 5, *limits, *(limit + 1 for limit in limits), max([0, *limits]) + BEYOND})

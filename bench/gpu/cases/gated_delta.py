@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from bench import gated_delta
-from bench.gpu.cases.base import ALLOWED, Arrays, Case
-from moevlm.plugins.gpu.draft import Draft
+from bench.gpu.cases.base import Arrays, Case, Cases
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.gated_delta import GatedDeltaOp
 from moevlm.plugins.ops.spec import GatedDeltaSpec
@@ -34,34 +33,28 @@ class LengthsCall:
         return f"{len(self.lengths)} sequences: {shown}{', ...' if len(self.lengths) > 5 else ''}"
 
 
-class GatedDeltaCases:
-    """See `Cases`."""
+class GatedDeltaCases(Cases):
+    """See `Cases`. Rounded keys come into play again through states and the chunks' inverses."""
 
     kind, step = GatedDeltaOp, 3
+    sizes = (
+        LengthsCall(DECODE),
+        LengthsCall(3 * DECODE, 1),
+        LengthsCall((2, 0, 0)),
+        LengthsCall(MIXED, 1),
+        LengthsCall((300,)),
+        LengthsCall(64 * DECODE),
+    )
+    roundings = 2
 
-    def ops(self, sm: int) -> list[GatedDeltaOp]:
+    def every_op(self) -> list[GatedDeltaOp]:
         """Every dtype with every spec."""
-        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        return [GatedDeltaOp(spec, dtype, 16 * i) for dtype in dtypes for i, spec in enumerate(SPECS)]
+        return [GatedDeltaOp(spec, dtype, 16 * i) for dtype in ACTIVATION_DTYPES for i, spec in enumerate(SPECS)]
 
     def describe(self, op: GatedDeltaOp) -> str:
         spec = op.spec
         sizes = f"{spec.key_dim}" if spec.key_dim == spec.value_dim else f"{spec.key_dim} and {spec.value_dim}"
         return f"gated delta {spec.value_heads} heads on {spec.key_heads} of {sizes} kernel {spec.kernel} {op.dtype}"
-
-    def allowed(self, op: GatedDeltaOp) -> float:
-        """Rounded keys come into play again through states and the chunks' inverses."""
-        return 2 * ALLOWED[op.dtype]
-
-    def calls(self, op: GatedDeltaOp, draft: Draft) -> list[LengthsCall]:  # noqa: ARG002 - both variants
-        return [
-            LengthsCall(DECODE),
-            LengthsCall(3 * DECODE, 1),
-            LengthsCall((2, 0, 0)),
-            LengthsCall(MIXED, 1),
-            LengthsCall((300,)),
-            LengthsCall(64 * DECODE),
-        ]
 
     def case(self, op: GatedDeltaOp, call: LengthsCall, seed: int) -> Case:
         inputs = gated_delta.draw_inputs(op, call.lengths, seed, call.padding)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from bench import paged_attention
-from bench.gpu.cases.base import ALLOWED, Arrays, Case
+from bench.gpu.cases.base import Arrays, Case, Cases
 from bench.paged_attention import Sequences
 from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
@@ -52,15 +52,14 @@ def _some(kinds: Sequences, count: int) -> Sequences:
     return tuple(islice(cycle(kinds if count <= MANY else kinds[:SHORT]), count))
 
 
-class PagedAttentionCases:
+class PagedAttentionCases(Cases):
     """See `Cases`."""
 
     kind, step = PagedAttentionOp, 6
 
-    def ops(self, sm: int) -> list[PagedAttentionOp]:
+    def every_op(self) -> list[PagedAttentionOp]:
         """Every dtype with every kind of cache and every spec."""
-        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        kinds = [(dtype, cache) for dtype in dtypes for cache in CACHES]
+        kinds = [(dtype, cache) for dtype in ACTIVATION_DTYPES for cache in CACHES]
         return [
             PagedAttentionOp(spec, key_dim, value_dim, dtype, cache, 64, **inputs)
             for dtype, cache in kinds
@@ -82,10 +81,7 @@ class PagedAttentionCases:
         )
         return "".join(parts)
 
-    def allowed(self, op: PagedAttentionOp) -> float:
-        return ALLOWED[op.dtype]
-
-    def calls(self, op: PagedAttentionOp, draft: Draft) -> list[SequencesCall]:  # noqa: ARG002 - the draft says all
+    def calls(self, draft: Draft) -> list[SequencesCall]:
         """Of each number of shares: decode of as many sequences, a prompt of as many tokens, and a mixture of as many
         sequences with a longer prompt.
         """

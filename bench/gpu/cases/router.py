@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from bench import variants
-from bench.gpu.cases.base import ALLOWED, Arrays, Case, deviation
-from moevlm.plugins.gpu.draft import Draft
+from bench.gpu.cases.base import Arrays, Case, Cases, deviation
 from moevlm.plugins.gpu.ops.router import RouterOp
 from moevlm.plugins.ops.router import route
 from moevlm.plugins.ops.spec import RouterSpec
@@ -15,12 +14,13 @@ from moevlm.plugins.ops.spec import RouterSpec
 NEAR_TIE = 1e-5  # logits are as good as equal if so small a relative change makes the spec choose otherwise
 
 
-class RouterCases:
+class RouterCases(Cases):
     """A call is its number of tokens."""
 
     kind, step = RouterOp, 32
+    sizes = (1, 7, 300)
 
-    def ops(self, sm: int) -> list[RouterOp]:  # noqa: ARG002 - the same on all
+    def every_op(self) -> list[RouterOp]:
         """Every combination of attributes; each model's router with other numbers of experts, biases and factors."""
         ops = [RouterOp(spec, variants.EXPERTS, has_bias) for spec in variants.ROUTERS.values() for has_bias in (0, 1)]
         ops += [RouterOp(spec, experts, True) for spec in variants.MODELS.values() for experts in (60, 256)]
@@ -32,12 +32,6 @@ class RouterCases:
         norm = f" renormalized +{spec.epsilon:g}" if spec.renormalize else ""
         bias, factors = (" bias" if op.has_bias else ""), (" factors" if op.has_scale else "")
         return f"router E{op.experts} k{spec.top_k} {spec.scoring}{norm} x{spec.scale:g}{groups}{bias}{factors}"
-
-    def allowed(self, op: RouterOp) -> float:  # noqa: ARG002 - float32 all
-        return ALLOWED["float32"]
-
-    def calls(self, op: RouterOp, draft: Draft) -> list[int]:  # noqa: ARG002 - one variant
-        return [1, 7, 300]
 
     def case(self, op: RouterOp, call: int, seed: int) -> Case:
         inputs = variants.router_inputs(call, op.has_bias, op.experts, seed, op.has_scale)

@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from bench.gpu.cases.base import ALLOWED, Case, worst
+from bench.gpu.cases.base import Case, Cases, worst
 from moevlm.export.formats.base import rounded
-from moevlm.plugins.gpu.draft import Draft
 from moevlm.plugins.gpu.ops.experts import ACTIVATION_DTYPES
 from moevlm.plugins.gpu.ops.segment_attention import SegmentAttentionOp
 from moevlm.plugins.ops.attention import segment_attention
@@ -13,29 +12,21 @@ from moevlm.plugins.ops.attention import segment_attention
 HEADS = {72: 2, 64: 4, 128: 1, 20: 3, 80: 2, 256: 1}  # by their size
 
 
-class SegmentAttentionCases:
+class SegmentAttentionCases(Cases):
     """See `Cases`. A call is the patches of each image."""
 
     kind, step = SegmentAttentionOp, 4
+    sizes = ((4,), (33, 1, 0, 16, 7), (257, 128), (1000,))
 
-    def ops(self, sm: int) -> list[SegmentAttentionOp]:
+    def every_op(self) -> list[SegmentAttentionOp]:
         """Every dtype with heads of many sizes, and with heads that are not rotated."""
-        dtypes = [dtype for dtype in ACTIVATION_DTYPES if sm >= 80 or dtype != "bfloat16"]
-        still = [SegmentAttentionOp(2, 64, dtype, rotates=False) for dtype in dtypes]
-        return [
-            *(SegmentAttentionOp(heads, head_dim, dtype) for head_dim, heads in HEADS.items() for dtype in dtypes),
-            *still,
-        ]
+        still = [SegmentAttentionOp(2, 64, dtype, rotates=False) for dtype in ACTIVATION_DTYPES]
+        turned = [SegmentAttentionOp(heads, dim, dtype) for dim, heads in HEADS.items() for dtype in ACTIVATION_DTYPES]
+        return turned + still
 
     def describe(self, op: SegmentAttentionOp) -> str:
         still = "" if op.rotates else ", not rotated"
         return f"segment attention {op.heads} heads of {op.head_dim} {op.dtype}{still}"
-
-    def allowed(self, op: SegmentAttentionOp) -> float:
-        return ALLOWED[op.dtype]
-
-    def calls(self, op: SegmentAttentionOp, draft: Draft) -> list[tuple[int, ...]]:  # noqa: ARG002 - one variant
-        return [(4,), (33, 1, 0, 16, 7), (257, 128), (1000,)]
 
     def case(self, op: SegmentAttentionOp, call: tuple[int, ...], seed: int) -> Case:
         random, start = np.random.default_rng(seed), np.cumsum([0, *call]).astype(np.int32)

@@ -99,8 +99,8 @@ def test_the_gpu_check_expects_quantized_activations_where_the_kernels_have_them
 ) -> None:
     op, cases = fp8_op(ExpertsSpec()), ExpertsCases()
     draft = op.draft(90)
-    assert not any(call.quantized for call in cases.calls(op, op.draft(80)))
-    assert all(call.quantized == (call.tokens > 48) for call in cases.calls(op, draft))
+    assert not any(call.quantized for call in cases.calls(op.draft(80)))
+    assert all(call.quantized == (call.tokens > 48) for call in cases.calls(draft))
     call = ExpertsCall(60, quantized=True)
     case = cases.case(op, call, seed=3)
     inputs = {tensor.name: given.float().numpy() for tensor, given in zip(op.inputs, case.inputs, strict=True)}
