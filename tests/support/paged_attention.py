@@ -235,11 +235,12 @@ def split(case: Case, inputs: dict[str, Array]) -> tuple[Array, Array, Array | N
     return q, k, None if case.value_in_key or case.value_is_key else v
 
 
-def check(case: Case, inputs: dict[str, Array], outputs: dict[str, Array], tolerance: float = 2e-6) -> None:
+def check(case: Case, inputs: dict[str, Array], outputs: dict[str, Array], tolerance: float = 4e-6) -> None:
     """Hold outputs to the spec's reference. It attends to the new keys and values as they were written, once they have
     been found right: rounding to int8 is not held against the attention.
 
-    tolerance: of the largest result. Sums in float32 of up to some hundred products.
+    tolerance: of the largest result. Sums in float32 of up to some hundred products: the farthest of 1,300 random cases
+    was 1.4e-6.
     """
     names = ["key_cache", "value_cache"][: 2 - case.value_in_key]
     before = {name: to_rows(inputs[name], name == "key_cache") for name in names}

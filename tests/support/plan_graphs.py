@@ -16,6 +16,12 @@ from moevlm.runtime.core.states import PAGE_SIZE, output_name
 from tests.support.plugin_nodes import NODES, decoded, encoded, op_named, unpacked, written_rows
 
 Arrays = dict[str, np.ndarray]
+# Tokens kept and new ones of each sequence.
+STEPS = {
+    "mixture": ((0, 5), (70, 1), (4, 9), (63, 2), (0, 3)),
+    "decode": ((9, 1), (64, 1), (127, 1)),
+    "with empty sequences": ((0, 0), (5, 3), (7, 0), (7, 1)),
+}
 
 
 class Evaluator:

@@ -35,11 +35,12 @@ def test_shapes_and_dtypes(scheme):
 @schemes
 def test_no_group_is_worse_than_rounded_to_the_nearest_and_all_together_better(scheme):
     rows = weights(64, 256)
-    found, plain = (
-        ((back - rows) ** 2).reshape(64, -1, scheme.group_size).sum(-1)
-        for back in (scheme.decode(*scheme.encode(rows)), nearest(rows, scheme))
+    found, plain, whole = (
+        (part**2).reshape(64, -1, scheme.group_size).sum(-1)
+        for part in (scheme.decode(*scheme.encode(rows)) - rows, nearest(rows, scheme) - rows, rows)
     )
-    assert (found <= plain * 1.05).all()  # float32 cannot tell candidates apart that are this close at 8 bits
+    # The search compares what is left of |x|^2 in float32.
+    assert (found <= plain + 1e-6 * whole).all()
     assert found.sum() < 0.97 * plain.sum()
 
 

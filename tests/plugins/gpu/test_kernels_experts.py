@@ -176,27 +176,27 @@ def test_several_steps_of_which_the_last_is_short(triton_interpreter: Interprete
 def test_any_shape(triton_interpreter: Interpreter, data: st.DataObject) -> None:
     experts = data.draw(st.integers(1, 9))
     weights, group_size = data.draw(st.sampled_from(STORED))
+    hidden = data.draw(st.integers(1, 200))
+    # One sum alone may be near 0, where rounding its terms is large beside it: of several not all are.
+    tokens = data.draw(st.sampled_from((1, 2, 7, 8, 9, 20) if hidden > 4 else (7, 8, 9, 20)))
     op = ExpertsOp(
         BLOCKS[data.draw(st.sampled_from(sorted(BLOCKS)))],
         experts,
         data.draw(st.integers(1, experts)),
-        hidden=data.draw(st.integers(1, 200)),
+        hidden,
         inner=data.draw(st.integers(1, 200)),
         dtype=data.draw(st.sampled_from(("float16", "float32"))),
         weights=weights,
         group_size=group_size,
         has_biases=data.draw(st.booleans()),
     )
-    seed = data.draw(st.integers(0, 1 << 30))
-    agrees(
-        triton_interpreter, op, data.draw(st.sampled_from((1, 2, 7, 8, 9, 20))), data.draw(st.sampled_from(SMS)), seed
-    )
+    sm, seed = data.draw(st.sampled_from(SMS)), data.draw(st.integers(0, 1 << 30))
+    agrees(triton_interpreter, op, tokens, sm, seed)
 
 
 def test_the_order_of_rows_does_not_change_the_numbers(triton_interpreter: Interpreter) -> None:
     op = ExpertsOp(SILU, 5, 2, hidden=32, inner=16, dtype="float16")
-    inputs = draw_inputs(op, 30, np.random.randint(1 << 30))
-    order = np.random.permutation(30)
+    inputs, order = draw_inputs(op, 30, seed=0), np.random.default_rng(0).permutation(30)
     moved = {name: inputs[name][order] for name in ("x", "expert_index", "expert_weight")}
     (y,), (z,) = (triton_interpreter.run(op.draft(80), given) for given in (inputs, inputs | moved))
     # To a place of float16: in the interpreter, a row's place in a tile may change how numpy's product rounds.

@@ -34,6 +34,7 @@ from tests.support.checkpoints import ATTENDING
 from tests.support.hybrid import save
 from tests.support.moe_cases import Case
 from tests.support.plan_graphs import (
+    STEPS,
     canonical_outputs,
     error,
     evaluate,
@@ -46,12 +47,6 @@ from tests.support.plan_graphs import (
 from tests.support.plugin_nodes import named
 from tests.support.tiny import TinyCheckpoint
 
-# Tokens kept and new ones of each sequence.
-STEPS = {
-    "mixture": ((0, 5), (70, 1), (4, 9), (63, 2), (0, 3)),
-    "decode": ((9, 1), (64, 1), (127, 1)),
-    "with empty sequences": ((0, 0), (5, 3), (7, 0), (7, 1)),
-}
 MANY = ((0, 8), (70, 1), (60, 9), (3, 6))  # rows enough for a median
 # Activations are rounded after every operator: 2**-9 and 2**-12 of a value, and a few dozen of them add up.
 TOLERANCE = {"bfloat16": 0.03, "float16": 0.004}
@@ -99,7 +94,7 @@ def test_decoder_in_the_dtype_of_the_gpu_equals_the_canonical_one(graphs: Graphs
     canonical = graphs["decoder"]
     packed = PackProjections(PAGED_ATTENTION, SEGMENT_ATTENTION)
     model = lowered(canonical, packed, Typed(dtype), *attention(dtype), PluginMoE(dtype, weights, 32, named))
-    feeds = random_step(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng(0))
     stored = with_stored_experts(canonical, model)
     want, got = canonical_outputs(stored, feeds), evaluate(model, feeds)
     assert got.keys() == want.keys()
@@ -121,7 +116,7 @@ def test_decoder_with_float32_everywhere_is_the_canonical_one(graphs: Graphs, st
     canonical = graphs["decoder"]
     moe = PluginMoE("float32", "", 32, named)
     model = lowered(canonical, *attention("float32"), moe, PluginCandidates(named))
-    feeds = random_step(canonical, STEPS[step], np.random.default_rng())
+    feeds = random_step(canonical, STEPS[step], np.random.default_rng(0))
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
         assert error(got[name], want[name]) < 1e-5, name
@@ -138,7 +133,7 @@ def test_quantized_caches_cost_their_rounding(graphs: Graphs, cache: str) -> Non
     shapes = {v.name: v.shape for v in canonical.graph.inputs}
     assert {value.dtype for value in kept} == {ir.DataType.INT8}
     assert all(value.shape[3] == shapes[value.name][3] + 4 for value in kept)  # type: ignore[index]
-    feeds = random_step(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng(0))
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds, cache)
     for name in want:
         cost = usual_error(*(in_question(name, outputs[name], feeds) for outputs in (got, want)))
@@ -162,7 +157,7 @@ def test_layers_of_every_kind_of_attention(tmp_path: Path, last: str) -> None:
     assert [node.op_type for node in model.graph if node.op_type in ("Concat", "Split")] == (
         {"scaled": ["Split", "Concat"], "latent": ["Split", "Split", "Concat", "Concat", "Concat"]}.get(last, [])
     )
-    feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng())
+    feeds = random_step(canonical, ((0, 40), (70, 1), (9, 20)), np.random.default_rng(0))
     assert ("visible_end" in feeds) == (last == "images")
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
@@ -188,7 +183,7 @@ def test_vision_equals_the_canonical_one(graphs: Graphs, dtype: str) -> None:
 def test_what_later_tokens_left_in_the_cache_is_not_seen(graphs: Graphs) -> None:
     moe = PluginMoE("float16", "", 32, named)
     model = lowered(graphs["decoder"], Typed("float16"), *attention("float16"), moe)
-    feeds = random_step(graphs["decoder"], ((4, 3), (1, 2)), np.random.default_rng())
+    feeds = random_step(graphs["decoder"], ((4, 3), (1, 2)), np.random.default_rng(0))
     want = evaluate(model, feeds)["logits"]
     pages = feeds["page_table"][:, 0]
     for name in feeds:
@@ -207,7 +202,7 @@ def test_only_what_decides_the_routing_and_norms_of_heads_stay_float32(graphs: G
         if node.op_type == "Gemm":
             routes = any(user.op_type == "MoERouter" for user in node.outputs[0].consumers())
             assert (node.inputs[1].dtype is ir.DataType.FLOAT) == (routes and exact)  # type: ignore[union-attr]
-    feeds = random_step(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng(0))
     got, want = evaluate(model, feeds)["logits"], canonical_outputs(canonical, feeds)["logits"]
     assert usual_error(got, want) < TOLERANCE["float16"]
 
@@ -259,7 +254,7 @@ def test_native_moe_equals_the_canonical_one(silu_graphs: Graphs) -> None:
     moe = NativeMoE(), PluginMoE("float16", "", 32, named)
     model = lowered(canonical, Typed("float16"), *attention("float16"), *moe)
     assert not expert_weights(model)
-    feeds = random_step(canonical, MANY, np.random.default_rng())
+    feeds = random_step(canonical, MANY, np.random.default_rng(0))
     want, got = canonical_outputs(canonical, feeds), evaluate(model, feeds)
     for name in want:
         ours, theirs = (in_question(name, outputs[name], feeds) for outputs in (got, want))

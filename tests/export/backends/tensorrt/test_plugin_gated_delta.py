@@ -25,6 +25,7 @@ from moevlm.runtime.core.errors import BuildError
 from moevlm.runtime.core.states import PagedKV, Recurrent
 from tests.support.hybrid import save
 from tests.support.plan_graphs import (
+    STEPS,
     canonical_outputs,
     error,
     evaluate,
@@ -35,12 +36,6 @@ from tests.support.plan_graphs import (
 )
 from tests.support.plugin_nodes import named, op_named
 from tests.support.tiny import TinyCheckpoint
-
-STEPS = {
-    "mixture": ((0, 5), (70, 1), (4, 9), (63, 2), (0, 3)),
-    "decode": ((9, 1), (64, 1), (127, 1)),
-    "with empty sequences": ((0, 0), (5, 3), (7, 0), (7, 1)),
-}
 
 
 @pytest.fixture(scope="module")
