@@ -11,6 +11,8 @@ from PIL import Image
 from moevlm.export.parity.run import check_parity
 from moevlm.runtime.bundle.reader import Bundle
 from moevlm.runtime.engine.generate import Runtime
+from moevlm.runtime.load_options import LoadOptions
+from moevlm.runtime.loading import load_runtime
 from moevlm.runtime.request.prompt import Prompt
 from moevlm.runtime.request.sampling import SamplingParams
 from tests.support.command_line import call
@@ -37,6 +39,16 @@ def logprobs(runtime: Runtime, requests: Sequence[Any], tokens: int = 6) -> list
 def assert_alone_as_together(runtime: Runtime, prompt: Prompt) -> None:
     (alone,), together = (logprobs(runtime, [prompt] * count, tokens=4) for count in (1, 2))
     assert together == [alone] * 2
+
+
+def assert_alone_as_among_others(bundle: Bundle, runtime: Runtime, requests: Sequence[Any]) -> None:
+    """Also where the engine has their beginnings from before, and where prompts come in chunks. runtime: cpu:int8."""
+    alone = [logprobs(runtime, [request])[0] for request in requests]
+    assert len({tuple(each) for each in alone}) == len(requests)
+    assert logprobs(runtime, requests) == alone
+    for chunk in (16, 33):
+        with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=1, chunk_tokens=chunk)) as other:
+            assert logprobs(other, requests) == alone
 
 
 def assert_parity(bundle: Bundle, checkpoint: Path, targets: Collection[str]) -> tuple[str, ...]:

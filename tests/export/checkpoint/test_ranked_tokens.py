@@ -140,8 +140,11 @@ def test_tekken_has_the_ids_and_texts_of_transformers(tokens: list[bytes], left_
             assert ours.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
-def test_an_older_tekken_has_the_special_tokens_that_mistral_gave_all(tmp_path: Path) -> None:
-    write_tekken(tmp_path, tekken(trained(), None, 1000))
+@pytest.mark.parametrize("version", ["v1", "v2", "v3", "v7"])
+def test_an_older_tekken_has_the_special_tokens_that_mistral_gave_all(version: str, tmp_path: Path) -> None:
+    content = tekken(trained(), None, 1000)
+    content["config"]["version"] = version
+    write_tekken(tmp_path, content)
     found = tokenizer_files(tmp_path)
     assert found is not None
     special = Tokenizer(found.text).special

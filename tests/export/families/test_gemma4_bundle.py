@@ -15,7 +15,7 @@ from moevlm.runtime.load_options import LoadOptions
 from moevlm.runtime.loading import load_runtime
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
-from tests.support.requests import asked, commands_answer, logprobs, picture
+from tests.support.requests import asked, assert_alone_as_among_others, commands_answer, picture
 from tests.support.tiny import TinyCheckpoint
 
 
@@ -56,12 +56,7 @@ def test_prompt_has_marks_around_its_images_and_counted_positions(runtime: Runti
 
 
 def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, runtime: Runtime) -> None:
-    alone = [logprobs(runtime, [request])[0] for request in REQUESTS]
-    assert len({tuple(each) for each in alone}) == len(REQUESTS)
-    assert logprobs(runtime, REQUESTS) == alone  # beginnings are there from before
-    for chunk in (16, 33):
-        with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=1, chunk_tokens=chunk)) as other:
-            assert logprobs(other, REQUESTS) == alone
+    assert_alone_as_among_others(bundle, runtime, REQUESTS)
 
 
 @pytest.mark.parametrize("kind", ["audio", "video"])

@@ -17,7 +17,7 @@ from moevlm.runtime.loading import load_runtime
 from tests.support.fakes.gpu import gpu_bundle
 from tests.support.families.llama4 import SEPARATORS
 from tests.support.gpu_steps import assert_steps_are_those_of_reference
-from tests.support.requests import asked, commands_answer, logprobs, picture
+from tests.support.requests import asked, assert_alone_as_among_others, commands_answer, logprobs, picture
 from tests.support.tiny import TinyCheckpoint
 
 TOKENS = 4  # visual tokens of a tile, whose side is 16 pixels
@@ -67,12 +67,7 @@ def test_tiles_that_are_too_much_for_an_engine_are_told_by_their_image(
 
 
 def test_an_image_has_the_same_numbers_alone_and_among_others(bundle: Bundle, runtime: Runtime) -> None:
-    alone = [logprobs(runtime, [request])[0] for request in REQUESTS]
-    assert len({tuple(each) for each in alone}) == len(REQUESTS)
-    assert logprobs(runtime, REQUESTS) == alone  # beginnings are there from before
-    for chunk in (16, 33):
-        with load_runtime(bundle.directory, "cpu:int8", LoadOptions(threads=1, chunk_tokens=chunk)) as other:
-            assert logprobs(other, REQUESTS) == alone
+    assert_alone_as_among_others(bundle, runtime, REQUESTS)
 
 
 @pytest.mark.parametrize("target", ["reference", "ort-cpu", "cpu:int4"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tests.support.families.base import IMAGE, TEXT, Fields, TinyFamily
+from tests.support.families.base import IMAGE, SMALL, TEXT, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,6 @@ def preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_image_size": 980, "min_image_size": 336, "split_image": False}
 
 
-SMALL: dict[str, Any] = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "AriaConfig",

@@ -49,6 +49,7 @@ VISION = {
     "out_hidden_size": 32,
 }
 IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+SMALL: dict[str, Any] = {"vocab_size": 96}  # of a text model that is never given a text
 
 Fields = dict[str, dict[str, Any]]
 

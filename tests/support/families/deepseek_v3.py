@@ -1,6 +1,6 @@
 """Tiny models of deepseek_v3."""
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 YARN = {
     **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 64},
@@ -17,7 +17,6 @@ FIELDS: Fields = {
     "vision": {},
     "top": {},
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "DeepseekV3Config",

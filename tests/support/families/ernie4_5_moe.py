@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +25,6 @@ def values(name: str, normal: torch.Tensor) -> torch.Tensor | None:
     return 0.1 * normal if name.endswith("e_score_correction_bias") else None
 
 
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Ernie4_5_MoeConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tests.support.families.base import IDS, TEXT, VIDEO, VISION_END, VISION_START, Fields, TinyFamily
+from tests.support.families.base import IDS, SMALL, TEXT, VIDEO, VISION_END, VISION_START, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,6 @@ def preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-SMALL: dict[str, Any] = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Ernie4_5_VLMoeConfig",

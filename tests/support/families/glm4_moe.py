@@ -1,6 +1,6 @@
 """Tiny models of glm4_moe."""
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": TEXT
@@ -14,7 +14,6 @@ FIELDS: Fields = {
     "vision": {},
     "top": {},
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Glm4MoeConfig",

@@ -1,7 +1,7 @@
 """Tiny models of glm4_moe_lite."""
 
 from tests.support.families import deepseek_v3
-from tests.support.families.base import Fields, TinyFamily
+from tests.support.families.base import SMALL, Fields, TinyFamily
 from tests.support.families.deepseek_v3 import YARN
 
 OF_DEEPSEEK = ("first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor", "rope_parameters")
@@ -9,7 +9,6 @@ FIELDS: Fields = deepseek_v3.FIELDS | {
     "text": {name: value for name, value in deepseek_v3.FIELDS["text"].items() if name not in OF_DEEPSEEK}
     | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Glm4MoeLiteConfig",

@@ -1,6 +1,6 @@
 """Tiny models of glm4v_moe."""
 
-from tests.support.families.base import IDS, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
+from tests.support.families.base import IDS, SMALL, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": TEXT
@@ -36,7 +36,6 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Glm4vMoeConfig",

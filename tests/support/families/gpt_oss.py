@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,6 @@ FIELDS: Fields = {
     "vision": {},
     "top": {},
 }
-SMALL = {"vocab_size": 96}
 
 
 def values(name: str, normal: torch.Tensor) -> torch.Tensor | None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.support.families import deepseek_v3
-from tests.support.families.base import Fields, TinyFamily
+from tests.support.families.base import SMALL, Fields, TinyFamily
 from tests.support.families.deepseek_v3 import YARN
 
 FIELDS: Fields = deepseek_v3.FIELDS | {
@@ -27,7 +27,6 @@ def published(directory: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "DeepseekV3Config",

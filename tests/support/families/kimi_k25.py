@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.support.families.base import IMAGE, TEXT, VISION_END, VISION_START, VOCABULARY, Fields, TinyFamily
+from tests.support.families.base import IMAGE, SMALL, TEXT, VISION_END, VISION_START, VOCABULARY, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,6 @@ def published(directory: Path) -> None:
         index.write_text(text)
 
 
-SMALL: dict[str, Any] = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Kimi_K25Config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tests.support.families.base import IMAGE, TEXT, VISION_END, VISION_START, VOCABULARY, Fields, TinyFamily
+from tests.support.families.base import IMAGE, SMALL, TEXT, VISION_END, VISION_START, VOCABULARY, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,6 @@ def preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
     return {"size": {"height": vision["image_size"], "width": vision["image_size"]}, "max_patches": 6}
 
 
-SMALL: dict[str, Any] = {"vocab_size": 96}
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 FAMILY = TinyFamily(
     FIELDS,

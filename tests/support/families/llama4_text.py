@@ -1,8 +1,8 @@
 """Tiny models of llama4_text."""
 
 from tests.support.families import llama4
-from tests.support.families.base import VOCABULARY, Fields, TinyFamily
-from tests.support.families.llama4 import PLAIN, SMALL
+from tests.support.families.base import SMALL, VOCABULARY, Fields, TinyFamily
+from tests.support.families.llama4 import PLAIN
 
 FIELDS: Fields = {"text": llama4.FIELDS["text"] | {"vocab_size": VOCABULARY}, "vision": {}, "top": {}}
 FAMILY = TinyFamily(

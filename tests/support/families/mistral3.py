@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from tests.support.families.base import IMAGE, TEXT, Fields, TinyFamily
+from tests.support.families.base import IMAGE, SMALL, TEXT, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -72,7 +72,6 @@ def preprocessor(vision: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-SMALL: dict[str, Any] = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Mistral3Config",

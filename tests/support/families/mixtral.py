@@ -1,6 +1,6 @@
 """Tiny models of mixtral."""
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": {key: value for key, value in TEXT.items() if key != "moe_intermediate_size"}
@@ -8,7 +8,6 @@ FIELDS: Fields = {
     "vision": {},
     "top": {},
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "MixtralConfig",

@@ -1,8 +1,8 @@
 """Tiny models of qwen3_5: no experts."""
 
 from tests.support.families import qwen3_5_moe
-from tests.support.families.base import Fields, TinyFamily
-from tests.support.families.qwen3_5_moe import SMALL, rope, values
+from tests.support.families.base import SMALL, Fields, TinyFamily
+from tests.support.families.qwen3_5_moe import rope, values
 
 _OF_EXPERTS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 _TEXT = {key: value for key, value in qwen3_5_moe.FIELDS["text"].items() if key not in _OF_EXPERTS}

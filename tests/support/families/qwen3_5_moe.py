@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.support.families.base import IDS, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
+from tests.support.families.base import IDS, SMALL, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,17 @@ def values(name: str, normal: torch.Tensor) -> torch.Tensor | None:
     return normal if name.endswith(("A_log", "dt_bias")) else None
 
 
-SMALL = {"vocab_size": 96}
+# As many value heads as key heads, a short kernel, biases.
+SHORT_KERNEL = {
+    **{"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2},
+    **{"attention_bias": True, "num_key_value_heads": 1},
+}
+# Attention before the delta rule, wide keys, three value heads to a key head, one expert of four.
+ATTENTION_FIRST = {
+    **{"layer_types": ["full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3},
+    **{"linear_key_head_dim": 24, "linear_value_head_dim": 8, "linear_num_value_heads": 6},
+    **{"num_experts": 4, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 40},
+}
 FAMILY = TinyFamily(
     FIELDS,
     "Qwen3_5MoeConfig",
@@ -58,17 +68,12 @@ FAMILY = TinyFamily(
             seed=21,
         ),
         "as many value heads as key heads, short kernel, biases, bf16": dict(
-            text=SMALL
-            | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2}
-            | {"attention_bias": True, "num_key_value_heads": 1},
+            text=SMALL | SHORT_KERNEL,
             dtype="bfloat16",
             seed=22,
         ),
         "attention first, wide keys, one expert of four, tied head": dict(
-            text=SMALL
-            | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3}
-            | {"linear_key_head_dim": 24, "linear_value_head_dim": 8, "linear_num_value_heads": 6}
-            | {"num_experts": 4, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 40},
+            text=SMALL | ATTENTION_FIRST,
             top={"tie_word_embeddings": True},
             seed=23,
         ),

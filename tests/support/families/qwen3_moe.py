@@ -1,6 +1,6 @@
 """Tiny models of qwen3_moe."""
 
-from tests.support.families.base import TEXT, Fields, TinyFamily
+from tests.support.families.base import SMALL, TEXT, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": TEXT | {"num_experts": 8, "norm_topk_prob": True, "rope_parameters": {"rope_theta": 1e4}},
@@ -8,7 +8,6 @@ FIELDS: Fields = {
     "top": {},
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Qwen3MoeConfig",

@@ -1,7 +1,7 @@
 """Tiny models of qwen3_next."""
 
 from tests.support.families import qwen3_5_moe
-from tests.support.families.base import Fields, TinyFamily
+from tests.support.families.base import SMALL, Fields, TinyFamily
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}
 FIELDS: Fields = {
@@ -9,7 +9,6 @@ FIELDS: Fields = {
     "vision": {},
     "top": {},
 }
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Qwen3NextConfig",
@@ -20,16 +19,11 @@ FAMILY = TinyFamily(
             text=SMALL | {"num_hidden_layers": 4, "layer_types": None}, dtype="bfloat16", seed=111
         ),
         "as many value heads as key heads, short kernel, biases, weights as they are": dict(
-            text=SMALL
-            | {"linear_num_key_heads": 3, "linear_num_value_heads": 3, "linear_conv_kernel_dim": 2}
-            | {"attention_bias": True, "num_key_value_heads": 1, "norm_topk_prob": False},
+            text=SMALL | qwen3_5_moe.SHORT_KERNEL | {"norm_topk_prob": False},
             seed=112,
         ),
         "attention first, wide keys, three value heads a key head, one expert of four, tied head": dict(
-            text=SMALL
-            | {"layer_types": ["full_attention", "linear_attention", "linear_attention"], "num_hidden_layers": 3}
-            | {"linear_key_head_dim": 24, "linear_value_head_dim": 8, "linear_num_value_heads": 6}
-            | {"num_experts": 4, "num_experts_per_tok": 1, "shared_expert_intermediate_size": 40},
+            text=SMALL | qwen3_5_moe.ATTENTION_FIRST,
             top={"tie_word_embeddings": True},
             seed=113,
         ),

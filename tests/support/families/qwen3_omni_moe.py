@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tests.support.families.base import IDS, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
+from tests.support.families.base import IDS, SMALL, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": TEXT
@@ -56,7 +56,6 @@ def published(directory: Path) -> None:
         index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
 
 
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Qwen3OmniMoeThinkerConfig",

@@ -1,6 +1,6 @@
 """Tiny models of qwen3_vl_moe."""
 
-from tests.support.families.base import IDS, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
+from tests.support.families.base import IDS, SMALL, TEXT, VISION, VISION_END, VISION_START, Fields, TinyFamily
 
 FIELDS: Fields = {
     "text": TEXT
@@ -23,7 +23,6 @@ def rope(sections: list[int], **fields: object) -> dict[str, object]:
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e6, "factor": 8.0, "original_max_position_embeddings": 64}
-SMALL = {"vocab_size": 96}
 FAMILY = TinyFamily(
     FIELDS,
     "Qwen3VLMoeConfig",
